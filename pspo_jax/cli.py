@@ -1,0 +1,115 @@
+"""Command line and YAML -> `Config`.
+
+tyro does the parsing. Of the maintained libraries for nested dataclasses it was the one whose unknown-key errors name
+the nearest key and whose `--help` shows every field's docstring with its type and default; draccus reads YAML itself but
+prints tracebacks for wrong types and no suggestions, OmegaConf has no help. A YAML file's leaves become the same dotted
+flags that a user could type, ahead of the typed ones, so a file and a flag fail in the same words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from pspo_jax.algorithms import resolve
+from pspo_jax.config import Config, ConfigError, flatten, validate
+
+_WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
+
+
+def parse(argv: Sequence[str], prog: str, description: str) -> Config:
+    """Resolved and validated config from `[--config FILE.yaml] [--stage.field value ...]`.
+
+    Raises:
+      ConfigError: one line that names the field, the value and the fix.
+      SystemExit: after `--help`.
+    """
+    flags, rest = _config_flags(list(argv))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config = tyro.cli(
+                Config,
+                args=flags + [_normal(a) for a in rest],
+                prog=prog,
+                description=description + "\n\n--config FILE.yaml: fields from a file; flags override it.",
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(errors.getvalue())) from stop
+    validate(config)
+    return resolve(config)
+
+
+def run(main: Any, prog: str) -> None:
+    """Call `main(argv)`; bad input becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML, in the order of its fields."""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in flatten(config).items():
+        stage, name = key.split(".")
+        nested.setdefault(stage, {})[name] = value
+    return yaml.safe_dump(nested, sort_keys=False)
+
+
+def _config_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Take every --config FILE out of argv; return its fields as flags, and what is left."""
+    flags: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or next(words, "")
+            flags += _yaml_flags(path)
+        else:
+            rest.append(word)
+    return flags, rest
+
+
+def _yaml_flags(path: str) -> list[str]:
+    if not path:
+        raise ConfigError("--config: needs the name of a YAML file")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that can be read") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return []
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of stages, such as `run: {{steps: 80}}`")
+    return [f"--{key}={'None' if v is None else v}" for key, v in flatten(values).items()]
+
+
+def _normal(word: str) -> str:
+    """YAML's words for truth values and nothing, in tyro's spelling."""
+    flag, equals, value = word.partition("=")
+    if word.startswith("--") and equals:
+        return f"{flag}={_WORDS.get(value, value)}"
+    return _WORDS.get(word, word)
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message as one line, without the frame and the pointer to --help."""
+    text = " ".join(re.sub(r"[╭╮╰╯│─━]+", " ", line) for line in box.splitlines())
+    text = " ".join(text.split()).split("For full helptext")[0].strip()
+    return text or "the arguments could not be read; see --help"

@@ -1,0 +1,365 @@
+"""The whole configuration: one frozen dataclass per stage, nested in `Config`.
+
+Every field's docstring gives its meaning and unit and is what `--help` shows. Ranges stand in the type. A field whose
+default is `None` follows `algorithm.name` (see `algorithms.py`), the machine or another field, as its docstring says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+AlgorithmName = Literal["grpo", "dr_grpo", "ers", "pps", "pspo"]
+SelectorName = Literal["uniform", "pps"]
+CreditName = Literal["group", "ers"]
+Scale = Literal["group", "batch", "none"]
+Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class ConfigError(ValueError):
+    """Bad input: the message is one line that names the field, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a number; `above` is an exclusive lower bound."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+    def complaint(self, value: float) -> str | None:
+        if self.low is not None and value < self.low:
+            return f"must be at least {self.low}"
+        if self.above is not None and value <= self.above:
+            return f"must be greater than {self.above}"
+        if self.high is not None and value > self.high:
+            return f"must be at most {self.high}"
+        return None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/default"
+    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A folder that
+    holds a checkpoint is resumed."""
+    steps: Annotated[int, Range(1)] = 150
+    """Training steps; each rolls out rollout.prompts x rollout.group_size completions."""
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    """Seed of the policy's initial weights, the cold start, the prompt draws and the sampling."""
+    fingerprint: bool = False
+    """Add CRCs of prompt ids, tokens, parameters and strategy state to every line of metrics.jsonl."""
+    print_config: bool = False
+    """Print the resolved configuration as YAML and exit."""
+    compilation_cache: str | None = None
+    """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    name: AlgorithmName = "pspo"
+    """Which composition of selector, credit and loss settings fills the fields left at None."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: Literal["arithmetic"] = "arithmetic"
+    """Where prompts come from and what a right answer is."""
+    train_prompts: Annotated[int, Range(1)] = 512
+    """Prompts to train on."""
+    heldout_prompts: Annotated[int, Range(1)] = 384
+    """Prompts to evaluate on; none of them is a training prompt."""
+    seed: Annotated[int, Range(0)] = 0
+    """Seed of the prompt sets. It is not run.seed, so that runs with different seeds share the problems."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    layers: Annotated[int, Range(1)] = 2
+    """Transformer blocks."""
+    width: Annotated[int, Range(1)] = 64
+    """Residual stream width D."""
+    heads: Annotated[int, Range(1)] = 8
+    """Query heads H."""
+    kv_heads: Annotated[int, Range(1)] = 8
+    """Key/value heads K; a divisor of heads (grouped-query attention)."""
+    head_dim: Annotated[int, Range(2)] = 8
+    """Width of one head; even, for RoPE."""
+    mlp_width: Annotated[int, Range(1)] = 192
+    """Hidden width of the SwiGLU block."""
+    rope_theta: Annotated[float, Range(above=0.0)] = 100.0
+    """Base wavelength of the rotary position embedding."""
+    norm_eps: Annotated[float, Range(above=0.0)] = 1e-6
+    """Epsilon of RMSNorm."""
+    tied: bool = False
+    """Share the embedding matrix with the output head."""
+    qkv_bias: bool = False
+    """Biases on q, k and v (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on the heads of q and k (Qwen3)."""
+    param_dtype: Dtype = "float32"
+    """Type in which weights are stored and optimised."""
+    compute_dtype: Dtype = "float32"
+    """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always."""
+    scan_unroll: Annotated[int, Range(1)] = 2
+    """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more work."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    steps: Annotated[int, Range(0)] = 3000
+    """Supervised steps before RL (the cold start); 0 = start from random weights."""
+    batch: Annotated[int, Range(1)] = 64
+    """Examples a step."""
+    learning_rate: Annotated[float, Range(above=0.0)] = 6e-3
+    """Peak learning rate of AdamW."""
+    warmup: Annotated[int, Range(0)] = 50
+    """Steps of linear warm-up."""
+    final_fraction: Annotated[float, Range(0.0, 1.0)] = 0.05
+    """The cosine schedule ends at this fraction of the peak."""
+    b2: Annotated[float, Range(0.0, 1.0)] = 0.98
+    """Adam's second-moment decay."""
+    weight_decay: Annotated[float, Range(0.0)] = 0.01
+    """Decoupled weight decay of the matrices."""
+    clip_norm: Annotated[float, Range(above=0.0)] = 1.0
+    """Gradient clipping by global norm."""
+    data: str | None = None
+    """JSONL file with string fields "prompt" and "completion"; None = the task's own demonstrations."""
+    share: bool = True
+    """Reuse a finished cold start of equal settings that a run in a sibling folder has left behind."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts: Annotated[int, Range(1)] = 32
+    """Prompts a step, B."""
+    group_size: Annotated[int, Range(2)] = 8
+    """Completions a prompt, G."""
+    max_new_tokens: Annotated[int, Range(1)] = 31
+    """Longest completion, T, in tokens with its EOS."""
+    temperature: Annotated[float, Range(above=0.0)] = 1.0
+    """Divides the logits, in the sampler and in the trainer alike."""
+    top_p: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
+    """Nucleus sampling: the smallest set of tokens with at least this probability; 1 = off."""
+    top_k: Annotated[int, Range(0)] = 0
+    """Sample among the k most probable tokens; 0 = off."""
+    prompt_bucket: Annotated[int, Range(1)] = 16
+    """Prompts are padded to a multiple of this many tokens, so that lengths inside a bucket share one program."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    name: SelectorName | None = None
+    """Selector; None = the algorithm's."""
+    exponent: Annotated[float, Range(0.0)] = 0.6
+    """PPS: lambda, P(q) ~ priority^lambda; 0 = uniform draws."""
+    correction: Annotated[float, Range(0.0)] = 0.4
+    """PPS: beta, the loss weight is (1/(N P(q)))^beta over the batch's maximum; 0 = no correction."""
+    floor: Annotated[float, Range(above=0.0)] = 1e-6
+    """PPS: added to |A| so that every prompt keeps a chance."""
+    initial: Annotated[float, Range(above=0.0)] = 1.0
+    """PPS: priority of a prompt that has not been visited."""
+    statistic: Literal["last", "mean", "max"] = "last"
+    """PPS: |A| of the group's last completion, or the mean or maximum of |A| over the group."""
+    signal: Literal["raw", "smoothed"] = "raw"
+    """PPS: the advantage within the group (raw), or the credit's own, for example ERS's (smoothed)."""
+
+
+@dataclass(frozen=True)
+class CreditConfig:
+    name: CreditName | None = None
+    """Advantage estimator; None = the algorithm's."""
+    scale: Scale | None = None
+    """group credit: divide by the standard deviation of the group, of the batch, or not; None = the algorithm's."""
+    ddof: Annotated[int, Range(0, 1)] = 1
+    """Variances divide by n - ddof."""
+    eps: Annotated[float, Range(above=0.0)] = 1e-4
+    """Added to the standard deviation."""
+    alpha: Annotated[float, Range(above=0.0, high=1.0)] = 0.99
+    """ERS: weight of the current group. .99, the paper's, is close to no smoothing; .1 to .5 is where it acts."""
+    stat_mode: Literal["variance", "linear_std", "released_head"] = "variance"
+    """ERS: smooth the variance (paper), the standard deviation, or as the published code's last commit does."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    aggregation: Aggregation | None = None
+    """How token losses become one number (TRL's loss_type names); None = the algorithm's."""
+    clip_low: Annotated[float, Range(0.0, 1.0)] = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: Annotated[float, Range(0.0)] = 0.28
+    """The ratio is clipped from above at 1 + clip_high."""
+    kl_coef: Annotated[float, Range(0.0)] = 0.0
+    """Weight of KL(policy || reference), estimator k3, per token; 0 = no reference policy is held or run."""
+    kl_unbiased: bool = True
+    """Multiply k3 by the importance ratio, as TRL does by default, so that its gradient is unbiased off-policy."""
+    num_iterations: Annotated[int, Range(1)] = 1
+    """Passes over a batch of rollouts."""
+    minibatches: Annotated[int, Range(1)] = 1
+    """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
+    microbatch_rows: Annotated[int, Range(0)] = 0
+    """Completions whose gradient is computed at a time and accumulated; 0 = a whole minibatch."""
+    old_log_probs: Literal["sampler", "trainer"] = "sampler"
+    """Log-probs of the policy before the update: those the sampler returned, or recomputed by the trainer."""
+    logits_mib: Annotated[int, Range(1)] = 160
+    """Memory for one chunk of float32 logits, in MiB; [tokens, vocab] never exists whole."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: Annotated[float, Range(above=0.0)] = 8e-4
+    """Peak learning rate of AdamW."""
+    warmup: Annotated[int, Range(0)] = 5
+    """Updates of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine over the run's updates, or constant."""
+    final_fraction: Annotated[float, Range(0.0, 1.0)] = 0.05
+    """The cosine schedule ends at this fraction of the peak."""
+    b1: Annotated[float, Range(0.0, 1.0)] = 0.9
+    """Adam's first-moment decay."""
+    b2: Annotated[float, Range(0.0, 1.0)] = 0.95
+    """Adam's second-moment decay."""
+    eps: Annotated[float, Range(above=0.0)] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Range(0.0)] = 0.0
+    """Decoupled weight decay of the matrices."""
+    clip_norm: Annotated[float, Range(above=0.0)] = 1.0
+    """Gradient clipping by global norm."""
+    max_skipped: Annotated[int, Range(1)] = 5
+    """Non-finite updates are skipped; this many in a row stop the run."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: Annotated[int, Range(-1)] = -1
+    """Devices along the batch with replicated weights; -1 = all that fsdp and tensor leave."""
+    fsdp: Annotated[int, Range(1)] = 1
+    """Devices along the batch that also shard weights and optimiser state."""
+    tensor: Annotated[int, Range(1)] = 1
+    """Devices that share one row: heads, MLP width and vocabulary are split."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: Annotated[int, Range(0)] = 0
+    """Steps between evaluations on the held-out prompts; 0 = before the first and after the last step only."""
+    samples: Annotated[int, Range(1)] = 4
+    """Completions a held-out prompt for the sampled accuracy, at rollout.temperature."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: Annotated[int, Range(1)] = 20
+    """Steps between checkpoints; the last step and a requested stop are always saved."""
+    keep: Annotated[int, Range(1)] = 3
+    """Latest checkpoints kept."""
+    keep_best: Annotated[int, Range(0)] = 1
+    """Checkpoints with the best greedy held-out accuracy kept beside them."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    progress: bool = True
+    """Show progress bars on a terminal, plain lines elsewhere."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run folder."""
+    completions_every: Annotated[int, Range(0)] = 10
+    """Steps between dumps of sample completions; 0 = none."""
+    completions: Annotated[int, Range(1)] = 4
+    """Groups in one dump."""
+    report: bool = True
+    """Write report.html at the end."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field name -> value, for a config or any nested dict of one."""
+    items = dataclasses.asdict(config).items() if dataclasses.is_dataclass(config) else config.items()
+    out: dict[str, Any] = {}
+    for name, value in items:
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def replace(config: Config, values: dict[str, Any]) -> Config:
+    """`config` with dotted fields replaced: `replace(c, {"run.steps": 3})`."""
+    known = flatten(config)
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{key}: no such field")
+        stage, name = key.split(".")
+        config = dataclasses.replace(
+            config, **{stage: dataclasses.replace(getattr(config, stage), **{name: value})}
+        )
+    return config
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first field whose value is out of range or contradicts another field."""
+    for stage in dataclasses.fields(config):
+        section = getattr(config, stage.name)
+        for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+            _check_field(f"{stage.name}.{name}", hint, getattr(section, name))
+    _check_relations(config)
+
+
+def _check_field(path: str, hint: Any, value: Any) -> None:
+    bounds = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]
+    base = hint.__origin__ if bounds else hint
+    options = typing.get_args(base) if typing.get_origin(base) is not Literal else (base,)
+    allowed = [a for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
+    if allowed and value is not None and value not in allowed:
+        raise ConfigError(f"{path}={value!r}: choose one of {', '.join(map(str, allowed))}")
+    for bound in bounds:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ConfigError(f"{path}={value!r}: must be a number")
+        if complaint := bound.complaint(value):
+            raise ConfigError(f"{path}={value}: {complaint}")
+
+
+def _check_relations(c: Config) -> None:
+    rows = c.rollout.prompts * c.rollout.group_size
+    if c.rollout.prompts > c.task.train_prompts:
+        raise ConfigError(
+            f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
+            f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
+        )
+    if c.policy.heads % c.policy.kv_heads:
+        raise ConfigError(f"policy.kv_heads={c.policy.kv_heads}: must divide policy.heads={c.policy.heads}")
+    if c.policy.head_dim % 2:
+        raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
+    if c.rollout.prompts % c.objective.minibatches:
+        raise ConfigError(
+            f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
+        )
+    minibatch = rows // c.objective.minibatches
+    if c.objective.microbatch_rows and minibatch % c.objective.microbatch_rows:
+        raise ConfigError(
+            f"objective.microbatch_rows={c.objective.microbatch_rows}: must divide the {minibatch} completions of a "
+            "minibatch (rollout.prompts x rollout.group_size / objective.minibatches), or be 0"
+        )

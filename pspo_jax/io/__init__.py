@@ -1,0 +1,1 @@
+"""Checkpoints, metrics, progress and reports."""

@@ -1,0 +1,86 @@
+"""Log-probs and entropies of completions without [tokens, vocab] ever existing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.parallel.mesh import constrain
+from pspo_jax.policy.base import Policy
+from pspo_jax.state import Params
+
+
+def pack_rows(
+    prompts: Int[Array, "R P"], lengths: Int[Array, "R"], completions: Int[Array, "R T"]
+) -> Int[Array, "R P+T"]:
+    """Compact rows: each completion right behind its prompt, the prompt's padding moved to the end."""
+    r, p = prompts.shape
+    t = completions.shape[1]
+    place = jnp.arange(p + t)
+    in_prompt = place < lengths[:, None]
+    joined = jnp.concatenate([prompts, completions], axis=1)
+    source = jnp.where(in_prompt, place, place - lengths[:, None] + p)
+    return jnp.take_along_axis(joined, jnp.minimum(source, p + t - 1), axis=1)
+
+
+def completion_log_probs(
+    policy: Policy,
+    params: Params,
+    prompts: Int[Array, "R P"],
+    lengths: Int[Array, "R"],
+    completions: Int[Array, "R T"],
+    temperature: Float[Array, ""] | float = 1.0,
+    logits_mib: int = 160,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-prob of each completion token given all before it, and the entropy of each of those distributions.
+
+    The head runs on chunks of a few columns of all rows, each recomputed in the backward pass, so the peak is one chunk
+    of logits. Chunks are cut along T: rows stay spread over devices. Entropies carry no gradient.
+
+    Args:
+      temperature: divides the logits, as it did in the sampler.
+      logits_mib: size of one chunk of float32 logits.
+    """
+    r, t = completions.shape
+    rows = pack_rows(prompts, lengths, completions)
+    hidden = policy.hidden(params, rows)
+    at = (lengths - 1)[:, None] + jnp.arange(t)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return chunked_log_probs(policy, params, hidden, completions, temperature, logits_mib)
+
+
+def chunked_log_probs(
+    policy: Policy,
+    params: Params,
+    hidden: Float[Array, "R T D"],
+    targets: Int[Array, "R T"],
+    temperature: Float[Array, ""] | float = 1.0,
+    logits_mib: int = 160,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """The head of `completion_log_probs`: hidden states in, log-probs and entropies of the targets out."""
+    r, t = targets.shape
+    columns = max(1, min(t, logits_mib * 2**20 // (4 * policy.vocab_size * r)))
+    chunks = -(-t // columns)
+    pad = chunks * columns - t
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(r, chunks, columns, -1)
+    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(r, chunks, columns)
+
+    @jax.checkpoint
+    def chunk(h: Float[Array, "R C D"], ids: Int[Array, "R C"]) -> tuple[Array, Array]:
+        logits = constrain(policy.logits(params, h) / temperature, "batch", None, "vocab")
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        probs = jnp.exp(logits - log_total[..., None])
+        entropy = log_total - (probs * logits).sum(axis=-1)
+        return chosen - log_total, jax.lax.stop_gradient(entropy)
+
+    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        return None, chunk(*xs)
+
+    if chunks == 1:
+        log_probs, entropy = chunk(hidden[:, 0], targets[:, 0])
+        return log_probs, entropy
+    _, (log_probs, entropy) = jax.lax.scan(body, None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+    log_probs, entropy = (x.swapaxes(0, 1).reshape(r, -1)[:, :t] for x in (log_probs, entropy))
+    return log_probs, entropy

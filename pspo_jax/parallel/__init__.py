@@ -1,0 +1,1 @@
+"""Meshes, and which mesh axis holds which logical axis."""

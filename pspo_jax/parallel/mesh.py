@@ -1,0 +1,134 @@
+"""The device mesh (data, fsdp, tensor), and the one table from logical axes to mesh axes.
+
+Model code names dimensions ("heads", "mlp"); what a name means on a mesh is said here alone, so a new layout of the
+same model is a change of this table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pspo_jax.config import Config, ConfigError
+
+ROWS = ("data", "fsdp")
+"""Mesh axes that split the batch."""
+
+RULES: dict[str, Any] = {
+    "batch": ROWS,
+    "prompts": ROWS,  # per-prompt state, N long
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """PartitionSpec of logical axes."""
+    return PartitionSpec(*(RULES[a] if a else None for a in axes))
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh a config asks for, over the first devices.
+
+    Raises:
+      ConfigError: it does not fit the devices, the batch or the policy; the message names a value that works.
+    """
+    m, devices = config.mesh, jax.devices()
+    inner = m.fsdp * m.tensor
+    if m.data == 0:
+        raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
+    data = len(devices) // inner if m.data == -1 else m.data
+    if data * inner > len(devices) or data == 0:
+        raise ConfigError(
+            f"mesh.data={m.data} x mesh.fsdp={m.fsdp} x mesh.tensor={m.tensor}: needs {max(data, 1) * inner} devices, "
+            f"there are {len(devices)}; lower one of them"
+        )
+    if m.data == -1 and data * inner != len(devices):
+        raise ConfigError(
+            f"mesh.fsdp={m.fsdp} x mesh.tensor={m.tensor}: does not divide the {len(devices)} devices; "
+            "choose divisors, or set mesh.data"
+        )
+    _check_divides(config, data * m.fsdp)
+    sizes = (data, m.fsdp, m.tensor)
+    return jax.make_mesh(
+        sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[: int(np.prod(sizes))]
+    )
+
+
+def _check_divides(c: Config, row_shards: int) -> None:
+    where = f"mesh.data x mesh.fsdp = {row_shards}"
+    minibatch = c.rollout.prompts // c.objective.minibatches
+    microbatch = c.objective.microbatch_rows or minibatch * c.rollout.group_size
+    for name, size in (
+        ("rollout.prompts", c.rollout.prompts),
+        ("prompts of a minibatch", minibatch),
+        ("objective.microbatch_rows", microbatch),
+        ("sft.batch", c.sft.batch if c.sft.steps else row_shards),
+    ):
+        if size % row_shards:
+            works = max(d for d in range(1, row_shards + 1) if size % d == 0 and row_shards % d == 0)
+            raise ConfigError(f"{where}: does not divide {name}={size}; {works} would, or make it a multiple")
+    for name, size, shards, axis in (
+        ("policy.heads", c.policy.heads, c.mesh.tensor, "mesh.tensor"),
+        ("policy.kv_heads", c.policy.kv_heads, c.mesh.tensor, "mesh.tensor"),
+        ("policy.mlp_width", c.policy.mlp_width, c.mesh.tensor, "mesh.tensor"),
+        ("policy.width", c.policy.width, c.mesh.fsdp, "mesh.fsdp"),
+    ):
+        if size % shards:
+            works = max(d for d in range(1, shards + 1) if size % d == 0)
+            raise ConfigError(f"{axis}={shards}: does not divide {name}={size}; {works} would")
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin the layout of an array inside jit; without a mesh in context, nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def gather_for_decode(params: Any, axes: Any) -> Any:
+    """Weights as decoding wants them: whole along fsdp, still split along tensor, gathered once and not per token."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+
+    def gather(names: tuple[str | None, ...], w: jax.Array) -> jax.Array:
+        kept = tuple(None if RULES.get(n or "layers") == "fsdp" else n for n in names)
+        return jax.lax.with_sharding_constraint(w, spec(kept))
+
+    return jax.tree.map(gather, axes, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def params_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
+    """A NamedSharding for each weight; `axes` as in Policy.axes."""
+    if axes is None:
+        return jax.tree.map(lambda _: replicated(mesh), params)
+    return jax.tree.map(
+        lambda names, _: NamedSharding(mesh, spec(names)), axes, params, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
+    """Per-prompt state: arrays with N rows are split over the batch axes where N divides, the rest replicated."""
+    shards = int(np.prod([mesh.shape[a] for a in ROWS]))
+
+    def one(x: Any) -> NamedSharding:
+        split = x.ndim > 0 and x.shape[0] == num_prompts and num_prompts % shards == 0
+        return NamedSharding(mesh, PartitionSpec(ROWS) if split else PartitionSpec())
+
+    return jax.tree.map(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))

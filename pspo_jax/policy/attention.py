@@ -1,0 +1,60 @@
+"""Attention: causal over compact rows (training, prefill), and one token against a shared prompt plus its own suffix."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.policy.base import MASKED
+
+
+def attend(
+    q: Float[Array, "R S H h"], k: Float[Array, "R S K h"], v: Float[Array, "R S K h"]
+) -> Float[Array, "R S H h"]:
+    """Causal grouped-query attention with a float32 softmax."""
+    r, s, heads, h = q.shape
+    kv, m = k.shape[2], heads // k.shape[2]
+    # The query heads of one kv head become rows of one matrix product.
+    q = q.reshape(r, s, kv, m, h).transpose(0, 2, 3, 1, 4).reshape(r, kv, m * s, h)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+    causal = jnp.tile(jnp.tril(jnp.ones((s, s), bool)), (m, 1))
+    weights = jax.nn.softmax(jnp.where(causal, scores, MASKED), axis=-1).astype(v.dtype)
+    out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(r, kv, m, s, h).transpose(0, 3, 1, 2, 4).reshape(r, s, heads, h).astype(v.dtype)
+
+
+def attend_shared_prefix(
+    q: Float[Array, "B G H h"],
+    prefix_k: Float[Array, "B K P h"],
+    prefix_v: Float[Array, "B K P h"],
+    lengths: Int[Array, "B"],
+    suffix_k: Float[Array, "B G K T h"],
+    suffix_v: Float[Array, "B G K T h"],
+    t: Int[Array, ""],
+) -> Float[Array, "B G H h"]:
+    """Attention of one new token per row: over its prompt, held once for the group, and its own tokens 0..t.
+
+    The two parts are normalised together by one maximum and one sum, which is exact. The prompt part is a matrix
+    product with the group's rows, where separate caches would be G matrix-vector products.
+    """
+    b, g, heads, h = q.shape
+    kv = prefix_k.shape[1]
+    q = q.reshape(b, g, kv, heads // kv, h)
+    scale = 1 / math.sqrt(h)
+    in_prompt = jnp.einsum("bgkmh,bkph->bgkmp", q, prefix_k, preferred_element_type=jnp.float32) * scale
+    in_suffix = jnp.einsum("bgkmh,bgkth->bgkmt", q, suffix_k, preferred_element_type=jnp.float32) * scale
+    real = (jnp.arange(prefix_k.shape[2]) < lengths[:, None])[:, None, None, None]
+    in_prompt = jnp.where(real, in_prompt, MASKED)
+    in_suffix = jnp.where(jnp.arange(suffix_k.shape[3]) <= t, in_suffix, MASKED)
+
+    top = jnp.maximum(in_prompt.max(axis=-1, keepdims=True), in_suffix.max(axis=-1, keepdims=True))
+    in_prompt, in_suffix = jnp.exp(in_prompt - top), jnp.exp(in_suffix - top)
+    total = in_prompt.sum(axis=-1, keepdims=True) + in_suffix.sum(axis=-1, keepdims=True)
+    dtype = prefix_v.dtype
+    out = jnp.einsum("bgkmp,bkph->bgkmh", in_prompt.astype(dtype), prefix_v, preferred_element_type=jnp.float32)
+    out += jnp.einsum("bgkmt,bgkth->bgkmh", in_suffix.astype(dtype), suffix_v, preferred_element_type=jnp.float32)
+    return (out / total).reshape(b, g, heads, h).astype(dtype)

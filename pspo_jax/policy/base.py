@@ -1,0 +1,49 @@
+"""The protocol between a policy and everything that uses one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+MASKED = -1e30
+"""Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
+
+
+class Policy(NamedTuple):
+    """A causal language model as pure functions over its params.
+
+    Rows are compact: a prompt, its completion right behind it, then padding. Causal attention alone is therefore
+    right for every real token, and positions are 0, 1, 2, ...; nothing needs a padding mask.
+
+    init(key) -> params
+    hidden(params, tokens [R, S]) -> [R, S, D]
+        What `logits` needs at each position; D is the policy's own affair.
+    logits(params, hidden [..., D]) -> float32 [..., V]
+        Next-token logits, forbidden ids at MASKED. It is called on chunks: [tokens, V] never exists whole in training.
+    decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens) -> (logits [B, V], cache, step)
+        Reads the prompts once; `logits` follow each prompt's last token.
+        step(cache, tokens [B, G], t) -> (logits [B, G, V], cache) appends the tokens as completion position t, a traced
+        scalar counting from 0. Logits are those of `logits`, with the same ids forbidden, so that the sampler's
+        log-probs are the ones that the trainer computes.
+    axes: pytree like params of logical axis names per dimension, or None to replicate the weights.
+    vocab_size: V.
+    """
+
+    init: Callable[..., Any]
+    hidden: Callable[..., Any]
+    logits: Callable[..., Any]
+    decoder: Callable[..., Any]
+    axes: Any
+    vocab_size: int
+
+
+def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float[Array, "*n V"]:
+    """float32 logits with the forbidden ids at MASKED."""
+    logits = logits.astype(jnp.float32)
+    if not forbidden:
+        return logits
+    banned = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(forbidden)].set(True)
+    return jnp.where(banned, MASKED, logits)

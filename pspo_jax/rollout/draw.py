@@ -1,0 +1,113 @@
+"""One token per row from float32 logits: temperature, top-k, top-p and the draw, each a traced value.
+
+The draw inverts the cumulative distribution with one uniform number per row, in two levels (block, then token in the
+block). A categorical draw by Gumbel noise needs one random number per vocabulary entry, which on CPU cost 15x more than
+this and more than the rest of a decoding step of a small model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_BITS_OF_ONE = 0x3F800000  # float32 1.0 as an integer
+
+
+def draw_tokens(
+    logits: Float[Array, "*n V"],
+    uniform: Float[Array, "*n"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+) -> tuple[Int[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
+    """Tokens, their log-probs under the policy, and under the distribution drawn from.
+
+    Args:
+      logits: forbidden ids at MASKED.
+      uniform: in [0, 1), one per row.
+      temperature: divides the logits; 0 = greedy, and the log-probs are then those at temperature 1.
+      top_k: keep the k most probable tokens (all that tie with the k-th); 0 = all.
+      top_p: then keep the smallest set of most probable tokens whose share of what is left reaches top_p (all that tie
+        with its last); 1 = all.
+    """
+    greedy = temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
+    top = scaled.max(axis=-1, keepdims=True)
+    weight = jnp.exp(scaled - top)
+    log_total = jnp.log(weight.sum(axis=-1))
+
+    truncated = ((top_k > 0) | (top_p < 1)) & ~greedy
+    kept = jax.lax.cond(truncated, lambda w: _truncate(w, top_k, top_p), lambda w: w, weight)
+    token, kept_total = jax.lax.cond(
+        greedy,
+        lambda w, u: (jnp.argmax(w, axis=-1).astype(jnp.int32), jnp.ones_like(u)),
+        _invert,
+        kept,
+        uniform,
+    )
+    chosen = jnp.take_along_axis(scaled, token[..., None], axis=-1)[..., 0] - top[..., 0]
+    log_prob = chosen - log_total
+    # Untruncated, both are one number to the last bit, not two sums in different orders.
+    sampling = jnp.where(truncated, chosen - jnp.log(kept_total), log_prob)
+    return token, log_prob, sampling
+
+
+def _invert(weight: Float[Array, "*n V"], uniform: Float[Array, "*n"]) -> tuple[Int[Array, "*n"], Float[Array, "*n"]]:
+    """Token whose cumulative interval holds uniform x total, and the total. Never a token of weight 0."""
+    v = weight.shape[-1]
+    size = max(1, 2 ** round(math.log2(max(v, 2)) / 2))
+    blocks = -(-v // size)
+    padded = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, blocks * size - v)])
+    padded = padded.reshape(*weight.shape[:-1], blocks, size)
+    upto = jnp.cumsum(padded.sum(axis=-1), axis=-1)
+    total = upto[..., -1]
+    goal = (uniform * total)[..., None]
+    block = _first(upto > goal)
+    below = jnp.where(block[..., None] > 0, jnp.take_along_axis(upto, jnp.maximum(block[..., None] - 1, 0), -1), 0)
+    inside = jnp.take_along_axis(padded, block[..., None, None], axis=-2)[..., 0, :]
+    live = inside > 0
+    reached = live & (below + jnp.cumsum(inside, axis=-1) > goal)
+    # Rounding can leave the block's own running sum just short of the goal: then its last live token is meant.
+    last_live = size - 1 - _first(live[..., ::-1])
+    within = jnp.where(reached.any(axis=-1), _first(reached), last_live)
+    return (block * size + within).astype(jnp.int32), total
+
+
+def _first(hit: Bool[Array, "*n k"]) -> Int[Array, "*n"]:
+    """Index of the first True; 0 if there is none."""
+    return jnp.argmax(hit, axis=-1)
+
+
+def _truncate(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "*n V"]:
+    """Zero the weights that top-k, then top-p, leave out. Weights are in [0, 1], the largest is 1."""
+    everything = jnp.int32(weight.shape[-1])
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, everything), everything)
+    weight = _keep_from(weight, lambda w: (w > 0).sum(axis=-1), k)
+    share = jnp.where(top_p < 1, top_p, 1.0) * weight.sum(axis=-1)
+    mass = _keep_from(weight, lambda w: w.sum(axis=-1), share)
+    return jnp.where(top_p < 1, mass, weight)
+
+
+def _keep_from(
+    weight: Float[Array, "*n V"], measure: Callable[[Array], Array], enough: Array
+) -> Float[Array, "*n V"]:
+    """Keep the weights from the largest threshold on whose kept weights measure enough.
+
+    Positive floats order as their bit patterns do, so bisection over 30 bits finds the threshold exactly: 30 passes,
+    no sort of the vocabulary.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)
+        ok = measure(jnp.where(weight >= threshold[..., None], weight, 0.0)) >= enough
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+
+    low = jnp.zeros(weight.shape[:-1], jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _BITS_OF_ONE)))
+    return jnp.where(weight >= jax.lax.bitcast_convert_type(low, jnp.float32)[..., None], weight, 0.0)

@@ -1,0 +1,128 @@
+"""Group rollouts inside one jit: prefill, then a token loop that ends when every row has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from pspo_jax.config import RolloutConfig
+from pspo_jax.parallel.mesh import constrain
+from pspo_jax.policy.base import Policy
+from pspo_jax.rollout.draw import draw_tokens
+from pspo_jax.state import Params, Prompts, Rollouts
+
+
+class SamplingParams(NamedTuple):
+    """Settings of a draw. All are traced: changing a value never recompiles."""
+
+    temperature: Float[Array, ""] | float
+    """0 = greedy."""
+    top_p: Float[Array, ""] | float
+    top_k: Int[Array, ""] | int
+    stop_ids: Int[Array, "k"]
+    """Token ids that end a row; pad with -1."""
+    max_new_tokens: Int[Array, ""] | int
+    """Length limit, at most the sampler's T."""
+
+    @staticmethod
+    def of(config: RolloutConfig, stop_ids: Any, temperature: float | None = None) -> SamplingParams:
+        """A config's settings, as arrays of fixed types; greedy decoding (temperature=0) keeps no truncation."""
+        t = config.temperature if temperature is None else temperature
+        return SamplingParams(
+            jnp.float32(t),
+            jnp.float32(config.top_p if t else 1.0),
+            jnp.int32(config.top_k if t else 0),
+            jnp.asarray(stop_ids, jnp.int32),
+            jnp.int32(config.max_new_tokens),
+        )
+
+
+class _Loop(NamedTuple):
+    t: Int[Array, ""]
+    """Position of `last` in the completion."""
+    last: Int[Array, "B G"]
+    cache: Any
+    alive: Bool[Array, "B G"]
+    """Rows that draw another token."""
+    tokens: Int[Array, "B G T"]
+    log_probs: Float[Array, "B G T"]
+    sampling_log_probs: Float[Array, "B G T"]
+    lengths: Int[Array, "B G"]
+
+
+def make_sampler(
+    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int
+) -> Callable[[Params, Prompts, Key[Array, ""], SamplingParams], Rollouts]:
+    """A jitted `sample(params, prompts, key, settings) -> Rollouts`.
+
+    It compiles once per (B, P): prompt lengths inside the padding, temperature, top-p, top-k, stop ids and the length
+    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, b G + g), t), so its tokens do
+    not depend on the other rows or on how rows are spread over devices. Stop tokens are returned and are in the mask.
+    """
+
+    def sample(params: Params, prompts: Prompts, key: Key[Array, ""], settings: SamplingParams) -> Rollouts:
+        b = prompts.tokens.shape[0]
+        logits, cache, step = policy.decoder(
+            params, prompts.tokens, prompts.lengths, group_size, max_new_tokens
+        )
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b * group_size))
+        limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
+
+        def draw(loop: _Loop, logits: Array, t: Array) -> _Loop:
+            """Append token t to every live row."""
+            uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
+            token, log_prob, sampling = draw_tokens(
+                logits, uniform.reshape(b, group_size), settings.temperature, settings.top_k, settings.top_p
+            )
+            token = jnp.where(loop.alive, token, pad_id)
+            return _Loop(
+                t,
+                token,
+                loop.cache,
+                loop.alive & ~(token[..., None] == settings.stop_ids).any(axis=-1),
+                _put(loop.tokens, token, t),
+                _put(loop.log_probs, jnp.where(loop.alive, log_prob, 0), t),
+                _put(loop.sampling_log_probs, jnp.where(loop.alive, sampling, 0), t),
+                loop.lengths + loop.alive,
+            )
+
+        def body(loop: _Loop) -> _Loop:
+            logits, cache = step(loop.cache, loop.last, loop.t)
+            return draw(loop._replace(cache=cache), constrain(logits, "batch", None, None), loop.t + 1)
+
+        shape = (b, group_size, max_new_tokens)
+        start = _Loop(
+            jnp.int32(0),
+            jnp.full(shape[:2], pad_id, jnp.int32),
+            cache,
+            jnp.ones(shape[:2], bool),
+            jnp.full(shape, pad_id, jnp.int32),
+            jnp.zeros(shape),
+            jnp.zeros(shape),
+            jnp.zeros(shape[:2], jnp.int32),
+        )
+        logits = jnp.broadcast_to(logits[:, None], (b, group_size, logits.shape[-1]))
+        end = jax.lax.while_loop(
+            lambda loop: (loop.t + 1 < limit) & loop.alive.any(), body, draw(start, logits, jnp.int32(0))
+        )
+        temperature = jnp.asarray(settings.temperature, jnp.float32)
+        return Rollouts(
+            prompts=prompts,
+            tokens=end.tokens,
+            mask=jnp.arange(max_new_tokens) < end.lengths[..., None],
+            log_probs=end.log_probs,
+            sampling_log_probs=end.sampling_log_probs,
+            lengths=end.lengths,
+            ended=~end.alive,
+            temperature=jnp.where(temperature == 0, 1.0, temperature),
+        )
+
+    return jax.jit(sample)
+
+
+def _put(array: Array, column: Array, t: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, column[..., None].astype(array.dtype), t, axis=2)

@@ -1,0 +1,93 @@
+"""Everything that a run is, as pytrees: `TrainState`, and the batch that flows through a step, `Rollouts`.
+
+Letters: B prompts in a batch, G completions a prompt, P prompt length, T completion length, N prompts in the dataset.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Params = Any
+"""The policy's weights: any pytree of arrays."""
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds. Nothing that affects learning lives anywhere else."""
+
+    step: Int[Array, ""]
+    """Training steps done."""
+    params: Params
+    opt_state: Any
+    """State of the optax optimizer."""
+    selector: Any
+    """Per-prompt arrays of the selector."""
+    credit: Any
+    """Per-prompt arrays of the credit."""
+    replay: Any
+    """Stored groups."""
+    key: Key[Array, ""]
+    """The run's key. It never changes: a step folds its number and its purpose into it."""
+    reference: Params | None = None
+    """Weights of the KL reference; None when there is no KL term."""
+    updates: Int[Array, ""] | int = 0
+    """Optimizer updates applied."""
+    skipped: Int[Array, ""] | int = 0
+    """Non-finite updates skipped in a row, up to now."""
+
+
+@struct.dataclass
+class Prompts:
+    """A batch of prompts, padded on the right."""
+
+    ids: Int[Array, "B"]
+    """Row of each prompt in the dataset."""
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    """Tokens of each prompt before the padding, at least 1."""
+    loss_weight: Float[Array, "B"]
+    """The selector's importance weight of each prompt, at most 1."""
+
+
+@struct.dataclass
+class Rollouts:
+    """G completions of each of B prompts, and what the sampler knew when it drew them."""
+
+    prompts: Prompts
+    tokens: Int[Array, "B G T"]
+    """Completions with their EOS, then padding."""
+    mask: Bool[Array, "B G T"]
+    """True on every token that was drawn, EOS included. Never inferred from pad ids."""
+    log_probs: Float[Array, "B G T"]
+    """Log-prob of each token under the policy at `temperature`: what the trainer computes. 0 outside the mask."""
+    sampling_log_probs: Float[Array, "B G T"]
+    """Log-prob under the distribution that was drawn from: top-k and top-p included."""
+    lengths: Int[Array, "B G"]
+    """Tokens drawn."""
+    ended: Bool[Array, "B G"]
+    """True if a stop token ended the row, False if the length limit did."""
+    temperature: Float[Array, ""]
+    """Temperature of the draw; the trainer divides its logits by the same number."""
+
+
+class Outcome(NamedTuple):
+    """What a step learned about its prompts; the selector observes it."""
+
+    rewards: Float[Array, "B G"]
+    """NaN = no verdict."""
+    advantages: Float[Array, "B G"]
+    """The credit's advantages (for ERS: against smoothed statistics)."""
+    raw_advantages: Float[Array, "B G"]
+    """Advantages within the group, (r - mean) / (std + eps), whatever the credit."""
+
+
+def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
+    """The key of one purpose (`SELECT`, `ROLLOUT`) in one step: a function of the run's key, so resume is exact."""
+    return jax.random.fold_in(jax.random.fold_in(state_key, step), purpose)
+
+
+SELECT, ROLLOUT = 0, 1
