@@ -86,8 +86,8 @@ class Outcome(NamedTuple):
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
-    """The key of one purpose (`SELECT`, `ROLLOUT`) in one step: a function of the run's key, so resume is exact."""
+    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`) in one step: a function of the run's key, so resume is exact."""
     return jax.random.fold_in(jax.random.fold_in(state_key, step), purpose)
 
 
-SELECT, ROLLOUT = 0, 1
+SELECT, ROLLOUT, EVALUATE = 0, 1, 2

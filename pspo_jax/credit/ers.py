@@ -39,8 +39,12 @@ def ers(config: CreditConfig) -> Credit:
     """
 
     def init(num_prompts: int) -> ErsState:
-        zeros = jnp.zeros(num_prompts, jnp.float32)
-        return ErsState(zeros, zeros, jnp.zeros(num_prompts, jnp.int32))
+        # One buffer each: the training step donates its state.
+        return ErsState(
+            mean=jnp.zeros(num_prompts, jnp.float32),
+            spread=jnp.zeros(num_prompts, jnp.float32),
+            visits=jnp.zeros(num_prompts, jnp.int32),
+        )
 
     def smooth(old: Float[Array, "B"], new: Float[Array, "B"]) -> Float[Array, "B"]:
         return (1 - config.alpha) * old + config.alpha * new

@@ -1,0 +1,169 @@
+"""Checkpoints: asynchronous, atomic, kept by policy, verified when read.
+
+Everything Orbax is in this file. A checkpoint is a TrainState and metadata (config, dataset fingerprint, accounting).
+Its metadata also holds a checksum of every array, so that a damaged file is found out instead of trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import v1 as ocp
+
+from pspo_jax.config import CheckpointConfig, ConfigError
+
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
+"""What Orbax and TensorStore raise on files that are missing, cut off or altered."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last save."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder = folder
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(config.keep)]
+        if config.keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["greedy"],
+                    n=config.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._orbax = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._orbax.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return sorted(c.step for c in self._orbax.checkpoints)
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any], scores: dict[str, float] | None = None) -> None:
+        """Start saving; the write to disk goes on in the background. `scores["greedy"]` ranks keep_best."""
+        self._orbax.wait()
+        if step in self.steps():
+            return
+        metadata = {**metadata, "checksums": _named_checksums(state)}
+        self._orbax.save_checkpointables_async(step, {"state": state}, metrics=scores, custom_metadata=metadata)
+
+    def wait(self) -> None:
+        """Return when the last save is on disk."""
+        self._orbax.wait()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given for this step."""
+        return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+
+    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
+        """The newest checkpoint that reads back whole, or None if there is none at all.
+
+        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again.
+
+        Args:
+          abstract: pytree of ShapeDtypeStruct with shardings, like the state.
+        Raises:
+          ConfigError: checkpoints exist but none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                metadata = self.metadata(step)
+                state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
+                _verify(state, metadata["checksums"])
+                return state, metadata
+            except _UNREADABLE as error:
+                reason = " ".join(str(error).split())[:200]
+                moved = self._set_aside(step)
+                warn(f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before")
+        if steps:
+            raise ConfigError(
+                f"run.dir: none of the checkpoints {steps} in {self.folder} can be read; they were moved to "
+                f"{self._damaged}; choose another --run.dir to start anew"
+            )
+        return None
+
+    @property
+    def _damaged(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".damaged")
+
+    def _set_aside(self, step: int) -> Path:
+        self._damaged.mkdir(exist_ok=True)
+        target = self._damaged / str(step)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        shutil.move(self.folder / str(step), target)
+        self._orbax.reload()
+        return target
+
+
+def save_params(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
+    """Write params and `settings.json` to a folder, atomically: it appears when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
+    metadata = {**metadata, "checksums": _named_checksums(params)}
+    (partial / "settings.json").write_text(json.dumps(metadata, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load_params(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | None:
+    """Params of a folder that `save_params` wrote with equal settings; None if it is another's or damaged."""
+    try:
+        found = json.loads((folder / "settings.json").read_text())
+        checksums = found.pop("checksums")
+        if found != settings:
+            return None
+        params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
+        _verify(params, checksums)
+        return params
+    except _UNREADABLE:
+        return None
+
+
+@jax.jit
+def checksums(tree: Any) -> list[UInt32[Array, ""]]:
+    """One 32-bit checksum a leaf, over bits and positions; sums of integers, so the same on any topology."""
+
+    def one(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, bits)
+        words = x.astype(jnp.uint32).ravel()
+        weight = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
+        return (words * weight).sum(dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _named_checksums(tree: Any) -> dict[str, int]:
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return dict(zip(names, (int(x) for x in np.asarray(jax.device_get(checksums(tree)))), strict=True))
+
+
+def _verify(tree: Any, expected: dict[str, int]) -> None:
+    found = _named_checksums(tree)
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong or len(found) != len(expected):
+        raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")

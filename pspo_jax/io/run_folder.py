@@ -1,0 +1,146 @@
+"""The run folder: config.yaml, metrics.jsonl, strategy.jsonl, completions/, summary.json, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from tensorboardX import SummaryWriter
+
+from pspo_jax import cli
+from pspo_jax.config import Config, ConfigError, flatten
+
+MAY_CHANGE = ("run.dir", "run.fingerprint", "run.print_config", "run.compilation_cache", "sft.share")
+"""Fields that a resumed run may change, with every field of the stages mesh, eval, checkpoint and log."""
+_FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "log.")
+
+
+def open_folder(path: str) -> Path:
+    """The folder, made and writable, or ConfigError."""
+    folder = Path(path)
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.dir={path}: {error.strerror}; choose a folder that can be written") from error
+    return folder
+
+
+def check_config(folder: Path, config: Config) -> None:
+    """Refuse to resume a run under settings that would change what it learns; say which differ."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        saved = flatten(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"run.dir={folder}: its config.yaml cannot be read; choose another --run.dir") from error
+    now = flatten(yaml.safe_load(cli.to_yaml(config)))
+    differs = [
+        f"{key}={saved.get(key)} there, {now.get(key)} now"
+        for key in {**saved, **now}
+        if saved.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith(_FREE_STAGES)
+    ]
+    if differs:
+        raise ConfigError(
+            f"run.dir={folder}: holds a run of another config ({'; '.join(differs)}); choose another --run.dir or "
+            "restore these values"
+        )
+
+
+class RunLog:
+    """Appends to the run folder's logs. After a resume, lines beyond the restored step are dropped first."""
+
+    def __init__(self, folder: Path, resume_step: int, tensorboard: bool):
+        self._folder = folder
+        self._metrics = folder / "metrics.jsonl"
+        self._strategy = folder / "strategy.jsonl"
+        for path in (self._metrics, self._strategy):
+            _truncate(path, resume_step)
+        self._file = self._metrics.open("a", buffering=1)
+        self._events = (
+            SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10) if tensorboard else None
+        )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+    def metrics(self, step: int, values: dict[str, float | int]) -> None:
+        """One line of metrics.jsonl, and the same numbers as TensorBoard scalars."""
+        clean = {k: _number(v) for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        if self._events:
+            for name, value in clean.items():
+                if value is not None and not name.startswith("crc/"):
+                    self._events.add_scalar(name, value, step)
+
+    def strategy(self, step: int, selector: Any) -> None:
+        """A histogram of per-prompt priorities, for selectors that have any."""
+        priority = getattr(selector, "priority", None)
+        if priority is None:
+            return
+        counts, edges = np.histogram(np.asarray(jax.device_get(priority)), bins=30)
+        line = {"step": step, "priority": {"edges": edges.tolist(), "counts": counts.tolist()}}
+        with self._strategy.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def completions(self, step: int, lines: list[dict[str, Any]]) -> None:
+        """Sample completions of one step."""
+        folder = self._folder / "completions"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"step_{step:06d}.jsonl").write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.rename(path)
+
+
+def crc(tree: Any) -> int:
+    """CRC-32 over the bytes of every array of a tree, in order."""
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        value = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).tobytes(), value)
+    return value
+
+
+def _number(value: Any) -> float | int | None:
+    """A JSON number; None for what is not finite, as JSON has no word for it."""
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Drop lines after `last_step`, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] > last_step:
+            break
+        kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    partial.rename(path)

@@ -1,0 +1,54 @@
+"""`python -m pspo_jax.report RUN [RUN ...] [--out FILE]`: run folders -> one self-contained HTML page.
+
+The page needs no server, no network and nothing installed where it is read, so it can be mailed or archived beside the
+run. A run that is still going can be reported too; the page then says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pspo_jax.cli import run
+from pspo_jax.config import ConfigError
+from pspo_jax.io.html import read_runs, render
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report on `runs` to `out`, whose folder is made if need be, and return `out`.
+
+    Raises:
+      ConfigError: a folder is no run folder, or `out` cannot be written.
+    """
+    page = render(read_runs(runs))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; name a file that can be written") from error
+    return out
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints take the same one-line way out as all other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="python -m pspo_jax.report",
+        description="Write one self-contained HTML page that compares runs.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder")
+    args = parser.parse_args(argv)
+    print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, "pspo_jax.report")
