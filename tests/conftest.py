@@ -1,0 +1,44 @@
+"""Test set-up: eight CPU devices, a shared compilation cache, and the data folder beside the repository."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from hypothesis import settings
+
+REPO = Path(__file__).resolve().parents[1]
+DATA = REPO.parent / "shared" / "data"
+CACHE = REPO / ".jax_cache"
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+settings.register_profile("suite", deadline=None, max_examples=30)
+settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Losses and advantages computed with TRL 1.16 and others."""
+    import json
+
+    path = DATA / "golden" / "trl_verl.json"
+    if not path.exists():
+        pytest.skip(f"golden values not found: {path}")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def child_env():
+    """Environment of a child process: one CPU device, the shared cache."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return env | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "PYTHON": sys.executable,
+        "COLUMNS": "200",
+    }

@@ -1,0 +1,64 @@
+"""Small models and configs that several tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pspo_jax.algorithms import resolve
+from pspo_jax.config import Config, replace
+from pspo_jax.policy import Architecture, transformer
+from pspo_jax.state import Prompts
+
+TINY = {
+    "policy.layers": 2,
+    "policy.width": 16,
+    "policy.heads": 4,
+    "policy.kv_heads": 2,
+    "policy.head_dim": 4,
+    "policy.mlp_width": 24,
+    "task.train_prompts": 40,
+    "task.heldout_prompts": 16,
+    "rollout.prompts": 8,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 12,
+    "sft.steps": 0,
+}
+
+
+def tiny_config(**fields: Any) -> Config:
+    """A config of tiny shapes; keyword `a__b` sets field a.b."""
+    return resolve(replace(Config(), TINY | {k.replace("__", "."): v for k, v in fields.items()}))
+
+
+def tiny_policy(config: Config | None = None, vocab_size: int = 16, forbidden: tuple[int, ...] = (14, 15), **fields: Any):
+    """(policy, params, architecture) of the built-in transformer."""
+    config = config or tiny_config()
+    a = Architecture(
+        **(dataclasses.asdict(config.policy) | fields), vocab_size=vocab_size, forbidden=forbidden
+    )
+    policy = transformer(a)
+    return policy, policy.init(jax.random.key(1)), a
+
+
+def random_prompts(b: int, p: int, vocab: int = 13, seed: int = 0) -> Prompts:
+    """Prompts of random tokens and lengths 1..p, padded with 14."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, p + 1, b)
+    lengths[0] = p
+    tokens = np.where(np.arange(p) < lengths[:, None], rng.integers(0, vocab, (b, p)), 14)
+    return Prompts(
+        jnp.arange(b), jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.ones(b)
+    )
+
+
+def relative(a: Any, b: Any) -> float:
+    """|a - b| / |b| over all leaves of two trees."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    num = sum(float(np.sum((np.asarray(x, np.float64) - np.asarray(y, np.float64)) ** 2)) for x, y in pairs)
+    den = sum(float(np.sum(np.asarray(y, np.float64) ** 2)) for _, y in pairs)
+    return (num / max(den, 1e-30)) ** 0.5

@@ -1,0 +1,142 @@
+"""Rollouts: equal to the trainer's forward, independent of layout, and compiled once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspo_jax.objective.log_probs import completion_log_probs
+from pspo_jax.policy import from_logits
+from pspo_jax.rollout import SamplingParams, make_sampler
+from tests.helpers import random_prompts, tiny_config, tiny_policy
+
+EOS, PAD, T = 13, 14, 12
+
+
+def settings(temperature=1.0, top_p=1.0, top_k=0, stop=(EOS,), limit=T):
+    return SamplingParams(
+        jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k), jnp.asarray(stop, jnp.int32), jnp.int32(limit)
+    )
+
+
+def trainer_log_probs(policy, params, rollouts):
+    b, g = rollouts.lengths.shape
+    p = rollouts.prompts
+    return completion_log_probs(
+        policy,
+        params,
+        jnp.repeat(p.tokens, g, axis=0),
+        jnp.repeat(p.lengths, g, axis=0),
+        rollouts.tokens.reshape(b * g, -1),
+        rollouts.temperature,
+    )[0].reshape(rollouts.tokens.shape)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}, {"kv_heads": 1}])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_and_trainer_agree(shape, temperature):
+    policy, params, _ = tiny_policy(**shape)
+    if "qkv_bias" in shape:
+        params["layers"] |= {k: v + 0.3 for k, v in params["layers"].items() if "bias" in k}
+    sample = make_sampler(policy, 4, T, PAD)
+    rollouts = sample(params, random_prompts(6, 9), jax.random.key(0), settings(temperature, top_p=0.95))
+    want = trainer_log_probs(policy, params, rollouts)
+    gap = jnp.where(rollouts.mask, jnp.abs(rollouts.log_probs - want), 0).max()
+    assert float(gap) <= 1e-4
+    assert bool(jnp.all(rollouts.sampling_log_probs >= rollouts.log_probs - 1e-5))
+
+
+def test_forbidden_ids_have_no_share_on_either_side():
+    policy, params, _ = tiny_policy()
+    rollouts = make_sampler(policy, 16, T, PAD)(params, random_prompts(8, 9), jax.random.key(0), settings())
+    drawn = np.asarray(rollouts.tokens)[np.asarray(rollouts.mask)]
+    assert not np.isin(drawn, [14, 15]).any()
+    logits = policy.logits(params, jnp.ones((3, 16)))
+    assert float(jax.nn.softmax(logits)[:, 14:].max()) == 0
+
+
+def test_ends_are_as_documented():
+    policy, params, _ = tiny_policy()
+    rollouts = make_sampler(policy, 8, T, PAD)(params, random_prompts(8, 9), jax.random.key(3), settings())
+    tokens, mask, lengths = map(np.asarray, (rollouts.tokens, rollouts.mask, rollouts.lengths))
+    ended = np.asarray(rollouts.ended)
+    assert ended.any() and not ended.all()
+    for row, m, n, e in zip(
+        tokens.reshape(-1, T), mask.reshape(-1, T), lengths.ravel(), ended.ravel(), strict=True
+    ):
+        assert m.tolist() == [i < n for i in range(T)]
+        assert (row[n - 1] == EOS) == e
+        assert EOS not in row[: n - 1]
+        assert (row[n:] == PAD).all()
+        assert e or n == T
+
+
+def test_several_stop_ids_and_a_traced_limit():
+    policy, params, _ = tiny_policy()
+    sample = make_sampler(policy, 8, T, PAD)
+    rollouts = sample(params, random_prompts(8, 9), jax.random.key(3), settings(stop=(1, 2, 3), limit=5))
+    assert int(rollouts.lengths.max()) <= 5
+    last = np.take_along_axis(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)[..., None] - 1, 2)[..., 0]
+    np.testing.assert_array_equal(np.isin(last, [1, 2, 3]), np.asarray(rollouts.ended))
+
+
+def test_changing_settings_or_lengths_does_not_recompile():
+    policy, params, _ = tiny_policy()
+    sample = make_sampler(policy, 4, T, PAD)
+    variants = [
+        settings(0.7),
+        settings(top_p=0.5),
+        settings(top_k=3),
+        settings(stop=(4,)),
+        settings(limit=3),
+        settings(temperature=0.0),
+    ]
+    batches = [random_prompts(6, 9, seed=seed) for seed in range(len(variants))]
+    keys = [jax.random.key(i) for i in range(len(variants))]
+    sample(params, random_prompts(6, 9, seed=99), jax.random.key(99), settings())
+    with jax.no_tracing(True):
+        for prompts, key, variant in zip(batches, keys, variants, strict=True):
+            sample(params, prompts, key, variant)
+
+
+def test_rows_do_not_depend_on_the_rest_of_the_batch():
+    """Row keys come from the row's number: the first prompts of a larger batch give the same tokens."""
+    policy, params, _ = tiny_policy()
+    sample = make_sampler(policy, 4, T, PAD)
+    whole = random_prompts(6, 9)
+    part = jax.tree.map(lambda x: x[:2], whole)
+    a = sample(params, whole, jax.random.key(5), settings())
+    b = sample(params, part, jax.random.key(5), settings())
+    np.testing.assert_array_equal(a.tokens[:2], b.tokens)
+
+
+def test_first_token_frequencies_through_the_whole_sampler():
+    from scipy import stats
+
+    policy, params, _ = tiny_policy()
+    n = 4096
+    rollouts = make_sampler(policy, n, 1, PAD)(params, random_prompts(1, 5), jax.random.key(1), settings(limit=1))
+    hidden = policy.hidden(params, rollouts.prompts.tokens)[0, int(rollouts.prompts.lengths[0]) - 1]
+    p = np.asarray(jax.nn.softmax(policy.logits(params, hidden)), np.float64)
+    counts = np.bincount(np.asarray(rollouts.tokens).ravel(), minlength=16)
+    assert stats.chisquare(counts[:14], n * p[:14] / p[:14].sum()).pvalue > 1e-3
+
+
+def test_a_model_of_logits_samples_the_same_tokens():
+    """The cacheless adapter around the same network draws what the cached decoder draws."""
+    policy, params, a = tiny_policy()
+    plain = from_logits(
+        lambda p, tokens: policy.logits(p, policy.hidden(p, tokens)), policy.init, a.vocab_size, a.forbidden
+    )
+    prompts, key = random_prompts(5, 9), jax.random.key(2)
+    want = make_sampler(policy, 3, T, PAD)(params, prompts, key, settings())
+    got = make_sampler(plain, 3, T, PAD)(params, prompts, key, settings())
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
+
+
+def test_bfloat16_gap_is_small():
+    policy, params, _ = tiny_policy(tiny_config(), compute_dtype="bfloat16")
+    rollouts = make_sampler(policy, 4, T, PAD)(params, random_prompts(6, 9), jax.random.key(0), settings())
+    gap = jnp.abs(rollouts.log_probs - trainer_log_probs(policy, params, rollouts))
+    assert float(jnp.where(rollouts.mask, gap, 0).max()) <= 0.1
