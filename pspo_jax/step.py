@@ -214,7 +214,7 @@ def _optimize(
     def update(carry: Any, minibatch: Rows) -> tuple[Any, UpdateMetrics]:
         params, opt_state, skipped = carry
         grads, metrics, gap = _gradient(policy, params, minibatch, temperature, config)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         changes, new_opt_state = optimizer.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, changes)

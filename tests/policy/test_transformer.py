@@ -1,0 +1,100 @@
+"""The built-in policy against plain formulas, and its table of weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspo_jax.config import PolicyConfig
+from pspo_jax.policy.transformer import rope
+from pspo_jax.policy.weights import table, weight_axes
+from tests.helpers import tiny_policy
+
+
+def plain_forward(a, params, tokens):
+    """One row, float64 numpy, a loop over heads and positions."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, w):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + a.norm_eps) * w
+
+    def rotate(x, position):
+        half = len(x) // 2
+        angle = position * a.rope_theta ** (-np.arange(half) / half)
+        u, v = x[:half], x[half:]
+        return np.concatenate([u * np.cos(angle) - v * np.sin(angle), v * np.cos(angle) + u * np.sin(angle)])
+
+    x = p["embed"][tokens]
+    for layer in range(a.layers):
+        w = {k: v[layer] for k, v in p["layers"].items()}
+        y = norm(x, w["attn_norm"])
+        q, k, v = (np.einsum("sd,dnh->snh", y, w[name]) for name in "qkv")
+        if a.qkv_bias:
+            q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+        if a.qk_norm:
+            q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+        out = np.zeros_like(x)
+        for head in range(a.heads):
+            kv = head // (a.heads // a.kv_heads)
+            for s in range(len(tokens)):
+                query = rotate(q[s, head], s)
+                scores = np.array([query @ rotate(k[t, kv], t) for t in range(s + 1)]) / np.sqrt(a.head_dim)
+                weights = np.exp(scores - scores.max())
+                mixed = (weights / weights.sum()) @ v[: s + 1, kv]
+                out[s] += mixed @ w["o"][head]
+        x = x + out
+        y = norm(x, w["mlp_norm"])
+        gate = y @ w["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
+    head = p["embed"].T if a.tied else p["head"]
+    return norm(x, p["final_norm"]) @ head
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"tied": True}, {"qkv_bias": True, "kv_heads": 4}, {"qk_norm": True, "kv_heads": 1}, {"remat": True}],
+)
+def test_forward_equals_plain_numpy(shape):
+    policy, params, a = tiny_policy(**shape)
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
+    tokens = np.array([3, 1, 4, 1, 5, 9, 2])
+    got = policy.logits(params, policy.hidden(params, jnp.asarray(tokens)[None]))[0]
+    want = plain_forward(a, params, tokens)
+    np.testing.assert_allclose(got[:, :14], want[:, :14], atol=1e-4)
+
+
+def test_default_policy_has_108864_parameters():
+    policy, params, _ = tiny_policy(
+        layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False
+    )
+    assert sum(x.size for x in jax.tree.leaves(params)) == 108_864
+    assert PolicyConfig().width == 64 and policy.vocab_size == 16
+
+
+def test_table_init_and_axes_are_one_tree():
+    policy, params, a = tiny_policy(qkv_bias=True, qk_norm=True)
+    weights = table(a)
+    flat = jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "axes"))
+    assert jax.tree.structure(params) == jax.tree.structure(
+        weight_axes(weights), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    for w, value in zip(flat, jax.tree.leaves(params), strict=True):
+        assert value.shape == w.shape and len(w.axes) == len(w.shape)
+    assert policy.axes == weight_axes(weights)
+
+
+def test_rope_keeps_relative_positions():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        at = [rope(x, jnp.array([[n]]), 100.0).ravel() for x, n in ((q, i), (k, j))]
+        return float(at[0] @ at[1])
+
+    assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-4)
+
+
+def test_weights_depend_on_name_and_key_alone():
+    _, a, _ = tiny_policy()
+    _, b, _ = tiny_policy(qkv_bias=True)
+    np.testing.assert_array_equal(a["layers"]["o"], b["layers"]["o"])
+    assert float(jnp.abs(a["layers"]["q"] - a["layers"]["k"].mean()).max()) > 0

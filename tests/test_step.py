@@ -1,0 +1,184 @@
+"""The training step: against a naive version, invariant to how it is cut up, guarded, compiled once, donated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pspo_jax import algorithms
+from pspo_jax.policy.base import MASKED
+from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.step import init_state, make_train_step
+from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
+
+P, PAD, EOS = 9, 14, 13
+
+
+def setup(optimizer=None, **fields):
+    config = tiny_config(**fields)
+    policy, params, _ = tiny_policy(config)
+    algorithm = algorithms.build(config)
+    optimizer = optimizer or optax.sgd(0.5)
+    state = init_state(
+        jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0)
+    )
+    step = make_train_step(policy, optimizer, algorithm, config)
+    sample = make_sampler(policy, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
+    settings = SamplingParams.of(config.rollout, [EOS])
+    return config, policy, state, step, lambda params, i: sample(
+        params, random_prompts(config.rollout.prompts, P, seed=i), jax.random.key(i), settings
+    )
+
+
+def rewards_of(rollouts):
+    """Varied and cheap: the share of even tokens."""
+    even = (rollouts.tokens % 2 == 0) & rollouts.mask
+    return even.sum(-1) / rollouts.lengths
+
+
+def naive_loss(policy, params, rollouts, rewards, config):
+    """Token-mean clipped surrogate of GRPO by Python loops over rows and whole logits, on-policy."""
+    total, count = 0.0, 0
+    for b in range(rewards.shape[0]):
+        r = np.asarray(rewards[b], np.float64)
+        advantages = (r - r.mean()) / (r.std(ddof=1) + 1e-4)
+        n = int(rollouts.prompts.lengths[b])
+        for g in range(rewards.shape[1]):
+            t = int(rollouts.lengths[b, g])
+            row = jnp.concatenate([rollouts.prompts.tokens[b, :n], rollouts.tokens[b, g, :t]])
+            logits = policy.logits(params, policy.hidden(params, row[None]))[0] / config.rollout.temperature
+            log_probs = jax.nn.log_softmax(logits)[jnp.arange(n - 1, n + t - 1), row[n:]]
+            ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
+            total = total - (ratio * advantages[g]).sum()
+            count += t
+    return total / count
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_step_equals_a_naive_one(temperature):
+    config, policy, state, step, sample = setup(algorithm__name="grpo", rollout__temperature=temperature)
+    params = jax.tree.map(jnp.copy, state.params)
+    rollouts = sample(params, 0)
+    rewards = rewards_of(rollouts)
+    grads = jax.grad(lambda p: naive_loss(policy, p, rollouts, rewards, config))(params)
+    want = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    state, metrics = step(state, rollouts, rewards)
+    assert relative(state.params, want) < 1e-5
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-3)
+    assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-4
+    assert float(metrics["reward"]) == pytest.approx(float(rewards.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "ers", "pps", "pspo"])
+def test_microbatches_change_nothing(name):
+    results = []
+    for rows in (0, 4):
+        _, _, state, step, sample = setup(algorithm__name=name, objective__microbatch_rows=rows, objective__kl_coef=0.1)
+        rollouts = sample(state.params, 0)
+        results.append(step(state, rollouts, rewards_of(rollouts)))
+    (a, metrics_a), (b, metrics_b) = results
+    assert relative(a.params, b.params) < 1e-6
+    for key in metrics_a:
+        np.testing.assert_allclose(metrics_a[key], metrics_b[key], rtol=2e-3, atol=1e-5, err_msg=key)
+
+
+def test_iterations_and_minibatches():
+    fields = {"objective__num_iterations": 2, "objective__minibatches": 4, "algorithm__name": "grpo"}
+    _, _, state, step, sample = setup(optimizer=optax.sgd(5.0), **fields)
+    rollouts = sample(state.params, 0)
+    state, metrics = step(state, rollouts, rewards_of(rollouts))
+    assert int(state.updates) == 8
+    assert float(metrics["clip_ratio/region_mean"]) > 0
+    # The gap to the sampler is measured before the first update, so it stays at rounding.
+    assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-4
+
+
+def test_old_log_probs_of_trainer_and_sampler_agree():
+    out = []
+    for source in ("sampler", "trainer"):
+        _, _, state, step, sample = setup(
+            objective__old_log_probs=source, objective__num_iterations=2, objective__microbatch_rows=8
+        )
+        rollouts = sample(state.params, 0)
+        out.append(step(state, rollouts, rewards_of(rollouts))[0].params)
+    assert relative(*out) < 1e-5
+
+
+def test_reference_policy_is_held_only_for_a_kl_term():
+    assert setup()[2].reference is None
+    _, _, state, step, sample = setup(objective__kl_coef=0.2, algorithm__name="grpo")
+    start = jax.tree.map(np.asarray, state.reference)
+    for i in range(3):
+        rollouts = sample(state.params, i)
+        state, metrics = step(state, rollouts, rewards_of(rollouts))
+        assert (float(metrics["kl"]) > 1e-7) == (i > 0)
+    jax.tree.map(np.testing.assert_array_equal, state.reference, start)
+
+
+def test_update_that_is_not_finite_is_skipped_and_counted():
+    _, _, state, step, sample = setup(optimizer=optax.adam(1e-2), algorithm__name="grpo")
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    rollouts = sample(state.params, 0)
+    rewards = rewards_of(rollouts)
+    for expected in (1, 2):
+        state, metrics = step(state, rollouts, rewards.at[0, 0].set(jnp.inf))
+        assert int(state.skipped) == expected == int(metrics["skipped_updates"])
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+    assert int(state.updates) == 0 and int(state.step) == 2
+    state, _ = step(state, rollouts, rewards)
+    assert int(state.skipped) == 0 and int(state.updates) == 1
+    assert relative(state.params, before[0]) > 0
+
+
+def test_no_verdicts_at_all_leave_the_policy_alone():
+    _, _, state, step, sample = setup(algorithm__name="pspo")
+    before = jax.tree.map(np.asarray, state.params)
+    rollouts = sample(state.params, 0)
+    state, metrics = step(state, rollouts, jnp.full((8, 4), jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    assert float(metrics["rewards/no_verdict"]) == 1
+    assert all(np.isfinite(float(v)) for v in metrics.values())
+
+
+def test_nothing_is_traced_after_the_second_step_and_state_is_donated():
+    _, _, state, step, sample = setup(optimizer=optax.adamw(1e-3))
+    batches = [sample(state.params, i) for i in range(4)]
+    rewards = [rewards_of(r) for r in batches]
+    state, _ = step(state, batches[0], rewards[0])
+    state, _ = step(state, batches[1], rewards[1])
+    old = jax.tree.leaves(state.params)[0]
+    with jax.no_tracing(True):
+        state, _ = step(state, batches[2], rewards[2])
+        state, _ = step(state, batches[3], rewards[3])
+    assert old.is_deleted()
+
+
+def test_all_of_the_state_is_donated():
+    """Alias bytes cover params and optimizer state: nothing of them is held twice."""
+    _, _, state, step, sample = setup(optimizer=optax.adamw(1e-3))
+    rollouts = sample(state.params, 0)
+    memory = step.lower(state, rollouts, rewards_of(rollouts)).compile().memory_analysis()
+    held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert memory.alias_size_in_bytes >= held
+
+
+def test_state_moves_with_the_step():
+    """Selector and credit learn inside the step: the prompts seen get new priorities and a history."""
+    _, _, state, step, sample = setup(algorithm__name="pspo")
+    rollouts = sample(state.params, 0)
+    state, _ = step(state, rollouts, rewards_of(rollouts))
+    assert np.asarray(state.credit.visits)[:8].tolist() == [1] * 8
+    assert (np.asarray(state.selector.priority)[:8] != 1).all()
+    assert (np.asarray(state.selector.priority)[8:] == 1).all()
+
+
+def test_masked_logits_carry_no_gradient():
+    policy, params, _ = tiny_policy()
+
+    def total(p):
+        return jax.nn.logsumexp(policy.logits(p, jnp.ones((2, 16))), axis=-1).sum()
+
+    head = jax.grad(total)(params)["head"]
+    assert np.abs(np.asarray(head[:, 14:])).max() == 0
+    assert float(policy.logits(params, jnp.ones((1, 16)))[0, 15]) == pytest.approx(MASKED)
