@@ -1,7 +1,7 @@
 """`python -m pspo_jax.report RUN [RUN ...] [--out FILE]`: run folders -> one self-contained HTML page.
 
-The page needs no server, no network and nothing installed where it is read, so it can be mailed or archived beside the
-run. A run that is still going can be reported too; the page then says so.
+The page needs no server, no network and nothing installed where it is read, so it can be mailed or archived.
+A run that is still going can be reported too; the page then says so.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m pspo_jax.report",
         description="Write one self-contained HTML page that compares runs.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder"
+    )
     args = parser.parse_args(argv)
     print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
     return 0

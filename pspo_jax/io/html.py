@@ -1,8 +1,8 @@
 """Run folders -> the data of a report -> one HTML page.
 
-A report is often asked for while a run is still going or after it died, so only metrics.jsonl is required: whatever else
-is missing, cut off or unreadable becomes a note on the page. The page is the template report.html with the data put in
-as JSON; all drawing happens in the reader's browser.
+A report is often asked for while a run is still going or after it died, so only metrics.jsonl is required;
+what else is missing, cut off or unreadable becomes a note on the page. The page is report.html (structure and
+style) with the data put in as JSON and report_script.html behind it; the reader's browser does the drawing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ MAX_TEXT = 8000
 
 _AXES = {"step": "step", "rollouts": "rollouts/total", "tokens": "num_tokens"}
 _PHASES = ("select", "rollout", "verify", "update")
-_MARKER = "__PSPO_DATA__"
 T = TypeVar("T")
 
 
@@ -50,18 +49,22 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page. Data can hold any text, so `<`, `>` and `&` are written as JSON escapes: no completion can end the
-    script element that holds it. ASCII output also keeps lone surrogates, which UTF-8 has no bytes for, readable."""
+    """The page. Data can hold any text, so `<`, `>` and `&` are written as JSON escapes: no completion can
+    end the script element that holds it."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    template = resources.files("pspo_jax.io").joinpath("report.html").read_text(encoding="utf-8")
-    return template.replace(_MARKER, text, 1)
+    page, script = (
+        resources.files("pspo_jax.io").joinpath(name).read_text(encoding="utf-8")
+        for name in ("report.html", "report_script.html")
+    )
+    # The data goes in last: it may spell the other marker.
+    return page.replace("__PSPO_SCRIPT__", script, 1).replace("__PSPO_DATA__", text, 1)
 
 
 def thin(values: Sequence[float], limit: int) -> list[int]:
-    """Indices of at most `limit` values: the ends, and both extremes of each of equal stretches, so that a spike of one
-    step stays in sight however long the run was."""
+    """Indices of at most `limit` values: the ends, and both extremes of each of equal stretches, so that a
+    spike of one step stays in sight however long the run was."""
     n = len(values)
     if n <= limit:
         return list(range(n))
@@ -77,7 +80,9 @@ def _read_run(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the run.dir of a training run")
     if not (folder / "metrics.jsonl").is_file():
-        raise ConfigError(f"{folder}: holds no metrics.jsonl; name the run.dir of a run whose training has begun")
+        raise ConfigError(
+            f"{folder}: holds no metrics.jsonl; name the run.dir of a run whose training has begun"
+        )
     notes: list[str] = []
     lines = _read_metrics(folder, notes)
     rows, metrics = _columns(lines)
@@ -104,7 +109,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read_metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Lines in the order of their steps; of a step that a resumed run repeated, the last one."""
-    by_step = {line["step"]: line for line in _lines(folder / "metrics.jsonl", notes) if _number(line.get("step")) is not None}
+    by_step = {
+        line["step"]: line
+        for line in _lines(folder / "metrics.jsonl", notes)
+        if _number(line.get("step")) is not None
+    }
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -124,7 +133,9 @@ def _columns(lines: list[dict[str, Any]]) -> tuple[dict[str, list[Any]], dict[st
     used = sorted({i for indices, _ in picked.values() for i in indices})
     place = {row: i for i, row in enumerate(used)}
     rows = {axis: [_number(lines[i].get(key)) for i in used] for axis, key in _AXES.items()}
-    return rows, {key: {"at": [place[i] for i in at], "values": values} for key, (at, values) in picked.items()}
+    return rows, {
+        key: {"at": [place[i] for i in at], "values": values} for key, (at, values) in picked.items()
+    }
 
 
 def _read_config(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -150,11 +161,17 @@ def _read_summary(folder: Path, lines: list[dict[str, Any]], notes: list[str]) -
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         summary = None
+    reached = _last(lines, "step")
+    # A finished run that was resumed with more steps leaves its old summary until the new end.
+    if isinstance(summary, dict) and (_number(summary.get("steps")) or 0) < (reached or 0):
+        summary = None
     if not isinstance(summary, dict):
-        notes.append("No readable summary.json: the run is still going or was stopped. Its numbers are those so far.")
+        notes.append(
+            "No current summary.json: the run is still going or was stopped. Its numbers are those so far."
+        )
         summary = {
             "eval": {kind: _last(lines, f"eval/{kind}") for kind in ("greedy", "sampled")},
-            "steps": _last(lines, "step"),
+            "steps": reached,
             "rollouts": _last(lines, "rollouts/total"),
             "tokens": _last(lines, "num_tokens"),
             "seconds": {p: sum(_number(line.get(f"time/{p}")) or 0 for line in lines) for p in _PHASES},
@@ -224,7 +241,9 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         else:
             broken += 1
     if broken:
-        notes.append(f"{path.name}: {broken} unreadable line{'s'[: broken > 1]} left out, as when a writer is cut off.")
+        notes.append(
+            f"{path.name}: {broken} unreadable line{'s'[: broken > 1]} left out, as when a writer is cut off."
+        )
     return objects
 
 
@@ -262,8 +281,10 @@ def _last(lines: list[dict[str, Any]], key: str) -> int | float | None:
 
 
 def _text(value: Any) -> str:
-    """`value` as text; of a very long one the beginning and the end, where the question and the answer are."""
+    """`value` as text; of a very long one the beginning and the end, where question and answer stand."""
     text = "" if value is None else str(value)
+    # Half an emoji, as a tokenizer can leave behind, is a lone surrogate: no text that UTF-8 can carry on.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if len(text) <= MAX_TEXT:
         return text
     half = MAX_TEXT // 2
