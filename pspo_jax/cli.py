@@ -1,7 +1,7 @@
 """Command line and YAML -> `Config`.
 
-tyro does the parsing. Of the maintained libraries for nested dataclasses it was the one whose unknown-key errors name
-the nearest key and whose `--help` shows every field's docstring with its type and default; draccus reads YAML itself but
+tyro does the parsing. Of the maintained libraries for nested dataclasses it was the one whose errors name the nearest
+key and whose `--help` shows every field's docstring with its type and default; draccus reads YAML itself but
 prints tracebacks for wrong types and no suggestions, OmegaConf has no help. A YAML file's leaves become the same dotted
 flags that a user could type, ahead of the typed ones, so a file and a flag fail in the same words.
 """

@@ -202,7 +202,7 @@ class ObjectiveConfig:
     """Passes over a batch of rollouts."""
     minibatches: Annotated[int, Range(1)] = 1
     """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
-    microbatch_rows: Annotated[int, Range(0)] = 0
+    microbatch_rows: Annotated[int, Range(0)] = 32
     """Completions whose gradient is computed at a time and accumulated; 0 = a whole minibatch."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Log-probs of the policy before the update: those the sampler returned, or recomputed by the trainer."""
@@ -296,7 +296,7 @@ class Config:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted field name -> value, for a config or any nested dict of one."""
-    items = dataclasses.asdict(config).items() if dataclasses.is_dataclass(config) else config.items()
+    items = config.items() if isinstance(config, dict) else dataclasses.asdict(config).items()
     out: dict[str, Any] = {}
     for name, value in items:
         if isinstance(value, dict):
@@ -313,9 +313,7 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
         if key not in known:
             raise ConfigError(f"{key}: no such field")
         stage, name = key.split(".")
-        config = dataclasses.replace(
-            config, **{stage: dataclasses.replace(getattr(config, stage), **{name: value})}
-        )
+        config = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), **{name: value})})
     return config
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from pspo_jax.evaluate import evaluate, gather
 from pspo_jax.io.checkpoint import Checkpoints
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, check_config, crc, open_folder, write_json
+from pspo_jax.io.stop import stop_requests
 from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.report import write_report
@@ -46,7 +47,13 @@ class Totals:
 
     def __init__(self, saved: dict[str, Any] | None = None):
         saved = saved or {}
-        self.counts: dict[str, int] = {"rollouts": 0, "effective": 0, "generated": 0, "tokens": 0, **saved.get("counts", {})}
+        self.counts: dict[str, int] = {
+            "rollouts": 0,
+            "effective": 0,
+            "generated": 0,
+            "tokens": 0,
+            **saved.get("counts", {}),
+        }
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0) | saved.get("seconds", {})
         self._before = saved.get("total", 0.0)
         self._began = time.monotonic()
@@ -55,7 +62,8 @@ class Totals:
         return self._before + time.monotonic() - self._began
 
     def save(self) -> dict[str, Any]:
-        return {"counts": self.counts, "seconds": self.seconds, "total": self.total()}
+        """A copy: the checkpoint is written while later steps go on counting."""
+        return {"counts": dict(self.counts), "seconds": dict(self.seconds), "total": self.total()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, float]]:
@@ -67,25 +75,6 @@ class Totals:
         finally:
             out["seconds"] = time.monotonic() - began
             self.seconds[name] += out["seconds"]
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`: True once SIGINT or SIGTERM came. A second one interrupts at once."""
-    came = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: came
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def train(config: Config) -> int:
@@ -142,7 +131,8 @@ def compile_programs(setup: Setup, state: TrainState, progress: Progress) -> Pro
         def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-        return Prompts(spec((n,), jnp.int32), spec((n, p), jnp.int32), spec((n,), jnp.int32), spec((n,), jnp.float32))
+        build: Any = Prompts
+        return build(spec((n,), jnp.int32), spec((n, p), jnp.int32), spec((n,), jnp.int32), spec((n,), jnp.float32))
 
     def select(selector: Any, key: Any, step: Any) -> Any:
         return setup.algorithm.selector.select(selector, purpose_key(key, step, SELECT), step, b)
@@ -245,7 +235,7 @@ def _one_step(
     with totals.phase("select") as selecting:
         ids, weight, selector = programs.select(state.selector, state.key, state.step)
         rows = np.asarray(ids)
-        state = state.replace(selector=selector)
+        state = dataclasses.replace(state, selector=selector)
         prompts = jax.device_put(gather(task.train, rows, weight), batch_sharding(mesh))
     with totals.phase("rollout") as rolling:
         rollouts = programs.sample(state.params, prompts, state.key, state.step, settings)
@@ -259,7 +249,10 @@ def _one_step(
 
     _count(totals, values, task.train.lengths[rows], lengths)
     for name, reward_of in rewards.items():
-        values |= {f"rewards/{name}/mean": float(np.nanmean(reward_of)), f"rewards/{name}/std": float(np.nanstd(reward_of))}
+        values |= {
+            f"rewards/{name}/mean": float(np.nanmean(reward_of)),
+            f"rewards/{name}/std": float(np.nanstd(reward_of)),
+        }
     times = {"select": selecting, "rollout": rolling, "verify": verifying, "update": updating}
     values |= {f"time/{name}": t["seconds"] for name, t in times.items()}
     values["step_time"] = sum(t["seconds"] for t in times.values())
@@ -293,7 +286,9 @@ def _count(totals: Totals, values: dict[str, Any], prompt_lengths: np.ndarray, l
     }
 
 
-def _completions(setup: Setup, done: int, rows: Any, tokens: Any, lengths: Any, ended: Any, reward: Any) -> list[dict[str, Any]]:
+def _completions(
+    setup: Setup, done: int, rows: Any, tokens: Any, lengths: Any, ended: Any, reward: Any
+) -> list[dict[str, Any]]:
     task = setup.task
     lines = []
     for i in range(min(setup.config.log.completions, len(rows))):
@@ -321,7 +316,9 @@ def _evaluate(setup: Setup, state: TrainState, programs: Programs, totals: Total
     rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
 
     def sample(params: Any, prompts: Prompts, key: Any, settings: SamplingParams) -> Rollouts:
-        return programs.eval_sample(params, prompts, jax.device_put(key, whole), state.step, jax.device_put(settings, whole))
+        return programs.eval_sample(
+            params, prompts, jax.device_put(key, whole), state.step, jax.device_put(settings, whole)
+        )
 
     with totals.phase("eval"):
         return evaluate(
@@ -365,7 +362,9 @@ def _finish(setup: Setup, totals: Totals, folder: Path, scores: dict[str, float]
             },
         )
     else:
-        progress.say(f"{folder} already holds all {setup.config.run.steps} steps; raise nothing, choose another --run.dir")
+        progress.say(
+            f"{folder} already holds all {setup.config.run.steps} steps; raise nothing, choose another --run.dir"
+        )
     if setup.config.log.report:
         progress.say(f"report: {write_report([folder], folder / 'report.html')}")
     summary = json.loads(path.read_text())

@@ -43,12 +43,8 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m pspo_jax.report",
         description="Write one self-contained HTML page that compares runs.",
     )
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder"
-    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder")
     args = parser.parse_args(argv)
     print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
     return 0

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from pspo_jax import algorithms
+from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError
 from pspo_jax.io.checkpoint import load_params, save_params
 from pspo_jax.io.progress import Progress
@@ -20,7 +21,6 @@ from pspo_jax.optimizer import adamw, updates_per_step
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, prompts_shardings, replicated
 from pspo_jax.parallel.runtime import keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, transformer
-from pspo_jax.sft import cold_start, settings
 from pspo_jax.state import TrainState
 from pspo_jax.step import init_state
 from pspo_jax.tasks import TASKS, Task
@@ -74,9 +74,7 @@ def prepare(config: Config) -> Setup:
     setup = Setup(config, mesh, task, policy, algorithm, optimizer, abstract=None)  # type: ignore[arg-type]
     shapes = jax.eval_shape(lambda key: new_state(setup, policy.init(key)), jax.random.key(0))
     shardings = _state_shardings(setup, shapes)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return setup._replace(abstract=abstract)
 
 
@@ -100,9 +98,7 @@ def place_state(setup: Setup, params: Any) -> TrainState:
     return init(params)
 
 
-def first_params(
-    setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]
-) -> tuple[Any | None, str]:
+def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]) -> tuple[Any | None, str]:
     """Cold-started weights and where they come from; None if `stop()` became true on the way.
 
     They are kept in `<folder>/cold_start`, and a run of equal settings in a sibling folder is asked first.
@@ -135,7 +131,8 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
     whole = replicated(mesh)
     params = params_shardings(mesh, shapes.params, setup.policy.axes)
     prompts = setup.task.train.tokens.shape[0]
-    return TrainState(
+    build: Any = TrainState
+    return build(
         step=whole,
         params=params,
         opt_state=optax.tree_map_params(

@@ -86,7 +86,10 @@ class Outcome(NamedTuple):
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
-    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`) in one step: a function of the run's key, so resume is exact."""
+    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`) in one step.
+
+    A function of the run's key, so that a resumed run draws what the uninterrupted one would have.
+    """
     return jax.random.fold_in(jax.random.fold_in(state_key, step), purpose)
 
 

@@ -1,10 +1,11 @@
 """The training step: rewards in, updated state out, one jitted and donated program.
 
-    credit -> replay exchange -> (old, reference log-probs) -> iterations x minibatches x microbatches -> observe
+credit -> replay exchange -> (old, reference log-probs) -> iterations x minibatches x microbatches -> observe
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,9 +124,7 @@ def make_train_step(
     """
     config = resolve(config)
 
-    def train_step(
-        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"]
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"]) -> tuple[TrainState, Metrics]:
         ids = rollouts.prompts.ids
         advantages, credit_state = algorithm.credit.estimate(state.credit, ids, rewards)
         raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
@@ -134,14 +133,13 @@ def make_train_step(
         )
         rows = _rows(policy, state, groups, config)
         params, opt_state, skipped, updates = _optimize(policy, optimizer, config, state, rows, rollouts.temperature)
-        selector_state = algorithm.selector.observe(
-            state.selector, ids, Outcome(rewards, advantages, raw), state.step
-        )
+        selector_state = algorithm.selector.observe(state.selector, ids, Outcome(rewards, advantages, raw), state.step)
         metrics = _rollout_metrics(rollouts, rewards) | _update_metrics(updates)
         metrics["skipped_updates"] = skipped.astype(jnp.float32)
         metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
         metrics["loss_weight/min"] = rollouts.prompts.loss_weight.min()
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -180,9 +178,11 @@ def _rows(policy: Policy, state: TrainState, groups: Groups, config: Config) -> 
         old_log_probs=flat(r.log_probs),
     )
     if config.objective.old_log_probs == "trainer":
-        rows = rows.replace(old_log_probs=_score(policy, state.params, rows, r.temperature, config))
+        rows = dataclasses.replace(rows, old_log_probs=_score(policy, state.params, rows, r.temperature, config))
     if state.reference is not None:
-        rows = rows.replace(reference_log_probs=_score(policy, state.reference, rows, r.temperature, config))
+        rows = dataclasses.replace(
+            rows, reference_log_probs=_score(policy, state.reference, rows, r.temperature, config)
+        )
     return rows
 
 
@@ -227,10 +227,8 @@ def _optimize(
     def iteration(carry: Any, _: None) -> tuple[Any, UpdateMetrics]:
         return jax.lax.scan(update, carry, minibatches)
 
-    carry = (state.params, state.opt_state, state.skipped)
-    (params, opt_state, skipped), metrics = jax.lax.scan(
-        iteration, carry, None, length=config.objective.num_iterations
-    )
+    carry: Any = (state.params, state.opt_state, state.skipped)
+    (params, opt_state, skipped), metrics = jax.lax.scan(iteration, carry, None, length=config.objective.num_iterations)
     return params, opt_state, skipped, jax.tree.map(lambda x: x.reshape(-1), metrics)
 
 
@@ -276,9 +274,7 @@ def _loss(
         rows.loss_weight,
         rows.reference_log_probs,
     )
-    loss = policy_loss(
-        losses.loss, rows.mask, config.objective.aggregation, total, config.rollout.max_new_tokens
-    )
+    loss = policy_loss(losses.loss, rows.mask, config.objective.aggregation, total, config.rollout.max_new_tokens)
     return loss, (loss_metrics(loss, losses, entropy, rows.mask, total), _gap(log_probs, rows))
 
 
@@ -339,11 +335,11 @@ def _deal_prompts(rows: Rows, parts: int, group_size: int) -> Rows:
 def _rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"]) -> Metrics:
     stats = group_statistics(rewards, ddof=1)
     valid = ~jnp.isnan(rewards)
-    judged = jnp.maximum((stats.count > 0).sum(), 1)
+    judged = jnp.maximum((stats.verdicts > 0).sum(), 1)
     std = jnp.sqrt(stats.variance)
     lengths = rollouts.lengths.astype(jnp.float32)
     ended = rollouts.ended
-    mixed = (stats.variance > 0) & (stats.count > 1)
+    mixed = (stats.variance > 0) & (stats.verdicts > 1)
     return {
         "reward": jnp.where(valid, rewards, 0).sum() / jnp.maximum(valid.sum(), 1),
         "reward_std": std.sum() / judged,
@@ -356,9 +352,7 @@ def _rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"]) -> Metric
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/mean_terminated_length": (lengths * ended).sum() / jnp.maximum(ended.sum(), 1),
-        "completions/min_terminated_length": jnp.where(
-            ended.any(), jnp.where(ended, lengths, jnp.inf).min(), 0
-        ),
+        "completions/min_terminated_length": jnp.where(ended.any(), jnp.where(ended, lengths, jnp.inf).min(), 0),
         "completions/max_terminated_length": jnp.where(ended, lengths, 0).max(),
         "completions/clipped_ratio": 1 - ended.mean(),
     }

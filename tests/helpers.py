@@ -35,12 +35,12 @@ def tiny_config(**fields: Any) -> Config:
     return resolve(replace(Config(), TINY | {k.replace("__", "."): v for k, v in fields.items()}))
 
 
-def tiny_policy(config: Config | None = None, vocab_size: int = 16, forbidden: tuple[int, ...] = (14, 15), **fields: Any):
+def tiny_policy(
+    config: Config | None = None, vocab_size: int = 16, forbidden: tuple[int, ...] = (14, 15), **fields: Any
+):
     """(policy, params, architecture) of the built-in transformer."""
     config = config or tiny_config()
-    a = Architecture(
-        **(dataclasses.asdict(config.policy) | fields), vocab_size=vocab_size, forbidden=forbidden
-    )
+    a = Architecture(**(dataclasses.asdict(config.policy) | fields), vocab_size=vocab_size, forbidden=forbidden)
     policy = transformer(a)
     return policy, policy.init(jax.random.key(1)), a
 
@@ -51,9 +51,7 @@ def random_prompts(b: int, p: int, vocab: int = 13, seed: int = 0) -> Prompts:
     lengths = rng.integers(1, p + 1, b)
     lengths[0] = p
     tokens = np.where(np.arange(p) < lengths[:, None], rng.integers(0, vocab, (b, p)), 14)
-    return Prompts(
-        jnp.arange(b), jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.ones(b)
-    )
+    return Prompts(jnp.arange(b), jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.ones(b))
 
 
 def relative(a: Any, b: Any) -> float:

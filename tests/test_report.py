@@ -21,9 +21,7 @@ from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.io import html
 from pspo_jax.report import main, write_report
 
-HOSTILE = (
-    '</script><script>document.body.dataset.pwned=1</script><img src=x onerror="fail(1)"> \u2028 \ud800 &amp;'
-)
+HOSTILE = '</script><script>document.body.dataset.pwned=1</script><img src=x onerror="fail(1)"> \u2028 \ud800 &amp;'
 
 
 def make_run(folder: Path, algorithm: str, seed: int, steps: int = 60, finished: bool = True) -> Path:
@@ -152,14 +150,11 @@ def test_unfinished_run(tmp_path: Path) -> None:
     summary = data["summary"]
     assert not summary["finished"] and summary["steps"] == 25 and summary["rollouts"] == 25 * 256
     assert summary["eval"]["greedy"] == pytest.approx(data["metrics"]["eval/greedy"]["values"][-1], rel=1e-5)
-    assert summary["seconds"]["rollout"] == pytest.approx(
-        sum(data["metrics"]["time/rollout"]["values"]), rel=1e-5
-    )
+    assert summary["seconds"]["rollout"] == pytest.approx(sum(data["metrics"]["time/rollout"]["values"]), rel=1e-5)
     assert data["completions"] == data["priorities"] == [] and data["config"] == {}
     notes = " ".join(data["notes"])
     assert all(
-        name in notes
-        for name in ("metrics.jsonl: 1 unreadable line ", "summary.json", "config.yaml is missing")
+        name in notes for name in ("metrics.jsonl: 1 unreadable line ", "summary.json", "config.yaml is missing")
     )
 
 
@@ -175,8 +170,7 @@ def test_a_repeated_step_counts_once_and_non_finite_values_are_gaps(tmp_path: Pa
     run = tmp_path / "r"
     run.mkdir()
     (run / "metrics.jsonl").write_text(
-        '{"step": 0, "reward": 1}\n{"step": 1, "reward": 2}\n'
-        '{"step": 2, "reward": NaN}\n{"step": 1, "reward": 3}\n'
+        '{"step": 0, "reward": 1}\n{"step": 1, "reward": 2}\n{"step": 2, "reward": NaN}\n{"step": 1, "reward": 3}\n'
     )
     data = payload(write_report([run], run / "report.html"))["runs"][0]
     assert data["metrics"] == {"reward": {"at": [0, 1], "values": [1, 3]}}
@@ -195,9 +189,7 @@ def test_thin_keeps_ends_and_spikes() -> None:
 def test_long_runs_stay_small(tmp_path: Path) -> None:
     run = tmp_path / "r"
     (run / "completions").mkdir(parents=True)
-    _write_lines(
-        run / "metrics.jsonl", [{"step": i, "reward": i % 7 / 7, "num_tokens": i} for i in range(20_000)]
-    )
+    _write_lines(run / "metrics.jsonl", [{"step": i, "reward": i % 7 / 7, "num_tokens": i} for i in range(20_000)])
     for step in range(200):
         line = {
             "step": step,
@@ -211,17 +203,13 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
     data = payload(page)["runs"][0]
     assert page.stat().st_size < 1_500_000
     assert len(data["metrics"]["reward"]["values"]) <= html.MAX_POINTS
-    assert [data["completions"][i]["step"] for i in (0, -1)] == [0, 199] and len(
-        data["completions"]
-    ) == html.MAX_DUMPS
+    assert [data["completions"][i]["step"] for i in (0, -1)] == [0, 199] and len(data["completions"]) == html.MAX_DUMPS
     text = data["completions"][0]["groups"][0]["rows"][0]["completion"]
     assert text.startswith("first") and text.endswith("last") and "42009 characters left out" in text
     assert any("60 of 200 completion dumps" in line for line in data["notes"])
 
 
-@pytest.mark.parametrize(
-    ("exists", "complaint"), [(False, "no such folder"), (True, "holds no metrics.jsonl")]
-)
+@pytest.mark.parametrize(("exists", "complaint"), [(False, "no such folder"), (True, "holds no metrics.jsonl")])
 def test_bad_folder_is_one_line_and_exit_code_2(tmp_path: Path, exists: bool, complaint: str) -> None:
     run = tmp_path / "r"
     if exists:
@@ -257,14 +245,12 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert len(re.findall("</script", text)) == len(re.findall("<script", text)) == 2
     addresses = re.sub(r"http://www\.w3\.org/2000/svg", "", text)
     assert not re.search(r"https?://|@import|url\(", addresses)
-    assert payload(page)["runs"][0]["completions"][-1]["groups"][0]["rows"][0][
-        "completion"
-    ] == HOSTILE.replace("\ud800", "\ufffd")
+    assert payload(page)["runs"][0]["completions"][-1]["groups"][0]["rows"][0]["completion"] == HOSTILE.replace(
+        "\ud800", "\ufffd"
+    )
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 browser = pytest.mark.skipif(
     CHROMIUM is None,
     reason="no chromium, chromium-browser, google-chrome or chrome on PATH to open the report in",
@@ -305,11 +291,7 @@ def test_browser_draws_every_part(tmp_path: Path) -> None:
     ):
         for run in ("pspo", "grpo"):
             path = re.search(rf'<path [^>]*d="(M[^"]*)" data-run="{run}" data-metric="{metric}"', drawn)
-            assert (
-                path
-                and path.group(1).count("L") == (3 if "eval" in metric else 59)
-                and "NaN" not in path.group(1)
-            )
+            assert path and path.group(1).count("L") == (3 if "eval" in metric else 59) and "NaN" not in path.group(1)
     assert "Not logged by these runs." in drawn, "kl is null throughout"
     assert drawn.count("Zero at every step.") == 1, "nothing was clipped"
     assert drawn.count('class="column"') == 20 and "grpo: no priorities logged" in drawn
@@ -368,9 +350,7 @@ def test_browser_reads_hostile_text_as_text(tmp_path: Path) -> None:
 
 
 @browser
-@pytest.mark.parametrize(
-    "lines", ["", '{"step": 0, "rollouts/total": 0, "num_tokens": 0, "eval/greedy": 0.4}\n']
-)
+@pytest.mark.parametrize("lines", ["", '{"step": 0, "rollouts/total": 0, "num_tokens": 0, "eval/greedy": 0.4}\n'])
 def test_browser_draws_notes_for_what_is_missing(tmp_path: Path, lines: str) -> None:
     run = tmp_path / "young"
     run.mkdir()

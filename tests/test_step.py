@@ -20,14 +20,18 @@ def setup(optimizer=None, **fields):
     policy, params, _ = tiny_policy(config)
     algorithm = algorithms.build(config)
     optimizer = optimizer or optax.sgd(0.5)
-    state = init_state(
-        jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0)
-    )
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
     step = make_train_step(policy, optimizer, algorithm, config)
     sample = make_sampler(policy, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
     settings = SamplingParams.of(config.rollout, [EOS])
-    return config, policy, state, step, lambda params, i: sample(
-        params, random_prompts(config.rollout.prompts, P, seed=i), jax.random.key(i), settings
+    return (
+        config,
+        policy,
+        state,
+        step,
+        lambda params, i: sample(
+            params, random_prompts(config.rollout.prompts, P, seed=i), jax.random.key(i), settings
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a reward is worth. A credit is pure functions over its own per-prompt state; a new one is a file and a line here."""
+"""What a reward is worth. A credit is pure functions over its own per-prompt state; a new one is a file and a line."""
 
 from pspo_jax.credit.base import Credit
 from pspo_jax.credit.ers import ers

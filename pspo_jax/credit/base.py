@@ -22,11 +22,11 @@ class Credit(NamedTuple):
 
 
 class GroupStatistics(NamedTuple):
-    count: Float[Array, "B"]
+    verdicts: Float[Array, "B"]
     """Rewards with a verdict."""
     mean: Float[Array, "B"]
     variance: Float[Array, "B"]
-    """Divides by count - ddof; 0 where that is not positive."""
+    """Divides by verdicts - ddof; 0 where that is not positive."""
 
 
 def group_statistics(rewards: Float[Array, "B G"], ddof: int) -> GroupStatistics:

@@ -55,7 +55,7 @@ def ers(config: CreditConfig) -> Credit:
         stats = group_statistics(rewards, config.ddof)
         mean_old, spread_old = state.mean[ids], state.spread[ids]
         seen = state.visits[ids] > 0
-        usable = stats.count > 1
+        usable = stats.verdicts > 1
 
         mean = jnp.where(seen, mean_old + config.alpha * (stats.mean - mean_old), stats.mean)
         mixing = config.alpha * (1 - config.alpha) * (stats.mean - mean_old) ** 2

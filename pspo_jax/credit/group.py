@@ -19,7 +19,7 @@ def group_advantages(
     """
     stats = group_statistics(rewards, ddof)
     centred = rewards - stats.mean[:, None]
-    known = ~jnp.isnan(rewards) & (stats.count > 1)[:, None]
+    known = ~jnp.isnan(rewards) & (stats.verdicts > 1)[:, None]
     match scale:
         case "group" | None:
             centred = centred / (jnp.sqrt(stats.variance) + eps)[:, None]

@@ -80,9 +80,7 @@ def _read_run(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the run.dir of a training run")
     if not (folder / "metrics.jsonl").is_file():
-        raise ConfigError(
-            f"{folder}: holds no metrics.jsonl; name the run.dir of a run whose training has begun"
-        )
+        raise ConfigError(f"{folder}: holds no metrics.jsonl; name the run.dir of a run whose training has begun")
     notes: list[str] = []
     lines = _read_metrics(folder, notes)
     rows, metrics = _columns(lines)
@@ -110,9 +108,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read_metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Lines in the order of their steps; of a step that a resumed run repeated, the last one."""
     by_step = {
-        line["step"]: line
-        for line in _lines(folder / "metrics.jsonl", notes)
-        if _number(line.get("step")) is not None
+        line["step"]: line for line in _lines(folder / "metrics.jsonl", notes) if _number(line.get("step")) is not None
     }
     return [by_step[step] for step in sorted(by_step)]
 
@@ -133,9 +129,7 @@ def _columns(lines: list[dict[str, Any]]) -> tuple[dict[str, list[Any]], dict[st
     used = sorted({i for indices, _ in picked.values() for i in indices})
     place = {row: i for i, row in enumerate(used)}
     rows = {axis: [_number(lines[i].get(key)) for i in used] for axis, key in _AXES.items()}
-    return rows, {
-        key: {"at": [place[i] for i in at], "values": values} for key, (at, values) in picked.items()
-    }
+    return rows, {key: {"at": [place[i] for i in at], "values": values} for key, (at, values) in picked.items()}
 
 
 def _read_config(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -166,9 +160,7 @@ def _read_summary(folder: Path, lines: list[dict[str, Any]], notes: list[str]) -
     if isinstance(summary, dict) and (_number(summary.get("steps")) or 0) < (reached or 0):
         summary = None
     if not isinstance(summary, dict):
-        notes.append(
-            "No current summary.json: the run is still going or was stopped. Its numbers are those so far."
-        )
+        notes.append("No current summary.json: the run is still going or was stopped. Its numbers are those so far.")
         summary = {
             "eval": {kind: _last(lines, f"eval/{kind}") for kind in ("greedy", "sampled")},
             "steps": reached,
@@ -241,9 +233,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         else:
             broken += 1
     if broken:
-        notes.append(
-            f"{path.name}: {broken} unreadable line{'s'[: broken > 1]} left out, as when a writer is cut off."
-        )
+        notes.append(f"{path.name}: {broken} unreadable line{'s'[: broken > 1]} left out, as when a writer is cut off.")
     return objects
 
 

@@ -67,9 +67,7 @@ class RunLog:
         for path in (self._metrics, self._strategy):
             _truncate(path, resume_step)
         self._file = self._metrics.open("a", buffering=1)
-        self._events = (
-            SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10) if tensorboard else None
-        )
+        self._events = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10) if tensorboard else None
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,7 @@ def pack_rows(
     prompts: Int[Array, "R P"], lengths: Int[Array, "R"], completions: Int[Array, "R T"]
 ) -> Int[Array, "R P+T"]:
     """Compact rows: each completion right behind its prompt, the prompt's padding moved to the end."""
-    r, p = prompts.shape
+    p = prompts.shape[1]
     t = completions.shape[1]
     place = jnp.arange(p + t)
     in_prompt = place < lengths[:, None]
@@ -42,7 +42,7 @@ def completion_log_probs(
       temperature: divides the logits, as it did in the sampler.
       logits_mib: size of one chunk of float32 logits.
     """
-    r, t = completions.shape
+    t = completions.shape[1]
     rows = pack_rows(prompts, lengths, completions)
     hidden = policy.hidden(params, rows)
     at = (lengths - 1)[:, None] + jnp.arange(t)

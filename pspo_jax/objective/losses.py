@@ -81,8 +81,8 @@ def policy_loss(
 ) -> Float[Array, ""]:
     """These rows' share of the minibatch's loss; shares of microbatches add up to it.
 
-    grpo: mean over rows of each row's token mean; a fully masked row counts with 0. dapo and bnpo: mean over tokens (TRL
-    computes bnpo's per device; here it is global, hence the same). dr_grpo: sum / (rows x max_length), a constant.
+    grpo: mean over rows of each row's token mean; a fully masked row counts with 0. dapo and bnpo: mean over tokens
+    (TRL computes bnpo's per device; here it is global, hence the same). dr_grpo: sum / (rows x max_length), a constant.
     """
     losses = jnp.where(mask, losses, 0.0)
     match aggregation:
@@ -142,6 +142,4 @@ def zero_metrics() -> LossMetrics:
 def combine(a: LossMetrics, b: LossMetrics) -> LossMetrics:
     """Metrics of two microbatches of one minibatch."""
     summed = jax.tree.map(jnp.add, a, b)
-    return summed._replace(
-        low_min=jnp.minimum(a.low_min, b.low_min), high_max=jnp.maximum(a.high_max, b.high_max)
-    )
+    return summed._replace(low_min=jnp.minimum(a.low_min, b.low_min), high_max=jnp.maximum(a.high_max, b.high_max))

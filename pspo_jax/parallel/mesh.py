@@ -58,7 +58,10 @@ def make_mesh(config: Config) -> Mesh:
     _check_divides(config, data * m.fsdp)
     sizes = (data, m.fsdp, m.tensor)
     return jax.make_mesh(
-        sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[: int(np.prod(sizes))]
+        sizes,
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices[: int(np.prod(sizes))],
     )
 
 
@@ -114,7 +117,10 @@ def params_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
     if axes is None:
         return jax.tree.map(lambda _: replicated(mesh), params)
     return jax.tree.map(
-        lambda names, _: NamedSharding(mesh, spec(names)), axes, params, is_leaf=lambda x: isinstance(x, tuple)
+        lambda names, _: NamedSharding(mesh, spec(names)),
+        axes,
+        params,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 

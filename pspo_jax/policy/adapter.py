@@ -31,7 +31,11 @@ def from_logits(
     """
 
     def decoder(
-        params: Any, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], group_size: int, max_new_tokens: int
+        params: Any,
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        group_size: int,
+        max_new_tokens: int,
     ) -> tuple[Float[Array, "B V"], Int[Array, "B G S"], Callable[..., Any]]:
         b, p = prompts.shape
         logits = apply(params, prompts)
@@ -69,7 +73,8 @@ def from_nnx(model: Any, forbidden: Sequence[int] = (), vocab_size: int | None =
     """
     from flax import nnx
 
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = parts
 
     def apply(params: Any, tokens: Int[Array, "R S"]) -> Float[Array, "R S V"]:
         return nnx.merge(graph, params, rest)(tokens)

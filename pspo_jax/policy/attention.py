@@ -1,4 +1,4 @@
-"""Attention: causal over compact rows (training, prefill), and one token against a shared prompt plus its own suffix."""
+"""Attention: causal over compact rows (training, prefill), and one token against a shared prompt and its suffix."""
 
 from __future__ import annotations
 

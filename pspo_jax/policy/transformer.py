@@ -145,11 +145,11 @@ def _decoder(
         x = params["embed"][tokens]
         positions = jnp.broadcast_to((lengths + t)[:, None], (b, group_size))
         new_cache = []
-        for w, prefix_kv, (keys, values) in zip(layers, prefixes, cache, strict=True):
+        for w, (prefix_k, prefix_v), (keys, values) in zip(layers, prefixes, cache, strict=True):
             q, k, v = _qkv(a, w, x, positions)
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, :, None], t, axis=3)
             values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t, axis=3)
-            mixed = attend_shared_prefix(q, *prefix_kv, lengths, keys, values, t)
+            mixed = attend_shared_prefix(q, prefix_k, prefix_v, lengths, keys, values, t)
             x = _finish_block(a, w, x, mixed)
             new_cache.append((keys, values))
         return _logits(a, params, rms_norm(x, params["final_norm"], a.norm_eps)), new_cache

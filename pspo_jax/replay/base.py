@@ -33,4 +33,7 @@ class Replay(NamedTuple):
 
 def none() -> Replay:
     """Every batch is its own: nothing is stored, nothing comes back."""
-    return Replay(init=lambda prompts, group_size, prompt_length, max_new_tokens: (), exchange=lambda state, groups, step: (groups, state))
+    return Replay(
+        init=lambda prompts, group_size, prompt_length, max_new_tokens: (),
+        exchange=lambda state, groups, step: (groups, state),
+    )

@@ -20,9 +20,9 @@ _BITS_OF_ONE = 0x3F800000  # float32 1.0 as an integer
 def draw_tokens(
     logits: Float[Array, "*n V"],
     uniform: Float[Array, "*n"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
+    temperature: Float[Array, ""] | float,
+    top_k: Int[Array, ""] | int,
+    top_p: Float[Array, ""] | float,
 ) -> tuple[Int[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
     """Tokens, their log-probs under the policy, and under the distribution drawn from.
 
@@ -34,14 +34,15 @@ def draw_tokens(
       top_p: then keep the smallest set of most probable tokens whose share of what is left reaches top_p (all that tie
         with its last); 1 = all.
     """
+    temperature, k, p = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p)
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
     top = scaled.max(axis=-1, keepdims=True)
     weight = jnp.exp(scaled - top)
     log_total = jnp.log(weight.sum(axis=-1))
 
-    truncated = ((top_k > 0) | (top_p < 1)) & ~greedy
-    kept = jax.lax.cond(truncated, lambda w: _truncate(w, top_k, top_p), lambda w: w, weight)
+    truncated = ((k > 0) | (p < 1)) & ~greedy
+    kept = jax.lax.cond(truncated, lambda w: _truncate(w, k, p), lambda w: w, weight)
     token, kept_total = jax.lax.cond(
         greedy,
         lambda w, u: (jnp.argmax(w, axis=-1).astype(jnp.int32), jnp.ones_like(u)),
@@ -92,9 +93,7 @@ def _truncate(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float[
     return jnp.where(top_p < 1, mass, weight)
 
 
-def _keep_from(
-    weight: Float[Array, "*n V"], measure: Callable[[Array], Array], enough: Array
-) -> Float[Array, "*n V"]:
+def _keep_from(weight: Float[Array, "*n V"], measure: Callable[[Array], Array], enough: Array) -> Float[Array, "*n V"]:
     """Keep the weights from the largest threshold on whose kept weights measure enough.
 
     Positive floats order as their bit patterns do, so bisection over 30 bits finds the threshold exactly: 30 passes,

@@ -60,15 +60,13 @@ def make_sampler(
     """A jitted `sample(params, prompts, key, settings) -> Rollouts`.
 
     It compiles once per (B, P): prompt lengths inside the padding, temperature, top-p, top-k, stop ids and the length
-    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, b G + g), t), so its tokens do
+    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, b G + g), t): its tokens do
     not depend on the other rows or on how rows are spread over devices. Stop tokens are returned and are in the mask.
     """
 
     def sample(params: Params, prompts: Prompts, key: Key[Array, ""], settings: SamplingParams) -> Rollouts:
         b = prompts.tokens.shape[0]
-        logits, cache, step = policy.decoder(
-            params, prompts.tokens, prompts.lengths, group_size, max_new_tokens
-        )
+        logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b * group_size))
         limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
 

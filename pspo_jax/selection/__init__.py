@@ -1,4 +1,4 @@
-"""Which prompts next. A selector is pure functions over its own per-prompt state; a new one is a file and a line here."""
+"""Which prompts next. A selector is pure functions over its own per-prompt state; a new one is a file and a line."""
 
 from pspo_jax.selection.base import Selector
 from pspo_jax.selection.pps import pps

@@ -48,9 +48,7 @@ def uniform(config: SelectionConfig | None = None) -> Selector:
         cursor = jnp.where(wraps, state.cursor + batch - n, state.cursor + batch).astype(jnp.int32)
         return ids, jnp.ones(batch), UniformState(following, cursor)
 
-    def observe(
-        state: UniformState, ids: Int[Array, "B"], outcome: Outcome, step: Int[Array, ""]
-    ) -> UniformState:
+    def observe(state: UniformState, ids: Int[Array, "B"], outcome: Outcome, step: Int[Array, ""]) -> UniformState:
         del ids, outcome, step
         return state
 

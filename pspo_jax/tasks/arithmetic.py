@@ -1,9 +1,9 @@
 """The embedded default: running sums that a cold-started pupil gets wrong when there is a carry or a borrow.
 
-A prompt is `27-4+8-3=`, the right response `-4=23+8=31-3=28$`: each operation with its new total, then EOS. The start is
-in 10..99, every total stays there, digits are 1..9 with P(d) ~ 2^-(d-1), three to six operations. The reward is 1 if and
-only if EOS came and the last number is right. An operation is hard if it carries or borrows; prompts are stratified by
-their number of hard operations, as these are what the pupil has yet to learn.
+A prompt is `27-4+8-3=`, the right response `-4=23+8=31-3=28$`: each operation with its new total, then EOS. The start
+is in 10..99, every total stays there, digits are 1..9 with P(d) ~ 2^-(d-1), three to six operations. The reward is 1
+if and only if EOS came and the last number is right. An operation is hard if it carries or borrows; prompts are
+stratified by their number of hard operations, as these are what the pupil has yet to learn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CharTokenizer:
 
 class Problems(NamedTuple):
     start: Int[np.ndarray, "n"]
-    count: Int[np.ndarray, "n"]
+    length: Int[np.ndarray, "n"]
     """Operations used; the rest of each row is ignored."""
     delta: Int[np.ndarray, "n MAX_OPS"]
     """Signed digits."""
@@ -116,7 +116,7 @@ def hard_steps(problems: Problems) -> Int[np.ndarray, "n"]:
     """Number of hard operations of each problem."""
     after = totals(problems)
     hard = is_hard(after - problems.delta, problems.delta)
-    return (hard & (np.arange(MAX_OPS) < problems.count[:, None])).sum(axis=1)
+    return (hard & (np.arange(MAX_OPS) < problems.length[:, None])).sum(axis=1)
 
 
 def pupil_totals(problems: Problems, rng: np.random.Generator) -> Int[np.ndarray, "n MAX_OPS"]:
@@ -156,10 +156,10 @@ def write_prompts(problems: Problems, width: int) -> tuple[Int[np.ndarray, "n w"
     out = np.full((n, width), PAD, np.int32)
     out[:, 0], out[:, 1] = problems.start // 10, problems.start % 10
     for i in range(MAX_OPS):
-        used = i < problems.count
+        used = i < problems.length
         out[used, 2 + 2 * i] = np.where(problems.delta[used, i] > 0, PLUS, MINUS)
         out[used, 3 + 2 * i] = np.abs(problems.delta[used, i])
-    lengths = 2 + 2 * problems.count
+    lengths = 2 + 2 * problems.length
     out[np.arange(n), lengths] = EQUALS
     return out, (lengths + 1).astype(np.int32)
 
@@ -171,13 +171,13 @@ def write_responses(
     n = len(problems.start)
     out = np.full((n, MAX_RESPONSE), PAD, np.int32)
     for i in range(MAX_OPS):
-        used = i < problems.count
+        used = i < problems.length
         out[used, 5 * i] = np.where(problems.delta[used, i] > 0, PLUS, MINUS)
         out[used, 5 * i + 1] = np.abs(problems.delta[used, i])
         out[used, 5 * i + 2] = EQUALS
         out[used, 5 * i + 3] = running[used, i] // 10
         out[used, 5 * i + 4] = running[used, i] % 10
-    lengths = 5 * problems.count
+    lengths = 5 * problems.length
     out[np.arange(n), lengths] = EOS
     return out, (lengths + 1).astype(np.int32)
 
@@ -212,7 +212,7 @@ def _split(config: TaskConfig, width: int) -> tuple[PromptSet, PromptSet]:
         problems = generate(rng, _BLOCK)
         tokens, _ = write_prompts(problems, width)
         stratum = np.minimum(hard_steps(problems), len(STRATA) - 1)
-        last = totals(problems)[np.arange(_BLOCK), problems.count - 1]
+        last = totals(problems)[np.arange(_BLOCK), problems.length - 1]
         for row, s, answer in zip(tokens.astype(np.uint8), stratum, last, strict=True):
             if len(found[s]) < wanted[s] and bytes(row) not in seen:
                 seen.add(bytes(row))

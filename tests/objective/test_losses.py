@@ -1,7 +1,5 @@
 """Loss, gradient and clip metrics against TRL 1.16's own numbers."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +19,7 @@ def evaluate(inputs, config, *, old=True, reference=False, max_length=6):
 
     def loss_fn(log_probs):
         before = x["old"] if old else jax.lax.stop_gradient(log_probs)
-        tokens = token_losses(
-            log_probs, before, x["adv"], config, reference_log_probs=x["ref"] if reference else None
-        )
+        tokens = token_losses(log_probs, before, x["adv"], config, reference_log_probs=x["ref"] if reference else None)
         total = denominators(mask)
         loss = policy_loss(tokens.loss, mask, config.aggregation, total, max_length)
         return loss, loss_metrics(loss, tokens, x["entropies"], mask, total)
@@ -38,11 +34,13 @@ def test_matches_trl(golden, kind, variant):
     case = golden["trl_losses"]["cases"][kind + variant]
     kl = variant.startswith("_kl")
     config = ObjectiveConfig(
-        aggregation=kind, clip_low=0.2, clip_high=0.2, kl_coef=0.04 if kl else 0.0, kl_unbiased=variant == "_kl_bias"
+        aggregation=kind,
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.04 if kl else 0.0,
+        kl_unbiased=variant == "_kl_bias",
     )
-    loss, grad, metrics = evaluate(
-        golden["trl_losses"]["inputs"], config, old=variant != "_onpolicy", reference=kl
-    )
+    loss, grad, metrics = evaluate(golden["trl_losses"]["inputs"], config, old=variant != "_onpolicy", reference=kl)
     assert loss == pytest.approx(case["loss"], abs=1e-5)
     np.testing.assert_allclose(grad, case["grad"], atol=1e-5)
     expected = case["metrics"]
@@ -70,9 +68,7 @@ def test_importance_weight_scales_the_surrogate_and_not_the_kl(golden):
     weight = jnp.array([1.0, 0.5, 0.25, 1.0])
     with_kl = token_losses(x["logps"], x["old"], x["adv"], config, weight, x["ref"])
     without = token_losses(x["logps"], x["old"], x["adv"], config)
-    np.testing.assert_allclose(
-        with_kl.loss, weight[:, None] * without.loss + 0.5 * with_kl.kl, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(with_kl.loss, weight[:, None] * without.loss + 0.5 * with_kl.kl, rtol=1e-5, atol=1e-6)
 
 
 @given(

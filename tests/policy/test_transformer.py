@@ -52,7 +52,13 @@ def plain_forward(a, params, tokens):
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"tied": True}, {"qkv_bias": True, "kv_heads": 4}, {"qk_norm": True, "kv_heads": 1}, {"remat": True}],
+    [
+        {},
+        {"tied": True},
+        {"qkv_bias": True, "kv_heads": 4},
+        {"qk_norm": True, "kv_heads": 1},
+        {"remat": True},
+    ],
 )
 def test_forward_equals_plain_numpy(shape):
     policy, params, a = tiny_policy(**shape)
@@ -64,9 +70,7 @@ def test_forward_equals_plain_numpy(shape):
 
 
 def test_default_policy_has_108864_parameters():
-    policy, params, _ = tiny_policy(
-        layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False
-    )
+    policy, params, _ = tiny_policy(layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False)
     assert sum(x.size for x in jax.tree.leaves(params)) == 108_864
     assert PolicyConfig().width == 64 and policy.vocab_size == 16
 

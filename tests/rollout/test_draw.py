@@ -40,7 +40,14 @@ def draw(logits, n, temperature=1.0, top_k=0, top_p=1.0, seed=0):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 0.6}, {"temperature": 2.5}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}],
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 2.5},
+        {"top_k": 3},
+        {"top_p": 0.8},
+        {"top_k": 6, "top_p": 0.7},
+    ],
 )
 def test_frequencies(settings):
     n = 40_000

@@ -15,7 +15,11 @@ EOS, PAD, T = 13, 14, 12
 
 def settings(temperature=1.0, top_p=1.0, top_k=0, stop=(EOS,), limit=T):
     return SamplingParams(
-        jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k), jnp.asarray(stop, jnp.int32), jnp.int32(limit)
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        jnp.int32(top_k),
+        jnp.asarray(stop, jnp.int32),
+        jnp.int32(limit),
     )
 
 
@@ -61,9 +65,7 @@ def test_ends_are_as_documented():
     tokens, mask, lengths = map(np.asarray, (rollouts.tokens, rollouts.mask, rollouts.lengths))
     ended = np.asarray(rollouts.ended)
     assert ended.any() and not ended.all()
-    for row, m, n, e in zip(
-        tokens.reshape(-1, T), mask.reshape(-1, T), lengths.ravel(), ended.ravel(), strict=True
-    ):
+    for row, m, n, e in zip(tokens.reshape(-1, T), mask.reshape(-1, T), lengths.ravel(), ended.ravel(), strict=True):
         assert m.tolist() == [i < n for i in range(T)]
         assert (row[n - 1] == EOS) == e
         assert EOS not in row[: n - 1]

@@ -71,7 +71,7 @@ def test_pupil_is_right_on_easy_steps_and_wrong_on_hard_ones():
     problems = generate(rng, 20_000)
     made = pupil_totals(problems, rng)
     assert made.min() >= 10 and made.max() <= 99
-    last = np.arange(20_000), problems.count - 1
+    last = np.arange(20_000), problems.length - 1
     right = made[last] == totals(problems)[last]
     hard = hard_steps(problems)
     assert right[hard == 0].mean() > 0.98
@@ -99,7 +99,7 @@ def test_right_chains_are_rewarded_and_others_not(seed):
     problems = generate(rng, 4)
     tokens, lengths = write_prompts(problems, 16)
     right, n = write_responses(problems, totals(problems))
-    answers = tuple(str(t) for t in totals(problems)[np.arange(4), problems.count - 1])
+    answers = tuple(str(t) for t in totals(problems)[np.arange(4), problems.length - 1])
     prompts = type(arithmetic(TaskConfig(train_prompts=4, heldout_prompts=4), 16).train)(tokens, lengths, answers)
     rows = np.arange(4)
     assert verify(prompts, rows, right[:, None], n[:, None])["accuracy"].tolist() == [[1.0]] * 4

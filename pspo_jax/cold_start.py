@@ -1,0 +1,142 @@
+"""Supervised fine-tuning before RL: data through grain, loss on completions only, many steps in one jitted call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from pspo_jax.config import Config, ConfigError, flatten
+from pspo_jax.io.progress import Progress
+from pspo_jax.objective.log_probs import completion_log_probs
+from pspo_jax.optimizer import adamw
+from pspo_jax.policy.base import Policy
+from pspo_jax.tasks.base import Demonstrations, Task, pad_rows
+
+_MAX_STEPS_A_CALL = 60
+
+
+class _Examples:
+    """Random access over demonstrations, as grain wants a source."""
+
+    def __init__(self, data: Demonstrations):
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data.prompts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {name: column[i] for name, column in self._data._asdict().items()}
+
+
+def dataset(config: Config, task: Task) -> grain.MapDataset:
+    """Demonstrations by index: the task's, each used once, or a JSONL file's, reshuffled each epoch."""
+    s = config.sft
+    if s.data is None:
+        blocks = list(task.demonstrations(config.run.seed, s.steps * s.batch))
+        whole = Demonstrations(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
+        return grain.MapDataset.source(_Examples(whole))
+    examples = _Examples(read_jsonl(Path(s.data), task, config.rollout.max_new_tokens))
+    if len(examples) < s.batch:
+        raise ConfigError(f"sft.batch={s.batch}: sft.data={s.data} has only {len(examples)} lines; lower it")
+    return grain.MapDataset.source(examples).seed(config.run.seed).shuffle().repeat()
+
+
+def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
+    """Tokenised examples of a JSONL file; EOS is added to completions that lack it."""
+    prompts, completions = [], []
+    width = task.train.tokens.shape[1]
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"sft.data={path}: {error.strerror}; name a JSONL file that can be read") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            prompt, completion = record["prompt"], record["completion"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f'sft.data={path} line {number}: needs {{"prompt": ..., "completion": ...}}, got {line[:60]!r}'
+            ) from error
+        prompts.append(task.tokenizer.encode(prompt))
+        ids = task.tokenizer.encode(completion)
+        completions.append(ids if ids and ids[-1] in task.stop_ids else [*ids, task.tokenizer.eos_token_id])
+        pairs = (("prompt", prompts[-1], width), ("completion", completions[-1], max_completion))
+        for name, tokens, limit in pairs:
+            if not 0 < len(tokens) <= limit:
+                raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
+    pad = task.tokenizer.pad_token_id
+    return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
+
+
+def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
+    """Mean negative log-prob of the completions' tokens."""
+    log_probs, _ = completion_log_probs(
+        policy, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
+    )
+    mask = jnp.arange(log_probs.shape[1]) < batch["completion_lengths"][:, None]
+    return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def make_sft_steps(
+    policy: Policy, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
+) -> Callable[..., Any]:
+    """`steps(params, opt_state, batches [K, ...]) -> (params, opt_state, losses [K])`: K steps in one jitted call."""
+
+    def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, p, batch, logits_mib))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def steps(params: Any, opt_state: Any, batches: dict[str, Array]) -> tuple[Any, Any, Array]:
+        (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), batches)
+        return params, opt_state, losses
+
+    return jax.jit(steps, donate_argnums=(0, 1), out_shardings=shardings)
+
+
+def cold_start(
+    config: Config, task: Task, policy: Policy, params: Any, progress: Progress, stop: Callable[[], bool]
+) -> Any | None:
+    """Train `params` (donated) for sft.steps; None if `stop()` became true on the way."""
+    s = config.sft
+    per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
+    optimizer = adamw(s, s.steps)
+    source = dataset(config, task)
+    batches = source.batch(s.batch * per_call)
+    steps = make_sft_steps(policy, optimizer, config.objective.logits_mib)
+    opt_state = jax.jit(optimizer.init)(params)
+    with progress.phase("cold start", s.steps) as bar:
+        for i in range(s.steps // per_call):
+            block = {k: v.reshape(per_call, s.batch, *v.shape[1:]) for k, v in batches[i].items()}
+            params, opt_state, losses = steps(params, opt_state, block)
+            loss = float(losses.mean())
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"cold start: loss {loss} at step {i * per_call}; lower sft.learning_rate")
+            bar(per_call, f"loss {loss:.4f}")
+            if stop():
+                return None
+    return params
+
+
+def settings(config: Config, task: Task) -> dict[str, Any]:
+    """What a cold start's result depends on."""
+    stages = ("policy.", "sft.", "task.")
+    fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k != "sft.share"}
+    fields["run.seed"] = config.run.seed
+    fields["rollout.prompt_bucket"] = config.rollout.prompt_bucket
+    fields["heldout"] = task.heldout.fingerprint()
+    if config.sft.data is not None:
+        fields["sft.data"] = hashlib.sha256(Path(config.sft.data).read_bytes()).hexdigest()
+    return fields

@@ -1,0 +1,381 @@
+"""What the benchmarks share: model shapes, worker processes, the quiet gate, and tables.
+
+A contender lives in a process of its own, run by the interpreter that has its packages. It does its first
+call (imports, compilation, warm-up), then sleeps on stdin; each request makes it do a number of timed calls.
+The parent asks one contender at a time, in turns, and only while the machine is quiet. This file and the top
+level of the scripts that use it need the standard library alone, because each interpreter lacks the other's
+packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+QUIET_CORES = 0.15
+"""A repetition starts only when everything on the machine uses less than this many cores."""
+NOISY_CORES = 0.30
+"""A repetition counts as noisy if other processes used more than this on average while it ran."""
+FIRST_CALL_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only transformer with a tied head."""
+
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+SHAPES = {
+    "tiny": Shape(4, 128, 512, 4, 2, 32, 512),  # 1.05 M parameters
+    "small": Shape(12, 512, 1536, 8, 2, 64, 32_768),  # 53 M
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender is asked to do, as its worker receives it."""
+
+    shape: Shape
+    dtype: str
+    prompts: int = 8
+    group_size: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    microbatch_rows: int = 0
+    scan_unroll: int = 1
+    cache: str | None = None
+    """Folder of XLA's persistent compilation cache; None = no cache."""
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group_size
+
+    @staticmethod
+    def parse(text: str) -> Work:
+        fields = json.loads(text)
+        return Work(**{**fields, "shape": Shape(**fields["shape"])})
+
+
+def prompt_ids(work: Work) -> list[list[int]]:
+    """Prompts that are the same for every contender: any ids will do, they cost the same."""
+    v, n = work.shape.vocab, work.prompt_tokens
+    return [[(7919 * (b * n + i) + 13) % v for i in range(n)] for b in range(work.prompts)]
+
+
+# Worker side
+
+
+class Channel:
+    """Requests on stdin, answers on stdout. Whatever else the process prints goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def send(self, **message: Any) -> None:
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
+
+    def wait(self) -> int:
+        """Sleep until a request arrives; the number of calls it wants, 0 = leave."""
+        line = sys.stdin.readline()
+        return int(line) if line.strip() else 0
+
+
+def serve(channel: Channel, call: Callable[[], dict[str, float]], about: dict[str, Any]) -> None:
+    """First call, then as many as are asked for. `call` returns its own timings, "seconds" among them."""
+    call()
+    channel.send(about=about)
+    while count := channel.wait():
+        channel.send(calls=[call() for _ in range(count)])
+
+
+# The machine
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes have used since boot, time stolen by the host included."""
+    with open("/proc/stat") as f:
+        user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def process_seconds(pid: int) -> float:
+    """CPU seconds of a process with its threads."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return math.nan
+
+
+def wait_quiet(patience: float) -> bool:
+    """Sleep until a half-second window is quiet; False after `patience` seconds without one.
+
+    Our own workers sleep meanwhile, so a contender whose threads spin while idle is seen here as well.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        start, before = time.monotonic(), busy_seconds()
+        time.sleep(0.5)
+        if (busy_seconds() - before) / (time.monotonic() - start) < QUIET_CORES:
+            return True
+        if time.monotonic() > deadline:
+            return False
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor()
+    memory = math.nan
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            memory = int(line.split()[1]) / 2**20
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "kernel": platform.release(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+# Parent side
+
+
+@dataclass
+class Repetition:
+    calls: list[dict[str, float]]
+    foreign_cores: float
+    quiet: bool
+
+    def mean(self, key: str = "seconds") -> float:
+        return statistics.fmean(call[key] for call in self.calls)
+
+
+@dataclass
+class Contender:
+    """How to start a worker: the role its script knows, the interpreter, the work."""
+
+    name: str
+    role: str
+    python: str
+    work: Work
+    note: str = ""
+
+
+@dataclass
+class Result:
+    name: str
+    note: str
+    about: dict[str, Any]
+    first_call_cold: float
+    first_call_cached: float | None
+    repetitions: list[Repetition] = field(default_factory=list)
+    peak_rss_mib: float = math.nan
+
+    def used(self) -> list[Repetition]:
+        """The quiet repetitions; all of them if there was none."""
+        return [r for r in self.repetitions if r.quiet] or self.repetitions
+
+    def median(self, key: str = "seconds") -> float:
+        return statistics.median(r.mean(key) for r in self.used())
+
+    def least(self, key: str = "seconds") -> float:
+        return min(r.mean(key) for r in self.used())
+
+    def spread(self) -> float:
+        values = [r.mean() for r in self.used()]
+        return (max(values) - min(values)) / statistics.median(values)
+
+
+class Worker:
+    """A running contender."""
+
+    def __init__(self, script: str, contender: Contender) -> None:
+        self.contender = contender
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+        env |= {
+            "JAX_PLATFORMS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        start = time.monotonic()
+        self._process = subprocess.Popen(
+            [contender.python, script, "--worker", contender.role, json.dumps(asdict(contender.work))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=env,
+        )
+        self.about = self._answer()["about"]
+        self.first_call = time.monotonic() - start
+
+    def run(self, count: int, quiet: bool = True) -> Repetition:
+        """One repetition of `count` timed calls."""
+        pid = self._process.pid
+        start, before, own = time.monotonic(), busy_seconds(), process_seconds(pid)
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        calls = self._answer()["calls"]
+        foreign = busy_seconds() - before - (process_seconds(pid) - own)
+        share = max(0.0, foreign / (time.monotonic() - start))
+        return Repetition(calls, round(share, 3), quiet and share < NOISY_CORES)
+
+    def peak_rss_mib(self) -> float:
+        return peak_rss_mib(self._process.pid)
+
+    def close(self) -> None:
+        self._process.communicate()  # closes stdin, which ends the worker
+        self._log.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._process.wait()
+        self._log.seek(0)
+        raise RuntimeError(f"{self.contender.name} ended:\n{self._log.read()[-4000:]}")
+
+
+def missing(python: str, modules: Sequence[str]) -> list[str]:
+    """Which of the modules an interpreter cannot find."""
+    code = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
+    return subprocess.run([python, "-c", code, *modules], capture_output=True, text=True, check=True).stdout.split()
+
+
+def compare(script: str, contenders: list[Contender], options: argparse.Namespace) -> list[Result]:
+    """Start the contenders one after another, then measure them in turns.
+
+    A round gives each one repetition. Rounds go on until everyone has options.runs quiet repetitions, at most
+    twice as many times.
+    """
+    workers: list[Worker] = []
+    try:
+        results = []
+        for contender in contenders:
+            worker, result = _start(script, contender, options.patience)
+            workers.append(worker)
+            results.append(result)
+        # A second warm-up; it tells how many calls make a repetition long enough.
+        counts = [max(1, math.ceil(options.seconds / w.run(2).calls[-1]["seconds"])) for w in workers]
+        for _ in range(2 * options.runs):
+            for worker, result, count in zip(workers, results, counts, strict=True):
+                result.repetitions.append(worker.run(count, wait_quiet(options.patience)))
+            if all(sum(r.quiet for r in result.repetitions) >= options.runs for result in results):
+                break
+        for worker, result in zip(workers, results, strict=True):
+            result.peak_rss_mib = worker.peak_rss_mib()
+        return results
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, Result]:
+    """Start a worker; one with a compilation cache twice, since the first start fills the cache."""
+    wait_quiet(patience)
+    worker = Worker(script, contender)
+    cold, cached = worker.first_call, None
+    if contender.work.cache:
+        worker.close()
+        wait_quiet(patience)
+        worker = Worker(script, contender)
+        cached = worker.first_call
+    return worker, Result(contender.name, contender.note, worker.about, cold, cached)
+
+
+# Output
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
+    parser.add_argument("--runs", type=int, default=5, help="quiet repetitions per contender (default 5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least length of a repetition (default 1)")
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds to wait for a quiet machine (default 120)"
+    )
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        help="interpreter that has the peer's packages (default: this one)",
+    )
+    parser.add_argument("--out", type=Path, help="write all repetitions as JSON to this file")
+    return parser
+
+
+def chosen(value: str, every: Sequence[str]) -> list[str]:
+    return list(every) if value == "both" else [value]
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its first column to the left and the rest to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def common_cells(result: Result) -> list[str]:
+    """Cells of COMMON_HEADINGS."""
+    cached = "" if result.first_call_cached is None else f" / {result.first_call_cached:.1f}"
+    used = result.used()
+    quiet = sum(r.quiet for r in result.repetitions)
+    return [
+        f"{100 * result.spread():.0f} %",
+        f"{result.first_call_cold:.1f}{cached}",
+        f"{result.peak_rss_mib / 1024:.2f}",
+        f"{max(r.foreign_cores for r in used):.2f}",
+        f"{quiet} of {len(result.repetitions)}" + ("" if quiet else " (NOISY)"),
+    ]
+
+
+COMMON_HEADINGS = ["spread", "first call s, cold / cached", "peak RSS GiB", "foreign cores", "quiet runs"]
+
+
+def report(title: str, headings: Sequence[str], rows: list[list[str]], results: dict[str, list[Result]]) -> str:
+    """Machine, versions and table as Markdown."""
+    about: dict[str, Any] = {}
+    for group in results.values():
+        for result in group:
+            about |= result.about
+    facts = [f"{k} {v}" for k, v in (machine() | about).items()]
+    return f"## {title}\n\n{', '.join(facts)}\n\n{markdown(headings, rows)}\n"
+
+
+def save(path: Path, results: dict[str, list[Result]], arguments: argparse.Namespace) -> None:
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if "python" not in k}
+    groups = {k: [asdict(r) for r in v] for k, v in results.items()}
+    path.write_text(json.dumps({"machine": machine(), "settings": settings, "results": groups}, indent=1) + "\n")

@@ -1,0 +1,199 @@
+"""Rollout tokens/s: this package's sampler beside Hugging Face `generate`, on CPU.
+
+    python scripts/bench_rollout.py --peer-python PATH_TO_PYTHON_WITH_TORCH --out rollout.json
+
+Both draw 64 new tokens for 8 samples of each of 8 prompts of 64 tokens, at temperature 1 and with no stop
+token, from random weights of the same shape. docs/performance.md says how the numbers are taken.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import _bench
+from _bench import SHAPES, Channel, Contender, Result, Work
+
+if TYPE_CHECKING:
+    from pspo_jax.config import Config
+    from pspo_jax.policy.base import Policy
+    from pspo_jax.state import Prompts
+
+OURS, PEER = "pspo_jax", "Hugging Face generate"
+
+
+def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
+    """Config, policy and prompts of a piece of work, after the process settings that entry points apply."""
+    from pspo_jax.parallel.runtime import keep_freed_memory
+
+    keep_freed_memory()
+    import jax
+    import jax.numpy as jnp
+
+    from pspo_jax import algorithms, config
+    from pspo_jax.policy.transformer import Architecture, transformer
+    from pspo_jax.state import Prompts
+
+    if work.cache:
+        jax.config.update("jax_compilation_cache_dir", work.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)  # as entry points set it
+    shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
+    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+        "algorithm.name": "grpo",
+        "policy.tied": True,
+        "policy.compute_dtype": work.dtype,
+        "policy.scan_unroll": work.scan_unroll,
+        "rollout.prompts": work.prompts,
+        "rollout.group_size": work.group_size,
+        "rollout.max_new_tokens": work.new_tokens,
+        "objective.microbatch_rows": work.microbatch_rows,
+    }
+    settings = algorithms.resolve(config.replace(config.Config(), fields))
+    config.validate(settings)
+    policy = transformer(Architecture(**asdict(settings.policy), vocab_size=work.shape.vocab))
+    tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
+    n = work.prompts
+    return settings, policy, Prompts(jnp.arange(n), tokens, jnp.full(n, work.prompt_tokens), jnp.ones(n))
+
+
+def llama(work: Work) -> Any:
+    """A transformers model of the same shape, random weights, float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    s = work.shape
+    config = LlamaConfig(
+        vocab_size=s.vocab,
+        hidden_size=s.width,
+        intermediate_size=s.mlp_width,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads,
+        head_dim=s.head_dim,
+        max_position_embeddings=work.prompt_tokens + work.new_tokens,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def torch_about(*packages: str) -> dict[str, Any]:
+    """Versions and threads of a torch process."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", *packages)}
+    return versions | {"torch threads": torch.get_num_threads()}
+
+
+def our_about() -> dict[str, Any]:
+    import importlib.metadata as metadata
+
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "pspo_jax")}
+
+
+def serve_ours(work: Work) -> None:
+    channel = Channel()
+    settings, policy, prompts = our_setup(work)
+    import jax
+
+    from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+
+    params = policy.init(jax.random.key(0))
+    sample = make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)
+    sampling = SamplingParams.of(settings.rollout, [-1])
+    key, count = jax.random.key(1), 0
+
+    def call() -> dict[str, float]:
+        nonlocal count
+        count += 1
+        start = time.perf_counter()
+        rollouts = jax.block_until_ready(sample(params, prompts, jax.random.fold_in(key, count), sampling))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": int(rollouts.lengths.sum())}
+
+    _bench.serve(channel, call, our_about())
+
+
+def serve_peer(work: Work) -> None:
+    channel = Channel()
+    import torch
+    from transformers import GenerationConfig
+
+    model = llama(work).to(getattr(torch, work.dtype)).eval()
+    ids = torch.tensor(_bench.prompt_ids(work)).repeat_interleave(work.group_size, dim=0)
+    settings = GenerationConfig(
+        max_new_tokens=work.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
+    )
+
+    @torch.no_grad()
+    def call() -> dict[str, float]:
+        start = time.perf_counter()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": out[:, ids.shape[1] :].numel()}
+
+    _bench.serve(channel, call, torch_about())
+
+
+def row(shape: str, dtype: str, result: Result, rows_tokens: int) -> list[str]:
+    cells = [f"{rows_tokens / t:,.0f}" for t in (result.median(), result.least())]
+    return [f"{shape} {dtype}: {result.name}", *cells, *_bench.common_cells(result)]
+
+
+def ratio_row(shape: str, dtype: str, ours: Result, peer: Result) -> list[str]:
+    cells = [f"**{p / o:.2f}x**" for o, p in ((ours.median(), peer.median()), (ours.least(), peer.least()))]
+    return [f"{shape} {dtype}: ratio", *cells, *[""] * len(_bench.COMMON_HEADINGS)]
+
+
+def main() -> None:
+    options = _bench.options(__doc__.splitlines()[0]).parse_args()
+    lacking = _bench.missing(options.peer_python, ["torch", "transformers"])
+    if lacking:
+        print(
+            f"{PEER} skipped: {options.peer_python} has no {', '.join(lacking)}; see --peer-python",
+            file=sys.stderr,
+        )
+    results: dict[str, list[Result]] = {}
+    table: list[list[str]] = []
+    for shape in _bench.chosen(options.shape, list(SHAPES)):
+        for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
+            with tempfile.TemporaryDirectory() as cache:
+                contenders = [Contender(OURS, "ours", sys.executable, Work(SHAPES[shape], dtype, cache=cache))]
+                if not lacking:
+                    contenders.append(Contender(PEER, "peer", options.peer_python, Work(SHAPES[shape], dtype)))
+                group = _bench.compare(__file__, contenders, options)
+            tokens = contenders[0].work.rows * contenders[0].work.new_tokens
+            _check(group, tokens)
+            results[f"{shape} {dtype}"] = group
+            table += [row(shape, dtype, r, tokens) for r in group]
+            if len(group) == 2:
+                table.append(ratio_row(shape, dtype, *group))
+            print(f"{shape} {dtype} done", file=sys.stderr)
+    headings = ["64 sequences, 64 + 64 tokens", "tokens/s, median", "tokens/s, best", *_bench.COMMON_HEADINGS]
+    print(_bench.report("Rollout", headings, table, results))
+    if options.out:
+        _bench.save(options.out, results, options)
+
+
+def _check(group: list[Result], tokens: int) -> None:
+    """Every call must have drawn every token: a row that stops early would be counted as speed."""
+    for result in group:
+        drawn = {call["tokens"] for repetition in result.repetitions for call in repetition.calls}
+        if drawn != {tokens}:
+            raise SystemExit(f"{result.name} drew {drawn} tokens, not {tokens}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        {"ours": serve_ours, "peer": serve_peer}[sys.argv[2]](Work.parse(sys.argv[3]))
+    else:
+        main()

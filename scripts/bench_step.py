@@ -1,0 +1,246 @@
+"""Seconds per GRPO step, rollout and update: this package beside TRL's GRPOTrainer, on CPU.
+
+    python scripts/bench_step.py --peer-python PATH_TO_PYTHON_WITH_TRL --out step.json
+
+A step draws 8 completions of 64 tokens for each of 8 prompts of 64 tokens, rewards them on the host (the
+share of even ids), and makes one AdamW update of the DAPO-normalised loss without a KL term.
+docs/performance.md says how the numbers are taken.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from typing import Any
+
+import _bench
+from _bench import SHAPES, Channel, Contender, Result, Work
+from bench_rollout import llama, our_about, our_setup, torch_about
+
+OURS, PEER = "pspo_jax", "TRL GRPOTrainer"
+LEARNING_RATE = 1e-5
+
+
+def serve_ours(work: Work) -> None:
+    channel = Channel()
+    settings, policy, prompts = our_setup(work)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pspo_jax import algorithms
+    from pspo_jax.optimizer import adamw
+    from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+    from pspo_jax.state import ROLLOUT, purpose_key
+    from pspo_jax.step import init_state, make_train_step
+
+    optimizer = adamw(settings.optimizer, settings.run.steps)
+    algorithm = algorithms.build(settings)
+    params = policy.init(jax.random.key(0))
+    n, length = settings.task.train_prompts, work.prompt_tokens
+    state = init_state(params, optimizer, algorithm, settings, n, length, jax.random.key(1))
+    del params  # the step donates the state; nothing else may hold it
+    sample = make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)
+    train_step = make_train_step(policy, optimizer, algorithm, settings)
+    sampling = SamplingParams.of(settings.rollout, [-1])
+
+    def call() -> dict[str, float]:
+        nonlocal state
+        start = time.perf_counter()
+        rollouts = sample(state.params, prompts, purpose_key(state.key, state.step, ROLLOUT), sampling)
+        tokens = np.asarray(rollouts.tokens)
+        drawn = time.perf_counter()
+        rewards = jnp.asarray((tokens % 2 == 0).mean(axis=-1, dtype=np.float32))
+        state, metrics = jax.block_until_ready(train_step(state, rollouts, rewards))
+        end = time.perf_counter()
+        return {
+            "seconds": end - start,
+            "rollout": drawn - start,
+            "update": end - drawn,
+            "tokens": int(rollouts.lengths.sum()),
+            "loss": float(metrics["loss"]),
+        }
+
+    _bench.serve(channel, call, our_about())
+
+
+def tokenizer(work: Work) -> Any:
+    """Words that are the ids themselves. The eos id lies outside the vocabulary, so no row ends early."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(work.shape.vocab)} | {"<eos>": work.shape.vocab}
+    inner = Tokenizer(WordLevel(words, unk_token="0"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", padding_side="left")
+
+
+def even_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """TRL reward function: the share of even ids in each completion."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def grpo_config(work: Work, folder: str) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=work.dtype == "bfloat16",
+        per_device_train_batch_size=work.rows,
+        num_generations=work.group_size,
+        max_completion_length=work.new_tokens,
+        max_steps=1_000_000,
+        learning_rate=LEARNING_RATE,
+        max_grad_norm=1.0,
+        loss_type="dapo",
+        epsilon_high=0.28,
+        beta=0.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class Finished(Exception):
+    """The parent wants no more steps."""
+
+
+def serve_peer(work: Work) -> None:
+    """TRL's own loop; a callback sleeps before a step that nobody has asked for yet."""
+    channel = Channel()
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+
+    about = torch_about("trl", "accelerate")
+    calls: list[dict[str, float]] = []
+    marks = {"wanted": 1.0, "first": True}
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if len(calls) == marks["wanted"]:
+                message = {"about": about} if marks.pop("first", False) else {"calls": list(calls)}
+                channel.send(**message)
+                calls.clear()
+                marks["wanted"] = channel.wait()
+                if not marks["wanted"]:
+                    raise Finished
+            marks["start"] = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seconds = time.perf_counter() - marks["start"]
+            calls.append(
+                {
+                    "seconds": seconds,
+                    "rollout": marks["rollout"],
+                    "update": seconds - marks["rollout"],
+                    "tokens": marks["tokens"],
+                }
+            )
+
+    class Timed(GRPOTrainer):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = super()._generate_single_turn(*args, **kwargs)
+            marks["rollout"] = time.perf_counter() - start
+            marks["tokens"] = sum(len(ids) for ids in out[0])
+            return out
+
+    prompts = [{"prompt": " ".join(map(str, ids))} for ids in _bench.prompt_ids(work)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Timed(
+            model=llama(work),
+            reward_funcs=even_share,
+            args=grpo_config(work, folder),
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=tokenizer(work),
+            callbacks=[Timer()],
+        )
+        try:
+            trainer.train()
+        except Finished:
+            return
+
+
+def row(title: str, result: Result) -> list[str]:
+    parts = [f"{result.median(k):.3f}" for k in ("rollout", "update")]
+    return [
+        f"{title}: {result.name}{result.note}",
+        f"{result.median():.3f}",
+        f"{result.least():.3f}",
+        *parts,
+        *_bench.common_cells(result),
+    ]
+
+
+def ratio_row(title: str, ours: Result, peer: Result) -> list[str]:
+    pairs = [
+        (ours.median(), peer.median()),
+        (ours.least(), peer.least()),
+        *((ours.median(k), peer.median(k)) for k in ("rollout", "update")),
+    ]
+    memory = f"{ours.peak_rss_mib / peer.peak_rss_mib:.0%}"
+    return [f"{title}: ratio", *[f"**{p / o:.2f}x**" for o, p in pairs], "", "", memory, "", ""]
+
+
+def measure(options: Any, shape: str, dtype: str, with_peer: bool) -> list[Result]:
+    """Both contenders at one shape and type; every step must have drawn every token."""
+    unroll = options.scan_unroll or SHAPES[shape].layers
+    note = f" ({options.microbatch_rows or 'all'} rows a microbatch, unroll {unroll})"
+    with tempfile.TemporaryDirectory() as cache:
+        work = Work(SHAPES[shape], dtype, microbatch_rows=options.microbatch_rows, scan_unroll=unroll, cache=cache)
+        contenders = [Contender(OURS, "ours", sys.executable, work, note)]
+        if with_peer:
+            contenders.append(Contender(PEER, "peer", options.peer_python, Work(SHAPES[shape], dtype)))
+        group = _bench.compare(__file__, contenders, options)
+    for result in group:
+        drawn = {call["tokens"] for repetition in result.repetitions for call in repetition.calls}
+        if drawn != {work.rows * work.new_tokens}:
+            raise SystemExit(f"{result.name} drew {drawn} tokens, not {work.rows * work.new_tokens}")
+    return group
+
+
+def main() -> None:
+    parser = _bench.options(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--microbatch-rows", type=int, default=4, help="our objective.microbatch_rows; 0 = all (default 4)"
+    )
+    parser.add_argument("--scan-unroll", type=int, default=0, help="our policy.scan_unroll; 0 = all layers (default)")
+    options = parser.parse_args()
+    lacking = _bench.missing(options.peer_python, ["torch", "transformers", "trl", "datasets"])
+    if lacking:
+        print(
+            f"{PEER} skipped: {options.peer_python} has no {', '.join(lacking)}; see --peer-python",
+            file=sys.stderr,
+        )
+    results: dict[str, list[Result]] = {}
+    table: list[list[str]] = []
+    for shape in _bench.chosen(options.shape, list(SHAPES)):
+        for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
+            title = f"{shape} {dtype}"
+            results[title] = group = measure(options, shape, dtype, not lacking)
+            table += [row(title, r) for r in group]
+            if len(group) == 2:
+                table.append(ratio_row(title, *group))
+            print(f"{title} done", file=sys.stderr)
+    headings = ["64 sequences, 64 + 64 tokens", "s/step, median", "s/step, best", "rollout s", "update s"]
+    print(_bench.report("GRPO step", [*headings, *_bench.COMMON_HEADINGS], table, results))
+    if options.out:
+        _bench.save(options.out, results, options)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        {"ours": serve_ours, "peer": serve_peer}[sys.argv[2]](Work.parse(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,289 @@
+"""Real runs in real processes: resume to the bit, stop on signals, one device equals eight, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from pspo_jax import cli
+from pspo_jax.train import main
+from tests.helpers import relative
+
+TIMES = ("time/", "step_time", "tokens_per_second")
+SMALL = {
+    "policy.layers": 1,
+    "policy.width": 32,
+    "policy.heads": 4,
+    "policy.kv_heads": 4,
+    "policy.mlp_width": 64,
+    "task.train_prompts": 40,
+    "task.heldout_prompts": 16,
+    "rollout.prompts": 8,
+    "rollout.group_size": 4,
+    "sft.steps": 300,
+}
+"""Just enough of a policy and a cold start that some groups are mixed, so that every part of the state moves."""
+
+
+def flags(folder, **fields):
+    values = SMALL | {
+        "run.dir": folder,
+        "run.steps": 12,
+        "run.fingerprint": True,
+        "checkpoint.every": 3,
+        "log.report": False,
+        "log.completions_every": 4,
+        "eval.samples": 1,
+    }
+    values |= {k.replace("__", "."): v for k, v in fields.items()}
+    return [word for k, v in values.items() for word in (f"--{k}", str(v))]
+
+
+def start(env, folder, devices=1, **fields):
+    env = env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pspo_jax.train", *flags(folder, **fields)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == code, out
+    return out
+
+
+def metrics(folder, drop=TIMES):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(drop)} for line in lines]
+
+
+def params(folder):
+    path = Path(folder) / "checkpoints"
+    last = max(int(p.name) for p in path.iterdir() if p.name.isdigit())
+    tree = ocp.load_checkpointables((path / str(last)).absolute())["state"]
+    return {k: tree[k] for k in ("params", "selector", "credit")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of run folders: siblings share their cold start."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(child_env, runs):
+    """A finished reference run in which some groups were mixed."""
+    folder = runs / "reference"
+    finish(start(child_env, folder))
+    assert sum(line.get("groups/effective", 0) for line in metrics(folder)) >= 3
+    return folder
+
+
+@pytest.mark.xdist_group("resume")
+def test_killed_at_ten_random_moments_and_resumed_to_the_bit(child_env, uninterrupted, runs):
+    """SIGKILL ten times, at random moments and in the middle of saves, then let it end."""
+    rng = random.Random(0)
+    folder, kills, during_save = runs / "killed", 0, 0
+    while kills < 10:
+        process = start(child_env, folder, checkpoint__every=1)
+        seen = _wait_for_step(process, folder, at_least=kills)
+        if kills % 2:
+            during_save += _wait_for_partial_save(process, folder)
+        else:
+            time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        kills += 1
+        assert seen
+    finish(start(child_env, folder, checkpoint__every=1))
+    assert during_save >= 2
+    assert metrics(folder) == metrics(uninterrupted)
+    np.testing.assert_equal(params(folder), params(uninterrupted))
+
+
+def _wait_for_step(process, folder, at_least):
+    """Until the run has logged this many steps."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") > at_least:
+            return True
+        time.sleep(0.01)
+    return process.poll() is not None
+
+
+def _wait_for_partial_save(process, folder):
+    """Until a checkpoint is half written; False if none was caught within two seconds."""
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline and process.poll() is None:
+        if any("tmp" in name for name in os.listdir(folder / "checkpoints")):
+            return True
+    return False
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit_cleanly(child_env, uninterrupted, runs, number):
+    folder = runs / f"stopped-{number}"
+    process = start(child_env, folder, checkpoint__every=1000)
+    assert _wait_for_step(process, folder, at_least=2)
+    process.send_signal(number)
+    out = finish(process, code=0)
+    if "stopped after step" in out:
+        assert re.search(r"stopped after step \d+, saved", out)
+        assert "resuming at step" in finish(start(child_env, folder, checkpoint__every=1000))
+    assert metrics(folder) == metrics(uninterrupted)
+
+
+@pytest.mark.xdist_group("resume")
+def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, runs):
+    """Checkpoints are taken between steps, never inside a batch: the documented boundary."""
+    fields = {
+        "objective__num_iterations": 2,
+        "objective__minibatches": 2,
+        "run__steps": 6,
+        "checkpoint__every": 2,
+    }
+    whole, killed = runs / "two-whole", runs / "two-killed"
+    finish(start(child_env, whole, **fields))
+    process = start(child_env, killed, **fields)
+    assert _wait_for_step(process, killed, at_least=3)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    finish(start(child_env, killed, **fields))
+    assert metrics(killed) == metrics(whole)
+    np.testing.assert_equal(params(killed), params(whole))
+
+
+@pytest.mark.xdist_group("resume")
+def test_one_device_equals_eight(child_env, runs):
+    """Same prompt ids and tokens for 20 steps, parameters to 1e-5 relative, on three meshes."""
+    one = runs / "one"
+    shared = {"run__steps": 20}
+    finish(start(child_env, one, **shared))
+    for name, mesh in {
+        "data": {"mesh__data": 8},
+        "mixed": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    }.items():
+        other = runs / name
+        finish(start(child_env, other, devices=8, **mesh, **shared))
+        for a, b in zip(metrics(one), metrics(other), strict=True):
+            for key in ("crc/prompt_ids", "crc/tokens", "reward"):
+                assert a.get(key) == b.get(key), (name, a["step"], key)
+        assert relative(params(one)["params"], params(other)["params"]) < 1e-5
+
+
+@pytest.mark.xdist_group("resume")
+def test_damaged_checkpoint_falls_back_to_the_one_before(child_env, uninterrupted, runs):
+    folder = runs / "damaged"
+    finish(start(child_env, folder, run__steps=12))
+    step = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    files = [p for p in (folder / "checkpoints" / str(step) / "state").rglob("d/*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    largest.write_bytes(bytes(data))
+    out = finish(start(child_env, folder, run__steps=12))
+    assert f"checkpoint {step} is damaged" in out and "resuming at step" in out
+    assert (folder / "checkpoints.damaged" / str(step)).exists()
+    assert metrics(folder) == metrics(uninterrupted)
+
+
+def run_bad(capsys, argv):
+    """The one line that bad input gets, and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        argv_before, sys.argv = sys.argv, ["train", *map(str, argv)]
+        try:
+            cli.run(main, "pspo_jax.train")
+        finally:
+            sys.argv = argv_before
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--run.stepz", "3"], ["run.stepz", "run.steps"]),
+        (["--optimiser.learning_rate", "3"], ["optimiser.learning_rate", "optimizer.learning_rate"]),
+        (["--run.steps", "many"], ["run.steps", "many"]),
+        (["--algorithm.name", "ppo"], ["algorithm.name", "ppo", "pspo"]),
+        (["--rollout.prompts", "-4"], ["rollout.prompts=-4", "at least 1"]),
+        (["--rollout.top_p", "1.5"], ["rollout.top_p=1.5", "at most 1"]),
+        (["--rollout.temperature", "nan"], ["rollout.temperature", "number"]),
+        (["--rollout.prompts", "1000"], ["rollout.prompts=1000", "512", "without replacement"]),
+        (["--policy.kv_heads", "3"], ["policy.kv_heads=3", "policy.heads=8"]),
+        (["--objective.microbatch_rows", "7"], ["objective.microbatch_rows=7", "256"]),
+        (["--mesh.data", "8", "--rollout.prompts", "12"], ["= 8", "rollout.prompts=12", "4 would"]),
+        (["--mesh.tensor", "3"], ["mesh.tensor=3", "devices"]),
+        (["--mesh.data", "1", "--mesh.tensor", "3"], ["mesh.tensor=3", "policy.heads=8"]),
+        (["--mesh.data", "64"], ["mesh.data=64", "there are 8"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
+        (["--sft.data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
+    ],
+)
+def test_bad_input_gets_one_line(capsys, tmp_path, argv, words):
+    line = run_bad(capsys, ["--run.dir", tmp_path / "r", "--log.progress", "false", *argv])
+    for word in words:
+        assert word in line, line
+
+
+def test_bad_yaml_gets_one_line(capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {stepz: 3}\n")
+    assert "run.steps" in run_bad(capsys, ["--config", path])
+    path.write_text("run: [1\n")
+    assert "not YAML" in run_bad(capsys, ["--config", path])
+
+
+def test_unwritable_folder_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "run.dir=" in run_bad(capsys, ["--run.dir", tmp_path / "file" / "run"])
+
+
+@pytest.mark.xdist_group("resume")
+def test_folder_of_another_config_says_what_differs(capsys, uninterrupted):
+    argv = flags(uninterrupted, optimizer__learning_rate=0.5, algorithm__name="grpo", eval__every=3)
+    line = run_bad(capsys, argv)
+    assert "optimizer.learning_rate=0.0008 there, 0.5 now" in line
+    assert "algorithm.name=pspo there, grpo now" in line
+    assert "eval.every" not in line
+
+
+@pytest.mark.xdist_group("resume")
+def test_what_a_run_leaves_behind(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert set(summary) == {"eval", "steps", "rollouts", "tokens", "seconds"}
+    assert set(summary["eval"]) == {"greedy", "sampled"}
+    phases = {"setup", "compile", "sft", "select", "rollout", "verify", "update", "eval", "total"}
+    assert set(summary["seconds"]) == phases
+    assert summary["rollouts"] == 12 * 8 * 4
+    lines = metrics(uninterrupted, drop=("-",))
+    assert [line["step"] for line in lines] == list(range(13))
+    for name in ("reward", "kl", "entropy", "clip_ratio/region_mean", "completions/clipped_ratio", "num_tokens",
+                 "learning_rate", "grad_norm", "frac_reward_zero_std", "rewards/accuracy/mean"):  # fmt: skip
+        assert name in lines[1]
+    assert list(uninterrupted.glob("events.out.tfevents*"))
+    dump = (uninterrupted / "completions" / "step_000004.jsonl").read_text().splitlines()
+    assert {"prompt", "answer", "completion", "reward", "ended"} <= set(json.loads(dump[0]))
+    assert (uninterrupted / "cold_start" / "settings.json").exists()
