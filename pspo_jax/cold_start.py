@@ -56,11 +56,7 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
     """Tokenised examples of a JSONL file; EOS is added to completions that lack it."""
     prompts, completions = [], []
     width = task.train.tokens.shape[1]
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(f"sft.data={path}: {error.strerror}; name a JSONL file that can be read") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path).decode().splitlines(), 1):
         try:
             record = json.loads(line)
             prompt, completion = record["prompt"], record["completion"]
@@ -77,6 +73,13 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
                 raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
     pad = task.tokenizer.pad_token_id
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"sft.data={path}: {error.strerror}; name a JSONL file that can be read") from error
 
 
 def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
@@ -138,5 +141,5 @@ def settings(config: Config, task: Task) -> dict[str, Any]:
     fields["rollout.prompt_bucket"] = config.rollout.prompt_bucket
     fields["heldout"] = task.heldout.fingerprint()
     if config.sft.data is not None:
-        fields["sft.data"] = hashlib.sha256(Path(config.sft.data).read_bytes()).hexdigest()
+        fields["sft.data"] = hashlib.sha256(_read(Path(config.sft.data))).hexdigest()
     return fields

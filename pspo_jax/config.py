@@ -203,7 +203,8 @@ class ObjectiveConfig:
     minibatches: Annotated[int, Range(1)] = 1
     """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
     microbatch_rows: Annotated[int, Range(0)] = 32
-    """Completions whose gradient is computed at a time and accumulated; 0 = a whole minibatch."""
+    """At most this many completions have their gradient computed at a time, accumulated over a minibatch; the largest
+    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Log-probs of the policy before the update: those the sampler returned, or recomputed by the trainer."""
     logits_mib: Annotated[int, Range(1)] = 160
@@ -341,7 +342,6 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
 
 
 def _check_relations(c: Config) -> None:
-    rows = c.rollout.prompts * c.rollout.group_size
     if c.rollout.prompts > c.task.train_prompts:
         raise ConfigError(
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
@@ -354,10 +354,4 @@ def _check_relations(c: Config) -> None:
     if c.rollout.prompts % c.objective.minibatches:
         raise ConfigError(
             f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
-        )
-    minibatch = rows // c.objective.minibatches
-    if c.objective.microbatch_rows and minibatch % c.objective.microbatch_rows:
-        raise ConfigError(
-            f"objective.microbatch_rows={c.objective.microbatch_rows}: must divide the {minibatch} completions of a "
-            "minibatch (rollout.prompts x rollout.group_size / objective.minibatches), or be 0"
         )

@@ -66,6 +66,7 @@ def prepare(config: Config) -> Setup:
     architecture = Architecture(
         **dataclasses.asdict(config.policy), vocab_size=task.vocab_size, forbidden=task.forbidden
     )
+    settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
     policy = transformer(architecture)

@@ -30,6 +30,7 @@ from pspo_jax.objective.losses import (
     token_losses,
     zero_metrics,
 )
+from pspo_jax.parallel.mesh import microbatch_size
 from pspo_jax.policy.base import Policy
 from pspo_jax.replay import Groups
 from pspo_jax.state import Outcome, Params, Rollouts, TrainState
@@ -308,8 +309,8 @@ def _join_gaps(a: Gap, b: Gap) -> Gap:
 
 
 def _microbatches(rows: Rows, config: Config) -> int:
-    size = config.objective.microbatch_rows
-    return rows.tokens.shape[0] // size if size else 1
+    n = rows.tokens.shape[0]
+    return n // microbatch_size(n, config.objective.microbatch_rows)
 
 
 def _deal(rows: Any, parts: int) -> Any:

@@ -68,11 +68,9 @@ def make_mesh(config: Config) -> Mesh:
 def _check_divides(c: Config, row_shards: int) -> None:
     where = f"mesh.data x mesh.fsdp = {row_shards}"
     minibatch = c.rollout.prompts // c.objective.minibatches
-    microbatch = c.objective.microbatch_rows or minibatch * c.rollout.group_size
     for name, size in (
         ("rollout.prompts", c.rollout.prompts),
         ("prompts of a minibatch", minibatch),
-        ("objective.microbatch_rows", microbatch),
         ("sft.batch", c.sft.batch if c.sft.steps else row_shards),
     ):
         if size % row_shards:
@@ -87,6 +85,14 @@ def _check_divides(c: Config, row_shards: int) -> None:
         if size % shards:
             works = max(d for d in range(1, shards + 1) if size % d == 0)
             raise ConfigError(f"{axis}={shards}: does not divide {name}={size}; {works} would")
+
+
+def microbatch_size(rows: int, at_most: int) -> int:
+    """The largest divisor of `rows` up to `at_most` (0 = no bound) that spreads evenly over the mesh in context."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    shards = int(np.prod([shape.get(axis, 1) for axis in ROWS]))
+    limit = max(at_most or rows, shards)
+    return max(d for d in range(1, rows + 1) if rows % d == 0 and d % shards == 0 and d <= limit)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
