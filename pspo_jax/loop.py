@@ -101,6 +101,10 @@ def train(config: Config) -> int:
                 return 0
             progress.say(f"policy: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {origin}")
             state = place_state(setup, params)
+        if int(state.step) == config.run.steps and (folder / "summary.json").exists():
+            progress.say(f"{folder} is finished; choose another --run.dir to train again")
+            show_summary(config, folder, progress)
+            return 0
         with totals.phase("compile"):
             programs = compile_programs(setup, state, progress)
         return _loop(setup, state, programs, totals, folder, checkpoints, progress, stop)
@@ -210,10 +214,12 @@ def _loop(
                 log.strategy(done, state.selector)
             if values["skipped_updates"] >= c.optimizer.max_skipped:
                 log.close()
-                raise FloatingPointError(
-                    f"step {done}: {int(values['skipped_updates'])} updates in a row were not finite; the parameters "
-                    f"are those before them, the last checkpoints are {checkpoints.steps()}"
+                checkpoints.wait()
+                progress.say(
+                    f"stopped: {int(values['skipped_updates'])} updates in a row up to step {done} were not finite; "
+                    f"checkpoints {checkpoints.steps()} are from before them; lower optimizer.learning_rate"
                 )
+                return 1
             if evaluated or stop() or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)
             bar(1, _numbers(values))
@@ -224,6 +230,7 @@ def _loop(
                 return 0
     checkpoints.wait()
     log.close()
+    scores = scores or _evaluate(setup, state, programs, totals)
     return _finish(setup, totals, folder, scores, progress)
 
 
@@ -338,45 +345,41 @@ def _eval_names(scores: dict[str, float]) -> dict[str, float | int]:
 
 def _numbers(values: dict[str, Any]) -> str:
     """The line beside the progress bar."""
-    rate = values["rollouts/total"] and 1 / values["step_time"]
     return (
         f"reward {values['reward']:.3f}  effective {values['groups/effective']:.0f}  "
-        f"{values['tokens_per_second']:,.0f} tok/s  {rate:.1f} steps/s"
+        f"{values['tokens_per_second']:,.0f} tok/s  {1 / values['step_time']:.1f} steps/s"
     )
 
 
 def _finish(setup: Setup, totals: Totals, folder: Path, scores: dict[str, float], progress: Progress) -> int:
-    """summary.json, report.html and the table at the end."""
-    path = folder / "summary.json"
-    if scores:
-        seconds = {**totals.seconds, "total": totals.total()}
-        seconds["setup"] = max(seconds["total"] - sum(totals.seconds.values()), 0.0)
-        write_json(
-            path,
-            {
-                "eval": scores,
-                "steps": setup.config.run.steps,
-                "rollouts": totals.counts["rollouts"],
-                "tokens": totals.counts["generated"],
-                "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            },
-        )
-    else:
-        progress.say(
-            f"{folder} already holds all {setup.config.run.steps} steps; raise nothing, choose another --run.dir"
-        )
+    """summary.json and report.html, then the table."""
+    seconds = {**totals.seconds, "total": totals.total()}
+    seconds["setup"] = max(seconds["total"] - sum(totals.seconds.values()), 0.0)
+    summary = {
+        "eval": scores,
+        "steps": setup.config.run.steps,
+        "rollouts": totals.counts["rollouts"],
+        "tokens": totals.counts["generated"],
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    write_json(folder / "summary.json", summary)
     if setup.config.log.report:
         progress.say(f"report: {write_report([folder], folder / 'report.html')}")
-    summary = json.loads(path.read_text())
-    seconds = summary["seconds"]
+    show_summary(setup.config, folder, progress)
+    return 0
+
+
+def show_summary(config: Config, folder: Path, progress: Progress) -> None:
+    """The table at the end of a run, from its summary.json."""
+    summary = json.loads((folder / "summary.json").read_text())
+    seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     progress.table(
-        f"{setup.config.algorithm.name} on {setup.task.name}, {summary['steps']} steps",
+        f"{config.algorithm.name} on {config.task.name}, {summary['steps']} steps",
         [
             ("held-out greedy", f"{summary['eval']['greedy']:.3f}"),
             ("held-out sampled", f"{summary['eval']['sampled']:.3f}"),
             ("rollouts", f"{summary['rollouts']:,}"),
             ("tokens generated", f"{summary['tokens']:,}"),
-            ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items())),
+            ("seconds", seconds),
         ],
     )
-    return 0

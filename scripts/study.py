@@ -1,0 +1,91 @@
+"""Compare algorithms over seeds at equal rollouts: a table of held-out accuracy with standard errors.
+
+    python scripts/study.py --out runs/study --steps 40 --seeds 0 1 2 3 4 \\
+        --arm grpo --arm dr_grpo --arm ers --arm pps --arm pspo --arm "pspo selection.floor=1e-6"
+
+An arm is an algorithm and overrides of fields. Runs go one after the other, each in its own folder; those that are
+finished are not run again, and runs of one seed share their cold start. The first arm is the baseline of the paired
+differences: the same seed has the same cold start and the same problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+
+def folder_of(out: Path, arm: str, seed: int) -> Path:
+    return out / f"{arm.replace(' ', '_').replace('=', '-')}_seed{seed}"
+
+
+def run(out: Path, arm: str, seed: int, steps: int) -> None:
+    folder = folder_of(out, arm, seed)
+    if (folder / "summary.json").exists():
+        return
+    algorithm, *overrides = arm.split()
+    command = [sys.executable, "-m", "pspo_jax.train", "--run.dir", str(folder), "--algorithm.name", algorithm]
+    command += ["--run.seed", str(seed), "--run.steps", str(steps), "--log.report", "false", "--log.progress", "false"]
+    command += [f"--{override}" for override in overrides]
+    subprocess.run(command, check=True)
+    print(f"{arm}, seed {seed}: {json.loads((folder / 'summary.json').read_text())['eval']}", flush=True)
+
+
+def read(folder: Path) -> dict[str, float]:
+    """The figures of one run that the table needs."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
+    return {
+        "before": lines[0]["eval/greedy"],
+        "greedy": summary["eval"]["greedy"],
+        "sampled": summary["eval"]["sampled"],
+        "effective": last["rollouts/effective"] / last["rollouts/total"],
+        "rollouts": summary["rollouts"],
+    }
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Mean and standard error of the mean."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.fmean(values):.3f} ± {error:.3f}"
+
+
+def table(out: Path, arms: list[str], seeds: list[int]) -> str:
+    results = {arm: [read(folder_of(out, arm, seed)) for seed in seeds] for arm in arms}
+    rows = [
+        "| arm | greedy | sampled | greedy less baseline | sampled less baseline | effective rollouts |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = results[arms[0]]
+    for arm, runs in results.items():
+        pairs = list(zip(runs, base, strict=True))
+        differences = [
+            "" if arm == arms[0] else mean_and_error([a[k] - b[k] for a, b in pairs]) for k in ("greedy", "sampled")
+        ]
+        cells = [mean_and_error([r[k] for r in runs]) for k in ("greedy", "sampled")]
+        effective = mean_and_error([r["effective"] for r in runs])
+        rows.append(f"| `{arm}` | {cells[0]} | {cells[1]} | {differences[0]} | {differences[1]} | {effective} |")
+    before = mean_and_error([r["before"] for r in base])
+    note = f"{len(seeds)} seeds, {base[0]['rollouts']:,} rollouts each; greedy before RL {before}."
+    return "\n".join([note, "", *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", action="append", required=True, help='"ALGORITHM [stage.field=value ...]", repeatable')
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=40, help="training steps a run")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    args = parser.parse_args()
+    for seed in args.seeds:
+        for arm in args.arm:
+            run(args.out, arm, seed, args.steps)
+    print(table(args.out, args.arm, args.seeds))
+
+
+if __name__ == "__main__":
+    main()
