@@ -210,6 +210,9 @@ class Result:
     def least(self, key: str = "seconds") -> float:
         return min(r.mean(key) for r in self.used())
 
+    def noisy(self) -> bool:
+        return not any(r.quiet for r in self.repetitions)
+
     def spread(self) -> float:
         values = [r.mean() for r in self.used()]
         return (max(values) - min(values)) / statistics.median(values)
@@ -358,7 +361,7 @@ def common_cells(result: Result) -> list[str]:
         f"{result.first_call_cold:.1f}{cached}",
         f"{result.peak_rss_mib / 1024:.2f}",
         f"{max(r.foreign_cores for r in used):.2f}",
-        f"{quiet} of {len(result.repetitions)}" + ("" if quiet else " (NOISY)"),
+        f"{quiet} of {len(result.repetitions)}" + (" (NOISY)" if result.noisy() else ""),
     ]
 
 
@@ -376,6 +379,6 @@ def report(title: str, headings: Sequence[str], rows: list[list[str]], results: 
 
 
 def save(path: Path, results: dict[str, list[Result]], arguments: argparse.Namespace) -> None:
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if "python" not in k}
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("peer_python", "out")}
     groups = {k: [asdict(r) for r in v] for k, v in results.items()}
     path.write_text(json.dumps({"machine": machine(), "settings": settings, "results": groups}, indent=1) + "\n")

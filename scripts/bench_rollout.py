@@ -151,7 +151,8 @@ def row(shape: str, dtype: str, result: Result, rows_tokens: int) -> list[str]:
 
 def ratio_row(shape: str, dtype: str, ours: Result, peer: Result) -> list[str]:
     cells = [f"**{p / o:.2f}x**" for o, p in ((ours.median(), peer.median()), (ours.least(), peer.least()))]
-    return [f"{shape} {dtype}: ratio", *cells, *[""] * len(_bench.COMMON_HEADINGS)]
+    warning = "NOISY" if ours.noisy() or peer.noisy() else ""
+    return [f"{shape} {dtype}: ratio", *cells, *[""] * (len(_bench.COMMON_HEADINGS) - 1), warning]
 
 
 def main() -> None:

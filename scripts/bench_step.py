@@ -189,8 +189,9 @@ def ratio_row(title: str, ours: Result, peer: Result) -> list[str]:
         (ours.least(), peer.least()),
         *((ours.median(k), peer.median(k)) for k in ("rollout", "update")),
     ]
+    warning = "NOISY" if ours.noisy() or peer.noisy() else ""
     memory = f"{ours.peak_rss_mib / peer.peak_rss_mib:.0%}"
-    return [f"{title}: ratio", *[f"**{p / o:.2f}x**" for o, p in pairs], "", "", memory, "", ""]
+    return [f"{title}: ratio", *[f"**{p / o:.2f}x**" for o, p in pairs], "", "", memory, "", warning]
 
 
 def measure(options: Any, shape: str, dtype: str, with_peer: bool) -> list[Result]:
