@@ -36,13 +36,15 @@ def draw_tokens(
     """
     temperature, k, p = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p)
     greedy = temperature == 0
-    scaled = logits / jnp.where(greedy, 1.0, temperature)
-    top = scaled.max(axis=-1, keepdims=True)
-    weight = jnp.exp(scaled - top)
+    sharpness = 1 / jnp.where(greedy, 1.0, temperature)
+    top = logits.max(axis=-1, keepdims=True)
+    weight = jnp.exp((logits - top) * sharpness)
     log_total = jnp.log(weight.sum(axis=-1))
 
     truncated = ((k > 0) | (p < 1)) & ~greedy
-    kept = jax.lax.cond(truncated, lambda w: _truncate(w, k, p), lambda w: w, weight)
+    # A threshold and not the weights crosses the cond, as its results are copied.
+    threshold = jax.lax.cond(truncated, lambda w: _threshold(w, k, p), lambda w: jnp.zeros(w.shape[:-1]), weight)
+    kept = jnp.where(weight >= threshold[..., None], weight, 0.0)
     token, kept_total = jax.lax.cond(
         greedy,
         lambda w, u: (jnp.argmax(w, axis=-1).astype(jnp.int32), jnp.ones_like(u)),
@@ -50,7 +52,7 @@ def draw_tokens(
         kept,
         uniform,
     )
-    chosen = jnp.take_along_axis(scaled, token[..., None], axis=-1)[..., 0] - top[..., 0]
+    chosen = (jnp.take_along_axis(logits, token[..., None], axis=-1) - top)[..., 0] * sharpness
     log_prob = chosen - log_total
     # Untruncated, both are one number to the last bit, not two sums in different orders.
     sampling = jnp.where(truncated, chosen - jnp.log(kept_total), log_prob)
@@ -83,21 +85,23 @@ def _first(hit: Bool[Array, "*n k"]) -> Int[Array, "*n"]:
     return jnp.argmax(hit, axis=-1)
 
 
-def _truncate(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "*n V"]:
-    """Zero the weights that top-k, then top-p, leave out. Weights are in [0, 1], the largest is 1."""
+def _threshold(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "*n"]:
+    """The least weight that top-k, then top-p, keep. Weights are in [0, 1], the largest is 1."""
     everything = jnp.int32(weight.shape[-1])
     k = jnp.where(top_k > 0, jnp.minimum(top_k, everything), everything)
-    weight = _keep_from(weight, lambda w: (w > 0).sum(axis=-1), k)
-    share = jnp.where(top_p < 1, top_p, 1.0) * weight.sum(axis=-1)
-    mass = _keep_from(weight, lambda w: w.sum(axis=-1), share)
-    return jnp.where(top_p < 1, mass, weight)
+    by_count = _largest_threshold(weight, lambda w: (w > 0).sum(axis=-1), k)
+    weight = jnp.where(weight >= by_count[..., None], weight, 0.0)
+    by_mass = _largest_threshold(weight, lambda w: w.sum(axis=-1), top_p * weight.sum(axis=-1))
+    return jnp.where(top_p < 1, jnp.maximum(by_count, by_mass), by_count)
 
 
-def _keep_from(weight: Float[Array, "*n V"], measure: Callable[[Array], Array], enough: Array) -> Float[Array, "*n V"]:
-    """Keep the weights from the largest threshold on whose kept weights measure enough.
+def _largest_threshold(
+    weight: Float[Array, "*n V"], measure: Callable[[Array], Array], enough: Array
+) -> Float[Array, "*n"]:
+    """The largest threshold from which on the weights measure enough.
 
-    Positive floats order as their bit patterns do, so bisection over 30 bits finds the threshold exactly: 30 passes,
-    no sort of the vocabulary.
+    Positive floats order as their bit patterns do, so bisection over 30 bits finds it exactly: 30 passes, no sort of
+    the vocabulary.
     """
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -109,4 +113,4 @@ def _keep_from(weight: Float[Array, "*n V"], measure: Callable[[Array], Array], 
 
     low = jnp.zeros(weight.shape[:-1], jnp.int32)
     low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _BITS_OF_ONE)))
-    return jnp.where(weight >= jax.lax.bitcast_convert_type(low, jnp.float32)[..., None], weight, 0.0)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)

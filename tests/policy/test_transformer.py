@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pspo_jax.config import PolicyConfig
-from pspo_jax.policy.transformer import rope
+from pspo_jax.policy.matmul import product
+from pspo_jax.policy.transformer import rope, rotation
 from pspo_jax.policy.weights import table, weight_axes
 from tests.helpers import tiny_policy
 
@@ -91,7 +92,7 @@ def test_rope_keeps_relative_positions():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        at = [rope(x, jnp.array([[n]]), 100.0).ravel() for x, n in ((q, i), (k, j))]
+        at = [rope(x, rotation(jnp.array([[n]]), 8, 100.0)).ravel() for x, n in ((q, i), (k, j))]
         return float(at[0] @ at[1])
 
     assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-4)
@@ -102,3 +103,27 @@ def test_weights_depend_on_name_and_key_alone():
     _, b, _ = tiny_policy(qkv_bias=True)
     np.testing.assert_array_equal(a["layers"]["o"], b["layers"]["o"])
     assert float(jnp.abs(a["layers"]["q"] - a["layers"]["k"].mean()).max()) > 0
+
+
+@pytest.mark.parametrize("spec", ["rsd,dnh->rsnh", "rsnh,nhd->rsd", "nd,vd->nv"])
+def test_gradient_of_the_product_is_autodiffs(spec):
+    sizes = dict(r=2, s=3, d=4, n=5, h=6, v=7)
+    keys = jax.random.split(jax.random.key(0), 2)
+    left, right = spec.split("->")[0].split(",")
+    x, w = (jax.random.normal(k, [sizes[c] for c in part]) for k, part in zip(keys, (left, right), strict=True))
+    got = jax.grad(lambda x, w: (product(spec, x, w, jnp.float32, jnp.float32) ** 3).sum(), argnums=(0, 1))(x, w)
+    want = jax.grad(lambda x, w: (jnp.einsum(spec, x, w) ** 3).sum(), argnums=(0, 1))(x, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), got, want)
+
+
+def test_no_product_of_two_float32_matrices_in_a_bfloat16_backward_pass():
+    """Autodiff of float32 accumulation would put one there for each projection."""
+    policy, params, _ = tiny_policy(compute_dtype="bfloat16")
+    x = jnp.ones((2, 16), jnp.bfloat16)
+
+    def loss(params, x):
+        return policy.logits(params, x)[:, :14].sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert dots and all("bf16" in line.split(":")[-1].split("->")[0] for line in dots), dots

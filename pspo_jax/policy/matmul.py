@@ -1,0 +1,46 @@
+"""The one matrix product of the model, and its gradient."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def product(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> Array:
+    """einsum of x and w in `dtype` with float32 accumulation, in both directions.
+
+    Autodiff of a product that accumulates in float32 multiplies float32 by float32 in the backward pass, at half the
+    rate or less on every backend with bfloat16 units. Here cotangents are cast to `dtype` first. In float32 the result
+    is autodiff's; written out like this, the backward pass of a small model also ran a third faster on CPU.
+
+    Args:
+      spec: two operands, every index spelled out (no "...") and in the output or in both operands.
+      dtype: type of the operands of each product; gradients return in the types of x and w.
+    """
+    return _multiply(spec, x.astype(dtype), w.astype(dtype)).astype(out_dtype)
+
+
+def _multiply(spec: str, x: Array, w: Array) -> Array:
+    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+def _forward(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return product(spec, x, w, dtype, out_dtype), (x, w)
+
+
+def _backward(spec: str, dtype: Any, out_dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    g = g.astype(dtype)
+    dx = _multiply(f"{result},{right}->{left}", g, w.astype(dtype))
+    dw = _multiply(f"{left},{result}->{right}", x.astype(dtype), g)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+product.defvjp(_forward, _backward)
