@@ -43,18 +43,29 @@ def attend_shared_prefix(
     """
     b, g, heads, h = q.shape
     kv = prefix_k.shape[1]
-    q = q.reshape(b, g, kv, heads // kv, h)
+    m = heads // kv
+    dtype = prefix_v.dtype
     scale = 1 / math.sqrt(h)
-    in_prompt = jnp.einsum("bgkmh,bkph->bgkmp", q, prefix_k, preferred_element_type=jnp.float32) * scale
+    q = q.reshape(b, g, kv, m, h)
+    # The group's rows and the query heads of one kv head are the rows of one product with the prompt: [B, K, G M, h].
+    rows = q.swapaxes(1, 2).reshape(b, kv, g * m, h)
+    in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix_k, preferred_element_type=jnp.float32) * scale
     in_suffix = jnp.einsum("bgkmh,bgkth->bgkmt", q, suffix_k, preferred_element_type=jnp.float32) * scale
-    real = (jnp.arange(prefix_k.shape[2]) < lengths[:, None])[:, None, None, None]
+    real = (jnp.arange(prefix_k.shape[2]) < lengths[:, None])[:, None, None]
     in_prompt = jnp.where(real, in_prompt, MASKED)
     in_suffix = jnp.where(jnp.arange(suffix_k.shape[3]) <= t, in_suffix, MASKED)
 
-    top = jnp.maximum(in_prompt.max(axis=-1, keepdims=True), in_suffix.max(axis=-1, keepdims=True))
-    in_prompt, in_suffix = jnp.exp(in_prompt - top), jnp.exp(in_suffix - top)
-    total = in_prompt.sum(axis=-1, keepdims=True) + in_suffix.sum(axis=-1, keepdims=True)
-    dtype = prefix_v.dtype
-    out = jnp.einsum("bgkmp,bkph->bgkmh", in_prompt.astype(dtype), prefix_v, preferred_element_type=jnp.float32)
-    out += jnp.einsum("bgkmt,bgkth->bgkmh", in_suffix.astype(dtype), suffix_v, preferred_element_type=jnp.float32)
-    return (out / total).reshape(b, g, heads, h).astype(dtype)
+    def by_group(x: Array) -> Array:
+        """[B, K, G M, c] -> [B, G, K, M, c]."""
+        return x.reshape(b, kv, g, m, -1).swapaxes(1, 2)
+
+    def by_prompt(x: Array) -> Array:
+        """The inverse of by_group."""
+        return x.swapaxes(1, 2).reshape(b, kv, g * m, -1)
+
+    top = jnp.maximum(by_group(in_prompt.max(axis=-1, keepdims=True)), in_suffix.max(axis=-1, keepdims=True))
+    in_prompt, in_suffix = jnp.exp(in_prompt - by_prompt(top)), jnp.exp(in_suffix - top)
+    total = by_group(in_prompt.sum(axis=-1, keepdims=True)) + in_suffix.sum(axis=-1, keepdims=True)
+    of_prompt = jnp.einsum("bkrp,bkph->bkrh", in_prompt.astype(dtype), prefix_v, preferred_element_type=jnp.float32)
+    of_suffix = jnp.einsum("bgkmt,bgkth->bgkmh", in_suffix.astype(dtype), suffix_v, preferred_element_type=jnp.float32)
+    return ((by_group(of_prompt) + of_suffix) / total).reshape(b, g, heads, h).astype(dtype)

@@ -79,7 +79,7 @@ def test_pps_weights_equal_plain_python(priority, exponent, correction):
 
 
 def test_a_priority_update_changes_the_next_draw():
-    selector = pps(SelectionConfig())
+    selector = pps(SelectionConfig(floor=1e-6))
     state = selector.init(100)
     before, _, _ = selector.select(state, jax.random.key(7), 0, 8)
     # The prompts just drawn turn out to teach nothing.
@@ -98,7 +98,7 @@ def test_pps_statistics(statistic, want):
 def test_pps_signal_is_raw_or_smoothed():
     seen = outcome([[0.0, 3.0]], raw=[[0.0, 1.0]])
     for signal, want in (("raw", 1.0), ("smoothed", 3.0)):
-        selector = pps(SelectionConfig(signal=signal))
+        selector = pps(SelectionConfig(signal=signal, floor=1e-6))
         state = selector.observe(selector.init(1), jnp.array([0]), seen, 0)
         assert float(state.priority[0]) == pytest.approx(want, abs=1e-5)
 
