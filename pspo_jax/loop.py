@@ -220,10 +220,11 @@ def _loop(
                     f"checkpoints {checkpoints.steps()} are from before them; lower optimizer.learning_rate"
                 )
                 return 1
-            if evaluated or stop() or done % c.checkpoint.every == 0:
+            stopping = stop() and not last
+            if evaluated or stopping or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)
             bar(1, _numbers(values))
-            if stop() and not last:
+            if stopping:
                 checkpoints.wait()
                 log.close()
                 progress.say(f"stopped after step {done}, saved; the same command carries on")
@@ -265,7 +266,7 @@ def _one_step(
     values["step_time"] = sum(t["seconds"] for t in times.values())
     values["tokens_per_second"] = int(lengths.sum()) / rolling["seconds"]
     rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
-    values["learning_rate"] = float(rate(done * updates_per_step(c) - 1))
+    values["learning_rate"] = float(rate(max(values["updates"] - 1, 0)))
     if c.run.fingerprint:
         values |= {"crc/prompt_ids": crc(rows), "crc/tokens": crc(tokens), "crc/params": crc(state.params)}
         values |= {"crc/selector": crc(state.selector), "crc/credit": crc(state.credit)}

@@ -136,6 +136,8 @@ def make_train_step(
         params, opt_state, skipped, updates = _optimize(policy, optimizer, config, state, rows, rollouts.temperature)
         selector_state = algorithm.selector.observe(state.selector, ids, Outcome(rewards, advantages, raw), state.step)
         metrics = _rollout_metrics(rollouts, rewards) | _update_metrics(updates)
+        applied = state.updates + updates.applied.sum().astype(jnp.int32)
+        metrics["updates"] = applied.astype(jnp.float32)
         metrics["skipped_updates"] = skipped.astype(jnp.float32)
         metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
         metrics["loss_weight/min"] = rollouts.prompts.loss_weight.min()
@@ -147,7 +149,7 @@ def make_train_step(
             selector=selector_state,
             credit=credit_state,
             replay=replay_state,
-            updates=state.updates + updates.applied.sum().astype(jnp.int32),
+            updates=applied,
             skipped=skipped,
         )
         return state, metrics

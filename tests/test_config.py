@@ -1,0 +1,93 @@
+"""Config: presets, overrides, YAML, help, and the schedule that follows from it."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pspo_jax import cli
+from pspo_jax.algorithms import PRESETS, build, resolve
+from pspo_jax.config import Config, ConfigError, flatten, replace, validate
+from pspo_jax.optimizer import schedule
+from pspo_jax.parallel.mesh import microbatch_size
+from pspo_jax.train import main
+from tests.conftest import REPO
+
+
+def parse(*argv):
+    return cli.parse(argv, "train", "")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_algorithm_has_a_recipe_that_builds(name):
+    config = parse("--config", str(REPO / "configs" / f"{name}.yaml"))
+    assert config.algorithm.name == name
+    assert None not in (config.selection.name, config.credit.name, config.credit.scale, config.objective.aggregation)
+    state = build(config).selector.init(7)
+    assert state is not None
+    assert config.run.steps == 150
+
+
+def test_dr_grpo_has_neither_std_nor_kl():
+    config = parse("--algorithm.name", "dr_grpo")
+    assert (config.credit.scale, config.objective.aggregation, config.objective.kl_coef) == ("none", "dr_grpo", 0)
+
+
+def test_flags_override_files_and_presets(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {steps: 9, fingerprint: true}\nselection: {name: null}\nalgorithm: {name: pspo}\n")
+    config = parse("--config", str(path), "--run.steps", "4", "--credit.name", "group")
+    assert (config.run.steps, config.run.fingerprint) == (4, True)
+    assert (config.selection.name, config.credit.name) == ("pps", "group")
+
+
+def test_saved_yaml_reads_back_as_itself(tmp_path):
+    config = parse("--rollout.top_p", "0.9", "--run.fingerprint", "true")
+    path = tmp_path / "config.yaml"
+    path.write_text(cli.to_yaml(config))
+    assert parse("--config", str(path)) == config
+    assert yaml.safe_load(path.read_text())["rollout"]["top_p"] == 0.9
+
+
+def test_help_tells_every_fields_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in flatten(Config()):
+        assert f"--{name}" in text
+    assert "Divides the logits, in the sampler and in the trainer alike." in text
+
+
+def test_print_config(capsys):
+    assert main(["--run.print_config", "true"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["objective"]["aggregation"] == "dapo"
+
+
+@given(st.sampled_from(sorted(flatten(Config()))), st.one_of(st.integers(), st.floats(), st.none(), st.text()))
+def test_any_value_is_accepted_or_refused_by_name(field, value):
+    """validate never fails in another way than with a line that begins with a field's name."""
+    config = replace(Config(), {field: value})
+    try:
+        validate(config)
+    except ConfigError as error:
+        assert str(error).split("=")[0] in flatten(config)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(ConfigError, match=r"run\.stepz"):
+        replace(Config(), {"run.stepz": 1})
+    assert resolve(Config()).selection.name == "pps"
+
+
+def test_schedule():
+    rate = schedule(Config().optimizer, 80)
+    assert 0 < float(rate(0)) < float(rate(4)) < 8e-4
+    assert float(rate(5)) == pytest.approx(8e-4)
+    assert float(rate(80)) == pytest.approx(0.05 * 8e-4, rel=1e-3)
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_microbatches_divide(rows, at_most):
+    size = microbatch_size(rows, at_most)
+    assert rows % size == 0 and size <= (at_most or rows)
