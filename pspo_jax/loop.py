@@ -62,8 +62,7 @@ class Totals:
         return self._before + time.monotonic() - self._began
 
     def save(self) -> dict[str, Any]:
-        """A copy: the checkpoint is written while later steps go on counting."""
-        return {"counts": dict(self.counts), "seconds": dict(self.seconds), "total": self.total()}
+        return {"counts": self.counts, "seconds": self.seconds, "total": self.total()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, float]]:

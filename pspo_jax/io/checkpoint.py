@@ -6,6 +6,7 @@ Its metadata also holds a checksum of every array, so that a damaged file is fou
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -62,7 +63,8 @@ class Checkpoints:
         self._orbax.wait()
         if step in self.steps():
             return
-        metadata = {**metadata, "checksums": _named_checksums(state)}
+        # A copy: Orbax writes metadata in the background, while the caller's counters go on.
+        metadata = {**copy.deepcopy(metadata), "checksums": _named_checksums(state)}
         self._orbax.save_checkpointables_async(step, {"state": state}, metrics=scores, custom_metadata=metadata)
 
     def wait(self) -> None:
