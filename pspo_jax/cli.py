@@ -109,7 +109,8 @@ def _normal(word: str) -> str:
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message as one line, without the frame and the pointer to --help."""
-    text = " ".join(re.sub(r"[╭╮╰╯│─━]+", " ", line) for line in box.splitlines())
+    """tyro's boxed message as one line, without its title, the frame and the pointer to --help."""
+    lines = [line for line in box.splitlines() if not line.startswith("╭")]
+    text = " ".join(re.sub(r"[╰╯│─━]+", " ", line) for line in lines)
     text = " ".join(text.split()).split("For full helptext")[0].strip()
     return text or "the arguments could not be read; see --help"

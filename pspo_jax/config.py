@@ -7,6 +7,7 @@ default is `None` follows `algorithm.name` (see `algorithms.py`), the machine or
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -304,7 +305,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             out |= flatten(value, f"{prefix}{name}.")
         else:
-            out[prefix + name] = value
+            out[f"{prefix}{name}"] = value
     return out
 
 
@@ -336,8 +337,8 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
     if allowed and value is not None and value not in allowed:
         raise ConfigError(f"{path}={value!r}: choose one of {', '.join(map(str, allowed))}")
     for bound in bounds:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise ConfigError(f"{path}={value!r}: must be a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{path}={value!r}: must be a finite number")
         if complaint := bound.complaint(value):
             raise ConfigError(f"{path}={value}: {complaint}")
 

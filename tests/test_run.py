@@ -238,6 +238,8 @@ def run_bad(capsys, argv):
         (["--mesh.tensor", "3"], ["mesh.tensor=3", "devices"]),
         (["--mesh.data", "1", "--mesh.tensor", "3"], ["mesh.tensor=3", "policy.heads=8"]),
         (["--mesh.data", "64"], ["mesh.data=64", "there are 8"]),
+        (["--optimizer.learning_rate", "inf"], ["optimizer.learning_rate=inf", "finite"]),
+        (["--run.dir="], ["run.dir", "folder"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
         (["--sft.data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
     ],
@@ -252,6 +254,8 @@ def test_bad_yaml_gets_one_line(capsys, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("run: {stepz: 3}\n")
     assert "run.steps" in run_bad(capsys, ["--config", path])
+    path.write_text("3: 4\n")
+    assert "--3" in run_bad(capsys, ["--config", path])
     path.write_text("run: [1\n")
     assert "not YAML" in run_bad(capsys, ["--config", path])
 

@@ -24,6 +24,8 @@ _FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "log.")
 
 def open_folder(path: str) -> Path:
     """The folder, made and writable, or ConfigError."""
+    if not path.strip():
+        raise ConfigError("run.dir='': must name a folder")
     folder = Path(path)
     probe = folder / f".write-test-{os.getpid()}"
     try:
