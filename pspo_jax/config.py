@@ -249,7 +249,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: Annotated[int, Range(0)] = 0
+    every: Annotated[int, Range(0)] = 20
     """Steps between evaluations on the held-out prompts; 0 = before the first and after the last step only."""
     samples: Annotated[int, Range(1)] = 4
     """Completions a held-out prompt for the sampled accuracy, at rollout.temperature."""
