@@ -162,8 +162,8 @@ class SelectionConfig:
     correction: Annotated[float, Range(0.0)] = 0.4
     """PPS: beta, the loss weight is (1/(N P(q)))^beta over the batch's maximum; 0 = no correction."""
     floor: Annotated[float, Range(above=0.0)] = 0.1
-    """PPS: added to |A| so that every prompt keeps a chance. The paper's 1e-6 hardly ever returns to a prompt whose group was
-    all right or all wrong once, and scored lower here (docs/results.md)."""
+    """PPS: added to |A| so that every prompt keeps a chance. The paper's 1e-6 hardly ever returns to a prompt whose
+    group was all right or all wrong once, and scored lower on most seeds tried (docs/results.md)."""
     initial: Annotated[float, Range(above=0.0)] = 1.0
     """PPS: priority of a prompt that has not been visited."""
     statistic: Literal["last", "mean", "max"] = "last"
