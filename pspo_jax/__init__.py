@@ -3,7 +3,7 @@
 from pspo_jax.algorithms import Algorithm, build
 from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.optimizer import adamw
-from pspo_jax.policy import Architecture, Policy, from_logits, from_nnx, transformer
+from pspo_jax.policy import Architecture, Policy, built_in, from_logits, from_nnx, transformer
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.state import Outcome, Prompts, Rollouts, TrainState
 from pspo_jax.step import init_state, make_train_step
@@ -23,6 +23,7 @@ __all__ = [
     "TrainState",
     "adamw",
     "build",
+    "built_in",
     "from_logits",
     "from_nnx",
     "init_state",

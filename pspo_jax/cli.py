@@ -20,7 +20,7 @@ import tyro
 import yaml
 
 from pspo_jax.algorithms import resolve
-from pspo_jax.config import Config, ConfigError, flatten, validate
+from pspo_jax.config import LORA_DEFAULTS, TEXT_DEFAULTS, Config, ConfigError, flatten, validate
 
 _WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
 
@@ -33,6 +33,7 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Config:
       SystemExit: after `--help`.
     """
     flags, rest = _config_flags(list(argv))
+    flags = _defaults(flags + rest) + flags
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -82,6 +83,25 @@ def _config_flags(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return flags, rest
+
+
+def _defaults(words: list[str]) -> list[str]:
+    """Flags that stand before all others, by the kind of task: the typed ones and a file's override them."""
+
+    def last(name: str, default: str) -> str:
+        found = [
+            word.partition("=")[2] if "=" in word else next(iter(words[i + 1 : i + 2]), "")
+            for i, word in enumerate(words)
+            if word.partition("=")[0] == name
+        ]
+        return found[-1] if found else default
+
+    values: dict[str, Any] = {}
+    if last("--task.name", "arithmetic") != "arithmetic":
+        values |= TEXT_DEFAULTS
+    if last("--lora.rank", "0") != "0":
+        values |= LORA_DEFAULTS
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
 def _yaml_flags(path: str) -> list[str]:

@@ -20,7 +20,7 @@ from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.optimizer import adamw
-from pspo_jax.policy.base import Policy
+from pspo_jax.policy.base import Policy, join
 from pspo_jax.tasks.base import Demonstrations, Task, pad_rows
 
 _MAX_STEPS_A_CALL = 60
@@ -94,15 +94,15 @@ def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: i
 def make_sft_steps(
     policy: Policy, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
 ) -> Callable[..., Any]:
-    """`steps(params, opt_state, batches [K, ...]) -> (params, opt_state, losses [K])`: K steps in one jitted call."""
+    """`steps(params, opt_state, batches [K, ...], frozen=None) -> (params, opt_state, losses [K])`, jitted: K steps."""
 
-    def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
-        params, opt_state = carry
-        loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, p, batch, logits_mib))(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def steps(params: Any, opt_state: Any, batches: dict[str, Array], frozen: Any = None) -> tuple[Any, Any, Array]:
+        def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
+            params, opt_state = carry
+            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, join(p, frozen), batch, logits_mib))(params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
 
-    def steps(params: Any, opt_state: Any, batches: dict[str, Array]) -> tuple[Any, Any, Array]:
         (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), batches)
         return params, opt_state, losses
 
@@ -110,9 +110,15 @@ def make_sft_steps(
 
 
 def cold_start(
-    config: Config, task: Task, policy: Policy, params: Any, progress: Progress, stop: Callable[[], bool]
+    config: Config,
+    task: Task,
+    policy: Policy,
+    params: Any,
+    progress: Progress,
+    stop: Callable[[], bool],
+    frozen: Any = None,
 ) -> Any | None:
-    """Train `params` (donated) for sft.steps; None if `stop()` became true on the way."""
+    """Train `params` (donated), on top of `frozen`, for sft.steps; None if `stop()` became true on the way."""
     s = config.sft
     per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
     optimizer = adamw(s, s.steps)
@@ -123,7 +129,7 @@ def cold_start(
     with progress.phase("cold start", s.steps) as bar:
         for i in range(s.steps // per_call):
             block = {k: v.reshape(per_call, s.batch, *v.shape[1:]) for k, v in batches[i].items()}
-            params, opt_state, losses = steps(params, opt_state, block)
+            params, opt_state, losses = steps(params, opt_state, block, frozen)
             loss = float(losses.mean())
             if not math.isfinite(loss):
                 raise FloatingPointError(f"cold start: loss {loss} at step {i * per_call}; lower sft.learning_rate")
@@ -133,13 +139,14 @@ def cold_start(
     return params
 
 
-def settings(config: Config, task: Task) -> dict[str, Any]:
-    """What a cold start's result depends on."""
-    stages = ("policy.", "sft.", "task.")
+def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Any]:
+    """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from."""
+    stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
     fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k != "sft.share"}
     fields["run.seed"] = config.run.seed
     fields["rollout.prompt_bucket"] = config.rollout.prompt_bucket
     fields["heldout"] = task.heldout.fingerprint()
+    fields["source"] = source
     if config.sft.data is not None:
         fields["sft.data"] = hashlib.sha256(_read(Path(config.sft.data))).hexdigest()
     return fields

@@ -18,6 +18,28 @@ CreditName = Literal["group", "ers"]
 Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 Dtype = Literal["float32", "bfloat16"]
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The matrices of a transformer block."""
+
+TEXT_DEFAULTS: dict[str, Any] = {
+    "task.train_prompts": 0,
+    "task.heldout_prompts": 256,
+    "sft.steps": 0,
+    "policy.compute_dtype": "bfloat16",
+    "policy.scan_unroll": 1,
+    "policy.remat": True,
+    "rollout.prompts": 16,
+    "rollout.max_new_tokens": 1024,
+    "rollout.prompt_bucket": 64,
+    "objective.microbatch_rows": 8,
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.b2": 0.999,
+    "eval.samples": 1,
+}
+"""What the command line takes for fields that are not set where the task is text and not the embedded default, whose
+rates and lengths would ruin a language model."""
+LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "policy.param_dtype": "bfloat16"}
+"""The same with lora.rank > 0."""
 
 
 class ConfigError(ValueError):
@@ -67,18 +89,44 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["arithmetic"] = "arithmetic"
-    """Where prompts come from and what a right answer is."""
-    train_prompts: Annotated[int, Range(1)] = 512
-    """Prompts to train on."""
+    name: Literal["arithmetic", "gsm8k"] = "arithmetic"
+    """Where prompts come from and what a right answer is: arithmetic is made here and has its own alphabet; gsm8k
+    reads JSONL files with columns question and answer (ending in `#### n`) and compares the last number."""
+    train_prompts: Annotated[int, Range(0)] = 512
+    """Prompts to train on; 0 = all of a file."""
     heldout_prompts: Annotated[int, Range(1)] = 384
     """Prompts to evaluate on; none of them is a training prompt."""
     seed: Annotated[int, Range(0)] = 0
     """Seed of the prompt sets. It is not run.seed, so that runs with different seeds share the problems."""
+    train_data: str | None = None
+    """gsm8k: JSONL file to train on."""
+    heldout_data: str | None = None
+    """gsm8k: JSONL file to evaluate on; None = the last rows of train_data, which are then not trained on."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    template: Literal["chat", "none"] = "chat"
+    """How a question becomes a prompt: the tokenizer's chat template, or the bare text after the tokenizer's BOS."""
+    system: str | None = None
+    """System message; None = the template's own."""
+    prefill: str = ""
+    """Beginning of the answer, given to the policy, such as "<think>\\n"; it is part of the prompt."""
+    thinking: bool | None = None
+    """Passed to the template as enable_thinking (Qwen3); None = not passed."""
+    max_tokens: Annotated[int, Range(1)] = 512
+    """Longer prompts are left out, and counted on the screen."""
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
+    source: str | None = None
+    """Checkpoint to train: a folder in Hugging Face's format or a hub id such as Qwen/Qwen2.5-Math-1.5B. The shape then
+    follows from it. None = random weights of the shape below."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None = its main branch."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; None = policy.source."""
     layers: Annotated[int, Range(1)] = 2
     """Transformer blocks."""
     width: Annotated[int, Range(1)] = 64
@@ -109,6 +157,28 @@ class PolicyConfig:
     """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
+
+    def shape_fields(self) -> list[str]:
+        """Fields that a checkpoint decides."""
+        first, last = "layers", "qk_norm"
+        names = [f.name for f in dataclasses.fields(self)]
+        return names[names.index(first) : names.index(last) + 1]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: Annotated[int, Range(0)] = 0
+    """Rank of low-rank adapters, the only weights trained then; 0 = all weights train. The base stays in
+    policy.param_dtype, adapters are float32; checkpoints hold the adapters alone."""
+    alpha: Annotated[float, Range(above=0.0)] = 64.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: Annotated[float, Range(0.0, 0.99)] = 0.0
+    """Dropout of the adapters' inputs in the gradient, not in rollouts: importance ratios are noisy with it."""
+    targets: str = ",".join(PROJECTIONS)
+    """Projections with an adapter, separated by commas; q_proj means q."""
+
+    def target_names(self) -> tuple[str, ...]:
+        return tuple(t.strip().removesuffix("_proj") for t in self.targets.split(",") if t.strip())
 
 
 @dataclass(frozen=True)
@@ -284,7 +354,9 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -344,7 +416,8 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
 
 
 def _check_relations(c: Config) -> None:
-    if c.rollout.prompts > c.task.train_prompts:
+    _check_policy(c)
+    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts:
         raise ConfigError(
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
             f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
@@ -356,4 +429,38 @@ def _check_relations(c: Config) -> None:
     if c.rollout.prompts % c.objective.minibatches:
         raise ConfigError(
             f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
+        )
+
+
+def _check_policy(c: Config) -> None:
+    """Task, checkpoint, tokenizer and adapters must go together."""
+    p, embedded = c.policy, c.task.name == "arithmetic"
+    if embedded and not c.task.train_prompts:
+        raise ConfigError("task.train_prompts=0: must be at least 1 for task.name=arithmetic")
+    for name in ("source", "tokenizer"):
+        if embedded and getattr(p, name) is not None:
+            raise ConfigError(
+                f"policy.{name}={getattr(p, name)}: task.name=arithmetic has an alphabet of its own; choose a task of "
+                "text, such as --task.name gsm8k --task.train_data FILE.jsonl"
+            )
+    if not embedded and p.source is None and p.tokenizer is None:
+        raise ConfigError(f"policy.source=None: task.name={c.task.name} needs a checkpoint, or a policy.tokenizer")
+    if not embedded and c.task.train_data is None:
+        raise ConfigError(f"task.train_data=None: task.name={c.task.name} needs a JSONL file")
+    if not embedded and c.sft.steps and c.sft.data is None:
+        raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
+    if p.source is not None:
+        defaults = PolicyConfig()
+        for name in p.shape_fields():
+            if getattr(p, name) != getattr(defaults, name):
+                raise ConfigError(
+                    f"policy.{name}={getattr(p, name)}: follows from the checkpoint policy.source={p.source}; drop it"
+                )
+    if c.lora.rank and p.source is None:
+        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set policy.source")
+    unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
+    if unknown or not c.lora.target_names():
+        raise ConfigError(
+            f"lora.targets={c.lora.targets!r}: matches no projection{' by ' + ', '.join(unknown) if unknown else ''}; "
+            f"choose among {', '.join(PROJECTIONS)}"
         )

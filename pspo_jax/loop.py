@@ -18,7 +18,7 @@ import numpy as np
 from pspo_jax import cli
 from pspo_jax.config import Config, ConfigError
 from pspo_jax.evaluate import evaluate, gather
-from pspo_jax.io.checkpoint import Checkpoints
+from pspo_jax.io.checkpoint import Checkpoints, named_checksums, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, check_config, crc, open_folder, write_json
 from pspo_jax.io.stop import stop_requests
@@ -26,7 +26,7 @@ from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.report import write_report
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
-from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare
+from pspo_jax.setup import Setup, configure_runtime, first_params, load_base, place_state, prepare
 from pspo_jax.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
 from pspo_jax.step import make_train_step
 
@@ -94,12 +94,13 @@ def train(config: Config) -> int:
         state, totals = restored or (None, Totals())
         if state is None:
             with totals.phase("sft"):
-                params, origin = first_params(setup, folder, progress, stop)
-            if params is None:
+                first = first_params(setup, folder, progress, stop)
+            if first.params is None:
                 progress.say("stopped during the cold start; the same command begins it again")
                 return 0
-            progress.say(f"policy: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {origin}")
-            state = place_state(setup, params)
+            progress.say(_describe(setup, first.origin))
+            state = place_state(setup, first.params, first.frozen)
+            del first  # the state owns the buffers, and donates them
         if int(state.step) == config.run.steps and (folder / "summary.json").exists():
             progress.say(f"{folder} is finished; choose another --run.dir to train again")
             show_summary(config, folder, progress)
@@ -110,18 +111,52 @@ def train(config: Config) -> int:
 
 
 def _restore(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> tuple[TrainState, Totals] | None:
-    found = checkpoints.restore(setup.abstract, progress.say)
+    def check(metadata: dict[str, Any]) -> None:
+        now = setup.task.train.fingerprint()
+        if metadata["dataset"] != now:
+            raise ConfigError(
+                f"task.name={setup.task.name}: the prompts differ from those of the checkpoint (fingerprint "
+                f"{metadata['dataset']} there, {now} now); restore the data or choose another --run.dir"
+            )
+        if metadata.get("source") != _source_fingerprint(setup):
+            raise ConfigError(
+                f"policy.source={setup.config.policy.source}: is not the checkpoint that this run began from "
+                "(another config, or other tensors); restore it or choose another --run.dir"
+            )
+
+    found = checkpoints.restore(setup.abstract.to_save(), progress.say, check)
     if found is None:
         return None
     state, metadata = found
-    now = setup.task.train.fingerprint()
-    if metadata["dataset"] != now:
-        raise ConfigError(
-            f"task.name={setup.task.name}: the prompts differ from those of the checkpoint (fingerprint "
-            f"{metadata['dataset']} there, {now} now); restore the data or choose another --run.dir"
-        )
+    if setup.architecture.lora is not None:
+        state = dataclasses.replace(state, frozen=load_base(setup))
+        try:
+            verify(state.frozen, metadata["base"])
+        except ValueError as error:
+            raise ConfigError(
+                f"policy.source={setup.config.policy.source}: its weights differ from those this run's adapters were "
+                f"trained on ({error}); restore them or choose another --run.dir"
+            ) from error
     progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
     return state, Totals(metadata["totals"])
+
+
+def _source_fingerprint(setup: Setup) -> str | None:
+    return None if setup.source is None else setup.source.fingerprint()
+
+
+def _describe(setup: Setup, origin: str) -> str:
+    """A line on the policy's size, and on prompts that were left out."""
+    trained = sum(x.size for x in jax.tree.leaves(setup.abstract.params))
+    frozen = sum(x.size for x in jax.tree.leaves(setup.abstract.frozen))
+    line = f"policy: {trained + frozen:,} parameters, {origin}"
+    if frozen:
+        line += f"; {trained:,} of adapters train"
+    elif setup.config.policy.param_dtype == "bfloat16":
+        line += "; trained in bfloat16, where small updates are lost: policy.param_dtype float32 keeps them"
+    if left_out := setup.task.train.left_out:
+        line += f"; {left_out:,} prompts longer than prompt.max_tokens={setup.config.prompt.max_tokens} are left out"
+    return line
 
 
 def compile_programs(setup: Setup, state: TrainState, progress: Progress) -> Programs:
@@ -156,7 +191,7 @@ def compile_programs(setup: Setup, state: TrainState, progress: Progress) -> Pro
 
     def lower_sampler(group_size: int, purpose: int, n: int) -> tuple[Any, Any]:
         fn = sampler(group_size, purpose)
-        args = (setup.abstract.params, prompts_spec(n), setup.abstract.key, step_spec, settings)
+        args = (setup.abstract.weights, prompts_spec(n), setup.abstract.key, step_spec, settings)
         out = jax.eval_shape(fn, *args)
         shardings = jax.tree.map(lambda x: rows if x.ndim else whole, out)
         specs = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), out, shardings)
@@ -191,10 +226,16 @@ def _loop(
     first = int(state.step)
     log = RunLog(folder, first, c.log.tensorboard)
     scores: dict[str, float] = {}
+    base = named_checksums(state.frozen)
 
     def save(state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
-        metadata = {"dataset": setup.task.train.fingerprint(), "totals": totals.save()}
-        checkpoints.save(done, state, metadata, scores)
+        metadata = {
+            "dataset": setup.task.train.fingerprint(),
+            "source": _source_fingerprint(setup),
+            "base": base,
+            "totals": totals.save(),
+        }
+        checkpoints.save(done, state.to_save(), metadata, scores)
 
     if first == 0 and not (folder / "metrics.jsonl").read_text():
         scores = _evaluate(setup, state, programs, totals)
@@ -245,7 +286,7 @@ def _one_step(
         state = dataclasses.replace(state, selector=selector)
         prompts = jax.device_put(gather(task.train, rows, weight), batch_sharding(mesh))
     with totals.phase("rollout") as rolling:
-        rollouts = programs.sample(state.params, prompts, state.key, state.step, settings)
+        rollouts = programs.sample(state.weights, prompts, state.key, state.step, settings)
         tokens, lengths, ended = jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.ended))
     with totals.phase("verify") as verifying:
         rewards = task.verify(task.train, rows, tokens, lengths)
@@ -330,7 +371,7 @@ def _evaluate(setup: Setup, state: TrainState, programs: Programs, totals: Total
     with totals.phase("eval"):
         return evaluate(
             sample,
-            state.params,
+            state.weights,
             setup.task,
             c,
             state.key,

@@ -9,27 +9,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from pspo_jax import algorithms
 from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError
-from pspo_jax.io.checkpoint import load_params, save_params
+from pspo_jax.io.checkpoint import load_folder, save_folder
 from pspo_jax.io.progress import Progress
 from pspo_jax.optimizer import adamw, updates_per_step
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, prompts_shardings, replicated
 from pspo_jax.parallel.runtime import keep_freed_memory
-from pspo_jax.policy import Architecture, Policy, transformer
+from pspo_jax.policy import Architecture, Policy, built_in, transformer
+from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy.pretrained import Source, load_params, read_source
+from pspo_jax.policy.weights import init_weights, table
 from pspo_jax.state import TrainState
 from pspo_jax.step import init_state
-from pspo_jax.tasks import TASKS, Task
+from pspo_jax.tasks import TEXT_TASKS, Task, TextTokenizer, load_tokenizer, make_task
 
 
 class Setup(NamedTuple):
     config: Config
     mesh: Mesh
     task: Task
+    source: Source | None
+    """The checkpoint that the weights come from; None = they are drawn."""
+    architecture: Architecture
     policy: Policy
     algorithm: algorithms.Algorithm
     optimizer: optax.GradientTransformation
@@ -39,6 +46,16 @@ class Setup(NamedTuple):
     @property
     def shardings(self) -> TrainState:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+class FirstParams(NamedTuple):
+    """What a run starts from."""
+
+    params: Any | None
+    """What trains; None if a stop was asked for on the way."""
+    frozen: Any | None
+    """The base under adapters."""
+    origin: str
 
 
 def configure_runtime(config: Config) -> None:
@@ -60,26 +77,45 @@ def configure_runtime(config: Config) -> None:
 
 
 def prepare(config: Config) -> Setup:
-    """Everything but arrays; raises ConfigError for what does not fit, before any compilation."""
-    mesh = make_mesh(config)
-    task = TASKS[config.task.name](config.task, config.rollout.prompt_bucket)
-    architecture = Architecture(
-        **dataclasses.asdict(config.policy), vocab_size=task.vocab_size, forbidden=task.forbidden
-    )
+    """Everything but arrays; raises ConfigError for what does not fit, before any weight is read."""
+    source = read_source(config.policy) if config.policy.source is not None else None
+    tokenizer = _tokenizer(config, source)
+    mesh = make_mesh(config, source.architecture if source else None)
+    task = make_task(config, tokenizer)
+    architecture = _architecture(config, source, task)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
     policy = transformer(architecture)
     algorithm = algorithms.build(config)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
-    setup = Setup(config, mesh, task, policy, algorithm, optimizer, abstract=None)  # type: ignore[arg-type]
-    shapes = jax.eval_shape(lambda key: new_state(setup, policy.init(key)), jax.random.key(0))
+    nothing: Any = None
+    setup = Setup(config, mesh, task, source, architecture, policy, algorithm, optimizer, abstract=nothing)
+    shapes = jax.eval_shape(lambda: new_state(setup, policy.init(jax.random.key(0)), _frozen_init(architecture)))
     shardings = _state_shardings(setup, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return setup._replace(abstract=abstract)
 
 
-def new_state(setup: Setup, params: Any) -> TrainState:
+def _tokenizer(config: Config, source: Source | None) -> TextTokenizer | None:
+    if config.task.name not in TEXT_TASKS:
+        return None
+    rows = source.architecture.vocab_size if source else None
+    return load_tokenizer(config, source.folder if source else None, rows)
+
+
+def _architecture(config: Config, source: Source | None, task: Task) -> Architecture:
+    if source is None:
+        return built_in(config.policy, task.vocab_size, task.forbidden)
+    return dataclasses.replace(source.architecture, forbidden=task.forbidden, lora=lora_of(config.lora))
+
+
+def _frozen_init(a: Architecture) -> Any:
+    """Shapes of the frozen weights; traced, never run."""
+    return None if a.lora is None else init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype))
+
+
+def new_state(setup: Setup, params: Any, frozen: Any = None) -> TrainState:
     """The state before step 0."""
     prompts = setup.task.train.tokens
     return init_state(
@@ -90,40 +126,57 @@ def new_state(setup: Setup, params: Any) -> TrainState:
         num_prompts=prompts.shape[0],
         prompt_length=prompts.shape[1],
         key=jax.random.key(setup.config.run.seed),
+        frozen=frozen,
     )
 
 
-def place_state(setup: Setup, params: Any) -> TrainState:
-    """`new_state` on the mesh; donates `params`."""
-    init = jax.jit(lambda p: new_state(setup, p), donate_argnums=0, out_shardings=setup.shardings)
-    return init(params)
+def place_state(setup: Setup, params: Any, frozen: Any = None) -> TrainState:
+    """`new_state` on the mesh; donates `params`. Frozen weights stay the buffers that they are."""
+    shardings = setup.shardings.to_save()
+    init = jax.jit(lambda p: new_state(setup, p, frozen).to_save(), donate_argnums=0, out_shardings=shardings)
+    return dataclasses.replace(init(params), frozen=frozen)
 
 
-def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]) -> tuple[Any | None, str]:
-    """Cold-started weights and where they come from; None if `stop()` became true on the way.
+def load_base(setup: Setup) -> Any:
+    """The source's weights on the mesh: the frozen base under adapters, or the first params."""
+    assert setup.source is not None
+    a = setup.architecture
+    shardings = setup.shardings.params if a.lora is None else setup.shardings.frozen
+    return load_params(setup.source, table(a), shardings, a.param_dtype)
 
-    They are kept in `<folder>/cold_start`, and a run of equal settings in a sibling folder is asked first.
+
+def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]) -> FirstParams:
+    """The weights before step 0, cold-started if the config says so.
+
+    A cold start is kept in `<folder>/cold_start`, and a run of equal settings in a sibling folder is asked first.
     """
     shardings = setup.shardings.params
-    key = jax.random.key(setup.config.run.seed)
-    params = jax.jit(setup.policy.init, out_shardings=shardings)(key)
+    frozen, origin = None, "random weights"
+    if setup.source is not None:
+        progress.say(f"reading {setup.source.name}")
+        loaded, origin = load_base(setup), f"from {setup.source.name}"
+    if setup.source is None or setup.architecture.lora is not None:
+        params = jax.jit(setup.policy.init, out_shardings=shardings)(jax.random.key(setup.config.run.seed))
+        frozen = loaded if setup.source is not None else None
+    else:
+        params = loaded
     if not setup.config.sft.steps:
-        return params, "random weights"
-    wanted = settings(setup.config, setup.task)
+        return FirstParams(params, frozen, origin)
+    wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
     own = folder / "cold_start"
     siblings = sorted(folder.absolute().parent.glob("*/cold_start")) if setup.config.sft.share else []
     for place in [own, *siblings]:
-        found = load_params(place, setup.abstract.params, wanted) if place.exists() else None
+        found = load_folder(place, setup.abstract.params, wanted) if place.exists() else None
         if found is not None:
             if place.absolute() != own.absolute():
-                save_params(own, found, wanted)
-            return found, f"cold start of {place}"
-    params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop)
+                save_folder(own, found, wanted)
+            return FirstParams(found, frozen, f"cold start of {place}")
+    params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen)
     if params is None:
-        return None, "stopped"
+        return FirstParams(None, None, "stopped")
     params = jax.device_put(params, shardings)
-    save_params(own, params, wanted)
-    return params, "cold start"
+    save_folder(own, params, wanted)
+    return FirstParams(params, frozen, "cold start")
 
 
 def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
@@ -144,6 +197,7 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
         replay=jax.tree.map(lambda _: whole, shapes.replay),
         key=whole,
         reference=None if shapes.reference is None else params,
+        frozen=None if shapes.frozen is None else params_shardings(mesh, shapes.frozen, setup.policy.frozen_axes),
         updates=whole,
         skipped=whole,
     )

@@ -29,11 +29,11 @@ def main(argv: Sequence[str]) -> int:
     configure_runtime(config)
     setup = prepare(config)
     with stop_requests() as stop, jax.set_mesh(setup.mesh):
-        params, origin = first_params(setup, folder, progress, stop)
-    if params is None:
+        first = first_params(setup, folder, progress, stop)
+    if first.params is None:
         progress.say("stopped before the end; the same command begins again")
         return 0
-    progress.say(f"{origin} in {folder / 'cold_start'}; train with the same settings and a --run.dir beside it")
+    progress.say(f"{first.origin} in {folder / 'cold_start'}; train with the same settings and a --run.dir beside it")
     return 0
 
 

@@ -5,11 +5,14 @@ Letters: B prompts in a batch, G completions a prompt, P prompt length, T comple
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from pspo_jax.policy.base import join
 
 Params = Any
 """The policy's weights: any pytree of arrays."""
@@ -33,11 +36,22 @@ class TrainState:
     key: Key[Array, ""]
     """The run's key. It never changes: a step folds its number and its purpose into it."""
     reference: Params | None = None
-    """Weights of the KL reference; None when there is no KL term."""
+    """Weights of the KL reference; None when there is no KL term, or when it is the frozen base of adapters."""
+    frozen: Params | None = None
+    """Weights that do not train: the base under adapters. Checkpoints leave them out (`to_save`)."""
     updates: Int[Array, ""] | int = 0
     """Optimizer updates applied."""
     skipped: Int[Array, ""] | int = 0
     """Non-finite updates skipped in a row, up to now."""
+
+    @property
+    def weights(self) -> Any:
+        """What the policy's functions take."""
+        return join(self.params, self.frozen)
+
+    def to_save(self) -> TrainState:
+        """The state without what its checkpoint's source still has."""
+        return dataclasses.replace(self, frozen=None)
 
 
 @struct.dataclass
@@ -86,11 +100,11 @@ class Outcome(NamedTuple):
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
-    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`) in one step.
+    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`, `DROPOUT`) in one step.
 
     A function of the run's key, so that a resumed run draws what the uninterrupted one would have.
     """
     return jax.random.fold_in(jax.random.fold_in(state_key, step), purpose)
 
 
-SELECT, ROLLOUT, EVALUATE = 0, 1, 2
+SELECT, ROLLOUT, EVALUATE, DROPOUT = 0, 1, 2, 3

@@ -31,9 +31,9 @@ from pspo_jax.objective.losses import (
     zero_metrics,
 )
 from pspo_jax.parallel.mesh import microbatch_size
-from pspo_jax.policy.base import Policy
+from pspo_jax.policy.base import Adapted, Policy, join
 from pspo_jax.replay import Groups
-from pspo_jax.state import Outcome, Params, Rollouts, TrainState
+from pspo_jax.state import DROPOUT, Outcome, Params, Rollouts, TrainState, purpose_key
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, Rollouts, Float[Array, "B G"]], tuple[TrainState, Metrics]]
@@ -84,16 +84,21 @@ def init_state(
     num_prompts: int,
     prompt_length: int,
     key: Key[Array, ""],
+    frozen: Params | None = None,
 ) -> TrainState:
-    """The state before the first step; the KL reference, if the config wants one, is a copy of `params`.
+    """The state before the first step.
+
+    The KL reference, if the config wants one, is a copy of `params`; with frozen weights it is these alone, uncopied.
 
     Args:
       num_prompts: N, rows of the dataset.
       prompt_length: P, the padded length of prompts.
       key: the run's key, `jax.random.key(seed)`.
+      frozen: weights under `params` that do not train, such as the base of adapters.
     """
     r = config.rollout
-    reference = jax.tree.map(jnp.copy, params) if config.objective.kl_coef > 0 else None
+    copied = config.objective.kl_coef > 0 and frozen is None
+    reference = jax.tree.map(jnp.copy, params) if copied else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -103,6 +108,7 @@ def init_state(
         replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),
         key=key,
         reference=reference,
+        frozen=frozen,
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
     )
@@ -181,23 +187,22 @@ def _rows(policy: Policy, state: TrainState, groups: Groups, config: Config) -> 
         old_log_probs=flat(r.log_probs),
     )
     if config.objective.old_log_probs == "trainer":
-        rows = dataclasses.replace(rows, old_log_probs=_score(policy, state.params, rows, r.temperature, config))
-    if state.reference is not None:
-        rows = dataclasses.replace(
-            rows, reference_log_probs=_score(policy, state.reference, rows, r.temperature, config)
-        )
+        rows = dataclasses.replace(rows, old_log_probs=_score(policy, state.weights, rows, r.temperature, config))
+    if config.objective.kl_coef > 0:
+        reference = state.reference if state.frozen is None else Adapted(state.frozen, None)
+        rows = dataclasses.replace(rows, reference_log_probs=_score(policy, reference, rows, r.temperature, config))
     return rows
 
 
 def _score(
-    policy: Policy, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
+    policy: Policy, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, "R T"]:
-    """Log-probs of all rows under `params`, a microbatch at a time, without gradients."""
+    """Log-probs of all rows under `weights`, a microbatch at a time, without gradients."""
     parts = _deal(rows, _microbatches(rows, config))
 
     def score(part: Rows) -> Array:
         return completion_log_probs(
-            policy, params, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+            policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
         )[0]
 
     return jax.lax.stop_gradient(_undeal(jax.lax.map(score, parts)))
@@ -213,10 +218,17 @@ def _optimize(
 ) -> tuple[Params, Any, Int[Array, ""], UpdateMetrics]:
     """num_iterations passes over the minibatches; returns metrics stacked over updates."""
     minibatches = _deal_prompts(rows, config.objective.minibatches, config.rollout.group_size)
+    drops = state.frozen is not None and config.lora.dropout > 0
+    step_key = purpose_key(state.key, state.step, DROPOUT) if drops else None
 
     def update(carry: Any, minibatch: Rows) -> tuple[Any, UpdateMetrics]:
-        params, opt_state, skipped = carry
-        grads, metrics, gap = _gradient(policy, params, minibatch, temperature, config)
+        params, opt_state, skipped, done = carry
+        key = None if step_key is None else jax.random.fold_in(step_key, done)
+
+        def weights(params: Params, microbatch: Array | int) -> Any:
+            return join(params, state.frozen, None if key is None else jax.random.fold_in(key, microbatch))
+
+        grads, metrics, gap = _gradient(policy, weights, params, minibatch, temperature, config)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         changes, new_opt_state = optimizer.update(grads, opt_state, params)
@@ -225,47 +237,58 @@ def _optimize(
             lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
         )
         skipped = jnp.where(finite, 0, skipped + 1).astype(jnp.int32)
-        return (params, opt_state, skipped), UpdateMetrics(metrics, gap, norm, finite.astype(jnp.float32))
+        return (params, opt_state, skipped, done + 1), UpdateMetrics(metrics, gap, norm, finite.astype(jnp.float32))
 
     def iteration(carry: Any, _: None) -> tuple[Any, UpdateMetrics]:
         return jax.lax.scan(update, carry, minibatches)
 
-    carry: Any = (state.params, state.opt_state, state.skipped)
-    (params, opt_state, skipped), metrics = jax.lax.scan(iteration, carry, None, length=config.objective.num_iterations)
+    carry: Any = (state.params, state.opt_state, state.skipped, jnp.int32(0))
+    (params, opt_state, skipped, _), metrics = jax.lax.scan(
+        iteration, carry, None, length=config.objective.num_iterations
+    )
     return params, opt_state, skipped, jax.tree.map(lambda x: x.reshape(-1), metrics)
 
 
 def _gradient(
-    policy: Policy, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
+    policy: Policy,
+    weights: Callable[[Params, Array | int], Any],
+    params: Params,
+    rows: Rows,
+    temperature: Float[Array, ""],
+    config: Config,
 ) -> tuple[Params, LossMetrics, Gap]:
-    """Gradient of a minibatch's loss, accumulated over microbatches in float32."""
+    """Gradient of a minibatch's loss, accumulated over microbatches in float32.
+
+    weights(params, microbatch) is what the policy's functions take.
+    """
     total = denominators(rows.mask)
 
-    def loss_fn(params: Params, part: Rows) -> tuple[Array, tuple[LossMetrics, Gap]]:
-        return _loss(policy, params, part, temperature, config, total)
+    def loss_fn(params: Params, part: Rows, microbatch: Array | int) -> tuple[Array, tuple[LossMetrics, Gap]]:
+        return _loss(policy, weights(params, microbatch), part, temperature, config, total)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     microbatches = _microbatches(rows, config)
     if microbatches == 1:
-        grads, (metrics, gap) = grad_fn(params, rows)
+        grads, (metrics, gap) = grad_fn(params, rows, 0)
         return grads, metrics, gap
 
-    def accumulate(carry: Any, part: Rows) -> tuple[Any, None]:
+    def accumulate(carry: Any, xs: tuple[Rows, Array]) -> tuple[Any, None]:
         grads, metrics, gap = carry
-        new_grads, (new_metrics, new_gap) = grad_fn(params, part)
+        new_grads, (new_metrics, new_gap) = grad_fn(params, *xs)
         grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new_grads)
         return (grads, combine(metrics, new_metrics), _join_gaps(gap, new_gap)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-    carry, _ = jax.lax.scan(accumulate, (zeros, zero_metrics(), _no_gap()), _deal(rows, microbatches))
+    parts = (_deal(rows, microbatches), jnp.arange(microbatches))
+    carry, _ = jax.lax.scan(accumulate, (zeros, zero_metrics(), _no_gap()), parts)
     return carry
 
 
 def _loss(
-    policy: Policy, params: Params, rows: Rows, temperature: Array, config: Config, total: Denominators
+    policy: Policy, weights: Any, rows: Rows, temperature: Array, config: Config, total: Denominators
 ) -> tuple[Array, tuple[LossMetrics, Gap]]:
     log_probs, entropy = completion_log_probs(
-        policy, params, rows.prompts, rows.lengths, rows.tokens, temperature, config.objective.logits_mib
+        policy, weights, rows.prompts, rows.lengths, rows.tokens, temperature, config.objective.logits_mib
     )
     # Masked tokens may hold anything; equal log-probs keep their ratio at 1, so no inf reaches the gradient.
     log_probs = jnp.where(rows.mask, log_probs, jax.lax.stop_gradient(rows.old_log_probs))

@@ -34,7 +34,7 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
     import jax.numpy as jnp
 
     from pspo_jax import algorithms, config
-    from pspo_jax.policy.transformer import Architecture, transformer
+    from pspo_jax.policy import built_in, transformer
     from pspo_jax.state import Prompts
 
     if work.cache:
@@ -53,7 +53,7 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
     }
     settings = algorithms.resolve(config.replace(config.Config(), fields))
     config.validate(settings)
-    policy = transformer(Architecture(**asdict(settings.policy), vocab_size=work.shape.vocab))
+    policy = transformer(built_in(settings.policy, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
     n = work.prompts
     return settings, policy, Prompts(jnp.arange(n), tokens, jnp.full(n, work.prompt_tokens), jnp.ones(n))

@@ -11,7 +11,7 @@ import numpy as np
 
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import Config, replace
-from pspo_jax.policy import Architecture, transformer
+from pspo_jax.policy import built_in, transformer
 from pspo_jax.state import Prompts
 
 TINY = {
@@ -40,7 +40,7 @@ def tiny_policy(
 ):
     """(policy, params, architecture) of the built-in transformer."""
     config = config or tiny_config()
-    a = Architecture(**(dataclasses.asdict(config.policy) | fields), vocab_size=vocab_size, forbidden=forbidden)
+    a = built_in(dataclasses.replace(config.policy, **fields), vocab_size, forbidden)
     policy = transformer(a)
     return policy, policy.init(jax.random.key(1)), a
 

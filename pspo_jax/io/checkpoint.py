@@ -64,7 +64,7 @@ class Checkpoints:
         if step in self.steps():
             return
         # A copy: Orbax writes metadata in the background, while the caller's counters go on.
-        metadata = {**copy.deepcopy(metadata), "checksums": _named_checksums(state)}
+        metadata = {**copy.deepcopy(metadata), "checksums": named_checksums(state)}
         self._orbax.save_checkpointables_async(step, {"state": state}, metrics=scores, custom_metadata=metadata)
 
     def wait(self) -> None:
@@ -75,13 +75,16 @@ class Checkpoints:
         """What `save` was given for this step."""
         return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
 
-    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
+    def restore(
+        self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that reads back whole, or None if there is none at all.
 
         A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again.
 
         Args:
           abstract: pytree of ShapeDtypeStruct with shardings, like the state.
+          check: raises ConfigError for metadata of a run that these settings cannot carry on; nothing is moved then.
         Raises:
           ConfigError: checkpoints exist but none can be read.
         """
@@ -89,9 +92,12 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 metadata = self.metadata(step)
+                check(metadata)
                 state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
-                _verify(state, metadata["checksums"])
+                verify(state, metadata["checksums"])
                 return state, metadata
+            except ConfigError:
+                raise
             except _UNREADABLE as error:
                 reason = " ".join(str(error).split())[:200]
                 moved = self._set_aside(step)
@@ -117,27 +123,27 @@ class Checkpoints:
         return target
 
 
-def save_params(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
+def save_folder(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
     """Write params and `settings.json` to a folder, atomically: it appears when it is whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
-    metadata = {**metadata, "checksums": _named_checksums(params)}
+    metadata = {**metadata, "checksums": named_checksums(params)}
     (partial / "settings.json").write_text(json.dumps(metadata, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def load_params(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | None:
-    """Params of a folder that `save_params` wrote with equal settings; None if it is another's or damaged."""
+def load_folder(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | None:
+    """Params of a folder that `save_folder` wrote with equal settings; None if it is another's or damaged."""
     try:
         found = json.loads((folder / "settings.json").read_text())
         checksums = found.pop("checksums")
         if found != settings:
             return None
         params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
-        _verify(params, checksums)
+        verify(params, checksums)
         return params
     except _UNREADABLE:
         return None
@@ -159,13 +165,15 @@ def checksums(tree: Any) -> list[UInt32[Array, ""]]:
     return [one(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _named_checksums(tree: Any) -> dict[str, int]:
+def named_checksums(tree: Any) -> dict[str, int]:
+    """Path of each array -> its checksum."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return dict(zip(names, (int(x) for x in np.asarray(jax.device_get(checksums(tree)))), strict=True))
 
 
-def _verify(tree: Any, expected: dict[str, int]) -> None:
-    found = _named_checksums(tree)
+def verify(tree: Any, expected: dict[str, int]) -> None:
+    """Raise ValueError unless the arrays have these checksums."""
+    found = named_checksums(tree)
     wrong = [name for name in expected if found.get(name) != expected[name]]
     if wrong or len(found) != len(expected):
         raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")

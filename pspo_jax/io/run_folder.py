@@ -43,7 +43,8 @@ def check_config(folder: Path, config: Config) -> None:
     if not path.exists():
         return
     try:
-        saved = flatten(yaml.safe_load(path.read_text()))
+        # A field that is younger than the run has had its default all along.
+        saved = flatten(yaml.safe_load(cli.to_yaml(Config()))) | flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"run.dir={folder}: its config.yaml cannot be read; choose another --run.dir") from error
     now = flatten(yaml.safe_load(cli.to_yaml(config)))

@@ -34,9 +34,11 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES[a] if a else None for a in axes))
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, shape: Any = None) -> Mesh:
     """The mesh a config asks for, over the first devices.
 
+    Args:
+      shape: has heads, kv_heads, mlp_width and width, such as an Architecture; None = config.policy.
     Raises:
       ConfigError: it does not fit the devices, the batch or the policy; the message names a value that works.
     """
@@ -55,7 +57,7 @@ def make_mesh(config: Config) -> Mesh:
             f"mesh.fsdp={m.fsdp} x mesh.tensor={m.tensor}: does not divide the {len(devices)} devices; "
             "choose divisors, or set mesh.data"
         )
-    _check_divides(config, data * m.fsdp)
+    _check_divides(config, data * m.fsdp, shape or config.policy)
     sizes = (data, m.fsdp, m.tensor)
     return jax.make_mesh(
         sizes,
@@ -65,7 +67,7 @@ def make_mesh(config: Config) -> Mesh:
     )
 
 
-def _check_divides(c: Config, row_shards: int) -> None:
+def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
     where = f"mesh.data x mesh.fsdp = {row_shards}"
     minibatch = c.rollout.prompts // c.objective.minibatches
     for name, size in (
@@ -77,10 +79,10 @@ def _check_divides(c: Config, row_shards: int) -> None:
             works = max(d for d in range(1, row_shards + 1) if size % d == 0 and row_shards % d == 0)
             raise ConfigError(f"{where}: does not divide {name}={size}; {works} would, or make it a multiple")
     for name, size, shards, axis in (
-        ("policy.heads", c.policy.heads, c.mesh.tensor, "mesh.tensor"),
-        ("policy.kv_heads", c.policy.kv_heads, c.mesh.tensor, "mesh.tensor"),
-        ("policy.mlp_width", c.policy.mlp_width, c.mesh.tensor, "mesh.tensor"),
-        ("policy.width", c.policy.width, c.mesh.fsdp, "mesh.fsdp"),
+        ("the policy's heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
+        ("the policy's kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
+        ("the policy's mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
+        ("the policy's width", shape.width, c.mesh.fsdp, "mesh.fsdp"),
     ):
         if size % shards:
             works = max(d for d in range(1, shards + 1) if size % d == 0)

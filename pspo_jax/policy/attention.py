@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,17 +10,30 @@ from pspo_jax.policy.base import MASKED
 
 
 def attend(
-    q: Float[Array, "R S H h"], k: Float[Array, "R S K h"], v: Float[Array, "R S K h"]
+    q: Float[Array, "R S H h"],
+    k: Float[Array, "R S K h"],
+    v: Float[Array, "R S K h"],
+    scale: float,
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "R S H h"]:
-    """Causal grouped-query attention with a float32 softmax."""
+    """Causal grouped-query attention with a float32 softmax.
+
+    Args:
+      scale: multiplies q k.
+      window: each query sees this many tokens, itself included; None = all before it.
+    """
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
     # The query heads of one kv head become rows of one matrix product.
     q = q.reshape(r, s, kv, m, h).transpose(0, 2, 3, 1, 4).reshape(r, kv, m * s, h)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
-    causal = jnp.tile(jnp.tril(jnp.ones((s, s), bool)), (m, 1))
-    weights = jax.nn.softmax(jnp.where(causal, scores, MASKED), axis=-1).astype(v.dtype)
+    scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * scale
+    seen = jnp.tril(jnp.ones((s, s), bool))
+    if window is not None:
+        place = jnp.arange(s)
+        seen &= place[:, None] - place < window
+    seen = jnp.tile(seen, (m, 1))
+    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(r, kv, m, s, h).transpose(0, 3, 1, 2, 4).reshape(r, s, heads, h).astype(v.dtype)
 
@@ -35,25 +46,31 @@ def attend_shared_prefix(
     suffix_k: Float[Array, "B G K T h"],
     suffix_v: Float[Array, "B G K T h"],
     t: Int[Array, ""],
+    scale: float,
+    window: int | None = None,
 ) -> Float[Array, "B G H h"]:
     """Attention of one new token per row: over its prompt, held once for the group, and its own tokens 0..t.
 
     The two parts are normalised together by one maximum and one sum, which is exact. The prompt part is a matrix
-    product with the group's rows, where separate caches would be G matrix-vector products.
+    product with the group's rows, where separate caches would be G matrix-vector products. `scale` and `window` are
+    those of `attend`.
     """
     b, g, heads, h = q.shape
     kv = prefix_k.shape[1]
     m = heads // kv
     dtype = prefix_v.dtype
-    scale = 1 / math.sqrt(h)
     q = q.reshape(b, g, kv, m, h)
     # The group's rows and the query heads of one kv head are the rows of one product with the prompt: [B, K, G M, h].
     rows = q.swapaxes(1, 2).reshape(b, kv, g * m, h)
     in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix_k, preferred_element_type=jnp.float32) * scale
     in_suffix = jnp.einsum("bgkmh,bgkth->bgkmt", q, suffix_k, preferred_element_type=jnp.float32) * scale
-    real = (jnp.arange(prefix_k.shape[2]) < lengths[:, None])[:, None, None]
-    in_prompt = jnp.where(real, in_prompt, MASKED)
-    in_suffix = jnp.where(jnp.arange(suffix_k.shape[3]) <= t, in_suffix, MASKED)
+    place, own = jnp.arange(prefix_k.shape[2]), jnp.arange(suffix_k.shape[3])
+    real, drawn = place < lengths[:, None], own <= t
+    if window is not None:
+        real &= lengths[:, None] + t - place < window
+        drawn &= t - own < window
+    in_prompt = jnp.where(real[:, None, None], in_prompt, MASKED)
+    in_suffix = jnp.where(drawn, in_suffix, MASKED)
 
     def by_group(x: Array) -> Array:
         """[B, K, G M, c] -> [B, G, K, M, c]."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import struct
+from jaxtyping import Array, Float, Key
 
 MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
@@ -19,6 +21,7 @@ class Policy(NamedTuple):
     right for every real token, and positions are 0, 1, 2, ...; nothing needs a padding mask.
 
     init(key) -> params
+        What trains: all weights or, for a policy with adapters, the adapters.
     hidden(params, tokens [R, S]) -> [R, S, D]
         What `logits` needs at each position; D is the policy's own affair.
     logits(params, hidden [..., D]) -> float32 [..., V]
@@ -30,6 +33,8 @@ class Policy(NamedTuple):
         log-probs are the ones that the trainer computes.
     axes: pytree like params of logical axis names per dimension, or None to replicate the weights.
     vocab_size: V.
+    frozen_axes: the same for weights that do not train; None = there are none. With frozen weights, the three
+        functions above take an `Adapted`.
     """
 
     init: Callable[..., Any]
@@ -38,6 +43,23 @@ class Policy(NamedTuple):
     decoder: Callable[..., Any]
     axes: Any
     vocab_size: int
+    frozen_axes: Any = None
+
+
+@struct.dataclass
+class Adapted:
+    """Frozen weights and what is trained on top of them."""
+
+    base: Any
+    adapter: Any | None
+    """None = the base alone, which is the reference policy of a KL term."""
+    key: Key[Array, ""] | None = None
+    """Key of the adapters' dropout; None = no dropout, as in sampling and scoring."""
+
+
+def join(params: Any, frozen: Any | None, key: Key[Array, ""] | None = None) -> Any:
+    """What a policy's functions take, from the trained and the frozen weights of a `TrainState`."""
+    return params if frozen is None else Adapted(frozen, params, key)
 
 
 def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float[Array, "*n V"]:
@@ -45,5 +67,9 @@ def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float
     logits = logits.astype(jnp.float32)
     if not forbidden:
         return logits
+    first, last = min(forbidden), max(forbidden)
+    if last - first + 1 == len(set(forbidden)):  # one run, as the embedding's padding rows are: no lookup
+        place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jnp.where((place >= first) & (place <= last), MASKED, logits)
     banned = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(forbidden)].set(True)
     return jnp.where(banned, MASKED, logits)

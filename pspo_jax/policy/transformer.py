@@ -1,119 +1,167 @@
-"""The built-in policy: a decoder-only transformer (RMSNorm, RoPE, grouped-query attention, SwiGLU).
+"""The policy: a decoder-only transformer (RMSNorm, rotary positions, grouped-query attention, gated MLP).
 
-Optional q/k/v biases (Qwen2), q/k norms (Qwen3) and a tied head cover the Llama and Qwen families. Training scans over
-stacked layers. Decoding slices them once, before the token loop, and runs them unrolled: the loop then reads each
-weight in place (slicing inside it was measured 1.7x slower in bfloat16).
+A block does what its weights say: a bias, a norm or an adapter that is in the table is applied, and no other switch
+exists for it. Training scans over stacked layers. Decoding slices them once, before the token loop, and runs them
+unrolled: the loop then reads each weight in place (slicing inside it was measured 1.7x slower in bfloat16).
+
+Precision: products run in `compute_dtype` with float32 accumulation. Float32 always: softmax and its scores (sums of
+many terms of one sign), norms (a mean of squares), rotary angles (positions beyond 256 have no bfloat16), logits and
+log-probs (a ratio of two policies is the exponential of a small difference), adapters and their optimizer state
+(updates of 1e-6 vanish in bfloat16).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.config import PolicyConfig
 from pspo_jax.parallel.mesh import constrain, gather_for_decode
+from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import attend, attend_shared_prefix
-from pspo_jax.policy.base import Policy, mask_logits
+from pspo_jax.policy.base import Adapted, Policy, mask_logits
 from pspo_jax.policy.matmul import product
-from pspo_jax.policy.weights import Weight, init_weights, table, weight_axes
+from pspo_jax.policy.rotary import Rotation, rope, rotation
+from pspo_jax.policy.weights import (
+    init_weights,
+    is_weight,
+    lora_table,
+    merge_adapter,
+    table,
+    weight_axes,
+)
 
+_FAR = np.iinfo(np.int32).max
+"""A window that sees everything."""
 
-@dataclass(frozen=True)
-class Architecture(PolicyConfig):
-    """PolicyConfig, and what the tokenizer adds to it."""
-
-    vocab_size: int = 0
-    """Rows of the embedding, V."""
-    forbidden: tuple[int, ...] = ()
-    """Ids that are never drawn: padding, and rows of the embedding that no token uses."""
+_SPECS = {
+    "q": ("rsd,dnh->rsnh", "rsd,dk->rsk", "rsk,knh->rsnh"),
+    "o": ("rsnh,nhd->rsd", "rsnh,nhk->rsk", "rsk,kd->rsd"),
+    "gate": ("rsd,df->rsf", "rsd,dk->rsk", "rsk,kf->rsf"),
+    "down": ("rsf,fd->rsd", "rsf,fk->rsk", "rsk,kd->rsd"),
+}
+"""Products of a projection: with its weight, with its adapter's A, with its adapter's B."""
+_SPECS |= {"k": _SPECS["q"], "v": _SPECS["q"], "up": _SPECS["gate"]}
 
 
 def transformer(a: Architecture) -> Policy:
-    """The policy of an architecture."""
-    weights = table(a)
+    """The policy of an architecture; with `a.lora`, its params are the adapters and its functions take `Adapted`."""
+    base, adapted = table(a), a.lora is not None
+    trained = lora_table(a) if adapted else base
     return Policy(
-        init=lambda key: init_weights(weights, key, jnp.dtype(a.param_dtype)),
-        hidden=lambda params, tokens: _forward(a, params, tokens)[0],
-        logits=lambda params, hidden: _logits(a, params, hidden),
-        decoder=lambda *args: _decoder(a, *args),
-        axes=weight_axes(weights),
+        init=lambda key: init_weights(trained, key, jnp.dtype("float32" if adapted else a.param_dtype)),
+        hidden=lambda params, tokens: _forward(a, *_unwrap(params), tokens)[0],
+        logits=lambda params, hidden: _logits(a, _unwrap(params)[0], hidden),
+        decoder=lambda params, *args: _decoder(a, _unwrap(params)[0], *args),
+        axes=weight_axes(trained),
         vocab_size=a.vocab_size,
+        frozen_axes=weight_axes(base) if adapted else None,
     )
 
 
-def rms_norm(x: Float[Array, "*n D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*n D"]:
+def _unwrap(params: Any) -> tuple[Any, Array | None]:
+    """One tree of all weights, and the dropout key if there is to be dropout."""
+    if not isinstance(params, Adapted):
+        return params, None
+    if params.adapter is None:
+        return params.base, None
+    return merge_adapter(params.base, params.adapter), params.key
+
+
+def rms_norm(
+    x: Float[Array, "*n D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*n D"]:
+    """x / rms(x) * (scale + offset); the mean is over as many trailing axes as `scale` has."""
+    axes = tuple(range(-scale.ndim, 0))
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+    gain = scale.astype(jnp.float32)
+    return (x32 * inverse * (gain + offset if offset else gain)).astype(x.dtype)
 
 
-Rotation = tuple[Float[Array, "*n S h/2"], Float[Array, "*n S h/2"]]
-"""Sines and cosines of the positions' angles."""
+def _norm(a: Architecture, w: dict[str, Array], name: str, x: Array) -> Array:
+    """x normalised, if the block has this norm."""
+    return rms_norm(x, w[name], a.norm_eps, a.norm_offset) if name in w else x
 
 
-def rotation(positions: Int[Array, "*n S"], head_dim: int, theta: float) -> Rotation:
-    """Angles of the rotary embedding: position x theta^(-i / half) for pair i."""
-    half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.sin(angle), jnp.cos(angle)
-
-
-def rope(x: Float[Array, "*n S K h"], at: Rotation) -> Float[Array, "*n S K h"]:
-    """Rotary embedding in the half-split layout of Llama and Qwen checkpoints."""
-    half = x.shape[-1] // 2
-    sin, cos = (t[..., None, :] for t in at)
-    x32 = x.astype(jnp.float32)
-    a, b = x32[..., :half], x32[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _qkv(a: Architecture, w: dict[str, Array], x: Float[Array, "R S D"], at: Rotation) -> tuple[Array, Array, Array]:
+def _project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Array | None) -> Array:
+    """A projection with its bias and its adapter, where the block has them."""
     dtype = jnp.dtype(a.compute_dtype)
-    y = rms_norm(x, w["attn_norm"], a.norm_eps)
-    q, k, v = (product("rsd,dnh->rsnh", y, w[name], dtype, dtype) for name in "qkv")
-    if a.qkv_bias:
-        q, k, v = (t + w[f"{name}_bias"].astype(dtype) for name, t in zip("qkv", (q, k, v), strict=True))
-    if a.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], a.norm_eps), rms_norm(k, w["k_norm"], a.norm_eps)
-    return rope(q, at), rope(k, at), v
+    full, down, up = _SPECS[name]
+    y = product(full, x, w[name], dtype, dtype)
+    if f"{name}_bias" in w:
+        y = y + w[f"{name}_bias"].astype(dtype)
+    if f"{name}_lora_a" in w:
+        assert a.lora is not None
+        if key is not None and a.lora.dropout:
+            mine = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+            kept = jax.random.bernoulli(mine, 1 - a.lora.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - a.lora.dropout), 0).astype(x.dtype)
+        low = product(down, x, w[f"{name}_lora_a"], dtype, dtype)
+        y = y + a.lora.scale * product(up, low, w[f"{name}_lora_b"], dtype, dtype)
+    return y.astype(dtype)
+
+
+def _qkv(
+    a: Architecture, w: dict[str, Array], x: Float[Array, "R S D"], at: Rotation, key: Array | None = None
+) -> tuple[Array, Array, Array]:
+    y = _norm(a, w, "attn_norm", x)
+    q, k, v = (_project(a, w, name, y, key) for name in "qkv")
+    return rope(_norm(a, w, "q_norm", q), at), rope(_norm(a, w, "k_norm", k), at), v
 
 
 def _finish_block(
-    a: Architecture, w: dict[str, Array], x: Float[Array, "R S D"], mixed: Float[Array, "R S H h"]
+    a: Architecture,
+    w: dict[str, Array],
+    x: Float[Array, "R S D"],
+    mixed: Float[Array, "R S H h"],
+    key: Array | None = None,
 ) -> Float[Array, "R S D"]:
     """Output projection and MLP, each added to the residual stream."""
-    dtype = jnp.dtype(a.compute_dtype)
-    x = x + product("rsnh,nhd->rsd", mixed, w["o"], dtype, dtype)
-    y = rms_norm(x, w["mlp_norm"], a.norm_eps)
-    gate, up = (product("rsd,df->rsf", y, w[name], dtype, dtype) for name in ("gate", "up"))
-    return x + product("rsf,fd->rsd", jax.nn.silu(gate) * up, w["down"], dtype, dtype)
+    x = x + _norm(a, w, "attn_post_norm", _project(a, w, "o", mixed, key))
+    y = _norm(a, w, "mlp_norm", x)
+    gate, up = (_project(a, w, name, y, key) for name in ("gate", "up"))
+    gate = jax.nn.silu(gate) if a.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return x + _norm(a, w, "mlp_post_norm", _project(a, w, "down", gate * up, key))
 
 
-def _embed(a: Architecture, params: Any, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
-    return params["embed"][tokens].astype(jnp.dtype(a.compute_dtype))
+def _embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+    x = embed[tokens].astype(jnp.dtype(a.compute_dtype))
+    return x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
 
 
 def _forward(
-    a: Architecture, params: Any, tokens: Int[Array, "R S"], keep_cache: bool = False
+    a: Architecture, params: Any, key: Array | None, tokens: Int[Array, "R S"], keep_cache: bool = False
 ) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
     """Hidden states after the final norm and, if asked for, every layer's keys and values [L, R, S, K, h]."""
-    x = constrain(_embed(a, params, tokens), "batch", None, None)
-    at = rotation(jnp.arange(tokens.shape[1])[None], a.head_dim, a.rope_theta)
+    x = constrain(_embed(a, params["embed"], tokens), "batch", None, None)
+    tables = [rotation(jnp.arange(tokens.shape[1])[None], rotary) for rotary in a.rotaries]
+    # Per-layer facts travel with the scan; those that all layers share are constants instead.
+    extra: dict[str, Any] = {}
+    if len(tables) > 1:
+        extra["rotary"] = jnp.asarray(a.layer_rotary)
+    if any(a.windows):
+        extra["window"] = jnp.asarray([w or _FAR for w in a.windows], jnp.int32)
+    if key is not None:
+        extra["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(a.layers))
+    stacked = [jnp.stack(t) for t in zip(*tables, strict=True)]
 
-    def block(x: Array, w: dict[str, Array]) -> tuple[Array, Any]:
-        q, k, v = _qkv(a, w, x, at)
-        x = _finish_block(a, w, x, attend(q, k, v))
+    def block(x: Array, xs: Any) -> tuple[Array, Any]:
+        w, own = xs
+        at = tables[0] if "rotary" not in own else (stacked[0][own["rotary"]], stacked[1][own["rotary"]])
+        q, k, v = _qkv(a, w, x, at, own.get("key"))
+        mixed = attend(q, k, v, a.attention_scale, own.get("window"))
+        x = _finish_block(a, w, x, mixed, own.get("key"))
         return constrain(x, "batch", None, None), (k, v) if keep_cache else None
 
     body = jax.checkpoint(block) if a.remat else block
-    x, cache = jax.lax.scan(body, x, params["layers"], unroll=min(a.scan_unroll, a.layers))
-    return rms_norm(x, params["final_norm"], a.norm_eps), cache
+    x, cache = jax.lax.scan(body, x, (params["layers"], extra), unroll=min(a.scan_unroll, a.layers))
+    return _norm(a, params, "final_norm", x), cache
 
 
 def _logits(a: Architecture, params: Any, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
@@ -132,8 +180,8 @@ def _decoder(
     max_new_tokens: int,
 ) -> tuple[Float[Array, "B V"], Any, Callable[..., Any]]:
     """Prefill each prompt once; see Policy.decoder. The cache is a (k, v) pair of [B, G, K, T, h] per layer."""
-    params = gather_for_decode(_in_compute_type(a, params), weight_axes(table(a)))
-    hidden, prefix = _forward(a, params, prompts, keep_cache=True)
+    params = _for_decoding(a, params)
+    hidden, prefix = _forward(a, params, None, prompts, keep_cache=True)
     assert prefix is not None
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(a.layers)]
@@ -143,30 +191,36 @@ def _decoder(
     empty = jnp.zeros(shape, jnp.dtype(a.compute_dtype))
     empty = constrain(empty, "batch", None, "kv_heads", None, None)
     cache = [(empty, empty) for _ in range(a.layers)]
-    places = rotation(lengths[:, None] + jnp.arange(max_new_tokens), a.head_dim, a.rope_theta)
+    positions = lengths[:, None] + jnp.arange(max_new_tokens)
+    places = [rotation(positions, rotary) for rotary in a.rotaries]
 
     def step(cache: Any, tokens: Int[Array, "B G"], t: Int[Array, ""]) -> tuple[Float[Array, "B G V"], Any]:
-        x = params["embed"][tokens]
-        sin, cos = (jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1) for x in places)
+        x = _embed(a, params["embed"], tokens)
+        at = [tuple(jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1) for x in pair) for pair in places]
         new_cache = []
-        for w, (prefix_k, prefix_v), (keys, values) in zip(layers, prefixes, cache, strict=True):
+        for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, prefixes, cache, strict=True)):
+            sin, cos = at[a.layer_rotary[i]]
             q, k, v = _qkv(a, w, x, (sin, cos))
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, :, None], t, axis=3)
             values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t, axis=3)
-            mixed = attend_shared_prefix(q, prefix_k, prefix_v, lengths, keys, values, t)
+            mixed = attend_shared_prefix(
+                q, prefix_k, prefix_v, lengths, keys, values, t, a.attention_scale, a.windows[i]
+            )
             x = _finish_block(a, w, x, mixed)
             new_cache.append((keys, values))
-        return _logits(a, params, rms_norm(x, params["final_norm"], a.norm_eps)), new_cache
+        return _logits(a, params, _norm(a, params, "final_norm", x)), new_cache
 
     return _logits(a, params, last), cache, step
 
 
-def _in_compute_type(a: Architecture, params: Any) -> Any:
-    """Matrices and biases cast once, before the token loop; norm scales stay float32 as in training."""
+def _for_decoding(a: Architecture, params: Any) -> Any:
+    """Weights cast and gathered once, before the token loop; norm scales stay as they are, as in training."""
+    adapted = a.lora is not None and any("_lora_" in name for name in params["layers"])
+    weights = merge_adapter(table(a), lora_table(a)) if adapted else table(a)
     dtype = jnp.dtype(a.compute_dtype)
-    return jax.tree.map(
-        lambda weight, w: w if weight.std == 0 else w.astype(dtype),
-        table(a),
-        params,
-        is_leaf=lambda x: isinstance(x, Weight),
-    )
+
+    def cast(path: Any, _: Any, w: Array) -> Array:
+        return w if "norm" in jax.tree_util.keystr(path[-1:]) else w.astype(dtype)
+
+    cast_params = jax.tree_util.tree_map_with_path(cast, weights, params, is_leaf=is_weight)
+    return gather_for_decode(cast_params, weight_axes(weights))

@@ -1,8 +1,22 @@
 """Where prompts come from and what a right answer is."""
 
+from collections.abc import Callable
+
+from pspo_jax.config import Config
 from pspo_jax.tasks.arithmetic import arithmetic
 from pspo_jax.tasks.base import PromptSet, Task
+from pspo_jax.tasks.gsm8k import gsm8k
+from pspo_jax.tasks.tokenizer import TextTokenizer, load_tokenizer
 
-TASKS = {"arithmetic": arithmetic}
+TEXT_TASKS: dict[str, Callable[[Config, TextTokenizer], Task]] = {"gsm8k": gsm8k}
+"""Tasks that speak a checkpoint's language."""
 
-__all__ = ["TASKS", "PromptSet", "Task", "arithmetic"]
+
+def make_task(config: Config, tokenizer: TextTokenizer | None) -> Task:
+    """The task that a config names; `tokenizer` is None for one with an alphabet of its own."""
+    if tokenizer is None:
+        return arithmetic(config.task, config.rollout.prompt_bucket)
+    return TEXT_TASKS[config.task.name](config, tokenizer)
+
+
+__all__ = ["TEXT_TASKS", "PromptSet", "Task", "TextTokenizer", "arithmetic", "load_tokenizer", "make_task"]

@@ -29,6 +29,8 @@ class PromptSet(NamedTuple):
     lengths: Int[np.ndarray, "N"]
     answers: tuple[str, ...]
     """Gold answers."""
+    left_out: int = 0
+    """Rows of the source that were too long."""
 
     def fingerprint(self) -> str:
         """Hash of everything that a run depends on; a checkpoint belongs to one."""

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pspo_jax.config import CheckpointConfig, ConfigError
-from pspo_jax.io.checkpoint import Checkpoints, checksums, load_params, save_params
+from pspo_jax.io.checkpoint import Checkpoints, checksums, load_folder, save_folder
 from pspo_jax.io.run_folder import RunLog
 
 
@@ -109,10 +109,10 @@ def test_restores_on_another_mesh(tmp_path):
 
 def test_params_belong_to_their_settings(tmp_path):
     params = {"w": jnp.arange(4.0)}
-    save_params(tmp_path / "p", params, {"lr": 0.1})
-    same_settings = load_params(tmp_path / "p", abstract(params), {"lr": 0.1})
+    save_folder(tmp_path / "p", params, {"lr": 0.1})
+    same_settings = load_folder(tmp_path / "p", abstract(params), {"lr": 0.1})
     np.testing.assert_array_equal(same_settings["w"], params["w"])
-    assert load_params(tmp_path / "p", abstract(params), {"lr": 0.2}) is None
+    assert load_folder(tmp_path / "p", abstract(params), {"lr": 0.2}) is None
 
 
 def test_log_drops_what_a_resume_repeats(tmp_path):

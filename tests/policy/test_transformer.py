@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pspo_jax.config import PolicyConfig
+from pspo_jax.policy.architecture import Rotary, plain_frequencies
 from pspo_jax.policy.matmul import product
-from pspo_jax.policy.transformer import rope, rotation
+from pspo_jax.policy.rotary import rope, rotation
 from pspo_jax.policy.weights import table, weight_axes
 from tests.helpers import tiny_policy
 
@@ -21,7 +22,7 @@ def plain_forward(a, params, tokens):
 
     def rotate(x, position):
         half = len(x) // 2
-        angle = position * a.rope_theta ** (-np.arange(half) / half)
+        angle = position * np.array(a.rotaries[0].frequencies)
         u, v = x[:half], x[half:]
         return np.concatenate([u * np.cos(angle) - v * np.sin(angle), v * np.cos(angle) + u * np.sin(angle)])
 
@@ -30,9 +31,9 @@ def plain_forward(a, params, tokens):
         w = {k: v[layer] for k, v in p["layers"].items()}
         y = norm(x, w["attn_norm"])
         q, k, v = (np.einsum("sd,dnh->snh", y, w[name]) for name in "qkv")
-        if a.qkv_bias:
+        if a.biases:
             q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
-        if a.qk_norm:
+        if a.qk_norm == "head":
             q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
         out = np.zeros_like(x)
         for head in range(a.heads):
@@ -92,7 +93,10 @@ def test_rope_keeps_relative_positions():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        at = [rope(x, rotation(jnp.array([[n]]), 8, 100.0)).ravel() for x, n in ((q, i), (k, j))]
+        at = [
+            rope(x, rotation(jnp.array([[n]]), Rotary(plain_frequencies(8, 100.0)))).ravel()
+            for x, n in ((q, i), (k, j))
+        ]
         return float(at[0] @ at[1])
 
     assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-4)

@@ -1,0 +1,222 @@
+"""Checkpoints in: a Hugging Face folder or hub id -> architecture, and weights straight into their device buffers.
+
+Nothing is loaded before everything is known to fit: the config, every tensor's name and shape, every file's length.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from pspo_jax.config import ConfigError, PolicyConfig
+from pspo_jax.policy.architecture import Architecture
+from pspo_jax.policy.families import FAMILIES, architecture_of, unknown_family
+from pspo_jax.policy.weights import Weight, is_weight, named_weights, table
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_DTYPES = ("F32", "F16", "BF16")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source(NamedTuple):
+    """A checkpoint whose config and tensor headers have been read, and found to fit."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    architecture: Architecture
+    """Without adapters and forbidden ids."""
+    tensors: dict[str, Tensor]
+
+    def fingerprint(self) -> str:
+        """Hash of config.json and of every tensor's name, shape and type; contents are left to checksums."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(f"{name}{tensor.shape}{tensor.dtype}".encode())
+        return digest.hexdigest()[:16]
+
+
+def fetch(name: str, revision: str | None, field: str) -> Path:
+    """The local folder of a folder's name or a hub id; a hub id is downloaded, or found in huggingface_hub's cache.
+
+    Raises:
+      ConfigError: neither exists.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
+        raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{field}={name}: no such folder, and the hub did not give it: {reason}") from error
+
+
+def read_source(policy: PolicyConfig) -> Source:
+    """Everything about `policy.source` but its weights.
+
+    Raises:
+      ConfigError: names what is missing, extra, misshapen, truncated or unsupported.
+    """
+    assert policy.source is not None
+    name = policy.source
+    folder = fetch(name, policy.revision, "policy.source")
+    architecture = architecture_of(_read_config(folder, name), policy, name)
+    tensors = dict(_read_headers(folder, name))
+    _match(architecture, tensors, name)
+    return Source(name, folder, architecture, tensors)
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+        model_type = raw["model_type"]
+    except OSError as error:
+        raise ConfigError(f"policy.source={name}: {path.name}: {error.strerror}; is it a model's folder?") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"policy.source={name}: config.json has no model_type or is not JSON") from error
+    if model_type not in FAMILIES:
+        raise ConfigError(unknown_family(model_type, name))
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"policy.source={name}: config.json cannot be read: {reason}") from error
+
+
+def _read_headers(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor of a checkpoint, from its files' headers."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"policy.source={name}: {index.name} has no weight_map or is not JSON") from error
+    else:
+        files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"policy.source={name}: holds no *.safetensors file; convert its weights to safetensors")
+    for file in files:
+        path = folder / file
+        if not path.exists():
+            raise ConfigError(f"policy.source={name}: {file} is missing; {index.name} names it")
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    part = opened.get_slice(key)
+                    yield key, Tensor(path, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"policy.source={name}: {file} is damaged or cut off ({' '.join(str(error).split())}); fetch it again"
+            ) from error
+
+
+def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
+    """Every tensor of the table is there with its shape and a known type, and there is no other."""
+    wanted = {name: w.hf_shape for w, name, _ in _entries(table(a))}
+    missing = [name for name in wanted if name not in tensors]
+    # Old checkpoints store the rotary frequencies, and some that tie their head store it nevertheless.
+    ignored = {"lm_head.weight"} if a.tied else set()
+    extra = [n for n in tensors if n not in wanted and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    for kind, names in (("lacks", missing), ("has, and the architecture does not,", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"policy.source={where}: the checkpoint {kind} {', '.join(names[:3])}{more}")
+    for name, shape in wanted.items():
+        found = tensors[name]
+        if found.shape != shape:
+            raise ConfigError(
+                f"policy.source={where}: {name} has shape {list(found.shape)}, config.json implies {list(shape)}"
+            )
+        if found.dtype not in _DTYPES:
+            raise ConfigError(f"policy.source={where}: {name} is {found.dtype}; supported: {', '.join(_DTYPES)}")
+
+
+def _entries(weights: Any) -> Iterator[tuple[Weight, str, int | None]]:
+    """(weight, Hugging Face name, layer or None) of every tensor of a table."""
+    for _, w in named_weights(weights):
+        if w.stacked:
+            for i in range(w.shape[0]):
+                yield w, w.hf.format(i), i
+        else:
+            yield w, w.hf, None
+
+
+def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
+    """A tensor as it lies on disk. The file is mapped for this call alone, or the whole model would become resident."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, framework="numpy") as opened:
+        return opened.get_tensor(name)
+
+
+def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any:
+    """The weights of `table(architecture)`, each read, turned, cast and placed before the next one is read.
+
+    Host memory beyond the params is a small multiple of the largest tensor. Whole tensors come first, largest first,
+    while little else is resident; stacked ones are filled layer by layer in place.
+
+    Args:
+      shardings: a NamedSharding for each weight.
+    """
+    leaves, structure = jax.tree.flatten(weights, is_leaf=is_weight)
+    places = jax.tree.leaves(shardings)
+    order = sorted(range(len(leaves)), key=lambda i: (leaves[i].stacked, -int(np.prod(leaves[i].shape))))
+    out: list[Any] = [None] * len(leaves)
+    for i in order:
+        out[i] = _load_leaf(source, leaves[i], places[i], jnp.dtype(dtype))
+    return jax.tree.unflatten(structure, out)
+
+
+def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any) -> Array:
+    def layer(name: str) -> np.ndarray:
+        raw = read_tensor(source.tensors[name], name)
+        return (raw.T if w.transposed else raw).reshape(w.shape[1:] if w.stacked else w.shape)
+
+    if not w.stacked:
+        return _place(layer(w.hf), sharding).astype(dtype)
+    leaf = jax.jit(functools.partial(jnp.zeros, w.shape, dtype), out_shardings=sharding)()
+    one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    put = jax.jit(
+        lambda leaf, part, i: jax.lax.dynamic_update_index_in_dim(leaf, part.astype(leaf.dtype), i, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    for i in range(w.shape[0]):
+        leaf = put(leaf, _place(layer(w.hf.format(i)), one), i)
+    return leaf
+
+
+def _place(x: np.ndarray, sharding: NamedSharding) -> Array:
+    """A host array on its devices; each gets its own part only."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.ascontiguousarray(x[part]))

@@ -1,0 +1,69 @@
+"""Checkpoints of random weights, written by transformers, and what torch computes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is a test dependency; install '.[test]'")
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_checkpoint(
+    folder: Path, model_type: str, seed: int = 0, dtype: Any = None, shards: str = "5GB", **fields: Any
+):
+    """A torch model of random weights, saved to `folder`; norms and biases are random too, or they would test nothing."""
+    config = transformers.AutoConfig.for_model(model_type, **(SMALL | fields))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(4 if "embed" not in name else 20)
+    model = model.to(dtype or torch.float32)
+    model.save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(tokens)).long()).logits.float().numpy()
+
+
+def torch_greedy(model: Any, tokens: np.ndarray, lengths: np.ndarray, count: int, left: bool) -> np.ndarray:
+    """`count` greedy tokens of each right-padded prompt, through generate on left- or right-padded copies."""
+    width = tokens.shape[1]
+    mask = np.arange(width) < lengths[:, None]
+    if left:
+        tokens = np.stack([np.roll(row, width - n) for row, n in zip(tokens, lengths, strict=True)])
+        mask = mask[:, ::-1].copy()
+    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        if left:
+            out = model.generate(
+                torch.as_tensor(tokens).long(), attention_mask=torch.as_tensor(mask).long(), **settings
+            )
+            return out[:, width:].numpy()
+        rows = [
+            model.generate(torch.as_tensor(r[None, :n]).long(), **settings)[0, n:]
+            for r, n in zip(tokens, lengths, strict=True)
+        ]
+        return np.stack([r.numpy() for r in rows])
