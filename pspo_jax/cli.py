@@ -8,13 +8,14 @@ flags that a user could type, ahead of the typed ones, so a file and a flag fail
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 import yaml
@@ -51,6 +52,13 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Config:
         raise ConfigError(_one_line(errors.getvalue())) from stop
     validate(config)
     return resolve(config)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints take the same one-line way out as all other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
 
 
 def run(main: Any, prog: str) -> None:

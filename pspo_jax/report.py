@@ -6,12 +6,10 @@ A run that is still going can be reported too; the page then says so.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from pspo_jax.cli import run
+from pspo_jax.cli import Parser, run
 from pspo_jax.config import ConfigError
 from pspo_jax.io.html import read_runs, render
 
@@ -31,15 +29,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints take the same one-line way out as all other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def main(argv: Sequence[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pspo_jax.report",
         description="Write one self-contained HTML page that compares runs.",
     )

@@ -28,6 +28,7 @@ from pspo_jax.policy.weights import init_weights, table
 from pspo_jax.state import TrainState
 from pspo_jax.step import init_state
 from pspo_jax.tasks import TEXT_TASKS, Task, TextTokenizer, load_tokenizer, make_task
+from pspo_jax.tasks.arithmetic import CharTokenizer
 
 
 class Setup(NamedTuple):
@@ -78,11 +79,9 @@ def configure_runtime(config: Config) -> None:
 
 def prepare(config: Config) -> Setup:
     """Everything but arrays; raises ConfigError for what does not fit, before any weight is read."""
-    source = read_source(config.policy) if config.policy.source is not None else None
-    tokenizer = _tokenizer(config, source)
-    mesh = make_mesh(config, source.architecture if source else None)
+    source, tokenizer, architecture = architecture_for(config)
+    mesh = make_mesh(config, architecture)
     task = make_task(config, tokenizer)
-    architecture = _architecture(config, source, task)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
@@ -97,17 +96,18 @@ def prepare(config: Config) -> Setup:
     return setup._replace(abstract=abstract)
 
 
-def _tokenizer(config: Config, source: Source | None) -> TextTokenizer | None:
+def architecture_for(config: Config) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
+    """The checkpoint if there is one, the tokenizer, and the policy's architecture with its adapters."""
     if config.task.name not in TEXT_TASKS:
-        return None
+        own = CharTokenizer()
+        return None, own, built_in(config.policy, own.vocab_size, own.forbidden)
+    source = read_source(config.policy) if config.policy.source is not None else None
     rows = source.architecture.vocab_size if source else None
-    return load_tokenizer(config, source.folder if source else None, rows)
-
-
-def _architecture(config: Config, source: Source | None, task: Task) -> Architecture:
+    tokenizer = load_tokenizer(config, source.folder if source else None, rows)
     if source is None:
-        return built_in(config.policy, task.vocab_size, task.forbidden)
-    return dataclasses.replace(source.architecture, forbidden=task.forbidden, lora=lora_of(config.lora))
+        return None, tokenizer, built_in(config.policy, tokenizer.vocab_size, tokenizer.forbidden)
+    lora = lora_of(config.lora)
+    return source, tokenizer, dataclasses.replace(source.architecture, forbidden=tokenizer.forbidden, lora=lora)
 
 
 def _frozen_init(a: Architecture) -> Any:

@@ -123,6 +123,37 @@ class Checkpoints:
         return target
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoint is complete, ascending; only looks, so a run that is going on is not disturbed."""
+    done = [p for p in folder.glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
+    return sorted(int(p.name) for p in done)
+
+
+def read_params(folder: Path, step: int) -> tuple[Any, dict[str, Any]]:
+    """The params of one checkpoint as nested dicts of arrays on the default device, verified, and its metadata.
+
+    Raises:
+      ConfigError: the checkpoint cannot be read whole.
+    """
+    path = (folder / str(step)).absolute()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        found = ocp.checkpointables_metadata(path)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), found.metadata["state"]["params"]
+        )
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            params = ocp.load_checkpointables(path, {"state": {"params": abstract}})["state"]["params"]
+        metadata = dict(found.custom_metadata)
+        saved = {k.removeprefix(".params"): v for k, v in metadata["checksums"].items() if k.startswith(".params")}
+        verify(params, saved)
+    except _UNREADABLE as error:
+        raise ConfigError(f"checkpoint {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return params, metadata
+
+
 def save_folder(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
     """Write params and `settings.json` to a folder, atomically: it appears when it is whole."""
     partial = folder.with_name(folder.name + ".partial")

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.families import FAMILIES, architecture_of, unknown_family
-from pspo_jax.policy.weights import Weight, is_weight, named_weights, table
+from pspo_jax.policy.weights import Weight, entries, from_hf, is_weight, table
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _DTYPES = ("F32", "F16", "BF16")
@@ -143,7 +143,7 @@ def _read_headers(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
     """Every tensor of the table is there with its shape and a known type, and there is no other."""
-    wanted = {name: w.hf_shape for w, name, _ in _entries(table(a))}
+    wanted = {name: w.hf_shape for _, name, w, _ in entries(table(a))}
     missing = [name for name in wanted if name not in tensors]
     # Old checkpoints store the rotary frequencies, and some that tie their head store it nevertheless.
     ignored = {"lm_head.weight"} if a.tied else set()
@@ -160,16 +160,6 @@ def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
             )
         if found.dtype not in _DTYPES:
             raise ConfigError(f"policy.source={where}: {name} is {found.dtype}; supported: {', '.join(_DTYPES)}")
-
-
-def _entries(weights: Any) -> Iterator[tuple[Weight, str, int | None]]:
-    """(weight, Hugging Face name, layer or None) of every tensor of a table."""
-    for _, w in named_weights(weights):
-        if w.stacked:
-            for i in range(w.shape[0]):
-                yield w, w.hf.format(i), i
-        else:
-            yield w, w.hf, None
 
 
 def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
@@ -200,8 +190,7 @@ def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any
 
 def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any) -> Array:
     def layer(name: str) -> np.ndarray:
-        raw = read_tensor(source.tensors[name], name)
-        return (raw.T if w.transposed else raw).reshape(w.shape[1:] if w.stacked else w.shape)
+        return from_hf(w, read_tensor(source.tensors[name], name))
 
     if not w.stacked:
         return _place(layer(w.hf), sharding).astype(dtype)

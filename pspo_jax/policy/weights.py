@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
-from pspo_jax.config import PROJECTIONS
 from pspo_jax.policy.architecture import Architecture
 
 LAYER = "layers"
@@ -164,19 +165,24 @@ def merge_adapter(base: Any, adapter: Any) -> Any:
     return {**base, "layers": {**base["layers"], **adapter["layers"]}}
 
 
-def fold_adapter(a: Architecture, base: Any, adapter: Any) -> Any:
-    """Base weights with the adapters multiplied out and added, in float32."""
-    assert a.lora is not None
-    layers = dict(base["layers"])
-    for name in PROJECTIONS:
-        if f"{name}_lora_a" in adapter["layers"]:
-            down, up = (adapter["layers"][f"{name}_lora_{x}"].astype(jnp.float32) for x in "ab")
-            change = jnp.einsum(
-                "lik,lko->lio",
-                down.reshape(down.shape[0], -1, a.lora.rank),
-                up.reshape(up.shape[0], a.lora.rank, -1),
-                precision="highest",
-            )
-            w = layers[name]
-            layers[name] = w.astype(jnp.float32) + a.lora.scale * change.reshape(w.shape)
-    return {**base, "layers": layers}
+def entries(weights: Any) -> Iterator[tuple[str, str, Weight, int | None]]:
+    """(params path, Hugging Face name, weight, layer or None) of every tensor of a checkpoint."""
+    for path, w in named_weights(weights):
+        if w.stacked:
+            for i in range(w.shape[0]):
+                yield path, w.hf.format(i), w, i
+        else:
+            yield path, w.hf, w, None
+
+
+def from_hf(w: Weight, x: np.ndarray) -> np.ndarray:
+    """A tensor of a Hugging Face checkpoint as a weight (of one layer); a view where possible."""
+    return (x.T if w.transposed else x).reshape(w.shape[1:] if w.stacked else w.shape)
+
+
+def to_hf(w: Weight, x: np.ndarray) -> np.ndarray:
+    """The inverse of `from_hf`, contiguous."""
+    if not w.transposed:
+        return np.ascontiguousarray(x.reshape(w.hf_shape))
+    outputs, inputs = w.hf_shape
+    return np.ascontiguousarray(x.reshape(inputs, outputs).T)

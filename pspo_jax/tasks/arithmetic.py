@@ -9,7 +9,7 @@ stratified by their number of hard operations, as these are what the pupil has y
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,8 @@ class CharTokenizer:
     """One token a character."""
 
     eos_token_id, pad_token_id = EOS, PAD
+    vocab_size = VOCAB
+    forbidden = (PAD, *range(len(CHARACTERS), VOCAB))
 
     def encode(self, text: str) -> list[int]:
         if unknown := set(text) - set(CHARACTERS):
@@ -42,6 +44,16 @@ class CharTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(CHARACTERS[i] if i < len(CHARACTERS) else "?" for i in ids)
+
+    def to_hf(self) -> Any:
+        """The same tokenizer for transformers."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="_"))
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        inner.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="$", pad_token="_")
 
 
 class Problems(NamedTuple):
@@ -75,7 +87,7 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
         name="arithmetic",
         tokenizer=CharTokenizer(),
         vocab_size=VOCAB,
-        forbidden=(PAD, *range(len(CHARACTERS), VOCAB)),
+        forbidden=CharTokenizer.forbidden,
         stop_ids=(EOS,),
         train=train,
         heldout=heldout,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is a test dependency; install '.[test]'")
+torch.set_num_threads(1)
 transformers = pytest.importorskip("transformers")
 
 SMALL = {
@@ -28,7 +29,7 @@ SMALL = {
 def write_checkpoint(
     folder: Path, model_type: str, seed: int = 0, dtype: Any = None, shards: str = "5GB", **fields: Any
 ):
-    """A torch model of random weights, saved to `folder`; norms and biases are random too, or they would test nothing."""
+    """A torch model of random weights, saved to `folder`; norms and biases are random too, so that they are tested."""
     config = transformers.AutoConfig.for_model(model_type, **(SMALL | fields))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -1,0 +1,185 @@
+"""`python -m pspo_jax.export --run RUN --out DIR [--step N|latest|best|all] [--adapter-only]`: a run -> a checkpoint.
+
+The folder holds safetensors, config, tokenizer, generation config and a model card. It is made on the CPU, so that it
+can run beside a training job, and appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from pspo_jax import cli
+from pspo_jax.config import Config, ConfigError
+from pspo_jax.io.checkpoint import read_params, saved_steps
+from pspo_jax.io.hf_folder import (
+    TOKENIZER_FILES,
+    built_in_config,
+    copy_files,
+    merged_tensors,
+    numpy_dtype,
+    set_dtype,
+    whole_tensors,
+    write_adapter,
+    write_folder,
+    write_tensors,
+)
+from pspo_jax.setup import architecture_for
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.Parser(prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint.")
+    parser.add_argument("--run", metavar="RUN", type=Path, required=True, help="run folder, as run.dir in training")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="new folder; with --step all, of folders"
+    )
+    parser.add_argument("--step", metavar="N", default="latest", help="a step, latest (default), best or all")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's, tensor by tensor"
+    )
+    parser.add_argument("--adapter-only", action="store_true", help="adapters in PEFT's layout, not merged")
+    parser.add_argument("--push-to", metavar="ID", help="upload to this repository of the hub as well")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    config = read_config(args.run)
+    steps = choose_steps(args.run, args.step)
+    if args.push_to and len(steps) > 1:
+        raise ConfigError("--push-to: one checkpoint at a time; choose a --step")
+    if args.out.exists():
+        raise ConfigError(f"--out {args.out}: exists already; name a new folder")
+    write = exporter(config, args.run, args.dtype, args.adapter_only)
+    for step in steps:
+        out = args.out if args.step != "all" else args.out / f"step_{step:06d}"
+        write_folder(out, lambda folder, step=step: write(folder, step))  # type: ignore[misc]
+        print(out)
+    if args.push_to:
+        _push(args.out, args.push_to)
+    return 0
+
+
+def read_config(run: Path) -> Config:
+    """The config of a run folder."""
+    path = run / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"--run {run}: holds no config.yaml; name the run.dir of a training run")
+    return cli.parse(["--config", str(path)], "python -m pspo_jax.export", "")
+
+
+def choose_steps(run: Path, wanted: str) -> list[int]:
+    """Steps of a run's checkpoints that --step means."""
+    steps = saved_steps(run / "checkpoints")
+    if not steps:
+        raise ConfigError(f"--run {run}: has no checkpoints yet")
+    if wanted == "all":
+        return steps
+    if wanted == "latest":
+        return steps[-1:]
+    if wanted == "best":
+        scores = {line["step"]: line["eval/greedy"] for line in metrics_of(run) if line.get("eval/greedy") is not None}
+        return [max(steps, key=lambda s: scores.get(s, -1.0))]
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise ConfigError(
+            f"--step {wanted}: no such checkpoint; there are {', '.join(map(str, steps))}, latest, best, all"
+        )
+    return [int(wanted)]
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; none if there are none, and a last line that is being written is left out."""
+    path = run / "metrics.jsonl"
+    out = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return out
+
+
+def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:
+    """`write(folder, step)` for the checkpoints of a run; what cannot be exported is refused here."""
+    source, tokenizer, architecture = architecture_for(config)
+    if adapter_only and architecture.lora is None:
+        raise ConfigError("--adapter-only: this run trained all weights (lora.rank=0); leave it out")
+
+    def dtype_of(name: str) -> Any:
+        stored = source.tensors[name].dtype if source else architecture.param_dtype
+        return numpy_dtype(dtype or stored)
+
+    def write(folder: Path, step: int) -> None:
+        params, _ = read_params(run / "checkpoints", step)
+        if adapter_only:
+            assert source is not None
+            write_adapter(folder, architecture, params, source.name)
+        elif source is not None and architecture.lora is not None:
+            write_tensors(folder, merged_tensors(architecture, source, params, dtype_of))
+        else:
+            write_tensors(folder, whole_tensors(architecture, params, dtype_of))
+        if source is not None and not adapter_only:
+            copy_files(folder, source.folder, ("config.json", "generation_config.json"))
+            if dtype:
+                set_dtype(folder, dtype)
+        elif source is None:
+            _write_built_in(folder, config, architecture, tokenizer, dtype)
+        if hasattr(tokenizer, "folder"):
+            copy_files(folder, tokenizer.folder, TOKENIZER_FILES)
+        (folder / "README.md").write_text(model_card(config, run, step, adapter_only))
+
+    return write
+
+
+def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:
+    """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
+    stop_ids = tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+    hf = built_in_config(architecture, config.policy.rope_theta, stop_ids, tokenizer.pad_token_id)
+    (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
+    generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    if hasattr(tokenizer, "to_hf"):
+        tokenizer.to_hf().save_pretrained(folder)
+
+
+def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
+    """README.md of an export: base, data, algorithm, metrics, config."""
+    lines = [line for line in metrics_of(run) if line["step"] <= step]
+    shown: dict[str, float] = {}
+    for line in lines:
+        shown |= {
+            k: v for k, v in line.items() if v is not None and k.startswith(("eval/", "reward", "rollouts/total"))
+        }
+    head: dict[str, Any] = {"library_name": "peft" if adapter_only else "transformers", "tags": ["pspo_jax", "grpo"]}
+    if config.policy.source is not None:
+        head["base_model"] = config.policy.source
+    table = "".join(f"| {k} | {v:.4g} |\n" for k, v in sorted(shown.items()))
+    base = config.policy.source or "random weights"
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.resolve().name}, step {step}\n\n"
+        f"Trained with pspo_jax: {config.algorithm.name} on {config.task.name}"
+        f"{f' ({config.task.train_data})' if config.task.train_data else ''}, from {base}"
+        f"{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}.\n\n"
+        f"## Metrics\n\nLatest values up to this step.\n\n| Metric | Value |\n|---|---|\n{table}\n"
+        f"## Config\n\n```yaml\n{cli.to_yaml(config)}```\n"
+    )
+
+
+def _push(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--push-to {repo}: {reason}; the export itself is in {folder}") from error
+    print(f"https://huggingface.co/{repo}")
+
+
+if __name__ == "__main__":
+    cli.run(main, "pspo_jax.export")
