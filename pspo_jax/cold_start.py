@@ -21,7 +21,7 @@ from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.optimizer import adamw
 from pspo_jax.policy.base import Policy, join
-from pspo_jax.tasks.base import Demonstrations, Task, pad_rows
+from pspo_jax.tasks.base import Demonstrations, Task, json_lines, pad_rows
 
 _MAX_STEPS_A_CALL = 60
 
@@ -56,7 +56,7 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
     """Tokenised examples of a JSONL file; EOS is added to completions that lack it."""
     prompts, completions = [], []
     width = task.train.tokens.shape[1]
-    for number, line in enumerate(_read(path).decode().splitlines(), 1):
+    for number, line in enumerate(json_lines(_read(path).decode()), 1):
         try:
             record = json.loads(line)
             prompt, completion = record["prompt"], record["completion"]

@@ -6,13 +6,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax import cli
@@ -24,22 +22,13 @@ from pspo_jax.io.run_folder import RunLog, check_config, crc, open_folder, write
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel.mesh import batch_sharding, replicated
+from pspo_jax.programs import Programs, compile_programs
 from pspo_jax.report import write_report
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.setup import Setup, configure_runtime, first_params, load_base, place_state, prepare
-from pspo_jax.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
-from pspo_jax.step import make_train_step
+from pspo_jax.state import Prompts, Rollouts, TrainState
 
 PHASES = ("setup", "compile", "sft", "select", "rollout", "verify", "update", "eval")
-
-
-class Programs(NamedTuple):
-    """The compiled parts of a step."""
-
-    select: Callable[..., Any]
-    sample: Callable[..., Any]
-    step: Callable[..., Any]
-    eval_sample: Callable[..., Any]
 
 
 class Totals:
@@ -106,7 +95,7 @@ def train(config: Config) -> int:
             show_summary(config, folder, progress)
             return 0
         with totals.phase("compile"):
-            programs = compile_programs(setup, state, progress)
+            programs = compile_programs(setup, progress)
         return _loop(setup, state, programs, totals, folder, checkpoints, progress, stop)
 
 
@@ -157,59 +146,6 @@ def _describe(setup: Setup, origin: str) -> str:
     if left_out := setup.task.train.left_out:
         line += f"; {left_out:,} prompts longer than prompt.max_tokens={setup.config.prompt.max_tokens} are left out"
     return line
-
-
-def compile_programs(setup: Setup, state: TrainState, progress: Progress) -> Programs:
-    """Compile the parts of a step, two at a time, before the first one runs."""
-    c, task, mesh = setup.config, setup.task, setup.mesh
-    rows, whole = batch_sharding(mesh), replicated(mesh)
-    b, p = c.rollout.prompts, task.train.tokens.shape[1]
-
-    def prompts_spec(n: int) -> Prompts:
-        def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-        build: Any = Prompts
-        return build(spec((n,), jnp.int32), spec((n, p), jnp.int32), spec((n,), jnp.int32), spec((n,), jnp.float32))
-
-    def select(selector: Any, key: Any, step: Any) -> Any:
-        return setup.algorithm.selector.select(selector, purpose_key(key, step, SELECT), step, b)
-
-    def sampler(group_size: int, purpose: int) -> Any:
-        inner = make_sampler(setup.policy, group_size, c.rollout.max_new_tokens, task.tokenizer.pad_token_id)
-
-        def sample(params: Any, prompts: Prompts, key: Any, step: Any, settings: SamplingParams) -> Rollouts:
-            return inner(params, prompts, purpose_key(key, step, purpose), settings)
-
-        return sample
-
-    settings = jax.device_put(SamplingParams.of(c.rollout, task.stop_ids), whole)
-    step_spec = setup.abstract.step
-    lowered = {}
-    select_jit = jax.jit(select, out_shardings=(whole, rows, setup.shardings.selector))
-    lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec)
-
-    def lower_sampler(group_size: int, purpose: int, n: int) -> tuple[Any, Any]:
-        fn = sampler(group_size, purpose)
-        args = (setup.abstract.weights, prompts_spec(n), setup.abstract.key, step_spec, settings)
-        out = jax.eval_shape(fn, *args)
-        shardings = jax.tree.map(lambda x: rows if x.ndim else whole, out)
-        specs = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), out, shardings)
-        return jax.jit(fn, out_shardings=shardings).lower(*args), specs
-
-    lowered["sample"], rollouts = lower_sampler(c.rollout.group_size, ROLLOUT, b)
-    lowered["eval_sample"], _ = lower_sampler(1, EVALUATE, b * c.rollout.group_size)
-    rewards = jax.ShapeDtypeStruct((b, c.rollout.group_size), jnp.float32, sharding=rows)
-    step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
-    lowered["step"] = step.lower(setup.abstract, rollouts, rewards)  # type: ignore[attr-defined]
-
-    compiled = {}
-    with progress.phase("compile", len(lowered)) as bar, ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(low.compile) for name, low in lowered.items()}
-        for name, future in futures.items():
-            compiled[name] = future.result()
-            bar(1, name)
-    return Programs(**compiled)
 
 
 def _loop(

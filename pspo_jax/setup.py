@@ -77,9 +77,13 @@ def configure_runtime(config: Config) -> None:
         keep_freed_memory()
 
 
-def prepare(config: Config) -> Setup:
-    """Everything but arrays; raises ConfigError for what does not fit, before any weight is read."""
-    source, tokenizer, architecture = architecture_for(config)
+def prepare(config: Config, weights: bool = True) -> Setup:
+    """Everything but arrays; raises ConfigError for what does not fit, before any weight is read.
+
+    Args:
+      weights: False = the checkpoint's tensors need not be there; for a plan.
+    """
+    source, tokenizer, architecture = architecture_for(config, weights)
     mesh = make_mesh(config, architecture)
     task = make_task(config, tokenizer)
     settings(config, task)  # reads sft.data: a missing file is found out here
@@ -96,12 +100,14 @@ def prepare(config: Config) -> Setup:
     return setup._replace(abstract=abstract)
 
 
-def architecture_for(config: Config) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
+def architecture_for(
+    config: Config, weights: bool = True
+) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
     """The checkpoint if there is one, the tokenizer, and the policy's architecture with its adapters."""
     if config.task.name not in TEXT_TASKS:
         own = CharTokenizer()
         return None, own, built_in(config.policy, own.vocab_size, own.forbidden)
-    source = read_source(config.policy) if config.policy.source is not None else None
+    source = read_source(config.policy, weights) if config.policy.source is not None else None
     rows = source.architecture.vocab_size if source else None
     tokenizer = load_tokenizer(config, source.folder if source else None, rows)
     if source is None:

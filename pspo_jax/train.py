@@ -1,21 +1,27 @@
-"""Entry point: `python -m pspo_jax.train [--config FILE.yaml] [--stage.field value ...]`.
+"""Entry point: `python -m pspo_jax.train [--config FILE.yaml] [--stage.field value ...] [--plan [TARGET]]`.
 
 Without arguments it trains the embedded default with PSPO. In a run folder that holds a checkpoint it carries on.
+`--plan` prints the memory that the run would need on each device, and runs nothing; see plan.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pspo_jax import cli
+from pspo_jax import cli, plan
 from pspo_jax.loop import train
 
 
 def main(argv: Sequence[str]) -> int:
+    argv, target = plan.take_target(argv)
+    if target is not None:
+        plan.fake_devices(target)
     config = cli.parse(argv, "python -m pspo_jax.train", "RL post-training with verifiable rewards, in JAX.")
     if config.run.print_config:
         print(cli.to_yaml(config), end="")
         return 0
+    if target is not None:
+        return plan.show(config, target)
     return train(config)
 
 

@@ -56,9 +56,11 @@ class Source(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def fetch(name: str, revision: str | None, field: str) -> Path:
+def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> Path:
     """The local folder of a folder's name or a hub id; a hub id is downloaded, or found in huggingface_hub's cache.
 
+    Args:
+      weights: whether the safetensors files are wanted too.
     Raises:
       ConfigError: neither exists.
     """
@@ -67,28 +69,32 @@ def fetch(name: str, revision: str | None, field: str) -> Path:
         return folder
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
+    patterns = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{field}={name}: no such folder, and the hub did not give it: {reason}") from error
 
 
-def read_source(policy: PolicyConfig) -> Source:
+def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
     """Everything about `policy.source` but its weights.
 
+    Args:
+      weights: False = the config alone, for a plan: neither needs the tensors to be there.
     Raises:
       ConfigError: names what is missing, extra, misshapen, truncated or unsupported.
     """
     assert policy.source is not None
     name = policy.source
-    folder = fetch(name, policy.revision, "policy.source")
+    folder = fetch(name, policy.revision, "policy.source", weights)
     architecture = architecture_of(_read_config(folder, name), policy, name)
-    tensors = dict(_read_headers(folder, name))
-    _match(architecture, tensors, name)
+    tensors = dict(_read_headers(folder, name)) if weights else {}
+    if weights:
+        _match(architecture, tensors, name)
     return Source(name, folder, architecture, tensors)
 
 

@@ -75,6 +75,11 @@ class Task(NamedTuple):
     """(seed, count) -> blocks of fresh examples, `count` in all."""
 
 
+def json_lines(text: str) -> list[str]:
+    """Lines of a JSONL file. str.splitlines() would also cut at U+2028 and its like, which JSON strings may hold."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def pad_rows(rows: list[list[int]], width: int, pad: int) -> tuple[Int[np.ndarray, "n w"], Int[np.ndarray, "n"]]:
     """Right-padded array of token lists, and their lengths. A list longer than `width` is an error of the caller."""
     out = np.full((len(rows), width), pad, np.int32)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pspo_jax.config import Config, ConfigError
-from pspo_jax.tasks.base import Demonstrations, PromptSet, Task, Verifier, pad_rows
+from pspo_jax.tasks.base import Demonstrations, PromptSet, Task, Verifier, json_lines, pad_rows
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -64,7 +64,7 @@ def _none(seed: int, count: int) -> Iterator[Demonstrations]:
 def read_rows(path: Path, field: str) -> list[Row]:
     """Questions and gold numbers of a JSONL file."""
     try:
-        lines = path.read_text().splitlines()
+        lines = json_lines(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{field}={path}: cannot be read ({error}); name a JSONL file") from error
     rows = []

@@ -1,0 +1,93 @@
+"""A checkpoint of random weights in Hugging Face's format, written tensor by tensor: for tests, plans and benchmarks.
+
+python scripts/make_checkpoint.py OUT --shape qwen2.5-1.5b [--tokenizer DIR] [--dtype bfloat16] [--config-only]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from pspo_jax.config import PolicyConfig
+from pspo_jax.io.hf_folder import TOKENIZER_FILES, copy_files, write_tensors
+from pspo_jax.policy.pretrained import read_source
+from pspo_jax.policy.weights import entries, table
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151_936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+}
+
+
+def shape(layers: int, width: int, mlp: int, heads: int, kv_heads: int, tied: bool) -> dict[str, object]:
+    return QWEN2 | {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "tiny": shape(4, 64, 128, 4, 2, True),
+    "qwen2.5-0.5b": shape(24, 896, 4864, 14, 2, True),
+    "qwen2.5-1.5b": shape(28, 1536, 8960, 12, 2, True),
+    "qwen2.5-3b": shape(36, 2048, 11008, 16, 2, True),
+    "qwen2.5-7b": shape(28, 3584, 18944, 28, 4, False) | {"vocab_size": 152_064},
+}
+"""`tiny` has the real vocabulary, and little else."""
+
+
+def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | None, config_only: bool) -> None:
+    """Write the folder; weights are normal with standard deviation .02, norms one, biases zero."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))
+    (out / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [151_645, 151_643], "pad_token_id": 151_643})
+    )
+    if tokenizer:
+        copy_files(out, tokenizer, TOKENIZER_FILES)
+    if config_only:
+        return
+    source = read_source(PolicyConfig(source=str(out)), weights=False)
+    rng = np.random.default_rng(0)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for _, name, w, _ in entries(table(source.architecture)):
+            if w.std == 0:
+                yield name, np.full(w.hf_shape, w.fill, jnp.dtype(dtype))
+            else:
+                yield name, (0.02 * rng.standard_normal(w.hf_shape, np.float32)).astype(jnp.dtype(dtype))
+
+    write_tensors(out, tensors(), shard_bytes=2**30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--config-only", action="store_true", help="no weights: enough for --plan")
+    args = parser.parse_args()
+    make(args.out, SHAPES[args.shape], args.dtype, args.tokenizer, args.config_only)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
