@@ -1,8 +1,7 @@
 """`python -m pspo_jax.train ... --plan [TARGET]`: memory per device, before any weight is read.
 
 TARGET is a device kind and a count, such as v5e-8, h100x8 or h200; without one it is this machine. The programs are
-compiled for as many CPU devices from shapes alone, so the plan of a large model is made on a small machine. What lives
-on a device between steps is exact; temporaries are the CPU compiler's, which an accelerator's may undercut or exceed.
+compiled for as many CPU devices from shapes alone, so the plan of a large model is made on a small machine.
 """
 
 from __future__ import annotations
@@ -83,34 +82,59 @@ def fake_devices(target: Target) -> None:
         jax.config.update("jax_num_cpu_devices", target.devices)
 
 
+class Peak(NamedTuple):
+    """Bytes that a phase needs on one device."""
+
+    least: float
+    """By arithmetic, activations left out."""
+    compiled: float
+    """By this machine's compiler, whose temporaries an accelerator's may undercut: on a CPU, bfloat16 weights are
+    multiplied as float32 copies."""
+
+
 def show(config: Config, target: Target) -> int:
     """Print the plan of a config."""
     setup = prepare(config, weights=False)
-    capacity = _capacity(target)
-    residents = _residents(setup)
-    with jax.set_mesh(setup.mesh):
-        lowered = lower_programs(setup)
-        peaks = {
-            name: _peak(lowered[program].compile()) for name, program in (("rollout", "sample"), ("update", "step"))
-        }
-    # A rollout takes the weights alone as arguments; the optimizer's state is there beside them.
-    elsewhere = sum(residents.values()) - residents["policy"] - residents.get("frozen base", 0)
-    peaks["rollout"] += elsewhere
+    capacity, residents, details = _capacity(target), _residents(setup), _details(setup)
+    peaks = _peaks(setup, residents, details)
     console = Console(width=max(Console().width, 100))
     mesh = ", ".join(f"{k} {v}" for k, v in setup.mesh.shape.items())
     table = Table("Per device", "GiB", title=f"{config.policy.source or 'built-in policy'} on {target.name} ({mesh})")
-    for name, size in (residents | _details(setup)).items():
+    for name, size in residents.items():
         table.add_row(name, f"{size / _GIB:.2f}")
-    for name, size in peaks.items():
-        table.add_row(f"peak of the {name}, temporaries included", f"{size / _GIB:.2f}")
+    for phase, parts in details.items():
+        for name, size in parts.items():
+            table.add_row(f"  in the {phase}: {name}", f"{size / _GIB:.2f}")
+    for name, peak in peaks.items():
+        table.add_row(f"peak of the {name}: sum of the above", f"{peak.least / _GIB:.2f}")
+        table.add_row(f"peak of the {name}: as compiled here", f"{peak.compiled / _GIB:.2f}")
     table.add_row("capacity", "unknown" if math.isinf(capacity) else f"{capacity / _GIB:.2f}")
     console.print(table)
-    over = {name: size for name, size in peaks.items() if size > capacity}
-    for name, size in over.items():
-        console.print(f"does not fit: the {name} needs {size / _GIB:.2f} GiB of {capacity / _GIB:.2f}; {_advice(name)}")
-    if not over:
-        console.print("fits" if not math.isinf(capacity) else "capacity unknown: compare with your device")
+    for name, peak in peaks.items():
+        console.print(f"{name}: {_verdict(name, peak, capacity)}")
     return 0
+
+
+def _verdict(name: str, peak: Peak, capacity: float) -> str:
+    if math.isinf(capacity):
+        return "capacity unknown; compare with your device"
+    if peak.compiled <= capacity:
+        return "fits"
+    sizes = f"{peak.least / _GIB:.2f} to {peak.compiled / _GIB:.2f} GiB of {capacity / _GIB:.2f}"
+    return f"{'does not fit' if peak.least > capacity else 'may not fit'} ({sizes}): {_advice(name)}"
+
+
+def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str, float]]) -> dict[str, Peak]:
+    total = sum(residents.values())
+    # A rollout takes the weights alone as arguments; the rest of the state is there beside them.
+    beside = {"rollout": total - residents["policy"] - residents.get("frozen base", 0), "update": 0}
+    with jax.set_mesh(setup.mesh):
+        lowered = lower_programs(setup)
+        compiled = {"rollout": lowered["sample"].compile(), "update": lowered["step"].compile()}
+    return {
+        name: Peak(total + sum(details[name].values()), beside[name] + _compiled_peak(program))
+        for name, program in compiled.items()
+    }
 
 
 def _capacity(target: Target) -> float:
@@ -149,27 +173,30 @@ def _residents(setup: Setup) -> dict[str, int]:
     return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "policy"}
 
 
-def _details(setup: Setup) -> dict[str, float]:
-    """The largest temporaries, by arithmetic."""
+def _details(setup: Setup) -> dict[str, dict[str, float]]:
+    """The largest temporaries of each phase, by arithmetic."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
-    rows, width = mesh["data"] * mesh["fsdp"], jnp.dtype(a.compute_dtype).itemsize
-    b, g = c.rollout.prompts, c.rollout.group_size
-    tokens = b * (setup.task.train.tokens.shape[1] + g * c.rollout.max_new_tokens)
+    shards, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    width = jnp.dtype(a.compute_dtype).itemsize
+    rows, new = c.rollout.prompts * c.rollout.group_size, c.rollout.max_new_tokens
+    cached = c.rollout.prompts * setup.task.train.tokens.shape[1] + rows * new
     weights = jax.tree.leaves(setup.abstract.params)
-    grads = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in weights)
+    decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
+    chunk = min(c.objective.logits_mib * 2**20, 4 * rows * new * a.vocab_size)
     return {
-        "  in the rollout: KV cache": 2 * a.layers * a.kv_heads * a.head_dim * tokens * width / rows / mesh["tensor"],
-        "  in the rollout: logits of one token": 4 * b * g * a.vocab_size / rows / mesh["tensor"],
-        "  in the update: gradients": grads,
-        "  in the update: one chunk of logits": min(
-            c.objective.logits_mib * 2**20, 4 * b * g * c.rollout.max_new_tokens * a.vocab_size
-        )
-        / rows
-        / mesh["tensor"],
+        "rollout": {
+            "weights as they are decoded": decoded,
+            "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
+            "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
+        },
+        "update": {
+            "gradients": float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in weights)),
+            "one chunk of logits": chunk / shards / tensor,
+        },
     }
 
 
-def _peak(compiled: Any) -> int:
+def _compiled_peak(compiled: Any) -> int:
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 

@@ -87,14 +87,12 @@ def _paths(tree: Any) -> list[tuple[str, Any]]:
 
 def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
     """`model.safetensors`, or shards of at most `shard_bytes` (one tensor at least) and their index."""
-    from safetensors.numpy import save_file
-
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = 0
 
     def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        _save(held, folder / f"shard-{len(shards)}")
         shards.append(list(held))
         held.clear()
 
@@ -118,8 +116,6 @@ def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES
 
 def write_adapter(folder: Path, a: Architecture, adapter: Any, base: str) -> None:
     """PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
-    from safetensors.numpy import save_file
-
     assert a.lora is not None
     modules = projections(a)
     config = {
@@ -135,7 +131,15 @@ def write_adapter(folder: Path, a: Architecture, adapter: Any, base: str) -> Non
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    save_file(dict(adapter_tensors(a, adapter)), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _save(dict(adapter_tensors(a, adapter)), folder / "adapter_model.safetensors")
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file, as readable as its folder; the library makes it private to its owner."""
+    from safetensors.numpy import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def copy_files(folder: Path, source: Path, names: tuple[str, ...]) -> None:

@@ -104,16 +104,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def gather_for_decode(params: Any, axes: Any) -> Any:
-    """Weights as decoding wants them: whole along fsdp, still split along tensor, gathered once and not per token."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return params
-
-    def gather(names: tuple[str | None, ...], w: jax.Array) -> jax.Array:
-        kept = tuple(None if RULES.get(n or "layers") == "fsdp" else n for n in names)
-        return jax.lax.with_sharding_constraint(w, spec(kept))
-
-    return jax.tree.map(gather, axes, params, is_leaf=lambda x: isinstance(x, tuple))
+def gather_for_decode(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight as decoding wants it: whole along fsdp, still split along tensor, gathered once and not per token."""
+    return constrain(w, *(None if RULES.get(name or "layers") == "fsdp" else name for name in axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

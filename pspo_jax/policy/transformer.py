@@ -29,7 +29,6 @@ from pspo_jax.policy.matmul import product
 from pspo_jax.policy.rotary import Rotation, rope, rotation
 from pspo_jax.policy.weights import (
     init_weights,
-    is_weight,
     lora_table,
     merge_adapter,
     table,
@@ -180,11 +179,10 @@ def _decoder(
     max_new_tokens: int,
 ) -> tuple[Float[Array, "B V"], Any, Callable[..., Any]]:
     """Prefill each prompt once; see Policy.decoder. The cache is a (k, v) pair of [B, G, K, T, h] per layer."""
-    params = _for_decoding(a, params)
     hidden, prefix = _forward(a, params, None, prompts, keep_cache=True)
     assert prefix is not None
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(a.layers)]
+    params, layers = _for_decoding(a, params)
     prefixes = [tuple(jnp.swapaxes(t[i], 1, 2) for t in prefix) for i in range(a.layers)]  # [B, K, P, h]
     b = prompts.shape[0]
     shape = (b, group_size, a.kv_heads, max_new_tokens, a.head_dim)
@@ -213,14 +211,21 @@ def _decoder(
     return _logits(a, params, last), cache, step
 
 
-def _for_decoding(a: Architecture, params: Any) -> Any:
-    """Weights cast and gathered once, before the token loop; norm scales stay as they are, as in training."""
+def _for_decoding(a: Architecture, params: Any) -> tuple[Any, list[dict[str, Array]]]:
+    """Weights sliced into layers, cast and gathered once, before the token loop: (those outside blocks, each block's).
+
+    Norm scales keep their type, as in training.
+    """
     adapted = a.lora is not None and any("_lora_" in name for name in params["layers"])
     weights = merge_adapter(table(a), lora_table(a)) if adapted else table(a)
     dtype = jnp.dtype(a.compute_dtype)
 
-    def cast(path: Any, _: Any, w: Array) -> Array:
-        return w if "norm" in jax.tree_util.keystr(path[-1:]) else w.astype(dtype)
+    def ready(name: str, w: Array, axes: tuple[str | None, ...]) -> Array:
+        return gather_for_decode(w if "norm" in name else w.astype(dtype), axes)
 
-    cast_params = jax.tree_util.tree_map_with_path(cast, weights, params, is_leaf=is_weight)
-    return gather_for_decode(cast_params, weight_axes(weights))
+    outside = {name: ready(name, w, weights[name].axes) for name, w in params.items() if name != "layers"}
+    blocks = [
+        {name: ready(name, w[i], weights["layers"][name].axes[1:]) for name, w in params["layers"].items()}
+        for i in range(a.layers)
+    ]
+    return outside, blocks
