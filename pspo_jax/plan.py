@@ -103,8 +103,8 @@ def show(config: Config, target: Target) -> int:
     for name, size in residents.items():
         table.add_row(name, f"{size / _GIB:.2f}")
     for phase, parts in details.items():
-        for name, size in parts.items():
-            table.add_row(f"  in the {phase}: {name}", f"{size / _GIB:.2f}")
+        for name, need in parts.items():
+            table.add_row(f"  in the {phase}: {name}", f"{need / _GIB:.2f}")
     for name, peak in peaks.items():
         table.add_row(f"peak of the {name}: sum of the above", f"{peak.least / _GIB:.2f}")
         table.add_row(f"peak of the {name}: as compiled here", f"{peak.compiled / _GIB:.2f}")

@@ -79,10 +79,10 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
             works = max(d for d in range(1, row_shards + 1) if size % d == 0 and row_shards % d == 0)
             raise ConfigError(f"{where}: does not divide {name}={size}; {works} would, or make it a multiple")
     for name, size, shards, axis in (
-        ("the policy's heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
-        ("the policy's kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
-        ("the policy's mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
-        ("the policy's width", shape.width, c.mesh.fsdp, "mesh.fsdp"),
+        ("policy.heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
+        ("policy.kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
+        ("policy.mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
+        ("policy.width", shape.width, c.mesh.fsdp, "mesh.fsdp"),
     ):
         if size % shards:
             works = max(d for d in range(1, shards + 1) if size % d == 0)

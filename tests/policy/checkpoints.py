@@ -68,3 +68,24 @@ def torch_greedy(model: Any, tokens: np.ndarray, lengths: np.ndarray, count: int
             for r, n in zip(tokens, lengths, strict=True)
         ]
         return np.stack([r.numpy() for r in rows])
+
+
+def write_talker(folder: Path, tokenizer: Path, favoured: tuple[int, ...], layers: int = 4) -> None:
+    """A Qwen2 of random weights with the real vocabulary that says little but the favoured tokens.
+
+    The first dimension of every embedding is a constant, larger for these tokens: with a tied head their logits rise.
+    """
+    import json
+
+    from safetensors.numpy import load_file, save_file
+
+    from scripts.make_checkpoint import SHAPES, make
+
+    make(folder, SHAPES["tiny"] | {"num_hidden_layers": layers}, "float32", tokenizer, config_only=False)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[:, 0] = 0.5
+    embedding[list(favoured), 0] = 2.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 151_936

@@ -1,0 +1,173 @@
+"""Real vocabulary, tokenizer, rows and processes: a Qwen2-shaped checkpoint in, three steps, a checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspo_jax.policy.base import join
+from pspo_jax.policy.transformer import transformer
+from tests.conftest import DATA
+from tests.policy.checkpoints import torch_logits, transformers, write_talker
+from tests.policy.test_pretrained import load
+from tests.test_run import TIMES, finish, metrics
+
+TOKENIZER = DATA / "tokenizers" / "qwen2.5"
+ROWS = DATA / "math" / "gsm8k_train.jsonl"
+TWO, FIVE, END = 17, 20, 151_645
+STEPS = 3
+
+pytestmark = [
+    pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}"),
+    pytest.mark.xdist_group("real"),
+]
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talker") / "ck"
+    write_talker(folder, TOKENIZER, (TWO, FIVE, END))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """GSM8K rows, as they are, whose answer is 2 or 5: a random policy that says these hits some."""
+    path = tmp_path_factory.mktemp("rows") / "gsm8k.jsonl"
+    lines = [line for line in ROWS.read_text().split("\n") if line]
+    path.write_text("\n".join([x for x in lines if json.loads(x)["answer"].endswith(("#### 2", "#### 5"))][:80]))
+    return path
+
+
+def run(env, folder, talker, rows, devices, *argv):
+    words = {
+        "run.dir": folder,
+        "run.steps": STEPS,
+        "run.fingerprint": True,
+        "task.name": "gsm8k",
+        "task.train_data": rows,
+        "task.heldout_prompts": 8,
+        "policy.source": talker,
+        "policy.compute_dtype": "float32",
+        "policy.remat": False,
+        "rollout.prompts": 8,
+        "rollout.group_size": 4,
+        "rollout.max_new_tokens": 6,
+        "eval.every": 0,
+        "checkpoint.every": 1,
+        "optimizer.learning_rate": 1e-4,
+        "log.report": False,
+    }
+    flags = [w for k, v in words.items() for w in (f"--{k}", str(v))]
+    env = env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "pspo_jax.train", *flags, *argv]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finish(process)
+    return metrics(folder)
+
+
+LORA = ("--lora.rank", "4", "--policy.param_dtype", "float32", "--objective.kl_coef", "0.04")
+FULL = ("--objective.kl_coef", "0.04")
+SHARDED = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def trained(request, tmp_path_factory, child_env, talker, rows):
+    """(kind, run folder) of three PSPO steps on one device."""
+    folder = tmp_path_factory.mktemp("run") / request.param
+    run(child_env, folder, talker, rows, 1, *(LORA if request.param == "lora" else FULL))
+    return request.param, folder
+
+
+def test_one_device_equals_four(trained, tmp_path, child_env, talker, rows):
+    kind, folder = trained
+    one = metrics(folder)
+    assert len(one) == STEPS + 1
+    assert any(line["groups/effective"] > 0 for line in one[1:]) and any(line["grad_norm"] > 0 for line in one[1:])
+    four = run(child_env, tmp_path / "four", talker, rows, 4, *(LORA if kind == "lora" else FULL), *SHARDED)
+    for a, b in zip(one, four, strict=True):
+        for name in a:
+            if name in ("crc/params", "crc/credit", "crc/selector"):
+                continue  # bits of floats; their values are compared as metrics
+            if name.startswith("crc/"):
+                assert a[name] == b[name], name
+            else:
+                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), name
+
+
+def test_adapter_checkpoints_are_small_and_resume_to_the_bit(trained, tmp_path, child_env, talker, rows):
+    kind, folder = trained
+    size = sum(p.stat().st_size for p in (folder / "checkpoints" / "3").rglob("*") if p.is_file())
+    model = (talker / "model.safetensors").stat().st_size
+    assert size < model / 10 if kind == "lora" else size > model
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints" / "3")
+    (again / "summary.json").unlink()
+    after = run(child_env, again, talker, rows, 1, *(LORA if kind == "lora" else FULL))
+    assert [{k: v for k, v in x.items() if not k.startswith(TIMES)} for x in after] == metrics(folder)
+
+
+def test_exported_run_is_the_policy(trained, tmp_path, child_env, talker):
+    """The folder loads in transformers with its tokenizer, and has the logits of the run's own params."""
+    kind, folder = trained
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(out)]
+    done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = {p.name for p in out.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files
+    card = (out / "README.md").read_text()
+    assert "pspo on gsm8k" in card and "base_model" in card and "eval/greedy" in card
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokens = np.array([tokenizer.encode("Natalia sold clips to 48 of her friends")])
+    policy, params, _ = load(out)
+    ours = np.asarray(policy.logits(params, policy.hidden(params, jnp.asarray(tokens))))
+    assert np.abs(ours - torch_logits(model, tokens)).max() <= 1e-4
+    base, before, _ = load(talker)
+    start = np.asarray(base.logits(before, base.hidden(before, jnp.asarray(tokens))))
+    assert np.abs(ours - start).max() > 1e-3
+
+    if kind == "lora":
+        check_adapter(folder, talker, tmp_path / "adapter", child_env, tokens, ours)
+
+
+def check_adapter(folder, talker, out, env, tokens, merged):
+    """PEFT loads the exported adapter over the base and computes what the merged export does."""
+    from peft import PeftModel
+
+    command = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(out), "--adapter-only"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
+    model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(talker), out)
+    assert np.abs(torch_logits(model, tokens) - merged).max() <= 1e-4
+
+
+def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, child_env):
+    kind, folder = trained
+    if kind == "full":
+        pytest.skip("the cheaper run is enough")
+    call = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(tmp_path / "all")]
+    done = subprocess.run([*call, "--step", "all", "--adapter-only"], env=child_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["step_000001", "step_000002", "step_000003"]
+    bad = subprocess.run([*call, "--step", "7"], env=child_env, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+
+
+def test_sampler_and_trainer_agree(trained, talker):
+    """float32: within 1e-4 per token, as the run's own metrics say."""
+    _, folder = trained
+    for line in metrics(folder)[1:]:
+        assert line["sampling/sampling_logp_difference/max"] <= 1e-4
+    policy = transformer(load(talker)[2].architecture)
+    assert policy.frozen_axes is None and join({"a": 1}, None) == {"a": 1}
