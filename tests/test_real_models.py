@@ -23,10 +23,8 @@ ROWS = DATA / "math" / "gsm8k_train.jsonl"
 TWO, FIVE, END = 17, 20, 151_645
 STEPS = 3
 
-pytestmark = [
-    pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}"),
-    pytest.mark.xdist_group("real"),
-]
+pytestmark = pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}")
+KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"real-{kind}")) for kind in ("full", "lora")]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,7 @@ FULL = ("--objective.kl_coef", "0.04")
 SHARDED = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=KINDS)
 def trained(request, tmp_path_factory, child_env, talker, rows):
     """(kind, run folder) of three PSPO steps on one device."""
     folder = tmp_path_factory.mktemp("run") / request.param

@@ -58,8 +58,12 @@ class TextTokenizer:
 
 def _filler(hf: Any, stop_ids: tuple[int, ...]) -> int:
     """The id that fills padding. Masks come from lengths, so it may be a stop id, but never an ordinary token."""
-    pad = hf.pad_token_id
-    return int(pad) if pad is not None and pad in hf.all_special_ids else stop_ids[0]
+    pad, backend = hf.pad_token_id, getattr(hf, "backend_tokenizer", None)
+    if pad is None or backend is None:
+        return stop_ids[0]
+    # Naming an ordinary token as padding makes it "special"; that it comes from the vocabulary proper gives it away.
+    ordinary = hf.convert_ids_to_tokens(pad) in backend.get_vocab(with_added_tokens=False)
+    return stop_ids[0] if ordinary else int(pad)
 
 
 def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | None) -> TextTokenizer:

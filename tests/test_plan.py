@@ -1,0 +1,62 @@
+"""The memory plan: from shapes alone, for devices that are not there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pspo_jax import plan
+from pspo_jax.config import ConfigError
+from scripts.make_checkpoint import SHAPES, make
+from tests.conftest import DATA
+
+ROWS, TOKENIZER = DATA / "math" / "gsm8k_test.jsonl", DATA / "tokenizers" / "qwen2.5"
+
+
+def test_targets():
+    rest, target = plan.take_target(["--run.steps", "3", "--plan", "v5e-8", "--run.seed", "1"])
+    assert rest == ["--run.steps", "3", "--run.seed", "1"]
+    assert target == plan.Target("v5e-8", 8, 16 * 2**30)
+    assert plan.take_target(["--plan=h100x4"])[1] == plan.Target("h100x4", 4, 80e9)
+    assert plan.take_target(["--plan", "h200"])[1].devices == 1
+    assert plan.take_target(["--plan", "--run.steps", "3"])[1].name == "this machine"
+    assert plan.take_target(["--run.steps", "3"])[1] is None
+    for bad in ("v5x-8", "h100x0", "8"):
+        with pytest.raises(ConfigError, match=f"--plan {bad}: name a device"):
+            plan.take_target(["--plan", bad])
+
+
+def rows_of(out):
+    return {name.strip(): float(size) for name, size in re.findall(r"│ +([^│]+?) +│ ([\d.]+) +│", out)}
+
+
+@pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}")
+def test_seven_billion_parameters_without_a_weight(tmp_path, child_env):
+    """Qwen2.5-7B's shape with LoRA on 8 devices: the config alone is there."""
+    make(tmp_path / "ck", SHAPES["qwen2.5-7b"], "bfloat16", TOKENIZER, config_only=True)
+    assert not list((tmp_path / "ck").glob("*.safetensors"))
+    argv = {
+        "task.name": "gsm8k",
+        "task.train_data": ROWS,
+        "policy.source": tmp_path / "ck",
+        "lora.rank": 32,
+        "rollout.max_new_tokens": 256,
+        "mesh.fsdp": 8,
+        "plan": "v5e-8",
+    }
+    words = [w for k, v in argv.items() for w in (f"--{k}", str(v))]
+    env = {k: v for k, v in child_env.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pspo_jax.train", *words], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    parameters = 7_615_616_512 + (152_064 - 151_936 - 128) * 3584  # Qwen2.5-7B's own count
+    assert rows["frozen base"] == pytest.approx(parameters * 2 / 8 / 2**30, abs=0.01)
+    assert rows["in the rollout: weights as they are decoded"] == pytest.approx(parameters * 2 / 2**30, rel=0.02)
+    assert rows["capacity"] == 16
+    assert "rollout: " in done.stdout and "fit (" in done.stdout and "GiB of 16.00" in done.stdout
+    assert not (tmp_path / "runs").exists()
