@@ -46,6 +46,7 @@ SHAPES = {
     "tiny": shape(4, 64, 128, 4, 2, True),
     "qwen2.5-0.5b": shape(24, 896, 4864, 14, 2, True),
     "qwen2.5-1.5b": shape(28, 1536, 8960, 12, 2, True),
+    "r1-distill-qwen-1.5b": shape(28, 1536, 8960, 12, 2, False),
     "qwen2.5-3b": shape(36, 2048, 11008, 16, 2, True),
     "qwen2.5-7b": shape(28, 3584, 18944, 28, 4, False) | {"vocab_size": 152_064},
 }

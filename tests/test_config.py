@@ -91,3 +91,51 @@ def test_schedule():
 def test_microbatches_divide(rows, at_most):
     size = microbatch_size(rows, at_most)
     assert rows % size == 0 and size <= (at_most or rows)
+
+
+RECIPES = ("pspo_r1_distill_qwen_1p5b", "pspo_qwen25_math_1p5b", "pspo_qwen25_math_7b_lora")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("algorithm", sorted(PRESETS))
+def test_recipes_of_real_models_take_every_algorithm(name, algorithm):
+    config = parse("--config", str(REPO / "configs" / f"{name}.yaml"), "--algorithm.name", algorithm)
+    assert config.algorithm.name == algorithm and build(config) is not None
+    published = (config.objective.kl_coef, config.selection.exponent, config.selection.correction, config.credit.alpha)
+    assert published == (0.04, 0.6, 0.4, 0.99)
+    lora = name.endswith("lora")
+    assert config.optimizer.learning_rate == (5e-6 if lora else 1e-6)
+    assert (config.rollout.prompts, config.lora.rank, config.run.steps) == ((2, 32, 100) if lora else (8, 0, 50))
+    assert config.policy.param_dtype == ("bfloat16" if lora else "float32")
+
+
+def test_text_tasks_have_their_own_defaults():
+    text = ("--task.name", "gsm8k", "--task.train_data", "x", "--policy.source", "y")
+    assert parse().optimizer.learning_rate == 8e-4
+    full = parse(*text)
+    assert (full.optimizer.learning_rate, full.sft.steps, full.policy.param_dtype) == (1e-6, 0, "float32")
+    assert parse(*text, "--lora.rank=8").optimizer.learning_rate == 5e-6
+    assert parse(*text, "--lora.rank", "8").policy.param_dtype == "bfloat16"
+    assert parse(*text, "--optimizer.learning_rate", "3e-5").optimizer.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--policy.source", "x"], ["policy.source=x", "alphabet of its own"]),
+        (["--task.name", "gsm8k"], ["policy.source=None", "needs a checkpoint"]),
+        (["--task.name", "gsm8k", "--policy.source", "x"], ["task.train_data=None"]),
+        (["--task.name", "gsm8k", "--policy.source", "x", "--task.train_data", "y", "--policy.layers", "3"],
+         ["policy.layers=3", "follows from the checkpoint"]),
+        (["--task.name", "gsm8k", "--policy.source", "x", "--task.train_data", "y", "--sft.steps", "3"],
+         ["sft.steps=3", "sft.data"]),
+        (["--task.name", "gsm8k", "--policy.source", "x", "--task.train_data", "y", "--lora.targets", "q,wk"],
+         ["lora.targets='q,wk'", "by wk"]),
+        (["--lora.rank", "4"], ["lora.rank=4", "set policy.source"]),
+        (["--task.train_prompts", "0"], ["task.train_prompts=0"]),
+    ],
+)  # fmt: skip
+def test_settings_of_real_models_that_contradict(argv, words):
+    with pytest.raises(ConfigError) as error:
+        parse(*argv)
+    assert all(word in str(error.value) for word in words), error.value

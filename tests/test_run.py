@@ -18,6 +18,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax import cli
+from pspo_jax.config import Config, replace
+from pspo_jax.policy import built_in, transformer
 from pspo_jax.train import main
 from tests.helpers import relative
 
@@ -291,3 +293,27 @@ def test_what_a_run_leaves_behind(uninterrupted):
     dump = (uninterrupted / "completions" / "step_000004.jsonl").read_text().splitlines()
     assert {"prompt", "answer", "completion", "reward", "ended"} <= set(json.loads(dump[0]))
     assert (uninterrupted / "cold_start" / "settings.json").exists()
+
+
+@pytest.mark.xdist_group("resume")
+def test_the_embedded_policy_exports_too(uninterrupted, tmp_path, child_env):
+    """transformers loads it, with its character tokenizer, and continues a prompt as the policy does."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="torch is a test dependency; install '.[test]'")
+    out = tmp_path / "out"
+    call = [sys.executable, "-m", "pspo_jax.export", "--run", str(uninterrupted), "--out", str(out)]
+    done = subprocess.run(call, env=child_env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("27-4+8-3=")["input_ids"]
+    assert tokenizer.decode(ids) == "27-4+8-3=" and tokenizer.eos_token == "$"
+    trained = params(uninterrupted)["params"]
+    a = built_in(replace(Config(), {k: v for k, v in SMALL.items() if k.startswith("policy.")}).policy, 16)
+    policy = transformer(a)
+    ours = policy.logits(trained, policy.hidden(trained, np.array([ids])))
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits
+    assert np.abs(np.asarray(ours) - theirs.numpy()).max() <= 1e-4
+    again = subprocess.run(call, env=child_env, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists already" in again.stderr and again.stderr.count("\n") == 1
