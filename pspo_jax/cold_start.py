@@ -64,7 +64,7 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
             raise ConfigError(
                 f'sft.data={path} line {number}: needs {{"prompt": ..., "completion": ...}}, got {line[:60]!r}'
             ) from error
-        prompts.append(task.tokenizer.encode(prompt))
+        prompts.append(task.encode_prompt(prompt))
         ids = task.tokenizer.encode(completion)
         completions.append(ids if ids and ids[-1] in task.stop_ids else [*ids, task.tokenizer.eos_token_id])
         pairs = (("prompt", prompts[-1], width), ("completion", completions[-1], max_completion))

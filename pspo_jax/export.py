@@ -6,6 +6,7 @@ can run beside a training job, and appears when it is whole.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import yaml
 
 from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.io.checkpoint import read_params, saved_steps
 from pspo_jax.io.hf_folder import (
     TOKENIZER_FILES,
@@ -33,20 +34,11 @@ from pspo_jax.setup import architecture_for
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.Parser(prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint.")
-    parser.add_argument("--run", metavar="RUN", type=Path, required=True, help="run folder, as run.dir in training")
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="new folder; with --step all, of folders"
-    )
-    parser.add_argument("--step", metavar="N", default="latest", help="a step, latest (default), best or all")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's, tensor by tensor"
-    )
-    parser.add_argument("--adapter-only", action="store_true", help="adapters in PEFT's layout, not merged")
-    parser.add_argument("--push-to", metavar="ID", help="upload to this repository of the hub as well")
-    args = parser.parse_args(argv)
+    args = _arguments(argv)
     jax.config.update("jax_platforms", "cpu")
     config = read_config(args.run)
+    if args.base is not None:
+        config = replace(config, {"policy.source": args.base})
     steps = choose_steps(args.run, args.step)
     if args.push_to and len(steps) > 1:
         raise ConfigError("--push-to: one checkpoint at a time; choose a --step")
@@ -60,6 +52,22 @@ def main(argv: Sequence[str]) -> int:
     if args.push_to:
         _push(args.out, args.push_to)
     return 0
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.Parser(prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint.")
+    parser.add_argument("--run", metavar="RUN", type=Path, required=True, help="run folder, as run.dir in training")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="new folder; of folders, with --step all"
+    )
+    parser.add_argument("--step", metavar="N", default="latest", help="a step, latest (default), best or all")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: each tensor's in the source"
+    )
+    parser.add_argument("--adapter-only", action="store_true", help="adapters in PEFT's layout, not merged")
+    parser.add_argument("--base", metavar="SOURCE", help="where the run's policy.source is now, if it has moved")
+    parser.add_argument("--push-to", metavar="ID", help="upload to this repository of the hub as well")
+    return parser.parse_args(argv)
 
 
 def read_config(run: Path) -> Config:
@@ -112,7 +120,12 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
         return numpy_dtype(dtype or stored)
 
     def write(folder: Path, step: int) -> None:
-        params, _ = read_params(run / "checkpoints", step)
+        params, metadata = read_params(run / "checkpoints", step)
+        if source is not None and metadata.get("source") != source.fingerprint():
+            raise ConfigError(
+                f"policy.source={source.name}: is not the checkpoint that this run began from (another config, or "
+                "other tensors); name the right one with --base"
+            )
         if adapter_only:
             assert source is not None
             write_adapter(folder, architecture, params, source.name)

@@ -158,8 +158,14 @@ def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, chi
     done = subprocess.run([*call, "--step", "all", "--adapter-only"], env=child_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["step_000001", "step_000002", "step_000003"]
-    bad = subprocess.run([*call, "--step", "7"], env=child_env, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+    write_talker(tmp_path / "other", TOKENIZER, (TWO,), layers=3)
+    call[-1] = str(tmp_path / "one")
+    for extra, words in (
+        (["--step", "7"], "no such checkpoint; choose 1, 2, 3"),
+        (["--base", str(tmp_path / "other")], "is not the checkpoint that this run began from"),
+    ):
+        bad = subprocess.run([*call, *extra], env=child_env, capture_output=True, text=True)
+        assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and words in bad.stderr, bad.stderr
 
 
 def test_sampler_and_trainer_agree(trained, talker):

@@ -93,6 +93,7 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
         heldout=heldout,
         verify=verify,
         demonstrations=demonstrations,
+        encode_prompt=CharTokenizer().encode,
     )
 
 

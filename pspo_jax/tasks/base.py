@@ -73,6 +73,8 @@ class Task(NamedTuple):
     verify: Verifier
     demonstrations: Callable[[int, int], Iterator[Demonstrations]]
     """(seed, count) -> blocks of fresh examples, `count` in all."""
+    encode_prompt: Callable[[str], list[int]]
+    """A question as the policy sees it: in its template, if it has one."""
 
 
 def json_lines(text: str) -> list[str]:

@@ -54,6 +54,7 @@ def gsm8k(config: Config, tokenizer: TextTokenizer) -> Task:
         heldout=prompt_set(heldout, config, tokenizer, "task.heldout_data", train.tokens.shape[1]),
         verify=last_number(tokenizer),
         demonstrations=_none,
+        encode_prompt=lambda question: tokenizer.prompt(question, config.prompt),
     )
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from pspo_jax.algorithms import build
+from pspo_jax.cold_start import make_sft_steps
 from pspo_jax.config import ConfigError, validate
 from pspo_jax.config import replace as replace_fields
 from pspo_jax.io.hf_folder import merged_tensors, write_adapter
@@ -143,6 +144,25 @@ def test_dropout_keeps_the_mean(tmp_path):
     exact = np.asarray(policy.hidden(Adapted(base, small), jnp.asarray(TOKENS)))
     nothing = np.asarray(policy.hidden(Adapted(base, None), jnp.asarray(TOKENS)))
     assert np.abs(mean - exact).mean() < 0.15 * np.abs(nothing - exact).mean()
+
+
+def test_supervised_steps_train_adapters_alone(tmp_path):
+    _, _, policy, base, _ = adapted(tmp_path)
+    before = jax.tree.map(np.asarray, base)
+    optimizer = optax.adam(1e-2)
+    adapters = policy.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "prompts": jnp.asarray(rng.integers(3, 97, (1, 4, 6))),
+        "prompt_lengths": jnp.full((1, 4), 6),
+        "completions": jnp.asarray(rng.integers(3, 97, (1, 4, 5))),
+        "completion_lengths": jnp.full((1, 4), 5),
+    }
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, 30, axis=0), batch)
+    steps = make_sft_steps(policy, optimizer, 160)
+    _, _, losses = steps(adapters, optimizer.init(adapters), repeated, base)
+    assert float(losses[-1]) < 0.5 * float(losses[0])
+    jax.tree.map(np.testing.assert_array_equal, before, base)
 
 
 @pytest.mark.parametrize(
