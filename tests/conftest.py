@@ -6,14 +6,14 @@ from pathlib import Path
 
 # Most of the suite's time is compilation of tiny programs; LLVM's optimisations would cost more than they save. The
 # child processes of tests, which run for longer, compile as users' do (`child_env`).
-FLAGS = " ".join(
+os.environ["XLA_FLAGS"] = " ".join(
     [
+        os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -161,7 +161,7 @@ def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, chi
     write_talker(tmp_path / "other", TOKENIZER, (TWO,), layers=3)
     call[-1] = str(tmp_path / "one")
     for extra, words in (
-        (["--step", "7"], "no such checkpoint; choose 1, 2, 3"),
+        (["--step", "7"], "no such checkpoint; there are 1, 2, 3"),
         (["--base", str(tmp_path / "other")], "is not the checkpoint that this run began from"),
     ):
         bad = subprocess.run([*call, *extra], env=child_env, capture_output=True, text=True)

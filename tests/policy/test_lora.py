@@ -158,7 +158,7 @@ def test_supervised_steps_train_adapters_alone(tmp_path):
         "completions": jnp.asarray(rng.integers(3, 97, (1, 4, 5))),
         "completion_lengths": jnp.full((1, 4), 5),
     }
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, 30, axis=0), batch)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, 60, axis=0), batch)
     steps = make_sft_steps(policy, optimizer, 160)
     _, _, losses = steps(adapters, optimizer.init(adapters), repeated, base)
     assert float(losses[-1]) < 0.5 * float(losses[0])
