@@ -165,7 +165,8 @@ def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
         shown |= {
             k: v for k, v in line.items() if v is not None and k.startswith(("eval/", "reward", "rollouts/total"))
         }
-    head: dict[str, Any] = {"library_name": "peft" if adapter_only else "transformers", "tags": ["pspo_jax", "grpo"]}
+    library = "peft" if adapter_only else "transformers"
+    head: dict[str, Any] = {"library_name": library, "tags": ["pspo_jax", config.algorithm.name]}
     if config.policy.source is not None:
         head["base_model"] = config.policy.source
     table = "".join(f"| {k} | {v:.4g} |\n" for k, v in sorted(shown.items()))

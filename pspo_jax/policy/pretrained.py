@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,14 @@ class Source(NamedTuple):
             tensor = self.tensors[name]
             digest.update(f"{name}{tensor.shape}{tensor.dtype}".encode())
         return digest.hexdigest()[:16]
+
+
+def import_transformers() -> Any:
+    """The library, without its advice to install PyTorch: only its configs and tokenizers are used."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
 
 
 def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> Path:
@@ -109,10 +118,8 @@ def _read_config(folder: Path, name: str) -> Any:
         raise ConfigError(f"policy.source={name}: config.json has no model_type or is not JSON") from error
     if model_type not in FAMILIES:
         raise ConfigError(unknown_family(model_type, name))
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(folder)
+        return import_transformers().AutoConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"policy.source={name}: config.json cannot be read: {reason}") from error

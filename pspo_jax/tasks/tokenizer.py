@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pspo_jax.config import Config, ConfigError, PromptConfig
-from pspo_jax.policy.pretrained import fetch
+from pspo_jax.policy.pretrained import fetch, import_transformers
 
 
 class TextTokenizer:
@@ -98,8 +98,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
 
 
 def _read(folder: Path, where: str) -> Any:
-    import transformers
-
+    transformers = import_transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
