@@ -78,7 +78,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     name = config.policy.tokenizer or config.policy.source
     field = "policy.tokenizer" if config.policy.tokenizer else "policy.source"
     assert name is not None
-    folder = fetch(name, None, field) if config.policy.tokenizer or source is None else source
+    folder = fetch(name, None, field, weights=False) if config.policy.tokenizer or source is None else source
     hf = _read(folder, f"{field}={name}")
     if embedding_rows is not None and len(hf) > embedding_rows:
         raise ConfigError(
