@@ -116,16 +116,18 @@ def _restore(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> tupl
     found = checkpoints.restore(setup.abstract.to_save(), progress.say, check)
     if found is None:
         return None
-    state, metadata = found
+    saved, metadata = found
+    frozen = None
     if setup.architecture.lora is not None:
-        state = dataclasses.replace(state, frozen=load_base(setup))
+        frozen = load_base(setup)
         try:
-            verify(state.frozen, metadata["base"])
+            verify(frozen, metadata["base"])
         except ValueError as error:
             raise ConfigError(
                 f"policy.source={setup.config.policy.source}: its weights differ from those this run's adapters were "
                 f"trained on ({error}); restore them or choose another --run.dir"
             ) from error
+    state = saved.joined(frozen)
     progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
     return state, Totals(metadata["totals"])
 

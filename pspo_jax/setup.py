@@ -140,7 +140,7 @@ def place_state(setup: Setup, params: Any, frozen: Any = None) -> TrainState:
     """`new_state` on the mesh; donates `params`. Frozen weights stay the buffers that they are."""
     shardings = setup.shardings.to_save()
     init = jax.jit(lambda p: new_state(setup, p, frozen).to_save(), donate_argnums=0, out_shardings=shardings)
-    return dataclasses.replace(init(params), frozen=frozen)
+    return init(params).joined(frozen)
 
 
 def load_base(setup: Setup) -> Any:

@@ -19,8 +19,8 @@ Params = Any
 
 
 @struct.dataclass
-class TrainState:
-    """What a checkpoint holds. Nothing that affects learning lives anywhere else."""
+class SavedState:
+    """What a checkpoint holds. With the source of the frozen weights, nothing else affects learning."""
 
     step: Int[Array, ""]
     """Training steps done."""
@@ -37,21 +37,31 @@ class TrainState:
     """The run's key. It never changes: a step folds its number and its purpose into it."""
     reference: Params | None = None
     """Weights of the KL reference; None when there is no KL term, or when it is the frozen base of adapters."""
-    frozen: Params | None = None
-    """Weights that do not train: the base under adapters. Checkpoints leave them out (`to_save`)."""
     updates: Int[Array, ""] | int = 0
     """Optimizer updates applied."""
     skipped: Int[Array, ""] | int = 0
     """Non-finite updates skipped in a row, up to now."""
+
+    def joined(self, frozen: Params | None) -> TrainState:
+        """The state that trains, with the weights that checkpoints leave out."""
+        return TrainState(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, frozen=frozen)
+
+
+@struct.dataclass
+class TrainState(SavedState):
+    """Everything that a run is."""
+
+    frozen: Params | None = None
+    """Weights that do not train: the base under adapters. Checkpoints leave them out: their source has them."""
 
     @property
     def weights(self) -> Any:
         """What the policy's functions take."""
         return join(self.params, self.frozen)
 
-    def to_save(self) -> TrainState:
-        """The state without what its checkpoint's source still has."""
-        return dataclasses.replace(self, frozen=None)
+    def to_save(self) -> SavedState:
+        """The part that a checkpoint holds."""
+        return SavedState(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SavedState)})
 
 
 @struct.dataclass
