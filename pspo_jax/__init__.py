@@ -1,14 +1,31 @@
-"""pspo_jax: RL post-training of language models with verifiable rewards, in pure JAX."""
+"""pspo_jax: RL post-training of language models with verifiable rewards, in pure JAX.
 
-from pspo_jax.algorithms import Algorithm, build
-from pspo_jax.config import Config, ConfigError, replace
-from pspo_jax.optimizer import adamw
-from pspo_jax.policy import Architecture, Policy, built_in, from_logits, from_nnx, transformer
-from pspo_jax.rollout import SamplingParams, make_sampler
-from pspo_jax.state import Outcome, Prompts, Rollouts, TrainState
-from pspo_jax.step import init_state, make_train_step
+Names are imported on first use: verifier workers import this package and must never start JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pspo_jax.algorithms import Algorithm, build
+    from pspo_jax.config import Config, ConfigError, replace
+    from pspo_jax.optimizer import adamw
+    from pspo_jax.policy import Architecture, Policy, built_in, from_logits, from_nnx, transformer
+    from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.state import Outcome, Prompts, Rollouts, TrainState
+    from pspo_jax.step import init_state, make_train_step
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "algorithms": ("Algorithm", "build"),
+    "config": ("Config", "ConfigError", "replace"),
+    "optimizer": ("adamw",),
+    "policy": ("Architecture", "Policy", "built_in", "from_logits", "from_nnx", "transformer"),
+    "rollout": ("SamplingParams", "make_sampler"),
+    "state": ("Outcome", "Prompts", "Rollouts", "TrainState"),
+    "step": ("init_state", "make_train_step"),
+}
 
 __all__ = [
     "Algorithm",
@@ -32,3 +49,14 @@ __all__ = [
     "replace",
     "transformer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"pspo_jax.{module}"), name)
+    raise AttributeError(f"module 'pspo_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ import tyro
 import yaml
 
 from pspo_jax.algorithms import resolve
-from pspo_jax.config import LORA_DEFAULTS, TEXT_DEFAULTS, Config, ConfigError, flatten, validate
+from pspo_jax.config import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, Config, ConfigError, flatten
+from pspo_jax.validation import validate
 
+_TEXT_FIELDS = ("policy.source", "policy.tokenizer")
 _WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
 
 
@@ -85,7 +88,9 @@ def _config_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     words = iter(argv)
     for word in words:
-        if word == "--config" or word.startswith("--config="):
+        if word == "--allow-data-change":
+            rest.append("--task.allow_change=True")
+        elif word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or next(words, "")
             flags += _yaml_flags(path)
         else:
@@ -94,7 +99,10 @@ def _config_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _defaults(words: list[str]) -> list[str]:
-    """Flags that stand before all others, by the kind of task: the typed ones and a file's override them."""
+    """Flags that stand before all others, by the kind of task: the typed ones and a file's override them.
+
+    A mixture or a policy of text makes the task one of text.
+    """
 
     def last(name: str, default: str) -> str:
         found = [
@@ -105,7 +113,11 @@ def _defaults(words: list[str]) -> list[str]:
         return found[-1] if found else default
 
     values: dict[str, Any] = {}
-    if last("--task.name", "arithmetic") != "arithmetic":
+    name = last("--task.name", "arithmetic")
+    of_text = any(last(f"--{field}", "None") not in ("None", "null", "") for field in _TEXT_FIELDS)
+    if name == "countdown" and not of_text:
+        values |= COUNTDOWN_DEFAULTS
+    elif name != "arithmetic" or last("--task.mixture", "None") not in ("None", "null"):
         values |= TEXT_DEFAULTS
     if last("--lora.rank", "0") != "0":
         values |= LORA_DEFAULTS
@@ -125,7 +137,12 @@ def _yaml_flags(path: str) -> list[str]:
         return []
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: must be a mapping of stages, such as `run: {{steps: 80}}`")
-    return [f"--{key}={'None' if v is None else v}" for key, v in flatten(values).items()]
+    return [f"--{key}={_flag(v)}" for key, v in flatten(values).items()]
+
+
+def _flag(value: Any) -> str:
+    """A YAML value as a flag's; a list becomes JSON."""
+    return "None" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def _normal(word: str) -> str:

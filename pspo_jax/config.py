@@ -7,8 +7,6 @@ default is `None` follows `algorithm.name` (see `algorithms.py`), the machine or
 from __future__ import annotations
 
 import dataclasses
-import math
-import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,6 +16,8 @@ CreditName = Literal["group", "ers"]
 Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 Dtype = Literal["float32", "bfloat16"]
+TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
+AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """The matrices of a transformer block."""
 
@@ -38,6 +38,12 @@ TEXT_DEFAULTS: dict[str, Any] = {
 }
 """What the command line takes for fields that are not set where the task is text and not the embedded default, whose
 rates and lengths would ruin a language model."""
+COUNTDOWN_DEFAULTS: dict[str, Any] = {
+    "task.train_prompts": 4096,
+    "sft.steps": 1500,
+    "rollout.max_new_tokens": 24,
+}
+"""The same for countdown in its own alphabet."""
 LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "policy.param_dtype": "bfloat16"}
 """The same with lora.rank > 0."""
 
@@ -89,33 +95,72 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["arithmetic", "gsm8k"] = "arithmetic"
-    """Where prompts come from and what a right answer is: arithmetic is made here and has its own alphabet; gsm8k
-    reads JSONL files with columns question and answer (ending in `#### n`) and compares the last number."""
+    name: TaskName = "arithmetic"
+    """Where prompts come from and what a right answer is. arithmetic and countdown make their own; math, gsm8k,
+    multiple_choice and python_function read task.train_data; reasoning_gym takes a dataset of that package."""
     train_prompts: Annotated[int, Range(0)] = 512
-    """Prompts to train on; 0 = all of a file."""
+    """Prompts to train on; 0 = all of the data, or 10,000 of a task that makes its own."""
     heldout_prompts: Annotated[int, Range(1)] = 384
     """Prompts to evaluate on; none of them is a training prompt."""
     seed: Annotated[int, Range(0)] = 0
-    """Seed of the prompt sets. It is not run.seed, so that runs with different seeds share the problems."""
+    """Seed of prompts that are made or mixed. It is not run.seed, so that runs with different seeds share them."""
     train_data: str | None = None
-    """gsm8k: JSONL file to train on."""
+    """File (.jsonl, .json, .parquet, .arrow, .csv), folder saved by datasets, or hub id to train on."""
     heldout_data: str | None = None
-    """gsm8k: JSONL file to evaluate on; None = the last rows of train_data, which are then not trained on."""
+    """The same to evaluate on; None = the last rows of train_data, which are then not trained on."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as main."""
+    train_split: str = "train"
+    """Split of a hub dataset to train on."""
+    heldout_split: str = "test"
+    """Split of a hub dataset to evaluate on."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    prompt_column: str | None = None
+    """Column of the question; None = the only one there is of problem, question, prompt."""
+    answer_column: str | None = None
+    """Column of the gold answer; None = the first there is of answer, solution, target."""
+    answer_transform: AnswerTransform | None = None
+    """How the gold answer stands in its column: as it is (none), after `####` (gsm8k), the members of a list or of its
+    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the task's own."""
+    choices_column: str = "choices"
+    """multiple_choice: column of the list of options; the answer is a letter, an index from 0, or an option's text."""
+    function: str | None = None
+    """python_function: module:function that scores a completion; see docs/tasks.md."""
+    dataset: str | None = None
+    """reasoning_gym: names of its datasets, separated by commas."""
+    options: str = "{}"
+    """reasoning_gym: JSON object of the datasets' settings."""
+    numbers: str = "3,4"
+    """countdown: how many numbers a problem may have, separated by commas."""
+    max_target: Annotated[int, Range(2)] = 99
+    """countdown: largest target."""
+    mixture: str | None = None
+    """Tasks in place of this one, as a JSON list (in YAML, a list) of objects of these fields, each with a name and a
+    weight, its share of the prompts."""
+    check_gold: bool = True
+    """Leave out rows whose gold answer its own verifier does not accept."""
+    allow_change: bool = False
+    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same."""
+    cache: str | None = None
+    """Folder of tokenised prompts; None = ~/.cache/pspo_jax/data."""
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    template: Literal["chat", "none"] = "chat"
-    """How a question becomes a prompt: the tokenizer's chat template, or the bare text after the tokenizer's BOS."""
+    template: Literal["chat", "qwen_math", "r1", "none"] = "chat"
+    """How a question becomes a prompt: the tokenizer's chat template, Qwen2.5-Math's or DeepSeek-R1-Zero's text, or the
+    bare question after the tokenizer's BOS."""
     system: str | None = None
-    """System message; None = the template's own."""
+    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the template's own."""
+    question: str = "{question}"
+    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed."""
     prefill: str = ""
-    """Beginning of the answer, given to the policy, such as "<think>\\n"; it is part of the prompt."""
+    """Beginning of the answer, given to the policy, such as "<think>\\n": part of the prompt, and rewards see it."""
     thinking: bool | None = None
     """Passed to the template as enable_thinking (Qwen3); None = not passed."""
     max_tokens: Annotated[int, Range(1)] = 512
-    """Longer prompts are left out, and counted on the screen."""
+    """Longer prompts are left out, counted and listed."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +256,9 @@ class RolloutConfig:
     """Prompts a step, B."""
     group_size: Annotated[int, Range(2)] = 8
     """Completions a prompt, G."""
+    chunks: Annotated[int, Range(1)] = 1
+    """Parts of a batch that are rolled out one after the other; a part is verified while the next one is rolled out. A
+    divisor of prompts. The tokens do not depend on it."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Longest completion, T, in tokens with its EOS."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0
@@ -344,9 +392,51 @@ class LogConfig:
     completions_every: Annotated[int, Range(0)] = 10
     """Steps between dumps of sample completions; 0 = none."""
     completions: Annotated[int, Range(1)] = 4
-    """Groups in one dump."""
+    """Groups in one dump; the first is also printed."""
+    completions_format: Literal["jsonl", "parquet"] = "jsonl"
+    """File format of the dumps in the run folder's completions/."""
     report: bool = True
     """Write report.html at the end."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    terms: str = "accuracy"
+    """Rewards and their weights, such as "format=1, cosine=2": accuracy, format, tag_count, cosine, length, overlong,
+    repetition, reasoning_steps, or module:function. The reward is their weighted sum."""
+    format: Literal["open_r1", "open_rs"] = "open_r1"
+    """format: think and answer tags on lines of their own, or exactly one line </think>."""
+    cosine_length: Annotated[int, Range(0)] = 0
+    """cosine: completion length, in tokens, at which the range's end is reached; 0 = rollout.max_new_tokens."""
+    cosine_right: str = "0.5,1.0"
+    """cosine: reward of a right completion at that length, and of an empty one."""
+    cosine_wrong: str = "-0.5,0.0"
+    """cosine: the same for a wrong one."""
+    overlong_cache: Annotated[int, Range(0)] = 0
+    """overlong: tokens before rollout.max_new_tokens in which the punishment grows to 1; 0 = a fifth of them."""
+    repetition_ngram: Annotated[int, Range(1)] = 3
+    """repetition: words of an n-gram."""
+    repetition_penalty: Annotated[float, Range(high=0.0)] = -1.0
+    """repetition: reward of a completion that only repeats itself."""
+    require_end: bool = True
+    """A completion that was cut off has accuracy 0; a python_function sees and judges it."""
+    compat: Literal["none", "released"] = "none"
+    """released: the cosine's length is in characters, ends at 1,000 and is uncapped, as in PSPO's published code."""
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    workers: Annotated[int, Range(0)] = 0
+    """Processes that verify completions of text tasks; 0 = one per core, 2 to 8."""
+    deadline: Annotated[float, Range(above=0.0)] = 5.0
+    """Seconds for one completion (for one group, if a function takes a list); then its worker is killed and it has no
+    verdict."""
+    memory_mib: Annotated[int, Range(256)] = 4096
+    """Address space of a worker, MiB."""
+    network: bool = False
+    """Let verifiers open connections."""
+    max_no_verdict: Annotated[float, Range(0.0, 1.0)] = 0.25
+    """A step with a larger share of completions without a verdict stops the run, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +449,8 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -392,75 +484,9 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
     return config
 
 
-def validate(config: Config) -> None:
-    """Raise ConfigError for the first field whose value is out of range or contradicts another field."""
-    for stage in dataclasses.fields(config):
-        section = getattr(config, stage.name)
-        for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-            _check_field(f"{stage.name}.{name}", hint, getattr(section, name))
-    _check_relations(config)
-
-
-def _check_field(path: str, hint: Any, value: Any) -> None:
-    bounds = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]
-    base = hint.__origin__ if bounds else hint
-    options = typing.get_args(base) if typing.get_origin(base) is not Literal else (base,)
-    allowed = [a for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
-    if allowed and value is not None and value not in allowed:
-        raise ConfigError(f"{path}={value!r}: choose one of {', '.join(map(str, allowed))}")
-    for bound in bounds:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{path}={value!r}: must be a finite number")
-        if complaint := bound.complaint(value):
-            raise ConfigError(f"{path}={value}: {complaint}")
-
-
-def _check_relations(c: Config) -> None:
-    _check_policy(c)
-    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts:
-        raise ConfigError(
-            f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
-            f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
-        )
-    if c.policy.heads % c.policy.kv_heads:
-        raise ConfigError(f"policy.kv_heads={c.policy.kv_heads}: must divide policy.heads={c.policy.heads}")
-    if c.policy.head_dim % 2:
-        raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
-    if c.rollout.prompts % c.objective.minibatches:
-        raise ConfigError(
-            f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
-        )
-
-
-def _check_policy(c: Config) -> None:
-    """Task, checkpoint, tokenizer and adapters must go together."""
-    p, embedded = c.policy, c.task.name == "arithmetic"
-    if embedded and not c.task.train_prompts:
-        raise ConfigError("task.train_prompts=0: must be at least 1 for task.name=arithmetic")
-    for name in ("source", "tokenizer"):
-        if embedded and getattr(p, name) is not None:
-            raise ConfigError(
-                f"policy.{name}={getattr(p, name)}: task.name=arithmetic has an alphabet of its own; choose a task of "
-                "text, such as --task.name gsm8k --task.train_data FILE.jsonl"
-            )
-    if not embedded and p.source is None and p.tokenizer is None:
-        raise ConfigError(f"policy.source=None: task.name={c.task.name} needs a checkpoint, or a policy.tokenizer")
-    if not embedded and c.task.train_data is None:
-        raise ConfigError(f"task.train_data=None: task.name={c.task.name} needs a JSONL file")
-    if not embedded and c.sft.steps and c.sft.data is None:
-        raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
-    if p.source is not None:
-        defaults = PolicyConfig()
-        for name in p.shape_fields():
-            if getattr(p, name) != getattr(defaults, name):
-                raise ConfigError(
-                    f"policy.{name}={getattr(p, name)}: follows from the checkpoint policy.source={p.source}; drop it"
-                )
-    if c.lora.rank and p.source is None:
-        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set policy.source")
-    unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
-    if unknown or not c.lora.target_names():
-        raise ConfigError(
-            f"lora.targets={c.lora.targets!r}: matches no projection{' by ' + ', '.join(unknown) if unknown else ''}; "
-            f"choose among {', '.join(PROJECTIONS)}"
-        )
+def embedded(config: Config) -> bool:
+    """Whether the task speaks an alphabet of its own and not a checkpoint's language."""
+    if config.task.mixture is not None:
+        return False
+    alone = config.policy.source is None and config.policy.tokenizer is None
+    return config.task.name == "arithmetic" or (config.task.name == "countdown" and alone)

@@ -1,76 +1,40 @@
-"""The outer loop: select, roll out, verify, update, log, save. Data crosses the host boundary twice a step."""
+"""The outer loop: steps, evaluations, checkpoints, logs."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError
-from pspo_jax.evaluate import evaluate, gather
-from pspo_jax.io.checkpoint import Checkpoints, named_checksums, verify
+from pspo_jax.accounting import Totals
+from pspo_jax.config import Config
+from pspo_jax.io.checkpoint import Checkpoints, named_checksums
 from pspo_jax.io.progress import Progress
-from pspo_jax.io.run_folder import RunLog, check_config, crc, open_folder, write_json
+from pspo_jax.io.run_folder import RunLog, check_config, open_folder, write_json
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.optimizer import schedule, updates_per_step
-from pspo_jax.parallel.mesh import batch_sharding, replicated
+from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step
 from pspo_jax.programs import Programs, compile_programs
 from pspo_jax.report import write_report
-from pspo_jax.rollout.sampler import SamplingParams
-from pspo_jax.setup import Setup, configure_runtime, first_params, load_base, place_state, prepare
-from pspo_jax.state import Prompts, Rollouts, TrainState
-
-PHASES = ("setup", "compile", "sft", "select", "rollout", "verify", "update", "eval")
-
-
-class Totals:
-    """Accounting since the run began, across resumes; it is saved with each checkpoint and affects nothing."""
-
-    def __init__(self, saved: dict[str, Any] | None = None):
-        saved = saved or {}
-        self.counts: dict[str, int] = {
-            "rollouts": 0,
-            "effective": 0,
-            "generated": 0,
-            "tokens": 0,
-            **saved.get("counts", {}),
-        }
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0) | saved.get("seconds", {})
-        self._before = saved.get("total", 0.0)
-        self._began = time.monotonic()
-
-    def total(self) -> float:
-        return self._before + time.monotonic() - self._began
-
-    def save(self) -> dict[str, Any]:
-        return {"counts": self.counts, "seconds": self.seconds, "total": self.total()}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[dict[str, float]]:
-        """Time a block; the yielded dict holds its seconds afterwards."""
-        out: dict[str, float] = {}
-        began = time.monotonic()
-        try:
-            yield out
-        finally:
-            out["seconds"] = time.monotonic() - began
-            self.seconds[name] += out["seconds"]
+from pspo_jax.resume import restore, save_content, source_fingerprint
+from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare, verifiers
+from pspo_jax.state import TrainState
+from pspo_jax.tasks.text import write_left_out
 
 
 def train(config: Config) -> int:
     """Train as the config says, or carry on where its run folder stopped. Returns the exit code."""
     progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
-    configure_runtime(config)
-    setup = prepare(config)
+    with verifiers(config) as pool:
+        configure_runtime(config)
+        return _train(config, prepare(config, pool=pool), folder, progress)
+
+
+def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> int:
     with (
         stop_requests() as stop,
         jax.set_mesh(setup.mesh),
@@ -79,7 +43,10 @@ def train(config: Config) -> int:
         if checkpoints.steps():
             check_config(folder, config)
         (folder / "config.yaml").write_text(cli.to_yaml(config))
-        restored = _restore(setup, checkpoints, progress)
+        restored = restore(setup, folder, checkpoints, progress)
+        save_content(setup, folder)
+        if line := write_left_out(setup.task, folder / "left_out.jsonl"):
+            progress.say(line)
         state, totals = restored or (None, Totals())
         if state is None:
             with totals.phase("sft"):
@@ -99,45 +66,8 @@ def train(config: Config) -> int:
         return _loop(setup, state, programs, totals, folder, checkpoints, progress, stop)
 
 
-def _restore(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> tuple[TrainState, Totals] | None:
-    def check(metadata: dict[str, Any]) -> None:
-        now = setup.task.train.fingerprint()
-        if metadata["dataset"] != now:
-            raise ConfigError(
-                f"task.name={setup.task.name}: the prompts differ from those of the checkpoint (fingerprint "
-                f"{metadata['dataset']} there, {now} now); restore the data or choose another --run.dir"
-            )
-        if metadata.get("source") != _source_fingerprint(setup):
-            raise ConfigError(
-                f"policy.source={setup.config.policy.source}: is not the checkpoint that this run began from "
-                "(another config, or other tensors); restore it or choose another --run.dir"
-            )
-
-    found = checkpoints.restore(setup.abstract.to_save(), progress.say, check)
-    if found is None:
-        return None
-    saved, metadata = found
-    frozen = None
-    if setup.architecture.lora is not None:
-        frozen = load_base(setup)
-        try:
-            verify(frozen, metadata["base"])
-        except ValueError as error:
-            raise ConfigError(
-                f"policy.source={setup.config.policy.source}: its weights differ from those this run's adapters were "
-                f"trained on ({error}); restore them or choose another --run.dir"
-            ) from error
-    state = saved.joined(frozen)
-    progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
-    return state, Totals(metadata["totals"])
-
-
-def _source_fingerprint(setup: Setup) -> str | None:
-    return None if setup.source is None else setup.source.fingerprint()
-
-
 def _describe(setup: Setup, origin: str) -> str:
-    """A line on the policy's size, and on prompts that were left out."""
+    """A line on the policy's size, and how it trains."""
     trained = sum(x.size for x in jax.tree.leaves(setup.abstract.params))
     frozen = sum(x.size for x in jax.tree.leaves(setup.abstract.frozen))
     line = f"policy: {trained + frozen:,} parameters, {origin}"
@@ -145,8 +75,6 @@ def _describe(setup: Setup, origin: str) -> str:
         line += f"; {trained:,} of adapters train"
     elif setup.config.policy.param_dtype == "bfloat16":
         line += "; trained in bfloat16, where small updates are lost: policy.param_dtype float32 keeps them"
-    if left_out := setup.task.train.left_out:
-        line += f"; {left_out:,} prompts longer than prompt.max_tokens={setup.config.prompt.max_tokens} are left out"
     return line
 
 
@@ -162,42 +90,48 @@ def _loop(
 ) -> int:
     c = setup.config
     first = int(state.step)
-    log = RunLog(folder, first, c.log.tensorboard)
+    log = RunLog(folder, first, c.log.tensorboard, progress.console if c.log.progress else None)
     scores: dict[str, float] = {}
     base = named_checksums(state.frozen)
 
     def save(state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
         metadata = {
             "dataset": setup.task.train.fingerprint(),
-            "source": _source_fingerprint(setup),
+            "source": source_fingerprint(setup),
             "base": base,
             "totals": totals.save(),
         }
         checkpoints.save(done, state.to_save(), metadata, scores)
 
+    def stopped(why: str) -> int:
+        log.close()
+        checkpoints.wait()
+        progress.say(f"{why}; checkpoints {checkpoints.steps()} are from before")
+        return 1
+
     if first == 0 and not (folder / "metrics.jsonl").read_text():
-        scores = _evaluate(setup, state, programs, totals)
+        scores = heldout_scores(setup, state, programs, totals)
         log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
         progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
     with progress.phase("step", c.run.steps, first) as bar:
         for done in range(first + 1, c.run.steps + 1):
-            state, values = _one_step(setup, state, programs, totals, log, done)
+            try:
+                state, values = one_step(setup, state, programs, totals, log, done)
+            except NoVerdictError as error:
+                return stopped(str(error))
             last = done == c.run.steps
             evaluated = last or (c.eval.every and done % c.eval.every == 0)
             if evaluated:
-                scores = _evaluate(setup, state, programs, totals)
+                scores = heldout_scores(setup, state, programs, totals)
                 values |= _eval_names(scores)
             log.metrics(done, values)
             if last or (c.log.completions_every and done % c.log.completions_every == 0):
                 log.strategy(done, state.selector)
             if values["skipped_updates"] >= c.optimizer.max_skipped:
-                log.close()
-                checkpoints.wait()
-                progress.say(
+                return stopped(
                     f"stopped: {int(values['skipped_updates'])} updates in a row up to step {done} were not finite; "
-                    f"checkpoints {checkpoints.steps()} are from before them; lower optimizer.learning_rate"
+                    "lower optimizer.learning_rate"
                 )
-                return 1
             stopping = stop() and not last
             if evaluated or stopping or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)
@@ -209,113 +143,8 @@ def _loop(
                 return 0
     checkpoints.wait()
     log.close()
-    scores = scores or _evaluate(setup, state, programs, totals)
+    scores = scores or heldout_scores(setup, state, programs, totals)
     return _finish(setup, totals, folder, scores, progress)
-
-
-def _one_step(
-    setup: Setup, state: TrainState, programs: Programs, totals: Totals, log: RunLog, done: int
-) -> tuple[TrainState, dict[str, float | int]]:
-    c, task, mesh = setup.config, setup.task, setup.mesh
-    settings = jax.device_put(SamplingParams.of(c.rollout, task.stop_ids), replicated(mesh))
-    with totals.phase("select") as selecting:
-        ids, weight, selector = programs.select(state.selector, state.key, state.step)
-        rows = np.asarray(ids)
-        state = dataclasses.replace(state, selector=selector)
-        prompts = jax.device_put(gather(task.train, rows, weight), batch_sharding(mesh))
-    with totals.phase("rollout") as rolling:
-        rollouts = programs.sample(state.weights, prompts, state.key, state.step, settings)
-        tokens, lengths, ended = jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.ended))
-    with totals.phase("verify") as verifying:
-        rewards = task.verify(task.train, rows, tokens, lengths)
-        reward = np.sum(list(rewards.values()), axis=0, dtype=np.float32)
-    with totals.phase("update") as updating:
-        state, metrics = programs.step(state, rollouts, jax.device_put(reward, batch_sharding(mesh)))
-        values: dict[str, float | int] = {k: float(v) for k, v in jax.device_get(metrics).items()}
-
-    _count(totals, values, task.train.lengths[rows], lengths)
-    for name, reward_of in rewards.items():
-        values |= {
-            f"rewards/{name}/mean": float(np.nanmean(reward_of)),
-            f"rewards/{name}/std": float(np.nanstd(reward_of)),
-        }
-    times = {"select": selecting, "rollout": rolling, "verify": verifying, "update": updating}
-    values |= {f"time/{name}": t["seconds"] for name, t in times.items()}
-    values["step_time"] = sum(t["seconds"] for t in times.values())
-    values["tokens_per_second"] = int(lengths.sum()) / rolling["seconds"]
-    rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
-    values["learning_rate"] = float(rate(max(values["updates"] - 1, 0)))
-    if c.run.fingerprint:
-        values |= {"crc/prompt_ids": crc(rows), "crc/tokens": crc(tokens), "crc/params": crc(state.params)}
-        values |= {"crc/selector": crc(state.selector), "crc/credit": crc(state.credit)}
-    if c.log.completions_every and done % c.log.completions_every == 0:
-        log.completions(done, _completions(setup, done, rows, tokens, lengths, ended, reward))
-    return state, values
-
-
-def _count(totals: Totals, values: dict[str, Any], prompt_lengths: np.ndarray, lengths: np.ndarray) -> None:
-    """Cumulative rollouts and tokens, as every curve may be drawn against them."""
-    group = lengths.shape[1]
-    effective = int(values["groups/effective"]) * group
-    for name, more in (
-        ("rollouts", lengths.size),
-        ("effective", effective),
-        ("generated", int(lengths.sum())),
-        ("tokens", int(lengths.sum()) + int(prompt_lengths.sum()) * group),
-    ):
-        totals.counts[name] += more
-    values |= {
-        "rollouts/total": totals.counts["rollouts"],
-        "rollouts/effective": totals.counts["effective"],
-        "tokens/generated": totals.counts["generated"],
-        "num_tokens": totals.counts["tokens"],
-    }
-
-
-def _completions(
-    setup: Setup, done: int, rows: Any, tokens: Any, lengths: Any, ended: Any, reward: Any
-) -> list[dict[str, Any]]:
-    task = setup.task
-    lines = []
-    for i in range(min(setup.config.log.completions, len(rows))):
-        row = int(rows[i])
-        prompt = task.tokenizer.decode(task.train.tokens[row, : task.train.lengths[row]].tolist())
-        for j in range(lengths.shape[1]):
-            lines.append(
-                {
-                    "step": done,
-                    "prompt_id": row,
-                    "prompt": prompt,
-                    "answer": task.train.answers[row],
-                    "completion": task.tokenizer.decode(tokens[i, j, : lengths[i, j]].tolist()),
-                    "reward": None if np.isnan(reward[i, j]) else float(reward[i, j]),
-                    "advantage": None if np.isnan(reward[i, j]) else float(reward[i, j] - np.nanmean(reward[i])),
-                    "length": int(lengths[i, j]),
-                    "ended": bool(ended[i, j]),
-                }
-            )
-    return lines
-
-
-def _evaluate(setup: Setup, state: TrainState, programs: Programs, totals: Totals) -> dict[str, float]:
-    c = setup.config
-    rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
-
-    def sample(params: Any, prompts: Prompts, key: Any, settings: SamplingParams) -> Rollouts:
-        return programs.eval_sample(
-            params, prompts, jax.device_put(key, whole), state.step, jax.device_put(settings, whole)
-        )
-
-    with totals.phase("eval"):
-        return evaluate(
-            sample,
-            state.weights,
-            setup.task,
-            c,
-            state.key,
-            batch=c.rollout.prompts * c.rollout.group_size,
-            place=lambda prompts: jax.device_put(prompts, rows),
-        )
 
 
 def _eval_names(scores: dict[str, float]) -> dict[str, float | int]:

@@ -24,6 +24,10 @@ class Programs(NamedTuple):
     sample: Callable[..., Any]
     step: Callable[..., Any]
     eval_sample: Callable[..., Any]
+    join: Callable[..., Any]
+    """Rollouts of the chunks of a batch -> the batch."""
+    advantages: Callable[..., Any]
+    """(credit state, prompt ids, rewards) -> advantages, for the dumps of completions."""
 
 
 def lower_programs(setup: Setup) -> dict[str, Any]:
@@ -45,8 +49,10 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     def sampler(group_size: int, purpose: int) -> Any:
         inner = make_sampler(setup.policy, group_size, c.rollout.max_new_tokens, task.tokenizer.pad_token_id)
 
-        def sample(params: Any, prompts: Prompts, key: Any, step: Any, settings: SamplingParams) -> Rollouts:
-            return inner(params, prompts, purpose_key(key, step, purpose), settings)
+        def sample(
+            params: Any, prompts: Prompts, key: Any, step: Any, settings: SamplingParams, first_row: Any
+        ) -> Rollouts:
+            return inner(params, prompts, purpose_key(key, step, purpose), settings, first_row)
 
         return sample
 
@@ -59,20 +65,36 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     select_jit = jax.jit(select, out_shardings=(whole, rows, setup.shardings.selector))
     lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec)
 
-    def lower_sampler(group_size: int, purpose: int, n: int) -> tuple[Any, Any]:
-        fn = sampler(group_size, purpose)
-        args = (setup.abstract.weights, prompts_spec(n), setup.abstract.key, step_spec, settings)
+    def lower(fn: Any, *args: Any) -> tuple[Any, Any]:
+        """A program whose results are sharded by rows, and their specs."""
         out = jax.eval_shape(fn, *args)
         shardings = jax.tree.map(lambda x: rows if x.ndim else whole, out)
         specs = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), out, shardings)
         return jax.jit(fn, out_shardings=shardings).lower(*args), specs
 
-    lowered["sample"], rollouts = lower_sampler(c.rollout.group_size, ROLLOUT, b)
+    def lower_sampler(group_size: int, purpose: int, n: int) -> tuple[Any, Any]:
+        args = (setup.abstract.weights, prompts_spec(n), setup.abstract.key, step_spec, settings, step_spec)
+        return lower(sampler(group_size, purpose), *args)
+
+    chunks = c.rollout.chunks
+    lowered["sample"], chunk = lower_sampler(c.rollout.group_size, ROLLOUT, b // chunks)
+    lowered["join"], rollouts = lower(join_chunks, [chunk] * chunks)
     lowered["eval_sample"], _ = lower_sampler(1, EVALUATE, b * c.rollout.group_size)
     rewards = jax.ShapeDtypeStruct((b, c.rollout.group_size), jnp.float32, sharding=rows)
     step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
     lowered["step"] = step.lower(setup.abstract, rollouts, rewards)  # type: ignore[attr-defined]
+
+    def advantages(credit: Any, ids: Any, rewards: Any) -> Any:
+        return setup.algorithm.credit.estimate(credit, ids, rewards)[0]
+
+    ids = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=whole)
+    lowered["advantages"], _ = lower(advantages, setup.abstract.credit, ids, rewards)
     return lowered
+
+
+def join_chunks(chunks: list[Rollouts]) -> Rollouts:
+    """One batch of rollouts from its parts."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts) if parts[0].ndim else parts[0], *chunks)
 
 
 def compile_programs(setup: Setup, progress: Progress) -> Programs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from pspo_jax import algorithms
 from pspo_jax.cold_start import cold_start, settings
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.config import Config, ConfigError, embedded
 from pspo_jax.io.checkpoint import load_folder, save_folder
 from pspo_jax.io.progress import Progress
 from pspo_jax.optimizer import adamw, updates_per_step
@@ -25,10 +26,11 @@ from pspo_jax.policy import Architecture, Policy, built_in, transformer
 from pspo_jax.policy.architecture import lora_of
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
+from pspo_jax.rewards.judge import judge_functions
+from pspo_jax.rewards.pool import Pool
 from pspo_jax.state import TrainState
 from pspo_jax.step import init_state
-from pspo_jax.tasks import TEXT_TASKS, Task, TextTokenizer, load_tokenizer, make_task
-from pspo_jax.tasks.arithmetic import CharTokenizer
+from pspo_jax.tasks import CharTokenizer, Task, TextTokenizer, load_tokenizer, make_task, own_tokenizer
 
 
 class Setup(NamedTuple):
@@ -77,15 +79,21 @@ def configure_runtime(config: Config) -> None:
         keep_freed_memory()
 
 
-def prepare(config: Config, weights: bool = True) -> Setup:
+def verifiers(config: Config) -> AbstractContextManager[Pool | None]:
+    """The processes that judge completions, if the task needs any; enter before JAX touches a device."""
+    return nullcontext() if embedded(config) else Pool(config.verifier, judge_functions(config))
+
+
+def prepare(config: Config, weights: bool = True, pool: Pool | None = None) -> Setup:
     """Everything but arrays; raises ConfigError for what does not fit, before any weight is read.
 
     Args:
       weights: False = the checkpoint's tensors need not be there; for a plan.
+      pool: the entered `verifiers`; without one text is neither judged nor are gold answers checked.
     """
     source, tokenizer, architecture = architecture_for(config, weights)
     mesh = make_mesh(config, architecture)
-    task = make_task(config, tokenizer)
+    task = make_task(config, tokenizer, pool)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
@@ -104,8 +112,8 @@ def architecture_for(
     config: Config, weights: bool = True
 ) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
     """The checkpoint if there is one, the tokenizer, and the policy's architecture with its adapters."""
-    if config.task.name not in TEXT_TASKS:
-        own = CharTokenizer()
+    if embedded(config):
+        own = own_tokenizer(config)
         return None, own, built_in(config.policy, own.vocab_size, own.forbidden)
     source = read_source(config.policy, weights) if config.policy.source is not None else None
     rows = source.architecture.vocab_size if source else None

@@ -16,7 +16,7 @@ from pspo_jax import cli
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import open_folder
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.setup import configure_runtime, first_params, prepare
+from pspo_jax.setup import configure_runtime, first_params, prepare, verifiers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,8 +26,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
-    configure_runtime(config)
-    setup = prepare(config)
+    with verifiers(config) as pool:
+        configure_runtime(config)
+        setup = prepare(config, pool=pool)
     with stop_requests() as stop, jax.set_mesh(setup.mesh):
         first = first_params(setup, folder, progress, stop)
     if first.params is None:

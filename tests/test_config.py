@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pspo_jax import cli
 from pspo_jax.algorithms import PRESETS, build, resolve
-from pspo_jax.config import Config, ConfigError, flatten, replace, validate
+from pspo_jax.config import Config, ConfigError, flatten, replace
+from pspo_jax.validation import validate
 from pspo_jax.optimizer import schedule
 from pspo_jax.parallel.mesh import microbatch_size
 from pspo_jax.train import main

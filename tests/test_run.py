@@ -291,7 +291,12 @@ def test_what_a_run_leaves_behind(uninterrupted):
         assert name in lines[1]
     assert list(uninterrupted.glob("events.out.tfevents*"))
     dump = (uninterrupted / "completions" / "step_000004.jsonl").read_text().splitlines()
-    assert {"prompt", "answer", "completion", "reward", "ended"} <= set(json.loads(dump[0]))
+    line = json.loads(dump[0])
+    expected = {"prompt", "answer", "completion", "found", "reward", "rewards/accuracy", "advantage", "weight", "end"}
+    assert expected <= set(line) and len(dump) == 4 * 4
+    rewards = np.array([json.loads(x)["reward"] for x in dump]).reshape(4, 4)
+    advantages = np.array([json.loads(x)["advantage"] for x in dump]).reshape(4, 4)
+    assert ((rewards - rewards.mean(1, keepdims=True)) * advantages >= -1e-6).all()
     assert (uninterrupted / "cold_start" / "settings.json").exists()
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pspo_jax.state import follow_rows
+
 
 class Credit(NamedTuple):
     """Which advantage, as pure functions over a per-prompt state S.
@@ -15,10 +17,13 @@ class Credit(NamedTuple):
     init(num_prompts) -> S
     estimate(S, ids [B], rewards [B, G]) -> (advantages [B, G], S)
         A NaN reward is a missing verdict: left out of every statistic, advantage 0. ids are distinct.
+    follow(S, fresh, places [N]) -> S
+        The state for changed data: `fresh` is init's for the new prompts, `places` their old rows, -1 = new.
     """
 
     init: Callable[[int], Any]
     estimate: Callable[..., tuple[Any, Any]]
+    follow: Callable[..., Any] = follow_rows
 
 
 class GroupStatistics(NamedTuple):

@@ -76,7 +76,7 @@ class Checkpoints:
         return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
 
     def restore(
-        self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda _: None
+        self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], Any | None] = lambda _: None
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that reads back whole, or None if there is none at all.
 
@@ -85,6 +85,7 @@ class Checkpoints:
         Args:
           abstract: pytree of ShapeDtypeStruct with shardings, like the state.
           check: raises ConfigError for metadata of a run that these settings cannot carry on; nothing is moved then.
+            May return another abstract, if the checkpoint's shapes follow from its metadata.
         Raises:
           ConfigError: checkpoints exist but none can be read.
         """
@@ -92,8 +93,8 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 metadata = self.metadata(step)
-                check(metadata)
-                state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
+                wanted = check(metadata) or abstract
+                state = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
                 verify(state, metadata["checksums"])
                 return state, metadata
             except ConfigError:

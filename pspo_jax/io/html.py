@@ -196,23 +196,34 @@ def _read_priorities(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """One entry a dump: its step, and its groups of completions in the order of the file."""
     dumps = []
-    paths = sorted((folder / "completions").glob("step_*.jsonl"))
+    paths = sorted(p for p in (folder / "completions").glob("step_*") if p.suffix in (".jsonl", ".parquet"))
     for path in _evenly(paths, MAX_DUMPS, "completion dumps", notes):
         groups: dict[str, dict[str, Any]] = {}
-        for i, line in enumerate(_lines(path, notes)):
+        for i, line in enumerate(_parquet(path, notes) if path.suffix == ".parquet" else _lines(path, notes)):
             key = str(line.get("prompt_id", i))
             head = {"prompt": _text(line.get("prompt")), "answer": _text(line.get("answer")), "rows": []}
             groups.setdefault(key, head)["rows"].append(
                 {
                     "completion": _text(line.get("completion")),
                     **{key: _number(line.get(key)) for key in ("reward", "advantage", "length")},
-                    "ended": bool(line.get("ended")),
+                    "ended": line["end"] == "stop" if "end" in line else bool(line.get("ended")),
                 }
             )
         step = re.search(r"\d+", path.stem)
         if groups and step:
             dumps.append({"step": int(step.group()), "groups": list(groups.values())})
     return dumps
+
+
+def _parquet(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        notes.append(f"{path.name} could not be read: {' '.join(str(error).split())[:100]}.")
+        return []
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

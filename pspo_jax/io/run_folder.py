@@ -6,20 +6,32 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import yaml
+from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from pspo_jax import cli
 from pspo_jax.config import Config, ConfigError, flatten
+from pspo_jax.io.completions import print_completions, write_completions
 
-MAY_CHANGE = ("run.dir", "run.fingerprint", "run.print_config", "run.compilation_cache", "sft.share")
-"""Fields that a resumed run may change, with every field of the stages mesh, eval, checkpoint and log."""
-_FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "log.")
+MAY_CHANGE = (
+    "run.dir",
+    "run.fingerprint",
+    "run.print_config",
+    "run.compilation_cache",
+    "sft.share",
+    "task.allow_change",
+    "task.cache",
+    "rollout.chunks",
+)
+"""Fields that a resumed run may change, with every field of the stages mesh, eval, checkpoint, log and verifier."""
+_FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "log.", "verifier.")
 
 
 def open_folder(path: str) -> Path:
@@ -48,10 +60,11 @@ def check_config(folder: Path, config: Config) -> None:
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"run.dir={folder}: its config.yaml cannot be read; choose another --run.dir") from error
     now = flatten(yaml.safe_load(cli.to_yaml(config)))
+    free = (*_FREE_STAGES, "task.") if config.task.allow_change else _FREE_STAGES
     differs = [
         f"{key}={saved.get(key)} there, {now.get(key)} now"
         for key in {**saved, **now}
-        if saved.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith(_FREE_STAGES)
+        if saved.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith(free)
     ]
     if differs:
         raise ConfigError(
@@ -63,8 +76,10 @@ def check_config(folder: Path, config: Config) -> None:
 class RunLog:
     """Appends to the run folder's logs. After a resume, lines beyond the restored step are dropped first."""
 
-    def __init__(self, folder: Path, resume_step: int, tensorboard: bool):
+    def __init__(self, folder: Path, resume_step: int, tensorboard: bool, console: Console | None = None):
         self._folder = folder
+        self._console = console
+        self._seen: set[str] = set()
         self._metrics = folder / "metrics.jsonl"
         self._strategy = folder / "strategy.jsonl"
         for path in (self._metrics, self._strategy):
@@ -96,12 +111,23 @@ class RunLog:
         with self._strategy.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def completions(self, step: int, lines: list[dict[str, Any]]) -> None:
-        """Sample completions of one step."""
-        folder = self._folder / "completions"
-        folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"step_{step:06d}.jsonl").write_text(text)
+    def completions(self, step: int, lines: list[dict[str, Any]], file_format: str) -> None:
+        """Sample completions of one step, to the folder and the screen."""
+        write_completions(self._folder / "completions", step, lines, file_format)
+        if self._console is not None:
+            print_completions(self._console, lines)
+
+    def errors(self, step: int, tracebacks: Sequence[str]) -> None:
+        """Keep what rewards raised, whole, each once; its last line goes to the screen."""
+        for text in tracebacks:
+            if text in self._seen:
+                continue
+            self._seen.add(text)
+            with (self._folder / "reward_errors.log").open("a") as file:
+                file.write(f"step {step}\n{text}\n")
+            if self._console is not None:
+                last = text.strip().rpartition("\n")[2]
+                self._console.print(f"a reward raised {last} (whole in reward_errors.log)", markup=False)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -73,6 +73,7 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
     for name, size in (
         ("rollout.prompts", c.rollout.prompts),
         ("prompts of a minibatch", minibatch),
+        ("prompts of a chunk (rollout.chunks)", c.rollout.prompts // c.rollout.chunks),
         ("sft.batch", c.sft.batch if c.sft.steps else row_shards),
     ):
         if size % row_shards:

@@ -54,20 +54,25 @@ class _Loop(NamedTuple):
     lengths: Int[Array, "B G"]
 
 
-def make_sampler(
-    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int
-) -> Callable[[Params, Prompts, Key[Array, ""], SamplingParams], Rollouts]:
-    """A jitted `sample(params, prompts, key, settings) -> Rollouts`.
+def make_sampler(policy: Policy, group_size: int, max_new_tokens: int, pad_id: int) -> Callable[..., Rollouts]:
+    """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
     It compiles once per (B, P): prompt lengths inside the padding, temperature, top-p, top-k, stop ids and the length
-    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, b G + g), t): its tokens do
-    not depend on the other rows or on how rows are spread over devices. Stop tokens are returned and are in the mask.
+    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, first_row + b G + g), t): its
+    tokens do not depend on the other rows, on how rows are spread over devices, or on how a batch is cut into calls.
+    Stop tokens are returned and are in the mask.
     """
 
-    def sample(params: Params, prompts: Prompts, key: Key[Array, ""], settings: SamplingParams) -> Rollouts:
+    def sample(
+        params: Params,
+        prompts: Prompts,
+        key: Key[Array, ""],
+        settings: SamplingParams,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> Rollouts:
         b = prompts.tokens.shape[0]
         logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
-        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b * group_size))
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(b * group_size))
         limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
 
         def draw(loop: _Loop, logits: Array, t: Array) -> _Loop:

@@ -52,4 +52,9 @@ def uniform(config: SelectionConfig | None = None) -> Selector:
         del ids, outcome, step
         return state
 
-    return Selector(init, select, observe)
+    def follow(state: UniformState, fresh: UniformState, places: Int[Array, "N"]) -> UniformState:
+        """Changed data begins a new epoch: a permutation of other rows means nothing."""
+        del state, places
+        return fresh
+
+    return Selector(init, select, observe, follow)

@@ -8,14 +8,16 @@ stratified by their number of hard operations, as these are what the pupil has y
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from pspo_jax.config import ConfigError, TaskConfig
-from pspo_jax.tasks.base import Demonstrations, PromptSet, Task
+from pspo_jax.config import TaskConfig
+from pspo_jax.tasks.alphabet import CharTokenizer
+from pspo_jax.tasks.base import Completions, Demonstrations, PromptSet, Scores, Task
 
 CHARACTERS = "0123456789+-=$_"
 EOS, PAD = CHARACTERS.index("$"), CHARACTERS.index("_")
@@ -28,32 +30,7 @@ STRATA = (0.35, 0.15, 0.10, 0.40)
 EASY_SLIP = 0.002
 """Chance that the pupil is off by one in an operation without carry or borrow."""
 _BLOCK = 4096
-
-
-class CharTokenizer:
-    """One token a character."""
-
-    eos_token_id, pad_token_id = EOS, PAD
-    vocab_size = VOCAB
-    forbidden = (PAD, *range(len(CHARACTERS), VOCAB))
-
-    def encode(self, text: str) -> list[int]:
-        if unknown := set(text) - set(CHARACTERS):
-            raise ConfigError(f"text {text!r}: no token for {sorted(unknown)}; the task knows {CHARACTERS!r}")
-        return [CHARACTERS.index(c) for c in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(CHARACTERS[i] if i < len(CHARACTERS) else "?" for i in ids)
-
-    def to_hf(self) -> Any:
-        """The same tokenizer for transformers."""
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="_"))
-        inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-        inner.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="$", pad_token="_")
+TOKENIZER = CharTokenizer(CHARACTERS, VOCAB)
 
 
 class Problems(NamedTuple):
@@ -85,15 +62,15 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
 
     return Task(
         name="arithmetic",
-        tokenizer=CharTokenizer(),
+        tokenizer=TOKENIZER,
         vocab_size=VOCAB,
-        forbidden=CharTokenizer.forbidden,
+        forbidden=TOKENIZER.forbidden,
         stop_ids=(EOS,),
         train=train,
         heldout=heldout,
-        verify=verify,
+        judge=judge,
         demonstrations=demonstrations,
-        encode_prompt=CharTokenizer().encode,
+        encode_prompt=TOKENIZER.encode,
     )
 
 
@@ -195,23 +172,20 @@ def write_responses(
     return out, (lengths + 1).astype(np.int32)
 
 
-def verify(
-    prompts: PromptSet,
-    rows: Int[np.ndarray, "B"],
-    completions: Int[np.ndarray, "B G T"],
-    lengths: Int[np.ndarray, "B G"],
-) -> dict[str, Float[np.ndarray, "B G"]]:
+def judge(batch: Completions) -> Callable[[], Scores]:
     """accuracy: 1 if the completion ends in EOS and its last number, after its last `=`, is the answer; else 0."""
-    b, g = lengths.shape
-    reward = np.zeros((b, g), np.float32)
+    b, g = batch.lengths.shape
+    right = np.zeros((b, g), np.float32)
+    answers: list[list[str | None]] = []
     for i in range(b):
-        answer = prompts.answers[int(rows[i])]
+        answer = batch.prompts.answers[int(batch.rows[i])]
+        answers.append([])
         for j in range(g):
-            ids = completions[i, j, : lengths[i, j]].tolist()
-            if ids and ids[-1] == EOS:
-                text = CharTokenizer().decode(ids[:-1])
-                reward[i, j] = text.rpartition("=")[1:] == ("=", answer)
-    return {"accuracy": reward}
+            ids = batch.tokens[i, j, : batch.lengths[i, j]].tolist()
+            _, equals, found = TOKENIZER.decode(ids).removesuffix("$").rpartition("=")
+            answers[-1].append(found if equals else None)
+            right[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
+    return lambda: Scores(right, {"accuracy": right}, right, answers, Counter())
 
 
 def _split(config: TaskConfig, width: int) -> tuple[PromptSet, PromptSet]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 
 
 class Tokenizer(Protocol):
@@ -21,32 +22,96 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
+class LeftOut(NamedTuple):
+    """A row of the source that is no prompt."""
+
+    data: str
+    """Where it came from."""
+    row: int
+    reason: str
+    text: str
+    """Its beginning."""
+
+
 class PromptSet(NamedTuple):
-    """Prompts addressed by row."""
+    """Prompts addressed by row. The columns may be lazy: indexing reads from disk."""
 
     tokens: Int[np.ndarray, "N P"]
-    """Padded on the right with the pad id."""
+    """Padded on the right with the pad id; indexed by rows, or an object that does this."""
     lengths: Int[np.ndarray, "N"]
-    answers: tuple[str, ...]
+    answers: Sequence[str]
     """Gold answers."""
-    left_out: int = 0
-    """Rows of the source that were too long."""
+    texts: Sequence[str] | None = None
+    """Questions as their source has them; None = the decoded tokens are all there is."""
+    kinds: Sequence[str] | None = None
+    """Name of the task of each row."""
+    extras: Sequence[str] | None = None
+    """JSON: what else a row's verifier needs."""
+    columns: Callable[[int], dict[str, Any]] | None = None
+    """A row's record in its source."""
+    digests: UInt64[np.ndarray, "N"] | None = None
+    """Hash of each row's content; None = of its tokens and answer."""
+    identity: str = ""
+    """Hash of the tokenizer and template behind `tokens`; "" = the tokens themselves are hashed."""
+    left_out: tuple[LeftOut, ...] = ()
+
+    def content(self) -> UInt64[np.ndarray, "N"]:
+        """A hash per row that does not depend on the other rows or their order."""
+        if self.digests is not None:
+            return self.digests
+        rows = zip(self.tokens, self.lengths, self.answers, strict=True)
+        return np.array([digest(row[:n].astype("<i4").tobytes(), answer) for row, n, answer in rows], np.uint64)
 
     def fingerprint(self) -> str:
         """Hash of everything that a run depends on; a checkpoint belongs to one."""
-        digest = hashlib.sha256(str(self.tokens.shape).encode())
+        found = hashlib.sha256(str(self.tokens.shape).encode())
+        if self.digests is not None:
+            for part in (self.digests.astype("<u8"), self.lengths.astype("<i4")):
+                found.update(np.ascontiguousarray(part).tobytes())
+            found.update(self.identity.encode())
+            return found.hexdigest()[:16]
         for part in (self.tokens.astype("<i4"), self.lengths.astype("<i4")):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        digest.update("\x00".join(self.answers).encode())
-        return digest.hexdigest()[:16]
+            found.update(np.ascontiguousarray(part).tobytes())
+        found.update("\x00".join(self.answers).encode())
+        return found.hexdigest()[:16]
 
 
-Verifier = Callable[
-    [PromptSet, Int[np.ndarray, "B"], Int[np.ndarray, "B G T"], Int[np.ndarray, "B G"]],
-    dict[str, Float[np.ndarray, "B G"]],
-]
-"""(prompt set, rows, completions, their lengths) -> rewards by name; the first one is the verdict that evaluation
-counts, the training reward is their sum, NaN = no verdict."""
+def digest(content: bytes, answer: str) -> int:
+    """64-bit hash of a prompt and its gold answer."""
+    return int.from_bytes(hashlib.blake2b(content + b"\x00" + answer.encode(), digest_size=8).digest(), "little")
+
+
+class Completions(NamedTuple):
+    """Completions to be judged, on the host."""
+
+    prompts: PromptSet
+    rows: Int[np.ndarray, "B"]
+    tokens: Int[np.ndarray, "B G T"]
+    lengths: Int[np.ndarray, "B G"]
+    ended: Bool[np.ndarray, "B G"]
+    """False = cut off at the length limit."""
+    step: int
+
+
+class Scores(NamedTuple):
+    """What completions are worth."""
+
+    reward: Float[np.ndarray, "B G"]
+    """For training; NaN = none."""
+    terms: dict[str, Float[np.ndarray, "B G"]]
+    """Unweighted rewards by name."""
+    right: Float[np.ndarray, "B G"]
+    """The verdict that evaluation counts, in [0, 1]; NaN = no verdict."""
+    answers: list[list[str | None]]
+    """The answers found, in a canonical form; None = none found."""
+    reasons: Counter[str]
+    """Why completions have no verdict."""
+    errors: tuple[str, ...] = ()
+    """Tracebacks of rewards that raised, each once."""
+
+
+Judge = Callable[[Completions], Callable[[], Scores]]
+"""Starts verification and returns at once; calling what it returned waits for the scores."""
 
 
 class Demonstrations(NamedTuple):
@@ -59,7 +124,7 @@ class Demonstrations(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Prompts, a tokenizer, a verifier, and demonstrations for the cold start."""
+    """Prompts, a tokenizer, a judge, and demonstrations for the cold start."""
 
     name: str
     tokenizer: Tokenizer
@@ -70,7 +135,7 @@ class Task(NamedTuple):
     stop_ids: tuple[int, ...]
     train: PromptSet
     heldout: PromptSet
-    verify: Verifier
+    judge: Judge
     demonstrations: Callable[[int, int], Iterator[Demonstrations]]
     """(seed, count) -> blocks of fresh examples, `count` in all."""
     encode_prompt: Callable[[str], list[int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from pspo_jax.config import Config, ConfigError, PromptConfig
 from pspo_jax.policy.pretrained import fetch, import_transformers
+from pspo_jax.tasks.templates import BEGUN, QUESTIONS, SYSTEM_PROMPTS, TEXTS
 
 
 class TextTokenizer:
@@ -23,6 +25,12 @@ class TextTokenizer:
         """Rows of the embedding; ids from len(hf) on belong to no token."""
         self.eos_token_id = stop_ids[0]
         self.pad_token_id = _filler(hf, stop_ids)
+
+    def identity(self) -> str:
+        """Hash of what encoding depends on."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        model = backend.to_str() if backend is not None else json.dumps(self.hf.get_vocab(), sort_keys=True)
+        return hashlib.sha256(f"{model}\0{self.hf.chat_template}\0{self.stop_ids}".encode()).hexdigest()[:16]
 
     @property
     def forbidden(self) -> tuple[int, ...]:
@@ -41,8 +49,22 @@ class TextTokenizer:
         """Text of a completion without its stop token and other special tokens, for a verifier."""
         return str(self.hf.decode(ids, skip_special_tokens=True))
 
+    def begun(self, config: PromptConfig) -> str:
+        """The part of the answer that the prompt already holds; rewards see it before the completion.
+
+        Some chat templates, such as DeepSeek-R1-Distill's, write the opening <think> themselves.
+        """
+        if config.template in BEGUN:
+            return BEGUN[config.template] + config.prefill
+        rendered = self.decode(self.prompt("?", config)).removesuffix(config.prefill)
+        return next((tag for tag in ("<think>\n", "<think>") if rendered.endswith(tag)), "") + config.prefill
+
     def prompt(self, question: str, config: PromptConfig) -> list[int]:
         """Ids of a question as the policy sees it, ready for the answer to begin."""
+        question = QUESTIONS.get(config.question, config.question).replace("{question}", question)
+        if config.template in TEXTS:
+            text = TEXTS[config.template].replace("{question}", question)
+            return self.encode(text + config.prefill)
         if config.template == "none":
             ids = list(self.hf.encode(question, add_special_tokens=True))
             if ids and ids[-1] in self.stop_ids:
@@ -50,7 +72,8 @@ class TextTokenizer:
             return ids + self.encode(config.prefill)
         messages = [{"role": "user", "content": question}]
         if config.system is not None:
-            messages.insert(0, {"role": "system", "content": config.system})
+            system = SYSTEM_PROMPTS.get(config.system, config.system)
+            messages.insert(0, {"role": "system", "content": system})
         extra = {} if config.thinking is None else {"enable_thinking": config.thinking}
         text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **extra)
         return self.encode(text + config.prefill)
@@ -94,6 +117,10 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     tokenizer = TextTokenizer(hf, folder, stop, rows)
     if config.prompt.template == "chat" and not hf.chat_template:
         raise ConfigError(f"prompt.template=chat: the tokenizer of {name} has no chat template; use none")
+    if "{question}" not in QUESTIONS.get(config.prompt.question, config.prompt.question):
+        raise ConfigError(
+            f"prompt.question={config.prompt.question!r}: must hold {{question}}, or be one of {', '.join(QUESTIONS)}"
+        )
     return tokenizer
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from pspo_jax.algorithms import build
 from pspo_jax.cold_start import make_sft_steps
-from pspo_jax.config import ConfigError, validate
+from pspo_jax.config import ConfigError
+from pspo_jax.validation import validate
 from pspo_jax.config import replace as replace_fields
 from pspo_jax.io.hf_folder import merged_tensors, write_adapter
 from pspo_jax.policy.architecture import lora_of

@@ -12,17 +12,16 @@ from pspo_jax.tasks import arithmetic
 from pspo_jax.tasks.arithmetic import (
     EOS,
     STRATA,
-    CharTokenizer,
+    TOKENIZER,
     generate,
     hard_steps,
+    judge,
     pupil_totals,
     totals,
-    verify,
     write_prompts,
     write_responses,
 )
-
-TOKENIZER = CharTokenizer()
+from pspo_jax.tasks.base import Completions
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +92,14 @@ def test_demonstrations_are_chains_without_heldout_prompts(task):
     assert n == 5000
 
 
+def verdict(prompts, tokens, lengths):
+    """Of one completion a prompt."""
+    ended = np.ones((len(tokens), 1), bool)
+    scores = judge(Completions(prompts, np.arange(len(tokens)), tokens[:, None], lengths[:, None], ended, 0))()
+    assert scores.reward is scores.right and not scores.reasons
+    return scores.reward
+
+
 @given(st.integers(0, 10**6))
 def test_right_chains_are_rewarded_and_others_not(seed):
     rng = np.random.default_rng(seed)
@@ -101,21 +108,20 @@ def test_right_chains_are_rewarded_and_others_not(seed):
     right, n = write_responses(problems, totals(problems))
     answers = tuple(str(t) for t in totals(problems)[np.arange(4), problems.length - 1])
     prompts = type(arithmetic(TaskConfig(train_prompts=4, heldout_prompts=4), 16).train)(tokens, lengths, answers)
-    rows = np.arange(4)
-    assert verify(prompts, rows, right[:, None], n[:, None])["accuracy"].tolist() == [[1.0]] * 4
+    assert verdict(prompts, right, n).tolist() == [[1.0]] * 4
     # Without its EOS, a right chain is not an answer.
-    assert verify(prompts, rows, right[:, None], n[:, None] - 1)["accuracy"].sum() == 0
+    assert verdict(prompts, right, n - 1).sum() == 0
     wrong, _ = write_responses(problems, totals(problems) % 90 + 10)
-    assert verify(prompts, rows, wrong[:, None], n[:, None])["accuracy"].sum() == 0
+    assert verdict(prompts, wrong, n).sum() == 0
 
 
 @pytest.mark.parametrize("response", ["$", "31$", "+4=$", "+4=331$", "=31=$", "+4=31", ""])
 def test_malformed_answers_earn_nothing(task, response):
     prompts = task.train._replace(answers=("31", *task.train.answers[1:]))
-    ids = np.zeros((1, 1, 31), np.int32)
+    ids = np.zeros((1, 31), np.int32)
     tokens = TOKENIZER.encode(response)
-    ids[0, 0, : len(tokens)] = tokens
-    assert verify(prompts, np.array([0]), ids, np.array([[len(tokens)]]))["accuracy"].item() == 0
+    ids[0, : len(tokens)] = tokens
+    assert verdict(prompts, ids, np.array([len(tokens)])).item() == 0
 
 
 def test_tokenizer():

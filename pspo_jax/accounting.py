@@ -1,0 +1,65 @@
+"""What a run has cost so far: time by phase, rollouts, tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+PHASES = ("setup", "compile", "sft", "select", "rollout", "verify", "update", "eval")
+
+
+class Totals:
+    """Accounting since the run began, across resumes; it is saved with each checkpoint and affects nothing."""
+
+    def __init__(self, saved: dict[str, Any] | None = None):
+        saved = saved or {}
+        self.counts: dict[str, int] = {
+            "rollouts": 0,
+            "effective": 0,
+            "generated": 0,
+            "tokens": 0,
+            **saved.get("counts", {}),
+        }
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0) | saved.get("seconds", {})
+        self._before = saved.get("total", 0.0)
+        self._began = time.monotonic()
+
+    def total(self) -> float:
+        return self._before + time.monotonic() - self._began
+
+    def save(self) -> dict[str, Any]:
+        return {"counts": self.counts, "seconds": self.seconds, "total": self.total()}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[dict[str, float]]:
+        """Time a block; the yielded dict holds its seconds afterwards."""
+        out: dict[str, float] = {}
+        began = time.monotonic()
+        try:
+            yield out
+        finally:
+            out["seconds"] = time.monotonic() - began
+            self.seconds[name] += out["seconds"]
+
+
+def count(totals: Totals, values: dict[str, Any], prompt_lengths: np.ndarray, lengths: np.ndarray) -> None:
+    """Cumulative rollouts and tokens, as every curve may be drawn against them."""
+    group = lengths.shape[1]
+    effective = int(values["groups/effective"]) * group
+    for name, more in (
+        ("rollouts", lengths.size),
+        ("effective", effective),
+        ("generated", int(lengths.sum())),
+        ("tokens", int(lengths.sum()) + int(prompt_lengths.sum()) * group),
+    ):
+        totals.counts[name] += more
+    values |= {
+        "rollouts/total": totals.counts["rollouts"],
+        "rollouts/effective": totals.counts["effective"],
+        "tokens/generated": totals.counts["generated"],
+        "num_tokens": totals.counts["tokens"],
+    }

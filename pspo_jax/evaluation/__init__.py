@@ -1,0 +1,1 @@
+"""Benchmark evaluation: statistics of sampled answers, tables and curves."""

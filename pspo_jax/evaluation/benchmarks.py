@@ -1,0 +1,59 @@
+"""The benchmarks of the papers: where their data are, and how a column becomes a gold answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from pspo_jax.config import AnswerTransform, Config, ConfigError, TaskConfig, TaskName
+from pspo_jax.tasks.countdown import source as countdown_source
+from pspo_jax.tasks.data import Source, from_data
+
+
+class Benchmark(NamedTuple):
+    """A data set on the hub. With a local file columns are found by their usual names."""
+
+    hub: str
+    split: str
+    subset: str | None = None
+    answer_column: str | None = None
+    answer_transform: AnswerTransform | None = None
+    name: TaskName = "math"
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("openai/gsm8k", "test", "main", name="gsm8k"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train"),
+    "aime25": Benchmark("yentinglin/aime_2025", "train"),
+    "amc23": Benchmark("knoveleng/AMC-23", "train"),
+    "minerva": Benchmark("knoveleng/Minerva-Math", "train", None, "solution", "boxed"),
+    "olympiadbench": Benchmark("knoveleng/OlympiadBench", "train"),
+}
+FIVE = ("aime24", "math500", "amc23", "minerva", "olympiadbench")
+"""Those whose plain mean PSPO's and open-rs's tables report."""
+MADE = ("countdown",)
+MADE_PROBLEMS = 512
+MADE_SEED = 20_260_101
+"""Problems of the countdown benchmark; no training seed should be this one."""
+NAMES = (*BENCHMARKS, *MADE, "arithmetic")
+
+
+def benchmark_source(name: str, data: str | None, config: Config) -> Source:
+    """The rows of a text benchmark, from `data` (a file, folder or hub id) or from where it is published.
+
+    Raises:
+      ConfigError: no such benchmark, or its data cannot be read.
+    """
+    if name in MADE:
+        return countdown_source(config, MADE_SEED, MADE_PROBLEMS)
+    if name not in BENCHMARKS:
+        raise ConfigError(f"--benchmarks {name}: choose among {', '.join(NAMES)}")
+    b = BENCHMARKS[name]
+    task = TaskConfig(name=b.name)
+    if data is None:
+        task = dataclasses.replace(
+            task, subset=b.subset, answer_column=b.answer_column, answer_transform=b.answer_transform
+        )
+        return from_data(b.hub, f"--benchmarks {name}: its data, --data {name}", b.split, task)._replace(name=name)
+    return from_data(data, f"--data {name}", "test", task)._replace(name=name)

@@ -1,0 +1,143 @@
+"""One benchmark on one set of weights: sampled in batches, verified meanwhile, written problem by problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pspo_jax.config import ConfigError
+from pspo_jax.evaluation.heldout import gather
+from pspo_jax.evaluation.statistics import Summary, summarise
+from pspo_jax.parallel.mesh import batch_sharding
+from pspo_jax.rollout.sampler import SamplingParams
+from pspo_jax.tasks.base import Completions, Judge, PromptSet, Scores, Tokenizer
+
+
+class Work(NamedTuple):
+    """A benchmark, ready to be sampled."""
+
+    name: str
+    prompts: PromptSet
+    judge: Judge
+    tokenizer: Tokenizer
+    samples: int
+    """Completions a problem."""
+    batch: int
+    """Problems a call of the sampler."""
+    sample: Callable[..., Any]
+    """(weights, prompts, key, settings, first_row) -> Rollouts of `samples` completions a prompt."""
+    settings: SamplingParams
+    key: Any
+    mesh: Any
+
+    def header(self) -> dict[str, Any]:
+        """What the results belong to."""
+        return {
+            "benchmark": self.name,
+            "problems": len(self.prompts.lengths),
+            "samples": self.samples,
+            "data": self.prompts.fingerprint(),
+        }
+
+
+def run_benchmark(work: Work, weights: Callable[[], Any], path: Path, tick: Callable[[int, str], None]) -> None:
+    """Complete `path`, a JSONL file: a header, then a line per problem. What it holds already is kept.
+
+    Completion s of problem i draws with row number i n + s of one key, so that a continued evaluation draws what an
+    uninterrupted one would have.
+
+    Args:
+      weights: loads them; called only if something is left to do.
+      tick: told of each batch of problems that is done.
+    """
+    done = _recover(path, work.header())
+    total = len(work.prompts.lengths)
+    tick(done, "")
+    if done == total:
+        return
+    loaded = weights()
+    waiting: tuple[Completions, int, Callable[[], Scores]] | None = None
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(item: tuple[Completions, int, Callable[[], Scores]] | None) -> None:
+            if item is None:
+                return
+            lines = problem_lines(work, item[0], item[2]())
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            tick(item[1], work.name)
+
+        for start in range(done, total, work.batch):
+            rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
+            prompts = jax.device_put(
+                gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh)
+            )
+            rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
+            write(waiting)  # its verification has gone on while this batch is sampled
+            tokens, lengths, ended = jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.ended))
+            real = min(work.batch, total - start)
+            completions = Completions(work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], 0)
+            waiting = completions, real, work.judge(completions)
+        write(waiting)
+
+
+def problem_lines(work: Work, batch: Completions, scores: Scores) -> list[dict[str, Any]]:
+    """A record per problem: every completion with its verdict."""
+    lines = []
+    for i, row in enumerate(batch.rows):
+        n = batch.lengths[i].tolist()
+        lines.append(
+            {
+                "problem": int(row),
+                "prompt": work.tokenizer.decode(batch.prompts.tokens[int(row)][: batch.prompts.lengths[row]].tolist()),
+                "answer": batch.prompts.answers[int(row)],
+                "right": [None if np.isnan(x) else float(x) for x in scores.right[i]],
+                "found": scores.answers[i],
+                "lengths": n,
+                "truncated": (~batch.ended[i]).tolist(),
+                "completions": [work.tokenizer.decode(batch.tokens[i, j, :m].tolist()) for j, m in enumerate(n)],
+            }
+        )
+    return lines
+
+
+def _recover(path: Path, header: dict[str, Any]) -> int:
+    """Problems that the file holds; a line that was cut off is dropped, a file of another setting refused."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(header) + "\n")
+        return 0
+    kept: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if kept and record.get("problem") != len(kept) - 1:
+                break
+            if not kept and record != header:
+                raise ConfigError(f"--out: {path} holds results of other data or samples; name another folder")
+            kept.append(line if line.endswith("\n") else line + "\n")
+    if not kept:
+        kept = [json.dumps(header) + "\n"]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.rename(path)
+    return len(kept) - 1
+
+
+def read_summary(path: Path, ks: Sequence[int]) -> Summary:
+    """Statistics of a finished file."""
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file][1:]
+    right = np.array([[np.nan if x is None else x for x in line["right"]] for line in lines])
+    lengths = np.array([line["lengths"] for line in lines])
+    truncated = np.array([line["truncated"] for line in lines])
+    return summarise(right, [line["found"] for line in lines], lengths, truncated, ks)

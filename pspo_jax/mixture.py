@@ -1,0 +1,41 @@
+"""Config fields that are JSON: task.mixture and task.options."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pspo_jax.config import Config, ConfigError, replace
+
+
+def options(text: str) -> dict[str, Any]:
+    """task.options as a dict."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"task.options={text!r}: is not JSON ({error}); such as '{{\"max_animals\": 5}}'") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"task.options={text!r}: must be a JSON object")
+    return value
+
+
+def mixture(c: Config) -> list[tuple[Config, float]]:
+    """The tasks of task.mixture, each as a config of its own, and their weights; empty if there is none."""
+    if c.task.mixture is None:
+        return []
+    try:
+        items = json.loads(c.task.mixture)
+        fields = [{k: v for k, v in item.items() if k != "weight"} for item in items]
+        weights = [float(item.get("weight", 1.0)) for item in items]
+    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: must be a list of tasks ({error})") from error
+    if not fields or min(weights) <= 0:
+        raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: needs at least one task, and weights above 0")
+    out = []
+    for values, weight in zip(fields, weights, strict=True):
+        if values.get("name", "arithmetic") == "arithmetic" or "mixture" in values:
+            raise ConfigError(f"task.mixture: {values}: name a task of text")
+        values = {"mixture": None, **values}
+        part = replace(c, {f"task.{k}": json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()})
+        out.append((part, weight))
+    return out

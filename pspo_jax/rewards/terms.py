@@ -1,0 +1,108 @@
+"""Rewards by name and weight, and their sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pspo_jax.config import ConfigError, RewardConfig
+from pspo_jax.rewards import shaping
+
+TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")
+"""Functions of the completion's text."""
+LENGTH_TERMS = ("cosine", "length", "overlong")
+"""Functions of the verdict and the completion's length."""
+TERMS = ("accuracy", *TEXT_TERMS, *LENGTH_TERMS)
+RELEASED_LENGTH = 1000
+
+
+class Shape(NamedTuple):
+    """What shaping rewards are computed from."""
+
+    right: Float[np.ndarray, "B G"]
+    """The verdict; NaN = none."""
+    lengths: Int[np.ndarray, "B G"]
+    """Tokens."""
+    texts: list[list[str]]
+    """Completions, with what the prompt began of them."""
+    max_length: int
+    """rollout.max_new_tokens."""
+
+
+def parse_terms(config: RewardConfig) -> dict[str, float]:
+    """Name -> weight of reward.terms: "format=1, cosine=2"; a weight that is left out is 1."""
+    out: dict[str, float] = {}
+    for item in config.terms.split(","):
+        name, _, weight = (part.strip() for part in item.partition("="))
+        if name not in TERMS and (":" not in name or name.startswith(":") or name.endswith(":")):
+            raise ConfigError(
+                f"reward.terms={config.terms!r}: no reward {name!r}; choose among {', '.join(TERMS)}, module:function"
+            )
+        if name in out:
+            raise ConfigError(f"reward.terms={config.terms!r}: {name} stands there twice")
+        try:
+            out[name] = float(weight or 1)
+        except ValueError as error:
+            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight") from error
+        if not np.isfinite(out[name]):
+            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight")
+    interval(config.cosine_right, "reward.cosine_right")
+    interval(config.cosine_wrong, "reward.cosine_wrong")
+    return out
+
+
+def interval(text: str, field: str) -> tuple[float, float]:
+    """Two numbers, separated by a comma."""
+    try:
+        low, high = (float(x) for x in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{field}={text!r}: must be two numbers, such as 0.5,1.0") from error
+    return low, high
+
+
+def functions(config: RewardConfig) -> tuple[str, ...]:
+    """User functions among the terms."""
+    return tuple(name for name in parse_terms(config) if name not in TERMS)
+
+
+def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "B G"]:
+    """A built-in term other than accuracy."""
+    if name in TEXT_TERMS:
+        call = {
+            "format": shaping.format_open_rs if config.format == "open_rs" else shaping.format_open_r1,
+            "tag_count": shaping.tag_count,
+            "reasoning_steps": shaping.reasoning_steps,
+            "repetition": lambda t: shaping.repetition(t, config.repetition_ngram, config.repetition_penalty),
+        }[name]
+        return np.array([[call(text) for text in row] for row in shape.texts], np.float32)
+    if name == "length":
+        return shaping.length_kimi(shape.right, shape.lengths)
+    if name == "overlong":
+        cache = config.overlong_cache or max(1, shape.max_length // 5)
+        return shaping.soft_overlong(shape.lengths, shape.max_length, min(cache, shape.max_length))
+    released = config.compat == "released"
+    characters = np.array([[len(text) for text in row] for row in shape.texts])
+    return shaping.cosine(
+        shape.right,
+        characters if released else shape.lengths,
+        RELEASED_LENGTH if released else config.cosine_length or shape.max_length,
+        interval(config.cosine_right, "reward.cosine_right"),
+        interval(config.cosine_wrong, "reward.cosine_wrong"),
+        clamp=not released,
+    )
+
+
+def weighted_sum(
+    terms: dict[str, Float[np.ndarray, "B G"]], weights: dict[str, float], right: Float[np.ndarray, "B G"]
+) -> Float[np.ndarray, "B G"]:
+    """The reward: NaN where the verifier gave no verdict or no term has a value, else the sum of those that have one.
+
+    A function may have no opinion on a completion (None), as in TRL; a completion whose answer could not be verified is
+    left out whole, as its other rewards alone would count it as wrong.
+    """
+    values = np.stack([weights[name] * terms[name] for name in weights])
+    known = ~np.isnan(values)
+    total = np.where(known, values, 0).sum(axis=0)
+    return np.where(known.any(axis=0) & ~np.isnan(right), total, np.nan).astype(np.float32)

@@ -1,0 +1,327 @@
+"""Tasks in a checkpoint's language: prompts from data or a generator, filtered, tokenised, cached; one or a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from pspo_jax.config import Config, ConfigError
+from pspo_jax.mixture import mixture
+from pspo_jax.rewards.judge import text_judge
+from pspo_jax.rewards.pool import Pool, Request
+from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
+from pspo_jax.tasks.countdown import source as countdown_source
+from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, quiet, tokenised
+from pspo_jax.tasks.gym import source as gym_source
+from pspo_jax.tasks.tokenizer import TextTokenizer
+
+MADE = {"countdown": countdown_source, "reasoning_gym": gym_source}
+"""Tasks that make their prompts: (config, seed, count) -> Source."""
+MADE_PROMPTS = 10_000
+_HEAD = 200
+_GOLD_BLOCK = 2048
+
+
+class _Pick(NamedTuple):
+    """Rows of a tokenised dataset that are prompts, and those that are not."""
+
+    rows: Any
+    """datasets.Dataset"""
+    keep: Int[np.ndarray, "n"]
+    left_out: list[LeftOut]
+
+
+class PaddedTokens:
+    """Token rows of a map-style dataset as an array [N, P] that is read from disk where it is indexed."""
+
+    def __init__(self, records: grain.MapDataset, width: int, pad: int):
+        self._records = records
+        self._pad = pad
+        self.shape = (len(records), width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Int[np.ndarray, "*n P"]:
+        rows, *within = index if isinstance(index, tuple) else (index,)
+        wanted = np.arange(len(self))[rows]
+        found = [self._records[int(i)]["ids"] for i in np.atleast_1d(wanted)]
+        tokens, _ = pad_rows(found, self.shape[1], self._pad)
+        return (tokens if np.ndim(wanted) else tokens[0])[..., *within]
+
+
+class _Column(Sequence[str]):
+    """One field of all records, read where it is indexed."""
+
+    def __init__(self, records: grain.MapDataset, name: str):
+        self._records = records
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: Any) -> Any:
+        # grain counts rows past the end anew from the first, and iteration would never end.
+        return self._records[range(len(self))[int(i)]][self._name]
+
+
+def text_task(config: Config, tokenizer: TextTokenizer, pool: Pool | None) -> Task:
+    """The task, or the mixture of tasks, of a config.
+
+    Args:
+      pool: checks gold answers and judges completions; None = neither, for plans and exports.
+    Raises:
+      ConfigError: data that cannot be read, or that leaves too few prompts.
+    """
+    parts = mixture(config) or [(config, 1.0)]
+    encode = _encoder(tokenizer, config)
+    identity = _identity(tokenizer, config)
+    trains, heldouts, records = [], [], []
+    for number, (part, _) in enumerate(parts):
+        train, heldout, sources = _split(part, encode, identity, pool, 2 * number)
+        trains.append(train)
+        heldouts.append(heldout)
+        records += sources
+    if config.task.mixture:
+        trains = _apart(trains, heldouts, [part for part, _ in parts])
+    weights = [weight for _, weight in parts]
+    train_pick = _mix(trains, weights, config.task.train_prompts if config.task.mixture else 0, config.task.seed)
+    heldout_pick = _mix(heldouts, weights, config.task.heldout_prompts if config.task.mixture else 0, config.task.seed)
+    _check_sizes(config, train_pick, heldout_pick)
+    width = _width(config, train_pick, heldout_pick)
+    return Task(
+        name="mixture" if config.task.mixture else config.task.name,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        forbidden=tokenizer.forbidden,
+        stop_ids=tokenizer.stop_ids,
+        train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity),
+        heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity),
+        judge=text_judge(pool, tokenizer, config),
+        demonstrations=_none,
+        encode_prompt=lambda question: tokenizer.prompt(question, config.prompt),
+    )
+
+
+def benchmark_prompts(
+    source: Source, config: Config, tokenizer: TextTokenizer, pool: Pool | None, limit: int
+) -> PromptSet:
+    """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
+    identity = _identity(tokenizer, config)
+    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config), 0)
+    pick = _filter(rows, source.name, config, pool, duplicates=True)
+    pick = pick._replace(keep=pick.keep[: limit or None])
+    if not len(pick.keep):
+        raise ConfigError(f"{source.name}: holds no row that can be verified ({_why(pick.left_out)})")
+    return prompt_set(pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity)
+
+
+def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.prompt(text, config.prompt)
+
+
+def _identity(tokenizer: TextTokenizer, config: Config) -> str:
+    p = config.prompt
+    return json.dumps([tokenizer.identity(), p.template, p.system, p.question, p.prefill, p.thinking])
+
+
+def _none(seed: int, count: int) -> Iterator[Demonstrations]:
+    raise ConfigError("sft.data=None: this task has no demonstrations of its own; set sft.data, or sft.steps 0")
+
+
+def _split(
+    c: Config, encode: Callable[[str], list[int]], identity: str, pool: Pool | None, part: int
+) -> tuple[_Pick, _Pick, list[Any]]:
+    """Training and held-out rows of one task, and the records that `part` and `part + 1` stand for."""
+    t, folder = c.task, cache_folder(c)
+    if t.name in MADE:
+        count = (t.train_prompts or MADE_PROMPTS) + t.heldout_prompts
+        source = MADE[t.name](c, t.seed, count)
+        pick = _filter(tokenised(source, encode, identity, folder, part), source.name, c, None)
+        return (*_cut(pick, c), [source.records, source.records])
+    assert t.train_data is not None
+    source = from_data(t.train_data, "task.train_data", t.train_split, t)
+    train = _filter(tokenised(source, encode, identity, folder, part), source.name, c, pool)
+    if t.heldout_data is None:
+        return (*_cut(train, c), [source.records, source.records])
+    other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
+    heldout = _filter(tokenised(other, encode, identity, folder, part + 1), other.name, c, pool)
+    heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
+    train = _without(train, heldout, source.name)
+    return (
+        train._replace(keep=train.keep[: t.train_prompts or None]),
+        heldout,
+        [source.records, other.records],
+    )
+
+
+def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
+    """The last rows are held out."""
+    n = c.task.heldout_prompts
+    if len(pick.keep) <= n:
+        raise ConfigError(
+            f"task.heldout_prompts={n}: the data has {len(pick.keep)} usable rows"
+            f"{' (' + _why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
+        )
+    train = pick._replace(keep=pick.keep[:-n][: c.task.train_prompts or None])
+    return train, _Pick(pick.rows, pick.keep[-n:], [])
+
+
+def _filter(rows: Any, name: str, c: Config, pool: Pool | None, duplicates: bool = False) -> _Pick:
+    """Rows that are prompts: converted, short enough, once each, and with a gold answer that verifies itself."""
+    reason = np.array(rows["reason"], object)
+    lengths = np.array([len(ids) for ids in rows["ids"]])
+    reason[(reason == "") & (lengths > c.prompt.max_tokens)] = f"longer than prompt.max_tokens={c.prompt.max_tokens}"
+    if not duplicates:
+        good = np.flatnonzero(reason == "")
+        texts = np.array([hash_of(text) for text in rows.select(good)["text"]], np.uint64)
+        reason[good[~first_of_each(texts)]] = "duplicate"
+    if pool is not None and c.task.check_gold:
+        good = np.flatnonzero(reason == "")
+        reason[good[~_verifiable(rows, good, c, pool)]] = "gold answer does not verify itself"
+    keep = np.flatnonzero(reason == "")
+    out = np.flatnonzero(reason != "")
+    texts = rows.select(out)["text"] if len(out) else []
+    left_out = [LeftOut(name, int(i), str(reason[i]), text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
+    return _Pick(rows, keep, left_out)
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _verifiable(rows: Any, which: Int[np.ndarray, "n"], c: Config, pool: Pool) -> np.ndarray:
+    """Whether each gold answer, given back as `\\boxed{gold}`, is accepted; remembered in the cache folder."""
+    if not len(which) or rows[int(which[0])]["kind"] not in ("math", "gsm8k"):
+        return np.ones(len(which), bool)
+    digests = np.array(rows["digest"], np.uint64)[which]
+    key = hashlib.sha256(digests.tobytes() + _verifier_version().encode()).hexdigest()[:24]
+    path = cache_folder(c) / f"golds-{key}.npy"
+    if path.exists():
+        found = np.load(path)
+        if found.shape == (len(which),):
+            return found
+    out = []
+    for start in range(0, len(which), _GOLD_BLOCK):
+        golds = rows.select(which[start : start + _GOLD_BLOCK])["answer"]
+        requests = [Request("gold", {"gold": gold}) for gold in golds]
+        out += [reply.score == 1 for reply in pool.submit(requests).result()]
+    partial = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, np.array(out))
+    partial.rename(path)
+    return np.array(out)
+
+
+def _verifier_version() -> str:
+    from importlib.metadata import version
+
+    return f"math-verify {version('math-verify')}"
+
+
+def _apart(trains: list[_Pick], heldouts: list[_Pick], parts: list[Config]) -> list[_Pick]:
+    """Training rows whose question no task of the mixture holds out, each with the first task that has it."""
+    out: list[_Pick] = []
+    for train, part in zip(trains, parts, strict=True):
+        t = part.task
+        name = t.name if t.name in MADE else str(t.train_data)
+        for heldout in heldouts:
+            train = _without(train, heldout, name)
+        for other in out:
+            train = _without(train, other, name, "duplicate")
+        if not len(train.keep):
+            raise ConfigError(f"task.mixture: {name} leaves no prompt ({_why(train.left_out)}); change it or drop it")
+        out.append(train)
+    return out
+
+
+def _without(train: _Pick, other: _Pick, name: str, reason: str = "also held out") -> _Pick:
+    """Training rows whose question is not among others."""
+    banned = {hash_of(text) for text in other.rows.select(other.keep)["text"]}
+    texts = train.rows.select(train.keep)["text"]
+    also = np.array([hash_of(text) in banned for text in texts], bool)
+    out = [LeftOut(name, int(i), reason, texts[j][:_HEAD]) for j, i in enumerate(train.keep) if also[j]]
+    return train._replace(keep=train.keep[~also], left_out=train.left_out + out)
+
+
+def _mix(picks: list[_Pick], weights: list[float], total: int, seed: int) -> _Pick:
+    """Rows of all tasks in proportion to their weights, as many as there are without repeating one, at most `total`."""
+    if len(picks) == 1:
+        return picks[0]
+    shares = np.array(weights) / sum(weights)
+    n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
+    n = min(n, total) if total else n
+    rng = np.random.default_rng([seed, 3])
+    parts, left_out = [], []
+    for pick, share in zip(picks, shares, strict=True):
+        chosen = np.sort(rng.permutation(pick.keep)[: max(1, int(n * share + 1e-9))])
+        parts.append(pick.rows.select(chosen))
+        left_out += pick.left_out
+    rows = quiet().concatenate_datasets(parts)
+    return _Pick(rows, rng.permutation(len(rows)), left_out)
+
+
+def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
+    for pick, name in ((train, "train_data"), (heldout, "heldout_data")):
+        if not len(pick.keep):
+            raise ConfigError(
+                f"task.{name}={getattr(c.task, name)}: leaves no prompt ({_why(pick.left_out)}); change the data, "
+                "task.answer_transform or prompt.max_tokens"
+            )
+    if len(train.keep) < c.rollout.prompts:
+        raise ConfigError(
+            f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from the {len(train.keep)} "
+            f"there are{' (left out: ' + _why(train.left_out) + ')' if train.left_out else ''}; lower it"
+        )
+
+
+def _why(left_out: Sequence[LeftOut]) -> str:
+    counts = Counter(item.reason for item in left_out)
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "it has no rows"
+
+
+def _width(config: Config, *picks: _Pick) -> int:
+    """Padded length of the prompts: a multiple of rollout.prompt_bucket."""
+    longest = max(len(ids) for pick in picks for ids in pick.rows.select(pick.keep)["ids"])
+    bucket = config.rollout.prompt_bucket
+    return -(-longest // bucket) * bucket
+
+
+def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: str) -> PromptSet:
+    """Rows as a PromptSet that reads them from disk through a grain.MapDataset."""
+    rows = pick.rows.select(pick.keep)
+    records = grain.MapDataset.source(rows)
+
+    def columns(i: int) -> dict[str, Any]:
+        record = rows[int(i)]
+        return dict(sources[record["part"]][record["row"]])
+
+    return PromptSet(
+        tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
+        lengths=np.array([len(ids) for ids in rows["ids"]], np.int32),
+        answers=_Column(records, "answer"),
+        texts=_Column(records, "text"),
+        kinds=_Column(records, "kind"),
+        extras=_Column(records, "extra"),
+        columns=columns,
+        digests=np.array(rows["digest"], np.uint64),
+        identity=identity,
+        left_out=tuple(pick.left_out),
+    )
+
+
+def write_left_out(task: Task, path: Path) -> str | None:
+    """List the rows that were left out in a JSONL file; a line of counts, or None if there are none."""
+    items = [*task.train.left_out, *task.heldout.left_out]
+    if not items:
+        return None
+    path.write_text("".join(json.dumps(item._asdict()) + "\n" for item in items))
+    return f"left out: {_why(items)}; listed in {path}"

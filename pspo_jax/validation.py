@@ -1,0 +1,118 @@
+"""Which configs are refused, each with one line that names the field, the value and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any, Literal
+
+from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded
+from pspo_jax.mixture import mixture, options
+from pspo_jax.rewards.terms import parse_terms
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first field whose value is out of range or contradicts another field."""
+    for stage in dataclasses.fields(config):
+        section = getattr(config, stage.name)
+        for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+            _check_field(f"{stage.name}.{name}", hint, getattr(section, name))
+    _check_relations(config)
+
+
+def _check_field(path: str, hint: Any, value: Any) -> None:
+    bounds = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]
+    base = hint.__origin__ if bounds else hint
+    options = typing.get_args(base) if typing.get_origin(base) is not Literal else (base,)
+    allowed = [a for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
+    if allowed and value is not None and value not in allowed:
+        raise ConfigError(f"{path}={value!r}: choose one of {', '.join(map(str, allowed))}")
+    optional = type(None) in options
+    if value is None and not optional:
+        raise ConfigError(f"{path}=None: must have a value")
+    if (base is str or str in options) and not isinstance(value, str | None):
+        raise ConfigError(f"{path}={value!r}: must be text")
+    for bound in bounds:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{path}={value!r}: must be a finite number")
+        if complaint := bound.complaint(value):
+            raise ConfigError(f"{path}={value}: {complaint}")
+
+
+def _check_relations(c: Config) -> None:
+    _check_policy(c)
+    _check_task(c)
+    parse_terms(c.reward)
+    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts:
+        raise ConfigError(
+            f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
+            f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
+        )
+    if c.policy.heads % c.policy.kv_heads:
+        raise ConfigError(f"policy.kv_heads={c.policy.kv_heads}: must divide policy.heads={c.policy.heads}")
+    if c.policy.head_dim % 2:
+        raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
+    if c.rollout.prompts % c.rollout.chunks:
+        raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
+    if c.rollout.prompts % c.objective.minibatches:
+        raise ConfigError(
+            f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
+        )
+
+
+def _check_policy(c: Config) -> None:
+    """Task, checkpoint, tokenizer and adapters must go together."""
+    p, own_alphabet = c.policy, embedded(c)
+    if own_alphabet and not c.task.train_prompts:
+        raise ConfigError(f"task.train_prompts=0: must be at least 1 for task.name={c.task.name}")
+    for name in ("source", "tokenizer"):
+        if own_alphabet and getattr(p, name) is not None:
+            raise ConfigError(
+                f"policy.{name}={getattr(p, name)}: task.name=arithmetic has an alphabet of its own; choose a task of "
+                "text, such as --task.name gsm8k --task.train_data FILE.jsonl"
+            )
+    if not own_alphabet and p.source is None and p.tokenizer is None:
+        raise ConfigError(f"policy.source=None: task.name={c.task.name} needs a checkpoint, or a policy.tokenizer")
+    if not own_alphabet and c.sft.steps and c.sft.data is None:
+        raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
+    if p.source is not None:
+        defaults = PolicyConfig()
+        for name in p.shape_fields():
+            if getattr(p, name) != getattr(defaults, name):
+                raise ConfigError(
+                    f"policy.{name}={getattr(p, name)}: follows from the checkpoint policy.source={p.source}; drop it"
+                )
+    if c.lora.rank and p.source is None:
+        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set policy.source")
+    unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
+    if unknown or not c.lora.target_names():
+        raise ConfigError(
+            f"lora.targets={c.lora.targets!r}: matches no projection{' by ' + ', '.join(unknown) if unknown else ''}; "
+            f"choose among {', '.join(PROJECTIONS)}"
+        )
+
+
+def _check_task(c: Config) -> None:
+    """Each task has what it needs."""
+    t = c.task
+    if embedded(c) and c.reward.terms.strip() != "accuracy":
+        raise ConfigError(f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone")
+    components = mixture(c)
+    if components:
+        for part, _ in components:
+            _check_task(part)
+        return
+    if t.name in ("math", "gsm8k", "multiple_choice", "python_function") and t.train_data is None:
+        raise ConfigError(f"task.train_data=None: task.name={t.name} needs a file, a folder or a hub id")
+    if t.name == "python_function" and (t.function is None or ":" not in t.function):
+        raise ConfigError(f"task.function={t.function}: task.name=python_function needs module:function")
+    if t.name == "reasoning_gym" and not t.dataset:
+        raise ConfigError(
+            "task.dataset=None: task.name=reasoning_gym needs names of its datasets, such as leg_counting"
+        )
+    if t.name == "reasoning_gym":
+        options(t.options)
+    sizes = t.numbers.split(",")
+    if not all(s.strip().isdigit() and 2 <= int(s) <= 6 for s in sizes):
+        raise ConfigError(f"task.numbers={t.numbers!r}: must be numbers from 2 to 6, separated by commas")
