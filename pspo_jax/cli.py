@@ -26,7 +26,7 @@ from pspo_jax.config import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, Co
 from pspo_jax.validation import validate
 
 _TEXT_FIELDS = ("policy.source", "policy.tokenizer")
-_WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
+_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> Config:

@@ -117,7 +117,8 @@ class TaskConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
-    """Column of the question; None = the only one there is of problem, question, prompt."""
+    """Column of the question; None = the first there is of problem, question,
+    prompt."""
     answer_column: str | None = None
     """Column of the gold answer; None = the first there is of answer, solution, target."""
     answer_transform: AnswerTransform | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from pspo_jax.config import Config, ConfigError, replace
@@ -29,12 +30,12 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
         weights = [float(item.get("weight", 1.0)) for item in items]
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: must be a list of tasks ({error})") from error
-    if not fields or min(weights) <= 0:
+    if not fields or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: needs at least one task, and weights above 0")
     out = []
     for values, weight in zip(fields, weights, strict=True):
         if values.get("name", "arithmetic") == "arithmetic" or "mixture" in values:
-            raise ConfigError(f"task.mixture: {values}: name a task of text")
+            raise ConfigError(f"task.mixture={str(values)[:80]}: name a task of text")
         values = {"mixture": None, **values}
         part = replace(c, {f"task.{k}": json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()})
         out.append((part, weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def save_content(setup: Setup, folder: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
+    partial = path.with_suffix(f".{os.getpid()}.npy")
     np.save(partial, setup.task.train.content())
     partial.rename(path)
 

@@ -26,7 +26,7 @@ from pspo_jax.policy import Architecture, Policy, built_in, transformer
 from pspo_jax.policy.architecture import lora_of
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
-from pspo_jax.rewards.judge import judge_functions
+from pspo_jax.rewards.judge import make_pool
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.state import TrainState
 from pspo_jax.step import init_state
@@ -81,7 +81,7 @@ def configure_runtime(config: Config) -> None:
 
 def verifiers(config: Config) -> AbstractContextManager[Pool | None]:
     """The processes that judge completions, if the task needs any; enter before JAX touches a device."""
-    return nullcontext() if embedded(config) else Pool(config.verifier, judge_functions(config))
+    return nullcontext() if embedded(config) else make_pool(config)
 
 
 def prepare(config: Config, weights: bool = True, pool: Pool | None = None) -> Setup:

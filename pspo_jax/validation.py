@@ -15,10 +15,13 @@ from pspo_jax.rewards.terms import parse_terms
 def validate(config: Config) -> None:
     """Raise ConfigError for the first field whose value is out of range or contradicts another field."""
     for stage in dataclasses.fields(config):
-        section = getattr(config, stage.name)
-        for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-            _check_field(f"{stage.name}.{name}", hint, getattr(section, name))
+        _check_fields(stage.name, getattr(config, stage.name))
     _check_relations(config)
+
+
+def _check_fields(stage: str, section: Any) -> None:
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        _check_field(f"{stage}.{name}", hint, getattr(section, name))
 
 
 def _check_field(path: str, hint: Any, value: Any) -> None:
@@ -101,7 +104,11 @@ def _check_task(c: Config) -> None:
     components = mixture(c)
     if components:
         for part, _ in components:
-            _check_task(part)
+            try:
+                _check_fields("task", part.task)
+                _check_task(part)
+            except ConfigError as error:
+                raise ConfigError(f"task.mixture={(t.mixture or '')[:80]!r}: {error}") from error
         return
     if t.name in ("math", "gsm8k", "multiple_choice", "python_function") and t.train_data is None:
         raise ConfigError(f"task.train_data=None: task.name={t.name} needs a file, a folder or a hub id")
@@ -114,5 +121,5 @@ def _check_task(c: Config) -> None:
     if t.name == "reasoning_gym":
         options(t.options)
     sizes = t.numbers.split(",")
-    if not all(s.strip().isdigit() and 2 <= int(s) <= 6 for s in sizes):
+    if not all(s.strip().isdecimal() and 2 <= int(s) <= 6 for s in sizes):
         raise ConfigError(f"task.numbers={t.numbers!r}: must be numbers from 2 to 6, separated by commas")

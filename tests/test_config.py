@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from pspo_jax import cli
 from pspo_jax.algorithms import PRESETS, build, resolve
 from pspo_jax.config import Config, ConfigError, flatten, replace
-from pspo_jax.validation import validate
 from pspo_jax.optimizer import schedule
 from pspo_jax.parallel.mesh import microbatch_size
 from pspo_jax.train import main
+from pspo_jax.validation import validate
 from tests.conftest import REPO
 
 
@@ -32,6 +32,7 @@ def test_every_algorithm_has_a_recipe_that_builds(name):
 def test_dr_grpo_has_neither_std_nor_kl():
     config = parse("--algorithm.name", "dr_grpo")
     assert (config.credit.scale, config.objective.aggregation, config.objective.kl_coef) == ("none", "dr_grpo", 0)
+    assert parse("--credit.scale", "none").credit.scale == "none"  # the word, not nothing
 
 
 def test_flags_override_files_and_presets(tmp_path):

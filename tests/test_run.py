@@ -280,7 +280,7 @@ def test_folder_of_another_config_says_what_differs(capsys, uninterrupted):
 def test_what_a_run_leaves_behind(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert set(summary) == {"eval", "steps", "rollouts", "tokens", "seconds"}
-    assert set(summary["eval"]) == {"greedy", "sampled"}
+    assert set(summary["eval"]) == {"greedy", "sampled", "no_verdict"}
     phases = {"setup", "compile", "sft", "select", "rollout", "verify", "update", "eval", "total"}
     assert set(summary["seconds"]) == phases
     assert summary["rollouts"] == 12 * 8 * 4

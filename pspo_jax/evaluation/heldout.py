@@ -49,12 +49,13 @@ def evaluate(
                 task.heldout, rows[:count], tokens[:count], lengths[:count], ended[:count], step=0
             )
             judged[name].append(task.judge(completions))
-    return {name: _mean([wait().right for wait in waits]) for name, waits in judged.items()}
+    right = {name: np.concatenate([wait().right for wait in waits]) for name, waits in judged.items()}
+    missing = np.concatenate([np.isnan(values).ravel() for values in right.values()])
+    return {name: _mean(values) for name, values in right.items()} | {"no_verdict": float(missing.mean())}
 
 
-def _mean(parts: list[np.ndarray]) -> float:
+def _mean(values: np.ndarray) -> float:
     """Mean over the verdicts there are."""
-    values = np.concatenate(parts)
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
 

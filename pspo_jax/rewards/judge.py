@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,14 @@ class _Ask(NamedTuple):
     request: Request
     row: int
     columns: tuple[int, ...]
+
+
+def make_pool(config: Config) -> Pool:
+    """The workers that a config's tasks and rewards need."""
+    tasks = [part.task for part, _ in mixture(config)] or [config.task]
+    # A package that is not installed is reported where the task is made.
+    gym = any(t.name == "reasoning_gym" for t in tasks) and find_spec("reasoning_gym") is not None
+    return Pool(config.verifier, judge_functions(config), ("reasoning_gym",) if gym else ())
 
 
 def judge_functions(config: Config) -> tuple[str, ...]:
@@ -153,7 +162,7 @@ def _scores(
     value = np.zeros(shape, np.float32)
     _fill(value, asks, verdicts.result(), reasons, errors, answers)
     graded = np.array([[kind in GRADED] for kind in kinds])
-    right = np.where(graded | np.isnan(value), value, value >= 1).astype(np.float32)
+    right = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
     what = Shape(right, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:

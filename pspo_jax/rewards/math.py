@@ -18,6 +18,10 @@ _TAIL = 500
 _BOX = "\\boxed{"
 _MOST_BOXES = 20
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|(?:, )?(?:and|or))[\s$]*")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,?\\[,!;:]|\{,\})(?=\d{3}(?!\d))")
+_SCIENTIFIC = re.compile(r"\\boxed\{\s*([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)\s*\}")
+_FULL_STOP = re.compile(r"(?<!\.)\.\s*\}$")
+_APPROXIMATELY = re.compile(r"\\boxed\{\s*\\approx\s*")
 _IN_BASE = re.compile(r"\s*([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?\s*")
 _UNIT_POWER = re.compile(r"\\(?:mbox|text|textrm|mathrm)\s*\{[^{}]*\}\s*\^\s*\{?\s*(-?\w+)\s*\}?")
 
@@ -81,10 +85,10 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     golds = [g.strip() for g in gold.split(ALTERNATIVES)]
     if len(answer) > max(MAX_ANSWER, 2 * max(map(len, golds))):
         return 0.0, None
-    parsed = _parse(answer)
+    parsed = _parse(tidy(answer))
     readable = False
     for alternative in golds:
-        wanted = _parse(_wrapped(alternative))
+        wanted = _parse(tidy(_wrapped(alternative)))
         readable |= bool(wanted)
         # No time limit here: the pool has the deadline, and signals would be lost in C code.
         if parsed and wanted and verify(list(wanted), list(parsed), **_places(wanted), timeout_seconds=None):
@@ -95,7 +99,7 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
 
 
 def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
-    """math-verify compares 6 decimals, so that any two numbers near 0 are equal: 8.2e-19 and 4.2e-19. More for those."""
+    """More decimals for a small gold answer: math-verify compares 6, so 8.2e-19 and 4.2e-19 would be equal."""
     try:
         size = abs(float(wanted[0]))
     except (TypeError, ValueError, OverflowError):
@@ -109,14 +113,35 @@ def _wrapped(gold: str) -> str:
     return gold if "\\boxed{" in gold else "\\boxed{" + gold + "}"
 
 
+def tidy(answer: str) -> str:
+    """Spellings that math-verify misreads, respelled: 1\\,000 as 0, 1e-5 as a product with e; a full stop, \\approx."""
+    answer = _THOUSANDS.sub("", answer)
+    answer = _SCIENTIFIC.sub(r"\\boxed{\1 \\times 10^{\2}}", answer)
+    return _FULL_STOP.sub("}", _APPROXIMATELY.sub(r"\\boxed{", answer))
+
+
 def _differs(gold: str, answer: str) -> bool:
-    """What math-verify overlooks: the base of a number, 52_8 and 52_5, and the power of a unit."""
+    """What math-verify overlooks: the base of a number (52_8, 52_5), the power of a unit, a wrong equation (8=7)."""
     inner = answer.replace("\\boxed{", "", 1).rstrip("}") if answer.startswith("\\boxed{") else answer
     bases = [_IN_BASE.fullmatch(text.strip("$ ")) for text in (gold, inner)]
     if bases[0] and bases[1] and bases[0][2] != bases[1][2]:
         return True
+    if _false_equation(inner):
+        return True
     powers = [_UNIT_POWER.findall(text) for text in (gold, inner)]
     return bool(powers[0] and powers[1] and powers[0] != powers[1])
+
+
+def _false_equation(text: str) -> bool:
+    """True for `a = b` with two numbers that are not equal, not even rounded."""
+    sides = text.split("=")
+    if len(sides) != 2:
+        return False
+    try:
+        left, right = (float(_parse(_wrapped(side.strip()))[0]) for side in sides)
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return False  # x = 7
+    return abs(left - right) > 0.01 * max(abs(left), abs(right))
 
 
 @lru_cache(4096)
@@ -124,15 +149,20 @@ def _parse(text: str) -> tuple[Any, ...]:
     from math_verify import parse
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
-    targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    # A box that is no LaTeX it can read must be matched as text: the other reader would take its last number for all.
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+    targets = (latex,) if _BOX in text else (latex, ExprExtractionConfig())
     return tuple(parse(text, extraction_config=targets, parsing_timeout=None))
 
 
 def canonical(answer: str) -> str | None:
     """A short name of an answer's value, for majority votes: equal numbers get equal names."""
-    parsed = _parse(answer if "\\boxed{" in answer else _wrapped(answer))
+    parsed = _parse(tidy(_wrapped(answer)))
     if not parsed:
         return None
     first = parsed[0]
     name = str(first)[:200]
-    return str(first.evalf(10)) if getattr(first, "is_number", False) and len(name) < 100 else name
+    if not getattr(first, "is_number", False) or len(name) >= 100:
+        return name
+    value = first.evalf(10)
+    return f"{float(value):.10g}" if value.is_real and abs(value) < 1e15 else str(value)

@@ -108,14 +108,16 @@ class Pool:
     Args:
       config: deadline and limits.
       functions: user functions that every worker imports before its first request.
+      imports: slow modules of verifiers, imported once for all workers; they must start no thread.
     Raises:
       ConfigError: a user function cannot be imported.
     """
 
-    def __init__(self, config: VerifierConfig, functions: Sequence[str] = ()):
+    def __init__(self, config: VerifierConfig, functions: Sequence[str] = (), imports: Sequence[str] = ()):
         self._config = config
         self._size = config.workers or max(2, min(8, os.cpu_count() or 2))
         self._functions = tuple(dict.fromkeys(functions))
+        self._imports = list(imports)
         self._inbox: deque[_Job] = deque()
         self._queue: deque[_Job] = deque()
         self._workers: list[_Worker] = []
@@ -204,6 +206,7 @@ class Pool:
             "memory_mib": self._config.memory_mib,
             "network": self._config.network,
             "functions": self._functions,
+            "imports": self._imports,
         }
         # No accelerator, and one thread: a fork is safe only from a process without others.
         environment = os.environ | {
@@ -265,6 +268,7 @@ class Pool:
                 else:
                     self._receive(channels[ready])  # type: ignore[index]
             self._watch()
+        self._drop("closed", over=True)  # first, as a worker that ended takes its request along
         for worker in list(self._workers):
             self._end(worker)
 

@@ -124,7 +124,7 @@ def _call(call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 def _number(function: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, str) or hasattr(value, "__len__"):
+    if isinstance(value, str | list | tuple | dict) or getattr(value, "ndim", 0) > 0:
         raise TypeError(f"{function} must return one number or None for a completion, got {str(value)[:60]!r}")
     number = float(value)
     if not math.isfinite(number):
@@ -215,7 +215,7 @@ def _allow_cpu(seconds: float) -> None:
 def nursery(control: socket.socket, limits: dict[str, Any]) -> None:
     """Fork a worker for each socket that arrives, kill those named, until the control socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _preload()
+    _preload(limits["imports"])
     alive: set[int] = set()
     control.sendall(_PID.pack(os.getpid()))
     try:
@@ -235,6 +235,7 @@ def _tend(control: socket.socket, limits: dict[str, Any], alive: set[int]) -> No
         if message[:1] == SPAWN:
             pid = os.fork()
             if pid == 0:
+                os.setpgid(0, 0)  # what a user's function starts ends with its worker
                 control.close()
                 status = 1
                 try:
@@ -253,7 +254,7 @@ def _tend(control: socket.socket, limits: dict[str, Any], alive: set[int]) -> No
         _reap(alive)
 
 
-def _preload() -> None:
+def _preload(modules: list[str]) -> None:
     """What every worker needs, imported once and shared by all forks."""
     import logging
 
@@ -262,11 +263,16 @@ def _preload() -> None:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     mathematics.score("\\frac{1}{2}", "\\boxed{0.5}")
     sympy.simplify(sympy.Symbol("x") - sympy.Symbol("x"))
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _end(pid: int, alive: set[int]) -> None:
     if pid in alive:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # it may not have come to its group yet
         os.waitpid(pid, 0)
         alive.discard(pid)
 

@@ -27,7 +27,7 @@ QUESTIONS = {
     # lighteval's template for mathematics, which open-rs's and PSPO's tables were made with
     "lighteval": (
         "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
-        "following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope it is correct' (without "
+        "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
         "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step "
         "before answering.\n\n{question}"
     ),

@@ -131,7 +131,9 @@ def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str], list[i
 
 def _identity(tokenizer: TextTokenizer, config: Config) -> str:
     p = config.prompt
-    return json.dumps([tokenizer.identity(), p.template, p.system, p.question, p.prefill, p.thinking])
+    # The probe tells a template whose text has changed under its name.
+    probe = tokenizer.prompt("{?}", p)
+    return json.dumps([tokenizer.identity(), p.template, p.system, p.question, p.prefill, p.thinking, probe])
 
 
 def _none(seed: int, count: int) -> Iterator[Demonstrations]:
@@ -214,11 +216,17 @@ def _verifiable(rows: Any, which: Int[np.ndarray, "n"], c: Config, pool: Pool) -
     for start in range(0, len(which), _GOLD_BLOCK):
         golds = rows.select(which[start : start + _GOLD_BLOCK])["answer"]
         requests = [Request("gold", {"gold": gold}) for gold in golds]
-        out += [reply.score == 1 for reply in pool.submit(requests).result()]
+        replies = pool.submit(requests).result()
+        for i in [i for i, reply in enumerate(replies) if reply.score is None]:
+            replies[i] = pool.submit([requests[i]]).result()[0]  # alone, in case the machine was busy
+        out += [reply.score for reply in replies]
+    accepted = np.array([score == 1 for score in out])
+    if None in out:
+        return accepted  # a time-out may be this machine's: not to be remembered
     partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, np.array(out))
+    np.save(partial, accepted)
     partial.rename(path)
-    return np.array(out)
+    return accepted
 
 
 def _verifier_version() -> str:

@@ -14,7 +14,6 @@ import pytest
 from pspo_jax.algorithms import build
 from pspo_jax.cold_start import make_sft_steps
 from pspo_jax.config import ConfigError
-from pspo_jax.validation import validate
 from pspo_jax.config import replace as replace_fields
 from pspo_jax.io.hf_folder import merged_tensors, write_adapter
 from pspo_jax.policy.architecture import lora_of
@@ -23,6 +22,7 @@ from pspo_jax.policy.transformer import transformer
 from pspo_jax.policy.weights import lora_table
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 from pspo_jax.step import init_state, make_train_step
+from pspo_jax.validation import validate
 from tests.helpers import random_prompts, relative, tiny_config
 from tests.policy.checkpoints import torch_logits, write_checkpoint
 from tests.policy.test_pretrained import load

@@ -101,7 +101,7 @@ def test_format_open_r1_by_hand(text, score):
     [
         ("a\n</think>\nb", 1, 0.25),
         ("a</think>b", 0, 0),
-        ("\n</think>\n</think>\n", 0, 0.25),  # they share a newline
+        ("\n</think>\n</think>\n", 1, 0.25),  # they share a newline
         ("\n</think>\n\n</think>\n", 0, 0),
         # The one newline between </think> and <answer> serves both tags.
         (GOOD, 1, 1.0),

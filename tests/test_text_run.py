@@ -1,0 +1,290 @@
+"""Text tasks in real processes: chunks, user rewards, runs that must stop, changed data, evaluation that is killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from pspo_jax import resume
+from pspo_jax.accounting import Totals
+from pspo_jax.config import ConfigError, replace
+from pspo_jax.evaluation.statistics import summarise
+from pspo_jax.io.checkpoint import Checkpoints
+from pspo_jax.io.progress import Progress
+from pspo_jax.setup import place_state, prepare
+from pspo_jax.tasks.arithmetic import TOKENIZER
+from tests.helpers import tiny_config
+from tests.test_run import metrics
+
+pytestmark = pytest.mark.xdist_group("text-run")
+
+FUNCTIONS = '''
+import time
+
+def picky(completion, step, question, **rest):
+    """Raises on some completions; has no opinion on others."""
+    if completion.startswith("7"):
+        raise ValueError(f"step {step}: I cannot stand 7")
+    return None if completion.startswith("3") else 0.25 * len(question) / len(question)
+
+def lengths(prompts, completions, completion_ids, answer, **kwargs):
+    assert len(prompts) == len(completions) == len(completion_ids) == len(answer) == 8
+    return [float(len(ids)) for ids in completion_ids]
+
+def asleep(completion):
+    time.sleep(60)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tokenizer of 16 characters, rows whose answer is 2 or 5, and reward functions.
+
+    Random weights over so few tokens say these now and then. The real tokenizer is test_real_models.py's.
+    """
+    folder = tmp_path_factory.mktemp("text")
+    TOKENIZER.to_hf().save_pretrained(folder / "tokenizer")
+    rows = [{"question": f"{a}+{b}=", "answer": f"#### {2 + 3 * (a % 2)}"} for a in range(10, 40) for b in (1, 2)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "my_rewards.py").write_text(FUNCTIONS)
+    return folder
+
+
+def command(place, name, **fields):
+    words = {
+        "run.dir": place / name,
+        "run.steps": 3,
+        "run.fingerprint": True,
+        "task.name": "gsm8k",
+        "task.train_data": place / "rows.jsonl",
+        "task.heldout_prompts": 8,
+        "task.cache": place / "cache",
+        "prompt.template": "none",
+        "policy.tokenizer": place / "tokenizer",
+        "policy.layers": 1,
+        "policy.width": 32,
+        "policy.mlp_width": 64,
+        "policy.compute_dtype": "float32",
+        "policy.remat": False,
+        "reward.require_end": False,
+        "verifier.workers": 2,
+        "rollout.prompts": 8,
+        "rollout.group_size": 8,
+        "rollout.max_new_tokens": 2,
+        "rollout.prompt_bucket": 8,
+        "eval.every": 0,
+        "checkpoint.every": 1,
+        "optimizer.learning_rate": 1e-4,
+        "log.report": False,
+        "log.completions_every": 1,
+        "log.completions": 8,
+    } | {k.replace("__", "."): v for k, v in fields.items()}
+    return [sys.executable, "-m", "pspo_jax.train", *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
+
+
+def run(env, place, name, expect=0, **fields):
+    done = subprocess.run(
+        command(place, name, **fields), env=env, cwd=place, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+TERMS = "accuracy=1, format=0.5, my_rewards:picky=2, my_rewards:lengths=0.1"
+
+
+@pytest.fixture(scope="module")
+def trained(place, child_env):
+    """Three steps with two user rewards, one of which raises now and then."""
+    done = run(child_env, place, "a", reward__terms=TERMS, reward__format="open_rs", log__completions_format="parquet")
+    return place / "a", done.stdout
+
+
+def test_every_reward_is_logged_and_its_errors_are_kept(trained):
+    folder, out = trained
+    lines = metrics(folder)[1:]
+    for name in ("accuracy", "format", "my_rewards:picky", "my_rewards:lengths"):
+        assert all(np.isfinite(line[f"rewards/{name}/mean"]) for line in lines), name
+    assert all(line["rewards/no_verdict"] == 0 for line in lines)  # picky is no verdict, only a term
+    errors = (folder / "reward_errors.log").read_text()
+    assert "Traceback" in errors and "I cannot stand 7" in errors and "my_rewards.py" in errors
+    assert "a reward raised ValueError: step 1: I cannot stand 7" in out
+    for step, line in enumerate(lines, 1):
+        dump = pyarrow.parquet.read_table(folder / "completions" / f"step_{step:06d}.parquet").to_pylist()
+        assert len(dump) == 8 * 8
+        for row in dump:
+            accuracy, picky = row["rewards/accuracy"], row["rewards/my_rewards:picky"]
+            judged = row["completion"].strip("_$")  # without special tokens
+            assert picky is None if judged.startswith(("3", "7")) else picky == 0.25
+            total = accuracy + 2 * (picky or 0) + 0.1 * row["rewards/my_rewards:lengths"]
+            assert row["reward"] == pytest.approx(total)
+            assert row["rewards/my_rewards:lengths"] == row["length"]
+            assert row["end"] == ("stop" if row["completion"].endswith("$") else "length")
+            assert accuracy == 0 or row["found"] == row["answer"]
+        assert line["rewards/accuracy/mean"] == pytest.approx(np.mean([row["rewards/accuracy"] for row in dump]))
+    assert any(line["rewards/accuracy/mean"] > 0 for line in lines)
+
+
+def test_chunks_change_nothing(trained, place, child_env):
+    run(child_env, place, "chunks", reward__terms=TERMS, reward__format="open_rs", rollout__chunks=4)
+    for a, b in zip(metrics(trained[0]), metrics(place / "chunks"), strict=True):
+        for name in a:
+            if name in ("crc/tokens", "crc/prompt_ids"):
+                assert a[name] == b[name]
+            elif not name.startswith("crc/"):  # products of other shapes round otherwise
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
+    done = run(
+        child_env,
+        place,
+        "asleep",
+        expect=1,
+        task__name="python_function",
+        task__function="my_rewards:asleep",
+        task__heldout_prompts=1,
+        verifier__deadline=0.5,
+        eval__samples=1,
+        rollout__prompts=2,
+    )
+    assert "100% of the completions have no verdict (16 x deadline of 0.5 s)" in done.stdout
+    assert "verifier.max_no_verdict=0.25" in done.stdout
+
+
+def test_changed_data_is_refused_with_what_differs_or_followed(trained, place, child_env):
+    folder = trained[0]
+    rows = (place / "rows.jsonl").read_text().split("\n")
+    (place / "other.jsonl").write_text("\n".join([*rows[:20], *rows[21:]]))
+    fields = {"reward__terms": TERMS, "reward__format": "open_rs", "log__completions_format": "parquet"}
+    same = {**fields, "run__steps": 4, "optimizer__schedule": "constant"}
+    run(child_env, place, "b", **{**same, "run__steps": 4})
+    (place / "b" / "summary.json").unlink()
+    _drop_last_checkpoint(place / "b")
+    done = run(child_env, place, "b", expect=2, **same, task__train_data=place / "other.jsonl")
+    assert done.stderr.count("\n") == 1 and "task.train_data" in done.stderr and "another config" in done.stderr
+    changed = command(place, "b", **same, task__train_data=place / "other.jsonl")
+    done = subprocess.run(
+        [*changed, "--allow-data-change"], env=child_env, cwd=place, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "52 then, 51 now, 0 new, 1 gone" in done.stdout and "resuming at step 3 of 4" in done.stdout
+    del folder
+
+
+def _drop_last_checkpoint(folder):
+    import shutil
+
+    shutil.rmtree(folder / "checkpoints" / "4")
+
+
+def test_statistics_follow_their_prompts(tmp_path):
+    """A checkpoint of 40 prompts, read with other data: each prompt that is still there has its own row again."""
+    before = prepare(tiny_config(algorithm__name="pspo", run__dir=str(tmp_path)))
+    n = len(before.task.train.lengths)
+    with jax.set_mesh(before.mesh):
+        state = place_state(before, before.policy.init(jax.random.key(0)))
+        marks = np.arange(1, n + 1, dtype=np.float32)
+        state = state.replace(
+            selector=state.selector._replace(priority=jax.device_put(marks, state.selector.priority.sharding)),
+            credit=state.credit._replace(mean=jax.device_put(-marks, state.credit.mean.sharding)),
+        )
+        resume.save_content(before, tmp_path)
+        with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
+            metadata = {
+                "dataset": before.task.train.fingerprint(),
+                "source": None,
+                "base": {},
+                "totals": Totals().save(),
+            }
+            checkpoints.save(3, state.to_save(), metadata)
+            checkpoints.wait()
+            refused = prepare(tiny_config(algorithm__name="pspo", run__dir=str(tmp_path), task__train_prompts=56))
+            with pytest.raises(ConfigError, match=r"40 then, 56 now, \d+ new, \d+ gone.*--allow-data-change"):
+                resume.restore(refused, tmp_path, checkpoints, Progress(False))
+            assert checkpoints.steps() == [3]
+            after = refused._replace(config=replace(refused.config, {"task.allow_change": True}))
+            found = resume.restore(after, tmp_path, checkpoints, Progress(False))
+    assert found is not None
+    old = dict(zip(before.task.train.content().tolist(), marks, strict=True))
+    wanted = [old.get(h, 0) for h in after.task.train.content().tolist()]
+    assert 0 < sum(w > 0 for w in wanted) < 56
+    initial = before.config.selection.initial
+    np.testing.assert_array_equal(found[0].selector.priority, [w or initial for w in wanted])
+    np.testing.assert_array_equal(found[0].credit.mean, [-w for w in wanted])
+
+
+def evaluate(env, place, out, *argv):
+    words = [sys.executable, "-m", "pspo_jax.evaluate", "--run", str(place / "a"), "--out", str(out)]
+    words += ["--benchmarks", "gsm8k", "--data", f"gsm8k={place / 'rows.jsonl'}", "--limit", "24", "--samples", "4"]
+    words += ["--k", "1,4", "--batch", "2", "--temperature", "1", "--top-p", "1", "--task.cache", str(place / "cache")]
+    return subprocess.Popen(
+        [*words, *argv], env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_killed_evaluation_continues_as_if_it_had_not_been(trained, place, child_env, tmp_path):
+    whole = evaluate(child_env, place, tmp_path / "whole", "--steps", "1,3")
+    out = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, out
+    name = "step_3/gsm8k.jsonl"
+    killed = evaluate(child_env, place, tmp_path / "cut", "--steps", "1,3")
+    path = tmp_path / "cut" / name
+    while killed.poll() is None and not (path.exists() and path.read_text().count("\n") > 5):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    lines = path.read_text().count("\n")
+    assert lines < 25, "it finished before it was killed"
+    with path.open("a") as file:
+        file.write('{"problem": 6, "pro')  # as a write that was cut off leaves it
+    again = evaluate(child_env, place, tmp_path / "cut", "--steps", "1,3")
+    out = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, out
+    for file in (name, "step_1/gsm8k.jsonl", "results.json", "table.md"):
+        assert (tmp_path / "cut" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    records = [json.loads(line) for line in path.read_text().split("\n")[1:-1]]
+    assert [r["problem"] for r in records] == list(range(24)) and any(any(r["right"]) for r in records)
+    right = np.array([r["right"] for r in records])
+    lengths, cut = (np.array([r[k] for r in records]) for k in ("lengths", "truncated"))
+    wanted = summarise(right, [r["found"] for r in records], lengths, cut, (1, 4))
+    saved = json.loads((tmp_path / "cut" / "results.json").read_text())["step 3"]["gsm8k"]
+    assert saved["accuracy"] == wanted.accuracy and saved["pass_at"]["4"] == wanted.pass_at[4] > wanted.accuracy
+    table = (tmp_path / "cut" / "table.md").read_text()
+    assert f"| step 3 | {100 * wanted.accuracy:.1f} ± {100 * wanted.se_problems:.1f} |" in table
+    assert (tmp_path / "cut" / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    other = evaluate(child_env, place, tmp_path / "cut", "--steps", "1,3", "--seed", "1")
+    out = other.communicate(timeout=300)[0]
+    assert other.returncode == 2 and "seed=0 there, 1 now" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--run", "nowhere"], "--run nowhere: holds no config.yaml"),
+        (["--model", "x"], "--out: --model needs a folder"),
+        (["--model", "x", "--out", "o", "--benchmarks", "mathh"], "--benchmarks mathh: choose among gsm8k, math500"),
+        (["--model", "x", "--out", "o", "--data", "mathh=f"], "--data mathh=f: must be NAME=FILE"),
+        (["--model", "x", "--out", "o", "--samples", "0"], "--samples 0: must be at least 1"),
+        (["--model", "x", "--out", "o", "--samples", "2", "--k", "4"], "--k 4: must be from 1 to --samples 2"),
+        (["--model", "x", "--out", "o", "--top-p", "0"], "--top-p 0.0: needs"),
+        (["--model", "x", "--out", "o", "--prompt.templat", "y"], "prompt.template"),
+        ([], "one of the arguments --run --model is required"),
+    ],
+)
+def test_bad_arguments_of_evaluate_get_one_line(argv, words, capsys, monkeypatch):
+    from pspo_jax import cli
+    from pspo_jax.evaluate import main
+
+    monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, "pspo_jax.evaluate")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err
