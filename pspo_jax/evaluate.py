@@ -216,10 +216,11 @@ def _candidates(
         return base[0]
 
     def load_step(step: int) -> Any:
-        params, metadata = read_params(args.run / "checkpoints", step)
+        params, metadata = read_params(
+            args.run / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, policy.axes)
+        )
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"policy.source={source.name}: is not the checkpoint that this run began from")
-        params = jax.device_put(params, params_shardings(mesh, params, policy.axes))
         return join(params, load_source() if architecture.lora is not None else None)
 
     if args.run is None:

@@ -24,7 +24,9 @@ def evaluate(
     batch: int,
     place: Callable[[Any], Any],
 ) -> dict[str, float]:
-    """`{"greedy": share right, "sampled": mean share right over eval.samples completions}` on the held-out prompts.
+    """Shares of the held-out prompts' completions: right ones, greedy and sampled, and those without a verdict.
+
+    `{"greedy": ..., "sampled": over eval.samples completions, "no_verdict": of all of them}`
 
     Args:
       sample: a sampler of one completion a prompt, for `batch` prompts.

@@ -130,9 +130,11 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in done)
 
 
-def read_params(folder: Path, step: int) -> tuple[Any, dict[str, Any]]:
-    """The params of one checkpoint as nested dicts of arrays on the default device, verified, and its metadata.
+def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
 
+    Args:
+      place: a tree of shapes -> shardings; None = the default device.
     Raises:
       ConfigError: the checkpoint cannot be read whole.
     """
@@ -140,9 +142,9 @@ def read_params(folder: Path, step: int) -> tuple[Any, dict[str, Any]]:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         found = ocp.checkpointables_metadata(path)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), found.metadata["state"]["params"]
-        )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found.metadata["state"]["params"])
+        shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:

@@ -227,7 +227,8 @@ def with_choices(text: str, gold: str, options: Any) -> Question:
 
 
 def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str, folder: Path, part: int) -> Any:
-    """`source` as a datasets.Dataset with columns text, answer, kind, extra, reason, digest, ids, part, row.
+    """`source` as a datasets.Dataset with columns text, answer, kind, extra, reason, ids, their length, part, row,
+    digest (hash of kind, text and answer) and question (of the text).
 
     It is kept in `folder` and found again when data, settings and tokenizer are the same.
     """
@@ -240,6 +241,8 @@ def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str,
         extra=value("string"),
         reason=value("string"),
         digest=value("uint64"),
+        question=value("uint64"),
+        length=value("int32"),
         ids=sequence(value("int32")),
         part=value("int32"),
         row=value("int64"),
@@ -251,10 +254,12 @@ def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str,
         for place, index in enumerate(indices):
             q = source.convert({name: batch[name][place] for name in names})
             content = f"{source.kind}\0{q.text}".encode()
-            line = (q.text, q.answer, source.kind, json.dumps(q.extra), q.reason, digest(content, q.answer))
-            for name, item in zip(features, (*line, [] if q.reason else encode(q.text), part, index), strict=True):
+            ids = [] if q.reason else encode(q.text)
+            line = (q.text, q.answer, source.kind, json.dumps(q.extra), q.reason)
+            hashes = (digest(content, q.answer), digest(q.text.encode(), ""))
+            for name, item in zip(features, (*line, *hashes, len(ids), ids, part, index), strict=True):
                 out[name].append(item)
-        return out | {"digest": np.array(out["digest"], np.uint64)}
+        return out | {name: np.array(out[name], np.uint64) for name in ("digest", "question")}
 
     key = hashlib.sha256(
         "\0".join([source.records._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
@@ -270,6 +275,11 @@ def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str,
         cache_file_name=str(folder / f"prompts-{key}.arrow"),
         load_from_cache_file=True,
     )
+
+
+def numbers(rows: Any, name: str) -> np.ndarray:
+    """A numeric column as one array, without a Python object per row."""
+    return np.asarray(rows.with_format("numpy")[name][:])
 
 
 def cache_folder(config: Config) -> Path:

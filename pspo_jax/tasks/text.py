@@ -20,7 +20,7 @@ from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool, Request
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
 from pspo_jax.tasks.countdown import source as countdown_source
-from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, quiet, tokenised
+from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
 from pspo_jax.tasks.gym import source as gym_source
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
@@ -181,12 +181,11 @@ def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
 def _filter(rows: Any, name: str, c: Config, pool: Pool | None, duplicates: bool = False) -> _Pick:
     """Rows that are prompts: converted, short enough, once each, and with a gold answer that verifies itself."""
     reason = np.array(rows["reason"], object)
-    lengths = np.array([len(ids) for ids in rows["ids"]])
+    lengths = numbers(rows, "length")
     reason[(reason == "") & (lengths > c.prompt.max_tokens)] = f"longer than prompt.max_tokens={c.prompt.max_tokens}"
     if not duplicates:
         good = np.flatnonzero(reason == "")
-        texts = np.array([hash_of(text) for text in rows.select(good)["text"]], np.uint64)
-        reason[good[~first_of_each(texts)]] = "duplicate"
+        reason[good[~first_of_each(numbers(rows, "question")[good])]] = "duplicate"
     if pool is not None and c.task.check_gold:
         good = np.flatnonzero(reason == "")
         reason[good[~_verifiable(rows, good, c, pool)]] = "gold answer does not verify itself"
@@ -197,15 +196,11 @@ def _filter(rows: Any, name: str, c: Config, pool: Pool | None, duplicates: bool
     return _Pick(rows, keep, left_out)
 
 
-def hash_of(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 def _verifiable(rows: Any, which: Int[np.ndarray, "n"], c: Config, pool: Pool) -> np.ndarray:
     """Whether each gold answer, given back as `\\boxed{gold}`, is accepted; remembered in the cache folder."""
     if not len(which) or rows[int(which[0])]["kind"] not in ("math", "gsm8k"):
         return np.ones(len(which), bool)
-    digests = np.array(rows["digest"], np.uint64)[which]
+    digests = numbers(rows, "digest")[which]
     key = hashlib.sha256(digests.tobytes() + _verifier_version().encode()).hexdigest()[:24]
     path = cache_folder(c) / f"golds-{key}.npy"
     if path.exists():
@@ -253,9 +248,8 @@ def _apart(trains: list[_Pick], heldouts: list[_Pick], parts: list[Config]) -> l
 
 def _without(train: _Pick, other: _Pick, name: str, reason: str = "also held out") -> _Pick:
     """Training rows whose question is not among others."""
-    banned = {hash_of(text) for text in other.rows.select(other.keep)["text"]}
+    also = np.isin(numbers(train.rows, "question")[train.keep], numbers(other.rows, "question")[other.keep])
     texts = train.rows.select(train.keep)["text"]
-    also = np.array([hash_of(text) in banned for text in texts], bool)
     out = [LeftOut(name, int(i), reason, texts[j][:_HEAD]) for j, i in enumerate(train.keep) if also[j]]
     return train._replace(keep=train.keep[~also], left_out=train.left_out + out)
 
@@ -298,7 +292,7 @@ def _why(left_out: Sequence[LeftOut]) -> str:
 
 def _width(config: Config, *picks: _Pick) -> int:
     """Padded length of the prompts: a multiple of rollout.prompt_bucket."""
-    longest = max(len(ids) for pick in picks for ids in pick.rows.select(pick.keep)["ids"])
+    longest = max(int(numbers(pick.rows, "length")[pick.keep].max()) for pick in picks)
     bucket = config.rollout.prompt_bucket
     return -(-longest // bucket) * bucket
 
@@ -314,13 +308,13 @@ def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: 
 
     return PromptSet(
         tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
-        lengths=np.array([len(ids) for ids in rows["ids"]], np.int32),
+        lengths=numbers(rows, "length").astype(np.int32),
         answers=_Column(records, "answer"),
         texts=_Column(records, "text"),
         kinds=_Column(records, "kind"),
         extras=_Column(records, "extra"),
         columns=columns,
-        digests=np.array(rows["digest"], np.uint64),
+        digests=numbers(rows, "digest").astype(np.uint64),
         identity=identity,
         left_out=tuple(pick.left_out),
     )

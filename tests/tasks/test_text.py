@@ -19,7 +19,7 @@ from pspo_jax.tasks.data import from_data, quiet
 from pspo_jax.tasks.text import benchmark_prompts
 from pspo_jax.tasks.tokenizer import load_tokenizer
 from pspo_jax.validation import validate
-from tests.conftest import DATA
+from tests.conftest import DATA, REPO
 from tests.helpers import tiny_config
 
 TOKENIZER = DATA / "tokenizers" / "qwen2.5"
@@ -188,7 +188,7 @@ print(make_task(c, load_tokenizer(c, None, None)).train.fingerprint())
 """
     task = make_task(config(task__mixture=mixture), tokenizer)
     env = child_env | {"HF_DATASETS_CACHE": str(tmp_path / "hf"), "PYTHONHASHSEED": "5"}
-    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    child = subprocess.run([sys.executable, "-c", code], env=env, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert child.stdout.strip() == task.train.fingerprint(), child.stderr
 
 
