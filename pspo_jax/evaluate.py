@@ -37,7 +37,10 @@ from pspo_jax.rewards.pool import Pool
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 from pspo_jax.setup import architecture_for, configure_runtime, verifiers
 from pspo_jax.tasks import CharTokenizer, make_task
-from pspo_jax.tasks.text import benchmark_prompts
+from pspo_jax.tasks.text import benchmark_prompts, why
+
+LONGEST_PROMPT = 8192
+"""Tokens; a benchmark is evaluated whole, whatever training left out."""
 
 
 class Candidate(NamedTuple):
@@ -62,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
             policy = transformer(architecture)
             sample = make_sampler(policy, args.samples, config.rollout.max_new_tokens, tokenizer.pad_token_id)
             works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh) for name in names]
+            for work in works:
+                if work.prompts.left_out:
+                    progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
             candidates = _candidates(args, config, source, architecture, policy, mesh)
             out: Path = args.out or args.run / "evaluation"
             _check_settings(out, config, args)
@@ -138,6 +144,7 @@ def _config(args: argparse.Namespace, overrides: list[str]) -> Config:
             "rollout.top_k": 0,
             "objective.minibatches": 1,
             "sft.steps": 0,
+            "prompt.max_tokens": max(config.prompt.max_tokens, LONGEST_PROMPT),
             "reward.terms": "accuracy",
             "reward.require_end": False,  # as lighteval: what was written counts
         },

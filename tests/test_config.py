@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pspo_jax import cli
 from pspo_jax.algorithms import PRESETS, build, resolve
 from pspo_jax.config import Config, ConfigError, flatten, replace
+from pspo_jax.mixture import mixture
 from pspo_jax.optimizer import schedule
 from pspo_jax.parallel.mesh import microbatch_size
 from pspo_jax.train import main
@@ -93,6 +94,28 @@ def test_schedule():
 def test_microbatches_divide(rows, at_most):
     size = microbatch_size(rows, at_most)
     assert rows % size == 0 and size <= (at_most or rows)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_the_folder_is_valid(path):
+    words = ["--policy.source", "x"] if path.stem == "reasoning_gym" else []
+    config = parse("--config", str(path), *words)
+    assert f"configs/{path.name}" in path.read_text()  # its header gives the command
+    assert build(config) is not None
+
+
+def test_a_mixture_is_a_list_in_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "policy: {tokenizer: x}\ntask:\n  mixture:\n    - {name: countdown, weight: 0.25}\n"
+        "    - {name: math, train_data: y.jsonl, heldout_prompts: 7}\n"
+    )
+    config = parse("--config", str(path))
+    parts = mixture(config)
+    assert [(part.task.name, weight) for part, weight in parts] == [("countdown", 0.25), ("math", 1.0)]
+    assert parts[1][0].task.heldout_prompts == 7 and config.rollout.max_new_tokens == 1024
+    path.write_text(cli.to_yaml(config))
+    assert parse("--config", str(path)) == config
 
 
 RECIPES = ("pspo_r1_distill_qwen_1p5b", "pspo_qwen25_math_1p5b", "pspo_qwen25_math_7b_lora")

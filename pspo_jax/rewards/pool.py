@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -245,9 +246,10 @@ class Pool:
         self._workers.remove(worker)
 
     def _run(self) -> None:
-        reason = "closed"
+        reason = "died: the pool of verifiers failed"
         try:
             self._serve()
+            reason = "closed"
         except (OSError, struct.error):
             reason = "died: the process that starts verifiers ended"
             for worker in self._workers:
@@ -299,6 +301,10 @@ class Pool:
                 worker.channel.send((worker.job.request.kind, worker.job.request.arguments))
             except OSError:
                 self._lost(worker)
+            except (TypeError, AttributeError, pickle.PicklingError) as error:
+                job, worker.job = worker.job, None
+                with self._lock:
+                    self._settle(job, Reply(None, None, f"cannot be sent to a worker ({error})"))
 
     def _receive(self, worker: _Worker) -> None:
         try:

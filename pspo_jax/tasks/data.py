@@ -18,6 +18,8 @@ from pspo_jax.tasks.base import digest
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution", "target")
+_LAYOUT = "1"
+"""Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
 _BAD_ANSWER = "gold answer cannot be read"
 
 
@@ -262,7 +264,7 @@ def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str,
         return out | {name: np.array(out[name], np.uint64) for name in ("digest", "question")}
 
     key = hashlib.sha256(
-        "\0".join([source.records._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
+        "\0".join([_LAYOUT, source.records._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
     ).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     return source.records.map(

@@ -121,7 +121,7 @@ def benchmark_prompts(
     pick = _filter(rows, source.name, config, pool, duplicates=True)
     pick = pick._replace(keep=pick.keep[: limit or None])
     if not len(pick.keep):
-        raise ConfigError(f"{source.name}: holds no row that can be verified ({_why(pick.left_out)})")
+        raise ConfigError(f"{source.name}: holds no row that can be verified ({why(pick.left_out)})")
     return prompt_set(pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity)
 
 
@@ -172,7 +172,7 @@ def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
     if len(pick.keep) <= n:
         raise ConfigError(
             f"task.heldout_prompts={n}: the data has {len(pick.keep)} usable rows"
-            f"{' (' + _why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
+            f"{' (' + why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
         )
     train = pick._replace(keep=pick.keep[:-n][: c.task.train_prompts or None])
     return train, _Pick(pick.rows, pick.keep[-n:], [])
@@ -241,7 +241,7 @@ def _apart(trains: list[_Pick], heldouts: list[_Pick], parts: list[Config]) -> l
         for other in out:
             train = _without(train, other, name, "duplicate")
         if not len(train.keep):
-            raise ConfigError(f"task.mixture: {name} leaves no prompt ({_why(train.left_out)}); change it or drop it")
+            raise ConfigError(f"task.mixture: {name} leaves no prompt ({why(train.left_out)}); change it or drop it")
         out.append(train)
     return out
 
@@ -275,17 +275,18 @@ def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
     for pick, name in ((train, "train_data"), (heldout, "heldout_data")):
         if not len(pick.keep):
             raise ConfigError(
-                f"task.{name}={getattr(c.task, name)}: leaves no prompt ({_why(pick.left_out)}); change the data, "
+                f"task.{name}={getattr(c.task, name)}: leaves no prompt ({why(pick.left_out)}); change the data, "
                 "task.answer_transform or prompt.max_tokens"
             )
     if len(train.keep) < c.rollout.prompts:
         raise ConfigError(
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from the {len(train.keep)} "
-            f"there are{' (left out: ' + _why(train.left_out) + ')' if train.left_out else ''}; lower it"
+            f"there are{' (left out: ' + why(train.left_out) + ')' if train.left_out else ''}; lower it"
         )
 
 
-def _why(left_out: Sequence[LeftOut]) -> str:
+def why(left_out: Sequence[LeftOut]) -> str:
+    """How many rows were left out for which reason, in words."""
     counts = Counter(item.reason for item in left_out)
     return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "it has no rows"
 
@@ -326,4 +327,4 @@ def write_left_out(task: Task, path: Path) -> str | None:
     if not items:
         return None
     path.write_text("".join(json.dumps(item._asdict()) + "\n" for item in items))
-    return f"left out: {_why(items)}; listed in {path}"
+    return f"left out: {why(items)}; listed in {path}"
