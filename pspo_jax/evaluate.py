@@ -56,7 +56,26 @@ def main(argv: Sequence[str]) -> int:
     config = _config(args, overrides)
     names = _benchmarks(args, config)
     data = _data(args.data)
+    steps = _steps(args)
+    out: Path = args.out or args.run / "evaluation"
+    _check_settings(out, config, args)
     progress = Progress(True)
+    try:
+        return _run(args, config, names, data, steps, out, progress)
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; what is done is in {out}, and the same command carries on")
+        return 130
+
+
+def _run(
+    args: argparse.Namespace,
+    config: Config,
+    names: list[str],
+    data: dict[str, str],
+    steps: list[int],
+    out: Path,
+    progress: Progress,
+) -> int:
     with verifiers(config) as pool:
         configure_runtime(config)
         source, tokenizer, architecture = architecture_for(config)
@@ -64,13 +83,13 @@ def main(argv: Sequence[str]) -> int:
         with jax.set_mesh(mesh):
             policy = transformer(architecture)
             sample = make_sampler(policy, args.samples, config.rollout.max_new_tokens, tokenizer.pad_token_id)
-            works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh) for name in names]
+            works = [
+                _work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names
+            ]
             for work in works:
                 if work.prompts.left_out:
                     progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
-            candidates = _candidates(args, config, source, architecture, policy, mesh)
-            out: Path = args.out or args.run / "evaluation"
-            _check_settings(out, config, args)
+            candidates = _candidates(args, steps, source, architecture, policy, mesh)
             rows: dict[str, dict[str, tables.Summary]] = {}
             for candidate in candidates:
                 rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress)
@@ -104,7 +123,11 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("samples", "batch"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not 0 < args.top_p <= 1 or args.temperature < 0:
+    if args.limit < 0:
+        raise ConfigError(f"--limit {args.limit}: must be at least 0")
+    if not 0 <= args.seed < 2**31:
+        raise ConfigError(f"--seed {args.seed}: must be from 0 to {2**31 - 1}")
+    if not 0 < args.top_p <= 1 or not 0 <= args.temperature < float("inf"):
         raise ConfigError(f"--temperature {args.temperature} --top-p {args.top_p}: needs T >= 0 and 0 < p <= 1")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
@@ -164,6 +187,14 @@ def _benchmarks(args: argparse.Namespace, config: Config) -> list[str]:
     return names
 
 
+def _steps(args: argparse.Namespace) -> list[int]:
+    """Checkpoints of the run that --steps means."""
+    if args.run is None:
+        return []
+    wanted = args.steps.split(",") if args.steps[:1].isdigit() else [args.steps]
+    return sorted({step for item in wanted for step in choose_steps(args.run, item, "--steps")})
+
+
 def _data(items: list[str]) -> dict[str, str]:
     out = {}
     for item in items:
@@ -183,6 +214,7 @@ def _work(
     pool: Pool | None,
     sample: Any,
     mesh: Any,
+    progress: Progress,
 ) -> Work:
     if isinstance(tokenizer, CharTokenizer):
         task = make_task(config, tokenizer)
@@ -191,7 +223,9 @@ def _work(
         if args.limit:
             raise ConfigError("--limit: an embedded task has task.heldout_prompts problems; leave it out")
     else:
-        prompts = benchmark_prompts(benchmark_source(name, data, config), config, tokenizer, pool, args.limit)
+        prompts = benchmark_prompts(
+            benchmark_source(name, data, config), config, tokenizer, pool, args.limit, progress.say
+        )
         judge, stop_ids = text_judge(pool, tokenizer, config), tokenizer.stop_ids
     return Work(
         name=name,
@@ -208,7 +242,7 @@ def _work(
 
 
 def _candidates(
-    args: argparse.Namespace, config: Config, source: Source | None, architecture: Any, policy: Any, mesh: Any
+    args: argparse.Namespace, steps: list[int], source: Source | None, architecture: Any, policy: Any, mesh: Any
 ) -> list[Candidate]:
     """The checkpoints that the arguments name."""
     base: list[Any] = []
@@ -233,8 +267,6 @@ def _candidates(
     if args.run is None:
         assert source is not None
         return [Candidate(Path(args.model).name if Path(args.model).is_dir() else args.model, 0, load_source)]
-    wanted = args.steps.split(",") if args.steps[:1].isdigit() else [args.steps]
-    steps = sorted({step for item in wanted for step in choose_steps(args.run, item)})
     return [Candidate(f"step {step}", step, lambda step=step: load_step(step)) for step in steps]  # type: ignore[misc]
 
 
@@ -255,7 +287,13 @@ def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
+    try:
+        # Without results, as after a command that failed, any settings may begin.
+        begun = path.exists() and any(out.glob("*/*.jsonl"))
+        before = json.loads(path.read_text()) if begun else settings
+    except ValueError as error:
+        raise ConfigError(f"--out {out}: its settings.json is damaged; name another folder") from error
+    if before != settings:
         differs = [f"{k}={before.get(k)} there, {v} now" for k, v in settings.items() if before.get(k) != v]
         raise ConfigError(f"--out {out}: holds results of other settings ({'; '.join(differs)}); name another folder")
     write_json(path, settings)

@@ -78,8 +78,8 @@ def read_config(run: Path) -> Config:
     return cli.parse(["--config", str(path)], "python -m pspo_jax.export", "")
 
 
-def choose_steps(run: Path, wanted: str) -> list[int]:
-    """Steps of a run's checkpoints that --step means."""
+def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
+    """Steps of a run's checkpoints that a flag's value means."""
     steps = saved_steps(run / "checkpoints")
     if not steps:
         raise ConfigError(f"--run {run}: has no checkpoints yet")
@@ -92,7 +92,7 @@ def choose_steps(run: Path, wanted: str) -> list[int]:
         return [max(steps, key=lambda s: scores.get(s, -1.0))]
     if not wanted.isdigit() or int(wanted) not in steps:
         raise ConfigError(
-            f"--step {wanted}: no such checkpoint; there are {', '.join(map(str, steps))}, latest, best, all"
+            f"{flag} {wanted}: no such checkpoint; there are {', '.join(map(str, steps))}, latest, best, all"
         )
     return [int(wanted)]
 

@@ -29,9 +29,9 @@ def train(config: Config) -> int:
     """Train as the config says, or carry on where its run folder stopped. Returns the exit code."""
     progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
-    with verifiers(config) as pool:
+    with verifiers(config, folder / "workers.log") as pool:
         configure_runtime(config)
-        return _train(config, prepare(config, pool=pool), folder, progress)
+        return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress)
 
 
 def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> int:

@@ -26,17 +26,21 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
         return []
     try:
         items = json.loads(c.task.mixture)
-        fields = [{k: v for k, v in item.items() if k != "weight"} for item in items]
+        tasks = [{k: v for k, v in item.items() if k != "weight"} for item in items]
         weights = [float(item.get("weight", 1.0)) for item in items]
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: must be a list of tasks ({error})") from error
-    if not fields or not all(0 < w < math.inf for w in weights):
+    if not tasks or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: needs at least one task, and weights above 0")
     out = []
-    for values, weight in zip(fields, weights, strict=True):
+    for values, weight in zip(tasks, weights, strict=True):
         if values.get("name", "arithmetic") == "arithmetic" or "mixture" in values:
             raise ConfigError(f"task.mixture={str(values)[:80]}: name a task of text")
         values = {"mixture": None, **values}
-        part = replace(c, {f"task.{k}": json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()})
+        fields = {f"task.{k}": json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()}
+        try:
+            part = replace(c, fields)
+        except ConfigError as error:
+            raise ConfigError(f"task.mixture={str(values)[:80]}: {error}") from error
         out.append((part, weight))
     return out

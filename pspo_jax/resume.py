@@ -41,7 +41,12 @@ def restore(
             return None
         before = saved_content(folder, metadata["dataset"])
         now = setup.task.train.content()
-        if not setup.config.task.allow_change or before is None:
+        if before is None:
+            raise ConfigError(
+                f"task.name={setup.task.name}: the prompts differ from those of the checkpoint, and what these were is "
+                f"not on record ({folder / 'prompts'} lacks them); restore the data or choose another --run.dir"
+            )
+        if not setup.config.task.allow_change:
             raise ConfigError(
                 f"task.name={setup.task.name}: the prompts differ from those of the checkpoint "
                 f"({difference(before, now)}); restore the data, choose another --run.dir, or add --allow-data-change, "
@@ -98,10 +103,8 @@ def _content_path(folder: Path, fingerprint: str) -> Path:
     return folder / "prompts" / f"{fingerprint}.npy"
 
 
-def difference(before: np.ndarray | None, now: np.ndarray) -> str:
+def difference(before: np.ndarray, now: np.ndarray) -> str:
     """How two sets of prompts differ, in words."""
-    if before is None:
-        return f"{len(now):,} now; what they were is not on record"
     added, removed = np.setdiff1d(now, before), np.setdiff1d(before, now)
     parts = [f"{len(before):,} then, {len(now):,} now", f"{len(added):,} new", f"{len(removed):,} gone"]
     if len(added):

@@ -79,21 +79,27 @@ def configure_runtime(config: Config) -> None:
         keep_freed_memory()
 
 
-def verifiers(config: Config) -> AbstractContextManager[Pool | None]:
+def verifiers(config: Config, log: Path | None = None) -> AbstractContextManager[Pool | None]:
     """The processes that judge completions, if the task needs any; enter before JAX touches a device."""
-    return nullcontext() if embedded(config) else make_pool(config)
+    return nullcontext() if embedded(config) else make_pool(config, log)
 
 
-def prepare(config: Config, weights: bool = True, pool: Pool | None = None) -> Setup:
+def prepare(
+    config: Config,
+    weights: bool = True,
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Setup:
     """Everything but arrays; raises ConfigError for what does not fit, before any weight is read.
 
     Args:
       weights: False = the checkpoint's tensors need not be there; for a plan.
       pool: the entered `verifiers`; without one text is neither judged nor are gold answers checked.
+      say: told of what takes long.
     """
     source, tokenizer, architecture = architecture_for(config, weights)
     mesh = make_mesh(config, architecture)
-    task = make_task(config, tokenizer, pool)
+    task = make_task(config, tokenizer, pool, say)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")

@@ -26,9 +26,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
-    with verifiers(config) as pool:
+    with verifiers(config, folder / "workers.log") as pool:
         configure_runtime(config)
-        setup = prepare(config, pool=pool)
+        setup = prepare(config, pool=pool, say=progress.say)
     with stop_requests() as stop, jax.set_mesh(setup.mesh):
         first = first_params(setup, folder, progress, stop)
     if first.params is None:

@@ -35,6 +35,7 @@ from pspo_jax.policy.base import Adapted, Policy, join
 from pspo_jax.replay import Groups
 from pspo_jax.state import DROPOUT, Outcome, Params, Rollouts, TrainState, purpose_key
 
+MAX_REWARD = 1e15
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, Rollouts, Float[Array, "B G"]], tuple[TrainState, Metrics]]
 
@@ -124,7 +125,8 @@ def make_train_step(
     """`train_step(state, rollouts, rewards) -> (state, metrics)`, jitted; `state` is donated.
 
     Uses config.objective and, for Dr.GRPO's constant, rollout.max_new_tokens. rewards [B, G] hold NaN where there is no
-    verdict. An update whose loss or gradient is not finite leaves params and optimizer state as they were.
+    verdict; those beyond 1e15 count as NaN. An update whose loss or gradient is not finite leaves params and optimizer
+    state as they were.
 
     Args:
       state_shardings: pytree of NamedSharding like the state; None = as the compiler chooses.
@@ -133,6 +135,8 @@ def make_train_step(
 
     def train_step(state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"]) -> tuple[TrainState, Metrics]:
         ids = rollouts.prompts.ids
+        # What is not finite, or whose square would not be, is no verdict: it must not reach the per-prompt state.
+        rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
         advantages, credit_state = algorithm.credit.estimate(state.credit, ids, rewards)
         raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
         groups, replay_state = algorithm.replay.exchange(

@@ -1,5 +1,7 @@
 """The training step: against a naive version, invariant to how it is cut up, guarded, compiled once, donated."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,8 +127,9 @@ def test_update_that_is_not_finite_is_skipped_and_counted():
     before = jax.tree.map(np.asarray, (state.params, state.opt_state))
     rollouts = sample(state.params, 0)
     rewards = rewards_of(rollouts)
+    bad = dataclasses.replace(rollouts, log_probs=rollouts.log_probs.at[0, 0, 0].set(jnp.nan))
     for expected in (1, 2):
-        state, metrics = step(state, rollouts, rewards.at[0, 0].set(jnp.inf))
+        state, metrics = step(state, bad, rewards)
         assert int(state.skipped) == expected == int(metrics["skipped_updates"])
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
     assert int(state.updates) == 0 and int(state.step) == 2
@@ -143,6 +146,27 @@ def test_no_verdicts_at_all_leave_the_policy_alone():
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
     assert float(metrics["rewards/no_verdict"]) == 1
     assert all(np.isfinite(float(v)) for v in metrics.values())
+
+
+@pytest.mark.parametrize("huge", [np.inf, -np.inf, 1e38])
+def test_absurd_rewards_never_reach_the_per_prompt_state(huge):
+    """One such number in a group counts as no verdict; priorities and statistics stay finite."""
+    _, _, state, step, sample = setup(algorithm__name="pspo")
+    rollouts = sample(state.params, 0)
+    clean = np.array(rewards_of(rollouts), np.float32)
+    dirty, missing = clean.copy(), clean.copy()
+    dirty[1, 2], missing[1, 2] = huge, np.nan
+    copy = jax.tree.map(jnp.copy, state)
+    after, _ = step(state, rollouts, dirty)
+    expected, _ = step(copy, rollouts, missing)
+    assert relative(after.params, expected.params) == 0
+    for a, b in zip(
+        jax.tree.leaves((after.selector, after.credit)),
+        jax.tree.leaves((expected.selector, expected.credit)),
+        strict=True,
+    ):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
 
 
 def test_nothing_is_traced_after_the_second_step_and_state_is_donated():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from pspo_jax import resume
 from pspo_jax.accounting import Totals
 from pspo_jax.config import ConfigError, replace
+from pspo_jax.evaluation.runner import _recover
 from pspo_jax.evaluation.statistics import summarise
 from pspo_jax.io.checkpoint import Checkpoints
 from pspo_jax.io.progress import Progress
@@ -33,6 +35,10 @@ def picky(completion, step, question, **rest):
     if completion.startswith("7"):
         raise ValueError(f"step {step}: I cannot stand 7")
     return None if completion.startswith("3") else 0.25 * len(question) / len(question)
+
+def loud(completion):
+    print("I print", len(completion))
+    return 0.0
 
 def lengths(prompts, completions, completion_ids, answer, **kwargs):
     assert len(prompts) == len(completions) == len(completion_ids) == len(answer) == 8
@@ -97,7 +103,7 @@ def run(env, place, name, expect=0, **fields):
     return done
 
 
-TERMS = "accuracy=1, format=0.5, my_rewards:picky=2, my_rewards:lengths=0.1"
+TERMS = "accuracy=1, format=0.5, my_rewards:picky=2, my_rewards:lengths=0.1, my_rewards:loud=1"
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +136,7 @@ def test_every_reward_is_logged_and_its_errors_are_kept(trained):
             assert accuracy == 0 or row["found"] == row["answer"]
         assert line["rewards/accuracy/mean"] == pytest.approx(np.mean([row["rewards/accuracy"] for row in dump]))
     assert any(line["rewards/accuracy/mean"] > 0 for line in lines)
+    assert "I print" in (folder / "workers.log").read_text() and "I print" not in out
 
 
 def test_chunks_change_nothing(trained, place, child_env):
@@ -265,6 +272,49 @@ def test_killed_evaluation_continues_as_if_it_had_not_been(trained, place, child
     assert other.returncode == 2 and "seed=0 there, 1 now" in out
 
 
+RESULT = {"right": [1.0, None], "found": ["3", None], "lengths": [3, 4], "truncated": [False, True]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"problem": 2, "ri',
+        b"\xff\xfe\x00",
+        b"[1, 2]\n",
+        json.dumps({"problem": 2}).encode() + b"\n",
+        json.dumps({"problem": 2, **RESULT, "right": ["x", 1.0]}).encode() + b"\n",
+        json.dumps({"problem": 2, **RESULT, "found": ["x"]}).encode() + b"\n",
+        json.dumps({"problem": 1, **RESULT}).encode() + b"\n",
+        json.dumps({"problem": 7, **RESULT}).encode() + b"\n",
+    ],
+)
+def test_damaged_results_are_sampled_again(tmp_path, damage):
+    header = {"benchmark": "b", "problems": 4, "samples": 2, "data": "x"}
+    good = [json.dumps(x).encode() + b"\n" for x in (header, *({"problem": i, **RESULT} for i in range(2)))]
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(b"".join(good) + damage)
+    assert _recover(path, header) == 2 and path.read_bytes() == b"".join(good)
+    with pytest.raises(ConfigError, match="holds results of other data"):
+        _recover(path, header | {"data": "y"})
+
+
+def test_results_beyond_the_last_problem_are_dropped(tmp_path):
+    header = {"benchmark": "b", "problems": 2, "samples": 2, "data": "x"}
+    lines = [json.dumps(x) + "\n" for x in (header, *({"problem": i, **RESULT} for i in range(3)))]
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    assert _recover(tmp_path / "b.jsonl", header) == 2
+
+
+def test_interrupted_evaluation_says_so_in_a_line(trained, place, child_env, tmp_path):
+    process = evaluate(child_env, place, tmp_path / "out", "--steps", "3", "--limit", "0")
+    path = tmp_path / "out" / "step_3" / "gsm8k.jsonl"
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "Traceback" not in out and "the same command carries on" in out, out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -275,6 +325,9 @@ def test_killed_evaluation_continues_as_if_it_had_not_been(trained, place, child
         (["--model", "x", "--out", "o", "--samples", "0"], "--samples 0: must be at least 1"),
         (["--model", "x", "--out", "o", "--samples", "2", "--k", "4"], "--k 4: must be from 1 to --samples 2"),
         (["--model", "x", "--out", "o", "--top-p", "0"], "--top-p 0.0: needs"),
+        (["--model", "x", "--out", "o", "--temperature", "nan"], "--temperature nan"),
+        (["--model", "x", "--out", "o", "--limit", "-3"], "--limit -3: must be at least 0"),
+        (["--model", "x", "--out", "o", "--seed", "9" * 20], "must be from 0 to 2147483647"),
         (["--model", "x", "--out", "o", "--prompt.templat", "y"], "prompt.template"),
         ([], "one of the arguments --run --model is required"),
     ],

@@ -114,16 +114,16 @@ def _recover(path: Path, header: dict[str, Any]) -> int:
         path.write_text(json.dumps(header) + "\n")
         return 0
     kept: list[str] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if kept and record.get("problem") != len(kept) - 1:
-                break
             if not kept and record != header:
                 raise ConfigError(f"--out: {path} holds results of other data or samples; name another folder")
+            if len(kept) > header["problems"] or (kept and not _whole(record, len(kept) - 1, header["samples"])):
+                break
             kept.append(line if line.endswith("\n") else line + "\n")
     if not kept:
         kept = [json.dumps(header) + "\n"]
@@ -131,6 +131,17 @@ def _recover(path: Path, header: dict[str, Any]) -> int:
     partial.write_text("".join(kept), encoding="utf-8")
     partial.rename(path)
     return len(kept) - 1
+
+
+def _whole(record: Any, problem: int, samples: int) -> bool:
+    """Whether a line is the result of this problem, and nothing else."""
+    if not isinstance(record, dict) or record.get("problem") != problem:
+        return False
+    kinds: dict[str, Any] = {"right": float | int | None, "found": str | None, "lengths": int, "truncated": bool}
+    columns = [record.get(name) for name in kinds]
+    if not all(isinstance(column, list) and len(column) == samples for column in columns):
+        return False
+    return all(isinstance(x, kind) for column, kind in zip(columns, kinds.values(), strict=True) for x in column or ())
 
 
 def read_summary(path: Path, ks: Sequence[int]) -> Summary:

@@ -106,7 +106,8 @@ class RunLog:
         priority = getattr(selector, "priority", None)
         if priority is None:
             return
-        counts, edges = np.histogram(np.asarray(jax.device_get(priority)), bins=30)
+        values = np.asarray(jax.device_get(priority))
+        counts, edges = np.histogram(values[np.isfinite(values)], bins=30)
         line = {"step": step, "priority": {"edges": edges.tolist(), "counts": counts.tolist()}}
         with self._strategy.open("a") as file:
             file.write(json.dumps(line) + "\n")

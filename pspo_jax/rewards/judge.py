@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,12 +32,12 @@ class _Ask(NamedTuple):
     columns: tuple[int, ...]
 
 
-def make_pool(config: Config) -> Pool:
-    """The workers that a config's tasks and rewards need."""
+def make_pool(config: Config, log: Path | None = None) -> Pool:
+    """The workers that a config's tasks and rewards need; what these print goes to `log`."""
     tasks = [part.task for part, _ in mixture(config)] or [config.task]
     # A package that is not installed is reported where the task is made.
     gym = any(t.name == "reasoning_gym" for t in tasks) and find_spec("reasoning_gym") is not None
-    return Pool(config.verifier, judge_functions(config), ("reasoning_gym",) if gym else ())
+    return Pool(config.verifier, judge_functions(config), ("reasoning_gym",) if gym else (), log)
 
 
 def judge_functions(config: Config) -> tuple[str, ...]:

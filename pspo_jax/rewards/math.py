@@ -12,6 +12,8 @@ from typing import Any
 
 ALTERNATIVES = "\x1e"
 """Between gold answers any of which is right."""
+RULES = 1
+"""Of this file; to be raised when a verdict may change."""
 MAX_ANSWER = 2000
 """Characters; a longer answer is wrong unless the gold answer is as long."""
 _TAIL = 500

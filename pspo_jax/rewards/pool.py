@@ -21,6 +21,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pspo_jax.config import ConfigError, VerifierConfig
@@ -109,16 +110,24 @@ class Pool:
     Args:
       config: deadline and limits.
       functions: user functions that every worker imports before its first request.
+      log: file for what verifiers print; None = nowhere.
       imports: slow modules of verifiers, imported once for all workers; they must start no thread.
     Raises:
       ConfigError: a user function cannot be imported.
     """
 
-    def __init__(self, config: VerifierConfig, functions: Sequence[str] = (), imports: Sequence[str] = ()):
+    def __init__(
+        self,
+        config: VerifierConfig,
+        functions: Sequence[str] = (),
+        imports: Sequence[str] = (),
+        log: Path | None = None,
+    ):
         self._config = config
         self._size = config.workers or max(2, min(8, os.cpu_count() or 2))
         self._functions = tuple(dict.fromkeys(functions))
         self._imports = list(imports)
+        self._log = None if log is None else str(log.absolute())
         self._inbox: deque[_Job] = deque()
         self._queue: deque[_Job] = deque()
         self._workers: list[_Worker] = []
@@ -208,6 +217,7 @@ class Pool:
             "network": self._config.network,
             "functions": self._functions,
             "imports": self._imports,
+            "log": self._log,
         }
         # No accelerator, and one thread: a fork is safe only from a process without others.
         environment = os.environ | {
@@ -313,8 +323,8 @@ class Pool:
             self._lost(worker)
             return
         if "failed" in message:
-            last = message["error"].strip().rpartition("\n")[2]
-            self._failure = f"task.function={message['failed']}: cannot be imported ({last})"
+            what = " ".join(message["error"].split())[:300]
+            self._failure = f"task.function, reward.terms: {message['failed']} cannot be imported ({what})"
             self._end(worker)
             self._drop(self._failure)
         elif "ready" in message:
@@ -363,7 +373,7 @@ class Pool:
         self._stillborn += not worker.ready
         if self._stillborn >= _STILLBORN * self._size and self._failure is None:
             names = ",".join(self._functions)
-            self._failure = (f"task.function={names}: " if names else "") + "verifiers end before they are ready"
+            self._failure = f"task.function, reward.terms: verifiers end before they are ready ({names or '-'})"
         if self._failure is None:
             self._spawn()
 

@@ -29,6 +29,8 @@ from pspo_jax.rewards import math as mathematics
 SPAWN, KILL = b"S", b"K"
 _PID = struct.Struct("<q")
 _CPU_MARGIN = 2
+_MAX_REWARD = 1e6
+_MAX_LOG = 16 * 2**20
 Verdict = tuple[float | list[float | None] | None, str | None]
 """(score, canonical answer)."""
 
@@ -50,8 +52,9 @@ def verify_choice(gold: str, completion: str, options: int) -> Verdict:
 
 
 def verify_gold(gold: str) -> Verdict:
-    """1 if a gold answer, given as a completion would give it, is accepted."""
-    return verify_math(gold, "\\boxed{" + gold.partition(mathematics.ALTERNATIVES)[0] + "}")
+    """1 if a gold answer, given as a completion would give it, is accepted; 0 if not, or if it cannot be read."""
+    value, name = mathematics.score(gold, "\\boxed{" + gold.partition(mathematics.ALTERNATIVES)[0] + "}")
+    return value or 0.0, name
 
 
 def verify_gym(dataset: str, options: dict[str, Any], index: int, completion: str) -> Verdict:
@@ -127,8 +130,8 @@ def _number(function: str, value: Any) -> float | None:
     if isinstance(value, str | list | tuple | dict) or getattr(value, "ndim", 0) > 0:
         raise TypeError(f"{function} must return one number or None for a completion, got {str(value)[:60]!r}")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{function} returned {number}; return None where there is no verdict")
+    if not abs(number) <= _MAX_REWARD:
+        raise ValueError(f"{function} returned {number}, allowed is up to 1e6; return None where there is no verdict")
     return number
 
 
@@ -163,8 +166,9 @@ def serve(channel: Connection, limits: dict[str, Any]) -> None:
         try:
             if _takes_lists(load_function(function)):
                 grouped.append(function)
-        except (Exception, SystemExit):  # noqa: BLE001 - the user's module may raise anything; it is reported in full
-            channel.send_bytes(json.dumps({"failed": function, "error": traceback.format_exc()}).encode())
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's module may raise anything; it is reported
+            reason = f"{type(error).__name__}: {error}"
+            channel.send_bytes(json.dumps({"failed": function, "error": reason}).encode())
             return
     channel.send_bytes(json.dumps({"ready": True, "grouped": grouped}).encode())
     while True:
@@ -173,6 +177,8 @@ def serve(channel: Connection, limits: dict[str, Any]) -> None:
         except EOFError:
             return
         _allow_cpu(limits["deadline"])
+        if os.fstat(1).st_size > _MAX_LOG:
+            _print_to(None)
         reply: dict[str, Any] = {"score": None, "answer": None, "error": None}
         try:
             reply["score"], reply["answer"] = VERIFIERS[kind](**arguments)
@@ -196,7 +202,17 @@ def _confine(limits: dict[str, Any]) -> None:
         sys.addaudithook(_no_network)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    _print_to(limits["log"])
     sys.setrecursionlimit(2000)
+
+
+def _print_to(path: str | None) -> None:
+    """Where this process's output goes; None = nowhere."""
+    with open(path or os.devnull, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _no_network(event: str, arguments: tuple[Any, ...]) -> None:

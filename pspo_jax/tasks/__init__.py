@@ -1,5 +1,7 @@
 """Where prompts come from and what a right answer is."""
 
+from collections.abc import Callable
+
 from pspo_jax.config import Config
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.alphabet import CharTokenizer
@@ -15,10 +17,15 @@ def own_tokenizer(config: Config) -> CharTokenizer:
     return TOKENIZER if config.task.name == "arithmetic" else CharTokenizer(CHARACTERS, VOCAB)
 
 
-def make_task(config: Config, tokenizer: TextTokenizer | CharTokenizer, pool: Pool | None = None) -> Task:
+def make_task(
+    config: Config,
+    tokenizer: TextTokenizer | CharTokenizer,
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Task:
     """The task that a config names. `pool` judges text; None = nothing is judged, as in a plan."""
     if not isinstance(tokenizer, CharTokenizer):
-        return text_task(config, tokenizer, pool)
+        return text_task(config, tokenizer, pool, say)
     if config.task.name == "arithmetic":
         return arithmetic(config.task, config.rollout.prompt_bucket)
     return countdown_task(config.task, config.rollout.prompt_bucket, config.rollout.max_new_tokens)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Source(NamedTuple):
     convert: Callable[[dict[str, Any]], Question]
     settings: str
     """What `convert` depends on, for the cache."""
+    field: str = "task"
+    """The field that names it."""
 
 
 def quiet() -> Any:
@@ -98,7 +101,7 @@ def _read_file(datasets: Any, path: Path, field: str) -> Any:
     if path.suffix == ".arrow":
         return datasets.Dataset.from_file(str(path))
     if path.suffix not in READERS:
-        raise ConfigError(f"{field}={path}: of what format? Name it {', '.join(READERS)} or .arrow")
+        raise ConfigError(f"{field}={path}: of what format? It must be {', '.join(READERS)} or .arrow, unpacked")
     return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
 
 
@@ -109,7 +112,8 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     needs_answer = c.name != "python_function"
     assert prompt is not None
     answer = _column(records, c.answer_column, ANSWER_COLUMNS, "task.answer_column", data, optional=not needs_answer)
-    transform = c.answer_transform or ("gsm8k" if c.name == "gsm8k" else _guess(records, answer))
+    with _utf8(field, data):
+        transform = c.answer_transform or ("gsm8k" if c.name == "gsm8k" else _guess(records, answer))
     choices = c.choices_column if c.name == "multiple_choice" else None
     if choices is not None:
         _column(records, choices, (), "task.choices_column", data)
@@ -117,7 +121,10 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     given = {"function": c.function} if c.name == "python_function" else {}
 
     def convert(record: dict[str, Any]) -> Question:
-        text = _text(record[prompt])
+        try:
+            text = _text(record[prompt])
+        except (TypeError, UnicodeDecodeError) as error:
+            return Question("", "", {}, f"column {prompt} is no text ({error})")
         if not text.strip():
             return Question(text, "", {}, "empty prompt")
         if answer is None:
@@ -125,7 +132,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
         if record[answer] is None:
             return Question(text, "", {}, "no gold answer")
         try:
-            gold = TRANSFORMS[transform](record[answer])
+            gold = TRANSFORMS[transform](_gold_value(record[answer]))
         except (ValueError, SyntaxError, TypeError):
             return Question(text, str(record[answer])[:200], {}, f"{_BAD_ANSWER} by answer_transform {transform}")
         if not gold.strip():
@@ -133,7 +140,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
         return with_choices(text, gold, record[choices]) if choices else Question(text, gold, given)
 
     settings = json.dumps([prompt, answer, transform, choices, given])
-    return Source(data, c.name, records, convert, settings)
+    return Source(data, c.name, records, convert, settings, field)
 
 
 def _column(
@@ -161,10 +168,21 @@ def _guess(records: Any, answer: str | None) -> str:
 
 def _text(value: Any) -> str:
     """A prompt column as text: a string, or messages whose last user turn counts."""
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, dict):
+        raise TypeError("an object, not text")
     if isinstance(value, list):
         turns = [m["content"] for m in value if isinstance(m, dict) and m.get("role") == "user"]
         return str(turns[-1]) if turns else ""
     return "" if value is None else str(value)
+
+
+def _gold_value(value: Any) -> Any:
+    """Bytes as text; ValueError for an object, whose text would be Python's."""
+    if isinstance(value, dict):
+        raise ValueError("an object is no answer")
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _after_hashes(value: Any) -> str:
@@ -267,16 +285,40 @@ def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str,
         "\0".join([_LAYOUT, source.records._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
     ).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
-    return source.records.map(
-        prepare,
-        batched=True,
-        with_indices=True,
-        remove_columns=source.records.column_names,
-        features=features,
-        new_fingerprint=key,
-        cache_file_name=str(folder / f"prompts-{key}.arrow"),
-        load_from_cache_file=True,
-    )
+    path = folder / f"prompts-{key}.arrow"
+    if path.exists() and not _readable(datasets, path):
+        path.unlink()
+
+    with _utf8(source.field, source.name):
+        return source.records.map(
+            prepare,
+            batched=True,
+            with_indices=True,
+            remove_columns=source.records.column_names,
+            features=features,
+            new_fingerprint=key,
+            cache_file_name=str(path),
+            load_from_cache_file=True,
+        )
+
+
+@contextmanager
+def _utf8(field: str, data: str) -> Iterator[None]:
+    """datasets decodes text only where it is read, and then raises what no message of ours would name."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{field}={data}: is not UTF-8 ({error}); convert it") from error
+
+
+def _readable(datasets: Any, path: Path) -> bool:
+    """Whether a cached file is whole; a full disk or a kill may have cut it off."""
+    import pyarrow
+
+    try:
+        return len(datasets.Dataset.from_file(str(path))) >= 0
+    except (pyarrow.ArrowException, OSError):
+        return False
 
 
 def numbers(rows: Any, name: str) -> np.ndarray:
@@ -295,6 +337,7 @@ def cache_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.write_text("")
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"task.cache={folder}: {error.strerror}; name a folder that can be written") from error
     return folder

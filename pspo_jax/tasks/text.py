@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,10 +15,11 @@ from jaxtyping import Int
 from pspo_jax.config import Config, ConfigError
 from pspo_jax.mixture import mixture
 from pspo_jax.rewards.judge import text_judge
-from pspo_jax.rewards.pool import Pool, Request
+from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
 from pspo_jax.tasks.countdown import source as countdown_source
 from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
+from pspo_jax.tasks.gold import NO_VERDICT, REFUSED, check_gold
 from pspo_jax.tasks.gym import source as gym_source
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
@@ -28,7 +27,6 @@ MADE = {"countdown": countdown_source, "reasoning_gym": gym_source}
 """Tasks that make their prompts: (config, seed, count) -> Source."""
 MADE_PROMPTS = 10_000
 _HEAD = 200
-_GOLD_BLOCK = 2048
 
 
 class _Pick(NamedTuple):
@@ -74,11 +72,14 @@ class _Column(Sequence[str]):
         return self._records[range(len(self))[int(i)]][self._name]
 
 
-def text_task(config: Config, tokenizer: TextTokenizer, pool: Pool | None) -> Task:
+def text_task(
+    config: Config, tokenizer: TextTokenizer, pool: Pool | None, say: Callable[[str], None] = lambda _: None
+) -> Task:
     """The task, or the mixture of tasks, of a config.
 
     Args:
       pool: checks gold answers and judges completions; None = neither, for plans and exports.
+      say: told of what takes long.
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
@@ -87,7 +88,7 @@ def text_task(config: Config, tokenizer: TextTokenizer, pool: Pool | None) -> Ta
     identity = _identity(tokenizer, config)
     trains, heldouts, records = [], [], []
     for number, (part, _) in enumerate(parts):
-        train, heldout, sources = _split(part, encode, identity, pool, 2 * number)
+        train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
         records += sources
@@ -113,12 +114,17 @@ def text_task(config: Config, tokenizer: TextTokenizer, pool: Pool | None) -> Ta
 
 
 def benchmark_prompts(
-    source: Source, config: Config, tokenizer: TextTokenizer, pool: Pool | None, limit: int
+    source: Source,
+    config: Config,
+    tokenizer: TextTokenizer,
+    pool: Pool | None,
+    limit: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> PromptSet:
     """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
     identity = _identity(tokenizer, config)
     rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config), 0)
-    pick = _filter(rows, source.name, config, pool, duplicates=True)
+    pick = _filter(rows, source.name, config, pool, say, duplicates=True)
     pick = pick._replace(keep=pick.keep[: limit or None])
     if not len(pick.keep):
         raise ConfigError(f"{source.name}: holds no row that can be verified ({why(pick.left_out)})")
@@ -141,22 +147,27 @@ def _none(seed: int, count: int) -> Iterator[Demonstrations]:
 
 
 def _split(
-    c: Config, encode: Callable[[str], list[int]], identity: str, pool: Pool | None, part: int
+    c: Config,
+    encode: Callable[[str], list[int]],
+    identity: str,
+    pool: Pool | None,
+    part: int,
+    say: Callable[[str], None],
 ) -> tuple[_Pick, _Pick, list[Any]]:
     """Training and held-out rows of one task, and the records that `part` and `part + 1` stand for."""
     t, folder = c.task, cache_folder(c)
     if t.name in MADE:
         count = (t.train_prompts or MADE_PROMPTS) + t.heldout_prompts
         source = MADE[t.name](c, t.seed, count)
-        pick = _filter(tokenised(source, encode, identity, folder, part), source.name, c, None)
+        pick = _filter(tokenised(source, encode, identity, folder, part), source.name, c, None, say)
         return (*_cut(pick, c), [source.records, source.records])
     assert t.train_data is not None
     source = from_data(t.train_data, "task.train_data", t.train_split, t)
-    train = _filter(tokenised(source, encode, identity, folder, part), source.name, c, pool)
+    train = _filter(tokenised(source, encode, identity, folder, part), source.name, c, pool, say)
     if t.heldout_data is None:
         return (*_cut(train, c), [source.records, source.records])
     other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
-    heldout = _filter(tokenised(other, encode, identity, folder, part + 1), other.name, c, pool)
+    heldout = _filter(tokenised(other, encode, identity, folder, part + 1), other.name, c, pool, say)
     heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
     train = _without(train, heldout, source.name)
     return (
@@ -178,7 +189,9 @@ def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
     return train, _Pick(pick.rows, pick.keep[-n:], [])
 
 
-def _filter(rows: Any, name: str, c: Config, pool: Pool | None, duplicates: bool = False) -> _Pick:
+def _filter(
+    rows: Any, name: str, c: Config, pool: Pool | None, say: Callable[[str], None], duplicates: bool = False
+) -> _Pick:
     """Rows that are prompts: converted, short enough, once each, and with a gold answer that verifies itself."""
     reason = np.array(rows["reason"], object)
     lengths = numbers(rows, "length")
@@ -188,46 +201,14 @@ def _filter(rows: Any, name: str, c: Config, pool: Pool | None, duplicates: bool
         reason[good[~first_of_each(numbers(rows, "question")[good])]] = "duplicate"
     if pool is not None and c.task.check_gold:
         good = np.flatnonzero(reason == "")
-        reason[good[~_verifiable(rows, good, c, pool)]] = "gold answer does not verify itself"
+        verdicts = check_gold(rows, good, pool, cache_folder(c), say)
+        reason[good[verdicts == REFUSED]] = "gold answer does not verify itself"
+        reason[good[verdicts == NO_VERDICT]] = "gold answer not verified within verifier.deadline"
     keep = np.flatnonzero(reason == "")
     out = np.flatnonzero(reason != "")
     texts = rows.select(out)["text"] if len(out) else []
     left_out = [LeftOut(name, int(i), str(reason[i]), text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
     return _Pick(rows, keep, left_out)
-
-
-def _verifiable(rows: Any, which: Int[np.ndarray, "n"], c: Config, pool: Pool) -> np.ndarray:
-    """Whether each gold answer, given back as `\\boxed{gold}`, is accepted; remembered in the cache folder."""
-    if not len(which) or rows[int(which[0])]["kind"] not in ("math", "gsm8k"):
-        return np.ones(len(which), bool)
-    digests = numbers(rows, "digest")[which]
-    key = hashlib.sha256(digests.tobytes() + _verifier_version().encode()).hexdigest()[:24]
-    path = cache_folder(c) / f"golds-{key}.npy"
-    if path.exists():
-        found = np.load(path)
-        if found.shape == (len(which),):
-            return found
-    out = []
-    for start in range(0, len(which), _GOLD_BLOCK):
-        golds = rows.select(which[start : start + _GOLD_BLOCK])["answer"]
-        requests = [Request("gold", {"gold": gold}) for gold in golds]
-        replies = pool.submit(requests).result()
-        for i in [i for i, reply in enumerate(replies) if reply.score is None]:
-            replies[i] = pool.submit([requests[i]]).result()[0]  # alone, in case the machine was busy
-        out += [reply.score for reply in replies]
-    accepted = np.array([score == 1 for score in out])
-    if None in out:
-        return accepted  # a time-out may be this machine's: not to be remembered
-    partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, accepted)
-    partial.rename(path)
-    return accepted
-
-
-def _verifier_version() -> str:
-    from importlib.metadata import version
-
-    return f"math-verify {version('math-verify')}"
 
 
 def _apart(trains: list[_Pick], heldouts: list[_Pick], parts: list[Config]) -> list[_Pick]:

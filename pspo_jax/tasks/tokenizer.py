@@ -18,6 +18,8 @@ class TextTokenizer:
 
     def __init__(self, hf: Any, folder: Path, stop_ids: tuple[int, ...], vocab_size: int):
         self.hf = hf
+        # Prompts that are too long are counted and listed; a warning per tokenizer would add nothing.
+        hf.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.folder = folder
         self.stop_ids = stop_ids
         """Ids that end a completion: those of the tokenizer, generation config and config together."""

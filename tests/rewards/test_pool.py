@@ -282,7 +282,11 @@ def test_an_exception_is_no_verdict_and_kept_whole(pool):
     [
         ("short", "ValueError: user_rewards_of_test_pool:short returned 1 rewards for 2 completions"),
         ("no_list", "TypeError: user_rewards_of_test_pool:no_list must return a list of 2 numbers, got float"),
-        ("nan", "ValueError: user_rewards_of_test_pool:nan returned nan; return None where there is no verdict"),
+        (
+            "nan",
+            "ValueError: user_rewards_of_test_pool:nan returned nan, allowed is up to 1e6; return None where there is "
+            "no verdict",
+        ),
         ("text", "TypeError: user_rewards_of_test_pool:text must return one number or None for a completion"),
     ],
 )
@@ -341,7 +345,7 @@ def test_a_function_that_cannot_be_imported(folder, function, why):
     with pytest.raises(ConfigError) as error, entered(folder, [function], workers=2, deadline=3.0):
         pass
     text = str(error.value)
-    assert text.startswith(f"task.function={function}: ") and why in text and "\n" not in text
+    assert text.startswith("task.function, reward.terms: ") and function in text and why in text and "\n" not in text
 
 
 def test_failure_that_is_known_before_the_first_request(folder, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 
@@ -459,3 +460,34 @@ def test_a_hub_id_without_network(monkeypatch, tokenizer, config):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused(lambda: make_task(config(task__train_data="someone/something"), tokenizer))
     assert "task.train_data=someone/something: cannot be read" in message and "hub id" in message
+
+
+def test_a_cached_file_that_was_cut_off_is_made_anew(tmp_path, tokenizer, config):
+    path = jsonl(tmp_path / "x.jsonl", ROWS)
+    whole = make_task(config(task__train_data=path), tokenizer).train.fingerprint()
+    (cached,) = tmp_path.rglob("prompts-*.arrow")
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert make_task(config(task__train_data=path), tokenizer).train.fingerprint() == whole
+    assert len(cached.read_bytes()) > 100
+
+
+def test_columns_that_are_no_text_are_left_out_and_named(tmp_path, tokenizer, config):
+    rows = [{"problem": {"a": i}, "answer": "1"} for i in range(3)]
+    with pytest.raises(ConfigError, match=r"3 column problem is no text \(an object, not text\)"):
+        make_task(config(task__train_data=jsonl(tmp_path / "x.jsonl", rows)), tokenizer)
+    rows = [*ROWS, {"problem": "?", "answer": "1", "level": 1}]
+    table = datasets.Dataset.from_dict(
+        {"problem": [r["problem"].encode() for r in rows[:-1]] + [b"\xff"], "answer": [r["answer"] for r in rows]}
+    )
+    table.to_parquet(tmp_path / "x.parquet")
+    task = make_task(config(task__train_data=str(tmp_path / "x.parquet")), tokenizer)
+    assert task.train.texts[0] == ROWS[0]["problem"]
+    assert [item.row for item in task.train.left_out] == [12] and "utf-8" in task.train.left_out[0].reason
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path, tokenizer, config):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes("".join(json.dumps(r) + "\n" for r in ROWS).encode() + b'{"problem": "gr\xfcn", "answer": "1"}\n')
+    with pytest.raises(ConfigError, match=r"^task.train_data=[^\n]*x.jsonl: [^\n]*$") as error:
+        make_task(config(task__train_data=str(path)), tokenizer)
+    assert "utf-8" in str(error.value).lower()

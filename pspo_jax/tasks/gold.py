@@ -1,0 +1,72 @@
+"""Whether gold answers can be verified at all, found out before training and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from pspo_jax.rewards import math
+from pspo_jax.rewards.pool import Pool, Request
+from pspo_jax.tasks.data import numbers
+
+ACCEPTED, REFUSED, NO_VERDICT = 1, 0, -1
+CHECKED = ("math", "gsm8k")
+"""Tasks whose gold answer may be unreadable; the others' are made, or are letters."""
+_BLOCK = 2048
+_SAID_FROM = 2000
+
+
+def check_gold(
+    rows: Any, which: Int[np.ndarray, "n"], pool: Pool, folder: Path, say: Callable[[str], None]
+) -> Int[np.ndarray, "n"]:
+    """ACCEPTED, REFUSED or NO_VERDICT for each row's gold answer, given back as `\\boxed{gold}`.
+
+    Args:
+      rows: a dataset that `tasks.data.tokenised` made.
+      which: its rows to check.
+      folder: keeps the result; it is found again for the same rows and rules.
+      say: told before a check that takes long.
+    """
+    if not len(which) or rows[int(which[0])]["kind"] not in CHECKED:
+        return np.full(len(which), ACCEPTED, np.int8)
+    rules = f"{version('math-verify')} {math.RULES}"
+    key = hashlib.sha256(numbers(rows, "digest")[which].tobytes() + rules.encode()).hexdigest()[:24]
+    path = folder / f"golds-{key}.npy"
+    found = _remembered(path, len(which))
+    if found is not None:
+        return found
+    if len(which) >= _SAID_FROM:
+        say(f"checking that {len(which):,} gold answers can be verified (once; task.check_gold false skips it)")
+    parts = [_block(rows.select(which[i : i + _BLOCK])["answer"], pool) for i in range(0, len(which), _BLOCK)]
+    out = np.concatenate(parts)
+    partial = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, out)
+    partial.rename(path)
+    return out
+
+
+def _remembered(path: Path, count: int) -> Int[np.ndarray, "n"] | None:
+    if not path.exists():
+        return None
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None  # cut off; it is written anew
+    return found if found.shape == (count,) else None
+
+
+def _block(golds: list[str], pool: Pool) -> Int[np.ndarray, "n"]:
+    requests = [Request("gold", {"gold": gold}) for gold in golds]
+    replies = pool.submit(requests).result()
+    again = [i for i, reply in enumerate(replies) if reply.score is None]
+    # Once more, as the machine may have been busy with the others.
+    for i, reply in zip(again, pool.submit([requests[i] for i in again]).result(), strict=True):
+        replies[i] = reply
+    return np.array([NO_VERDICT if r.score is None else int(r.score == 1) for r in replies], np.int8)
