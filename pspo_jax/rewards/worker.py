@@ -20,6 +20,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -66,16 +67,11 @@ def verify_gym(dataset: str, options: dict[str, Any], index: int, completion: st
     return float(maker.score_answer(answer, maker[index])), answer[:200]
 
 
-_GYMS: dict[tuple[str, str], Any] = {}
-
-
+@lru_cache(64)
 def _gym(dataset: str, options: str) -> Any:
     import reasoning_gym
 
-    key = (dataset, options)
-    if key not in _GYMS:
-        _GYMS[key] = reasoning_gym.create_dataset(dataset, **json.loads(options))
-    return _GYMS[key]
+    return reasoning_gym.create_dataset(dataset, **json.loads(options))
 
 
 def verify_function(
