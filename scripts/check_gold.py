@@ -2,8 +2,8 @@
 
     python scripts/check_gold.py gsm8k_test.jsonl math500.jsonl minerva.jsonl ...
 
-Each gold answer is given back as \\boxed{gold}. A wrong one is the gold answer with one digit changed or, where there is
-no digit, with 1 added (at most 500, of rows with one alternative). Misses are printed.
+Each gold answer is given back as \\boxed{gold}. A wrong one is the gold answer with one digit changed or, where there
+is no digit, with 1 added (at most 500, of rows with one alternative). Misses are printed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,29 +168,18 @@ def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
 
 
 def test_changed_data_is_refused_with_what_differs_or_followed(trained, place, child_env):
-    folder = trained[0]
     rows = (place / "rows.jsonl").read_text().split("\n")
     (place / "other.jsonl").write_text("\n".join([*rows[:20], *rows[21:]]))
-    fields = {"reward__terms": TERMS, "reward__format": "open_rs", "log__completions_format": "parquet"}
-    same = {**fields, "run__steps": 4, "optimizer__schedule": "constant"}
-    run(child_env, place, "b", **{**same, "run__steps": 4})
+    shutil.copytree(trained[0], place / "b")
     (place / "b" / "summary.json").unlink()
-    _drop_last_checkpoint(place / "b")
-    done = run(child_env, place, "b", expect=2, **same, task__train_data=place / "other.jsonl")
+    shutil.rmtree(place / "b" / "checkpoints" / "3")
+    fields = {"reward__terms": TERMS, "reward__format": "open_rs", "task__train_data": place / "other.jsonl"}
+    done = run(child_env, place, "b", expect=2, **fields)
     assert done.stderr.count("\n") == 1 and "task.train_data" in done.stderr and "another config" in done.stderr
-    changed = command(place, "b", **same, task__train_data=place / "other.jsonl")
-    done = subprocess.run(
-        [*changed, "--allow-data-change"], env=child_env, cwd=place, capture_output=True, text=True, timeout=300
-    )
+    changed = [*command(place, "b", **fields), "--allow-data-change"]
+    done = subprocess.run(changed, env=child_env, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "52 then, 51 now, 0 new, 1 gone" in done.stdout and "resuming at step 3 of 4" in done.stdout
-    del folder
-
-
-def _drop_last_checkpoint(folder):
-    import shutil
-
-    shutil.rmtree(folder / "checkpoints" / "4")
+    assert "52 then, 51 now, 0 new, 1 gone" in done.stdout and "resuming at step 2 of 3" in done.stdout
 
 
 def test_statistics_follow_their_prompts(tmp_path):
@@ -270,6 +260,17 @@ def test_killed_evaluation_continues_as_if_it_had_not_been(trained, place, child
     other = evaluate(child_env, place, tmp_path / "cut", "--steps", "1,3", "--seed", "1")
     out = other.communicate(timeout=300)[0]
     assert other.returncode == 2 and "seed=0 there, 1 now" in out
+
+
+def test_importing_starts_no_backend(child_env):
+    """Verifiers are forked before JAX touches a device; an array made at import would be one."""
+    code = (
+        "import pspo_jax.train, pspo_jax.evaluate\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=child_env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 RESULT = {"right": [1.0, None], "found": ["3", None], "lengths": [3, 4], "truncated": [False, True]}

@@ -21,6 +21,7 @@ PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution", "target")
 _LAYOUT = "1"
 """Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
+_SAID_FROM = 20_000
 _BAD_ANSWER = "gold answer cannot be read"
 
 
@@ -246,7 +247,14 @@ def with_choices(text: str, gold: str, options: Any) -> Question:
     return Question("\n".join([text, *lines]), letter, {"options": len(options)})
 
 
-def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str, folder: Path, part: int) -> Any:
+def tokenised(
+    source: Source,
+    encode: Callable[[str], list[int]],
+    identity: str,
+    folder: Path,
+    part: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> Any:
     """`source` as a datasets.Dataset with columns text, answer, kind, extra, reason, ids, their length, part, row,
     digest (hash of kind, text and answer) and question (of the text).
 
@@ -288,7 +296,8 @@ def tokenised(source: Source, encode: Callable[[str], list[int]], identity: str,
     path = folder / f"prompts-{key}.arrow"
     if path.exists() and not _readable(datasets, path):
         path.unlink()
-
+    if not path.exists() and len(source.records) >= _SAID_FROM:
+        say(f"tokenising {len(source.records):,} prompts of {source.name} (once; they are kept in {folder})")
     with _utf8(source.field, source.name):
         return source.records.map(
             prepare,

@@ -123,7 +123,7 @@ def benchmark_prompts(
 ) -> PromptSet:
     """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
     identity = _identity(tokenizer, config)
-    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config), 0)
+    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config), 0, say)
     pick = _filter(rows, source.name, config, pool, say, duplicates=True)
     pick = pick._replace(keep=pick.keep[: limit or None])
     if not len(pick.keep):
@@ -159,15 +159,15 @@ def _split(
     if t.name in MADE:
         count = (t.train_prompts or MADE_PROMPTS) + t.heldout_prompts
         source = MADE[t.name](c, t.seed, count)
-        pick = _filter(tokenised(source, encode, identity, folder, part), source.name, c, None, say)
+        pick = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, None, say)
         return (*_cut(pick, c), [source.records, source.records])
     assert t.train_data is not None
     source = from_data(t.train_data, "task.train_data", t.train_split, t)
-    train = _filter(tokenised(source, encode, identity, folder, part), source.name, c, pool, say)
+    train = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, pool, say)
     if t.heldout_data is None:
         return (*_cut(train, c), [source.records, source.records])
     other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
-    heldout = _filter(tokenised(other, encode, identity, folder, part + 1), other.name, c, pool, say)
+    heldout = _filter(tokenised(other, encode, identity, folder, part + 1, say), other.name, c, pool, say)
     heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
     train = _without(train, heldout, source.name)
     return (

@@ -84,7 +84,7 @@ def test_whole_numbers_written_as_floats(pool):
     assert scores(pool, [(gold, gold[0].removesuffix(".0")) for gold in rows]) == [1.0] * 40
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])
 def test_perturbed_answers_are_wrong(pool, name, seed):
     rng = random.Random(seed)
@@ -186,13 +186,13 @@ def test_any_alternative_is_right():
 
 
 def test_unreadable_answers():
-    """No answer is wrong; no gold answer is no verdict; a megabyte is wrong unread."""
+    """No answer is wrong; no gold answer is no verdict, and does not verify itself; a megabyte is wrong unread."""
     assert verify_math("5", None) == (0.0, None)
     assert verify_math("5", "\\boxed{}")[0] == 0.0
     assert verify_math("", "\\boxed{5}")[0] is None
     assert verify_math("5", "5" * MEGABYTE) == (0.0, None)
     assert verify_gold("\\frac12") == (1.0, canonical("0.5"))
-    assert verify_gold("")[0] is None
+    assert verify_gold("") == (0.0, None)
 
 
 def test_canonical_names_for_votes():

@@ -23,7 +23,7 @@ def outcome(advantages, rewards=None, raw=None):
     return Outcome(rewards, a, a if raw is None else jnp.asarray(raw, jnp.float32))
 
 
-@given(st.integers(1, 23), st.data())
+@given(st.sampled_from([1, 2, 3, 5, 8, 16, 23]), st.data())  # each pair of sizes compiles anew
 def test_uniform_visits_every_prompt_once_an_epoch(n, data):
     b = data.draw(st.integers(1, n))
     selector = uniform()
