@@ -22,11 +22,12 @@ from pspo_jax import cli
 from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, NAMES, benchmark_source
-from pspo_jax.evaluation.runner import Work, read_summary, run_benchmark
+from pspo_jax.evaluation.runner import StoppedError, Work, read_summary, run_benchmark
 from pspo_jax.export import choose_steps
 from pspo_jax.io.checkpoint import read_params
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
+from pspo_jax.io.stop import stop_requests
 from pspo_jax.parallel.mesh import make_mesh, params_shardings
 from pspo_jax.policy import transformer
 from pspo_jax.policy.base import join
@@ -61,8 +62,9 @@ def main(argv: Sequence[str]) -> int:
     _check_settings(out, config, args)
     progress = Progress(True)
     try:
-        return _run(args, config, names, data, steps, out, progress)
-    except KeyboardInterrupt:
+        with stop_requests() as stop:
+            return _run(args, config, names, data, steps, out, progress, stop)
+    except (StoppedError, KeyboardInterrupt):
         progress.say(f"interrupted; what is done is in {out}, and the same command carries on")
         return 130
 
@@ -75,6 +77,7 @@ def _run(
     steps: list[int],
     out: Path,
     progress: Progress,
+    stop: Callable[[], bool],
 ) -> int:
     with verifiers(config) as pool:
         configure_runtime(config)
@@ -92,7 +95,7 @@ def _run(
             candidates = _candidates(args, steps, source, architecture, policy, mesh)
             rows: dict[str, dict[str, tables.Summary]] = {}
             for candidate in candidates:
-                rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress)
+                rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
                 _write(out, rows, {c.label: c.step for c in candidates})
     progress.say((out / "table.md").read_text())
     progress.say(f"written to {out}")
@@ -300,7 +303,7 @@ def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None
 
 
 def _evaluate(
-    candidate: Candidate, works: list[Work], out: Path, ks: list[int], progress: Progress
+    candidate: Candidate, works: list[Work], out: Path, ks: list[int], progress: Progress, stop: Callable[[], bool]
 ) -> dict[str, tables.Summary]:
     loaded: list[Any] = []
 
@@ -314,7 +317,7 @@ def _evaluate(
     for work in works:
         path = folder / f"{work.name}.jsonl"
         with progress.phase(f"{candidate.label} {work.name}", len(work.prompts.lengths)) as bar:
-            run_benchmark(work, weights, path, bar)
+            run_benchmark(work, weights, path, bar, stop)
         found[work.name] = read_summary(path, ks)
     return found
 

@@ -46,7 +46,17 @@ class Work(NamedTuple):
         }
 
 
-def run_benchmark(work: Work, weights: Callable[[], Any], path: Path, tick: Callable[[int, str], None]) -> None:
+class StoppedError(Exception):
+    """A stop was asked for; what is done is on disk."""
+
+
+def run_benchmark(
+    work: Work,
+    weights: Callable[[], Any],
+    path: Path,
+    tick: Callable[[int, str], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Complete `path`, a JSONL file: a header, then a line per problem. What it holds already is kept.
 
     Completion s of problem i draws with row number i n + s of one key, so that a continued evaluation draws what an
@@ -55,6 +65,9 @@ def run_benchmark(work: Work, weights: Callable[[], Any], path: Path, tick: Call
     Args:
       weights: loads them; called only if something is left to do.
       tick: told of each batch of problems that is done.
+      stop: asked before each batch.
+    Raises:
+      StoppedError: stop() became true.
     """
     done = _recover(path, work.header())
     total = len(work.prompts.lengths)
@@ -74,6 +87,9 @@ def run_benchmark(work: Work, weights: Callable[[], Any], path: Path, tick: Call
             tick(item[1], work.name)
 
         for start in range(done, total, work.batch):
+            if stop():
+                write(waiting)
+                raise StoppedError
             rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
             prompts = jax.device_put(
                 gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh)
