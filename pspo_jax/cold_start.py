@@ -142,7 +142,8 @@ def cold_start(
 def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Any]:
     """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from."""
     stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
-    fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k != "sft.share"}
+    free = ("sft.share", "task.allow_change", "task.cache")
+    fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
     fields["run.seed"] = config.run.seed
     fields["rollout.prompt_bucket"] = config.rollout.prompt_bucket
     fields["heldout"] = task.heldout.fingerprint()
