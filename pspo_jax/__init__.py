@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pspo_jax.optimizer import adamw
     from pspo_jax.policy import Architecture, Policy, built_in, from_logits, from_nnx, transformer
     from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.selection import Columns, Scorer, Selector, Sizes
     from pspo_jax.state import Outcome, Prompts, Rollouts, TrainState
     from pspo_jax.step import init_state, make_train_step
 
@@ -23,6 +24,7 @@ _HOMES = {
     "optimizer": ("adamw",),
     "policy": ("Architecture", "Policy", "built_in", "from_logits", "from_nnx", "transformer"),
     "rollout": ("SamplingParams", "make_sampler"),
+    "selection": ("Columns", "Scorer", "Selector", "Sizes"),
     "state": ("Outcome", "Prompts", "Rollouts", "TrainState"),
     "step": ("init_state", "make_train_step"),
 }
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "Algorithm",
     "Architecture",
+    "Columns",
     "Config",
     "ConfigError",
     "Outcome",
@@ -37,6 +40,9 @@ __all__ = [
     "Prompts",
     "Rollouts",
     "SamplingParams",
+    "Scorer",
+    "Selector",
+    "Sizes",
     "TrainState",
     "adamw",
     "build",

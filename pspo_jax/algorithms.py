@@ -6,27 +6,51 @@ config into the strategies themselves.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from pspo_jax import credit, replay, selection
-from pspo_jax.config import AlgorithmName, Config, flatten
+from pspo_jax.config import Config, flatten
 from pspo_jax.config import replace as replace_fields
+from pspo_jax.strategies import AlgorithmName
 
-_GROUP = {"credit.name": "group", "credit.scale": "group"}
-_COMMON = {"objective.aggregation": "dapo"}
+_GRPO = {"credit.name": "group", "credit.scale": "group", "objective.aggregation": "dapo"}
+_CENTRED = {"credit.scale": "none", "objective.aggregation": "dapo"}
 
 PRESETS: dict[AlgorithmName, dict[str, Any]] = {
-    "grpo": {"selection.name": "uniform", **_GROUP, **_COMMON},
+    "grpo": {"selection.name": "uniform", **_GRPO},
     "dr_grpo": {
         "selection.name": "uniform",
         "credit.name": "group",
         "credit.scale": "none",
         "objective.aggregation": "dr_grpo",
     },
-    "ers": {"selection.name": "uniform", "credit.name": "ers", "credit.scale": "group", **_COMMON},
-    "pps": {"selection.name": "pps", **_GROUP, **_COMMON},
-    "pspo": {"selection.name": "pps", "credit.name": "ers", "credit.scale": "group", **_COMMON},
+    "rloo": {"selection.name": "uniform", "credit.name": "rloo", **_CENTRED},
+    "opo": {"selection.name": "uniform", "credit.name": "opo", **_CENTRED},
+    "ers": {**_GRPO, "selection.name": "uniform", "credit.name": "ers"},
+    "pps": {"selection.name": "pps", **_GRPO},
+    "pspo": {**_GRPO, "selection.name": "pps", "credit.name": "ers"},
+    "prioritized_replay": {"selection.name": "prioritized_replay", "credit.name": "group", **_CENTRED},
+    "mopps": {"selection.name": "mopps", **_GRPO},
+    "posterior_mixed": {"selection.name": "posterior_mixed", **_GRPO},
+    "spo": {
+        "selection.name": "spo",
+        "credit.name": "tracked_baseline",
+        "credit.scale": "batch",
+        "objective.aggregation": "dapo",
+    },
+    "greso": {"selection.name": "greso", **_GRPO},
+    "difficulty_pools": {"selection.name": "difficulty_pools", **_GRPO},
+    "curriculum": {"selection.name": "curriculum", **_GRPO},
 }
+
+_SELECTION = {"selection.cooldown": 0, "selection.correction": 0.0, "selection.floor": 0.1, "forgetting.mode": "fixed"}
+SELECTION_PRESETS: dict[str, dict[str, Any]] = {
+    "pps": {**_SELECTION, "selection.correction": 0.4},
+    "prioritized_replay": {**_SELECTION, "selection.cooldown": 5},
+    "spo": {**_SELECTION, "selection.floor": 0.05, "forgetting.mode": "movement"},
+}
+"""Fields that the selector decides, whatever the algorithm; `_SELECTION` for all others."""
 
 
 class Algorithm(NamedTuple):
@@ -38,17 +62,38 @@ class Algorithm(NamedTuple):
 
 
 def resolve(config: Config) -> Config:
-    """`config` with every None that the algorithm decides filled from its preset."""
-    current = flatten(config)
-    preset = PRESETS[config.algorithm.name]
-    return replace_fields(config, {k: v for k, v in preset.items() if current[k] is None})
+    """`config` with every None that the algorithm, then the selector, decides filled from their presets."""
+    for decide in (
+        lambda c: PRESETS[c.algorithm.name],
+        lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
+    ):
+        current = flatten(config)
+        config = replace_fields(config, {k: v for k, v in decide(config).items() if current[k] is None})
+    return config
 
 
-def build(config: Config) -> Algorithm:
-    """The strategies that a config names; fields left at None follow `algorithm.name`."""
+def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
+    """The strategies that a config names; fields left at None follow `algorithm.name`.
+
+    Args:
+      kinds: names of the run's tasks, for selection.quotas.
+    """
     config = resolve(config)
-    return Algorithm(
-        selector=selection.SELECTORS[config.selection.name](config.selection),  # type: ignore[index]
-        credit=credit.CREDITS[config.credit.name](config.credit),  # type: ignore[index]
-        replay=replay.none(),
-    )
+    r = config.rollout
+    sizes = selection.Sizes(r.prompts, r.group_size, config.run.steps, config.run.seed, kinds)
+    chosen = config.selection
+    made = credit.CREDITS[config.credit.name](config.credit, config.forgetting)  # type: ignore[index]
+    if config.algorithm.compat == "released":
+        exponent = chosen.exponent * (chosen.correction or 0.0)
+        made = credit.released(config.credit, config.forgetting, r.prompts, exponent, chosen.floor or 0.0)
+        chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
+    return Algorithm(selection.selector(chosen, config.forgetting, sizes), made, replay.none())
+
+
+def needs_movement(config: Config) -> bool:
+    """Whether a strategy asks how far the policy moves in a step, which costs two passes over a microbatch."""
+    config = resolve(config)
+    beliefs = config.selection.name in ("prioritized_replay", "mopps", "posterior_mixed", "spo")
+    tracked = beliefs or config.credit.name == "tracked_baseline"
+    by_alpha = config.credit.name == "ers" and config.credit.alpha_mode == "movement"
+    return by_alpha or (tracked and config.forgetting.mode == "movement")

@@ -10,10 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-AlgorithmName = Literal["grpo", "dr_grpo", "ers", "pps", "pspo"]
-SelectorName = Literal["uniform", "pps"]
-CreditName = Literal["group", "ers"]
-Scale = Literal["group", "batch", "none"]
+from pspo_jax.fields import ConfigError, Range
+from pspo_jax.strategies import AlgorithmConfig, CreditConfig, ForgettingConfig, SelectionConfig
+
 Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 Dtype = Literal["float32", "bfloat16"]
 TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
@@ -48,28 +47,6 @@ LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "policy.param_
 """The same with lora.rank > 0."""
 
 
-class ConfigError(ValueError):
-    """Bad input: the message is one line that names the field, the value and the fix."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Inclusive bounds of a number; `above` is an exclusive lower bound."""
-
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-
-    def complaint(self, value: float) -> str | None:
-        if self.low is not None and value < self.low:
-            return f"must be at least {self.low}"
-        if self.above is not None and value <= self.above:
-            return f"must be greater than {self.above}"
-        if self.high is not None and value > self.high:
-            return f"must be at most {self.high}"
-        return None
-
-
 @dataclass(frozen=True)
 class RunConfig:
     dir: str = "runs/default"
@@ -85,12 +62,6 @@ class RunConfig:
     """Print the resolved configuration as YAML and exit."""
     compilation_cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    name: AlgorithmName = "pspo"
-    """Which composition of selector, credit and loss settings fills the fields left at None."""
 
 
 @dataclass(frozen=True)
@@ -273,41 +244,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class SelectionConfig:
-    name: SelectorName | None = None
-    """Selector; None = the algorithm's."""
-    exponent: Annotated[float, Range(0.0)] = 0.6
-    """PPS: lambda, P(q) ~ priority^lambda; 0 = uniform draws."""
-    correction: Annotated[float, Range(0.0)] = 0.4
-    """PPS: beta, the loss weight is (1/(N P(q)))^beta over the batch's maximum; 0 = no correction."""
-    floor: Annotated[float, Range(above=0.0)] = 0.1
-    """PPS: added to |A| so that every prompt keeps a chance. The paper's 1e-6 hardly ever returns to a prompt whose
-    group was all right or all wrong once, and scored lower on most seeds tried (docs/results.md)."""
-    initial: Annotated[float, Range(above=0.0)] = 1.0
-    """PPS: priority of a prompt that has not been visited."""
-    statistic: Literal["last", "mean", "max"] = "last"
-    """PPS: |A| of the group's last completion, or the mean or maximum of |A| over the group."""
-    signal: Literal["raw", "smoothed"] = "raw"
-    """PPS: the advantage within the group (raw), or the credit's own, for example ERS's (smoothed)."""
-
-
-@dataclass(frozen=True)
-class CreditConfig:
-    name: CreditName | None = None
-    """Advantage estimator; None = the algorithm's."""
-    scale: Scale | None = None
-    """group credit: divide by the standard deviation of the group, of the batch, or not; None = the algorithm's."""
-    ddof: Annotated[int, Range(0, 1)] = 1
-    """Variances divide by n - ddof."""
-    eps: Annotated[float, Range(above=0.0)] = 1e-4
-    """Added to the standard deviation."""
-    alpha: Annotated[float, Range(above=0.0, high=1.0)] = 0.99
-    """ERS: weight of the current group. .99, the paper's, is close to no smoothing; .1 to .5 is where it acts."""
-    stat_mode: Literal["variance", "linear_std", "released_head"] = "variance"
-    """ERS: smooth the variance (paper), the standard deviation, or as the published code's last commit does."""
-
-
-@dataclass(frozen=True)
 class ObjectiveConfig:
     aggregation: Aggregation | None = None
     """How token losses become one number (TRL's loss_type names); None = the algorithm's."""
@@ -394,6 +330,8 @@ class LogConfig:
     """Steps between dumps of sample completions; 0 = none."""
     completions: Annotated[int, Range(1)] = 4
     """Groups in one dump; the first is also printed."""
+    selection_every: Annotated[int, Range(0)] = 10
+    """Steps between surveys of all prompts: priorities, visits, pools; 0 = after the last step only."""
     completions_format: Literal["jsonl", "parquet"] = "jsonl"
     """File format of the dumps in the run folder's completions/."""
     report: bool = True
@@ -454,6 +392,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -47,7 +47,7 @@ def one_step(
     """
     c, mesh = setup.config, setup.mesh
     with totals.phase("select") as selecting:
-        ids, weight, selector = programs.select(state.selector, state.key, state.step)
+        ids, weight, selector, drawn = programs.select(state.selector, state.key, state.step)
         rows, weights = np.asarray(ids), np.asarray(weight)
         state = dataclasses.replace(state, selector=selector)
     with totals.phase("rollout") as rolling:
@@ -59,9 +59,12 @@ def one_step(
     dumping = bool(c.log.completions_every) and done % c.log.completions_every == 0
     with totals.phase("update") as updating:
         reward = jax.device_put(scores.reward, batch_sharding(mesh))
-        advantages = np.asarray(programs.advantages(state.credit, ids, reward)) if dumping else None
+        lengths = rolled.rollouts.lengths
+        advantages = (
+            np.asarray(programs.advantages(state.credit, ids, reward, lengths, state.movement)) if dumping else None
+        )
         state, metrics = programs.step(state, rolled.rollouts, reward)
-        values: Values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values: Values = {k: float(v) for k, v in jax.device_get(metrics | drawn).items()}
 
     host = rolled.host
     count(totals, values, host.prompts.lengths[rows], host.lengths)

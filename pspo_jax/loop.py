@@ -55,6 +55,11 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> in
                 progress.say("stopped during the cold start; the same command begins it again")
                 return 0
             progress.say(_describe(setup, first.origin))
+            if config.algorithm.compat == "released":
+                progress.say(
+                    "algorithm.compat=released: advantages and loss weights have the defects of PSPO's published code "
+                    "(docs/algorithms.md); for parity studies only"
+                )
             state = place_state(setup, first.params, first.frozen)
             del first  # the state owns the buffers, and donates them
         if int(state.step) == config.run.steps and (folder / "summary.json").exists():
@@ -124,9 +129,11 @@ def _loop(
             if evaluated:
                 scores = heldout_scores(setup, state, programs, totals)
                 values |= _eval_names(scores)
+            if last or (c.log.selection_every and done % c.log.selection_every == 0):
+                seen = jax.device_get(programs.survey(state.selector, state.step))
+                values |= {name: float(value) for name, value in seen.items() if not isinstance(value, dict)}
+                log.strategy(done, {name: value for name, value in seen.items() if isinstance(value, dict)})
             log.metrics(done, values)
-            if last or (c.log.completions_every and done % c.log.completions_every == 0):
-                log.strategy(done, state.selector)
             if values["skipped_updates"] >= c.optimizer.max_skipped:
                 return stopped(
                     f"stopped: {int(values['skipped_updates'])} updates in a row up to step {done} were not finite; "

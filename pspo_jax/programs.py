@@ -27,7 +27,9 @@ class Programs(NamedTuple):
     join: Callable[..., Any]
     """Rollouts of the chunks of a batch -> the batch."""
     advantages: Callable[..., Any]
-    """(credit state, prompt ids, rewards) -> advantages, for the dumps of completions."""
+    """(credit state, prompt ids, rewards, lengths, movement) -> advantages, for the dumps of completions."""
+    survey: Callable[..., Any]
+    """(selector state, step) -> scalars and histograms of all prompts."""
 
 
 def lower_programs(setup: Setup) -> dict[str, Any]:
@@ -43,8 +45,11 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
         build: Any = Prompts
         return build(spec((n,), jnp.int32), spec((n, p), jnp.int32), spec((n,), jnp.int32), spec((n,), jnp.float32))
 
+    strategy = setup.algorithm.selector
+
     def select(selector: Any, key: Any, step: Any) -> Any:
-        return setup.algorithm.selector.select(selector, purpose_key(key, step, SELECT), step, b)
+        ids, weight, after = strategy.select(selector, purpose_key(key, step, SELECT), step, b)
+        return ids, weight, after, strategy.describe(selector, ids, step)
 
     def sampler(group_size: int, purpose: int) -> Any:
         inner = make_sampler(setup.policy, group_size, c.rollout.max_new_tokens, task.tokenizer.pad_token_id)
@@ -62,8 +67,11 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     )
     step_spec = setup.abstract.step
     lowered = {}
-    select_jit = jax.jit(select, out_shardings=(whole, rows, setup.shardings.selector))
+    # Donated: a choice leaves the state as it is, and must not copy it.
+    select_jit = jax.jit(select, donate_argnums=0, out_shardings=(whole, rows, setup.shardings.selector, whole))
     lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec)
+    survey_jit = jax.jit(strategy.survey, out_shardings=whole)
+    lowered["survey"] = survey_jit.lower(setup.abstract.selector, step_spec)
 
     def lower(fn: Any, *args: Any) -> tuple[Any, Any]:
         """A program whose results are sharded by rows, and their specs."""
@@ -84,11 +92,12 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
     lowered["step"] = step.lower(setup.abstract, rollouts, rewards)  # type: ignore[attr-defined]
 
-    def advantages(credit: Any, ids: Any, rewards: Any) -> Any:
-        return setup.algorithm.credit.estimate(credit, ids, rewards)[0]
+    def advantages(credit: Any, ids: Any, rewards: Any, lengths: Any, movement: Any) -> Any:
+        return setup.algorithm.credit.estimate(credit, ids, rewards, lengths, movement)[0]
 
     ids = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=whole)
-    lowered["advantages"], _ = lower(advantages, setup.abstract.credit, ids, rewards)
+    args = (setup.abstract.credit, ids, rewards, rollouts.lengths, setup.abstract.movement)
+    lowered["advantages"], _ = lower(advantages, *args)
     return lowered
 
 

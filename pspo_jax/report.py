@@ -1,7 +1,8 @@
 """`python -m pspo_jax.report RUN [RUN ...] [--out FILE]`: run folders -> one self-contained HTML page.
 
 The page needs no server, no network and nothing installed where it is read, so it can be mailed or archived.
-A run that is still going can be reported too; the page then says so.
+A run that is still going can be reported too; the page then says so. `--prompts` writes what a run has made of each
+prompt instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,21 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run")
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder")
+    parser.add_argument(
+        "--prompts",
+        action="store_true",
+        help="write a table of each run's prompts to its prompts.parquet and prompts.html: visits, success, priority",
+    )
+    parser.add_argument("--step", default="latest", help="with --prompts: a step, latest (default) or best")
     args = parser.parse_args(argv)
+    if args.prompts:
+        from pspo_jax.prompt_table import write_prompts
+
+        if args.out is not None:
+            raise ConfigError(f"--out {args.out}: --prompts writes to the run's folder; drop it")
+        for run_folder in args.runs:
+            print(*write_prompts(run_folder, args.step), sep="\n")
+        return 0
     print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
     return 0
 

@@ -125,14 +125,18 @@ def old_rows(before: np.ndarray, now: np.ndarray) -> Int[np.ndarray, "N"]:
 def _abstract_of(setup: Setup, prompts: int) -> SavedState:
     """The saved state's shapes for another number of prompts."""
 
-    def sized(init: Any) -> Any:
-        shapes = jax.eval_shape(lambda: init(prompts))
+    columns = None if setup.columns is None else jax.tree.map(lambda x: np.zeros(prompts, x.dtype), setup.columns)
+
+    def sized(init: Any, *known: Any) -> Any:
+        shapes = jax.eval_shape(lambda *args: init(prompts, *args), *known)
         shardings = prompts_shardings(setup.mesh, shapes, prompts)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     saved = setup.abstract.to_save()
     algorithm = setup.algorithm
-    return dataclasses.replace(saved, selector=sized(algorithm.selector.init), credit=sized(algorithm.credit.init))
+    return dataclasses.replace(
+        saved, selector=sized(algorithm.selector.init, columns), credit=sized(algorithm.credit.init)
+    )
 
 
 def _follow(setup: Setup, saved: SavedState, places: Int[np.ndarray, "N"]) -> SavedState:
@@ -140,12 +144,14 @@ def _follow(setup: Setup, saved: SavedState, places: Int[np.ndarray, "N"]) -> Sa
     n = len(places)
     algorithm, shardings = setup.algorithm, setup.shardings
 
-    def moved(strategy: Any, old: Any, where: Any) -> Any:
-        move = jax.jit(lambda state: strategy.follow(state, strategy.init(n), jnp.asarray(places)), out_shardings=where)
-        return move(old)
+    def moved(strategy: Any, old: Any, where: Any, *known: Any) -> Any:
+        def move(state: Any, *args: Any) -> Any:
+            return strategy.follow(state, strategy.init(n, *args), jnp.asarray(places))
+
+        return jax.jit(move, out_shardings=where)(old, *known)
 
     return dataclasses.replace(
         saved,
-        selector=moved(algorithm.selector, saved.selector, shardings.selector),
+        selector=moved(algorithm.selector, saved.selector, shardings.selector, setup.columns),
         credit=moved(algorithm.credit, saved.credit, shardings.credit),
     )

@@ -28,9 +28,11 @@ from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
 from pspo_jax.rewards.judge import make_pool
 from pspo_jax.rewards.pool import Pool
+from pspo_jax.selection import Columns
 from pspo_jax.state import TrainState
 from pspo_jax.step import init_state
 from pspo_jax.tasks import CharTokenizer, Task, TextTokenizer, load_tokenizer, make_task, own_tokenizer
+from pspo_jax.tasks.columns import columns_of
 
 
 class Setup(NamedTuple):
@@ -43,6 +45,8 @@ class Setup(NamedTuple):
     policy: Policy
     algorithm: algorithms.Algorithm
     optimizer: optax.GradientTransformation
+    columns: Columns | None
+    """What the selector may know of the training prompts beforehand, on the host."""
     abstract: TrainState
     """The train state as ShapeDtypeStructs with shardings."""
 
@@ -104,11 +108,14 @@ def prepare(
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
     policy = transformer(architecture)
-    algorithm = algorithms.build(config)
+    kinds, columns = columns_of(config, task.train)
+    algorithm = algorithms.build(config, kinds)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     nothing: Any = None
-    setup = Setup(config, mesh, task, source, architecture, policy, algorithm, optimizer, abstract=nothing)
-    shapes = jax.eval_shape(lambda: new_state(setup, policy.init(jax.random.key(0)), _frozen_init(architecture)))
+    setup = Setup(config, mesh, task, source, architecture, policy, algorithm, optimizer, columns, abstract=nothing)
+    shapes = jax.eval_shape(
+        lambda known: new_state(setup, policy.init(jax.random.key(0)), _frozen_init(architecture), known), columns
+    )
     shardings = _state_shardings(setup, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return setup._replace(abstract=abstract)
@@ -135,7 +142,7 @@ def _frozen_init(a: Architecture) -> Any:
     return None if a.lora is None else init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype))
 
 
-def new_state(setup: Setup, params: Any, frozen: Any = None) -> TrainState:
+def new_state(setup: Setup, params: Any, frozen: Any = None, columns: Columns | None = None) -> TrainState:
     """The state before step 0."""
     prompts = setup.task.train.tokens
     return init_state(
@@ -147,14 +154,17 @@ def new_state(setup: Setup, params: Any, frozen: Any = None) -> TrainState:
         prompt_length=prompts.shape[1],
         key=jax.random.key(setup.config.run.seed),
         frozen=frozen,
+        columns=columns,
     )
 
 
 def place_state(setup: Setup, params: Any, frozen: Any = None) -> TrainState:
     """`new_state` on the mesh; donates `params`. Frozen weights stay the buffers that they are."""
     shardings = setup.shardings.to_save()
-    init = jax.jit(lambda p: new_state(setup, p, frozen).to_save(), donate_argnums=0, out_shardings=shardings)
-    return init(params).joined(frozen)
+    init = jax.jit(
+        lambda p, known: new_state(setup, p, frozen, known).to_save(), donate_argnums=0, out_shardings=shardings
+    )
+    return init(params, setup.columns).joined(frozen)
 
 
 def load_base(setup: Setup) -> Any:
@@ -220,4 +230,5 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
         frozen=None if shapes.frozen is None else params_shardings(mesh, shapes.frozen, setup.policy.frozen_axes),
         updates=whole,
         skipped=whole,
+        movement=whole,
     )

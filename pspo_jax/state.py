@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -42,6 +41,8 @@ class SavedState:
     """Optimizer updates applied."""
     skipped: Int[Array, ""] | int = 0
     """Non-finite updates skipped in a row, up to now."""
+    movement: Float[Array, ""] | float = 0.0
+    """Sum over the steps of the mean |change of log-prob| per token; 0 where no strategy asks for it."""
 
     def joined(self, frozen: Params | None) -> TrainState:
         """The state that trains, with the weights that checkpoints leave out."""
@@ -108,24 +109,8 @@ class Outcome(NamedTuple):
     """The credit's advantages (for ERS: against smoothed statistics)."""
     raw_advantages: Float[Array, "B G"]
     """Advantages within the group, (r - mean) / (std + eps), whatever the credit."""
-
-
-def follow_rows(old: Any, fresh: Any, places: Int[Array, "N"]) -> Any:
-    """Per-prompt state for changed data: each row of `fresh` whose prompt had a row takes it; scalars stay.
-
-    Args:
-      old: the state before, its per-prompt arrays with one row a prompt of the old data.
-      fresh: the initial state of the new data.
-      places: each new prompt's old row; -1 = it is new.
-    """
-
-    def one(before: Array, new: Array) -> Array:
-        if not before.ndim:
-            return before
-        known = (places >= 0).reshape(-1, *[1] * (before.ndim - 1))
-        return jnp.where(known, before[jnp.maximum(places, 0)], new)
-
-    return jax.tree.map(one, old, fresh)
+    movement: Float[Array, ""] | float = 0.0
+    """`TrainState.movement` when the rollouts were sampled."""
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:

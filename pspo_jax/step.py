@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pspo_jax.algorithms import Algorithm, resolve
+from pspo_jax.algorithms import Algorithm, needs_movement, resolve
 from pspo_jax.config import Config
 from pspo_jax.credit import group_advantages
 from pspo_jax.credit.base import group_statistics
@@ -33,6 +33,7 @@ from pspo_jax.objective.losses import (
 from pspo_jax.parallel.mesh import microbatch_size
 from pspo_jax.policy.base import Adapted, Policy, join
 from pspo_jax.replay import Groups
+from pspo_jax.selection import Columns
 from pspo_jax.state import DROPOUT, Outcome, Params, Rollouts, TrainState, purpose_key
 
 MAX_REWARD = 1e15
@@ -86,6 +87,7 @@ def init_state(
     prompt_length: int,
     key: Key[Array, ""],
     frozen: Params | None = None,
+    columns: Columns | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -96,6 +98,7 @@ def init_state(
       prompt_length: P, the padded length of prompts.
       key: the run's key, `jax.random.key(seed)`.
       frozen: weights under `params` that do not train, such as the base of adapters.
+      columns: what the selector may know of prompts beforehand; None = nothing.
     """
     r = config.rollout
     copied = config.objective.kl_coef > 0 and frozen is None
@@ -104,7 +107,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        selector=algorithm.selector.init(num_prompts),
+        selector=algorithm.selector.init(num_prompts, columns),
         credit=algorithm.credit.init(num_prompts),
         replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),
         key=key,
@@ -112,6 +115,7 @@ def init_state(
         frozen=frozen,
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        movement=jnp.zeros((), jnp.float32),
     )
 
 
@@ -132,20 +136,28 @@ def make_train_step(
       state_shardings: pytree of NamedSharding like the state; None = as the compiler chooses.
     """
     config = resolve(config)
+    moves = needs_movement(config)
 
     def train_step(state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"]) -> tuple[TrainState, Metrics]:
         ids = rollouts.prompts.ids
         # What is not finite, or whose square would not be, is no verdict: it must not reach the per-prompt state.
         rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
-        advantages, credit_state = algorithm.credit.estimate(state.credit, ids, rewards)
+        advantages, credit_state = algorithm.credit.estimate(
+            state.credit, ids, rewards, rollouts.lengths, state.movement
+        )
         raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
         groups, replay_state = algorithm.replay.exchange(
             state.replay, Groups(rollouts, rewards, advantages), state.step
         )
         rows = _rows(policy, state, groups, config)
         params, opt_state, skipped, updates = _optimize(policy, optimizer, config, state, rows, rollouts.temperature)
-        selector_state = algorithm.selector.observe(state.selector, ids, Outcome(rewards, advantages, raw), state.step)
+        outcome = Outcome(rewards, advantages, raw, state.movement)
+        selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
         metrics = _rollout_metrics(rollouts, rewards) | _update_metrics(updates)
+        movement = state.movement
+        if moves:
+            metrics["policy/movement"] = _movement(policy, state, params, rows, rollouts.temperature, config)
+            movement = movement + metrics["policy/movement"]
         applied = state.updates + updates.applied.sum().astype(jnp.int32)
         metrics["updates"] = applied.astype(jnp.float32)
         metrics["skipped_updates"] = skipped.astype(jnp.float32)
@@ -161,6 +173,7 @@ def make_train_step(
             replay=replay_state,
             updates=applied,
             skipped=skipped,
+            movement=movement,
         )
         return state, metrics
 
@@ -210,6 +223,16 @@ def _score(
         )[0]
 
     return jax.lax.stop_gradient(_undeal(jax.lax.map(score, parts)))
+
+
+def _movement(
+    policy: Policy, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
+) -> Float[Array, ""]:
+    """Mean |change of log-prob| per token of one microbatch by the step's updates."""
+    part = jax.tree.map(lambda x: x[0], _deal(rows, _microbatches(rows, config)))
+    before = _score(policy, state.weights, part, temperature, config)
+    after = _score(policy, join(params, state.frozen), part, temperature, config)
+    return jnp.where(part.mask, jnp.abs(after - before), 0).sum() / jnp.maximum(part.mask.sum(), 1)
 
 
 def _optimize(

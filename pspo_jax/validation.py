@@ -7,9 +7,13 @@ import math
 import typing
 from typing import Any, Literal
 
+from pspo_jax.algorithms import resolve
 from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded
 from pspo_jax.mixture import mixture, options
 from pspo_jax.rewards.terms import parse_terms
+from pspo_jax.selection import WEIGHTED
+from pspo_jax.selection.pools import parse_weights
+from pspo_jax.selection.quotas import parse_quotas
 
 
 def validate(config: Config) -> None:
@@ -36,7 +40,7 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
         raise ConfigError(f"{path}=None: must have a value")
     if (base is str or str in options) and not isinstance(value, str | None):
         raise ConfigError(f"{path}={value!r}: must be text")
-    for bound in bounds:
+    for bound in bounds if value is not None else ():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{path}={value!r}: must be a finite number")
         if complaint := bound.complaint(value):
@@ -52,6 +56,7 @@ def _check_relations(c: Config) -> None:
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
             f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
         )
+    _check_strategies(c)
     if c.policy.heads % c.policy.kv_heads:
         raise ConfigError(f"policy.kv_heads={c.policy.kv_heads}: must divide policy.heads={c.policy.heads}")
     if c.policy.head_dim % 2:
@@ -61,6 +66,39 @@ def _check_relations(c: Config) -> None:
     if c.rollout.prompts % c.objective.minibatches:
         raise ConfigError(
             f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
+        )
+
+
+def _check_strategies(c: Config) -> None:
+    """Selector, credit and forgetting must go together."""
+    c = resolve(c)
+    s, f = c.selection, c.forgetting
+    parse_quotas(s.quotas)
+    parse_weights(s.pool_weights)
+    for name in ("correction_end", "replacement"):
+        if getattr(s, name) and s.name not in WEIGHTED:
+            raise ConfigError(
+                f"selection.{name}={getattr(s, name)}: selection.name={s.name} does not draw in proportion to weights; "
+                f"drop it, or choose one of {', '.join(WEIGHTED)}"
+            )
+    if s.easy_from <= s.hard_to:
+        raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
+    if f.low > f.high:
+        raise ConfigError(f"forgetting.low={f.low}: must be at most forgetting.high={f.high}")
+    if s.difficulty_column is not None and s.name != "curriculum":
+        raise ConfigError(
+            f"selection.difficulty_column={s.difficulty_column}: selection.name={s.name} does not read it; drop it, or "
+            "choose curriculum"
+        )
+    if c.credit.name == "tracked_baseline" and c.credit.scale == "group":
+        raise ConfigError(
+            "credit.scale=group: credit.name=tracked_baseline has no use for a group's deviation, which is 0 where "
+            "all are right; choose batch or none"
+        )
+    if c.algorithm.compat == "released" and c.credit.name != "ers":
+        raise ConfigError(
+            f"algorithm.compat=released: is about ERS, and credit.name={c.credit.name}; choose algorithm.name ers or "
+            "pspo"
         )
 
 

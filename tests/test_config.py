@@ -1,5 +1,6 @@
 """Config: presets, overrides, YAML, help, and the schedule that follows from it."""
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -11,6 +12,7 @@ from pspo_jax.config import Config, ConfigError, flatten, replace
 from pspo_jax.mixture import mixture
 from pspo_jax.optimizer import schedule
 from pspo_jax.parallel.mesh import microbatch_size
+from pspo_jax.selection import Columns
 from pspo_jax.train import main
 from pspo_jax.validation import validate
 from tests.conftest import REPO
@@ -25,8 +27,8 @@ def test_every_algorithm_has_a_recipe_that_builds(name):
     config = parse("--config", str(REPO / "configs" / f"{name}.yaml"))
     assert config.algorithm.name == name
     assert None not in (config.selection.name, config.credit.name, config.credit.scale, config.objective.aggregation)
-    state = build(config).selector.init(7)
-    assert state is not None
+    columns = Columns(np.zeros(40, np.int8), np.zeros(40, np.float32))
+    assert build(config).selector.init(40, columns) is not None
     assert config.run.steps == 150
 
 
@@ -96,11 +98,11 @@ def test_microbatches_divide(rows, at_most):
     assert rows % size == 0 and size <= (at_most or rows)
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((REPO / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_the_folder_is_valid(path):
     words = ["--policy.source", "x"] if path.stem == "reasoning_gym" else []
     config = parse("--config", str(path), *words)
-    assert f"configs/{path.name}" in path.read_text()  # its header gives the command
+    assert str(path.relative_to(REPO)) in path.read_text()  # its header gives the command
     assert build(config) is not None
 
 

@@ -8,9 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pspo_jax.per_prompt import follow_rows
 from pspo_jax.resume import difference, old_rows
-from pspo_jax.selection import uniform
-from pspo_jax.state import follow_rows
+from pspo_jax.selection import Sizes, selector
+from pspo_jax.state import Outcome
+from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 hashes = st.one_of(st.integers(0, 9), st.integers(2**64 - 4, 2**64 - 1), st.integers(0, 2**64 - 1))
 prompts = st.lists(hashes, min_size=1, max_size=20)
@@ -64,14 +66,19 @@ def test_follow_rows(data, old_n, new_n):
 
 
 def test_uniform_begins_a_new_epoch():
-    selector = uniform()
-    _, _, state = selector.select(selector.init(6), jax.random.key(0), jnp.int32(0), 4)
-    places = jnp.array([0, 1, 2, 3, 4, 5, -1, -1])
-    state = selector.follow(state, selector.init(8), places)
-    assert int(state.cursor) == 8  # the next draw shuffles
-    seen = []
+    chosen = selector(SelectionConfig("uniform"), ForgettingConfig("fixed"), Sizes(4, 2, 10, 0))
+    nothing = Outcome(jnp.zeros((4, 2)), jnp.zeros((4, 2)), jnp.zeros((4, 2)))
+    state = chosen.init(6)
     for step in range(2):
-        ids, weight, state = selector.select(state, jax.random.key(step), jnp.int32(step), 4)
+        ids, _, state = chosen.select(state, jax.random.key(0), jnp.int32(step), 4)
+        state = chosen.observe(state, ids, nothing, jnp.int32(step))
+    places = jnp.array([0, 1, 2, 3, 4, 5, -1, -1])
+    state = chosen.follow(state, chosen.init(8), places)
+    assert state.book.visits[:8].sum() == 8  # visits are kept, and yet the order begins anew
+    seen = []
+    for step in range(2, 4):
+        ids, weight, state = chosen.select(state, jax.random.key(step), jnp.int32(step), 4)
+        state = chosen.observe(state, ids, nothing, jnp.int32(step))
         seen += ids.tolist()
         assert weight.tolist() == [1.0] * 4
     assert sorted(seen) == list(range(8))

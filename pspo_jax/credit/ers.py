@@ -12,13 +12,17 @@ published code, history belongs to the prompt, not to a slot of the batch, and i
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.config import CreditConfig
+from pspo_jax.beliefs import discount
 from pspo_jax.credit.base import Credit, group_statistics
+from pspo_jax.per_prompt import padded_rows
+from pspo_jax.selection.book import last_of_each
+from pspo_jax.strategies import CreditConfig, ForgettingConfig
 
 
 class ErsState(NamedTuple):
@@ -28,37 +32,61 @@ class ErsState(NamedTuple):
     """Smoothed variance v; for stat_mode linear_std and released_head, what those modes smooth in its place."""
     visits: Int[Array, "N"]
     """Groups with a usable verdict seen so far; 0 = no history."""
+    moved: Float[Array, "N"] | None
+    """The policy's movement up to the last of them; None = alpha does not depend on it."""
 
 
-def ers(config: CreditConfig) -> Credit:
+def ers(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
     """Advantages against a prompt's smoothed statistics.
 
     stat_mode="linear_std" smooths standard deviations linearly. "released_head" stores the variance in the slot of the
     standard deviation, squares it at the next visit and divides by it without a root, as the published code's last
     commit does; it exists for parity studies. A group with fewer than two verdicts updates nothing and gets A = 0.
+    alpha_mode="count" takes 1/n at the n-th visit, so that m is the plain mean of all groups; "movement" forgets as
+    much as the policy has moved.
     """
+    by_movement = config.alpha_mode == "movement"
+    forgetting = dataclasses.replace(forgetting, mode="movement")
 
     def init(num_prompts: int) -> ErsState:
         # One buffer each: the training step donates its state.
+        rows = padded_rows(num_prompts)
         return ErsState(
-            mean=jnp.zeros(num_prompts, jnp.float32),
-            spread=jnp.zeros(num_prompts, jnp.float32),
-            visits=jnp.zeros(num_prompts, jnp.int32),
+            mean=jnp.zeros(rows, jnp.float32),
+            spread=jnp.zeros(rows, jnp.float32),
+            visits=jnp.zeros(rows, jnp.int32),
+            moved=jnp.zeros(rows, jnp.float32) if by_movement else None,
         )
 
-    def smooth(old: Float[Array, "B"], new: Float[Array, "B"]) -> Float[Array, "B"]:
-        return (1 - config.alpha) * old + config.alpha * new
+    def weight(state: ErsState, ids: Int[Array, "B"], movement: Array | float) -> Float[Array, "B"]:
+        """alpha of each prompt."""
+        match config.alpha_mode:
+            case "count":
+                return 1 / (state.visits[ids] + 1).astype(jnp.float32)
+            case "movement":
+                assert state.moved is not None
+                return 1 - discount(forgetting, movement - state.moved[ids])
+        return jnp.full(ids.shape, config.alpha, jnp.float32)
 
     def estimate(
-        state: ErsState, ids: Int[Array, "B"], rewards: Float[Array, "B G"]
+        state: ErsState,
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
     ) -> tuple[Float[Array, "B G"], ErsState]:
+        del lengths
         stats = group_statistics(rewards, config.ddof)
         mean_old, spread_old = state.mean[ids], state.spread[ids]
         seen = state.visits[ids] > 0
         usable = stats.verdicts > 1
+        alpha = weight(state, ids, movement)
 
-        mean = jnp.where(seen, mean_old + config.alpha * (stats.mean - mean_old), stats.mean)
-        mixing = config.alpha * (1 - config.alpha) * (stats.mean - mean_old) ** 2
+        def smooth(old: Float[Array, "B"], new: Float[Array, "B"]) -> Float[Array, "B"]:
+            return (1 - alpha) * old + alpha * new
+
+        mean = jnp.where(seen, mean_old + alpha * (stats.mean - mean_old), stats.mean)
+        mixing = alpha * (1 - alpha) * (stats.mean - mean_old) ** 2
         match config.stat_mode:
             case "variance":
                 spread = jnp.where(seen, smooth(spread_old, stats.variance) + mixing, stats.variance)
@@ -73,11 +101,41 @@ def ers(config: CreditConfig) -> Credit:
 
         advantages = (rewards - mean[:, None]) / (scale + config.eps)[:, None]
         known = ~jnp.isnan(rewards) & usable[:, None]
+        nowhere = state.mean.shape[0]
+        place = jnp.where(usable & last_of_each(jnp.where(usable, ids, nowhere))[0], ids, nowhere)
         state = ErsState(
-            mean=state.mean.at[ids].set(jnp.where(usable, mean, mean_old)),
-            spread=state.spread.at[ids].set(jnp.where(usable, spread, spread_old)),
+            mean=state.mean.at[place].set(mean, mode="drop"),
+            spread=state.spread.at[place].set(spread, mode="drop"),
             visits=state.visits.at[ids].add(usable.astype(jnp.int32)),
+            moved=None if state.moved is None else state.moved.at[place].set(movement, mode="drop"),
         )
         return jnp.where(known, advantages, 0.0), state
 
     return Credit(init, estimate)
+
+
+def released(
+    config: CreditConfig, forgetting: ForgettingConfig, batch: int, weight_exponent: float, floor: float
+) -> Credit:
+    """ERS and loss weights with the defects of PSPO's published code, for parity studies.
+
+    Statistics belong to the slot of a batch, so a prompt's history is another's; the variance is kept in the standard
+    deviation's place (stat_mode released_head); each sample is weighted by its own new advantage, (|A_i| + floor)^-x
+    with x = lambda beta and no maximum, so that a group's advantages no longer sum to 0. The weight is put on the
+    advantage; a KL term stays unweighted.
+    """
+    inner = ers(dataclasses.replace(config, stat_mode="released_head", alpha_mode="fixed"), forgetting)
+
+    def estimate(
+        state: ErsState,
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
+    ) -> tuple[Float[Array, "B G"], ErsState]:
+        slots = jnp.arange(ids.shape[0], dtype=jnp.int32)
+        advantages, state = inner.estimate(state, slots, rewards, lengths, movement)
+        return advantages * (jnp.abs(advantages) + floor) ** -weight_exponent, state
+
+    # Slots do not follow prompts.
+    return Credit(lambda num_prompts: inner.init(batch), estimate, lambda old, fresh, places: old)

@@ -1,12 +1,14 @@
-"""Group-relative advantages: GRPO, Dr.GRPO and the batch-scaled variant."""
+"""Advantages against the group: GRPO and Dr.GRPO, leave-one-out (RLOO), and the length-weighted baseline of OPO."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.config import CreditConfig, Scale
-from pspo_jax.credit.base import Credit, group_statistics
+from pspo_jax.credit.base import Credit, group_statistics, scaled
+from pspo_jax.strategies import CreditConfig, ForgettingConfig, Scale
 
 
 def group_advantages(
@@ -18,28 +20,68 @@ def group_advantages(
     conventions, to which the golden values belong. Dr.GRPO is scale="none".
     """
     stats = group_statistics(rewards, ddof)
-    centred = rewards - stats.mean[:, None]
     known = ~jnp.isnan(rewards) & (stats.verdicts > 1)[:, None]
-    match scale:
-        case "group" | None:
-            centred = centred / (jnp.sqrt(stats.variance) + eps)[:, None]
-        case "batch":
-            batch = group_statistics(rewards.reshape(1, -1), ddof)
-            centred = centred / (jnp.sqrt(batch.variance) + eps)
-        case "none":
-            pass
-        case _:
-            raise ValueError(f"scale={scale!r}: choose group, batch or none")
-    return jnp.where(known, centred, 0.0)
+    return scaled(rewards - stats.mean[:, None], rewards, known, scale, ddof, eps)
 
 
-def group(config: CreditConfig) -> Credit:
-    """Stateless group-relative credit."""
+def rloo_advantages(
+    rewards: Float[Array, "B G"], scale: Scale | None = "none", ddof: int = 1, eps: float = 1e-4
+) -> Float[Array, "B G"]:
+    """r_i less the mean of the group's other rewards, n / (n - 1) (r_i - mean) (Ahmadian et al., arXiv 2402.14740)."""
+    n = group_statistics(rewards, ddof).verdicts
+    return group_advantages(rewards, scale, ddof, eps) * (n / jnp.maximum(n - 1, 1))[:, None]
 
+
+def opo_advantages(
+    rewards: Float[Array, "B G"],
+    lengths: Int[Array, "B G"],
+    scale: Scale | None = "none",
+    ddof: int = 1,
+    eps: float = 1e-4,
+) -> Float[Array, "B G"]:
+    """r_i less the length-weighted mean sum(l r) / sum(l), the optimal baseline if a gradient's square norm grows with
+    the completion's length (OPO, arXiv 2505.23585)."""
+    stats = group_statistics(rewards, ddof)
+    valid = ~jnp.isnan(rewards)
+    weight = jnp.where(valid, jnp.maximum(lengths, 1), 0).astype(jnp.float32)
+    baseline = (weight * jnp.where(valid, rewards, 0)).sum(1) / jnp.maximum(weight.sum(1), 1)
+    known = valid & (stats.verdicts > 1)[:, None]
+    return scaled(rewards - baseline[:, None], rewards, known, scale, ddof, eps)
+
+
+def group(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """GRPO, Dr.GRPO."""
+    del forgetting
+    return _stateless(lambda rewards, lengths: group_advantages(rewards, config.scale, config.ddof, config.eps))
+
+
+def rloo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """RLOO."""
+    del forgetting
+    return _stateless(lambda rewards, lengths: rloo_advantages(rewards, config.scale, config.ddof, config.eps))
+
+
+def opo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """OPO; `estimate` needs lengths."""
+    del forgetting
+
+    def advantages(rewards: Array, lengths: Array | None) -> Array:
+        if lengths is None:
+            raise ValueError("lengths=None: credit opo weighs rewards by the tokens of each completion; pass them")
+        return opo_advantages(rewards, lengths, config.scale, config.ddof, config.eps)
+
+    return _stateless(advantages)
+
+
+def _stateless(advantages: Callable[[Array, Array | None], Array]) -> Credit:
     def estimate(
-        state: tuple[()], ids: Int[Array, "B"], rewards: Float[Array, "B G"]
+        state: tuple[()],
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
     ) -> tuple[Float[Array, "B G"], tuple[()]]:
-        del ids
-        return group_advantages(rewards, config.scale, config.ddof, config.eps), state
+        del ids, movement
+        return advantages(rewards, lengths), state
 
     return Credit(init=lambda num_prompts: (), estimate=estimate)

@@ -138,23 +138,39 @@ def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = No
     Raises:
       ConfigError: the checkpoint cannot be read whole.
     """
-    path = (folder / str(step)).absolute()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(saved: Any) -> Any:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+        shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    return read_part(folder, step, "params", abstract)
+
+
+def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
+    """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
+
+    Args:
+      part: name of the field, such as params or selector.
+      abstract: the shapes on disk -> pytree of ShapeDtypeStruct with shardings.
+    Raises:
+      ConfigError: the checkpoint cannot be read whole.
+    """
+    path = (folder / str(step)).absolute()
     try:
         found = ocp.checkpointables_metadata(path)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found.metadata["state"]["params"])
-        shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        wanted = abstract(found.metadata["state"][part])
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            params = ocp.load_checkpointables(path, {"state": {"params": abstract}})["state"]["params"]
+            value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
         metadata = dict(found.custom_metadata)
-        saved = {k.removeprefix(".params"): v for k, v in metadata["checksums"].items() if k.startswith(".params")}
-        verify(params, saved)
+        saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
+        verify(value, saved)
     except _UNREADABLE as error:
         raise ConfigError(f"checkpoint {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return params, metadata
+    return value, metadata
 
 
 def save_folder(folder: Path, params: Any, metadata: dict[str, Any]) -> None:

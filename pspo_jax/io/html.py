@@ -90,7 +90,8 @@ def _read_run(folder: Path, name: str) -> dict[str, Any]:
         "rows": rows,
         "metrics": metrics,
         "summary": _read_summary(folder, lines, notes),
-        "priorities": _read_priorities(folder, notes),
+        "priorities": _read_histograms(folder, "priority", notes),
+        "visits": _read_histograms(folder, "visits", []),
         "completions": _read_completions(folder, notes),
         "notes": notes,
     }
@@ -179,18 +180,18 @@ def _read_summary(folder: Path, lines: list[dict[str, Any]], notes: list[str]) -
     }
 
 
-def _read_priorities(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Histograms of the selector's priorities; none for a selector that keeps none."""
+def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str, Any]]:
+    """Histograms over all prompts, of the selector's priorities or of visits; none if it keeps none."""
     path = folder / "strategy.jsonl"
     found: dict[float, dict[str, Any]] = {}
     for line in _lines(path, notes) if path.is_file() else []:
-        step, priority = _number(line.get("step")), line.get("priority")
-        if step is None or not isinstance(priority, dict):
+        step, found_here = _number(line.get("step")), line.get(name)
+        if step is None or not isinstance(found_here, dict):
             continue
-        edges, counts = _list(priority.get("edges")), _list(priority.get("counts"))
+        edges, counts = _list(found_here.get("edges")), _list(found_here.get("counts"))
         if counts and len(edges) == len(counts) + 1 and None not in edges + counts:
             found[step] = {"step": step, "edges": edges, "counts": counts}
-    return _evenly([found[step] for step in sorted(found)], MAX_HISTOGRAMS, "priority histograms", notes)
+    return _evenly([found[step] for step in sorted(found)], MAX_HISTOGRAMS, f"{name} histograms", notes)
 
 
 def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, Any]]:

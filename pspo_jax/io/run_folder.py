@@ -101,16 +101,13 @@ class RunLog:
                 if value is not None and not name.startswith("crc/"):
                     self._events.add_scalar(name, value, step)
 
-    def strategy(self, step: int, selector: Any) -> None:
-        """A histogram of per-prompt priorities, for selectors that have any."""
-        priority = getattr(selector, "priority", None)
-        if priority is None:
+    def strategy(self, step: int, histograms: dict[str, dict[str, Any]]) -> None:
+        """Histograms over all prompts, each with counts and edges, such as of priorities."""
+        if not histograms:
             return
-        values = np.asarray(jax.device_get(priority))
-        counts, edges = np.histogram(values[np.isfinite(values)], bins=30)
-        line = {"step": step, "priority": {"edges": edges.tolist(), "counts": counts.tolist()}}
+        line = {name: {k: np.asarray(v).tolist() for k, v in h.items()} for name, h in histograms.items()}
         with self._strategy.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, **line}) + "\n")
 
     def completions(self, step: int, lines: list[dict[str, Any]], file_format: str) -> None:
         """Sample completions of one step, to the folder and the screen."""

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspo_jax.config import Config, ConfigError
+from pspo_jax.per_prompt import FANOUT, padded_rows
 
 ROWS = ("data", "fsdp")
 """Mesh axes that split the batch."""
@@ -127,11 +128,15 @@ def params_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
 
 
 def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
-    """Per-prompt state: arrays with N rows are split over the batch axes where N divides, the rest replicated."""
+    """Per-prompt state: arrays with a row a prompt are split over the batch axes in whole blocks, the rest replicated.
+
+    Where blocks do not divide, which happens to at most 16,384 prompts unless the mesh is odd, all are replicated.
+    """
     shards = int(np.prod([mesh.shape[a] for a in ROWS]))
+    rows = padded_rows(num_prompts)
 
     def one(x: Any) -> NamedSharding:
-        split = x.ndim > 0 and x.shape[0] == num_prompts and num_prompts % shards == 0
+        split = x.ndim > 0 and x.shape[0] == rows and rows // FANOUT % shards == 0
         return NamedSharding(mesh, PartitionSpec(ROWS) if split else PartitionSpec())
 
     return jax.tree.map(one, tree)

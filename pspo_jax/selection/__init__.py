@@ -1,9 +1,75 @@
-"""Which prompts next. A selector is pure functions over its own per-prompt state; a new one is a file and a line."""
+"""Which prompts next. A selector is pure functions over its own per-prompt state.
 
-from pspo_jax.selection.base import Selector
+What makes one differ from another is a `Scorer`; a new one is a file and a line. `make` adds what all share: visits,
+cooldown, quotas, exploration, and a choice that does not pass over all prompts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from pspo_jax.selection.base import Columns, Look, News, Ranked, Scorer, Selector, Sizes
+from pspo_jax.selection.choice import select
+from pspo_jax.selection.engine import SelectorState, engine, follow, init, observe
+from pspo_jax.selection.greso import greso
+from pspo_jax.selection.pools import curriculum, difficulty_pools
+from pspo_jax.selection.posterior import mopps, posterior_mixed, spo
 from pspo_jax.selection.pps import pps
+from pspo_jax.selection.prioritized_replay import prioritized_replay
+from pspo_jax.selection.survey import describe, survey, table
 from pspo_jax.selection.uniform import uniform
+from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
-SELECTORS = {"uniform": uniform, "pps": pps}
+SCORERS: dict[str, Callable[[SelectionConfig, ForgettingConfig, Sizes], Scorer]] = {
+    "uniform": uniform,
+    "pps": pps,
+    "prioritized_replay": prioritized_replay,
+    "mopps": mopps,
+    "posterior_mixed": posterior_mixed,
+    "spo": spo,
+    "greso": greso,
+    "difficulty_pools": difficulty_pools,
+    "curriculum": curriculum,
+}
 
-__all__ = ["SELECTORS", "Selector", "pps", "uniform"]
+WEIGHTED = ("pps", "spo", "difficulty_pools", "curriculum")
+"""Those that draw in proportion to weights."""
+
+
+def make(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Selector:
+    """The selector of a scorer, with the options that all selectors share.
+
+    Raises:
+      ConfigError: selection.quotas names a task that is not there.
+    """
+    e = engine(scorer, config, sizes)
+    return Selector(
+        init=partial(init, e),
+        select=partial(select, e),
+        observe=partial(observe, e),
+        follow=partial(follow, e),
+        describe=partial(describe, e),
+        survey=partial(survey, e),
+        table=partial(table, e),
+    )
+
+
+def selector(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Selector:
+    """The selector that `config.name` names."""
+    assert config.name is not None
+    return make(SCORERS[config.name](config, forgetting, sizes), config, sizes)
+
+
+__all__ = [
+    "SCORERS",
+    "WEIGHTED",
+    "Columns",
+    "Look",
+    "News",
+    "Ranked",
+    "Scorer",
+    "Selector",
+    "SelectorState",
+    "Sizes",
+    "make",
+    "selector",
+]

@@ -8,45 +8,28 @@ in the paper's formulas, priorities act on the very next draw, and w_q uses P(q)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float
 
-from pspo_jax.config import SelectionConfig
-from pspo_jax.selection.base import Selector
-from pspo_jax.state import Outcome
-
-
-class PpsState(NamedTuple):
-    priority: Float[Array, "N"]
+from pspo_jax.selection.base import Columns, Look, News, Scorer, Sizes
+from pspo_jax.selection.choice import annealed
+from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 
-def pps(config: SelectionConfig) -> Selector:
-    """Draw distinct prompts in proportion to |advantage|^lambda.
+def pps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+    """Draw prompts in proportion to priority^lambda; the state is the priority p_q."""
+    del forgetting
+    floor = 0.1 if config.floor is None else config.floor
 
-    Adding Gumbel noise to the log-weights and taking the top B is exact for successive draws without replacement.
-    """
+    def init(num_prompts: int, rows: int, columns: Columns | None) -> tuple[Any, Any]:
+        return jnp.full(rows, config.initial, jnp.float32), ()
 
-    def init(num_prompts: int) -> PpsState:
-        return PpsState(jnp.full(num_prompts, config.initial, jnp.float32))
-
-    def select(
-        state: PpsState, key: Key[Array, ""], step: Int[Array, ""], batch: int
-    ) -> tuple[Int[Array, "B"], Float[Array, "B"], PpsState]:
-        del step
-        logits = config.exponent * jnp.log(state.priority)
-        noise = jax.random.gumbel(key, logits.shape, mode="high")
-        _, ids = jax.lax.top_k(logits + noise, batch)
-        log_weight = -config.correction * jax.nn.log_softmax(logits)[ids]
-        return ids.astype(jnp.int32), jnp.exp(log_weight - log_weight.max()), state
-
-    def observe(state: PpsState, ids: Int[Array, "B"], outcome: Outcome, step: Int[Array, ""]) -> PpsState:
-        del step
-        signal = outcome.raw_advantages if config.signal == "raw" else outcome.advantages
+    def learn(priority: Float[Array, "B"], world: Any, news: News) -> tuple[Any, Any]:
+        signal = news.outcome.raw_advantages if config.signal == "raw" else news.outcome.advantages
         magnitude = jnp.abs(signal)
-        valid = ~jnp.isnan(outcome.rewards)
+        valid = ~jnp.isnan(news.outcome.rewards)
         judged = valid.any(axis=1)
         match config.statistic:
             case "last":
@@ -57,7 +40,16 @@ def pps(config: SelectionConfig) -> Selector:
             case "max":
                 value = jnp.where(valid, magnitude, 0).max(axis=1)
         # A prompt without a verdict keeps its priority: nothing was learned about it.
-        priority = jnp.where(judged, value + config.floor, state.priority[ids])
-        return PpsState(state.priority.at[ids].set(priority))
+        return jnp.where(judged, value + floor, priority), world
 
-    return Selector(init, select, observe)
+    def score(priority: Float[Array, "m"], world: Any, look: Look) -> Float[Array, "m"]:
+        return priority ** annealed(config.exponent, config.exponent_end, look.now, sizes.steps)
+
+    return Scorer(
+        "draw",
+        init,
+        learn,
+        score,
+        moves=config.exponent_end is not None,
+        priority=lambda priority, world, look: priority,
+    )

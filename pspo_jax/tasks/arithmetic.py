@@ -193,17 +193,18 @@ def _split(config: TaskConfig, width: int) -> tuple[PromptSet, PromptSet]:
     rng = np.random.default_rng([config.seed, 1])
     sizes = [_shares(config.train_prompts), _shares(config.heldout_prompts)]
     wanted = [a + b for a, b in zip(*sizes, strict=True)]
-    found: list[list[tuple[bytes, str]]] = [[] for _ in STRATA]
+    found: list[list[tuple[bytes, str, int]]] = [[] for _ in STRATA]
     seen: set[bytes] = set()
     while any(len(f) < w for f, w in zip(found, wanted, strict=True)):
         problems = generate(rng, _BLOCK)
         tokens, _ = write_prompts(problems, width)
-        stratum = np.minimum(hard_steps(problems), len(STRATA) - 1)
+        hard = hard_steps(problems)
+        stratum = np.minimum(hard, len(STRATA) - 1)
         last = totals(problems)[np.arange(_BLOCK), problems.length - 1]
-        for row, s, answer in zip(tokens.astype(np.uint8), stratum, last, strict=True):
+        for row, s, answer, steps in zip(tokens.astype(np.uint8), stratum, last, hard, strict=True):
             if len(found[s]) < wanted[s] and bytes(row) not in seen:
                 seen.add(bytes(row))
-                found[s].append((bytes(row), str(answer)))
+                found[s].append((bytes(row), str(answer), int(steps)))
     train = [item for f, size in zip(found, sizes[0], strict=True) for item in f[:size]]
     heldout = [item for f, size in zip(found, sizes[0], strict=True) for item in f[size:]]
     return _prompt_set(train, rng), _prompt_set(heldout, rng)
@@ -215,7 +216,12 @@ def _shares(n: int) -> list[int]:
     return [*parts, n - sum(parts)]
 
 
-def _prompt_set(items: list[tuple[bytes, str]], rng: np.random.Generator) -> PromptSet:
+def _prompt_set(items: list[tuple[bytes, str, int]], rng: np.random.Generator) -> PromptSet:
     order = rng.permutation(len(items))
     tokens = np.array([np.frombuffer(items[i][0], np.uint8) for i in order]).astype(np.int32)
-    return PromptSet(tokens, (tokens != PAD).sum(axis=1).astype(np.int32), tuple(items[i][1] for i in order))
+    return PromptSet(
+        tokens,
+        (tokens != PAD).sum(axis=1).astype(np.int32),
+        tuple(items[i][1] for i in order),
+        difficulty=np.array([items[i][2] for i in order], np.float32),
+    )

@@ -49,6 +49,10 @@ class PromptSet(NamedTuple):
     """JSON: what else a row's verifier needs."""
     columns: Callable[[int], dict[str, Any]] | None = None
     """A row's record in its source."""
+    column: Callable[[str], list[Any]] | None = None
+    """All rows' values of a column of their source; None where a source has none of that name."""
+    difficulty: Float[np.ndarray, "N"] | None = None
+    """Of a task that makes its prompts: a number that grows with it."""
     digests: UInt64[np.ndarray, "N"] | None = None
     """Hash of each row's content; None = of its tokens and answer."""
     identity: str = ""

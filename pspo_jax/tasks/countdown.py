@@ -251,6 +251,7 @@ def _prompt_set(problems: list[Problem], tokenizer: CharTokenizer, width: int) -
         texts=texts,
         extras=[json.dumps({"numbers": p.numbers, "target": p.target}) for p in problems],
         digests=np.array([digest(text.encode(), "") for text in texts], np.uint64),
+        difficulty=np.array([len(p.numbers) for p in problems], np.float32),
     )
 
 

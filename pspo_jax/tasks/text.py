@@ -58,16 +58,19 @@ class PaddedTokens:
 
 
 class _Column(Sequence[str]):
-    """One field of all records, read where it is indexed."""
+    """One field of all records, read where it is indexed, or at once for a slice."""
 
-    def __init__(self, records: grain.MapDataset, name: str):
+    def __init__(self, records: grain.MapDataset, rows: Any, name: str):
         self._records = records
+        self._rows = rows
         self._name = name
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return list(self._rows[self._name][i])
         # grain counts rows past the end anew from the first, and iteration would never end.
         return self._records[range(len(self))[int(i)]][self._name]
 
@@ -288,14 +291,24 @@ def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: 
         record = rows[int(i)]
         return dict(sources[record["part"]][record["row"]])
 
+    def column(name: str) -> list[Any]:
+        values: np.ndarray = np.full(len(rows), None, object)
+        part, row = numbers(rows, "part"), numbers(rows, "row")
+        for i, source in enumerate(sources):
+            own = np.flatnonzero(part == i)
+            if name in source.column_names and len(own):
+                values[own] = np.array([*source.select(row[own])[name], None], object)[:-1]
+        return list(values)
+
     return PromptSet(
         tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
         lengths=numbers(rows, "length").astype(np.int32),
-        answers=_Column(records, "answer"),
-        texts=_Column(records, "text"),
-        kinds=_Column(records, "kind"),
-        extras=_Column(records, "extra"),
+        answers=_Column(records, rows, "answer"),
+        texts=_Column(records, rows, "text"),
+        kinds=_Column(records, rows, "kind"),
+        extras=_Column(records, rows, "extra"),
         columns=columns,
+        column=column,
         digests=numbers(rows, "digest").astype(np.uint64),
         identity=identity,
         left_out=tuple(pick.left_out),

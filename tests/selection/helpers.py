@@ -1,0 +1,152 @@
+"""Selectors with their functions compiled, outcomes to feed them, and tests of frequencies."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from pspo_jax.selection import Columns, Selector, Sizes, selector
+from pspo_jax.state import Outcome
+from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+
+GROUP = 4
+Rewards = Callable[[Any, int], np.ndarray]
+"""(ids, step) -> [B, GROUP]"""
+
+
+class Rig(NamedTuple):
+    """A selector, compiled for a batch size."""
+
+    selector: Selector
+    batch: int
+    compiled: dict[str, Callable[..., Any]]
+
+    def init(self, prompts: int, columns: Columns | None = None) -> Any:
+        return self.selector.init(prompts, columns)
+
+    def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
+        key = jax.random.key(step if seed is None else seed)
+        ids, weight, state = self.compiled["select"](state, key, jnp.int32(step))
+        return np.asarray(ids), np.asarray(weight), state
+
+    def observe(self, state: Any, ids: Any, rewards: Any, step: int) -> Any:
+        seen = rewards if isinstance(rewards, Outcome) else outcome(rewards)
+        return self.compiled["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
+
+    def draws(self, state: Any, count: int, step: int = 0) -> np.ndarray:
+        """Ids [count, batch] for as many keys."""
+        keys = jax.random.split(jax.random.key(count), count)
+        return np.asarray(self.compiled["draws"](state, keys, jnp.int32(step)))
+
+    def table(self, state: Any, prompts: int, step: int = 0) -> dict[str, np.ndarray]:
+        """The table without its padding."""
+        return {name: np.asarray(x)[:prompts] for name, x in self.selector.table(state, jnp.int32(step)).items()}
+
+
+@functools.cache
+def make(
+    name: str,
+    batch: int,
+    *,
+    steps: int = 100,
+    seed: int = 0,
+    kinds: tuple[str, ...] = (),
+    discount: float = 0.9,
+    **fields: Any,
+) -> Rig:
+    """One for each combination of arguments, so that tests share what is compiled."""
+    config = SelectionConfig(name=name, **fields)  # type: ignore[arg-type]
+    made = selector(config, ForgettingConfig(mode="fixed", discount=discount), Sizes(batch, GROUP, steps, seed, kinds))
+
+    def draws(state: Any, keys: Any, step: Any) -> Any:
+        return jax.lax.map(lambda key: made.select(state, key, step, batch)[0], keys)
+
+    select = functools.partial(made.select, batch=batch)
+    return Rig(made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)})
+
+
+def outcome(rewards: Any, advantages: Any = None) -> Outcome:
+    """Advantages are those within the group unless given."""
+    rewards = np.asarray(rewards, np.float32)
+    valid = ~np.isnan(rewards)
+    count = np.maximum(valid.sum(1, keepdims=True), 1)
+    centred = np.where(valid, rewards - np.where(valid, rewards, 0).sum(1, keepdims=True) / count, 0)
+    raw = centred / (np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(count - 1, 1)) + 1e-4)
+    raw = raw.astype(np.float32)
+    smoothed = raw if advantages is None else np.asarray(advantages, np.float32)
+    return Outcome(jnp.asarray(rewards), jnp.asarray(smoothed), jnp.asarray(raw))
+
+
+def alike(ids: Any, step: int = 0) -> np.ndarray:
+    """Half of every group is right."""
+    return np.tile([0.0, 1.0], (len(ids), GROUP // 2))
+
+
+def wrong(ids: Any, step: int = 0) -> np.ndarray:
+    """Nothing is right."""
+    return np.zeros((len(ids), GROUP))
+
+
+def only(mixed: Iterable[int]) -> Rewards:
+    """Groups of these prompts are half right, those of all others wrong."""
+    return lambda ids, step: np.where(np.isin(ids, list(mixed))[:, None], alike(ids), wrong(ids))
+
+
+def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
+    """Right or wrong by chance, each group with its own; a share of groups has no verdict at all."""
+    rng = np.random.default_rng(seed)
+
+    def rewards(ids: Any, step: int) -> np.ndarray:
+        right = (rng.random((len(ids), GROUP)) < rng.random((len(ids), 1))).astype(np.float32)
+        return np.where(rng.random((len(ids), 1)) < missing, np.nan, right)
+
+    return rewards
+
+
+def play(rig: Rig, state: Any, steps: int, rewards: Rewards = alike, start: int = 0) -> tuple[np.ndarray, Any]:
+    """Ids [steps, batch] of some steps, and the state after them."""
+    drawn = []
+    for step in range(start, start + steps):
+        ids, _, state = rig.select(state, step)
+        state = rig.observe(state, ids, rewards(ids, step), step)
+        drawn.append(ids)
+    return np.stack(drawn), state
+
+
+def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, columns: Columns | None = None) -> Any:
+    """State of pps in which each prompt has the given priority."""
+    n = len(priority)
+    value = np.tile(np.asarray(priority, np.float32)[:, None] - np.float32(floor), (1, GROUP))
+    seen = Outcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
+    return rig.observe(rig.init(n, columns), np.arange(n), seen, -1)
+
+
+def assert_fits(counts: Any, chances: Any) -> None:
+    """Counts of independent draws are as probable as they should be."""
+    counts, chances = np.asarray(counts, float), np.asarray(chances, float)
+    assert stats.chisquare(counts, chances / chances.sum() * counts.sum()).pvalue > 1e-3
+
+
+def assert_even(counts: Any, batch: int) -> None:
+    """Counts of prompts in batches of distinct ones, all sets of prompts being as likely."""
+    counts = np.asarray(counts, float)
+    n, mean = len(counts), counts.mean()
+    # Draws without replacement vary less than independent ones, by exactly this factor.
+    statistic = ((counts - mean) ** 2 / mean).sum() * (n - 1) / (n - batch)
+    assert stats.chi2.sf(statistic, n - 1) > 1e-3
+
+
+def assert_valid(ids: np.ndarray, prompts: int, batch: int) -> None:
+    """A full batch of distinct prompts."""
+    assert ids.shape == (batch,)
+    assert len(set(ids.tolist())) == batch
+    assert ids.min() >= 0 and ids.max() < prompts
+
+
+def counted(ids: np.ndarray, prompts: int) -> np.ndarray:
+    """How often each prompt is named."""
+    return np.bincount(ids.reshape(-1), minlength=prompts)

@@ -1,0 +1,66 @@
+"""Every recipe: valid, alike but for its algorithm, and twenty steps of the embedded default without a new program."""
+
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from pspo_jax.accounting import Totals
+from pspo_jax.cli import parse
+from pspo_jax.io.progress import Progress
+from pspo_jax.io.run_folder import RunLog
+from pspo_jax.iteration import one_step
+from pspo_jax.programs import compile_programs
+from pspo_jax.setup import place_state, prepare
+from pspo_jax.strategies import AlgorithmName
+from tests.helpers import TINY
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NAMES = AlgorithmName.__args__
+SURVEYED = {
+    "selection/priority_entropy",
+    "selection/effective_prompts",
+    "selection/never_seen",
+    "selection/visits_mean",
+    "selection/eligible",
+    "priority",
+    "visits",
+}
+DRAWN = {"selection/new", "selection/reuse", "selection/age", "selection/not_eligible", "selection/distinct"}
+
+
+@pytest.mark.parametrize("folder", ["", "countdown"])
+def test_recipes_of_a_task_differ_in_the_algorithm_alone(folder):
+    recipes = {name: yaml.safe_load((CONFIGS / folder / f"{name}.yaml").read_text()) for name in NAMES}
+    for name, recipe in recipes.items():
+        assert recipe.pop("algorithm") == {"name": name}
+        assert recipe == recipes["grpo"] or name == "grpo"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
+    small = [f"--{key}={value}" for key, value in TINY.items()]
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), *small, "--mesh.data=1", "--log.completions_every=0"]
+    config = parse(words, "train", "")
+    setup, compiled = prepare(config), []
+    with jax.set_mesh(setup.mesh):
+        programs = compile_programs(setup, Progress(False))
+        state = place_state(setup, setup.policy.init(jax.random.key(0)))
+        log, totals = RunLog(tmp_path, 0, False), Totals()
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+        )
+        try:
+            for step in range(1, 21):
+                state, values = one_step(setup, state, programs, totals, log, step)
+                if step == 2:
+                    compiled.clear()
+        finally:
+            jax.monitoring.clear_event_listeners()
+        seen = programs.survey(state.selector, state.step)
+        log.close()
+    assert not compiled
+    assert int(state.step) == 20
+    assert set(values) >= DRAWN
+    assert set(seen) >= SURVEYED - ({"priority"} if setup.config.selection.name == "uniform" else set())
