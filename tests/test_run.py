@@ -15,11 +15,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax import cli
-from pspo_jax.config import Config, replace
+from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.policy import built_in, transformer
+from pspo_jax.report import main as report
 from pspo_jax.train import main
 from tests.helpers import relative
 
@@ -298,6 +300,29 @@ def test_what_a_run_leaves_behind(uninterrupted):
     advantages = np.array([json.loads(x)["advantage"] for x in dump]).reshape(4, 4)
     assert ((rewards - rewards.mean(1, keepdims=True)) * advantages >= -1e-6).all()
     assert (uninterrupted / "cold_start" / "settings.json").exists()
+
+
+@pytest.mark.xdist_group("resume")
+def test_the_table_of_prompts_adds_up(uninterrupted, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert report(["--prompts", str(uninterrupted)]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    rows = parquet.read_table(paths[0]).to_pylist()
+    n = yaml.safe_load((uninterrupted / "config.yaml").read_text())["task"]["train_prompts"]
+    assert [row["id"] for row in rows] == list(range(n))
+    assert sum(row["visits"] for row in rows) == 12 * 8
+    for row in rows:
+        assert row["text"].endswith("=") and row["task"] == "arithmetic" and row["priority"] > 0
+        assert (row["last_step"] < 0) == (row["visits"] == 0) == (row["success"] is None)
+    page = paths[1].read_text()
+    assert page.count("<tr>") == n + 1 and rows[0]["text"] in page
+    for words, complaint in (
+        (["--prompts", str(tmp_path)], "config.yaml"),
+        (["--prompts", str(uninterrupted), "--step", "7"], "no such checkpoint"),
+        (["--prompts", str(uninterrupted), "--out", "x.html"], "--out x.html"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            report(words)
 
 
 @pytest.mark.xdist_group("resume")
