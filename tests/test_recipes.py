@@ -8,10 +8,9 @@ import yaml
 
 from pspo_jax.accounting import Totals
 from pspo_jax.cli import parse
-from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog
 from pspo_jax.iteration import one_step
-from pspo_jax.programs import compile_programs
+from pspo_jax.programs import Programs, lower_programs
 from pspo_jax.setup import place_state, prepare
 from pspo_jax.strategies import AlgorithmName
 from tests.helpers import TINY
@@ -45,7 +44,10 @@ def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
     config = parse(words, "train", "")
     setup, compiled = prepare(config), []
     with jax.set_mesh(setup.mesh):
-        programs = compile_programs(setup, Progress(False))
+        lowered = lower_programs(setup)
+        # Evaluation is the same for all of them.
+        parts = {name: low.compile() for name, low in lowered.items() if name != "eval_sample"}
+        programs = Programs(**parts, eval_sample=lowered["eval_sample"])
         state = place_state(setup, setup.policy.init(jax.random.key(0)))
         log, totals = RunLog(tmp_path, 0, False), Totals()
         jax.monitoring.register_event_duration_secs_listener(

@@ -165,8 +165,9 @@ def test_absurd_rewards_never_reach_the_per_prompt_state(huge):
         jax.tree.leaves((expected.selector, expected.credit)),
         strict=True,
     ):
-        assert np.isfinite(a).all()
         np.testing.assert_array_equal(a, b)
+    assert np.isfinite(after.selector.own).all()
+    assert np.isfinite(after.selector.score).all()
 
 
 def test_nothing_is_traced_after_the_second_step_and_state_is_donated():
@@ -197,8 +198,8 @@ def test_state_moves_with_the_step():
     rollouts = sample(state.params, 0)
     state, _ = step(state, rollouts, rewards_of(rollouts))
     assert np.asarray(state.credit.visits)[:8].tolist() == [1] * 8
-    assert (np.asarray(state.selector.priority)[:8] != 1).all()
-    assert (np.asarray(state.selector.priority)[8:] == 1).all()
+    assert (np.asarray(state.selector.own)[:8] != 1).all()
+    assert (np.asarray(state.selector.own)[8:] == 1).all()
 
 
 def test_masked_logits_carry_no_gradient():
