@@ -47,7 +47,9 @@ PRESETS: dict[AlgorithmName, dict[str, Any]] = {
 _SELECTION = {"selection.cooldown": 0, "selection.correction": 0.0, "selection.floor": 0.1, "forgetting.mode": "fixed"}
 SELECTION_PRESETS: dict[str, dict[str, Any]] = {
     "pps": {**_SELECTION, "selection.correction": 0.4},
+    # The best of a ranking would be drawn again and again, and others never tried.
     "prioritized_replay": {**_SELECTION, "selection.cooldown": 5},
+    "posterior_mixed": {**_SELECTION, "selection.cooldown": 5},
     "spo": {**_SELECTION, "selection.floor": 0.05, "forgetting.mode": "movement"},
 }
 """Fields that the selector decides, whatever the algorithm; `_SELECTION` for all others."""

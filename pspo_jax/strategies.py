@@ -52,7 +52,8 @@ class SelectionConfig:
     name: SelectorName | None = None
     """Selector; None = the algorithm's."""
     cooldown: Annotated[int | None, Range(0, 10_000)] = None
-    """Steps for which a prompt that was drawn is not drawn again; None = 5 for prioritized_replay, else 0."""
+    """Steps for which a prompt that was drawn is not drawn again; None = 5 for prioritized_replay and
+    posterior_mixed, else 0."""
     max_visits: Annotated[int, Range(0, 2**30)] = 0
     """Most times that a prompt is drawn; 0 = no limit. Once fewer are left than a batch needs, the oldest return."""
     max_unjudged: Annotated[int, Range(0, 127)] = 3
@@ -119,8 +120,8 @@ class CreditConfig:
     name: CreditName | None = None
     """Advantage estimator; None = the algorithm's."""
     scale: Scale | None = None
-    """group, rloo, opo, tracked_baseline: divide by the standard deviation of the group, of the batch, or not; None =
-    the algorithm's."""
+    """group, rloo, opo: divide by the standard deviation of the group, of the batch, or not; tracked_baseline: batch
+    divides by the advantages' root mean square, group is refused. None = the algorithm's."""
     ddof: Annotated[int, Range(0, 1)] = 1
     """Variances divide by n - ddof."""
     eps: Annotated[float, Range(above=0.0)] = 1e-4

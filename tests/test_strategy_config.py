@@ -181,6 +181,7 @@ def test_zero_is_a_users_value_too():
 DEFAULTS = {name: (0, 0.0, 0.1, "fixed") for name in SCORERS} | {
     "pps": (0, 0.4, 0.1, "fixed"),
     "prioritized_replay": (5, 0.0, 0.1, "fixed"),
+    "posterior_mixed": (5, 0.0, 0.1, "fixed"),
     "spo": (0, 0.0, 0.05, "movement"),
 }
 
