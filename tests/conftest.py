@@ -30,6 +30,13 @@ settings.register_profile("suite", deadline=None, max_examples=30)
 settings.load_profile("suite")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freed_programs():
+    """A compiled program keeps memory mapped, and a process may have 65,530 mappings: more programs end in a crash."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Losses and advantages computed with TRL 1.16 and others."""

@@ -87,7 +87,7 @@ def test_bad_values_are_refused_in_one_line_with_the_fix(values, begins, fix):
 @pytest.mark.parametrize(
     ("quotas", "words"),
     [
-        ("maths=0.5", "there is no task maths; the run's tasks are math, gsm8k"),
+        ("maths=0.5", "there is no task 'maths'; the run's tasks are math, gsm8k"),
         ("math=1.0", "leaves nothing for gsm8k; name them too, or lower the shares"),
     ],
 )

@@ -189,9 +189,10 @@ def test_statistics_follow_their_prompts(tmp_path):
     with jax.set_mesh(before.mesh):
         state = place_state(before, before.policy.init(jax.random.key(0)))
         marks = np.arange(1, n + 1, dtype=np.float32)
+        padded = np.pad(marks, (0, len(state.credit.mean) - n))
         state = state.replace(
-            selector=state.selector._replace(priority=jax.device_put(marks, state.selector.priority.sharding)),
-            credit=state.credit._replace(mean=jax.device_put(-marks, state.credit.mean.sharding)),
+            selector=state.selector._replace(own=jax.device_put(padded, state.selector.own.sharding)),
+            credit=state.credit._replace(mean=jax.device_put(-padded, state.credit.mean.sharding)),
         )
         resume.save_content(before, tmp_path)
         with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
@@ -214,8 +215,8 @@ def test_statistics_follow_their_prompts(tmp_path):
     wanted = [old.get(h, 0) for h in after.task.train.content().tolist()]
     assert 0 < sum(w > 0 for w in wanted) < 56
     initial = before.config.selection.initial
-    np.testing.assert_array_equal(found[0].selector.priority, [w or initial for w in wanted])
-    np.testing.assert_array_equal(found[0].credit.mean, [-w for w in wanted])
+    np.testing.assert_array_equal(found[0].selector.own[:56], [w or initial for w in wanted])
+    np.testing.assert_array_equal(found[0].credit.mean[:56], [-w for w in wanted])
 
 
 def evaluate(env, place, out, *argv):
