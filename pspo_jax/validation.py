@@ -81,6 +81,11 @@ def _check_strategies(c: Config) -> None:
                 f"selection.{name}={getattr(s, name)}: selection.name={s.name} does not draw in proportion to weights; "
                 f"drop it, or choose one of {', '.join(WEIGHTED)}"
             )
+    if s.exploration and not round(s.exploration * c.rollout.prompts):
+        raise ConfigError(
+            f"selection.exploration={s.exploration:g}: is less than half a prompt of "
+            f"rollout.prompts={c.rollout.prompts}, so none would be drawn; set 0, or at least {1 / c.rollout.prompts:g}"
+        )
     if s.easy_from <= s.hard_to:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
     if f.low > f.high:

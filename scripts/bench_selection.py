@@ -3,9 +3,9 @@
     python scripts/bench_selection.py [--sizes 10000 100000 1000000 10000000] [--out selection.json]
 
 Ours: `select` and `observe` of each selector as the training loop runs them, jitted, the state donated. Peers, in the
-same process and turns: a sum-tree of Python lists (what prioritised samplers usually are), `np.random.choice(p=...)`,
-and in JAX one `top_k` over all priorities and Gumbel noise over all of them. Prints a Markdown table; --out keeps every
-repetition.
+same process: a sum-tree of Python lists (what prioritised samplers usually are), `np.random.choice(p=...)`,
+and in JAX one `top_k` over all priorities and Gumbel noise over all of them. One contender is measured after the
+other. Prints a Markdown table; --out keeps every repetition.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def peers(size: int, batch: int) -> Timed:
 
 
 def measure(size: int, batch: int, runs: int, names: list[str]) -> list[dict[str, Any]]:
-    """One line per contender and phase; all take turns."""
+    """One line per contender and phase."""
     times: dict[tuple[str, str], list[float]] = {}
     lines = []
     for name in names:

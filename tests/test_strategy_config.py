@@ -33,6 +33,7 @@ WEIGHTED = "drop it, or choose one of pps, spo, difficulty_pools, curriculum"
     ("values", "begins", "fix"),
     [
         ({"selection.cooldown": -1}, "selection.cooldown=-1:", "must be at least 0"),
+        ({"selection.exploration": 0.01}, "selection.exploration=0.01:", "at least 0.03125"),
         ({"selection.exploration": 2}, "selection.exploration=2.0:", "must be at most 1.0"),
         ({"selection.max_unjudged": 128}, "selection.max_unjudged=128:", "must be at most 127"),
         ({"selection.floor": 0}, "selection.floor=0.0:", "must be greater than 0"),

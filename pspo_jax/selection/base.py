@@ -106,7 +106,7 @@ class Ranked(NamedTuple):
 class Scorer(NamedTuple):
     """What makes one selector differ from another, as functions over its own state: per-prompt arrays P, scalars W.
 
-    The engine (`engine.make`) adds the rest: visits, who may be drawn, cooldown, quotas, exploration, the tree.
+    `selection.make` adds the rest: visits, who may be drawn, cooldown, quotas, exploration, the tree.
     """
 
     mode: Literal["top", "draw", "candidates"]
