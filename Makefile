@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 # The cold start, 80 steps of PSPO, evaluation and report.html, in runs/demo.
 demo: $(VENV)/.installed
@@ -10,6 +10,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
+
+# What `make test` leaves out: more kills, more meshes, larger models.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
+from pspo_jax.tasks.base import Completions
 
 PHASES = ("setup", "compile", "sft", "select", "rollout", "verify", "update", "eval")
 
@@ -46,17 +46,15 @@ class Totals:
             self.seconds[name] += out["seconds"]
 
 
-def count(totals: Totals, values: dict[str, Any], prompt_lengths: np.ndarray, lengths: np.ndarray) -> None:
-    """Cumulative rollouts and tokens, as every curve may be drawn against them."""
-    group = lengths.shape[1]
-    effective = int(values["groups/effective"]) * group
-    for name, more in (
-        ("rollouts", lengths.size),
-        ("effective", effective),
-        ("generated", int(lengths.sum())),
-        ("tokens", int(lengths.sum()) + int(prompt_lengths.sum()) * group),
-    ):
-        totals.counts[name] += more
+def count(totals: Totals, values: dict[str, Any], rounds: Sequence[Completions]) -> None:
+    """Cumulative rollouts and tokens, as every curve may be drawn against them: all that were rolled out count."""
+    for host in rounds:
+        group, generated = host.lengths.shape[1], int(host.lengths.sum())
+        totals.counts["rollouts"] += host.lengths.size
+        totals.counts["generated"] += generated
+        totals.counts["tokens"] += generated + int(host.prompts.lengths[host.rows].sum()) * group
+    if rounds:
+        totals.counts["effective"] += int(values["groups/effective"]) * rounds[0].lengths.shape[1]
     values |= {
         "rollouts/total": totals.counts["rollouts"],
         "rollouts/effective": totals.counts["effective"],

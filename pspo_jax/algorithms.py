@@ -10,12 +10,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from pspo_jax import credit, replay, selection
-from pspo_jax.config import Config, flatten
+from pspo_jax.config import Config, flatten, round_prompts
 from pspo_jax.config import replace as replace_fields
-from pspo_jax.strategies import AlgorithmName
+from pspo_jax.strategies import AlgorithmName, LossName
 
-_GRPO = {"credit.name": "group", "credit.scale": "group", "objective.aggregation": "dapo"}
-_CENTRED = {"credit.scale": "none", "objective.aggregation": "dapo"}
+_GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}
+_CENTRED = {"credit.scale": "none", "objective.loss": "dapo"}
 
 PRESETS: dict[AlgorithmName, dict[str, Any]] = {
     "grpo": {"selection.name": "uniform", **_GRPO},
@@ -23,7 +23,7 @@ PRESETS: dict[AlgorithmName, dict[str, Any]] = {
         "selection.name": "uniform",
         "credit.name": "group",
         "credit.scale": "none",
-        "objective.aggregation": "dr_grpo",
+        "objective.loss": "dr_grpo",
     },
     "rloo": {"selection.name": "uniform", "credit.name": "rloo", **_CENTRED},
     "opo": {"selection.name": "uniform", "credit.name": "opo", **_CENTRED},
@@ -37,12 +37,39 @@ PRESETS: dict[AlgorithmName, dict[str, Any]] = {
         "selection.name": "spo",
         "credit.name": "tracked_baseline",
         "credit.scale": "batch",
-        "objective.aggregation": "dapo",
+        "objective.loss": "dapo",
     },
     "greso": {"selection.name": "greso", **_GRPO},
     "difficulty_pools": {"selection.name": "difficulty_pools", **_GRPO},
     "curriculum": {"selection.name": "curriculum", **_GRPO},
+    "dapo": {"selection.name": "uniform", "rollout.max_rounds": 10, **_GRPO},
+    "grpo_filter": {"selection.name": "uniform", "replay.name": "filter", **_GRPO},
+    "popo": {"selection.name": "uniform", "replay.name": "fill", **_GRPO},
 }
+_REST = {"replay.name": "none", "rollout.max_rounds": 1}
+"""What an algorithm that does not say otherwise stands for."""
+
+_CLIP = {
+    "objective.surrogate": "clip",
+    "objective.ratio": "token",
+    "objective.clip_low": 0.2,
+    "objective.clip_high": 0.28,
+}
+_SEQUENCE = {**_CLIP, "objective.clip_low": 3e-4, "objective.clip_high": 4e-4}
+LOSSES: dict[LossName, dict[str, Any]] = {
+    "grpo": {**_CLIP, "objective.aggregation": "grpo"},
+    "bnpo": {**_CLIP, "objective.aggregation": "bnpo"},
+    "dr_grpo": {**_CLIP, "objective.aggregation": "dr_grpo"},
+    "dapo": {**_CLIP, "objective.aggregation": "dapo"},
+    "cispo": {**_CLIP, "objective.surrogate": "cispo", "objective.clip_high": 4.0, "objective.aggregation": "dapo"},
+    "gspo": {**_SEQUENCE, "objective.ratio": "sequence", "objective.aggregation": "grpo"},
+    "gspo_token": {**_SEQUENCE, "objective.ratio": "sequence_token", "objective.aggregation": "grpo"},
+    "sapo": {**_CLIP, "objective.surrogate": "sapo", "objective.aggregation": "grpo"},
+    "vespo": {**_CLIP, "objective.surrogate": "vespo", "objective.aggregation": "dapo"},
+    "luspo": {**_SEQUENCE, "objective.ratio": "sequence", "objective.aggregation": "luspo"},
+    "reinforce": {**_CLIP, "objective.surrogate": "reinforce", "objective.aggregation": "dapo"},
+}
+"""Fields that the loss decides."""
 
 _SELECTION = {"selection.cooldown": 0, "selection.correction": 0.0, "selection.floor": 0.1, "forgetting.mode": "fixed"}
 SELECTION_PRESETS: dict[str, dict[str, Any]] = {
@@ -64,10 +91,11 @@ class Algorithm(NamedTuple):
 
 
 def resolve(config: Config) -> Config:
-    """`config` with every None that the algorithm, then the selector, decides filled from their presets."""
+    """`config` with every None that the algorithm, then selector and loss, decide filled from their presets."""
     for decide in (
-        lambda c: PRESETS[c.algorithm.name],
+        lambda c: _REST | PRESETS[c.algorithm.name],
         lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
+        lambda c: LOSSES[c.objective.loss],
     ):
         current = flatten(config)
         config = replace_fields(config, {k: v for k, v in decide(config).items() if current[k] is None})
@@ -82,14 +110,19 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     """
     config = resolve(config)
     r = config.rollout
-    sizes = selection.Sizes(r.prompts, r.group_size, config.run.steps, config.run.seed, kinds)
+    rounds = r.max_rounds or 1
+    sizes = selection.Sizes(round_prompts(config), r.group_size, config.run.steps, config.run.seed, kinds, rounds)
     chosen = config.selection
+    if rounds > 1:
+        # A prompt is not rolled out twice in a step.
+        chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
     made = credit.CREDITS[config.credit.name](config.credit, config.forgetting)  # type: ignore[index]
     if config.algorithm.compat == "released":
         exponent = chosen.exponent * (chosen.correction or 0.0)
         made = credit.released(config.credit, config.forgetting, r.prompts, exponent, chosen.floor or 0.0)
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
-    return Algorithm(selection.selector(chosen, config.forgetting, sizes), made, replay.none())
+    replays = replay.REPLAYS[config.replay.name or "none"](config)
+    return Algorithm(selection.selector(chosen, config.forgetting, sizes), made, replays)
 
 
 def needs_movement(config: Config) -> bool:

@@ -11,9 +11,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pspo_jax.fields import ConfigError, Range
-from pspo_jax.strategies import AlgorithmConfig, CreditConfig, ForgettingConfig, SelectionConfig
+from pspo_jax.strategies import (
+    AlgorithmConfig,
+    CreditConfig,
+    ForgettingConfig,
+    ObjectiveConfig,
+    ReplayConfig,
+    SelectionConfig,
+)
 
-Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 Dtype = Literal["float32", "bfloat16"]
 TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
@@ -239,33 +245,13 @@ class RolloutConfig:
     """Nucleus sampling: the smallest set of tokens with at least this probability; 1 = off."""
     top_k: Annotated[int, Range(0)] = 0
     """Sample among the k most probable tokens; 0 = off."""
+    max_rounds: Annotated[int | None, Range(1, 1000)] = None
+    """Dynamic sampling: roll out up to so many rounds a step, until the batch is full of effective groups; what is left
+    over is kept for the next step. 1 = a batch is what one round gives; None = 10 for dapo, else 1."""
+    oversampling: Annotated[float, Range(above=0.0, high=16.0)] = 1.0
+    """Dynamic sampling: prompts of a round, as a multiple of rollout.prompts."""
     prompt_bucket: Annotated[int, Range(1)] = 16
     """Prompts are padded to a multiple of this many tokens, so that lengths inside a bucket share one program."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    aggregation: Aggregation | None = None
-    """How token losses become one number (TRL's loss_type names); None = the algorithm's."""
-    clip_low: Annotated[float, Range(0.0, 1.0)] = 0.2
-    """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: Annotated[float, Range(0.0)] = 0.28
-    """The ratio is clipped from above at 1 + clip_high."""
-    kl_coef: Annotated[float, Range(0.0)] = 0.0
-    """Weight of KL(policy || reference), estimator k3, per token; 0 = no reference policy is held or run."""
-    kl_unbiased: bool = True
-    """Multiply k3 by the importance ratio, as TRL does by default, so that its gradient is unbiased off-policy."""
-    num_iterations: Annotated[int, Range(1)] = 1
-    """Passes over a batch of rollouts."""
-    minibatches: Annotated[int, Range(1)] = 1
-    """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
-    microbatch_rows: Annotated[int, Range(0)] = 32
-    """At most this many completions have their gradient computed at a time, accumulated over a minibatch; the largest
-    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch."""
-    old_log_probs: Literal["sampler", "trainer"] = "sampler"
-    """Log-probs of the policy before the update: those the sampler returned, or recomputed by the trainer."""
-    logits_mib: Annotated[int, Range(1)] = 160
-    """Memory for one chunk of float32 logits, in MiB; [tokens, vocab] never exists whole."""
 
 
 @dataclass(frozen=True)
@@ -393,6 +379,7 @@ class Config:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -422,6 +409,12 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
         stage, name = key.split(".")
         config = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), **{name: value})})
     return config
+
+
+def round_prompts(config: Config) -> int:
+    """Prompts that a resolved config rolls out at a time: a batch, or a round of dynamic sampling."""
+    r = config.rollout
+    return r.prompts if r.max_rounds == 1 else round(r.prompts * r.oversampling)
 
 
 def embedded(config: Config) -> bool:

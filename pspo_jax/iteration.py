@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.accounting import Totals, count
+from pspo_jax.config import Config
 from pspo_jax.evaluation.heldout import evaluate, gather
 from pspo_jax.io.completions import completion_lines
 from pspo_jax.io.run_folder import RunLog, crc
 from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel.mesh import batch_sharding, replicated
-from pspo_jax.programs import Programs
+from pspo_jax.programs import Programs, without_ring
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.setup import Setup
 from pspo_jax.state import Prompts, Rollouts, TrainState
@@ -37,6 +39,19 @@ class _Rolled(NamedTuple):
     """One per chunk."""
 
 
+class _Round(NamedTuple):
+    """A batch that was rolled out and verified."""
+
+    rows: np.ndarray
+    weights: np.ndarray
+    rollouts: Rollouts
+    reward: jax.Array
+    host: Completions
+    scores: Scores
+    drawn: dict[str, Any]
+    """What the selector says of the draw."""
+
+
 def one_step(
     setup: Setup, state: TrainState, programs: Programs, totals: Totals, log: RunLog, done: int
 ) -> tuple[TrainState, Values]:
@@ -45,57 +60,164 @@ def one_step(
     Raises:
       NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
     """
-    c, mesh = setup.config, setup.mesh
-    with totals.phase("select") as selecting:
-        ids, weight, selector, drawn = programs.select(state.selector, state.key, state.step)
-        rows, weights = np.asarray(ids), np.asarray(weight)
-        state = dataclasses.replace(state, selector=selector)
-    with totals.phase("rollout") as rolling:
-        rolled = _roll_out(setup, state, programs, rows, weights, done)
-    with totals.phase("verify") as verifying:
-        scores = _joined([wait() for wait in rolled.judged])
-    log.errors(done, scores.errors)
-    _check_verdicts(scores, done, c.verifier.max_no_verdict)
-    dumping = bool(c.log.completions_every) and done % c.log.completions_every == 0
-    with totals.phase("update") as updating:
-        reward = jax.device_put(scores.reward, batch_sharding(mesh))
-        lengths = rolled.rollouts.lengths
-        advantages = (
-            np.asarray(programs.advantages(state.credit, ids, reward, lengths, state.movement)) if dumping else None
-        )
-        state, metrics = programs.step(state, rolled.rollouts, reward)
-        values: Values = {k: float(v) for k, v in jax.device_get(metrics | drawn).items()}
+    c = setup.config
+    times: dict[str, float] = {}
+    rounds: list[_Round] = []
+    found: list[dict[str, Any]] = []
+    advantages = None
+    if programs.collect is None:
+        state, one = _round(setup, state, programs, totals, times, log, done, 0)
+        rounds.append(one)
+        with _timed(totals, times, "update"):
+            if _dumps(c, done):
+                advantages = np.asarray(programs.advantages(without_ring(state), one.rollouts, one.reward))
+            state = ring_to_device(setup, state)
+            state, metrics = programs.step(state, one.rollouts, one.reward)
+            found.append(metrics | one.drawn)
+    else:
+        waiting = 0 if state.queue is None else int(state.queue.held)
+        while waiting < c.rollout.prompts and len(rounds) < (c.rollout.max_rounds or 1):
+            state, one = _round(setup, state, programs, totals, times, log, done, len(rounds))
+            rounds.append(one)
+            with _timed(totals, times, "update"):
+                if _dumps(c, done):
+                    advantages = np.asarray(programs.advantages(without_ring(state), one.rollouts, one.reward))
+                bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward)
+                state = dataclasses.replace(bare, replay=state.replay)
+                found.append(metrics | one.drawn)
+                waiting = int(metrics["groups/waiting"])
+        with _timed(totals, times, "update"):
+            temperature = SamplingParams.of(c.rollout, setup.task.stop_ids).temperature
+            temperature = jax.device_put(temperature, replicated(setup.mesh))
+            state = ring_to_device(setup, state)
+            state, metrics = programs.step(state, temperature)
+    with _timed(totals, times, "update"):
+        values: Values = _over_rounds([{k: float(v) for k, v in jax.device_get(m).items()} for m in found])
+        values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+        state = _ring_to_host(setup, state)
 
-    host = rolled.host
-    count(totals, values, host.prompts.lengths[rows], host.lengths)
-    values |= _reward_metrics(scores)
-    times = {"select": selecting, "rollout": rolling, "verify": verifying, "update": updating}
-    values |= {f"time/{name}": t["seconds"] for name, t in times.items()}
-    values["step_time"] = sum(t["seconds"] for t in times.values())
-    values["tokens_per_second"] = int(host.lengths.sum()) / rolling["seconds"]
+    if programs.collect is not None:
+        values["rollouts/rounds"] = len(rounds)
+    count(totals, values, [one.host for one in rounds])
+    if rounds:
+        values |= _reward_metrics(_joined([one.scores for one in rounds]))
+        values["tokens_per_second"] = sum(int(one.host.lengths.sum()) for one in rounds) / times["rollout"]
+    values |= {f"time/{name}": seconds for name, seconds in times.items()}
+    values["step_time"] = sum(times.values())
     rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
     values["learning_rate"] = float(rate(max(values["updates"] - 1, 0)))
     if c.run.fingerprint:
-        values |= {"crc/prompt_ids": crc(rows), "crc/tokens": crc(host.tokens), "crc/params": crc(state.params)}
-        values |= {"crc/selector": crc(state.selector), "crc/credit": crc(state.credit)}
+        values |= _fingerprints(state, rounds)
     if advantages is not None:
-        lines = completion_lines(setup.task, host, scores, advantages, weights, c.log.completions)
+        last = rounds[-1]
+        lines = completion_lines(setup.task, last.host, last.scores, advantages, last.weights, c.log.completions)
         log.completions(done, lines, c.log.completions_format)
     return state, values
 
 
+def _dumps(config: Config, done: int) -> bool:
+    return bool(config.log.completions_every) and done % config.log.completions_every == 0
+
+
+@contextmanager
+def _timed(totals: Totals, times: dict[str, float], phase: str) -> Iterator[None]:
+    """A phase of the run whose seconds are also added to this step's."""
+    with totals.phase(phase) as spent:
+        yield
+    times[phase] = times.get(phase, 0.0) + spent["seconds"]
+
+
+def _round(
+    setup: Setup,
+    state: TrainState,
+    programs: Programs,
+    totals: Totals,
+    times: dict[str, float],
+    log: RunLog,
+    done: int,
+    number: int,
+) -> tuple[TrainState, _Round]:
+    """Select, roll out, verify."""
+    with _timed(totals, times, "select"):
+        place = jax.device_put(jnp.int32(number), replicated(setup.mesh))
+        ids, weight, selector, drawn = programs.select(state.selector, state.key, state.step, place)
+        rows, weights = np.asarray(ids), np.asarray(weight)
+        state = dataclasses.replace(state, selector=selector)
+    with _timed(totals, times, "rollout"):
+        rolled = _roll_out(setup, state, programs, rows, weights, done, number)
+    with _timed(totals, times, "verify"):
+        scores = _joined([wait() for wait in rolled.judged])
+    log.errors(done, scores.errors)
+    _check_verdicts(scores, done, setup.config.verifier.max_no_verdict)
+    reward = jax.device_put(scores.reward, batch_sharding(setup.mesh))
+    return state, _Round(rows, weights, rolled.rollouts, reward, rolled.host, scores, drawn)
+
+
+def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's rounds as one: counts are summed, extremes kept, the rest averaged."""
+    if not found:
+        return {}
+
+    def one(name: str) -> float:
+        values = [metrics[name] for metrics in found]
+        if name == "groups/effective":
+            return sum(values)
+        if name == "groups/waiting":
+            return values[-1]
+        if "min" in name.split("/")[-1]:
+            return min(values)
+        return max(values) if "max" in name.split("/")[-1] else sum(values) / len(values)
+
+    return {name: one(name) for name in found[0]}
+
+
+def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
+    """CRCs of what was drawn, and of the state after the step."""
+    return {
+        "crc/prompt_ids": crc([one.rows for one in rounds]),
+        "crc/tokens": crc([one.host.tokens for one in rounds]),
+        "crc/params": crc(state.params),
+        "crc/selector": crc(state.selector),
+        "crc/credit": crc(state.credit),
+        "crc/replay": crc((state.replay, state.queue)),
+    }
+
+
+def ring_to_device(setup: Setup, state: TrainState) -> TrainState:
+    """The state with stored groups where the update, and a checkpoint, reads them."""
+    if setup.config.replay.memory == "device":
+        return state
+    return dataclasses.replace(state, replay=jax.device_put(state.replay, setup.shardings.replay))
+
+
+def _ring_to_host(setup: Setup, state: TrainState) -> TrainState:
+    """The state with stored groups where replay.memory says."""
+    memory = setup.config.replay.memory
+    if memory == "device":
+        return state
+    places = jax.tree.map(lambda s: s.with_memory_kind(memory), setup.shardings.replay)
+    return dataclasses.replace(state, replay=jax.device_put(state.replay, places))
+
+
 def _roll_out(
-    setup: Setup, state: TrainState, programs: Programs, rows: np.ndarray, weights: np.ndarray, done: int
+    setup: Setup,
+    state: TrainState,
+    programs: Programs,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    done: int,
+    number: int,
 ) -> _Rolled:
     """Sample the batch in rollout.chunks parts; each is handed to the verifiers while the next is sampled."""
     c, task, mesh = setup.config, setup.task, setup.mesh
     whole = replicated(mesh)
     settings = jax.device_put(SamplingParams.of(c.rollout, task.stop_ids), whole)
-    size = c.rollout.prompts // c.rollout.chunks
-    parts, places = [], [slice(k, k + size) for k in range(0, c.rollout.prompts, size)]
+    size = len(rows) // c.rollout.chunks
+    parts, places = [], [slice(k, k + size) for k in range(0, len(rows), size)]
     for place in places:
         prompts = jax.device_put(gather(task.train, rows[place], weights[place]), batch_sharding(mesh))
-        first_row = jax.device_put(jnp.int32(place.start * c.rollout.group_size), whole)
+        first = (number * len(rows) + place.start) * c.rollout.group_size
+        first_row = jax.device_put(jnp.int32(first), whole)
         parts.append(programs.sample(state.weights, prompts, state.key, state.step, settings, first_row))
     judged, hosts = [], []
     for place, part in zip(places, parts, strict=True):

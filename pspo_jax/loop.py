@@ -16,7 +16,7 @@ from pspo_jax.io.checkpoint import Checkpoints, named_checksums
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, check_config, open_folder, write_json
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step
+from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step, ring_to_device
 from pspo_jax.programs import Programs, compile_programs
 from pspo_jax.report import write_report
 from pspo_jax.resume import restore, save_content, source_fingerprint
@@ -106,7 +106,7 @@ def _loop(
             "base": base,
             "totals": totals.save(),
         }
-        checkpoints.save(done, state.to_save(), metadata, scores)
+        checkpoints.save(done, ring_to_device(setup, state).to_save(), metadata, scores)
 
     def stopped(why: str) -> int:
         log.close()
@@ -160,9 +160,12 @@ def _eval_names(scores: dict[str, float]) -> dict[str, float | int]:
 
 def _numbers(values: dict[str, Any]) -> str:
     """The line beside the progress bar."""
+    rate = f"{1 / values['step_time']:.1f} steps/s"
+    if "reward" not in values:
+        return f"enough groups were waiting, nothing was rolled out  {rate}"
     return (
         f"reward {values['reward']:.3f}  effective {values['groups/effective']:.0f}  "
-        f"{values['tokens_per_second']:,.0f} tok/s  {1 / values['step_time']:.1f} steps/s"
+        f"{values['tokens_per_second']:,.0f} tok/s  {rate}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pspo_jax.config import round_prompts
 from pspo_jax.io.progress import Progress
 from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 from pspo_jax.setup import Setup
-from pspo_jax.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, purpose_key
-from pspo_jax.step import make_train_step
+from pspo_jax.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
+from pspo_jax.step import dynamic, estimate, make_collect, make_train_step, make_update
 
 
 class Programs(NamedTuple):
@@ -23,20 +25,23 @@ class Programs(NamedTuple):
     select: Callable[..., Any]
     sample: Callable[..., Any]
     step: Callable[..., Any]
+    """(state, rollouts, rewards) -> (state, metrics); with dynamic sampling (state, temperature)."""
     eval_sample: Callable[..., Any]
     join: Callable[..., Any]
     """Rollouts of the chunks of a batch -> the batch."""
     advantages: Callable[..., Any]
-    """(credit state, prompt ids, rewards, lengths, movement) -> advantages, for the dumps of completions."""
+    """(state without its ring, rollouts, rewards) -> advantages, for the dumps of completions."""
     survey: Callable[..., Any]
     """(selector state, step) -> scalars and histograms of all prompts."""
+    collect: Callable[..., Any] | None = None
+    """(state without its ring, rollouts, rewards) -> (such a state, metrics): a round of dynamic sampling, or None."""
 
 
 def lower_programs(setup: Setup) -> dict[str, Any]:
     """The parts of a step, traced from shapes alone: no array exists yet."""
     c, task, mesh = setup.config, setup.task, setup.mesh
     rows, whole = batch_sharding(mesh), replicated(mesh)
-    b, p = c.rollout.prompts, task.train.tokens.shape[1]
+    b, p = round_prompts(c), task.train.tokens.shape[1]
 
     def prompts_spec(n: int) -> Prompts:
         def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -47,8 +52,12 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
 
     strategy = setup.algorithm.selector
 
-    def select(selector: Any, key: Any, step: Any) -> Any:
-        ids, weight, after = strategy.select(selector, purpose_key(key, step, SELECT), step, b)
+    rounds = dynamic(c)
+
+    def select(selector: Any, key: Any, step: Any, number: Any) -> Any:
+        """Prompts of a step, or of one of its rounds."""
+        key = purpose_key(key, step, SELECT)
+        ids, weight, after = strategy.select(selector, jax.random.fold_in(key, number) if rounds else key, step, b)
         return ids, weight, after, strategy.describe(selector, ids, step)
 
     def sampler(group_size: int, purpose: int) -> Any:
@@ -69,7 +78,7 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     lowered = {}
     # Donated: a choice leaves the state as it is, and must not copy it.
     select_jit = jax.jit(select, donate_argnums=0, out_shardings=(whole, rows, setup.shardings.selector, whole))
-    lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec)
+    lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec, step_spec)
     survey_jit = jax.jit(strategy.survey, out_shardings=whole)
     lowered["survey"] = survey_jit.lower(setup.abstract.selector, step_spec)
 
@@ -87,18 +96,28 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     chunks = c.rollout.chunks
     lowered["sample"], chunk = lower_sampler(c.rollout.group_size, ROLLOUT, b // chunks)
     lowered["join"], rollouts = lower(join_chunks, [chunk] * chunks)
-    lowered["eval_sample"], _ = lower_sampler(1, EVALUATE, b * c.rollout.group_size)
+    lowered["eval_sample"], _ = lower_sampler(1, EVALUATE, c.rollout.prompts * c.rollout.group_size)
     rewards = jax.ShapeDtypeStruct((b, c.rollout.group_size), jnp.float32, sharding=rows)
-    step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
-    lowered["step"] = step.lower(setup.abstract, rollouts, rewards)  # type: ignore[attr-defined]
+    state = setup.abstract
+    if rounds:
+        collect = make_collect(setup.policy, setup.algorithm, c, without_ring(setup.shardings))
+        lowered["collect"] = collect.lower(without_ring(state), rollouts, rewards)  # type: ignore[attr-defined]
+        step: Any = make_update(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
+        lowered["step"] = step.lower(state, rollouts.temperature)
+    else:
+        step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
+        lowered["step"] = step.lower(state, rollouts, rewards)
 
-    def advantages(credit: Any, ids: Any, rewards: Any, lengths: Any, movement: Any) -> Any:
-        return setup.algorithm.credit.estimate(credit, ids, rewards, lengths, movement)[0]
+    def advantages(state: Any, rollouts: Rollouts, rewards: Any) -> Any:
+        return estimate(setup.policy, setup.algorithm, c, state, rollouts, rewards)[0]
 
-    ids = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=whole)
-    args = (setup.abstract.credit, ids, rewards, rollouts.lengths, setup.abstract.movement)
-    lowered["advantages"], _ = lower(advantages, *args)
+    lowered["advantages"], _ = lower(advantages, without_ring(state), rollouts, rewards)
     return lowered
+
+
+def without_ring(state: TrainState) -> TrainState:
+    """The state without stored groups, which may be in the host's memory."""
+    return dataclasses.replace(state, replay=())
 
 
 def join_chunks(chunks: list[Rollouts]) -> Rollouts:

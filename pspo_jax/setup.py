@@ -231,4 +231,5 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
         updates=whole,
         skipped=whole,
         movement=whole,
+        queue=jax.tree.map(lambda _: whole, shapes.queue),
     )

@@ -43,6 +43,8 @@ class SavedState:
     """Non-finite updates skipped in a row, up to now."""
     movement: Float[Array, ""] | float = 0.0
     """Sum over the steps of the mean |change of log-prob| per token; 0 where no strategy asks for it."""
+    queue: Any = None
+    """Effective groups that wait for a batch; None without dynamic sampling."""
 
     def joined(self, frozen: Params | None) -> TrainState:
         """The state that trains, with the weights that checkpoints leave out."""
@@ -114,11 +116,11 @@ class Outcome(NamedTuple):
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
-    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`, `DROPOUT`) in one step.
+    """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`, `DROPOUT`, `REPLAY`) in one step.
 
     A function of the run's key, so that a resumed run draws what the uninterrupted one would have.
     """
     return jax.random.fold_in(jax.random.fold_in(state_key, step), purpose)
 
 
-SELECT, ROLLOUT, EVALUATE, DROPOUT = 0, 1, 2, 3
+SELECT, ROLLOUT, EVALUATE, DROPOUT, REPLAY = range(5)

@@ -1,4 +1,4 @@
-"""Configuration of the strategies: which prompt next, what a reward is worth, how beliefs are forgotten."""
+"""Configuration of the strategies: which prompt next, what a reward is worth, which groups come back, which loss."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ AlgorithmName = Literal[
     "greso",
     "difficulty_pools",
     "curriculum",
+    "dapo",
+    "grpo_filter",
+    "popo",
 ]
 SelectorName = Literal[
     "uniform",
@@ -36,6 +39,12 @@ SelectorName = Literal[
 ]
 CreditName = Literal["group", "ers", "rloo", "tracked_baseline", "opo"]
 Scale = Literal["group", "batch", "none"]
+LossName = Literal[
+    "grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "gspo_token", "sapo", "vespo", "luspo", "reinforce"
+]
+Surrogate = Literal["clip", "cispo", "sapo", "vespo", "reinforce"]
+Ratio = Literal["token", "sequence", "sequence_token"]
+Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "token_sum"]
 
 
 @dataclass(frozen=True)
@@ -156,3 +165,106 @@ class ForgettingConfig:
     """a of the Beta belief of a prompt that was never visited."""
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0
     """b of the same."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What becomes of groups whose rewards are all equal, and which old groups come back."""
+
+    name: Literal["none", "filter", "fill"] | None = None
+    """none: they stay; filter: they leave the batch, and means are over the others; fill: they are replaced by stored
+    groups (POPO), and slots that stay empty leave. None = the algorithm's."""
+    capacity: Annotated[int, Range(0, 2**24)] = 0
+    """fill: groups stored; the oldest leaves first. 0 = rollout.prompts."""
+    max_age: Annotated[int, Range(1, 2**24)] = 3
+    """fill: a group is not used more than so many steps after it was sampled."""
+    min_age: Annotated[int, Range(1, 2**24)] = 1
+    """fill: nor before so many steps after it, for ablations."""
+    max_uses: Annotated[int, Range(1, 2**24)] = 2
+    """fill: most times that a stored group comes back."""
+    max_share: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
+    """fill: largest share of a batch that is replayed."""
+    order: Literal["newest", "variance", "fresh_priority", "kl", "random"] = "newest"
+    """fill: which stored groups first: newest (POPO), largest reward variance, variance x exp(-age / tau), least
+    measured KL(behaviour || policy), or any."""
+    tau: Annotated[float, Range(above=0.0)] = 2.0
+    """fresh_priority: steps in which a group's priority falls to 1/e."""
+    effective: Literal["rewards", "advantages"] = "rewards"
+    """What makes a group effective: rewards that differ, or an advantage that is not 0 (ERS has some in groups whose
+    rewards are all equal)."""
+    ess_floor: Annotated[float, Range(0.0, 1.0)] = 0.0
+    """fill: where the effective sample size of the replayed tokens, as a share of them, falls under this, the replayed
+    share is halved; it grows by a quarter a step otherwise, up to max_share. 0 = off."""
+    memory: Literal["device", "pinned_host"] = "device"
+    """Where stored groups are between updates; pinned_host frees device memory for rollouts, at a transfer each way."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    loss: LossName | None = None
+    """Published loss: fills surrogate, ratio, aggregation and the clip range where they are None; docs/objectives.md
+    has the table. None = the algorithm's."""
+    surrogate: Surrogate | None = None
+    """What of ratio and advantage is maximised: PPO's clip, CISPO's truncated weight, SAPO's gate, VESPO's gamma
+    weight, or the log-prob alone. None = the loss's."""
+    ratio: Ratio | None = None
+    """Probability ratio of a token, of the sequence (its geometric mean), or the sequence's with the token's gradient
+    (GSPO-token). None = the loss's."""
+    aggregation: Aggregation | None = None
+    """How token losses become one number. grpo: mean over completions of their token means; dapo: sum over tokens of
+    the minibatch / the batch's tokens per minibatch; bnpo: / the minibatch's own; dr_grpo: / (completions x
+    rollout.max_new_tokens); luspo: mean over completions of their sums; token_sum: sum. None = the loss's."""
+    count_masked: bool = True
+    """Completions without a token in the loss count in means over completions (TRL); false = they do not (verl)."""
+    clip_low: Annotated[float | None, Range(0.0, 1.0)] = None
+    """The ratio is clipped from below at 1 - clip_low. None = 0.2, gspo 3e-4."""
+    clip_high: Annotated[float | None, Range(0.0)] = None
+    """The ratio is clipped from above at 1 + clip_high. None = 0.28, gspo 4e-4, cispo 4."""
+    delta: Annotated[float, Range(0.0)] = 0.0
+    """Two-sided clipping: the unclipped ratio is at most this; 0 = off."""
+    dual_clip: Annotated[float, Range(0.0)] = 0.0
+    """Dual clip: where the advantage is negative, the loss is at most this times its magnitude; 0 = off."""
+    sapo_positive: Annotated[float, Range(above=0.0)] = 1.0
+    """sapo: temperature of the gate where the advantage is positive."""
+    sapo_negative: Annotated[float, Range(above=0.0)] = 1.05
+    """sapo: and where it is not."""
+    vespo_positive: str = "2,3"
+    """vespo: k and lambda of the gamma weight where the advantage is not negative."""
+    vespo_negative: str = "3,2"
+    """vespo: and where it is."""
+    top_entropy: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
+    """Share of the minibatch's tokens, those of largest entropy, that the surrogate is taken from; below 1, one more
+    forward pass an update."""
+    entropy_coef: Annotated[float, Range(0.0)] = 0.0
+    """Weight of the mean token entropy, which is maximised."""
+    mask_truncated: bool = False
+    """Leave completions that the length limit ended out of the loss."""
+    off_policy_threshold: Annotated[float, Range(0.0)] = 0.0
+    """Leave out completions of negative advantage whose mean log-ratio behaviour / policy is above this; 0 = off."""
+    kl_coef: Annotated[float, Range(0.0)] = 0.0
+    """Weight of KL(policy || reference); 0 = no reference policy is held or run."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a term per token; reward: the sum over a completion's tokens is taken from its reward before the credit."""
+    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"] = "k3"
+    """log-ratio (k1), half its square (k2), or ratio - 1 - log-ratio (k3); + gives the gradient of k2, the KL's own."""
+    kl_unbiased: bool = True
+    """Multiply the KL term by the importance ratio, as TRL does by default: an unbiased gradient off-policy."""
+    off_policy: Literal["decoupled", "coupled", "ignored"] = "decoupled"
+    """Groups of an older policy: decoupled clips around the policy at the start of the step and weighs by its ratio to
+    the behaviour policy; coupled clips around the behaviour policy; ignored treats them as on-policy (ablations)."""
+    importance: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """decoupled: weights per token or per completion; above the cap they are cut to it, or become 0."""
+    importance_cap: Annotated[float, Range(above=0.0)] = 2.0
+    """decoupled: the cap."""
+    num_iterations: Annotated[int, Range(1)] = 1
+    """Passes over a batch of rollouts."""
+    minibatches: Annotated[int, Range(1)] = 1
+    """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
+    microbatch_rows: Annotated[int, Range(0)] = 32
+    """At most this many completions have their gradient computed at a time, accumulated over a minibatch; the largest
+    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch."""
+    old_log_probs: Literal["sampler", "trainer"] = "sampler"
+    """Log-probs of the policy before the update: those the sampler returned, or recomputed by the trainer. Those of
+    groups from earlier steps are always recomputed."""
+    logits_mib: Annotated[int, Range(1)] = 160
+    """Memory for one chunk of float32 logits, in MiB; [tokens, vocab] never exists whole."""

@@ -8,8 +8,9 @@ import typing
 from typing import Any, Literal
 
 from pspo_jax.algorithms import resolve
-from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded
+from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded, round_prompts
 from pspo_jax.mixture import mixture, options
+from pspo_jax.objective.ratios import gamma_shape
 from pspo_jax.rewards.terms import parse_terms
 from pspo_jax.selection import WEIGHTED
 from pspo_jax.selection.pools import parse_weights
@@ -63,9 +64,63 @@ def _check_relations(c: Config) -> None:
         raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
+    _check_rounds(c)
+    _check_objective(c)
     if c.rollout.prompts % c.objective.minibatches:
         raise ConfigError(
             f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
+        )
+
+
+def _check_rounds(c: Config) -> None:
+    """Dynamic sampling's rounds."""
+    c = resolve(c)
+    r = c.rollout
+    if r.max_rounds == 1:
+        if r.oversampling != 1:
+            raise ConfigError(
+                f"rollout.oversampling={r.oversampling:g}: is for dynamic sampling, and rollout.max_rounds=1; drop it, "
+                "or raise rollout.max_rounds"
+            )
+        return
+    prompts = round_prompts(c)
+    field = f"rollout.oversampling={r.oversampling:g}: a round has {prompts} prompts"
+    if not prompts or prompts % r.chunks:
+        raise ConfigError(f"{field}, which rollout.chunks={r.chunks} must divide; choose another")
+    if c.task.train_prompts and prompts > c.task.train_prompts:
+        raise ConfigError(f"{field}, more than task.train_prompts={c.task.train_prompts}; lower it")
+
+
+def _check_objective(c: Config) -> None:
+    """Loss and replay settings must go together."""
+    c = resolve(c)
+    o, r = c.objective, c.replay
+    if r.min_age > r.max_age:
+        raise ConfigError(f"replay.min_age={r.min_age}: must be at most replay.max_age={r.max_age}")
+    for name in ("delta", "dual_clip"):
+        value = getattr(o, name)
+        if value and o.surrogate != "clip":
+            raise ConfigError(
+                f"objective.{name}={value:g}: is about the clipped surrogate, and objective.surrogate={o.surrogate}; "
+                "drop it, or choose clip"
+            )
+    if o.delta and o.delta <= 1 + (o.clip_high or 0):
+        raise ConfigError(
+            f"objective.delta={o.delta:g}: must be greater than 1 + objective.clip_high = {1 + (o.clip_high or 0):g}"
+        )
+    if o.dual_clip and o.dual_clip <= 1:
+        raise ConfigError(f"objective.dual_clip={o.dual_clip:g}: must be greater than 1, or 0 = off")
+    for name in ("vespo_positive", "vespo_negative"):
+        try:
+            gamma_shape(getattr(o, name))
+        except ValueError as error:
+            raise ConfigError(
+                f"objective.{name}={getattr(o, name)!r}: must be k and lambda, such as 2,3 ({error})"
+            ) from error
+    if o.off_policy == "coupled" and o.old_log_probs == "trainer":
+        raise ConfigError(
+            "objective.off_policy=coupled: clips around the behaviour policy, whose log-probs are the sampler's; set "
+            "objective.old_log_probs=sampler"
         )
 
 

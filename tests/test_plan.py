@@ -33,6 +33,7 @@ def rows_of(out):
     return {name.strip(): float(size) for name, size in re.findall(r"│ +([^│]+?) +│ ([\d.]+) +│", out)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}")
 def test_seven_billion_parameters_without_a_weight(tmp_path, child_env):
     """Qwen2.5-7B's shape with LoRA on 8 devices: the config alone is there."""

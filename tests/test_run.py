@@ -81,7 +81,9 @@ def params(folder):
     path = Path(folder) / "checkpoints"
     last = max(int(p.name) for p in path.iterdir() if p.name.isdigit())
     tree = ocp.load_checkpointables((path / str(last)).absolute())["state"]
-    return jax.tree.map(np.asarray, {k: tree[k] for k in ("params", "selector", "credit")})
+    return jax.tree.map(
+        np.asarray, {k: tree[k] for k in ("params", "selector", "credit", "replay", "queue") if k in tree}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +102,12 @@ def uninterrupted(child_env, runs):
 
 
 @pytest.mark.xdist_group("resume")
-def test_killed_at_ten_random_moments_and_resumed_to_the_bit(child_env, uninterrupted, runs):
-    """SIGKILL ten times, at random moments and in the middle of saves, then let it end."""
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_to_the_bit(child_env, uninterrupted, runs, times):
+    """SIGKILL, at random moments and in the middle of saves, then let it end."""
     rng = random.Random(0)
-    folder, kills, during_save = runs / "killed", 0, 0
-    while kills < 10:
+    folder, kills, during_save = runs / f"killed-{times}", 0, 0
+    while kills < times:
         process = start(child_env, folder, checkpoint__every=1)
         seen = _wait_for_step(process, folder, at_least=kills)
         if kills % 2:
@@ -117,7 +120,7 @@ def test_killed_at_ten_random_moments_and_resumed_to_the_bit(child_env, uninterr
         kills += 1
         assert seen
     finish(start(child_env, folder, checkpoint__every=1))
-    assert during_save >= 2
+    assert during_save >= times // 5
     assert metrics(folder) == metrics(uninterrupted)
     jax.tree.map(np.testing.assert_array_equal, params(folder), params(uninterrupted))
 
@@ -157,15 +160,22 @@ def test_signals_save_and_exit_cleanly(child_env, uninterrupted, runs, number):
 
 
 @pytest.mark.xdist_group("resume")
-def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, runs):
-    """Checkpoints are taken between steps, never inside a batch: the documented boundary."""
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [("popo", {"replay__memory": "pinned_host"}), ("dapo", {"rollout__oversampling": 1.5, "replay__name": "fill"})],
+)
+def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, runs, algorithm, more):
+    """Checkpoints are taken between steps, never inside a batch: the documented boundary. Stored and waiting groups are
+    in them."""
     fields = {
+        "algorithm__name": algorithm,
         "objective__num_iterations": 2,
         "objective__minibatches": 2,
         "run__steps": 6,
         "checkpoint__every": 2,
+        **more,
     }
-    whole, killed = runs / "two-whole", runs / "two-killed"
+    whole, killed = runs / f"two-whole-{algorithm}", runs / f"two-killed-{algorithm}"
     finish(start(child_env, whole, **fields))
     process = start(child_env, killed, **fields)
     assert _wait_for_step(process, killed, at_least=3)
@@ -174,25 +184,32 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
     process.stdout.close()
     finish(start(child_env, killed, **fields))
     assert metrics(killed) == metrics(whole)
+    assert sum(line.get("replay/share", 0) for line in metrics(whole)) > 0
     jax.tree.map(np.testing.assert_array_equal, params(killed), params(whole))
 
 
 @pytest.mark.xdist_group("resume")
-def test_one_device_equals_eight(child_env, runs):
-    """Same prompt ids and tokens for 20 steps, parameters to 1e-5 relative, on three meshes."""
-    one = runs / "one"
-    shared = {"run__steps": 20}
-    finish(start(child_env, one, **shared))
-    for name, mesh in {
-        "data": {"mesh__data": 8},
-        "mixed": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
-    }.items():
-        other = runs / name
-        finish(start(child_env, other, devices=8, **mesh, **shared))
-        for a, b in zip(metrics(one), metrics(other), strict=True):
-            for key in ("crc/prompt_ids", "crc/tokens", "reward"):
-                assert a.get(key) == b.get(key), (name, a["step"], key)
-        assert relative(params(one)["params"], params(other)["params"]) < 1e-5
+@pytest.mark.parametrize(
+    ("algorithm", "mesh"),
+    [
+        ("pspo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}),
+        ("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}),
+        pytest.param("pspo", {"mesh__data": 8}, marks=pytest.mark.slow),
+        pytest.param("popo", {"mesh__data": 8}, marks=pytest.mark.slow),
+        pytest.param("dapo", {"mesh__data": 4, "mesh__tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_one_device_equals_eight(child_env, runs, algorithm, mesh):
+    """Same prompt ids and tokens for 20 steps, parameters to 1e-5 relative, on one device and on a mesh of eight."""
+    one, other = runs / f"{algorithm}-one", runs / f"{algorithm}-{'-'.join(map(str, mesh.values()))}"
+    shared = {"run__steps": 20, "algorithm__name": algorithm, "log__completions_every": 0}
+    if not one.exists():
+        finish(start(child_env, one, **shared))
+    finish(start(child_env, other, devices=8, **mesh, **shared))
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        for key in ("crc/prompt_ids", "crc/tokens", "reward", "replay/share"):
+            assert a.get(key) == b.get(key), (a["step"], key)
+    assert relative(params(one)["params"], params(other)["params"]) < 1e-5
 
 
 @pytest.mark.xdist_group("resume")

@@ -45,6 +45,17 @@ def rewards_of(rollouts):
 
 def naive_loss(policy, params, rollouts, rewards, config):
     """Token-mean clipped surrogate of GRPO by Python loops over rows and whole logits, on-policy."""
+    t_max = rollouts.tokens.shape[-1]
+
+    @jax.jit
+    def log_probs_of(params, prompt, n, completion):
+        """Of one row, without padding between: whole logits."""
+        row = jnp.zeros(P + t_max, jnp.int32).at[:P].set(prompt)
+        row = jax.lax.dynamic_update_slice(row, completion, (n,))
+        logits = policy.logits(params, policy.hidden(params, row[None]))[0] / config.rollout.temperature
+        every = jnp.take_along_axis(jax.nn.log_softmax(logits)[:-1], row[1:, None], axis=1)[:, 0]
+        return jax.lax.dynamic_slice(every, (n - 1,), (t_max,))
+
     total, count = 0.0, 0
     for b in range(rewards.shape[0]):
         r = np.asarray(rewards[b], np.float64)
@@ -52,11 +63,9 @@ def naive_loss(policy, params, rollouts, rewards, config):
         n = int(rollouts.prompts.lengths[b])
         for g in range(rewards.shape[1]):
             t = int(rollouts.lengths[b, g])
-            row = jnp.concatenate([rollouts.prompts.tokens[b, :n], rollouts.tokens[b, g, :t]])
-            logits = policy.logits(params, policy.hidden(params, row[None]))[0] / config.rollout.temperature
-            log_probs = jax.nn.log_softmax(logits)[jnp.arange(n - 1, n + t - 1), row[n:]]
+            log_probs = log_probs_of(params, rollouts.prompts.tokens[b], n, rollouts.tokens[b, g])
             ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
-            total = total - (ratio * advantages[g]).sum()
+            total = total - jnp.where(np.arange(t_max) < t, ratio * advantages[g], 0).sum()
             count += t
     return total / count
 

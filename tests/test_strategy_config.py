@@ -34,6 +34,34 @@ WEIGHTED = "drop it, or choose one of pps, spo, difficulty_pools, curriculum"
     [
         ({"selection.cooldown": -1}, "selection.cooldown=-1:", "must be at least 0"),
         ({"selection.exploration": 0.01}, "selection.exploration=0.01:", "at least 0.03125"),
+        ({"replay.name": "ring"}, "invalid choice 'ring' for argument '--replay.name'.", "filter"),
+        ({"replay.max_share": 0}, "replay.max_share=0.0:", "must be greater than 0"),
+        ({"replay.min_age": 4}, "replay.min_age=4:", "at most replay.max_age=3"),
+        ({"rollout.oversampling": 2}, "rollout.oversampling=2:", "raise rollout.max_rounds"),
+        ({"rollout.oversampling": 0.01, "rollout.max_rounds": 2}, "rollout.oversampling=0.01:", "has 0 prompts"),
+        (
+            {"rollout.oversampling": 16, "algorithm.name": "dapo", "rollout.prompts": 64},
+            "rollout.oversampling=16:",
+            "512",
+        ),
+        (
+            {"rollout.oversampling": 1.125, "rollout.max_rounds": 2, "rollout.chunks": 8},
+            "rollout.oversampling=1.125:",
+            "rollout.chunks=8 must divide",
+        ),
+        ({"objective.loss": "ppo"}, "invalid choice 'ppo' for argument '--objective.loss'.", "cispo"),
+        ({"objective.delta": 1.2}, "objective.delta=1.2:", "1 + objective.clip_high = 1.28"),
+        ({"objective.dual_clip": 1}, "objective.dual_clip=1:", "0 = off"),
+        ({"objective.dual_clip": 3, "objective.loss": "cispo"}, "objective.dual_clip=3:", "choose clip"),
+        ({"objective.delta": 3, "objective.loss": "sapo"}, "objective.delta=3:", "choose clip"),
+        ({"objective.vespo_positive": "2"}, "objective.vespo_positive='2':", "such as 2,3"),
+        ({"objective.vespo_negative": "2,0"}, "objective.vespo_negative='2,0':", "lambda greater than 0"),
+        ({"objective.top_entropy": 0}, "objective.top_entropy=0.0:", "must be greater than 0"),
+        (
+            {"objective.off_policy": "coupled", "objective.old_log_probs": "trainer"},
+            "objective.off_policy=coupled:",
+            "objective.old_log_probs=sampler",
+        ),
         ({"selection.exploration": 2}, "selection.exploration=2.0:", "must be at most 1.0"),
         ({"selection.max_unjudged": 128}, "selection.max_unjudged=128:", "must be at most 127"),
         ({"selection.floor": 0}, "selection.floor=0.0:", "must be greater than 0"),
@@ -138,7 +166,14 @@ FILLED = (
     "credit.name",
     "credit.scale",
     "forgetting.mode",
+    "objective.loss",
+    "objective.surrogate",
+    "objective.ratio",
     "objective.aggregation",
+    "objective.clip_low",
+    "objective.clip_high",
+    "replay.name",
+    "rollout.max_rounds",
 )
 OWN = {
     "selection.name": "curriculum",
@@ -149,6 +184,12 @@ OWN = {
     "credit.scale": "batch",
     "forgetting.mode": "movement",
     "objective.aggregation": "bnpo",
+    "objective.surrogate": "sapo",
+    "objective.ratio": "sequence_token",
+    "objective.clip_low": 0.125,
+    "objective.clip_high": 0.375,
+    "replay.name": "filter",
+    "rollout.max_rounds": 3,
 }
 
 

@@ -1,13 +1,13 @@
-"""Log-probs of completions, and the loss on them."""
+"""Log-probs of completions, and losses composed of a ratio, a surrogate, an aggregation, a KL term and extras."""
 
 from pspo_jax.objective.log_probs import completion_log_probs, pack_rows
-from pspo_jax.objective.losses import Denominators, denominators, policy_loss, token_losses
+from pspo_jax.objective.losses import Denominators, LossInputs, denominators, objective_loss
 
 __all__ = [
     "Denominators",
+    "LossInputs",
     "completion_log_probs",
     "denominators",
+    "objective_loss",
     "pack_rows",
-    "policy_loss",
-    "token_losses",
 ]

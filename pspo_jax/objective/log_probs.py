@@ -32,22 +32,24 @@ def completion_log_probs(
     completions: Int[Array, "R T"],
     temperature: Float[Array, ""] | float = 1.0,
     logits_mib: int = 160,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-prob of each completion token given all before it, and the entropy of each of those distributions.
 
     The head runs on chunks of a few columns of all rows, each recomputed in the backward pass, so the peak is one chunk
-    of logits. Chunks are cut along T: rows stay spread over devices. Entropies carry no gradient.
+    of logits. Chunks are cut along T: rows stay spread over devices.
 
     Args:
       temperature: divides the logits, as it did in the sampler.
       logits_mib: size of one chunk of float32 logits.
+      entropy_gradient: let entropies carry a gradient.
     """
     t = completions.shape[1]
     rows = pack_rows(prompts, lengths, completions)
     hidden = policy.hidden(params, rows)
     at = (lengths - 1)[:, None] + jnp.arange(t)
     hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    return chunked_log_probs(policy, params, hidden, completions, temperature, logits_mib)
+    return chunked_log_probs(policy, params, hidden, completions, temperature, logits_mib, entropy_gradient)
 
 
 def chunked_log_probs(
@@ -57,6 +59,7 @@ def chunked_log_probs(
     targets: Int[Array, "R T"],
     temperature: Float[Array, ""] | float = 1.0,
     logits_mib: int = 160,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """The head of `completion_log_probs`: hidden states in, log-probs and entropies of the targets out."""
     r, t = targets.shape
@@ -73,7 +76,7 @@ def chunked_log_probs(
         chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         probs = jnp.exp(logits - log_total[..., None])
         entropy = log_total - (probs * logits).sum(axis=-1)
-        return chosen - log_total, jax.lax.stop_gradient(entropy)
+        return chosen - log_total, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
     def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         return None, chunk(*xs)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.config import Config, ConfigError, round_prompts
 from pspo_jax.per_prompt import FANOUT, padded_rows
 
 ROWS = ("data", "fsdp")
@@ -74,7 +74,7 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
     for name, size in (
         ("rollout.prompts", c.rollout.prompts),
         ("prompts of a minibatch", minibatch),
-        ("prompts of a chunk (rollout.chunks)", c.rollout.prompts // c.rollout.chunks),
+        ("prompts of a chunk (rollout.chunks)", round_prompts(c) // c.rollout.chunks),
         ("sft.batch", c.sft.batch if c.sft.steps else row_shards),
     ):
         if size % row_shards:

@@ -30,6 +30,8 @@ class Sizes(NamedTuple):
     seed: int
     kinds: tuple[str, ...] = ()
     """Names of the run's tasks, in the order of `Columns.kind`."""
+    rounds: int = 1
+    """Most batches a step."""
 
 
 class Selector(NamedTuple):
@@ -39,7 +41,8 @@ class Selector(NamedTuple):
     select(S, key, step, batch) -> (ids [batch] int32, loss_weight [batch] float32 <= 1, S)
         `batch` is static; ids are distinct, unless the config says with replacement.
     observe(S, ids [B], outcome: Outcome, step) -> S
-        Called once a step, with what the selected prompts gave. Steps follow one another.
+        Called once a round, with what the selected prompts gave. A step has one round, with dynamic sampling up to
+        `Sizes.rounds`; steps follow one another.
     follow(S, fresh, places [N]) -> S
         The state for changed data: `fresh` is init's for the new prompts, `places` their old rows, -1 = new.
     describe(S, ids, step) -> dict of scalars

@@ -88,7 +88,7 @@ class SelectorState(NamedTuple):
     label: Int[Array, "R"]
     """Class: quota and pool; -1 = padding."""
     levels: Levels
-    resting: Int[Array, "cooldown B"] | None
+    resting: Int[Array, "cooldown rounds*B"] | None
     """Prompts of the last steps, whose cooldown will end; -1 = none. None = there is no cooldown."""
     now: Int[Array, ""]
     """The next step."""
@@ -120,14 +120,16 @@ def init(e: Engine, num_prompts: int, columns: Columns | None = None) -> Selecto
     rows = padded_rows(num_prompts)
     book = new_book(num_prompts, rows, columns.kind if columns else None)
     own, world = e.scorer.init(num_prompts, rows, columns)
-    resting = jnp.full((e.cooldown, e.sizes.batch), -1, jnp.int32) if e.cooldown else None
+    width = e.sizes.rounds * e.sizes.batch
+    resting = jnp.full((e.cooldown, width), -1, jnp.int32) if e.cooldown else None
     return _indexed(e, book, own, world, resting, jnp.int32(0))
 
 
 def observe(
     e: Engine, state: SelectorState, ids: Int[Array, "B"], outcome: Outcome, step: Int[Array, ""]
 ) -> SelectorState:
-    """The state after a step's groups. Of a prompt that is named twice, counts are of all its groups."""
+    """The state after a round's groups. Of a prompt that is named twice, counts are of all its groups."""
+    again = state.now == step + 1
     writes, group = last_of_each(ids)
     before = take(state.book, ids)
     news = _news(e.config, outcome, Look(ids, before.last, before.visits, step), group, writes)
@@ -143,9 +145,13 @@ def observe(
     touched = ids
     if state.resting is not None:
         slot = step % e.cooldown
-        ended = state.resting[slot]
+        there = state.resting[slot]
+        # A step's later rounds stand beside its first one, which took the place of those whose cooldown ends.
+        ended = jnp.where(again, -1, there)
         touched = jnp.concatenate([ids, jnp.where(ended >= 0, ended, ids[0])])
-        state = state._replace(resting=state.resting.at[slot].set(ids))
+        kept = jnp.where(again, there, -1)
+        row = jax.lax.dynamic_update_slice(kept, ids.astype(jnp.int32), ((kept >= 0).sum(),))
+        state = state._replace(resting=state.resting.at[slot].set(row))
     blocks = touched // FANOUT
     if e.scorer.moves:
         turn = _blocks_in_turn(state)

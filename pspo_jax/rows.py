@@ -1,0 +1,170 @@
+"""A batch of groups as independent rows, how rows are dealt to minibatches and microbatches, and their log-probs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from pspo_jax.config import Config
+from pspo_jax.objective.log_probs import completion_log_probs
+from pspo_jax.objective.losses import LossInputs
+from pspo_jax.parallel.mesh import constrain, microbatch_size
+from pspo_jax.policy.base import Adapted, Policy
+from pspo_jax.replay import Groups
+from pspo_jax.state import TrainState
+
+
+@struct.dataclass(kw_only=True)
+class Rows(LossInputs):
+    """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
+
+    prompts: Int[Array, "R P"]
+    lengths: Int[Array, "R"]
+    tokens: Int[Array, "R T"]
+    stale: Bool[Array, "R"]
+    """Sampled by an older policy."""
+    sampling_log_probs: Float[Array, "R T"]
+    """Under the distribution drawn from, top-k and top-p included; of rows that are not stale."""
+
+
+def rows_of(
+    groups: Groups, step: Int[Array, ""], config: Config, sampling_log_probs: Float[Array, "B G T"] | None = None
+) -> Rows:
+    """Groups as rows, the old policy's log-probs those of the behaviour policy for now."""
+    b, g = groups.rewards.shape
+
+    def per_prompt(x: Array) -> Array:
+        return jnp.repeat(x, g, axis=0)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(b * g, *x.shape[2:])
+
+    mask = groups.mask & groups.ended[..., None] if config.objective.mask_truncated else groups.mask
+    return Rows(
+        prompts=per_prompt(groups.prompts.tokens),
+        lengths=per_prompt(groups.prompts.lengths),
+        tokens=flat(groups.tokens),
+        mask=flat(mask),
+        counted=per_prompt(groups.counted),
+        advantages=flat(groups.advantages),
+        loss_weight=per_prompt(groups.prompts.loss_weight),
+        old_log_probs=flat(groups.log_probs),
+        behaviour_log_probs=flat(groups.log_probs),
+        stale=per_prompt(stale_groups(groups, step)),
+        sampling_log_probs=flat(groups.log_probs if sampling_log_probs is None else sampling_log_probs),
+    )
+
+
+def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
+    """Groups in the batch that an older policy sampled."""
+    return groups.counted & (groups.step < step)
+
+
+def score(
+    policy: Policy, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients."""
+
+    def one(part: Rows) -> tuple[Array, Array]:
+        return completion_log_probs(
+            policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+        )
+
+    found = jax.lax.map(one, deal(rows, microbatches(rows, config)))
+    return jax.lax.stop_gradient(jax.tree.map(undeal, found))
+
+
+def score_some(
+    policy: Policy,
+    weights: Any,
+    rows: Rows,
+    wanted: Bool[Array, "B"],
+    temperature: Float[Array, ""],
+    config: Config,
+) -> Float[Array, "R T"]:
+    """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing.
+
+    Wanted groups are gathered in front, and as many microbatches run as hold any.
+    """
+    groups = wanted.shape[0]
+    order = jnp.argsort(~wanted, stable=True)
+    group_size = rows.tokens.shape[0] // groups
+    index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
+    parts = microbatches(rows, config)
+    size = rows.tokens.shape[0] // parts
+    in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
+
+    def one(i: Array, found: Array) -> Array:
+        part = jax.tree.map(lambda x: constrain(x[i], "batch", *[None] * (x.ndim - 2)), in_front)
+        return found.at[i].set(
+            completion_log_probs(
+                policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+            )[0]
+        )
+
+    needed = -(-wanted.sum() * group_size // size)
+    found = jax.lax.fori_loop(0, needed, one, in_front.old_log_probs)
+    back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
+    found = found.reshape(rows.tokens.shape)[back]
+    return jax.lax.stop_gradient(jnp.where(jnp.repeat(wanted, group_size)[:, None], found, rows.old_log_probs))
+
+
+def with_log_probs(
+    policy: Policy,
+    state: TrainState,
+    rows: Rows,
+    stale: Bool[Array, "B"] | None,
+    temperature: Float[Array, ""],
+    config: Config,
+) -> Rows:
+    """`rows` with the log-probs that do not change during the step.
+
+    Args:
+      stale: groups that an older policy sampled; None = there are none.
+    """
+    o = config.objective
+    if o.old_log_probs == "trainer":
+        rows = dataclasses.replace(rows, old_log_probs=score(policy, state.weights, rows, temperature, config)[0])
+    elif stale is not None and o.off_policy != "coupled":
+        found = score_some(policy, state.weights, rows, stale, temperature, config)
+        rows = dataclasses.replace(rows, old_log_probs=found)
+    if o.kl_coef > 0 and o.kl_in == "loss":
+        found = score(policy, reference_weights(state), rows, temperature, config)[0]
+        rows = dataclasses.replace(rows, reference_log_probs=found)
+    return rows
+
+
+def reference_weights(state: TrainState) -> Any:
+    """The KL reference: a copy of the first weights, or the frozen base of adapters."""
+    return state.reference if state.frozen is None else Adapted(state.frozen, None)
+
+
+def microbatches(rows: Rows, config: Config) -> int:
+    """Parts that the rows are computed in."""
+    n = rows.tokens.shape[0]
+    return n // microbatch_size(n, config.objective.microbatch_rows)
+
+
+def deal(rows: Any, parts: int) -> Any:
+    """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+
+
+def undeal(x: Array) -> Array:
+    """The inverse of `deal` for one array."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def deal_prompts(rows: Rows, parts: int, group_size: int) -> Rows:
+    """`deal` that keeps the rows of a prompt together."""
+
+    def one(x: Array) -> Array:
+        groups = x.reshape(-1, group_size, *x.shape[1:])
+        return deal(groups, parts).reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(one, rows)

@@ -1,0 +1,210 @@
+"""Optimizer updates on a batch of rows: iterations x minibatches x microbatches, and their metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.config import Config
+from pspo_jax.objective.log_probs import completion_log_probs
+from pspo_jax.objective.losses import (
+    Denominators,
+    LossMetrics,
+    combine,
+    denominators,
+    objective_loss,
+    zero_metrics,
+)
+from pspo_jax.objective.ratios import top_entropy
+from pspo_jax.policy.base import Policy, join
+from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, score
+from pspo_jax.state import DROPOUT, Params, TrainState, purpose_key
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Gap(NamedTuple):
+    """How far the trainer's log-probs are from the sampler's; exact before the first update of a step."""
+
+    tokens: Float[Array, ""]
+    difference_sum: Float[Array, ""]
+    difference_max: Float[Array, ""]
+    ratio_sum: Float[Array, ""]
+    ratio_min: Float[Array, ""]
+    ratio_max: Float[Array, ""]
+
+
+class UpdateMetrics(NamedTuple):
+    """One optimizer update's numbers."""
+
+    loss: LossMetrics
+    gap: Gap
+    grad_norm: Float[Array, ""]
+    applied: Float[Array, ""]
+    """1, or 0 if the update was skipped as not finite."""
+
+
+def optimize(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    state: TrainState,
+    rows: Rows,
+    temperature: Float[Array, ""],
+) -> tuple[Params, Any, Int[Array, ""], UpdateMetrics]:
+    """num_iterations passes over the minibatches; returns metrics stacked over updates."""
+    o = config.objective
+    minibatches = deal_prompts(rows, o.minibatches, config.rollout.group_size)
+    drops = state.frozen is not None and config.lora.dropout > 0
+    step_key = purpose_key(state.key, state.step, DROPOUT) if drops else None
+
+    def update(carry: Any, minibatch: Rows) -> tuple[Any, UpdateMetrics]:
+        params, opt_state, skipped, done = carry
+        key = None if step_key is None else jax.random.fold_in(step_key, done)
+
+        def weights(params: Params, microbatch: Array | int) -> Any:
+            return join(params, state.frozen, None if key is None else jax.random.fold_in(key, microbatch))
+
+        if o.top_entropy < 1:
+            _, entropy = score(policy, join(params, state.frozen), minibatch, temperature, config)
+            chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
+            minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
+        total = denominators(rows, minibatch, o.minibatches, o.count_masked)
+        grads, metrics, gap = _gradient(policy, weights, params, minibatch, temperature, config, total)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
+        changes, new_opt_state = optimizer.update(grads, opt_state, params)
+        new_params = optax.apply_updates(params, changes)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
+        )
+        skipped = jnp.where(finite, 0, skipped + 1).astype(jnp.int32)
+        return (params, opt_state, skipped, done + 1), UpdateMetrics(metrics, gap, norm, finite.astype(jnp.float32))
+
+    def iteration(carry: Any, _: None) -> tuple[Any, UpdateMetrics]:
+        return jax.lax.scan(update, carry, minibatches)
+
+    carry: Any = (state.params, state.opt_state, state.skipped, jnp.int32(0))
+    (params, opt_state, skipped, _), metrics = jax.lax.scan(iteration, carry, None, length=o.num_iterations)
+    return params, opt_state, skipped, jax.tree.map(lambda x: x.reshape(-1), metrics)
+
+
+def _gradient(
+    policy: Policy,
+    weights: Callable[[Params, Array | int], Any],
+    params: Params,
+    rows: Rows,
+    temperature: Float[Array, ""],
+    config: Config,
+    total: Denominators,
+) -> tuple[Params, LossMetrics, Gap]:
+    """Gradient of a minibatch's loss, accumulated over microbatches in float32.
+
+    weights(params, microbatch) is what the policy's functions take.
+    """
+
+    def loss_fn(params: Params, part: Rows, microbatch: Array | int) -> tuple[Array, tuple[LossMetrics, Gap]]:
+        return _loss(policy, weights(params, microbatch), part, temperature, config, total)
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    parts = microbatches(rows, config)
+    if parts == 1:
+        grads, (metrics, gap) = grad_fn(params, rows, 0)
+        return grads, metrics, gap
+
+    def accumulate(carry: Any, xs: tuple[Rows, Array]) -> tuple[Any, None]:
+        grads, metrics, gap = carry
+        new_grads, (new_metrics, new_gap) = grad_fn(params, *xs)
+        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new_grads)
+        return (grads, combine(metrics, new_metrics), _join_gaps(gap, new_gap)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    carry, _ = jax.lax.scan(accumulate, (zeros, zero_metrics(), _no_gap()), (deal(rows, parts), jnp.arange(parts)))
+    return carry
+
+
+def _loss(
+    policy: Policy, weights: Any, rows: Rows, temperature: Array, config: Config, total: Denominators
+) -> tuple[Array, tuple[LossMetrics, Gap]]:
+    o = config.objective
+    log_probs, entropy = completion_log_probs(
+        policy,
+        weights,
+        rows.prompts,
+        rows.lengths,
+        rows.tokens,
+        temperature,
+        o.logits_mib,
+        entropy_gradient=o.entropy_coef > 0,
+    )
+    loss, metrics = objective_loss(log_probs, entropy, rows, o, total, config.rollout.max_new_tokens)
+    return loss, (metrics, _gap(jax.lax.stop_gradient(log_probs), rows))
+
+
+def _gap(log_probs: Float[Array, "R T"], rows: Rows) -> Gap:
+    fresh = rows.mask & ~rows.stale[:, None]
+    difference = jnp.where(fresh, jnp.abs(log_probs - rows.behaviour_log_probs), 0)
+    ratio = jnp.exp(log_probs - rows.sampling_log_probs)
+    return Gap(
+        fresh.sum().astype(jnp.float32),
+        difference.sum(),
+        difference.max(),
+        jnp.where(fresh, ratio, 0).sum(),
+        jnp.where(fresh, ratio, jnp.inf).min(),
+        jnp.where(fresh, ratio, 0).max(),
+    )
+
+
+def _no_gap() -> Gap:
+    zero = jnp.float32(0)
+    return Gap(zero, zero, zero, zero, jnp.float32(jnp.inf), zero)
+
+
+def _join_gaps(a: Gap, b: Gap) -> Gap:
+    return Gap(
+        a.tokens + b.tokens,
+        a.difference_sum + b.difference_sum,
+        jnp.maximum(a.difference_max, b.difference_max),
+        a.ratio_sum + b.ratio_sum,
+        jnp.minimum(a.ratio_min, b.ratio_min),
+        jnp.maximum(a.ratio_max, b.ratio_max),
+    )
+
+
+def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
+    """TRL's names; means over the step's updates. The sampler's gap is that of the first update, before any change."""
+    loss = updates.loss
+    first = jax.tree.map(lambda x: x[0], updates.gap)
+    first_tokens = jnp.maximum(first.tokens, 1)
+    metrics = {
+        "loss": loss.loss.mean(),
+        "kl": loss.kl.mean(),
+        "entropy": loss.entropy.mean(),
+        "grad_norm": updates.grad_norm.mean(),
+        "clip_ratio/low_mean": loss.low.mean(),
+        "clip_ratio/low_min": _finite(loss.low_min.min()),
+        "clip_ratio/high_mean": loss.high.mean(),
+        "clip_ratio/high_max": loss.high_max.max(),
+        "clip_ratio/region_mean": (loss.low + loss.high).mean(),
+        "sampling/sampling_logp_difference/mean": first.difference_sum / first_tokens,
+        "sampling/sampling_logp_difference/max": first.difference_max,
+        "sampling/importance_sampling_ratio/mean": first.ratio_sum / first_tokens,
+        "sampling/importance_sampling_ratio/min": _finite(first.ratio_min),
+        "sampling/importance_sampling_ratio/max": first.ratio_max,
+    }
+    if config.objective.surrogate == "cispo":
+        metrics["cispo_clip_ratio"] = loss.high.mean()
+    if config.objective.surrogate == "vespo":
+        metrics["vespo/phi_seq_mean"] = loss.gamma.mean()
+    return metrics
+
+
+def _finite(least: Float[Array, ""]) -> Float[Array, ""]:
+    """A minimum over nothing is 0."""
+    return jnp.where(jnp.isposinf(least), 0, least)

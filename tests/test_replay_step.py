@@ -1,0 +1,317 @@
+"""The step with groups that an older policy sampled: what is replayed, how it is weighed, and rounds of sampling."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pspo_jax import algorithms
+from pspo_jax.objective.log_probs import completion_log_probs
+from pspo_jax.replay.base import groups_of
+from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.rows import rows_of, score, score_some
+from pspo_jax.step import init_state, make_collect, make_train_step, make_update
+from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
+
+P, PAD, EOS, B, G = 9, 14, 13, 8, 4
+
+
+def setup(optimizer=None, **fields):
+    config = tiny_config(**fields)
+    policy, params, _ = tiny_policy(config)
+    algorithm = algorithms.build(config)
+    optimizer = optimizer or optax.sgd(0.5)
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
+    sample = make_sampler(policy, G, config.rollout.max_new_tokens, PAD)
+    settings = SamplingParams.of(config.rollout, [EOS])
+
+    def draw(params, i):
+        """Rollouts of prompts 8 i to 8 i + 7."""
+        prompts = random_prompts(B, P, seed=i)
+        prompts = dataclasses.replace(prompts, ids=(prompts.ids + B * i) % 40)
+        return sample(params, prompts, jax.random.key(i), settings)
+
+    return config, policy, algorithm, optimizer, state, draw
+
+
+def stepper(made, **fields):
+    config, policy, algorithm, optimizer, _, _ = made
+    return make_train_step(policy, optimizer, algorithm, config, **fields)
+
+
+def mixed(seed):
+    """Rewards of which every group has two kinds."""
+    rng = np.random.default_rng(seed)
+    rewards = (rng.random((B, G)) < 0.5).astype(np.float32)
+    rewards[:, 0], rewards[:, 1] = 0, 1
+    return rewards
+
+
+@pytest.mark.parametrize("name", ["grpo", "pspo"])
+def test_while_every_group_is_effective_replay_changes_no_bit(name):
+    """POPO, the filter and plain runs: the same parameters, three steps of two iterations long."""
+    found = []
+    for replay in ("none", "fill", "filter"):
+        made = setup(optax.adamw(1e-2), algorithm__name=name, replay__name=replay, objective__num_iterations=2)
+        step, state = stepper(made), made[4]
+        for i in range(3):
+            state, metrics = step(state, made[5](state.params, i), mixed(i))
+        found.append((state.params, metrics["loss"]))
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+
+
+def replayed(**fields):
+    """A run whose second batch has two ineffective groups, in slots 2 and 5.
+
+    Returns the setup, the state before the second step, both batches with their rewards, and the first step's params.
+    """
+    made = setup(algorithm__name="popo", **fields)
+    step, state, draw = stepper(made), made[4], made[5]
+    first, first_rewards = draw(state.params, 0), mixed(0)
+    # Of the largest variance, hence the newest: group 6, then 1.
+    first_rewards[:, :] = 0
+    first_rewards[:, 0] = 1
+    first_rewards[6], first_rewards[1] = [0, 0, 3, 3], [0, 0, 2, 2]
+    state, _ = step(state, first, first_rewards)
+    second, rewards = draw(state.params, 1), mixed(1)
+    rewards[2], rewards[5] = 0, 1
+    return made, state, (first, first_rewards), (second, rewards)
+
+
+def advantages_of(rewards):
+    return (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
+
+
+def naive_loss(made, params, old_params, groups, cap):
+    """Token mean of w min(r A, clip(r) A) by Python loops; groups are (rollouts, index, advantages) of a batch."""
+    config = made[0]
+    score_row = jax.jit(lambda params, *args: completion_log_probs(made[1], params, *args)[0])
+    total, tokens = 0.0, 0
+    for rollouts, b, advantages in groups:
+        for g in range(G):
+            t = int(rollouts.lengths[b, g])
+            args = (
+                rollouts.prompts.tokens[b : b + 1],
+                rollouts.prompts.lengths[b : b + 1],
+                rollouts.tokens[b, g][None],
+            )
+            now, old = score_row(params, *args)[0], score_row(old_params, *args)[0]
+            w = jnp.minimum(jnp.exp(old - rollouts.log_probs[b, g]), cap)
+            r, a = jnp.exp(now - old), advantages[g]
+            clipped = jnp.clip(r, 1 - config.objective.clip_low, 1 + config.objective.clip_high)
+            value = jax.lax.stop_gradient(w) * jnp.minimum(r * a, clipped * a)
+            total = total - jnp.where(np.arange(value.shape[0]) < t, value, 0).sum()
+            tokens += t
+    return total / tokens
+
+
+def test_a_replayed_step_is_the_naive_one():
+    """The two groups come back with their own advantages, weighed by pi_old / mu, and clipped around pi_old."""
+    made, state, (first, first_rewards), (second, rewards) = replayed(objective__importance_cap=1.05)
+    params = jax.tree.map(jnp.copy, state.params)
+    old, new = advantages_of(first_rewards), advantages_of(rewards)
+    batch = [(second, b, new[b]) for b in range(B)]
+    batch[2], batch[5] = (first, 6, old[6]), (first, 1, old[1])
+    grads = jax.grad(lambda p: naive_loss(made, p, params, batch, 1.05))(params)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    state, metrics = stepper(made)(state, second, rewards)
+    assert relative(state.params, expected) < 1e-5
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-3)
+    assert float(metrics["replay/share"]) == 0.25 == float(metrics["replay/age_1"])
+    assert float(metrics["groups/in_batch"]) == 8 and float(metrics["replay/age_mean"]) == 1
+    assert float(metrics["replay/capped"]) > 0 and 0 < float(metrics["replay/ess"]) < 1
+    assert float(metrics["replay/weight_max"]) > 1.05
+    # Fresh rows alone say whether sampler and trainer agree.
+    assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["coupled", "ignored"])
+def test_ablations_act(mode):
+    found = []
+    for off_policy in ("decoupled", mode):
+        made, state, _, (second, rewards) = replayed(objective__off_policy=off_policy)
+        found.append(stepper(made)(state, second, rewards)[0].params)
+    assert relative(*found) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"replay__order": "kl"}, {"objective__loss": "gspo"}], ids=["popo", "kl", "gspo"]
+)
+def test_microbatches_change_nothing(fields):
+    found = []
+    for rows in (0, 4):
+        made, state, _, (second, rewards) = replayed(
+            objective__microbatch_rows=rows, objective__minibatches=2, objective__top_entropy=0.5, **fields
+        )
+        found.append(stepper(made)(state, second, rewards))
+    (a, metrics_a), (b, metrics_b) = found
+    assert relative(a.params, b.params) < 1e-6
+    for key in metrics_a:
+        np.testing.assert_allclose(metrics_a[key], metrics_b[key], rtol=2e-3, atol=1e-5, err_msg=key)
+
+
+def test_eight_devices_do_what_one_does():
+    found = []
+    for devices in (1, 8):
+        mesh = jax.make_mesh((devices, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+            made, state, _, (second, rewards) = replayed(objective__microbatch_rows=8)
+            state = jax.device_put(state, whole)
+            second = jax.tree.map(lambda x, at=rows, all=whole: jax.device_put(x, at if x.ndim else all), second)
+            found.append(stepper(made)(state, second, jax.device_put(rewards, rows)))
+    (a, metrics_a), (b, metrics_b) = found
+    assert relative(b.params, a.params) < 1e-6
+    jax.tree.map(np.testing.assert_array_equal, a.replay.groups.tokens, b.replay.groups.tokens)
+    for key in metrics_a:
+        np.testing.assert_allclose(metrics_a[key], metrics_b[key], rtol=2e-3, atol=1e-5, err_msg=key)
+
+
+def test_slots_for_which_nothing_is_stored_are_in_no_mean():
+    """At the first step the ring is empty: the update is that of the effective groups alone."""
+    made = setup(algorithm__name="popo")
+    rollouts, rewards = made[5](made[4].params, 0), mixed(0)
+    rewards[3], rewards[4] = 0, 1
+    params = jax.tree.map(jnp.copy, made[4].params)
+    batch = [(rollouts, b, advantages_of(rewards)[b]) for b in range(B) if b not in (3, 4)]
+    grads = jax.grad(lambda p: naive_loss(made, p, params, batch, 2.0))(params)
+    state, metrics = stepper(made)(made[4], rollouts, rewards)
+    assert relative(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)) < 1e-5
+    assert float(metrics["groups/in_batch"]) == 6 and float(metrics["replay/share"]) == 0
+    assert float(metrics["replay/ess"]) == 1
+
+
+def test_a_batch_without_effective_groups_moves_nothing():
+    made = setup(algorithm__name="popo")
+    before = jax.tree.map(np.asarray, made[4].params)
+    state, metrics = stepper(made)(made[4], made[5](made[4].params, 0), np.zeros((B, G), np.float32))
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    assert all(np.isfinite(float(v)) for v in metrics.values())
+
+
+def test_only_the_wanted_groups_are_scored():
+    config, policy, _, _, state, draw = setup(objective__microbatch_rows=8)
+    rollouts = draw(state.params, 0)
+    rows = rows_of(
+        groups_of(rollouts, jnp.asarray(mixed(0)), jnp.asarray(mixed(0)), jnp.int32(0)), jnp.int32(0), config
+    )
+    other = jax.tree.map(lambda x: x * 1.3, state.params)
+    one = jnp.float32(1.0)
+    everything = score(policy, other, rows, one, config)[0]
+    for wanted in ([], [0], [7, 2, 3], range(8)):
+        want = np.isin(np.arange(B), wanted)
+        found = score_some(policy, other, rows, jnp.asarray(want), one, config)
+        expected = np.where(np.repeat(want, G)[:, None], everything, rows.old_log_probs)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+        kept = ~np.repeat(want, G)
+        np.testing.assert_array_equal(np.asarray(found)[kept], np.asarray(rows.old_log_probs)[kept])
+
+
+def test_nothing_is_traced_after_the_second_step_with_replay():
+    made, state, _, _ = replayed()
+    step, draw = stepper(made), made[5]
+    batches = [draw(state.params, i) for i in range(4)]
+    many = [mixed(i) for i in range(4)]
+    many[2][:5], many[3][:] = 0, 1
+    for i in range(2):
+        state, _ = step(state, batches[i], many[i])
+    with jax.no_tracing(True):
+        for i in (2, 3):
+            state, metrics = step(state, batches[i], many[i])
+    assert float(metrics["replay/share"]) > 0.5
+
+
+def rounds_of(made):
+    config, policy, algorithm, optimizer, state, draw = made
+    return make_collect(policy, algorithm, config), make_update(policy, optimizer, algorithm, config), state, draw
+
+
+def test_rounds_fill_a_batch_and_what_is_left_over_waits():
+    made = setup(algorithm__name="dapo", optimizer=optax.adamw(1e-2))
+    collect, update, state, draw = rounds_of(made)
+    waiting, drawn = [], []
+    for i, dull in enumerate((5, 3, 2)):
+        rollouts, rewards = draw(state.params, i), mixed(i)
+        rewards[:dull] = 0
+        drawn += rollouts.prompts.ids[dull:].tolist()
+        state, metrics = collect(state, rollouts, rewards)
+        waiting.append(int(metrics["groups/waiting"]))
+        assert int(state.step) == 0
+    assert waiting == [3, 8, 14]
+    state, metrics = update(state, jnp.float32(1))
+    assert int(state.step) == 1 and float(metrics["groups/in_batch"]) == 8 and float(metrics["replay/share"]) == 0
+    assert int(state.queue.held) == 6
+    assert state.queue.groups.prompts.ids[:6].tolist() == drawn[8:]
+    # What waited is of an older policy now, and is weighed so.
+    state, metrics = update(state, jnp.float32(1))
+    assert float(metrics["replay/share"]) == 0.75 and float(metrics["groups/in_batch"]) == 6
+    assert float(metrics["replay/ess"]) < 1 and int(state.queue.held) == 0
+
+
+def test_one_full_round_is_the_plain_step():
+    """Collect and update on groups that are all effective: the parameters, selector and credit of the step."""
+    plain, cut = (setup(optax.adamw(1e-2), algorithm__name="pspo", rollout__max_rounds=n) for n in (1, 3))
+    rollouts, rewards = plain[5](plain[4].params, 0), mixed(0)
+    expected, _ = stepper(plain)(plain[4], rollouts, rewards)
+    collect, update, state, _ = rounds_of(cut)
+    state, _ = collect(state, rollouts, rewards)
+    state, _ = update(state, rollouts.temperature)
+    assert relative(state.params, expected.params) < 1e-6
+    jax.tree.map(np.testing.assert_array_equal, state.credit, expected.credit)
+    jax.tree.map(np.testing.assert_array_equal, state.selector.own, expected.selector.own)
+
+
+def test_a_prompt_is_not_rolled_out_twice_in_a_step():
+    """Every selector's draws within a step are disjoint, and all rest only as long as the cooldown says."""
+    for name in ("uniform", "pps", "prioritized_replay", "mopps", "greso"):
+        made = setup(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
+        collect, update, state, draw = rounds_of(made)
+        selector = made[2].selector
+        everyone = set()
+        for step in range(4):
+            seen = []
+            for number in range(3):
+                key = jax.random.fold_in(jax.random.key(step), number)
+                ids, _, after = selector.select(state.selector, key, state.step, B)
+                rollouts = draw(state.params, number)
+                rollouts = dataclasses.replace(rollouts, prompts=dataclasses.replace(rollouts.prompts, ids=ids))
+                state = dataclasses.replace(state, selector=after)
+                state, _ = collect(state, rollouts, np.zeros((B, G), np.float32))
+                seen += ids.tolist()
+            # 40 prompts, 24 of which rest from the step before: 16 are new, and then the oldest return.
+            assert len(set(seen)) >= 16, name
+            assert step > 0 or len(set(seen)) == 24, name
+            everyone |= set(seen)
+            state, _ = update(state, jnp.float32(1))
+        assert everyone == set(range(40)), name
+
+
+def test_kl_in_the_reward_is_taken_before_the_credit():
+    made = setup(algorithm__name="grpo", objective__kl_coef=0.3, objective__kl_in="reward", credit__scale="none")
+    rollouts, rewards = made[5](made[4].params, 0), mixed(0)
+    state = dataclasses.replace(made[4], reference=jax.tree.map(lambda x: x * 1.2, made[4].params))
+    flat = jax.tree.map(lambda x: x.reshape(B * G, -1), (rollouts.tokens, rollouts.mask, rollouts.log_probs))
+    prompts, lengths = (jnp.repeat(x, G, axis=0) for x in (rollouts.prompts.tokens, rollouts.prompts.lengths))
+    reference = completion_log_probs(made[1], state.reference, prompts, lengths, flat[0])[0]
+    ratio = reference - flat[2]
+    kl = np.asarray(jnp.where(flat[1], jnp.exp(ratio) - ratio - 1, 0).sum(1)).reshape(B, G)
+    shaped = rewards - 0.3 * kl
+    _, metrics = stepper(made)(state, rollouts, rewards)
+    expected = np.abs(shaped - shaped.mean(1, keepdims=True)).mean()
+    assert float(metrics["advantages/abs_mean"]) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["kl"]) == 0 and float(metrics["reward"]) == pytest.approx(rewards.mean())
+
+
+def test_truncated_completions_can_be_left_out():
+    made = setup(algorithm__name="grpo", objective__mask_truncated=True)
+    rollouts = made[5](made[4].params, 0)
+    groups = groups_of(rollouts, jnp.asarray(mixed(0)), jnp.asarray(mixed(0)), jnp.int32(0))
+    rows = rows_of(groups, jnp.int32(0), made[0])
+    ended = np.asarray(rollouts.ended).reshape(-1)
+    assert 0 < ended.sum() < B * G
+    assert np.asarray(rows.mask).any(axis=1).tolist() == ended.tolist()
