@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pspo_jax.rollout import SamplingParams, make_sampler
     from pspo_jax.selection import Columns, Scorer, Selector, Sizes
     from pspo_jax.state import Outcome, Prompts, Rollouts, TrainState
-    from pspo_jax.step import init_state, make_train_step
+    from pspo_jax.step import init_state, make_collect, make_train_step, make_update
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOMES = {
     "rollout": ("SamplingParams", "make_sampler"),
     "selection": ("Columns", "Scorer", "Selector", "Sizes"),
     "state": ("Outcome", "Prompts", "Rollouts", "TrainState"),
-    "step": ("init_state", "make_train_step"),
+    "step": ("init_state", "make_collect", "make_train_step", "make_update"),
 }
 
 __all__ = [
@@ -50,8 +50,10 @@ __all__ = [
     "from_logits",
     "from_nnx",
     "init_state",
+    "make_collect",
     "make_sampler",
     "make_train_step",
+    "make_update",
     "replace",
     "transformer",
 ]

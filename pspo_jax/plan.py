@@ -168,7 +168,8 @@ def _residents(setup: Setup) -> dict[str, int]:
         "reference": s.reference,
         "optimizer": s.opt_state,
         "per-prompt state": (s.selector, s.credit),
-        "replay": s.replay,
+        "replay": s.replay if setup.config.replay.memory == "device" else (),
+        "groups that wait": s.queue,
     }
     return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "policy"}
 
@@ -182,6 +183,8 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
     cached = c.rollout.prompts * setup.task.train.tokens.shape[1] + rows * new
     weights = jax.tree.leaves(setup.abstract.params)
     decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
+    on_host = c.replay.memory != "device" and c.replay.name == "fill"
+    stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
     chunk = min(c.objective.logits_mib * 2**20, 4 * rows * new * a.vocab_size)
     return {
         "rollout": {
@@ -192,6 +195,7 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
         "update": {
             "gradients": float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in weights)),
             "one chunk of logits": chunk / shards / tensor,
+            **stored,
         },
     }
 

@@ -5,7 +5,8 @@
 
 An arm is an algorithm and overrides of fields. Runs go one after the other, each in its own folder; those that are
 finished are not run again, and runs of one seed share their cold start. The first arm is the baseline of the paired
-differences: the same seed has the same cold start and the same problems.
+differences: the same seed has the same cold start and the same problems. An arm that rolls out more than it (dapo) is
+also read at its last evaluation within the baseline's rollouts: give it a small eval.every.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ def run(out: Path, arm: str, seed: int, steps: int) -> None:
     print(f"{arm}, seed {seed}: {json.loads((folder / 'summary.json').read_text())['eval']}", flush=True)
 
 
-def read(folder: Path) -> dict[str, float]:
-    """The figures of one run that the table needs."""
-    summary = json.loads((folder / "summary.json").read_text())
+def read(folder: Path, budget: float = float("inf")) -> dict[str, float]:
+    """The figures of one run that the table needs, as of its last evaluation within `budget` rollouts."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = lines[-1]
+    evaluated = [line for line in lines if "eval/greedy" in line]
+    last = [line for line in evaluated if line["rollouts/total"] <= budget][-1]
     return {
-        "before": lines[0]["eval/greedy"],
-        "greedy": summary["eval"]["greedy"],
-        "sampled": summary["eval"]["sampled"],
-        "effective": last["rollouts/effective"] / last["rollouts/total"],
-        "rollouts": summary["rollouts"],
+        "before": evaluated[0]["eval/greedy"],
+        "greedy": last["eval/greedy"],
+        "sampled": last["eval/sampled"],
+        "effective": last.get("rollouts/effective", 0) / max(last["rollouts/total"], 1),
+        "rollouts": last["rollouts/total"],
+        "step": last["step"],
     }
 
 
@@ -56,11 +58,16 @@ def mean_and_error(values: list[float]) -> str:
 
 def table(out: Path, arms: list[str], seeds: list[int]) -> str:
     results = {arm: [read(folder_of(out, arm, seed)) for seed in seeds] for arm in arms}
-    rows = [
-        "| arm | greedy | sampled | greedy less baseline | sampled less baseline | effective rollouts |",
-        "|---|---|---|---|---|---|",
-    ]
     base = results[arms[0]]
+    for arm in arms:
+        if any(run["rollouts"] > budget["rollouts"] for run, budget in zip(results[arm], base, strict=True)):
+            results[f"{arm}, equal rollouts"] = [
+                read(folder_of(out, arm, seed), budget["rollouts"]) for seed, budget in zip(seeds, base, strict=True)
+            ]
+    rows = [
+        "| arm | greedy | sampled | greedy less baseline | sampled less baseline | effective | rollouts | step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for arm, runs in results.items():
         pairs = list(zip(runs, base, strict=True))
         differences = [
@@ -68,9 +75,13 @@ def table(out: Path, arms: list[str], seeds: list[int]) -> str:
         ]
         cells = [mean_and_error([r[k] for r in runs]) for k in ("greedy", "sampled")]
         effective = mean_and_error([r["effective"] for r in runs])
-        rows.append(f"| `{arm}` | {cells[0]} | {cells[1]} | {differences[0]} | {differences[1]} | {effective} |")
+        spent, step = (round(statistics.fmean(r[k] for r in runs)) for k in ("rollouts", "step"))
+        rows.append(
+            f"| {arm} | {cells[0]} | {cells[1]} | {differences[0]} | {differences[1]} | {effective} "
+            f"| {spent:,} | {step} |"
+        )
     before = mean_and_error([r["before"] for r in base])
-    note = f"{len(seeds)} seeds, {base[0]['rollouts']:,} rollouts each; greedy before RL {before}."
+    note = f"{len(seeds)} seeds; greedy before RL {before}."
     return "\n".join([note, "", *rows])
 
 

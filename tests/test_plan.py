@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from pspo_jax import plan
+from pspo_jax.cli import parse
 from pspo_jax.config import ConfigError
 from scripts.make_checkpoint import SHAPES, make
 from tests.conftest import DATA
@@ -31,6 +33,15 @@ def test_targets():
 
 def rows_of(out):
     return {name.strip(): float(size) for name, size in re.findall(r"│ +([^│]+?) +│ ([\d.]+) +│", out)}
+
+
+def test_the_ring_is_in_the_plan(capsys):
+    """256 groups of 8 completions of 8,192 tokens: tokens and log-probs of 4 bytes, a mask of 1, and small change."""
+    words = ["--algorithm.name", "popo", "--rollout.prompts", "256", "--rollout.max_new_tokens", "8192"]
+    config = parse([*words, "--mesh.data", "1"], "train", "")
+    assert plan.show(config, plan.Target("this machine", 0, math.inf)) == 0
+    found = rows_of(capsys.readouterr().out)["replay"]
+    assert found == pytest.approx(256 * 8 * 8192 * 9 / 2**30, abs=0.006)
 
 
 @pytest.mark.slow
