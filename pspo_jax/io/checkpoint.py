@@ -7,6 +7,7 @@ Its metadata also holds a checksum of every array, so that a damaged file is fou
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import shutil
@@ -64,8 +65,8 @@ class Checkpoints:
         if step in self.steps():
             return
         # A copy: Orbax writes metadata in the background, while the caller's counters go on.
-        metadata = {**copy.deepcopy(metadata), "checksums": named_checksums(state)}
-        self._orbax.save_checkpointables_async(step, {"state": state}, metrics=scores, custom_metadata=metadata)
+        metadata = {**copy.deepcopy(metadata), "checksums": named_checksums(state), "layout": layout(state)}
+        self._orbax.save_checkpointables_async(step, {"state": _present(state)}, metrics=scores, custom_metadata=metadata)
 
     def wait(self) -> None:
         """Return when the last save is on disk."""
@@ -94,7 +95,10 @@ class Checkpoints:
             try:
                 metadata = self.metadata(step)
                 wanted = check(metadata) or abstract
-                state = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+                _check_layout(step, wanted, metadata)
+                with _partial_load():
+                    found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
+                state = {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found)
                 verify(state, metadata["checksums"])
                 return state, metadata
             except ConfigError:
@@ -161,9 +165,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
     try:
         found = ocp.checkpointables_metadata(path)
         wanted = abstract(found.metadata["state"][part])
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
+        with _partial_load():
             value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
         metadata = dict(found.custom_metadata)
         saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
@@ -197,6 +199,40 @@ def load_folder(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | 
         return params
     except _UNREADABLE:
         return None
+
+
+def _present(state: Any) -> dict[str, Any]:
+    """The fields that hold something: one that is younger than a checkpoint and empty need not be in it."""
+    fields = state if isinstance(state, dict) else {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+
+
+def _partial_load() -> ocp.Context:
+    """Load what is asked for, whatever else is there."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def layout(tree: Any) -> dict[str, str]:
+    """Path of each array -> its type and shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:
+    """Raise ConfigError if a checkpoint is of a state of another make: it is whole, and must not pass as damaged."""
+    now = layout(wanted)
+    # Older checkpoints say only which arrays they hold.
+    before = metadata.get("layout") or {name: now.get(name, "an array") for name in metadata["checksums"]}
+    differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differs:
+        name = differs[0]
+        raise ConfigError(
+            f"run.dir: checkpoint {step} is of another version of this program, or of other settings: state{name} is "
+            f"{before.get(name, 'not there')} in it and {now.get(name, 'not there')} now ({len(differs)} differ); "
+            "choose another --run.dir, or carry on with the version that wrote it"
+        )
 
 
 @jax.jit

@@ -17,7 +17,8 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError, flatten
+from pspo_jax.algorithms import resolve
+from pspo_jax.config import Config, ConfigError, flatten, replace
 from pspo_jax.io.completions import print_completions, write_completions
 
 MAY_CHANGE = (
@@ -55,9 +56,11 @@ def check_config(folder: Path, config: Config) -> None:
     if not path.exists():
         return
     try:
-        # A field that is younger than the run has had its default all along.
-        saved = flatten(yaml.safe_load(cli.to_yaml(Config()))) | flatten(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError) as error:
+        # A field that is younger than the run has had its default all along, or what its presets say.
+        read = flatten(yaml.safe_load(path.read_text()))
+        known = {name: value for name, value in read.items() if name in flatten(Config())}
+        saved = read | flatten(yaml.safe_load(cli.to_yaml(resolve(replace(Config(), known)))))
+    except (yaml.YAMLError, AttributeError, KeyError) as error:
         raise ConfigError(f"run.dir={folder}: its config.yaml cannot be read; choose another --run.dir") from error
     now = flatten(yaml.safe_load(cli.to_yaml(config)))
     free = (*_FREE_STAGES, "task.") if config.task.allow_change else _FREE_STAGES

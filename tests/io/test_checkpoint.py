@@ -49,6 +49,26 @@ def test_latest_and_best_are_kept(tmp_path):
     same(state, tree(7))
 
 
+def test_a_state_of_another_make_is_refused_and_left_alone(tmp_path):
+    """A younger field that is empty is no difference; an array that is not there, or has another shape, is."""
+    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, tree(1), {})
+        checkpoints.save(2, tree(2), {})
+        checkpoints.wait()
+        younger = abstract({**tree(), "queue": None})
+        state, _ = checkpoints.restore(younger, print)
+        assert state.pop("queue") is None
+        same(state, tree(2))
+        for change, words in (
+            ({"ring": jnp.zeros(3)}, r"checkpoint 2 .*\['ring'\] is not there in it and float32\[3\] now"),
+            ({"w": jnp.zeros((4, 4))}, r"\['w'\] is float32\[8, 4\] in it and float32\[4, 4\] now"),
+            ({"h": None}, r"\['h'\] is bfloat16\[8\] in it and not there now"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                checkpoints.restore(abstract({**tree(), **change}), print)
+        assert checkpoints.steps() == [1, 2] and not (tmp_path / "c.damaged").exists()
+
+
 def test_metadata_is_what_it_was_when_saved(tmp_path):
     """The caller may go on changing its counters while the save is written."""
     with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
