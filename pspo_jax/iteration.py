@@ -95,17 +95,9 @@ def one_step(
         values: Values = _over_rounds([{k: float(v) for k, v in jax.device_get(m).items()} for m in found])
         values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
         state = _ring_to_host(setup, state)
-
     if programs.collect is not None:
         values["rollouts/rounds"] = len(rounds)
-    count(totals, values, [one.host for one in rounds])
-    if rounds:
-        values |= _reward_metrics(_joined([one.scores for one in rounds]))
-        values["tokens_per_second"] = sum(int(one.host.lengths.sum()) for one in rounds) / times["rollout"]
-    values |= {f"time/{name}": seconds for name, seconds in times.items()}
-    values["step_time"] = sum(times.values())
-    rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
-    values["learning_rate"] = float(rate(max(values["updates"] - 1, 0)))
+    values |= _accounts(setup, totals, values, times, rounds)
     if c.run.fingerprint:
         values |= _fingerprints(state, rounds)
     if advantages is not None:
@@ -113,6 +105,22 @@ def one_step(
         lines = completion_lines(setup.task, last.host, last.scores, advantages, last.weights, c.log.completions)
         log.completions(done, lines, c.log.completions_format)
     return state, values
+
+
+def _accounts(
+    setup: Setup, totals: Totals, values: Values, times: dict[str, float], rounds: list[_Round]
+) -> dict[str, Any]:
+    """What a step cost, its rewards, and the learning rate."""
+    c, more = setup.config, dict(values)
+    count(totals, more, [one.host for one in rounds])
+    if rounds:
+        more |= _reward_metrics(_joined([one.scores for one in rounds]))
+        more["tokens_per_second"] = sum(int(one.host.lengths.sum()) for one in rounds) / times["rollout"]
+    more |= {f"time/{name}": seconds for name, seconds in times.items()}
+    more["step_time"] = sum(times.values())
+    rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
+    more["learning_rate"] = float(rate(max(values["updates"] - 1, 0)))
+    return more
 
 
 def _dumps(config: Config, done: int) -> bool:

@@ -66,7 +66,9 @@ class Checkpoints:
             return
         # A copy: Orbax writes metadata in the background, while the caller's counters go on.
         metadata = {**copy.deepcopy(metadata), "checksums": named_checksums(state), "layout": layout(state)}
-        self._orbax.save_checkpointables_async(step, {"state": _present(state)}, metrics=scores, custom_metadata=metadata)
+        self._orbax.save_checkpointables_async(
+            step, {"state": _present(state)}, metrics=scores, custom_metadata=metadata
+        )
 
     def wait(self) -> None:
         """Return when the last save is on disk."""
