@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from pspo_jax.strategies import ObjectiveConfig
 
+ENTROPY_ROUNDING = 1e-5
 LOG_LIMIT = 20.0
 """Log-ratios are cut here before they are summed over a sequence for VESPO."""
 
@@ -144,7 +145,10 @@ def low_divergence(
 
 
 def top_entropy(entropy: Float[Array, "R T"], mask: Bool[Array, "R T"], share: float) -> Bool[Array, "R T"]:
-    """Tokens at or above the (1 - share) quantile of the masked entropies, interpolated linearly."""
+    """Tokens at or above the (1 - share) quantile of the masked entropies, interpolated linearly.
+
+    Within 1e-5 nats counts as at: the first tokens of a group have one distribution, and rounding must not part them.
+    """
     values = jnp.sort(jnp.where(mask, entropy, jnp.inf).reshape(-1))
     place = (1 - share) * (jnp.maximum(mask.sum(), 1) - 1)
     below = jnp.floor(place).astype(jnp.int32)
@@ -152,7 +156,7 @@ def top_entropy(entropy: Float[Array, "R T"], mask: Bool[Array, "R T"], share: f
     part = place - below
     # Where the place is whole, what lies above it may be padding.
     threshold = jnp.where(part > 0, values[below] + part * (values[above] - values[below]), values[below])
-    return mask & (entropy >= threshold)
+    return mask & (entropy >= threshold - ENTROPY_ROUNDING)
 
 
 def kl_estimate(log_probs: Float[Array, "R T"], reference: Float[Array, "R T"], estimator: str) -> Float[Array, "R T"]:
