@@ -24,7 +24,10 @@ TWO, FIVE, END = 17, 20, 151_645
 STEPS = 3
 
 pytestmark = pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}")
-KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"real-{kind}")) for kind in ("full", "lora")]
+KINDS = [
+    pytest.param("full", marks=[pytest.mark.xdist_group("real-full"), pytest.mark.slow]),
+    pytest.param("lora", marks=pytest.mark.xdist_group("real-lora")),
+]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from tests.helpers import TINY
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = AlgorithmName.__args__
+USUAL = {"pspo", "prioritized_replay", "mopps", "spo", "dapo", "popo"}
+"""One for each way to choose, to remember and to replay; the others are slow tests."""
 SURVEYED = {
     "selection/priority_entropy",
     "selection/effective_prompts",
@@ -37,7 +39,9 @@ def test_recipes_of_a_task_differ_in_the_algorithm_alone(folder):
         assert recipe == recipes["grpo"] or name == "grpo"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
     small = [f"--{key}={value}" for key, value in TINY.items()]
     words = ["--config", str(CONFIGS / f"{name}.yaml"), *small, "--mesh.data=1", "--log.completions_every=0"]

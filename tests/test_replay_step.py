@@ -13,6 +13,7 @@ from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.replay.base import groups_of
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.rows import rows_of, score, score_some
+from pspo_jax.state import Outcome
 from pspo_jax.step import init_state, make_collect, make_train_step, make_update
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 
@@ -50,7 +51,7 @@ def mixed(seed):
     return rewards
 
 
-@pytest.mark.parametrize("name", ["grpo", "pspo"])
+@pytest.mark.parametrize("name", [pytest.param("grpo", marks=pytest.mark.slow), "pspo"])
 def test_while_every_group_is_effective_replay_changes_no_bit(name):
     """POPO, the filter and plain runs: the same parameters, three steps of two iterations long."""
     found = []
@@ -139,7 +140,12 @@ def test_ablations_act(mode):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"replay__order": "kl"}, {"objective__loss": "gspo"}], ids=["popo", "kl", "gspo"]
+    "fields",
+    [
+        pytest.param({}, id="popo", marks=pytest.mark.slow),
+        pytest.param({"replay__order": "kl"}, id="kl"),
+        pytest.param({"objective__loss": "gspo"}, id="gspo", marks=pytest.mark.slow),
+    ],
 )
 def test_microbatches_change_nothing(fields):
     found = []
@@ -266,29 +272,26 @@ def test_one_full_round_is_the_plain_step():
     jax.tree.map(np.testing.assert_array_equal, state.selector.own, expected.selector.own)
 
 
-def test_a_prompt_is_not_rolled_out_twice_in_a_step():
-    """Every selector's draws within a step are disjoint, and all rest only as long as the cooldown says."""
-    for name in ("uniform", "pps", "prioritized_replay", "mopps", "greso"):
-        made = setup(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
-        collect, update, state, draw = rounds_of(made)
-        selector = made[2].selector
-        everyone = set()
-        for step in range(4):
-            seen = []
-            for number in range(3):
-                key = jax.random.fold_in(jax.random.key(step), number)
-                ids, _, after = selector.select(state.selector, key, state.step, B)
-                rollouts = draw(state.params, number)
-                rollouts = dataclasses.replace(rollouts, prompts=dataclasses.replace(rollouts.prompts, ids=ids))
-                state = dataclasses.replace(state, selector=after)
-                state, _ = collect(state, rollouts, np.zeros((B, G), np.float32))
-                seen += ids.tolist()
-            # 40 prompts, 24 of which rest from the step before: 16 are new, and then the oldest return.
-            assert len(set(seen)) >= 16, name
-            assert step > 0 or len(set(seen)) == 24, name
-            everyone |= set(seen)
-            state, _ = update(state, jnp.float32(1))
-        assert everyone == set(range(40)), name
+@pytest.mark.parametrize("name", ["uniform", "pps", "prioritized_replay", "mopps", "greso"])
+def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
+    """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
+    config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
+    selector = algorithms.build(config).selector
+    select, observe = jax.jit(selector.select, static_argnums=3), jax.jit(selector.observe)
+    nothing = Outcome(*[jnp.zeros((B, G))] * 3)
+    state, everyone = selector.init(40), set()
+    for step in range(4):
+        seen = []
+        for number in range(3):
+            key = jax.random.fold_in(jax.random.key(step), number)
+            ids, _, state = select(state, key, jnp.int32(step), B)
+            state = observe(state, ids, nothing, jnp.int32(step))
+            seen += ids.tolist()
+        # 40 prompts, 24 of which rest from the step before: 16 are new, and then the oldest return.
+        assert len(set(seen)) >= 16
+        assert step > 0 or len(set(seen)) == 24
+        everyone |= set(seen)
+    assert everyone == set(range(40))
 
 
 def test_kl_in_the_reward_is_taken_before_the_credit():
