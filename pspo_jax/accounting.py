@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pspo_jax.tasks.base import Completions
+import numpy as np
 
 PHASES = ("setup", "compile", "sft", "select", "rollout", "verify", "update", "eval")
 
@@ -46,15 +46,19 @@ class Totals:
             self.seconds[name] += out["seconds"]
 
 
-def count(totals: Totals, values: dict[str, Any], rounds: Sequence[Completions]) -> None:
-    """Cumulative rollouts and tokens, as every curve may be drawn against them: all that were rolled out count."""
-    for host in rounds:
-        group, generated = host.lengths.shape[1], int(host.lengths.sum())
-        totals.counts["rollouts"] += host.lengths.size
+def count(totals: Totals, values: dict[str, Any], rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Cumulative rollouts and tokens, as every curve may be drawn against them: all that were rolled out count.
+
+    Args:
+      rounds: lengths of the prompts [B], and of their completions [B, G].
+    """
+    for prompts, lengths in rounds:
+        generated = int(lengths.sum())
+        totals.counts["rollouts"] += lengths.size
         totals.counts["generated"] += generated
-        totals.counts["tokens"] += generated + int(host.prompts.lengths[host.rows].sum()) * group
+        totals.counts["tokens"] += generated + int(prompts.sum()) * lengths.shape[1]
     if rounds:
-        totals.counts["effective"] += int(values["groups/effective"]) * rounds[0].lengths.shape[1]
+        totals.counts["effective"] += int(values["groups/effective"]) * rounds[0][1].shape[1]
     values |= {
         "rollouts/total": totals.counts["rollouts"],
         "rollouts/effective": totals.counts["effective"],

@@ -282,10 +282,29 @@ class OptimizerConfig:
 class MeshConfig:
     data: Annotated[int, Range(-1)] = -1
     """Devices along the batch with replicated weights; -1 = all that fsdp and tensor leave."""
-    fsdp: Annotated[int, Range(1)] = 1
-    """Devices along the batch that also shard weights and optimiser state."""
+    fsdp: Annotated[int | None, Range(1)] = None
+    """Devices along the batch that also shard weights and optimiser state. None = as few as leave half of a device's
+    memory free; 1 where that is not known, as on CPUs."""
     tensor: Annotated[int, Range(1)] = 1
     """Devices that share one row: heads, MLP width and vocabulary are split."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one a host or one a GPU. On a TPU pod, under SLURM, Open MPI or GKE nothing need be set."""
+
+    auto: bool = True
+    """Join the processes of a cluster that JAX knows by its environment."""
+    coordinator: str | None = None
+    """host:port of process 0; None = found out from the cluster, or there is one process."""
+    processes: Annotated[int, Range(1)] = 1
+    """Processes of the run; for coordinator."""
+    process: Annotated[int, Range(0)] = 0
+    """Number of this process, from 0; for coordinator."""
+    join_timeout: Annotated[int, Range(1)] = 300
+    """Seconds to wait for the other processes at the start."""
+    heartbeat_timeout: Annotated[int, Range(5)] = 30
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
 
 
 @dataclass(frozen=True)
@@ -383,6 +402,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

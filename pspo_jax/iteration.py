@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.accounting import Totals, count
@@ -18,6 +17,7 @@ from pspo_jax.evaluation.heldout import evaluate, gather
 from pspo_jax.io.completions import completion_lines
 from pspo_jax.io.run_folder import RunLog, crc
 from pspo_jax.optimizer import schedule, updates_per_step
+from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.programs import Programs, without_ring
 from pspo_jax.rollout.sampler import SamplingParams
@@ -34,7 +34,10 @@ class NoVerdictError(Exception):
 
 class _Rolled(NamedTuple):
     rollouts: Rollouts
+    own: np.ndarray
+    """Rows of the batch that this process holds."""
     host: Completions
+    """Those rows."""
     judged: list[Callable[[], Scores]]
     """One per chunk."""
 
@@ -43,11 +46,16 @@ class _Round(NamedTuple):
     """A batch that was rolled out and verified."""
 
     rows: np.ndarray
-    weights: np.ndarray
+    lengths: np.ndarray
     rollouts: Rollouts
     reward: jax.Array
-    host: Completions
+    own: np.ndarray
+    """Rows of the batch that this process holds, judges and logs."""
+    own_weights: np.ndarray
+    own_host: Completions
+    own_scores: Scores
     scores: Scores
+    """Of the whole batch; answers, reasons and errors are this process's."""
     drawn: dict[str, Any]
     """What the selector says of the draw."""
 
@@ -70,7 +78,7 @@ def one_step(
         rounds.append(one)
         with _timed(totals, times, "update"):
             if _dumps(c, done):
-                advantages = np.asarray(programs.advantages(without_ring(state), one.rollouts, one.reward))
+                advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
             state = ring_to_device(setup, state)
             state, metrics = programs.step(state, one.rollouts, one.reward)
             found.append(metrics | one.drawn)
@@ -81,19 +89,19 @@ def one_step(
             rounds.append(one)
             with _timed(totals, times, "update"):
                 if _dumps(c, done):
-                    advantages = np.asarray(programs.advantages(without_ring(state), one.rollouts, one.reward))
+                    advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
                 bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward)
                 state = dataclasses.replace(bare, replay=state.replay)
                 found.append(metrics | one.drawn)
                 waiting = int(metrics["groups/waiting"])
         with _timed(totals, times, "update"):
-            temperature = SamplingParams.of(c.rollout, setup.task.stop_ids).temperature
-            temperature = jax.device_put(temperature, replicated(setup.mesh))
+            settings = SamplingParams.of(c.rollout, setup.task.stop_ids)
+            temperature = hosts.put(settings.temperature, replicated(setup.mesh))
             state = ring_to_device(setup, state)
             state, metrics = programs.step(state, temperature)
     with _timed(totals, times, "update"):
-        values: Values = _over_rounds([{k: float(v) for k, v in jax.device_get(m).items()} for m in found])
-        values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values: Values = _over_rounds([{k: float(v) for k, v in hosts.whole(m).items()} for m in found])
+        values |= {k: float(v) for k, v in hosts.whole(metrics).items()}
         state = _ring_to_host(setup, state)
     if programs.collect is not None:
         values["rollouts/rounds"] = len(rounds)
@@ -102,7 +110,8 @@ def one_step(
         values |= _fingerprints(state, rounds)
     if advantages is not None:
         last = rounds[-1]
-        lines = completion_lines(setup.task, last.host, last.scores, advantages, last.weights, c.log.completions)
+        held = hosts.fetch_rows(advantages, last.own)
+        lines = completion_lines(setup.task, last.own_host, last.own_scores, held, last.own_weights, c.log.completions)
         log.completions(done, lines, c.log.completions_format)
     return state, values
 
@@ -112,10 +121,11 @@ def _accounts(
 ) -> dict[str, Any]:
     """What a step cost, its rewards, and the learning rate."""
     c, more = setup.config, dict(values)
-    count(totals, more, [one.host for one in rounds])
+    prompts = setup.task.train.lengths
+    count(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
     if rounds:
         more |= _reward_metrics(_joined([one.scores for one in rounds]))
-        more["tokens_per_second"] = sum(int(one.host.lengths.sum()) for one in rounds) / times["rollout"]
+        more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / times["rollout"]
     more |= {f"time/{name}": seconds for name, seconds in times.items()}
     more["step_time"] = sum(times.values())
     rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
@@ -147,18 +157,31 @@ def _round(
 ) -> tuple[TrainState, _Round]:
     """Select, roll out, verify."""
     with _timed(totals, times, "select"):
-        place = jax.device_put(jnp.int32(number), replicated(setup.mesh))
+        place = hosts.put(np.int32(number), replicated(setup.mesh))
         ids, weight, selector, drawn = programs.select(state.selector, state.key, state.step, place)
-        rows, weights = np.asarray(ids), np.asarray(weight)
+        rows, weights = hosts.whole((ids, weight))
         state = dataclasses.replace(state, selector=selector)
     with _timed(totals, times, "rollout"):
         rolled = _roll_out(setup, state, programs, rows, weights, done, number)
     with _timed(totals, times, "verify"):
-        scores = _joined([wait() for wait in rolled.judged])
-    log.errors(done, scores.errors)
+        own_scores = _joined([wait() for wait in rolled.judged])
+        scores, lengths = _shared(own_scores, rolled, len(rows))
+    log.errors(done, own_scores.errors)
     _check_verdicts(scores, done, setup.config.verifier.max_no_verdict)
-    reward = jax.device_put(scores.reward, batch_sharding(setup.mesh))
-    return state, _Round(rows, weights, rolled.rollouts, reward, rolled.host, scores, drawn)
+    reward = hosts.put(scores.reward, batch_sharding(setup.mesh))
+    own = rolled.own
+    return state, _Round(
+        rows, lengths, rolled.rollouts, reward, own, weights[own], rolled.host, own_scores, scores, drawn
+    )
+
+
+def _shared(own: Scores, rolled: _Rolled, batch: int) -> tuple[Scores, np.ndarray]:
+    """Scores and lengths of the whole batch on every process, of what each one judged."""
+    values = {"reward": own.reward, "right": own.right, "lengths": rolled.host.lengths}
+    values |= {f"terms/{name}": value for name, value in own.terms.items()}
+    every = hosts.share_rows(values, rolled.own, batch)
+    terms = {name: every[f"terms/{name}"] for name in own.terms}
+    return own._replace(reward=every["reward"], right=every["right"], terms=terms), every["lengths"]
 
 
 def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
@@ -183,7 +206,7 @@ def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
     """CRCs of what was drawn, and of the state after the step."""
     return {
         "crc/prompt_ids": crc([one.rows for one in rounds]),
-        "crc/tokens": crc([one.host.tokens for one in rounds]),
+        "crc/tokens": crc([one.rollouts.tokens for one in rounds]),
         "crc/params": crc(state.params),
         "crc/selector": crc(state.selector),
         "crc/credit": crc(state.credit),
@@ -219,26 +242,28 @@ def _roll_out(
     """Sample the batch in rollout.chunks parts; each is handed to the verifiers while the next is sampled."""
     c, task, mesh = setup.config, setup.task, setup.mesh
     whole = replicated(mesh)
-    settings = jax.device_put(SamplingParams.of(c.rollout, task.stop_ids), whole)
+    settings = hosts.put(SamplingParams.of(c.rollout, task.stop_ids), whole)
     size = len(rows) // c.rollout.chunks
     parts, places = [], [slice(k, k + size) for k in range(0, len(rows), size)]
     for place in places:
-        prompts = jax.device_put(gather(task.train, rows[place], weights[place]), batch_sharding(mesh))
+        prompts = hosts.put(gather(task.train, rows[place], weights[place]), batch_sharding(mesh))
         first = (number * len(rows) + place.start) * c.rollout.group_size
-        first_row = jax.device_put(jnp.int32(first), whole)
+        first_row = hosts.put(np.int32(first), whole)
         parts.append(programs.sample(state.weights, prompts, state.key, state.step, settings, first_row))
-    judged, hosts = [], []
+    judged, held, owned = [], [], []
     for place, part in zip(places, parts, strict=True):
-        tokens, lengths, ended = jax.device_get((part.tokens, part.lengths, part.ended))
-        hosts.append(Completions(task.train, rows[place], tokens, lengths, ended, done))
-        judged.append(task.judge(hosts[-1]))
-    host = hosts[0]._replace(
-        rows=rows,
-        tokens=np.concatenate([h.tokens for h in hosts]),
-        lengths=np.concatenate([h.lengths for h in hosts]),
-        ended=np.concatenate([h.ended for h in hosts]),
+        own = hosts.owned_rows(part.lengths)
+        tokens, lengths, ended = (hosts.fetch_rows(x, own) for x in (part.tokens, part.lengths, part.ended))
+        held.append(Completions(task.train, rows[place][own], tokens, lengths, ended, done))
+        owned.append(place.start + own)
+        judged.append(task.judge(held[-1]))
+    host = held[0]._replace(
+        rows=np.concatenate([h.rows for h in held]),
+        tokens=np.concatenate([h.tokens for h in held]),
+        lengths=np.concatenate([h.lengths for h in held]),
+        ended=np.concatenate([h.ended for h in held]),
     )
-    return _Rolled(programs.join(parts), host, judged)
+    return _Rolled(programs.join(parts), np.concatenate(owned), host, judged)
 
 
 def _joined(parts: list[Scores]) -> Scores:
@@ -276,12 +301,10 @@ def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: 
     """Accuracy on the held-out prompts; the same random numbers at every step, so that curves compare."""
     c = setup.config
     rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
-    zero = jax.device_put(jnp.int32(0), whole)
+    zero = hosts.put(np.int32(0), whole)
 
     def sample(params: Any, prompts: Prompts, key: Any, settings: SamplingParams) -> Rollouts:
-        return programs.eval_sample(
-            params, prompts, jax.device_put(key, whole), zero, jax.device_put(settings, whole), zero
-        )
+        return programs.eval_sample(params, prompts, jax.device_put(key, whole), zero, hosts.put(settings, whole), zero)
 
     with totals.phase("eval"):
         return evaluate(
@@ -291,5 +314,5 @@ def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: 
             c,
             state.key,
             batch=c.rollout.prompts * c.rollout.group_size,
-            place=lambda prompts: jax.device_put(prompts, rows),
+            place=lambda prompts: hosts.put(prompts, rows),
         )

@@ -17,6 +17,7 @@ from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, check_config, open_folder, write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step, ring_to_device
+from pspo_jax.parallel import hosts
 from pspo_jax.programs import Programs, compile_programs
 from pspo_jax.report import write_report
 from pspo_jax.resume import restore, save_content, source_fingerprint
@@ -27,26 +28,36 @@ from pspo_jax.tasks.text import write_left_out
 
 def train(config: Config) -> int:
     """Train as the config says, or carry on where its run folder stopped. Returns the exit code."""
-    progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
     with verifiers(config, folder / "workers.log") as pool:
+        hosts.initialize(config)
         configure_runtime(config)
-        return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress)
+        progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
+        with hosts.failing_together():
+            return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress)
 
 
 def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> int:
     with (
-        stop_requests() as stop,
+        stop_requests() as asked,
         jax.set_mesh(setup.mesh),
         Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints,
     ):
+
+        def stop() -> bool:
+            """Whether any process was asked to; all of them stop at the same step."""
+            return hosts.any_says(asked())
+
         if checkpoints.steps():
             check_config(folder, config)
-        (folder / "config.yaml").write_text(cli.to_yaml(config))
+        hosts.wait_for_all("config")
+        if hosts.leads():
+            (folder / "config.yaml").write_text(cli.to_yaml(config))
         restored = restore(setup, folder, checkpoints, progress)
-        save_content(setup, folder)
-        if line := write_left_out(setup.task, folder / "left_out.jsonl"):
-            progress.say(line)
+        if hosts.leads():
+            save_content(setup, folder)
+            if line := write_left_out(setup.task, folder / "left_out.jsonl"):
+                progress.say(line)
         state, totals = restored or (None, Totals())
         if state is None:
             with totals.phase("sft"):
@@ -95,7 +106,7 @@ def _loop(
 ) -> int:
     c = setup.config
     first = int(state.step)
-    log = RunLog(folder, first, c.log.tensorboard, progress.console if c.log.progress else None)
+    log = RunLog(folder, first, c.log.tensorboard, progress.console if c.log.progress else None, hosts.leads())
     scores: dict[str, float] = {}
     base = named_checksums(state.frozen)
 
@@ -114,7 +125,8 @@ def _loop(
         progress.say(f"{why}; checkpoints {checkpoints.steps()} are from before")
         return 1
 
-    if first == 0 and not (folder / "metrics.jsonl").read_text():
+    begun = hosts.leads() and bool((folder / "metrics.jsonl").read_text())
+    if first == 0 and not hosts.any_says(begun):
         scores = heldout_scores(setup, state, programs, totals)
         log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
         progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
@@ -130,7 +142,7 @@ def _loop(
                 scores = heldout_scores(setup, state, programs, totals)
                 values |= _eval_names(scores)
             if last or (c.log.selection_every and done % c.log.selection_every == 0):
-                seen = jax.device_get(programs.survey(state.selector, state.step))
+                seen = hosts.whole(programs.survey(state.selector, state.step))
                 values |= {name: float(value) for name, value in seen.items() if not isinstance(value, dict)}
                 log.strategy(done, {name: value for name, value in seen.items() if isinstance(value, dict)})
             log.metrics(done, values)
@@ -139,7 +151,7 @@ def _loop(
                     f"stopped: {int(values['skipped_updates'])} updates in a row up to step {done} were not finite; "
                     "lower optimizer.learning_rate"
                 )
-            stopping = stop() and not last
+            stopping = not last and stop()
             if evaluated or stopping or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)
             bar(1, _numbers(values))
@@ -180,6 +192,8 @@ def _finish(setup: Setup, totals: Totals, folder: Path, scores: dict[str, float]
         "tokens": totals.counts["generated"],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+    if not hosts.leads():
+        return 0
     write_json(folder / "summary.json", summary)
     if setup.config.log.report:
         progress.say(f"report: {write_report([folder], folder / 'report.html')}")

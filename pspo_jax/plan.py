@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pspo_jax.config import Config, ConfigError
 from pspo_jax.programs import lower_programs
-from pspo_jax.setup import Setup, prepare
+from pspo_jax.setup import Setup, device_bytes, prepare
 
 DEVICES = {
     "v4": 32,
@@ -94,7 +94,7 @@ class Peak(NamedTuple):
 
 def show(config: Config, target: Target) -> int:
     """Print the plan of a config."""
-    setup = prepare(config, weights=False)
+    setup = prepare(config, weights=False, capacity=target.capacity if target.devices else None)
     capacity, residents, details = _capacity(target), _residents(setup), _details(setup)
     peaks = _peaks(setup, residents, details)
     console = Console(width=max(Console().width, 100))
@@ -141,13 +141,9 @@ def _capacity(target: Target) -> float:
     """Bytes of one device: of the target, of this machine's accelerator, or this host's memory over its devices."""
     if target.devices:
         return target.capacity
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    if device.platform == "cpu":
+    if jax.devices()[0].platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.devices())
-    return math.inf
+    return device_bytes()
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +17,18 @@ from jax.sharding import Mesh
 
 from pspo_jax import algorithms
 from pspo_jax.cold_start import cold_start, settings
-from pspo_jax.config import Config, ConfigError, embedded
+from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.io.checkpoint import load_folder, save_folder
 from pspo_jax.io.progress import Progress
 from pspo_jax.optimizer import adamw, updates_per_step
-from pspo_jax.parallel.mesh import make_mesh, params_shardings, prompts_shardings, replicated
+from pspo_jax.parallel.mesh import (
+    groups_shardings,
+    make_mesh,
+    params_shardings,
+    prompts_shardings,
+    replicated,
+    smallest_fsdp,
+)
 from pspo_jax.parallel.runtime import keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
 from pspo_jax.policy.architecture import lora_of
@@ -93,6 +101,7 @@ def prepare(
     weights: bool = True,
     pool: Pool | None = None,
     say: Callable[[str], None] = lambda _: None,
+    capacity: float | None = None,
 ) -> Setup:
     """Everything but arrays; raises ConfigError for what does not fit, before any weight is read.
 
@@ -100,8 +109,10 @@ def prepare(
       weights: False = the checkpoint's tensors need not be there; for a plan.
       pool: the entered `verifiers`; without one text is neither judged nor are gold answers checked.
       say: told of what takes long.
+      capacity: bytes of a device, for mesh.fsdp=None; None = as the devices say.
     """
     source, tokenizer, architecture = architecture_for(config, weights)
+    config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity)
     mesh = make_mesh(config, architecture)
     task = make_task(config, tokenizer, pool, say)
     settings(config, task)  # reads sft.data: a missing file is found out here
@@ -135,6 +146,27 @@ def architecture_for(
         return None, tokenizer, built_in(config.policy, tokenizer.vocab_size, tokenizer.forbidden)
     lora = lora_of(config.lora)
     return source, tokenizer, dataclasses.replace(source.architecture, forbidden=tokenizer.forbidden, lora=lora)
+
+
+def device_bytes() -> float:
+    """Memory of a device as its driver tells; infinity where it does not."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else math.inf
+
+
+def _with_fsdp(config: Config, a: Architecture, capacity: float) -> Config:
+    """mesh.fsdp, if it is left open: by what stays on a device from step to step, and a gradient."""
+    if config.mesh.fsdp is not None:
+        return config
+    base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
+    frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+    count = sum(x.size for x in jax.tree.leaves(base))
+    # AdamW keeps two numbers a weight beside it; gradients are float32. Adapters and their state are small.
+    held = frozen if a.lora is not None else 3 * frozen + 4 * count
+    held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
+    fsdp = smallest_fsdp(held, capacity, len(jax.devices()) // config.mesh.tensor or 1, a.width)
+    return replace(config, {"mesh.fsdp": fsdp})
 
 
 def _frozen_init(a: Architecture) -> Any:
@@ -224,12 +256,12 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
         ),
         selector=prompts_shardings(mesh, shapes.selector, prompts),
         credit=prompts_shardings(mesh, shapes.credit, prompts),
-        replay=jax.tree.map(lambda _: whole, shapes.replay),
+        replay=groups_shardings(mesh, shapes.replay),
         key=whole,
         reference=None if shapes.reference is None else params,
         frozen=None if shapes.frozen is None else params_shardings(mesh, shapes.frozen, setup.policy.frozen_axes),
         updates=whole,
         skipped=whole,
         movement=whole,
-        queue=jax.tree.map(lambda _: whole, shapes.queue),
+        queue=groups_shardings(mesh, shapes.queue),
     )

@@ -65,10 +65,30 @@ def _check_relations(c: Config) -> None:
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
     _check_rounds(c)
+    _check_distributed(c)
     _check_objective(c)
     if c.rollout.prompts % c.objective.minibatches:
         raise ConfigError(
             f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
+        )
+
+
+def _check_distributed(c: Config) -> None:
+    """A process must know its place."""
+    d = c.distributed
+    if d.coordinator is None:
+        if d.processes != 1 or d.process:
+            raise ConfigError(
+                f"distributed.processes={d.processes}, distributed.process={d.process}: need distributed.coordinator, "
+                "the host:port of process 0"
+            )
+        return
+    host, _, port = d.coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"distributed.coordinator={d.coordinator}: must be host:port, such as 10.0.0.2:9876")
+    if d.process >= d.processes:
+        raise ConfigError(
+            f"distributed.process={d.process}: must be less than distributed.processes={d.processes}; they count from 0"
         )
 
 

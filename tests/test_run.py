@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pspo_jax import cli
 from pspo_jax.config import Config, ConfigError, replace
+from pspo_jax.io.checkpoint import saved_steps
 from pspo_jax.policy import built_in, transformer
 from pspo_jax.report import main as report
 from pspo_jax.train import main
@@ -78,9 +79,14 @@ def metrics(folder, drop=TIMES):
 
 
 def params(folder):
+    """Parts of the last checkpoint, whatever the devices that it was saved from."""
     path = Path(folder) / "checkpoints"
-    last = max(int(p.name) for p in path.iterdir() if p.name.isdigit())
-    tree = ocp.load_checkpointables((path / str(last)).absolute())["state"]
+    last = saved_steps(path)[-1]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    there = ocp.checkpointables_metadata((path / str(last)).absolute()).metadata["state"]
+
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
+    tree = ocp.load_checkpointables((path / str(last)).absolute(), {"state": wanted})["state"]
     return jax.tree.map(
         np.asarray, {k: tree[k] for k in ("params", "selector", "credit", "replay", "queue") if k in tree}
     )

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.config import Config
+from pspo_jax.parallel import hosts
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.state import Prompts
 from pspo_jax.tasks.base import Completions, PromptSet, Scores, Task
@@ -45,28 +45,22 @@ def evaluate(
         draws = [("greedy", greedy)] + [("sampled", sampled)] * config.eval.samples
         for i, (name, settings) in enumerate(draws):
             rollouts = sample(params, prompts, jax.random.fold_in(jax.random.fold_in(key, start), i), settings)
-            tokens, lengths, ended = jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.ended))
-            count = int(real.sum())
-            completions = Completions(
-                task.heldout, rows[:count], tokens[:count], lengths[:count], ended[:count], step=0
+            own = hosts.owned_rows(rollouts.lengths)
+            own = own[real[own]]
+            tokens, lengths, ended = (
+                hosts.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            judged[name].append(task.judge(completions))
+            judged[name].append(task.judge(Completions(task.heldout, rows[own], tokens, lengths, ended, step=0)))
     right = {name: np.concatenate([wait().right for wait in waits]) for name, waits in judged.items()}
-    missing = np.concatenate([np.isnan(values).ravel() for values in right.values()])
-    return {name: _mean(values) for name, values in right.items()} | {"no_verdict": float(missing.mean())}
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean over the verdicts there are."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else float("nan")
+    # (sum, verdicts, completions) of each, over all processes.
+    sums = hosts.total(np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64))
+    means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(right, sums, strict=True)}
+    return means | {"no_verdict": float(1 - sums[:, 1].sum() / sums[:, 2].sum())}
 
 
 def gather(prompts: PromptSet, rows: np.ndarray, loss_weight: Any) -> Prompts:
-    """The batch of these rows."""
-    return Prompts(
-        ids=jnp.asarray(rows),
-        tokens=jnp.asarray(prompts.tokens[rows]),
-        lengths=jnp.asarray(prompts.lengths[rows]),
-        loss_weight=jnp.asarray(loss_weight),
+    """The batch of these rows, on the host."""
+    build: Any = Prompts
+    return build(
+        ids=rows, tokens=prompts.tokens[rows], lengths=prompts.lengths[rows], loss_weight=np.asarray(loss_weight)
     )

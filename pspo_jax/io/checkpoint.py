@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.config import CheckpointConfig, ConfigError
+from pspo_jax.parallel import hosts
 
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
 """What Orbax and TensorStore raise on files that are missing, cut off or altered."""
@@ -94,21 +94,26 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
+            found, reason = None, ""
             try:
-                metadata = self.metadata(step)
-                wanted = check(metadata) or abstract
-                _check_layout(step, wanted, metadata)
-                with _partial_load():
-                    found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
-                state = {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found)
-                verify(state, metadata["checksums"])
-                return state, metadata
+                found = self._load(step, abstract, check)
             except ConfigError:
                 raise
             except _UNREADABLE as error:
                 reason = " ".join(str(error).split())[:200]
-                moved = self._set_aside(step)
-                warn(f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before")
+            # What one process cannot read, no process takes.
+            if not hosts.any_says(found is None):
+                assert found is not None
+                state, metadata = found
+                try:
+                    verify(state, metadata["checksums"])
+                    return found
+                except ValueError as error:
+                    reason = str(error)
+            moved = self._set_aside(step)
+            warn(
+                f"checkpoint {step} is damaged ({reason or 'on another host'}); moved to {moved}, trying the one before"
+            )
         if steps:
             raise ConfigError(
                 f"run.dir: none of the checkpoints {steps} in {self.folder} can be read; they were moved to "
@@ -116,16 +121,29 @@ class Checkpoints:
             )
         return None
 
+    def _load(
+        self, step: int, abstract: Any, check: Callable[[dict[str, Any]], Any | None]
+    ) -> tuple[Any, dict[str, Any]]:
+        metadata = self.metadata(step)
+        wanted = check(metadata) or abstract
+        _check_layout(step, wanted, metadata)
+        with _partial_load():
+            found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
+        return {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found), metadata
+
     @property
     def _damaged(self) -> Path:
         return self.folder.with_name(self.folder.name + ".damaged")
 
     def _set_aside(self, step: int) -> Path:
-        self._damaged.mkdir(exist_ok=True)
         target = self._damaged / str(step)
         while target.exists():
             target = target.with_name(target.name + "_")
-        shutil.move(self.folder / str(step), target)
+        hosts.wait_for_all(f"damaged {step}")
+        if hosts.leads():
+            self._damaged.mkdir(exist_ok=True)
+            shutil.move(self.folder / str(step), target)
+        hosts.wait_for_all(f"moved {step}")
         self._orbax.reload()
         return target
 
@@ -180,13 +198,17 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
 def save_folder(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
     """Write params and `settings.json` to a folder, atomically: it appears when it is whole."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if hosts.leads():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    hosts.wait_for_all("partial folder")
     ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
     metadata = {**metadata, "checksums": named_checksums(params)}
-    (partial / "settings.json").write_text(json.dumps(metadata, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    if hosts.leads():
+        (partial / "settings.json").write_text(json.dumps(metadata, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    hosts.wait_for_all("whole folder")
 
 
 def load_folder(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | None:
@@ -197,10 +219,15 @@ def load_folder(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | 
         if found != settings:
             return None
         params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
-        verify(params, checksums)
-        return params
     except _UNREADABLE:
+        params = None
+    if hosts.any_says(params is None):
         return None
+    try:
+        verify(params, checksums)
+    except ValueError:
+        return None
+    return params
 
 
 def _present(state: Any) -> dict[str, Any]:
@@ -256,7 +283,7 @@ def checksums(tree: Any) -> list[UInt32[Array, ""]]:
 def named_checksums(tree: Any) -> dict[str, int]:
     """Path of each array -> its checksum."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return dict(zip(names, (int(x) for x in np.asarray(jax.device_get(checksums(tree)))), strict=True))
+    return dict(zip(names, (int(x) for x in hosts.whole(checksums(tree))), strict=True))
 
 
 def verify(tree: Any, expected: dict[str, int]) -> None:

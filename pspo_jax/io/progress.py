@@ -25,8 +25,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Phases of a run, each with a count and a line of numbers."""
 
-    def __init__(self, enabled: bool):
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    def __init__(self, enabled: bool, quiet: bool = False):
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._enabled = enabled
 
     def say(self, text: str) -> None:

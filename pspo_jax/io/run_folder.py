@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pspo_jax import cli
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import Config, ConfigError, flatten, replace
 from pspo_jax.io.completions import print_completions, write_completions
+from pspo_jax.parallel import hosts
 
 MAY_CHANGE = (
     "run.dir",
@@ -31,8 +33,8 @@ MAY_CHANGE = (
     "task.cache",
     "rollout.chunks",
 )
-"""Fields that a resumed run may change, with every field of the stages mesh, eval, checkpoint, log and verifier."""
-_FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "log.", "verifier.")
+"""Fields that a resumed run may change, with every field of the stages below."""
+_FREE_STAGES = ("mesh.", "distributed.", "eval.", "checkpoint.", "log.", "verifier.")
 
 
 def open_folder(path: str) -> Path:
@@ -40,7 +42,7 @@ def open_folder(path: str) -> Path:
     if not path.strip():
         raise ConfigError("run.dir='': must name a folder")
     folder = Path(path)
-    probe = folder / f".write-test-{os.getpid()}"
+    probe = folder / f".write-test-{socket.gethostname()}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -77,9 +79,17 @@ def check_config(folder: Path, config: Config) -> None:
 
 
 class RunLog:
-    """Appends to the run folder's logs. After a resume, lines beyond the restored step are dropped first."""
+    """Appends to the run folder's logs. After a resume, lines beyond the restored step are dropped first.
 
-    def __init__(self, folder: Path, resume_step: int, tensorboard: bool, console: Console | None = None):
+    Of several processes the leading one writes: `writes=False` makes all of it nothing.
+    """
+
+    def __init__(
+        self, folder: Path, resume_step: int, tensorboard: bool, console: Console | None = None, writes: bool = True
+    ):
+        self._writes = writes
+        if not writes:
+            return
         self._folder = folder
         self._console = console
         self._seen: set[str] = set()
@@ -91,12 +101,16 @@ class RunLog:
         self._events = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10) if tensorboard else None
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         if self._events:
             self._events.close()
 
     def metrics(self, step: int, values: dict[str, float | int]) -> None:
         """One line of metrics.jsonl, and the same numbers as TensorBoard scalars."""
+        if not self._writes:
+            return
         clean = {k: _number(v) for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         if self._events:
@@ -106,7 +120,7 @@ class RunLog:
 
     def strategy(self, step: int, histograms: dict[str, dict[str, Any]]) -> None:
         """Histograms over all prompts, each with counts and edges, such as of priorities."""
-        if not histograms:
+        if not histograms or not self._writes:
             return
         line = {name: {k: np.asarray(v).tolist() for k, v in h.items()} for name, h in histograms.items()}
         with self._strategy.open("a") as file:
@@ -114,13 +128,15 @@ class RunLog:
 
     def completions(self, step: int, lines: list[dict[str, Any]], file_format: str) -> None:
         """Sample completions of one step, to the folder and the screen."""
+        if not self._writes:
+            return
         write_completions(self._folder / "completions", step, lines, file_format)
         if self._console is not None:
             print_completions(self._console, lines)
 
     def errors(self, step: int, tracebacks: Sequence[str]) -> None:
         """Keep what rewards raised, whole, each once; its last line goes to the screen."""
-        for text in tracebacks:
+        for text in tracebacks if self._writes else ():
             if text in self._seen:
                 continue
             self._seen.add(text)
@@ -144,7 +160,7 @@ def crc(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        value = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).tobytes(), value)
+        value = zlib.crc32(np.ascontiguousarray(hosts.whole(leaf)).tobytes(), value)
     return value
 
 

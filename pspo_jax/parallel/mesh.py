@@ -44,28 +44,46 @@ def make_mesh(config: Config, shape: Any = None) -> Mesh:
       ConfigError: it does not fit the devices, the batch or the policy; the message names a value that works.
     """
     m, devices = config.mesh, jax.devices()
-    inner = m.fsdp * m.tensor
+    fsdp = m.fsdp or 1
+    inner = fsdp * m.tensor
     if m.data == 0:
         raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
     data = len(devices) // inner if m.data == -1 else m.data
     if data * inner > len(devices) or data == 0:
         raise ConfigError(
-            f"mesh.data={m.data} x mesh.fsdp={m.fsdp} x mesh.tensor={m.tensor}: needs {max(data, 1) * inner} devices, "
+            f"mesh.data={m.data} x mesh.fsdp={fsdp} x mesh.tensor={m.tensor}: needs {max(data, 1) * inner} devices, "
             f"there are {len(devices)}; lower one of them"
         )
     if m.data == -1 and data * inner != len(devices):
         raise ConfigError(
-            f"mesh.fsdp={m.fsdp} x mesh.tensor={m.tensor}: does not divide the {len(devices)} devices; "
+            f"mesh.fsdp={fsdp} x mesh.tensor={m.tensor}: does not divide the {len(devices)} devices; "
             "choose divisors, or set mesh.data"
         )
-    _check_divides(config, data * m.fsdp, shape or config.policy)
-    sizes = (data, m.fsdp, m.tensor)
+    if jax.process_count() > 1 and data * inner != len(devices):
+        raise ConfigError(
+            f"mesh.data={m.data} x mesh.fsdp={fsdp} x mesh.tensor={m.tensor}: needs {data * inner} devices, and the "
+            f"{jax.process_count()} processes have {len(devices)}, all of which take part; set mesh.data=-1"
+        )
+    _check_divides(config, data * fsdp, shape or config.policy)
+    sizes = (data, fsdp, m.tensor)
     return jax.make_mesh(
         sizes,
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
         devices=devices[: int(np.prod(sizes))],
     )
+
+
+def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int) -> int:
+    """The fewest devices that leave half of each one's memory free of weights, gradients and optimizer state.
+
+    A divisor of the devices and of the policy's width; the largest there is, if none is enough.
+
+    Args:
+      capacity: bytes of a device; infinity = unknown.
+    """
+    works = [d for d in range(1, devices + 1) if devices % d == 0 and width % d == 0]
+    return next((d for d in works if state_bytes / d <= capacity / 2), works[-1])
 
 
 def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
@@ -84,7 +102,7 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
         ("policy.heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
         ("policy.kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
         ("policy.mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
-        ("policy.width", shape.width, c.mesh.fsdp, "mesh.fsdp"),
+        ("policy.width", shape.width, c.mesh.fsdp or 1, "mesh.fsdp"),
     ):
         if size % shards:
             works = max(d for d in range(1, shards + 1) if size % d == 0)
@@ -137,6 +155,17 @@ def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
 
     def one(x: Any) -> NamedSharding:
         split = x.ndim > 0 and x.shape[0] == rows and rows // FANOUT % shards == 0
+        return NamedSharding(mesh, PartitionSpec(ROWS) if split else PartitionSpec())
+
+    return jax.tree.map(one, tree)
+
+
+def groups_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Stored groups: arrays with a row a group are split over the batch axes where these divide them."""
+    shards = int(np.prod([mesh.shape[a] for a in ROWS]))
+
+    def one(x: Any) -> NamedSharding:
+        split = x.ndim > 0 and x.shape[0] % shards == 0
         return NamedSharding(mesh, PartitionSpec(ROWS) if split else PartitionSpec())
 
     return jax.tree.map(one, tree)

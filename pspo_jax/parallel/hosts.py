@@ -1,0 +1,206 @@
+"""Several processes as one program: how they find each other, what each one holds, and how all hear of a failure.
+
+Every process runs the same host code on the same values. What differs is which rows of a batch it holds: it judges and
+logs those. On one process all of this is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from pspo_jax.config import Config, ConfigError
+
+_FAILURES = "pspo_jax/failed/"
+_POLL_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 5.0
+"""How long a process that failed waits for the others to read why, before its end ends them."""
+_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+"""Variables that say how many processes SLURM and Open MPI have started."""
+
+
+def initialize(config: Config) -> None:
+    """Join the other processes of the run, if there are any; before the first array.
+
+    An explicit distributed.coordinator wins; else a cluster that JAX knows (TPU metadata, SLURM, Open MPI, GKE) does;
+    else there is one process, and nothing happens.
+
+    Raises:
+      ConfigError: the others were not found in time.
+    """
+    d = config.distributed
+    if d.coordinator is None and not (d.auto and in_cluster()):
+        return
+    explicit: dict[str, Any] = {}
+    if d.coordinator is not None:
+        explicit = {
+            "coordinator_address": d.coordinator,
+            "num_processes": d.processes,
+            "process_id": d.process,
+            # Else SLURM would give each process a single device.
+            "cluster_detection_method": "deactivate",
+        }
+    try:
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=d.join_timeout,
+            heartbeat_timeout_seconds=d.heartbeat_timeout,
+            shutdown_timeout_seconds=d.heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"distributed.coordinator={d.coordinator}: the processes did not find each other ({why}); check the "
+            "address, distributed.processes, and that all were started; distributed.auto=false is for one alone"
+        ) from error
+
+
+def in_cluster() -> bool:
+    """Whether variables of the environment speak of several processes."""
+    if any(os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1 for name in _SIZES):
+        return True
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def count() -> int:
+    return jax.process_count()
+
+
+def leads() -> bool:
+    """Whether this process writes logs, events and reports."""
+    return jax.process_index() == 0
+
+
+def put(tree: Any, sharding: Sharding) -> Any:
+    """Host arrays, the same on every process, as global arrays."""
+    if count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(one, tree)
+
+
+def owned_rows(array: jax.Array) -> np.ndarray:
+    """Rows of a global array that this process answers for, ascending; each row has one owner."""
+    if count() == 1:
+        return np.arange(array.shape[0])
+    owner = np.full(array.shape[0], count(), np.int32)
+    for device, index in array.sharding.devices_indices_map(array.shape).items():
+        place: Any = device
+        owner[index[0]] = np.minimum(owner[index[0]], place.process_index)
+    return np.flatnonzero(owner == jax.process_index())
+
+
+def fetch_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a global array, all of which this process holds."""
+    if count() == 1:
+        return np.asarray(array)[rows]
+    value = np.zeros(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        value[shard.index] = np.asarray(shard.data)
+    return value[rows]
+
+
+def whole(tree: Any) -> Any:
+    """Global arrays as host arrays, the same on every process."""
+    if count() == 1:
+        return jax.device_get(tree)
+
+    def one(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(one, tree)
+
+
+def share_rows(values: dict[str, np.ndarray], rows: np.ndarray, total: int) -> dict[str, np.ndarray]:
+    """Each process's rows [n, ...] of several host arrays, as the arrays of all `total` rows on every process."""
+    if count() == 1:
+        return values
+    mine = np.zeros(total, bool)
+    mine[rows] = True
+    padded = {}
+    for name, value in values.items():
+        padded[name] = np.zeros((total, *value.shape[1:]), value.dtype)
+        padded[name][rows] = value
+    owners, every = multihost_utils.process_allgather((mine, padded))
+    owner = owners.argmax(axis=0)
+    return {name: value[owner, np.arange(total)] for name, value in every.items()}
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """Sum of small host arrays over processes."""
+    return values if count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+
+
+def any_says(flag: bool) -> bool:
+    """Whether any process says so; all must ask."""
+    return flag if count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
+
+
+def wait_for_all(name: str) -> None:
+    """Return when every process is here."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """An exception in one process ends all of them, with its traceback in every log.
+
+    Without this the others would wait in their next collective until a heartbeat is missed.
+    """
+    if count() == 1:
+        yield
+        return
+    from jax._src.distributed import global_state  # no public name for the key-value store
+
+    client: Any = global_state.client
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(client, done.is_set), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        done.set()
+        if not isinstance(error, SystemExit) or error.code:
+            print(f"process {jax.process_index()} failed", file=sys.stderr)
+            traceback.print_exc()
+            client.key_value_set(f"{_FAILURES}{jax.process_index()}", traceback.format_exc(), allow_overwrite=True)
+            sys.stderr.flush()
+            time.sleep(_LAST_WORDS_SECONDS)
+            os._exit(1)
+        raise
+    finally:
+        done.set()
+
+
+def _watch(client: Any, done: Callable[[], bool]) -> None:
+    """End this process once another one has said that it failed."""
+    while not done():
+        try:
+            said = client.key_value_dir_get(_FAILURES)
+        except jax.errors.JaxRuntimeError as error:
+            said = [("the coordinator", f"it cannot be reached: {error}")]
+        if said and not done():
+            name, text = said[0]
+            print(f"process {name.rpartition('/')[2]} failed, so this one ends:\n{text}", file=sys.stderr, flush=True)
+            os._exit(1)
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,88 @@
+"""Which rows a process answers for, which cluster it is in, which mesh it takes; on one process."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pspo_jax.cli import parse
+from pspo_jax.config import ConfigError
+from pspo_jax.parallel import hosts
+from pspo_jax.parallel.mesh import smallest_fsdp
+
+
+def test_on_one_process_all_is_the_identity():
+    mesh = jax.make_mesh((8, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    value = np.arange(32).reshape(16, 2)
+    array = hosts.put({"x": value}, rows)["x"]
+    assert array.sharding == rows and hosts.leads() and hosts.count() == 1
+    assert hosts.owned_rows(array).tolist() == list(range(16))
+    np.testing.assert_array_equal(hosts.fetch_rows(array, np.array([3, 5])), value[[3, 5]])
+    np.testing.assert_array_equal(hosts.whole(array), value)
+    np.testing.assert_array_equal(hosts.share_rows({"x": value}, np.arange(16), 16)["x"], value)
+    assert hosts.any_says(True) and not hosts.any_says(False)
+    with hosts.failing_together(), pytest.raises(OSError):
+        raise OSError("left alone")
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1"}, True),
+    ],
+)
+def test_a_cluster_is_known_by_its_variables(monkeypatch, variables, found):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.in_cluster() == found
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--distributed.processes", "2"],
+            "distributed.processes=2, distributed.process=0: need distributed.coordinator",
+        ),
+        (["--distributed.coordinator", "here"], "distributed.coordinator=here: must be host:port"),
+        (
+            ["--distributed.coordinator", "h:1", "--distributed.processes", "2", "--distributed.process", "2"],
+            "distributed.process=2: must be less than distributed.processes=2",
+        ),
+        (["--mesh.fsdp", "0"], "mesh.fsdp=0: must be at least 1"),
+    ],
+)
+def test_a_wrong_place_is_refused_in_one_line(words, says):
+    with pytest.raises(ConfigError, match=says):
+        parse(words, "train", "")
+
+
+@given(st.floats(1, 1e12), st.floats(1e6, 1e12), st.integers(1, 64), st.sampled_from([48, 64, 896, 3584]))
+def test_the_smallest_fsdp_leaves_half_of_the_memory(state, capacity, devices, width):
+    found = smallest_fsdp(state, capacity, devices, width)
+    works = [d for d in range(1, devices + 1) if devices % d == 0 and width % d == 0]
+    assert found in works
+    assert state / found <= capacity / 2 or found == works[-1]
+    assert all(state / d > capacity / 2 for d in works if d < found)
+
+
+def test_fsdp_of_known_models():
+    """1.5B and 7B parameters: AdamW in float32 needs 16 bytes a weight, adapters on bfloat16 two."""
+    gib = 2**30
+    assert smallest_fsdp(1.54e9 * 16, 80e9, 8, 1536) == 1
+    assert smallest_fsdp(1.54e9 * 16, 16 * gib, 8, 1536) == 4
+    assert smallest_fsdp(7.6e9 * 16, 80e9, 8, 3584) == 4
+    assert smallest_fsdp(7.6e9 * 16, 16 * gib, 64, 3584) == 16
+    assert smallest_fsdp(7.6e9 * 2, 80e9, 8, 3584) == 1
+    assert smallest_fsdp(1e9, float("inf"), 8, 1536) == 1
