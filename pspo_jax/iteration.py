@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -195,9 +196,10 @@ def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
             return sum(values)
         if name == "groups/waiting":
             return values[-1]
-        if "min" in name.split("/")[-1]:
+        words = re.split("[/_]", name)
+        if "min" in words:
             return min(values)
-        return max(values) if "max" in name.split("/")[-1] else sum(values) / len(values)
+        return max(values) if "max" in words else sum(values) / len(values)
 
     return {name: one(name) for name in found[0]}
 

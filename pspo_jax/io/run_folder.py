@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,11 +89,11 @@ class RunLog:
         self, folder: Path, resume_step: int, tensorboard: bool, console: Console | None = None, writes: bool = True
     ):
         self._writes = writes
+        self._seen: set[str] = set()
         if not writes:
             return
         self._folder = folder
         self._console = console
-        self._seen: set[str] = set()
         self._metrics = folder / "metrics.jsonl"
         self._strategy = folder / "strategy.jsonl"
         for path in (self._metrics, self._strategy):
@@ -136,10 +137,13 @@ class RunLog:
 
     def errors(self, step: int, tracebacks: Sequence[str]) -> None:
         """Keep what rewards raised, whole, each once; its last line goes to the screen."""
-        for text in tracebacks if self._writes else ():
+        for text in tracebacks:
             if text in self._seen:
                 continue
             self._seen.add(text)
+            if not self._writes:
+                print(f"step {step}: a reward raised\n{text}", file=sys.stderr)
+                continue
             with (self._folder / "reward_errors.log").open("a") as file:
                 file.write(f"step {step}\n{text}\n")
             if self._console is not None:

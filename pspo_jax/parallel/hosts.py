@@ -26,8 +26,6 @@ _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
 _LAST_WORDS_SECONDS = 5.0
 """How long a process that failed waits for the others to read why, before its end ends them."""
-_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-"""Variables that say how many processes SLURM and Open MPI have started."""
 
 
 def initialize(config: Config) -> None:
@@ -67,10 +65,12 @@ def initialize(config: Config) -> None:
 
 
 def in_cluster() -> bool:
-    """Whether variables of the environment speak of several processes."""
-    if any(os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1 for name in _SIZES):
-        return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    """Whether JAX knows a cluster of several processes here, by the environment or by a TPU's metadata."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() itself asks; no public name
+
+    known = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present())
+    found = next(known, None)
+    return found is not None and found.get_process_count() > 1
 
 
 def count() -> int:
@@ -181,12 +181,12 @@ def failing_together() -> Iterator[None]:
     except BaseException as error:
         done.set()
         if not isinstance(error, SystemExit) or error.code:
-            print(f"process {jax.process_index()} failed", file=sys.stderr)
-            traceback.print_exc()
-            client.key_value_set(f"{_FAILURES}{jax.process_index()}", traceback.format_exc(), allow_overwrite=True)
-            sys.stderr.flush()
+            bad_input = isinstance(error, ConfigError)
+            text = f"error: {error}" if bad_input else traceback.format_exc()
+            print(f"process {jax.process_index()} failed: {text}", file=sys.stderr, flush=True)
+            client.key_value_set(f"{_FAILURES}{jax.process_index()}", text, allow_overwrite=True)
             time.sleep(_LAST_WORDS_SECONDS)
-            os._exit(1)
+            os._exit(2 if bad_input else 1)
         raise
     finally:
         done.set()

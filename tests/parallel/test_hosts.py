@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pspo_jax.cli import parse
 from pspo_jax.config import ConfigError
+from pspo_jax.iteration import _over_rounds
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import smallest_fsdp
 
@@ -28,24 +29,44 @@ def test_on_one_process_all_is_the_identity():
         raise OSError("left alone")
 
 
-@pytest.mark.parametrize(
-    ("variables", "found"),
-    [
-        ({}, False),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
-        ({"MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1"}, True),
-    ],
-)
-def test_a_cluster_is_known_by_its_variables(monkeypatch, variables, found):
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
+def test_a_cluster_is_known_by_its_variables(monkeypatch):
+    """As JAX knows it; a cluster of one process is none, and a SLURM allocation without srun is none."""
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    for name in slurm:
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
+    assert not hosts.in_cluster()
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert not hosts.in_cluster()
+    for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    assert hosts.in_cluster() == found
+    assert hosts.in_cluster()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert not hosts.in_cluster()
+
+
+def test_rounds_are_one_step():
+    """Counts are summed, extremes kept by whole words ("terminated" is no minimum), the rest averaged."""
+    rounds = [
+        {"groups/effective": 3.0, "groups/waiting": 3.0, "completions/max_terminated_length": 9.0}
+        | {"completions/mean_terminated_length": 4.0, "completions/min_length": 2.0, "loss_weight/min": 0.5},
+        {"groups/effective": 5.0, "groups/waiting": 8.0, "completions/max_terminated_length": 7.0}
+        | {"completions/mean_terminated_length": 6.0, "completions/min_length": 1.0, "loss_weight/min": 0.7},
+    ]
+    assert _over_rounds(rounds) == {
+        "groups/effective": 8.0,
+        "groups/waiting": 8.0,
+        "completions/max_terminated_length": 9.0,
+        "completions/mean_terminated_length": 5.0,
+        "completions/min_length": 1.0,
+        "loss_weight/min": 0.5,
+    }
+    assert _over_rounds([]) == {}
 
 
 @pytest.mark.parametrize(
