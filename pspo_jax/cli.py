@@ -27,6 +27,8 @@ from pspo_jax.validation import validate
 
 _TEXT_FIELDS = ("policy.source", "policy.tokenizer")
 _WORDS = {"true": "True", "false": "False", "null": "None"}
+_FORMER = {"--policy.remat=True": "--policy.remat=full", "--policy.remat=False": "--policy.remat=none"}
+"""Values of former versions, which run folders still hold."""
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> Config:
@@ -137,7 +139,8 @@ def _yaml_flags(path: str) -> list[str]:
         return []
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: must be a mapping of stages, such as `run: {{steps: 80}}`")
-    return [f"--{key}={_flag(v)}" for key, v in flatten(values).items()]
+    flags = [f"--{key}={_flag(v)}" for key, v in flatten(values).items()]
+    return [_FORMER.get(flag, flag) for flag in flags]
 
 
 def _flag(value: Any) -> str:

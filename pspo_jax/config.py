@@ -21,6 +21,7 @@ from pspo_jax.strategies import (
 )
 
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full", "offload"]
 TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -32,7 +33,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "sft.steps": 0,
     "policy.compute_dtype": "bfloat16",
     "policy.scan_unroll": 1,
-    "policy.remat": True,
+    "policy.remat": "full",
     "rollout.prompts": 16,
     "rollout.max_new_tokens": 1024,
     "rollout.prompt_bucket": 64,
@@ -178,8 +179,10 @@ class PolicyConfig:
     """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always."""
     scan_unroll: Annotated[int, Range(1)] = 2
     """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more work."""
+    remat: Remat = "none"
+    """What the backward pass computes anew instead of keeping it, by block: none; all but the results of projections
+    (dots); all but the block's input (full; about a third more work); the same with the inputs in the host's memory
+    (offload)."""
 
     def shape_fields(self) -> list[str]:
         """Fields that a checkpoint decides."""
@@ -237,6 +240,9 @@ class RolloutConfig:
     chunks: Annotated[int, Range(1)] = 1
     """Parts of a batch that are rolled out one after the other; a part is verified while the next one is rolled out. A
     divisor of prompts. The tokens do not depend on it."""
+    weights: Literal["gathered", "split"] = "gathered"
+    """What a device holds of the weights while it decodes: all (gathered), or its part along mesh.fsdp of the MLPs, the
+    embedding and the head (split), which costs two transfers a block and token. Both are split along mesh.tensor."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Longest completion, T, in tokens with its EOS."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0
@@ -305,6 +311,18 @@ class DistributedConfig:
     """Seconds to wait for the other processes at the start."""
     heartbeat_timeout: Annotated[int, Range(5)] = 30
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Flags of the compilers, set before JAX starts; docs/distributed.md has the table."""
+
+    flags: bool = True
+    """Set the table's flags for GPUs and TPUs, but those that the environment names."""
+    xla_flags: str = ""
+    """More of them for XLA_FLAGS, as --name=value, separated by spaces."""
+    libtpu_flags: str = ""
+    """The same for LIBTPU_INIT_ARGS."""
 
 
 @dataclass(frozen=True)
@@ -403,6 +421,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

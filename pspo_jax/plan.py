@@ -1,7 +1,8 @@
 """`python -m pspo_jax.train ... --plan [TARGET]`: memory per device, before any weight is read.
 
 TARGET is a device kind and a count, such as v5e-8, h100x8 or h200; without one it is this machine. The programs are
-compiled for as many CPU devices from shapes alone, so the plan of a large model is made on a small machine.
+compiled from shapes alone, so the plan of a large model is made on a small machine: by the TPU's own compiler for its
+slices, if libtpu is installed, else for as many CPU devices.
 """
 
 from __future__ import annotations
@@ -17,34 +18,14 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.config import Config, Remat
+from pspo_jax.parallel.devices import KINDS, THIS_MACHINE, Kind, Target, devices_for, has_tpu_compiler, parse_target
+from pspo_jax.parallel.mesh import microbatch_size
 from pspo_jax.programs import lower_programs
+from pspo_jax.roofline import rollout_floor, update_floor
 from pspo_jax.setup import Setup, device_bytes, prepare
 
-DEVICES = {
-    "v4": 32,
-    "v5e": 16,
-    "v5p": 95,
-    "v6e": 32,
-    "a100": 80,
-    "h100": 80,
-    "h200": 141,
-    "b200": 180,
-    "l4": 24,
-    "l40s": 48,
-}
-"""Memory of one device as its maker states it: GiB for TPUs, 10^9 bytes for GPUs."""
-_TPU = re.compile(r"v\d")
 _GIB = 2**30
-
-
-class Target(NamedTuple):
-    """Where a plan is for."""
-
-    name: str
-    devices: int
-    capacity: float
-    """Bytes a device; infinity = unknown."""
 
 
 def take_target(argv: Sequence[str]) -> tuple[list[str], Target | None]:
@@ -55,47 +36,34 @@ def take_target(argv: Sequence[str]) -> tuple[list[str], Target | None]:
     while words:
         word = words.pop(0)
         if word == "--plan" and words and not words[0].startswith("--"):
-            target = _target(words.pop(0))
+            target = parse_target(words.pop(0))
         elif word.startswith("--plan="):
-            target = _target(word.partition("=")[2])
+            target = parse_target(word.partition("=")[2])
         elif word == "--plan":
-            target = Target("this machine", 0, math.inf)
+            target = THIS_MACHINE
         else:
             rest.append(word)
     return rest, target
-
-
-def _target(text: str) -> Target:
-    match = re.fullmatch(r"([a-z]\w*?)(?:[x-](\d+))?", text.lower())
-    if match is None or match[1] not in DEVICES or match[2] == "0":
-        raise ConfigError(
-            f"--plan {text}: name a device and a count, such as v5e-8 or h100x8; known: {', '.join(DEVICES)}"
-        )
-    unit = _GIB if _TPU.match(match[1]) else 10**9
-    return Target(text, int(match[2] or 1), DEVICES[match[1]] * unit)
-
-
-def fake_devices(target: Target) -> None:
-    """Make JAX see the target's number of devices; before the first array."""
-    if target.devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", target.devices)
 
 
 class Peak(NamedTuple):
     """Bytes that a phase needs on one device."""
 
     least: float
-    """By arithmetic, activations left out."""
+    """By arithmetic: the largest arrays."""
     compiled: float
-    """By this machine's compiler, whose temporaries an accelerator's may undercut: on a CPU, bfloat16 weights are
-    multiplied as float32 copies."""
+    """By the compiler. The CPU's stands in where the accelerator's own is not there, which may take less: on a CPU,
+    bfloat16 weights are multiplied as float32 copies. Infinity = the compiler says that it does not fit."""
+    reason: str = ""
+    """What the compiler says then."""
 
 
 def show(config: Config, target: Target) -> int:
     """Print the plan of a config."""
-    setup = prepare(config, weights=False, capacity=target.capacity if target.devices else None)
-    capacity, residents, details = _capacity(target), _residents(setup), _details(setup)
+    kind = KINDS[target.kind] if target.kind else None
+    devices = devices_for(target)
+    setup = prepare(config, weights=False, capacity=kind.memory if kind else None, devices=devices)
+    capacity, residents, details = kind.memory if kind else _own_capacity(), _residents(setup), _details(setup)
     peaks = _peaks(setup, residents, details)
     console = Console(width=max(Console().width, 100))
     mesh = ", ".join(f"{k} {v}" for k, v in setup.mesh.shape.items())
@@ -105,23 +73,40 @@ def show(config: Config, target: Target) -> int:
     for phase, parts in details.items():
         for name, need in parts.items():
             table.add_row(f"  in the {phase}: {name}", f"{need / _GIB:.2f}")
+    compiler = "the TPU's compiler" if has_tpu_compiler(target) else "the CPU's compiler"
     for name, peak in peaks.items():
         table.add_row(f"peak of the {name}: sum of the above", f"{peak.least / _GIB:.2f}")
-        table.add_row(f"peak of the {name}: as compiled here", f"{peak.compiled / _GIB:.2f}")
+        found = "too large" if math.isinf(peak.compiled) else f"{peak.compiled / _GIB:.2f}"
+        table.add_row(f"peak of the {name}: by {compiler}", found)
     table.add_row("capacity", "unknown" if math.isinf(capacity) else f"{capacity / _GIB:.2f}")
     console.print(table)
     for name, peak in peaks.items():
-        console.print(f"{name}: {_verdict(name, peak, capacity)}")
+        console.print(f"{name}: {_verdict(name, peak, capacity, exact=has_tpu_compiler(target))}")
+    if kind:
+        console.print(_floors(setup, kind))
     return 0
 
 
-def _verdict(name: str, peak: Peak, capacity: float) -> str:
+def _verdict(name: str, peak: Peak, capacity: float, exact: bool) -> str:
     if math.isinf(capacity):
         return "capacity unknown; compare with your device"
     if peak.compiled <= capacity:
         return "fits"
+    if peak.reason:
+        return f"does not fit: {peak.reason}: {_advice(name)}"
     sizes = f"{peak.least / _GIB:.2f} to {peak.compiled / _GIB:.2f} GiB of {capacity / _GIB:.2f}"
-    return f"{'does not fit' if peak.least > capacity else 'may not fit'} ({sizes}): {_advice(name)}"
+    surely = exact or peak.least > capacity
+    return f"{'does not fit' if surely else 'may not fit'} ({sizes}): {_advice(name)}"
+
+
+def _floors(setup: Setup, kind: Kind) -> str:
+    """One line: what a step takes at least."""
+    floors = {"rollout": rollout_floor(setup, kind), "update": update_floor(setup, kind)}
+    phases = ", ".join(
+        f"{name} {f.seconds:.3g} s (products {f.products:.3g}, memory {f.memory:.3g}, links {f.links:.3g})"
+        for name, f in floors.items()
+    )
+    return f"least time of a step by arithmetic, every completion at its longest, not a measurement: {phases}"
 
 
 def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str, float]]) -> dict[str, Peak]:
@@ -130,17 +115,33 @@ def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str,
     beside = {"rollout": total - residents["policy"] - residents.get("frozen base", 0), "update": 0}
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
-        compiled = {"rollout": lowered["sample"].compile(), "update": lowered["step"].compile()}
+        compiled = {"rollout": _compiled(lowered["sample"]), "update": _compiled(lowered["step"])}
     return {
-        name: Peak(total + sum(details[name].values()), beside[name] + _compiled_peak(program))
-        for name, program in compiled.items()
+        name: Peak(total + sum(details[name].values()), beside[name] + size, reason)
+        for name, (size, reason) in compiled.items()
     }
 
 
-def _capacity(target: Target) -> float:
-    """Bytes of one device: of the target, of this machine's accelerator, or this host's memory over its devices."""
-    if target.devices:
-        return target.capacity
+def _compiled(program: Any) -> tuple[float, str]:
+    """Bytes that a program needs on a device; infinity, and the compiler's words, if it says that they are too many."""
+    try:
+        m = program.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf, _first_sentences(str(error))
+    arguments_and_results = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return arguments_and_results + m.temp_size_in_bytes, ""
+
+
+def _first_sentences(text: str) -> str:
+    """The compiler's summary, without its list of buffers."""
+    found = re.search(r"Used [^.]*\.\d+\w+ of [\d.]+\w+ \w+|Ran out of memory[^\n]*", text)
+    return found[0] if found else text.splitlines()[0]
+
+
+def _own_capacity() -> float:
+    """Bytes of one device of this machine's accelerator, or this host's memory over its devices."""
     if jax.devices()[0].platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.devices())
     return device_bytes()
@@ -179,9 +180,13 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
     cached = c.rollout.prompts * setup.task.train.tokens.shape[1] + rows * new
     weights = jax.tree.leaves(setup.abstract.params)
     decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
+    if a.split_decode:
+        split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
+        decoded -= split * width / tensor * (1 - 1 / mesh["fsdp"])
     on_host = c.replay.memory != "device" and c.replay.name == "fill"
     stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
     chunk = min(c.objective.logits_mib * 2**20, 4 * rows * new * a.vocab_size)
+    kept, inside = _kept_activations(setup)
     return {
         "rollout": {
             "weights as they are decoded": decoded,
@@ -190,15 +195,33 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
         },
         "update": {
             "gradients": float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in weights)),
+            f"activations kept (policy.remat {a.remat})": kept,
+            "activations of one block": inside,
             "one chunk of logits": chunk / shards / tensor,
             **stored,
         },
     }
 
 
-def _compiled_peak(compiled: Any) -> int:
-    m = compiled.memory_analysis()
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+def _kept_activations(setup: Setup) -> tuple[float, float]:
+    """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
+    c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
+    tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
+    rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    with jax.set_mesh(setup.mesh):
+        rows = microbatch_size(rows, c.objective.microbatch_rows) // (mesh["data"] * mesh["fsdp"])
+    length = setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens
+    places = rows * length
+    projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
+    scores = rows * a.heads / tensor * length**2 * (4 + width)
+    inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
+    kept: dict[Remat, float] = {
+        "none": inside,
+        "dots": places * width * (projections + a.width),
+        "full": places * width * a.width,
+        "offload": 0,
+    }
+    return a.layers * kept[a.remat], inside
 
 
 def _advice(name: str) -> str:

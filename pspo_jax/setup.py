@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pspo_jax import algorithms
+from pspo_jax import algorithms, flags
 from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.io.checkpoint import load_folder, save_folder
@@ -75,6 +75,7 @@ class FirstParams(NamedTuple):
 
 def configure_runtime(config: Config) -> None:
     """Process-wide settings of JAX; call before the first array."""
+    flags.apply(config)
     cache = config.run.compilation_cache
     if cache != "off":
         path = Path(cache) if cache else Path.home() / ".cache" / "pspo_jax" / "xla"
@@ -102,6 +103,7 @@ def prepare(
     pool: Pool | None = None,
     say: Callable[[str], None] = lambda _: None,
     capacity: float | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Setup:
     """Everything but arrays; raises ConfigError for what does not fit, before any weight is read.
 
@@ -110,14 +112,23 @@ def prepare(
       pool: the entered `verifiers`; without one text is neither judged nor are gold answers checked.
       say: told of what takes long.
       capacity: bytes of a device, for mesh.fsdp=None; None = as the devices say.
+      devices: to compile for, such as those of a TPU that is not there; None = this machine's.
     """
     source, tokenizer, architecture = architecture_for(config, weights)
-    config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity)
-    mesh = make_mesh(config, architecture)
+    architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
+    devices = jax.devices() if devices is None else devices
+    config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
+    mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
+    split = (config.mesh.fsdp or 1) * config.mesh.tensor if architecture.split_decode else 1
+    if task.vocab_size % split:
+        raise ConfigError(
+            f"rollout.weights=split: mesh.fsdp x mesh.tensor = {split} does not divide the vocabulary of "
+            f"{task.vocab_size}; use gathered, or a smaller mesh.fsdp"
+        )
     policy = transformer(architecture)
     kinds, columns = columns_of(config, task.train)
     algorithm = algorithms.build(config, kinds)
@@ -155,7 +166,7 @@ def device_bytes() -> float:
     return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else math.inf
 
 
-def _with_fsdp(config: Config, a: Architecture, capacity: float) -> Config:
+def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -> Config:
     """mesh.fsdp, if it is left open: by what stays on a device from step to step, and a gradient."""
     if config.mesh.fsdp is not None:
         return config
@@ -165,7 +176,7 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float) -> Config:
     # AdamW keeps two numbers a weight beside it; gradients are float32. Adapters and their state are small.
     held = frozen if a.lora is not None else 3 * frozen + 4 * count
     held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
-    fsdp = smallest_fsdp(held, capacity, len(jax.devices()) // config.mesh.tensor or 1, a.width)
+    fsdp = smallest_fsdp(held, capacity, devices // config.mesh.tensor or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})
 
 

@@ -14,8 +14,6 @@ from pspo_jax.loop import train
 
 def main(argv: Sequence[str]) -> int:
     argv, target = plan.take_target(argv)
-    if target is not None:
-        plan.fake_devices(target)
     config = cli.parse(argv, "python -m pspo_jax.train", "RL post-training with verifiable rewards, in JAX.")
     if config.run.print_config:
         print(cli.to_yaml(config), end="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import pytest
 from pspo_jax import plan
 from pspo_jax.cli import parse
 from pspo_jax.config import ConfigError
+from pspo_jax.parallel.devices import THIS_MACHINE, Target
 from scripts.make_checkpoint import SHAPES, make
 from tests.conftest import DATA
 
@@ -21,13 +22,18 @@ ROWS, TOKENIZER = DATA / "math" / "gsm8k_test.jsonl", DATA / "tokenizers" / "qwe
 def test_targets():
     rest, target = plan.take_target(["--run.steps", "3", "--plan", "v5e-8", "--run.seed", "1"])
     assert rest == ["--run.steps", "3", "--run.seed", "1"]
-    assert target == plan.Target("v5e-8", 8, 16 * 2**30)
-    assert plan.take_target(["--plan=h100x4"])[1] == plan.Target("h100x4", 4, 80e9)
+    assert target == Target("v5e-8", "v5e", 8)
+    assert plan.take_target(["--plan=h100x4"])[1] == Target("h100x4", "h100", 4)
     assert plan.take_target(["--plan", "h200"])[1].devices == 1
+    assert plan.take_target(["--plan", "v5p-8"])[1].devices == 4  # its name counts cores
+    assert plan.take_target(["--plan", "v5e"])[1].devices == 1
     assert plan.take_target(["--plan", "--run.steps", "3"])[1].name == "this machine"
     assert plan.take_target(["--run.steps", "3"])[1] is None
     for bad in ("v5x-8", "h100x0", "8"):
         with pytest.raises(ConfigError, match=f"--plan {bad}: name a device"):
+            plan.take_target(["--plan", bad])
+    for bad, known in (("v5e-12", "v5e-8, v5e-16"), ("v4-7", "v4-8"), ("v5p-4", "v5p-8")):
+        with pytest.raises(ConfigError, match=f"--plan {bad}: there is no such slice; there are .*{known}"):
             plan.take_target(["--plan", bad])
 
 
@@ -39,9 +45,30 @@ def test_the_ring_is_in_the_plan(capsys):
     """256 groups of 8 completions of 8,192 tokens: tokens and log-probs of 4 bytes, a mask of 1, and small change."""
     words = ["--algorithm.name", "popo", "--rollout.prompts", "256", "--rollout.max_new_tokens", "8192"]
     config = parse([*words, "--mesh.data", "1"], "train", "")
-    assert plan.show(config, plan.Target("this machine", 0, math.inf)) == 0
+    assert plan.show(config, THIS_MACHINE) == 0
     found = rows_of(capsys.readouterr().out)["replay"]
     assert found == pytest.approx(256 * 8 * 8192 * 9 / 2**30, abs=0.006)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("v5e-8", "--mesh.fsdp 4 --policy.remat offload"),
+        ("v6e-16", "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo"),
+    ],
+)
+def test_compiles_for_a_tpu_that_is_not_there(target, words, child_env):
+    """The TPU's own compiler takes the rollout and the update."""
+    argv = [*words.split(), "--policy.compute_dtype", "bfloat16", "--run.compilation_cache", "off", "--plan", target]
+    done = subprocess.run(
+        [sys.executable, "-m", "pspo_jax.train", *argv], env=child_env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert 0 < rows["peak of the update: by the TPU's compiler"] < 1
+    assert "rollout: fits" in done.stdout and "update: fits" in done.stdout
+    assert "least time of a step by arithmetic" in done.stdout
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def run(env, folder, talker, rows, devices, *argv):
         "task.heldout_prompts": 8,
         "policy.source": talker,
         "policy.compute_dtype": "float32",
-        "policy.remat": False,
+        "policy.remat": "none",
         "rollout.prompts": 8,
         "rollout.group_size": 4,
         "rollout.max_new_tokens": 6,

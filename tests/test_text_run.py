@@ -79,7 +79,7 @@ def command(place, name, **fields):
         "policy.width": 32,
         "policy.mlp_width": 64,
         "policy.compute_dtype": "float32",
-        "policy.remat": False,
+        "policy.remat": "none",
         "reward.require_end": False,
         "verifier.workers": 2,
         "rollout.prompts": 8,

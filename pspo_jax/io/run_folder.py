@@ -32,10 +32,15 @@ MAY_CHANGE = (
     "sft.share",
     "task.allow_change",
     "task.cache",
+    "policy.remat",
+    "policy.scan_unroll",
     "rollout.chunks",
+    "rollout.weights",
+    "objective.microbatch_rows",
+    "objective.logits_mib",
 )
 """Fields that a resumed run may change, with every field of the stages below."""
-_FREE_STAGES = ("mesh.", "distributed.", "eval.", "checkpoint.", "log.", "verifier.")
+_FREE_STAGES = ("mesh.", "distributed.", "runtime.", "eval.", "checkpoint.", "log.", "verifier.")
 
 
 def open_folder(path: str) -> Path:

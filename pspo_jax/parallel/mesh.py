@@ -6,10 +6,13 @@ same model is a change of this table.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspo_jax.config import Config, ConfigError, round_prompts
@@ -20,6 +23,7 @@ ROWS = ("data", "fsdp")
 
 RULES: dict[str, Any] = {
     "batch": ROWS,
+    "outer_batch": "data",  # a batch whose other dimensions take fsdp
     "prompts": ROWS,  # per-prompt state, N long
     "embed": "fsdp",
     "heads": "tensor",
@@ -27,6 +31,8 @@ RULES: dict[str, Any] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "layers": None,
+    "split_mlp": ("tensor", "fsdp"),  # decoding with rollout.weights=split
+    "split_vocab": ("tensor", "fsdp"),
 }
 
 
@@ -35,15 +41,16 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES[a] if a else None for a in axes))
 
 
-def make_mesh(config: Config, shape: Any = None) -> Mesh:
+def make_mesh(config: Config, shape: Any = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh a config asks for, over the first devices.
 
     Args:
       shape: has heads, kv_heads, mlp_width and width, such as an Architecture; None = config.policy.
+      devices: None = all that JAX has.
     Raises:
       ConfigError: it does not fit the devices, the batch or the policy; the message names a value that works.
     """
-    m, devices = config.mesh, jax.devices()
+    m, devices = config.mesh, jax.devices() if devices is None else devices
     fsdp = m.fsdp or 1
     inner = fsdp * m.tensor
     if m.data == 0:
@@ -66,12 +73,9 @@ def make_mesh(config: Config, shape: Any = None) -> Mesh:
         )
     _check_divides(config, data * fsdp, shape or config.policy)
     sizes = (data, fsdp, m.tensor)
-    return jax.make_mesh(
-        sizes,
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices[: int(np.prod(sizes))],
-    )
+    # An axis of the mesh may be a part of one of a TPU slice's, such as 2 x 2 x 4 on 4 x 4; jax.make_mesh refuses that.
+    grid = create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int) -> int:
@@ -98,11 +102,13 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
         if size % row_shards:
             works = max(d for d in range(1, row_shards + 1) if size % d == 0 and row_shards % d == 0)
             raise ConfigError(f"{where}: does not divide {name}={size}; {works} would, or make it a multiple")
+    split = (c.mesh.fsdp or 1) * c.mesh.tensor if c.rollout.weights == "split" else 1
     for name, size, shards, axis in (
         ("policy.heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
         ("policy.kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
         ("policy.mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
         ("policy.width", shape.width, c.mesh.fsdp or 1, "mesh.fsdp"),
+        ("policy.mlp_width", shape.mlp_width, split, "rollout.weights=split: mesh.fsdp x mesh.tensor"),
     ):
         if size % shards:
             works = max(d for d in range(1, shards + 1) if size % d == 0)
@@ -124,9 +130,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def gather_for_decode(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight as decoding wants it: whole along fsdp, still split along tensor, gathered once and not per token."""
-    return constrain(w, *(None if RULES.get(name or "layers") == "fsdp" else name for name in axes))
+def gather_for_decode(w: jax.Array, axes: tuple[str | None, ...], split: bool) -> jax.Array:
+    """A weight as decoding wants it, gathered once and not per token.
+
+    Whole along fsdp, still split along tensor; with `split`, MLPs and vocabulary are split along both.
+    """
+    wide = {"mlp": "split_mlp", "vocab": "split_vocab"} if split else {}
+    return constrain(w, *(None if name == "embed" else wide.get(name or "", name) for name in axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pspo_jax.config import PROJECTIONS, LoraConfig, PolicyConfig
+from pspo_jax.config import PROJECTIONS, LoraConfig, PolicyConfig, Remat
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Architecture:
     """Type in which weights are held; adapters are float32 always."""
     compute_dtype: str = "float32"
     scan_unroll: int = 2
-    remat: bool = False
+    remat: Remat = "none"
+    split_decode: bool = False
+    """Decode with MLPs and vocabulary split along fsdp; see rollout.weights."""
 
     @property
     def attention_scale(self) -> float:

@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pspo_jax.config import Remat
 from pspo_jax.parallel.mesh import constrain, gather_for_decode
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import attend, attend_shared_prefix
@@ -37,6 +39,9 @@ from pspo_jax.policy.weights import (
 
 _FAR = np.iinfo(np.int32).max
 """A window that sees everything."""
+
+_INPUT, _PROJECTION = "block_input", "projection"
+"""Names of values that a backward pass may keep; see `_remat`."""
 
 _SPECS = {
     "q": ("rsd,dnh->rsnh", "rsd,dk->rsk", "rsk,knh->rsnh"),
@@ -103,7 +108,7 @@ def _project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Arr
             x = jnp.where(kept, x / (1 - a.lora.dropout), 0).astype(x.dtype)
         low = product(down, x, w[f"{name}_lora_a"], dtype, dtype)
         y = y + a.lora.scale * product(up, low, w[f"{name}_lora_b"], dtype, dtype)
-    return y.astype(dtype)
+    return checkpoint_name(y.astype(dtype), _PROJECTION)
 
 
 def _qkv(
@@ -120,13 +125,17 @@ def _finish_block(
     x: Float[Array, "R S D"],
     mixed: Float[Array, "R S H h"],
     key: Array | None = None,
+    split: bool = False,
 ) -> Float[Array, "R S D"]:
-    """Output projection and MLP, each added to the residual stream."""
+    """Output projection and MLP, each added to the residual stream; split = the MLP's weights are along fsdp too."""
     x = x + _norm(a, w, "attn_post_norm", _project(a, w, "o", mixed, key))
     y = _norm(a, w, "mlp_norm", x)
+    y = constrain(y, "outer_batch", None, None) if split else y
     gate, up = (_project(a, w, name, y, key) for name in ("gate", "up"))
     gate = jax.nn.silu(gate) if a.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return x + _norm(a, w, "mlp_post_norm", _project(a, w, "down", gate * up, key))
+    inner = constrain(gate * up, "outer_batch", None, "split_mlp") if split else gate * up
+    y = _project(a, w, "down", inner, key)
+    return x + _norm(a, w, "mlp_post_norm", constrain(y, "batch", None, None) if split else y)
 
 
 def _embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
@@ -138,7 +147,10 @@ def _forward(
     a: Architecture, params: Any, key: Array | None, tokens: Int[Array, "R S"], keep_cache: bool = False
 ) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
     """Hidden states after the final norm and, if asked for, every layer's keys and values [L, R, S, K, h]."""
-    x = constrain(_embed(a, params["embed"], tokens), "batch", None, None)
+    # In two moves, rows along data and width along fsdp first, which is how the table is split: in one, the compiler
+    # makes every row's whole width on every device.
+    x = constrain(_embed(a, params["embed"], tokens), "outer_batch", None, "embed")
+    x = constrain(x, "batch", None, None)
     tables = [rotation(jnp.arange(tokens.shape[1])[None], rotary) for rotary in a.rotaries]
     # Per-layer facts travel with the scan; those that all layers share are constants instead.
     extra: dict[str, Any] = {}
@@ -151,6 +163,7 @@ def _forward(
     stacked = [jnp.stack(t) for t in zip(*tables, strict=True)]
 
     def block(x: Array, xs: Any) -> tuple[Array, Any]:
+        x = checkpoint_name(x, _INPUT)
         w, own = xs
         at = tables[0] if "rotary" not in own else (stacked[0][own["rotary"]], stacked[1][own["rotary"]])
         q, k, v = _qkv(a, w, x, at, own.get("key"))
@@ -158,9 +171,26 @@ def _forward(
         x = _finish_block(a, w, x, mixed, own.get("key"))
         return constrain(x, "batch", None, None), (k, v) if keep_cache else None
 
-    body = jax.checkpoint(block) if a.remat else block
-    x, cache = jax.lax.scan(body, x, (params["layers"], extra), unroll=min(a.scan_unroll, a.layers))
+    x, cache = jax.lax.scan(_remat(a.remat, block), x, (params["layers"], extra), unroll=min(a.scan_unroll, a.layers))
     return _norm(a, params, "final_norm", x), cache
+
+
+def _remat(kind: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
+    """The block, with what its backward pass is to find in memory."""
+    policies = jax.checkpoint_policies
+    if kind == "none":
+        return block
+    if kind == "dots":
+        return jax.checkpoint(block, policy=policies.save_only_these_names(_PROJECTION))
+    if kind == "full":
+        return jax.checkpoint(block)
+    offload = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(block, policy=offload)
 
 
 def _logits(a: Architecture, params: Any, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
@@ -192,8 +222,15 @@ def _decoder(
     positions = lengths[:, None] + jnp.arange(max_new_tokens)
     places = [rotation(positions, rotary) for rotary in a.rotaries]
 
+    def head(x: Float[Array, "B s D"]) -> Float[Array, "B s V"]:
+        if not a.split_decode:
+            return _logits(a, params, x)
+        logits = _logits(a, params, constrain(x, "outer_batch", None, None))
+        return constrain(logits, "outer_batch", None, "split_vocab")
+
     def step(cache: Any, tokens: Int[Array, "B G"], t: Int[Array, ""]) -> tuple[Float[Array, "B G V"], Any]:
-        x = _embed(a, params["embed"], tokens)
+        x = _embed(a, params["embed"], constrain(tokens, "outer_batch", None) if a.split_decode else tokens)
+        x = constrain(x, "batch", None, None)
         at = [tuple(jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1) for x in pair) for pair in places]
         new_cache = []
         for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, prefixes, cache, strict=True)):
@@ -204,11 +241,11 @@ def _decoder(
             mixed = attend_shared_prefix(
                 q, prefix_k, prefix_v, lengths, keys, values, t, a.attention_scale, a.windows[i]
             )
-            x = _finish_block(a, w, x, mixed)
+            x = _finish_block(a, w, x, mixed, split=a.split_decode)
             new_cache.append((keys, values))
-        return _logits(a, params, _norm(a, params, "final_norm", x)), new_cache
+        return head(_norm(a, params, "final_norm", x)), new_cache
 
-    return _logits(a, params, last), cache, step
+    return head(last[:, None])[:, 0], cache, step
 
 
 def _for_decoding(a: Architecture, params: Any) -> tuple[Any, list[dict[str, Array]]]:
@@ -221,7 +258,7 @@ def _for_decoding(a: Architecture, params: Any) -> tuple[Any, list[dict[str, Arr
     dtype = jnp.dtype(a.compute_dtype)
 
     def ready(name: str, w: Array, axes: tuple[str | None, ...]) -> Array:
-        return gather_for_decode(w if "norm" in name else w.astype(dtype), axes)
+        return gather_for_decode(w if "norm" in name else w.astype(dtype), axes, a.split_decode)
 
     outside = {name: ready(name, w, weights[name].axes) for name, w in params.items() if name != "layers"}
     blocks = [

@@ -4,12 +4,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from pspo_jax.config import ConfigError
 from pspo_jax.plan import bytes_per_device
 from pspo_jax.programs import lower_programs
+from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.roofline import traffic
 from pspo_jax.setup import prepare
-from tests.helpers import TINY, tiny_config
+from tests.helpers import TINY, random_prompts, tiny_config
+from tests.parallel.hlo import collectives
 
 LAYERS, WIDTH, MLP = 6, 64, 192
 
@@ -54,3 +59,55 @@ def test_the_step_gathers_a_layer_and_scatters_gradients():
     whole = [s for s in shapes if s[0] == LAYERS and jnp.prod(jnp.array(s)) >= LAYERS * WIDTH * WIDTH]
     assert not whole, whole
     assert "reduce-scatter" in text or "all-reduce" in text
+
+
+MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_what_the_step_sends_is_what_arithmetic_says(mesh, capfd):
+    """Gathers to 5 %: each weight once for the forward and once for the backward pass. The CPU's compiler has no
+    reduce-scatter: its gradients are all-reduced whole, over all devices that hold rows."""
+    data, fsdp, tensor = mesh
+    setup = setup_on(fsdp, tensor, mesh__data=data, objective__microbatch_rows=16)
+    with jax.set_mesh(setup.mesh):
+        text = lower_programs(setup)["step"].compile().as_text()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    want, found = traffic(setup), collectives(text)
+
+    gathered = sum(c.sent() for c in found if c.kind == "all-gather" and c.group == fsdp)
+    assert gathered == pytest.approx(want.gathered, rel=0.05)
+    if tensor == 1:  # else its reductions of activations are among them
+        rows, weights = data * fsdp, sum(x.size for x in jax.tree.leaves(setup.abstract.params))
+        all_reduced = 2 * 2 * 4 * weights * (rows - 1) / rows  # two microbatches
+        assert sum(c.sent() for c in found if c.kind == "all-reduce") == pytest.approx(all_reduced, rel=0.05)
+        assert want.reduced <= all_reduced
+
+
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_split_weights_decode_the_same(mesh):
+    """Tokens are the gathered weights' own; no MLP, embedding or head is ever whole."""
+    data, fsdp, tensor = mesh
+    found, texts = {}, {}
+    for weights in ("gathered", "split"):
+        setup = setup_on(fsdp, tensor, mesh__data=data, rollout__weights=weights)
+        params = jax.device_put(setup.policy.init(jax.random.key(0)), setup.shardings.params)
+        sample = make_sampler(setup.policy, 4, 12, 14)
+        args = params, random_prompts(8, 16), jax.random.key(1), SamplingParams.of(setup.config.rollout, (13,))
+        with jax.set_mesh(setup.mesh):
+            texts[weights] = sample.lower(*args).compile().as_text()
+            found[weights] = sample(*args)
+    np.testing.assert_array_equal(found["gathered"].tokens, found["split"].tokens)
+    np.testing.assert_allclose(found["gathered"].log_probs, found["split"].log_probs, atol=1e-5)
+
+    def whole(text):
+        return sum(MLP // tensor in shape and WIDTH in shape for shape in gathers(text))
+
+    # Prefill gathers a layer at a time, in its scan's body; decoding gathers every layer's.
+    assert whole(texts["split"]) == 3
+    assert whole(texts["gathered"]) == 3 + 3 * LAYERS
+
+
+def test_split_weights_must_divide():
+    with pytest.raises(ConfigError, match=r"rollout.weights=split.*=8: does not divide policy.mlp_width=180; 6 would"):
+        setup_on(8, policy__mlp_width=180, rollout__weights="split")

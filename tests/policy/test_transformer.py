@@ -59,7 +59,7 @@ def plain_forward(a, params, tokens):
         {"tied": True},
         {"qkv_bias": True, "kv_heads": 4},
         {"qk_norm": True, "kv_heads": 1},
-        {"remat": True},
+        {"remat": "full"},
     ],
 )
 def test_forward_equals_plain_numpy(shape):
@@ -69,6 +69,45 @@ def test_forward_equals_plain_numpy(shape):
     got = policy.logits(params, policy.hidden(params, jnp.asarray(tokens)[None]))[0]
     want = plain_forward(a, params, tokens)
     np.testing.assert_allclose(got[:, :14], want[:, :14], atol=1e-4)
+
+
+REMAT = ("none", "dots", "full", "offload")
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """By policy.remat: the compiled gradient of a loss over 8 layers, and its value."""
+    tokens = jax.random.randint(jax.random.key(1), (8, 64), 0, 14)
+    found = {}
+    for remat in REMAT:
+        policy, params, _ = tiny_policy(layers=8, width=64, mlp_width=192, scan_unroll=1, remat=remat)
+
+        def loss(params, policy=policy):
+            return (policy.hidden(params, tokens) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        found[remat] = compiled, compiled(params)
+    return found
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_remat_changes_no_gradient(gradients, remat):
+    want, got = gradients["none"][1], gradients[remat][1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), want, got)
+
+
+def test_remat_keeps_less(gradients):
+    """Each policy keeps less than the one before; offload has the blocks' inputs in the host's memory."""
+    size = {name: compiled.memory_analysis().temp_size_in_bytes for name, (compiled, _) in gradients.items()}
+    assert size["none"] > size["dots"] > size["full"]
+
+
+def test_offloaded_inputs_go_to_the_host():
+    """What the CPU's compiler drops, as it has one memory: every block's input is copied out and back."""
+    policy, params, _ = tiny_policy(layers=8, scan_unroll=1, remat="offload")
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    text = str(jax.make_jaxpr(jax.grad(lambda p: policy.hidden(p, tokens).sum()))(params))
+    assert "<host>" in text and "<host>" not in text.replace("f32<host>", "")
 
 
 def test_default_policy_has_108864_parameters():
