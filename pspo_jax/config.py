@@ -293,6 +293,9 @@ class MeshConfig:
     memory free; 1 where that is not known, as on CPUs."""
     tensor: Annotated[int, Range(1)] = 1
     """Devices that share one row: heads, MLP width and vocabulary are split."""
+    context: Annotated[int, Range(1)] = 1
+    """Devices that share one row of an update by its places, for long sequences; all but attention's keys and values is
+    split. In rollouts these devices split the batch, and weights are split along fsdp x context."""
 
 
 @dataclass(frozen=True)

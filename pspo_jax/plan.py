@@ -20,7 +20,7 @@ from rich.table import Table
 
 from pspo_jax.config import Config, Remat
 from pspo_jax.parallel.devices import KINDS, THIS_MACHINE, Kind, Target, devices_for, has_tpu_compiler, parse_target
-from pspo_jax.parallel.mesh import microbatch_size
+from pspo_jax.parallel.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along
 from pspo_jax.programs import lower_programs
 from pspo_jax.roofline import rollout_floor, update_floor
 from pspo_jax.setup import Setup, device_bytes, prepare
@@ -174,7 +174,7 @@ def _residents(setup: Setup) -> dict[str, int]:
 def _details(setup: Setup) -> dict[str, dict[str, float]]:
     """The largest temporaries of each phase, by arithmetic."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
-    shards, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
     rows, new = c.rollout.prompts * c.rollout.group_size, c.rollout.max_new_tokens
     cached = c.rollout.prompts * setup.task.train.tokens.shape[1] + rows * new
@@ -209,11 +209,11 @@ def _kept_activations(setup: Setup) -> tuple[float, float]:
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
     rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
     with jax.set_mesh(setup.mesh):
-        rows = microbatch_size(rows, c.objective.microbatch_rows) // (mesh["data"] * mesh["fsdp"])
+        rows = microbatch_size(rows, c.objective.microbatch_rows) // size_along(mesh, UPDATE_ROWS)
     length = setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens
-    places = rows * length
+    places = rows * length / mesh["context"]
     projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
-    scores = rows * a.heads / tensor * length**2 * (4 + width)
+    scores = places * a.heads / tensor * length * (4 + width)
     inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
     kept: dict[Remat, float] = {
         "none": inside,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pspo_jax.parallel.devices import Kind
-from pspo_jax.parallel.mesh import microbatch_size
+from pspo_jax.parallel.mesh import ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.setup import Setup
 
 
@@ -41,7 +41,7 @@ class Traffic(NamedTuple):
 def traffic(setup: Setup) -> Traffic:
     """What FSDP has to send; tensor's own collectives and activations are left out."""
     mesh, a = setup.mesh.shape, setup.architecture
-    fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
+    fsdp, data, tensor = size_along(mesh, WEIGHTS), mesh["data"], mesh["tensor"]
     passes = _passes(setup)
     weights = setup.abstract.weights if a.lora is not None else setup.abstract.params
     share = (fsdp - 1) / fsdp
@@ -62,7 +62,7 @@ def update_floor(setup: Setup, kind: Kind) -> Floor:
     # Weights are read for the forward pass, for both gradients, and optimiser state is read and written once.
     width = jnp.dtype(a.compute_dtype).itemsize
     reads = _passes(setup) * 3 * _count(setup.abstract.weights) * width / mesh["tensor"]
-    state = 2 * _bytes(setup.abstract.opt_state) / (mesh["fsdp"] * mesh["tensor"])
+    state = 2 * _bytes(setup.abstract.opt_state) / size_along(mesh, (*WEIGHTS, "tensor"))
     sent = traffic(setup)
     return Floor(products, (reads + state) / kind.bandwidth, sum(sent) / kind.link)
 
@@ -70,7 +70,7 @@ def update_floor(setup: Setup, kind: Kind) -> Floor:
 def rollout_floor(setup: Setup, kind: Kind) -> Floor:
     """Prefill and decode of a step with every completion at its longest."""
     a, c, mesh = setup.architecture, setup.config, setup.mesh.shape
-    shards, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    shards, tensor, fsdp = size_along(mesh, ROWS), mesh["tensor"], size_along(mesh, WEIGHTS)
     prompts, rows = c.rollout.prompts / shards, c.rollout.prompts * c.rollout.group_size / shards
     prompt, new = setup.task.train.tokens.shape[1], c.rollout.max_new_tokens
     width = jnp.dtype(a.compute_dtype).itemsize
@@ -78,7 +78,7 @@ def rollout_floor(setup: Setup, kind: Kind) -> Floor:
     products = (prompts * _forward_flops(setup, prompt) + decoded) / tensor / kind.flops
     cached = 2 * a.layers * a.kv_heads * a.head_dim * width / tensor
     per_token = _count(setup.abstract.weights) * width / tensor + cached * (prompts * prompt + rows * new / 2)
-    gathered = _split(setup.abstract.weights) * width * (mesh["fsdp"] - 1) / mesh["fsdp"] / tensor
+    gathered = _split(setup.abstract.weights) * width * (fsdp - 1) / fsdp / tensor
     return Floor(products, new * per_token / kind.bandwidth, gathered / kind.link)
 
 

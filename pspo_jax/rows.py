@@ -100,7 +100,7 @@ def score_some(
     in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
 
     def one(i: Array, found: Array) -> Array:
-        part = jax.tree.map(lambda x: constrain(x[i], "batch", *[None] * (x.ndim - 2)), in_front)
+        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
         return found.at[i].set(
             completion_log_probs(
                 policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib

@@ -176,7 +176,7 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     # AdamW keeps two numbers a weight beside it; gradients are float32. Adapters and their state are small.
     held = frozen if a.lora is not None else 3 * frozen + 4 * count
     held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
-    fsdp = smallest_fsdp(held, capacity, devices // config.mesh.tensor or 1, a.width)
+    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})
 
 

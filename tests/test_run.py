@@ -198,8 +198,10 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
 @pytest.mark.parametrize(
     ("algorithm", "mesh"),
     [
-        ("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}),
+        ("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2}),
+        pytest.param("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
         pytest.param("pspo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("pspo", {"mesh__fsdp": 4, "rollout__weights": "split"}, marks=pytest.mark.slow),
         pytest.param("pspo", {"mesh__data": 8}, marks=pytest.mark.slow),
         pytest.param("popo", {"mesh__data": 8}, marks=pytest.mark.slow),
         pytest.param("dapo", {"mesh__data": 4, "mesh__tensor": 2}, marks=pytest.mark.slow),
@@ -207,7 +209,7 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
 )
 def test_one_device_equals_eight(child_env, runs, algorithm, mesh):
     """Same prompt ids and tokens for 20 steps, parameters to 1e-5 relative, on one device and on a mesh of eight."""
-    one, other = runs / f"{algorithm}-one", runs / f"{algorithm}-{'-'.join(map(str, mesh.values()))}"
+    one, other = runs / f"{algorithm}-one", runs / f"{algorithm}-{'-'.join(f'{k}{v}' for k, v in mesh.items())}"
     shared = {"run__steps": 20, "algorithm__name": algorithm, "log__completions_every": 0}
     if algorithm == "popo":  # all that has a state, in one run
         shared |= {"selection__name": "pps", "credit__name": "ers"}

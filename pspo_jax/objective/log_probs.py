@@ -71,7 +71,7 @@ def chunked_log_probs(
 
     @jax.checkpoint
     def chunk(h: Float[Array, "R C D"], ids: Int[Array, "R C"]) -> tuple[Array, Array]:
-        logits = constrain(policy.logits(params, h) / temperature, "batch", None, "vocab")
+        logits = constrain(policy.logits(params, h) / temperature, "rows", "length", "vocab")
         log_total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         probs = jnp.exp(logits - log_total[..., None])

@@ -1,4 +1,4 @@
-"""The device mesh (data, fsdp, tensor), and the one table from logical axes to mesh axes.
+"""The device mesh (data, fsdp, context, tensor), and the one table from logical axes to mesh axes.
 
 Model code names dimensions ("heads", "mlp"); what a name means on a mesh is said here alone, so a new layout of the
 same model is a change of this table.
@@ -7,25 +7,31 @@ same model is a change of this table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspo_jax.config import Config, ConfigError, round_prompts
 from pspo_jax.per_prompt import FANOUT, padded_rows
 
-ROWS = ("data", "fsdp")
-"""Mesh axes that split the batch."""
+AXES = ("data", "fsdp", "context", "tensor")
+ROWS = ("data", "fsdp", "context")
+"""Mesh axes that split a batch of rollouts, per-prompt state and stored groups."""
+UPDATE_ROWS = ("data", "fsdp")
+"""Mesh axes that split the rows of an update, whose places are along context."""
+WEIGHTS = ("fsdp", "context")
+"""Mesh axes that split every weight."""
 
 RULES: dict[str, Any] = {
     "batch": ROWS,
     "outer_batch": "data",  # a batch whose other dimensions take fsdp
+    "rows": UPDATE_ROWS,
+    "length": "context",
     "prompts": ROWS,  # per-prompt state, N long
-    "embed": "fsdp",
+    "embed": WEIGHTS,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -52,30 +58,28 @@ def make_mesh(config: Config, shape: Any = None, devices: Sequence[Any] | None =
     """
     m, devices = config.mesh, jax.devices() if devices is None else devices
     fsdp = m.fsdp or 1
-    inner = fsdp * m.tensor
+    inner = fsdp * m.context * m.tensor
     if m.data == 0:
         raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
     data = len(devices) // inner if m.data == -1 else m.data
+    inside = f"mesh.fsdp={fsdp} x mesh.context={m.context} x mesh.tensor={m.tensor}"
     if data * inner > len(devices) or data == 0:
         raise ConfigError(
-            f"mesh.data={m.data} x mesh.fsdp={fsdp} x mesh.tensor={m.tensor}: needs {max(data, 1) * inner} devices, "
-            f"there are {len(devices)}; lower one of them"
+            f"mesh.data={m.data} x {inside}: needs {max(data, 1) * inner} devices, there are {len(devices)}; "
+            "lower one of them"
         )
     if m.data == -1 and data * inner != len(devices):
-        raise ConfigError(
-            f"mesh.fsdp={fsdp} x mesh.tensor={m.tensor}: does not divide the {len(devices)} devices; "
-            "choose divisors, or set mesh.data"
-        )
+        raise ConfigError(f"{inside}: does not divide the {len(devices)} devices; choose divisors, or set mesh.data")
     if jax.process_count() > 1 and data * inner != len(devices):
         raise ConfigError(
-            f"mesh.data={m.data} x mesh.fsdp={fsdp} x mesh.tensor={m.tensor}: needs {data * inner} devices, and the "
-            f"{jax.process_count()} processes have {len(devices)}, all of which take part; set mesh.data=-1"
+            f"mesh.data={m.data} x {inside}: needs {data * inner} devices, and the {jax.process_count()} processes "
+            f"have {len(devices)}, all of which take part; set mesh.data=-1"
         )
-    _check_divides(config, data * fsdp, shape or config.policy)
-    sizes = (data, fsdp, m.tensor)
+    _check_divides(config, data * fsdp * m.context, shape or config.policy)
+    sizes = (data, fsdp, m.context, m.tensor)
     # An axis of the mesh may be a part of one of a TPU slice's, such as 2 x 2 x 4 on 4 x 4; jax.make_mesh refuses that.
     grid = create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
-    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int) -> int:
@@ -91,7 +95,7 @@ def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int)
 
 
 def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
-    where = f"mesh.data x mesh.fsdp = {row_shards}"
+    where = f"mesh.data x mesh.fsdp{' x mesh.context' if c.mesh.context > 1 else ''} = {row_shards}"
     minibatch = c.rollout.prompts // c.objective.minibatches
     for name, size in (
         ("rollout.prompts", c.rollout.prompts),
@@ -102,12 +106,13 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
         if size % row_shards:
             works = max(d for d in range(1, row_shards + 1) if size % d == 0 and row_shards % d == 0)
             raise ConfigError(f"{where}: does not divide {name}={size}; {works} would, or make it a multiple")
+    weights = "mesh.fsdp x mesh.context" if c.mesh.context > 1 else "mesh.fsdp"
     split = (c.mesh.fsdp or 1) * c.mesh.tensor if c.rollout.weights == "split" else 1
     for name, size, shards, axis in (
         ("policy.heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
         ("policy.kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
         ("policy.mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
-        ("policy.width", shape.width, c.mesh.fsdp or 1, "mesh.fsdp"),
+        ("policy.width", shape.width, (c.mesh.fsdp or 1) * c.mesh.context, weights),
         ("policy.mlp_width", shape.mlp_width, split, "rollout.weights=split: mesh.fsdp x mesh.tensor"),
     ):
         if size % shards:
@@ -115,10 +120,14 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
             raise ConfigError(f"{axis}={shards}: does not divide {name}={size}; {works} would")
 
 
+def size_along(shape: Mapping[str, int], axes: Sequence[str]) -> int:
+    """Devices along several axes of a mesh's shape; an axis that it lacks counts one."""
+    return math.prod(shape.get(axis, 1) for axis in axes)
+
+
 def microbatch_size(rows: int, at_most: int) -> int:
     """The largest divisor of `rows` up to `at_most` (0 = no bound) that spreads evenly over the mesh in context."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    shards = int(np.prod([shape.get(axis, 1) for axis in ROWS]))
+    shards = size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
     limit = max(at_most or rows, shards)
     return max(d for d in range(1, rows + 1) if rows % d == 0 and d % shards == 0 and d <= limit)
 
@@ -160,7 +169,7 @@ def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
 
     Where blocks do not divide, which happens to at most 16,384 prompts unless the mesh is odd, all are replicated.
     """
-    shards = int(np.prod([mesh.shape[a] for a in ROWS]))
+    shards = size_along(mesh.shape, ROWS)
     rows = padded_rows(num_prompts)
 
     def one(x: Any) -> NamedSharding:
@@ -172,7 +181,7 @@ def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
 
 def groups_shardings(mesh: Mesh, tree: Any) -> Any:
     """Stored groups: arrays with a row a group are split over the batch axes where these divide them."""
-    shards = int(np.prod([mesh.shape[a] for a in ROWS]))
+    shards = size_along(mesh.shape, ROWS)
 
     def one(x: Any) -> NamedSharding:
         split = x.ndim > 0 and x.shape[0] % shards == 0

@@ -24,18 +24,19 @@ def attend(
     """
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
-    # The query heads of one kv head become rows of one matrix product.
-    q = q.reshape(r, s, kv, m, h).transpose(0, 2, 3, 1, 4).reshape(r, kv, m * s, h)
+    # The query heads of one kv head become rows of one matrix product; places are the outer index, so that a mesh that
+    # splits them splits the rows.
+    q = q.reshape(r, s, kv, m, h).swapaxes(1, 2).reshape(r, kv, s * m, h)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * scale
     seen = jnp.tril(jnp.ones((s, s), bool))
     if window is not None:
         place = jnp.arange(s)
         seen &= place[:, None] - place < window
-    seen = jnp.tile(seen, (m, 1))
+    seen = jnp.repeat(seen, m, axis=0)
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(r, kv, m, s, h).transpose(0, 3, 1, 2, 4).reshape(r, s, heads, h).astype(v.dtype)
+    return out.reshape(r, kv, s, m, h).swapaxes(1, 2).reshape(r, s, heads, h).astype(v.dtype)
 
 
 def attend_shared_prefix(

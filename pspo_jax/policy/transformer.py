@@ -147,10 +147,11 @@ def _forward(
     a: Architecture, params: Any, key: Array | None, tokens: Int[Array, "R S"], keep_cache: bool = False
 ) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
     """Hidden states after the final norm and, if asked for, every layer's keys and values [L, R, S, K, h]."""
-    # In two moves, rows along data and width along fsdp first, which is how the table is split: in one, the compiler
-    # makes every row's whole width on every device.
+    # One axis of the mesh after the other, from rows along data and width along the rest, which is how the table is
+    # split: at once, the compiler would make every row's whole width on every device.
+    rows, length = ("batch", None) if keep_cache else ("rows", "length")
     x = constrain(_embed(a, params["embed"], tokens), "outer_batch", None, "embed")
-    x = constrain(x, "batch", None, None)
+    x = constrain(constrain(x, rows, None, length), rows, length, None)
     tables = [rotation(jnp.arange(tokens.shape[1])[None], rotary) for rotary in a.rotaries]
     # Per-layer facts travel with the scan; those that all layers share are constants instead.
     extra: dict[str, Any] = {}
@@ -167,9 +168,11 @@ def _forward(
         w, own = xs
         at = tables[0] if "rotary" not in own else (stacked[0][own["rotary"]], stacked[1][own["rotary"]])
         q, k, v = _qkv(a, w, x, at, own.get("key"))
+        # Each device's places attend to all: along context, keys and values are gathered.
+        k, v = (constrain(y, rows, None, "kv_heads", None) for y in (k, v))
         mixed = attend(q, k, v, a.attention_scale, own.get("window"))
         x = _finish_block(a, w, x, mixed, own.get("key"))
-        return constrain(x, "batch", None, None), (k, v) if keep_cache else None
+        return constrain(x, rows, length, None), (k, v) if keep_cache else None
 
     x, cache = jax.lax.scan(_remat(a.remat, block), x, (params["layers"], extra), unroll=min(a.scan_unroll, a.layers))
     return _norm(a, params, "final_norm", x), cache

@@ -82,7 +82,8 @@ def _bytes(shape: str) -> int:
 def _group(rest: str) -> int:
     if named := _NAMED.search(rest):
         axes = dict(axis.split("=") for axis in named[1].split(","))
-        return math.prod(int(axes[axis]) for axis in named[2].split(","))
+        # A part of an axis is written 'axis':(what is before it)its size.
+        return math.prod(int(axis.rpartition(")")[2] if ":" in axis else axes[axis]) for axis in named[2].split(","))
     found = _GROUPS.search(rest)
     if found is None:
         return 1

@@ -19,7 +19,7 @@ from tests.parallel.hlo import collectives
 LAYERS, WIDTH, MLP = 6, 64, 192
 
 
-def setup_on(fsdp, tensor=1, **fields):
+def setup_on(fsdp, tensor=1, **fields):  # mesh (1, fsdp, 1, tensor) unless fields say otherwise
     wide = {
         "policy.layers": LAYERS,
         "policy.width": WIDTH,

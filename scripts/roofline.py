@@ -1,0 +1,47 @@
+"""The least time of a step on several targets, as a Markdown table: a model by arithmetic, not a measurement.
+
+python scripts/roofline.py v5e-8 v6e-8 h200x8 -- --config configs/pspo_qwen25_math_1p5b.yaml ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from pspo_jax import cli
+from pspo_jax.config import ConfigError
+from pspo_jax.parallel.devices import KINDS, parse_target
+from pspo_jax.roofline import Floor, rollout_floor, traffic, update_floor
+from pspo_jax.setup import prepare
+
+_COLUMNS = ("Devices", "Mesh (data x fsdp x tensor)", "Rollout, s", "bound by", "Update, s", "bound by", "Sent, GB")
+
+
+def main(argv: Sequence[str]) -> int:
+    names, flags = (list(argv[: argv.index("--")]), argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    if not names:
+        raise ConfigError("name at least one target, such as v5e-8 or h200x8")
+    targets = [parse_target(name) for name in names]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(t.devices for t in targets))
+    config = cli.parse(flags, "scripts/roofline.py", __doc__ or "")
+    print("| " + " | ".join(_COLUMNS) + " |")
+    print("|---" * len(_COLUMNS) + "|")
+    for target in targets:
+        kind = KINDS[target.kind or ""]
+        setup = prepare(config, weights=False, capacity=kind.memory, devices=jax.devices()[: target.devices])
+        mesh = " x ".join(str(n) for n in setup.mesh.shape.values())
+        cells = [target.name, mesh]
+        for floor in (rollout_floor(setup, kind), update_floor(setup, kind)):
+            cells += [f"{floor.seconds:.2g}", _bound(floor)]
+        print("| " + " | ".join([*cells, f"{sum(traffic(setup)) / 1e9:.1f}"]) + " |")
+    return 0
+
+
+def _bound(floor: Floor) -> str:
+    return max(floor._fields, key=lambda name: getattr(floor, name))
+
+
+if __name__ == "__main__":
+    cli.run(main, "scripts/roofline.py")
