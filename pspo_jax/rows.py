@@ -13,10 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 from pspo_jax.config import Config
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.objective.losses import LossInputs
+from pspo_jax.packing import bin_length, needs_of, packed_log_probs, plan_bins, rows_in
 from pspo_jax.parallel.mesh import constrain, microbatch_size
 from pspo_jax.policy.base import Adapted, Policy
 from pspo_jax.replay import Groups
 from pspo_jax.state import TrainState
+
+LONG = 256
+"""Completions that may be so long are packed, unless the config says otherwise."""
 
 
 @struct.dataclass(kw_only=True)
@@ -68,7 +72,13 @@ def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
 def score(
     policy: Policy, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients."""
+    """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
+
+    Outside the mask they may hold anything.
+    """
+    if packs(policy, rows, config):
+        found = score_packed(policy, weights, rows, needs_of(rows), temperature, config)
+        return jax.lax.stop_gradient(found)
 
     def one(part: Rows) -> tuple[Array, Array]:
         return completion_log_probs(
@@ -92,6 +102,10 @@ def score_some(
     Wanted groups are gathered in front, and as many microbatches run as hold any.
     """
     groups = wanted.shape[0]
+    if packs(policy, rows, config):
+        stale = jnp.repeat(wanted, rows.tokens.shape[0] // groups)
+        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, needs_of(rows), 0), temperature, config)
+        return jax.lax.stop_gradient(jnp.where(stale[:, None], log_probs, rows.old_log_probs))
     order = jnp.argsort(~wanted, stable=True)
     group_size = rows.tokens.shape[0] // groups
     index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
@@ -112,6 +126,37 @@ def score_some(
     back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
     found = found.reshape(rows.tokens.shape)[back]
     return jax.lax.stop_gradient(jnp.where(jnp.repeat(wanted, group_size)[:, None], found, rows.old_log_probs))
+
+
+def packs(policy: Policy, rows: Rows, config: Config) -> bool:
+    """Whether the rows are computed in bins; see `packing`.
+
+    Raises:
+      ValueError: objective.packing=true for a policy that cannot.
+    """
+    wanted = config.objective.packing
+    if wanted and not policy.packs:
+        raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
+    if wanted is None:
+        return policy.packs and microbatches(rows, config) > 1 and rows.tokens.shape[1] >= LONG
+    return wanted
+
+
+def score_packed(
+    policy: Policy, weights: Any, rows: Rows, needs: Int[Array, "R"], temperature: Float[Array, ""], config: Config
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probs and entropies of the rows with needs, in bins; 0 for the others."""
+    bins = rows.tokens.shape[0] // microbatches(rows, config)
+    plan = plan_bins(needs, bin_length(rows), rows.tokens.shape[0])
+
+    def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        ids = jax.lax.dynamic_slice_in_dim(plan.rows, i * bins, bins)
+        part = rows_in(rows, ids)
+        new = packed_log_probs(policy, weights, part, bins, temperature, config.objective.logits_mib)
+        return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
+
+    zeros = jnp.zeros(rows.tokens.shape)
+    return jax.lax.fori_loop(0, -(-plan.bins // bins), one, (zeros, zeros))
 
 
 def with_log_probs(

@@ -262,7 +262,10 @@ class ObjectiveConfig:
     """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
     microbatch_rows: Annotated[int, Range(0)] = 32
     """At most this many completions have their gradient computed at a time, accumulated over a minibatch; the largest
-    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch."""
+    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch. Of packed rows, as many bins."""
+    packing: bool | None = None
+    """Pack whole completions into bins of the longest one's length, and compute no padding. None = where there are
+    several microbatches and rollout.max_new_tokens is 256 or more. The loss is the same but for rounding."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Log-probs of the policy before the update: those the sampler returned, or recomputed by the trainer. Those of
     groups from earlier steps are always recomputed."""

@@ -22,8 +22,9 @@ from pspo_jax.objective.losses import (
     zero_metrics,
 )
 from pspo_jax.objective.ratios import top_entropy
+from pspo_jax.packing import bin_length, needs_of, packed_log_probs, plan_bins, rows_in
 from pspo_jax.policy.base import Policy, join
-from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, score
+from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, score
 from pspo_jax.state import DROPOUT, Params, TrainState, purpose_key
 
 Metrics = dict[str, Float[Array, ""]]
@@ -46,6 +47,8 @@ class UpdateMetrics(NamedTuple):
     loss: LossMetrics
     gap: Gap
     grad_norm: Float[Array, ""]
+    useful: Float[Array, ""]
+    """Share of the places computed that hold a token which the loss needs."""
     applied: Float[Array, ""]
     """1, or 0 if the update was skipped as not finite."""
 
@@ -76,7 +79,8 @@ def optimize(
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked)
-        grads, metrics, gap = _gradient(policy, weights, params, minibatch, temperature, config, total)
+        grads, metrics, gap, places = _gradient(policy, weights, params, minibatch, temperature, config, total)
+        useful = needs_of(minibatch).sum() / jnp.maximum(places, 1)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         changes, new_opt_state = optimizer.update(grads, opt_state, params)
@@ -85,7 +89,9 @@ def optimize(
             lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
         )
         skipped = jnp.where(finite, 0, skipped + 1).astype(jnp.int32)
-        return (params, opt_state, skipped, done + 1), UpdateMetrics(metrics, gap, norm, finite.astype(jnp.float32))
+        return (params, opt_state, skipped, done + 1), UpdateMetrics(
+            metrics, gap, norm, useful, finite.astype(jnp.float32)
+        )
 
     def iteration(carry: Any, _: None) -> tuple[Any, UpdateMetrics]:
         return jax.lax.scan(update, carry, minibatches)
@@ -103,20 +109,25 @@ def _gradient(
     temperature: Float[Array, ""],
     config: Config,
     total: Denominators,
-) -> tuple[Params, LossMetrics, Gap]:
-    """Gradient of a minibatch's loss, accumulated over microbatches in float32.
+) -> tuple[Params, LossMetrics, Gap, Array]:
+    """Gradient of a minibatch's loss, accumulated over microbatches in float32; the last result counts the places that
+    were computed.
 
     weights(params, microbatch) is what the policy's functions take.
     """
 
+    packed = packs(policy, rows, config)
+
     def loss_fn(params: Params, part: Rows, microbatch: Array | int) -> tuple[Array, tuple[LossMetrics, Gap]]:
-        return _loss(policy, weights(params, microbatch), part, temperature, config, total)
+        return _loss(policy, weights(params, microbatch), part, temperature, config, total, bins if packed else 0)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
-    if parts == 1:
+    bins = rows.tokens.shape[0] // parts
+    places = jnp.int32(rows.tokens.shape[0] * (bin_length(rows) + 1))
+    if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
-        return grads, metrics, gap
+        return grads, metrics, gap, places
 
     def accumulate(carry: Any, xs: tuple[Rows, Array]) -> tuple[Any, None]:
         grads, metrics, gap = carry
@@ -125,24 +136,33 @@ def _gradient(
         return (grads, combine(metrics, new_metrics), _join_gaps(gap, new_gap)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-    carry, _ = jax.lax.scan(accumulate, (zeros, zero_metrics(), _no_gap()), (deal(rows, parts), jnp.arange(parts)))
-    return carry
+    start = zeros, zero_metrics(), _no_gap()
+    if packed:
+        plan = plan_bins(needs_of(rows), bin_length(rows), rows.tokens.shape[0])
+
+        def microbatch(i: Array, carry: Any) -> Any:
+            part = rows_in(rows, jax.lax.dynamic_slice_in_dim(plan.rows, i * bins, bins))
+            return accumulate(carry, (part, i))[0]
+
+        needed = -(-plan.bins // bins)
+        return *jax.lax.fori_loop(0, needed, microbatch, start), needed * bins * bin_length(rows)
+    carry, _ = jax.lax.scan(accumulate, start, (deal(rows, parts), jnp.arange(parts)))
+    return *carry, places
 
 
 def _loss(
-    policy: Policy, weights: Any, rows: Rows, temperature: Array, config: Config, total: Denominators
+    policy: Policy, weights: Any, rows: Rows, temperature: Array, config: Config, total: Denominators, bins: int
 ) -> tuple[Array, tuple[LossMetrics, Gap]]:
+    """Of rows that are computed in `bins` bins; 0 = each by itself."""
     o = config.objective
-    log_probs, entropy = completion_log_probs(
-        policy,
-        weights,
-        rows.prompts,
-        rows.lengths,
-        rows.tokens,
-        temperature,
-        o.logits_mib,
-        entropy_gradient=o.entropy_coef > 0,
-    )
+    bonus = o.entropy_coef > 0
+    if bins:
+        found = packed_log_probs(policy, weights, rows, bins, temperature, o.logits_mib, bonus)
+    else:
+        found = completion_log_probs(
+            policy, weights, rows.prompts, rows.lengths, rows.tokens, temperature, o.logits_mib, bonus
+        )
+    log_probs, entropy = found
     loss, metrics = objective_loss(log_probs, entropy, rows, o, total, config.rollout.max_new_tokens)
     return loss, (metrics, _gap(jax.lax.stop_gradient(log_probs), rows))
 
@@ -187,6 +207,7 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
         "kl": loss.kl.mean(),
         "entropy": loss.entropy.mean(),
         "grad_norm": updates.grad_norm.mean(),
+        "update/useful_tokens": updates.useful.mean(),
         "clip_ratio/low_mean": loss.low.mean(),
         "clip_ratio/low_min": _finite(loss.low_min.min()),
         "clip_ratio/high_mean": loss.high.mean(),

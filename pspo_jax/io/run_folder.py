@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "rollout.weights",
     "objective.microbatch_rows",
     "objective.logits_mib",
+    "objective.packing",
 )
 """Fields that a resumed run may change, with every field of the stages below."""
 _FREE_STAGES = ("mesh.", "distributed.", "runtime.", "eval.", "checkpoint.", "log.", "verifier.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.parallel.mesh import constrain
 from pspo_jax.policy.base import Policy
@@ -60,10 +60,17 @@ def chunked_log_probs(
     temperature: Float[Array, ""] | float = 1.0,
     logits_mib: int = 160,
     entropy_gradient: bool = False,
+    live: Bool[Array, "R T"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """The head of `completion_log_probs`: hidden states in, log-probs and entropies of the targets out."""
+    """The head of `completion_log_probs`: hidden states in, log-probs and entropies of the targets out.
+
+    Args:
+      live: columns in which no row is live are left out, and their results 0; None = all are computed.
+    """
     r, t = targets.shape
     columns = max(1, min(t, logits_mib * 2**20 // (4 * policy.vocab_size * r)))
+    # With columns to leave out, chunks are small enough to leave some.
+    columns = columns if live is None else min(columns, -(-t // 8))
     chunks = -(-t // columns)
     pad = chunks * columns - t
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(r, chunks, columns, -1)
@@ -78,12 +85,20 @@ def chunked_log_probs(
         entropy = log_total - (probs * logits).sum(axis=-1)
         return chosen - log_total, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
-    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        return None, chunk(*xs)
+    wanted = jnp.ones(chunks, bool)
+    if live is not None:
+        wanted = jnp.pad(live.any(axis=0), (0, pad)).reshape(chunks, columns).any(axis=1)
+
+    def nothing(h: Array, ids: Array) -> tuple[Array, Array]:
+        return jnp.zeros(ids.shape), jnp.zeros(ids.shape)
+
+    def body(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        h, ids, run = xs
+        return None, chunk(h, ids) if live is None else jax.lax.cond(run, chunk, nothing, h, ids)
 
     if chunks == 1:
         log_probs, entropy = chunk(hidden[:, 0], targets[:, 0])
         return log_probs, entropy
-    _, (log_probs, entropy) = jax.lax.scan(body, None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+    _, (log_probs, entropy) = jax.lax.scan(body, None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1), wanted))
     log_probs, entropy = (x.swapaxes(0, 1).reshape(r, -1)[:, :t] for x in (log_probs, entropy))
     return log_probs, entropy

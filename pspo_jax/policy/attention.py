@@ -15,12 +15,14 @@ def attend(
     v: Float[Array, "R S K h"],
     scale: float,
     window: Int[Array, ""] | None = None,
+    segments: Int[Array, "R S"] | None = None,
 ) -> Float[Array, "R S H h"]:
     """Causal grouped-query attention with a float32 softmax.
 
     Args:
       scale: multiplies q k.
       window: each query sees this many tokens, itself included; None = all before it.
+      segments: which of several rows in one a place belongs to: it sees its own; None = there is one.
     """
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
@@ -33,7 +35,9 @@ def attend(
     if window is not None:
         place = jnp.arange(s)
         seen &= place[:, None] - place < window
-    seen = jnp.repeat(seen, m, axis=0)
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    seen = jnp.repeat(seen, m, axis=-2)
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(r, kv, s, m, h).swapaxes(1, 2).reshape(r, s, heads, h).astype(v.dtype)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
@@ -22,8 +22,9 @@ class Policy(NamedTuple):
 
     init(key) -> params
         What trains: all weights or, for a policy with adapters, the adapters.
-    hidden(params, tokens [R, S]) -> [R, S, D]
-        What `logits` needs at each position; D is the policy's own affair.
+    hidden(params, tokens [R, S], packed=None) -> [R, S, D]
+        What `logits` needs at each position; D is the policy's own affair. With `packed`, several rows stand in one;
+        only a policy with `packs` is called so.
     logits(params, hidden [..., D]) -> float32 [..., V]
         Next-token logits, forbidden ids at MASKED. It is called on chunks: [tokens, V] never exists whole in training.
     decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens) -> (logits [B, V], cache, step)
@@ -35,6 +36,7 @@ class Policy(NamedTuple):
     vocab_size: V.
     frozen_axes: the same for weights that do not train; None = there are none. With frozen weights, the three
         functions above take an `Adapted`.
+    packs: whether `hidden` takes `packed`.
     """
 
     init: Callable[..., Any]
@@ -44,6 +46,16 @@ class Policy(NamedTuple):
     axes: Any
     vocab_size: int
     frozen_axes: Any = None
+    packs: bool = False
+
+
+class Packed(NamedTuple):
+    """Several rows in one, each attending to itself alone."""
+
+    rows: Int[Array, "R S"]
+    """Which of the rows each place belongs to; the padding at the end is a row of its own."""
+    places: Int[Array, "R S"]
+    """Position in that row, from 0."""
 
 
 @struct.dataclass

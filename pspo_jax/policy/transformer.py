@@ -26,7 +26,7 @@ from pspo_jax.config import Remat
 from pspo_jax.parallel.mesh import constrain, gather_for_decode
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import attend, attend_shared_prefix
-from pspo_jax.policy.base import Adapted, Policy, mask_logits
+from pspo_jax.policy.base import Adapted, Packed, Policy, mask_logits
 from pspo_jax.policy.matmul import product
 from pspo_jax.policy.rotary import Rotation, rope, rotation
 from pspo_jax.policy.weights import (
@@ -59,12 +59,13 @@ def transformer(a: Architecture) -> Policy:
     trained = lora_table(a) if adapted else base
     return Policy(
         init=lambda key: init_weights(trained, key, jnp.dtype("float32" if adapted else a.param_dtype)),
-        hidden=lambda params, tokens: _forward(a, *_unwrap(params), tokens)[0],
+        hidden=lambda params, tokens, packed=None: _forward(a, *_unwrap(params), tokens, packed=packed)[0],
         logits=lambda params, hidden: _logits(a, _unwrap(params)[0], hidden),
         decoder=lambda params, *args: _decoder(a, _unwrap(params)[0], *args),
         axes=weight_axes(trained),
         vocab_size=a.vocab_size,
         frozen_axes=weight_axes(base) if adapted else None,
+        packs=True,
     )
 
 
@@ -144,7 +145,12 @@ def _embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"
 
 
 def _forward(
-    a: Architecture, params: Any, key: Array | None, tokens: Int[Array, "R S"], keep_cache: bool = False
+    a: Architecture,
+    params: Any,
+    key: Array | None,
+    tokens: Int[Array, "R S"],
+    keep_cache: bool = False,
+    packed: Packed | None = None,
 ) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
     """Hidden states after the final norm and, if asked for, every layer's keys and values [L, R, S, K, h]."""
     # One axis of the mesh after the other, from rows along data and width along the rest, which is how the table is
@@ -152,7 +158,9 @@ def _forward(
     rows, length = ("batch", None) if keep_cache else ("rows", "length")
     x = constrain(_embed(a, params["embed"], tokens), "outer_batch", None, "embed")
     x = constrain(constrain(x, rows, None, length), rows, length, None)
-    tables = [rotation(jnp.arange(tokens.shape[1])[None], rotary) for rotary in a.rotaries]
+    positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.places
+    segments = None if packed is None else packed.rows
+    tables = [rotation(positions, rotary) for rotary in a.rotaries]
     # Per-layer facts travel with the scan; those that all layers share are constants instead.
     extra: dict[str, Any] = {}
     if len(tables) > 1:
@@ -170,7 +178,7 @@ def _forward(
         q, k, v = _qkv(a, w, x, at, own.get("key"))
         # Each device's places attend to all: along context, keys and values are gathered.
         k, v = (constrain(y, rows, None, "kv_heads", None) for y in (k, v))
-        mixed = attend(q, k, v, a.attention_scale, own.get("window"))
+        mixed = attend(q, k, v, a.attention_scale, own.get("window"), segments)
         x = _finish_block(a, w, x, mixed, own.get("key"))
         return constrain(x, rows, length, None), (k, v) if keep_cache else None
 

@@ -1,0 +1,185 @@
+"""Packed rows: bins that hold what they may, and the padded computation's results."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pspo_jax.algorithms import LOSSES
+from pspo_jax.config import replace
+from pspo_jax.objective.losses import denominators
+from pspo_jax.packing import ROWS_PER_BIN, needs_of, plan_bins
+from pspo_jax.parallel.mesh import batch_sharding, make_mesh, params_shardings
+from pspo_jax.rows import Rows, packs, score, score_some
+from pspo_jax.update import _gradient
+from tests.helpers import relative, tiny_config, tiny_policy
+
+R, P, T = 24, 9, 20
+
+
+def rows_with(seed=0, masked=(), r=R):
+    """Rows of random tokens and lengths, a third as long as they may be in the mean."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, P + 1, r)
+    answers = np.clip(rng.geometric(3 / T, r), 1, T)
+    answers[0], answers[list(masked)] = T, 0
+    tokens = rng.integers(0, 13, (r, T))
+    prompts = np.where(np.arange(P) < lengths[:, None], rng.integers(0, 13, (r, P)), 14)
+
+    def log_probs():
+        return jnp.asarray(-rng.gamma(2.0, 0.7, (r, T)), jnp.float32)
+
+    old = log_probs()
+    return Rows(
+        prompts=jnp.asarray(prompts, jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        tokens=jnp.asarray(tokens, jnp.int32),
+        mask=jnp.asarray(np.arange(T) < answers[:, None]),
+        counted=jnp.ones(r, bool),
+        advantages=jnp.asarray(rng.normal(size=r), jnp.float32),
+        loss_weight=jnp.asarray(rng.uniform(0.5, 1, r), jnp.float32),
+        old_log_probs=old,
+        behaviour_log_probs=old + 0.1 * log_probs(),
+        reference_log_probs=log_probs(),
+        stale=jnp.asarray(rng.random(r) < 0.3),
+        sampling_log_probs=old,
+    )
+
+
+@given(st.lists(st.integers(0, 17), min_size=1, max_size=60), st.integers(0, 3))
+def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
+    r, length = len(needs), 17
+    plan = plan_bins(jnp.asarray(needs, jnp.int32), length, r + more)
+    rows = np.asarray(plan.rows)
+    placed = rows[rows < r]
+    assert sorted(placed) == [i for i, n in enumerate(needs) if n]
+    sizes = [sum(needs[i] for i in bin_ if i < r) for bin_ in rows]
+    assert max(sizes) <= length and all(s > 0 for s in sizes[: int(plan.bins)]) and not any(sizes[int(plan.bins) :])
+    # First-fit decreasing, naively.
+    room: list[list[int]] = []
+    for i in sorted(range(r), key=lambda i: -needs[i]):
+        if needs[i]:
+            fits = (b for b in room if sum(needs[j] for j in b) + needs[i] <= length and len(b) < ROWS_PER_BIN)
+            home = next(fits, None)
+            if home is None:
+                room.append([i])
+            else:
+                home.append(i)
+    assert [[i for i in bin_ if i < r] for bin_ in rows[: int(plan.bins)]] == room
+
+
+def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
+    """(packed, padded) results of `_gradient`: gradients, metrics, gap, places."""
+    fields = {"objective__loss": loss, "objective__microbatch_rows": 4} | fields
+    config = tiny_config(**fields)
+    policy, params, _ = tiny_policy(**(policy_fields or {}))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
+    rows = rows_with(seed, masked)
+    if not config.objective.kl_coef:
+        rows = rows.replace(reference_log_probs=None)
+    total = denominators(rows, count_masked=config.objective.count_masked)
+
+    def run(packing):
+        c = replace(config, {"objective.packing": packing})
+        return jax.jit(lambda p: _gradient(policy, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
+
+    return run(True), run(False)
+
+
+SOME = ("grpo", "gspo", "cispo", "vespo")
+"""Ratios by token and by row, and weights by row; packing ends before the loss begins, so the others are alike."""
+OTHERS = sorted(set(LOSSES) - set(SOME))
+
+
+@pytest.mark.parametrize("loss", [*SOME, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)])
+def test_every_loss_is_the_padded_one(loss):
+    """Loss, metrics and gradients to 1e-5."""
+    packed, padded = both(loss, objective__kl_coef=0.05, objective__entropy_coef=0.01)
+    for a, b in zip(jax.tree.leaves(packed[1:3]), jax.tree.leaves(padded[1:3]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert relative(packed[0], padded[0]) < 1e-5
+    assert int(packed[3]) < int(padded[3]) * 0.7
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"masked": (3, 5)},
+        {"masked": tuple(range(R))},
+        {"policy_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}},
+        {"objective__logits_mib": 1, "objective__microbatch_rows": 24},
+    ],
+    ids=("without tokens", "no tokens at all", "remat", "one microbatch"),
+)
+def test_odd_batches_are_the_padded_ones(fields):
+    packed, padded = both(**fields)
+    np.testing.assert_allclose(packed[1].loss, padded[1].loss, rtol=1e-5, atol=1e-6)
+    if float(size(padded[0])):
+        assert relative(packed[0], padded[0]) < 1e-5
+    else:
+        assert float(size(packed[0])) == 0
+
+
+def size(tree):
+    return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
+
+
+def test_scores_are_the_padded_ones():
+    policy, params, _ = tiny_policy()
+    rows, config = rows_with(1, masked=(2,)), tiny_config(objective__microbatch_rows=4)
+    on = replace(config, {"objective.packing": True})
+    packed, padded = (score(policy, params, rows, jnp.float32(1), c) for c in (on, config))
+    for a, b in zip(packed, padded, strict=True):
+        np.testing.assert_allclose(jnp.where(rows.mask, a, 0), jnp.where(rows.mask, b, 0), atol=1e-5)
+    wanted = jnp.asarray([True, False, True, False, False, True])
+    packed, padded = (score_some(policy, params, rows, wanted, jnp.float32(1), c) for c in (on, config))
+    np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
+
+
+def test_a_row_sees_only_itself():
+    """Another row's tokens in the same bin change nothing."""
+    policy, params, _ = tiny_policy()
+    rows, config = rows_with(), tiny_config(objective__microbatch_rows=8, objective__packing=True)
+    other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
+    assert int(plan_bins(needs_of(rows), P + T - 1, R).bins) < 12
+    a, b = (score(policy, params, x, jnp.float32(1), config)[0] for x in (rows, other))
+    np.testing.assert_array_equal(a[:7], b[:7])
+    assert float(jnp.abs(a - b)[7:].max()) > 0.1
+
+
+def test_packing_is_chosen_for_long_completions():
+    policy, _, _ = tiny_policy()
+    rows, config = rows_with(), tiny_config(objective__microbatch_rows=4)
+    long = dataclasses.replace(rows, tokens=jnp.zeros((R, 256), jnp.int32))
+    assert not packs(policy, rows, config) and packs(policy, long, config)
+    assert not packs(policy, long, replace(config, {"objective.packing": False}))
+    assert not packs(policy, long, replace(config, {"objective.microbatch_rows": 0}))
+    assert not packs(policy._replace(packs=False), long, config)
+    with pytest.raises(ValueError, match=r"objective.packing=true: this policy's `hidden` takes no packed rows"):
+        packs(policy._replace(packs=False), rows, replace(config, {"objective.packing": True}))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)], ids=str)
+def test_a_mesh_changes_nothing(mesh):
+    """Packed on eight devices, along context too, against padded on one."""
+    config = tiny_config(objective__loss="gspo", objective__microbatch_rows=8)
+    policy, params, _ = tiny_policy(scan_unroll=1)
+    rows = rows_with().replace(reference_log_probs=None)
+    total = denominators(rows)
+
+    def run(packing, params, rows):
+        c = replace(config, {"objective.packing": packing})
+        return jax.jit(lambda p, x: _gradient(policy, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
+
+    names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor")
+    grid = make_mesh(replace(config, dict(zip(names, mesh, strict=True))))
+    padded = run(False, params, rows)
+    with jax.set_mesh(grid):
+        split = jax.device_put(params, params_shardings(grid, params, policy.axes))
+        packed = run(True, split, jax.device_put(rows, batch_sharding(grid)))
+    assert relative(packed[0], padded[0]) < 1e-5
+    np.testing.assert_allclose(packed[1].loss, padded[1].loss, rtol=1e-5)
