@@ -61,7 +61,8 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
         return ids, weight, after, strategy.describe(selector, ids, step)
 
     def sampler(group_size: int, purpose: int) -> Any:
-        inner = make_sampler(setup.policy, group_size, c.rollout.max_new_tokens, task.tokenizer.pad_token_id)
+        pad = task.tokenizer.pad_token_id
+        inner = make_sampler(setup.policy, group_size, c.rollout.max_new_tokens, pad, c.rollout.slots)
 
         def sample(
             params: Any, prompts: Prompts, key: Any, step: Any, settings: SamplingParams, first_row: Any

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "policy.scan_unroll",
     "rollout.chunks",
     "rollout.weights",
+    "rollout.slots",
     "objective.microbatch_rows",
     "objective.logits_mib",
     "objective.packing",

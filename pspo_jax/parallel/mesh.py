@@ -101,6 +101,7 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
         ("rollout.prompts", c.rollout.prompts),
         ("prompts of a minibatch", minibatch),
         ("prompts of a chunk (rollout.chunks)", round_prompts(c) // c.rollout.chunks),
+        ("rollout.slots", c.rollout.slots or row_shards),
         ("sft.batch", c.sft.batch if c.sft.steps else row_shards),
     ):
         if size % row_shards:

@@ -50,15 +50,17 @@ def attend_shared_prefix(
     lengths: Int[Array, "B"],
     suffix_k: Float[Array, "B G K T h"],
     suffix_v: Float[Array, "B G K T h"],
-    t: Int[Array, ""],
+    t: Int[Array, ""] | Int[Array, "B"],
     scale: float,
     window: int | None = None,
+    ages: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B G H h"]:
     """Attention of one new token per row: over its prompt, held once for the group, and its own tokens 0..t.
 
     The two parts are normalised together by one maximum and one sum, which is exact. The prompt part is a matrix
     product with the group's rows, where separate caches would be G matrix-vector products. `scale` and `window` are
-    those of `attend`.
+    those of `attend`. `ages` says how many tokens before the newest each column of the suffix is, -1 = it holds none;
+    None = columns are places.
     """
     b, g, heads, h = q.shape
     kv = prefix_k.shape[1]
@@ -69,13 +71,14 @@ def attend_shared_prefix(
     rows = q.swapaxes(1, 2).reshape(b, kv, g * m, h)
     in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix_k, preferred_element_type=jnp.float32) * scale
     in_suffix = jnp.einsum("bgkmh,bgkth->bgkmt", q, suffix_k, preferred_element_type=jnp.float32) * scale
-    place, own = jnp.arange(prefix_k.shape[2]), jnp.arange(suffix_k.shape[3])
-    real, drawn = place < lengths[:, None], own <= t
+    place = jnp.arange(prefix_k.shape[2])
+    ages = (t - jnp.arange(suffix_k.shape[3]))[None] if ages is None else ages
+    real, drawn = place < lengths[:, None], ages >= 0
     if window is not None:
-        real &= lengths[:, None] + t - place < window
-        drawn &= t - own < window
+        real &= (lengths + t)[:, None] - place < window
+        drawn &= ages < window
     in_prompt = jnp.where(real[:, None, None], in_prompt, MASKED)
-    in_suffix = jnp.where(drawn, in_suffix, MASKED)
+    in_suffix = jnp.where(drawn[:, None, None, None], in_suffix, MASKED)
 
     def by_group(x: Array) -> Array:
         """[B, K, G M, c] -> [B, G, K, M, c]."""

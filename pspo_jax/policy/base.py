@@ -37,6 +37,11 @@ class Policy(NamedTuple):
     frozen_axes: the same for weights that do not train; None = there are none. With frozen weights, the three
         functions above take an `Adapted`.
     packs: whether `hidden` takes `packed`.
+    slots(params, prompts [B, P], lengths [B], (n, s), max_new_tokens) -> (logits [B, V], cache, fill, step), or None
+        Like `decoder`, for n x s slots that take one row after another; the prompts are in n equal parts.
+        fill(cache, prompt [n, s], fresh [n, s]) -> cache gives the fresh slots a prompt of their part.
+        step(cache, tokens [n, s], t [n, s], steps) -> (logits [n, s, V], cache) appends each slot's token as place t of
+        its completion; `steps` is a traced scalar that counts the calls.
     """
 
     init: Callable[..., Any]
@@ -47,6 +52,7 @@ class Policy(NamedTuple):
     vocab_size: int
     frozen_axes: Any = None
     packs: bool = False
+    slots: Callable[..., Any] | None = None
 
 
 class Packed(NamedTuple):

@@ -13,6 +13,7 @@ from pspo_jax.config import RolloutConfig
 from pspo_jax.parallel.mesh import constrain
 from pspo_jax.policy.base import Policy
 from pspo_jax.rollout.draw import draw_tokens
+from pspo_jax.rollout.slots import Drawn, decode
 from pspo_jax.state import Params, Prompts, Rollouts
 
 
@@ -54,13 +55,18 @@ class _Loop(NamedTuple):
     lengths: Int[Array, "B G"]
 
 
-def make_sampler(policy: Policy, group_size: int, max_new_tokens: int, pad_id: int) -> Callable[..., Rollouts]:
+def make_sampler(
+    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None
+) -> Callable[..., Rollouts]:
     """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
     It compiles once per (B, P): prompt lengths inside the padding, temperature, top-p, top-k, stop ids and the length
     limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, first_row + b G + g), t): its
     tokens do not depend on the other rows, on how rows are spread over devices, or on how a batch is cut into calls.
     Stop tokens are returned and are in the mask.
+
+    Args:
+      slots: rows that are decoded at a time, the next row in a slot when one has ended (see `slots`); None = all.
     """
 
     def sample(
@@ -71,8 +77,12 @@ def make_sampler(policy: Policy, group_size: int, max_new_tokens: int, pad_id: i
         first_row: Int[Array, ""] | int = 0,
     ) -> Rollouts:
         b = prompts.tokens.shape[0]
-        logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(b * group_size))
+        if slots is not None and slots < b * group_size:
+            drawn = decode(policy, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
+            drawn = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, drawn)
+            return _rollouts(prompts, drawn, settings)
+        logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
         limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
 
         def draw(loop: _Loop, logits: Array, t: Array) -> _Loop:
@@ -112,19 +122,24 @@ def make_sampler(policy: Policy, group_size: int, max_new_tokens: int, pad_id: i
         end = jax.lax.while_loop(
             lambda loop: (loop.t + 1 < limit) & loop.alive.any(), body, draw(start, logits, jnp.int32(0))
         )
-        temperature = jnp.asarray(settings.temperature, jnp.float32)
-        return Rollouts(
-            prompts=prompts,
-            tokens=end.tokens,
-            mask=jnp.arange(max_new_tokens) < end.lengths[..., None],
-            log_probs=end.log_probs,
-            sampling_log_probs=end.sampling_log_probs,
-            lengths=end.lengths,
-            ended=~end.alive,
-            temperature=jnp.where(temperature == 0, 1.0, temperature),
-        )
+        drawn = Drawn(end.tokens, end.log_probs, end.sampling_log_probs, end.lengths, ~end.alive, end.t)
+        return _rollouts(prompts, drawn, settings)
 
     return jax.jit(sample)
+
+
+def _rollouts(prompts: Prompts, drawn: Drawn, settings: SamplingParams) -> Rollouts:
+    temperature = jnp.asarray(settings.temperature, jnp.float32)
+    return Rollouts(
+        prompts=prompts,
+        tokens=drawn.tokens,
+        mask=jnp.arange(drawn.tokens.shape[-1]) < drawn.lengths[..., None],
+        log_probs=drawn.log_probs,
+        sampling_log_probs=drawn.sampling_log_probs,
+        lengths=drawn.lengths,
+        ended=drawn.ended,
+        temperature=jnp.where(temperature == 0, 1.0, temperature),
+    )
 
 
 def _put(array: Array, column: Array, t: Array) -> Array:

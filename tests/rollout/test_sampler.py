@@ -142,3 +142,19 @@ def test_bfloat16_gap_is_small():
     rollouts = make_sampler(policy, 4, T, PAD)(params, random_prompts(6, 9), jax.random.key(0), settings())
     gap = jnp.abs(rollouts.log_probs - trainer_log_probs(policy, params, rollouts))
     assert float(jnp.where(rollouts.mask, gap, 0).max()) <= 0.1
+
+
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1, "qkv_bias": True}])
+@pytest.mark.parametrize("slots", [1, 5, 23])
+def test_slots_change_no_row(shape, slots):
+    """Rows that take turns in fewer slots are those that are all decoded at once."""
+    policy, params, _ = tiny_policy(**shape)
+    args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, top_p=0.95, stop=(EOS, 3, 5), limit=10)
+    at_once = make_sampler(policy, 4, T, PAD)(*args)
+    in_turns = make_sampler(policy, 4, T, PAD, slots)(*args)
+    lengths = np.asarray(at_once.lengths)
+    assert lengths.min() < 4 and lengths.max() == 10
+    for name in ("tokens", "lengths", "ended", "mask"):
+        np.testing.assert_array_equal(getattr(at_once, name), getattr(in_turns, name), name)
+    for name in ("log_probs", "sampling_log_probs"):
+        np.testing.assert_allclose(getattr(at_once, name), getattr(in_turns, name), atol=1e-5, err_msg=name)

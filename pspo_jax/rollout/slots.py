@@ -1,0 +1,143 @@
+"""Rollouts in fewer slots than rows: a finished row's slot goes to the next that waits (continuous batching in a jit).
+
+All prompts are read once, first. Then a fixed number of slots decodes; between chunks of a few tokens, slots whose row
+has ended take the next pending row, whose prompt's keys and values are copied in. A slot's own keys and values are a
+ring over time: all slots write the same column in a step, and what a slot may see is told by a column's age, so rows at
+different places need no scatter. Each device refills its slots from its own rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from pspo_jax.parallel.mesh import ROWS, constrain, size_along
+from pspo_jax.policy.base import Policy
+from pspo_jax.rollout.draw import draw_tokens
+from pspo_jax.state import Params, Prompts
+
+CHUNK = 16
+"""Tokens between two refills; a row that ends waits for the next one."""
+
+
+class Drawn(NamedTuple):
+    """What every row drew, and what it took."""
+
+    tokens: Int[Array, "R T"]
+    log_probs: Float[Array, "R T"]
+    sampling_log_probs: Float[Array, "R T"]
+    lengths: Int[Array, "R"]
+    ended: Bool[Array, "R"]
+    steps: Int[Array, ""]
+    """Steps that all slots took."""
+
+
+class _Loop(NamedTuple):
+    """n = shards of the batch, s = slots of one, r = rows of one."""
+
+    steps: Int[Array, ""]
+    pending: Int[Array, "n"]
+    """Rows that a slot has taken; the next is this one."""
+    row: Int[Array, "n s"]
+    """r = none yet."""
+    t: Int[Array, "n s"]
+    """Place of `last` in its completion."""
+    last: Int[Array, "n s"]
+    alive: Bool[Array, "n s"]
+    cache: Any
+    out: Drawn
+    """[n, r, ...]"""
+
+
+def decode(
+    policy: Policy,
+    params: Params,
+    prompts: Prompts,
+    row_keys: Key[Array, "R"],
+    settings: Any,
+    slots: int,
+    group_size: int,
+    max_new_tokens: int,
+    pad_id: int,
+) -> Drawn:
+    """Completions of all rows, R = B x group_size, in `slots` slots.
+
+    Raises:
+      ValueError: the policy cannot, or the mesh does not divide the slots.
+    """
+    if policy.slots is None:
+        raise ValueError("rollout.slots: this policy has no `slots`; leave it out")
+    shards = size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
+    if slots % shards:
+        raise ValueError(f"rollout.slots={slots}: must be a multiple of the {shards} devices that share the batch")
+    b = prompts.tokens.shape[0]
+    r, s = b * group_size // shards, slots // shards
+    logits, cache, fill, step = policy.slots(params, prompts.tokens, prompts.lengths, (shards, s), max_new_tokens)
+    keys = row_keys.reshape(shards, r)
+    limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
+    here = jnp.arange(shards)[:, None]
+
+    def append(loop: _Loop, logits: Float[Array, "n s V"], to: Bool[Array, "n s"], t: Int[Array, "n s"]) -> _Loop:
+        """Draw token t of the slots in `to`."""
+        own = keys[here, jnp.minimum(loop.row, r - 1)]
+        uniform = jax.vmap(jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place))))(own, t)
+        token, log_prob, sampling = draw_tokens(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+        row = jnp.where(to, loop.row, r)  # r is out of bounds: dropped
+        stop = (token[..., None] == settings.stop_ids).any(axis=-1)
+
+        def put(array: Array, value: Array) -> Array:
+            return array.at[here, row, t].set(value, mode="drop")
+
+        out = loop.out._replace(
+            tokens=put(loop.out.tokens, token),
+            log_probs=put(loop.out.log_probs, log_prob),
+            sampling_log_probs=put(loop.out.sampling_log_probs, sampling),
+            lengths=loop.out.lengths.at[here, row].set(t + 1, mode="drop"),
+            ended=loop.out.ended.at[here, row].set(stop, mode="drop"),
+        )
+        return loop._replace(
+            t=jnp.where(to, t, loop.t),
+            last=jnp.where(to, token, loop.last),
+            alive=jnp.where(to, ~stop & (t + 1 < limit), loop.alive),
+            out=out,
+        )
+
+    def refill(loop: _Loop) -> _Loop:
+        free = ~loop.alive
+        wanted = loop.pending[:, None] + jnp.cumsum(free, axis=1) - 1
+        fresh = free & (wanted < r)
+        loop = loop._replace(
+            row=jnp.where(fresh, wanted, loop.row), pending=loop.pending + fresh.sum(axis=1, dtype=jnp.int32)
+        )
+        prompt = jnp.minimum(loop.row, r - 1) // group_size
+        loop = loop._replace(cache=fill(loop.cache, prompt, fresh))
+        first = jax.vmap(lambda x, i: x[i])(logits.reshape(shards, -1, logits.shape[-1]), prompt)
+        return append(loop, first, fresh, jnp.zeros_like(loop.t))
+
+    def one(_: Array, loop: _Loop) -> _Loop:
+        logits, cache = step(loop.cache, loop.last, loop.t, loop.steps)
+        loop = loop._replace(cache=cache, steps=loop.steps + 1)
+        return append(loop, logits, loop.alive, loop.t + 1)
+
+    def body(loop: _Loop) -> _Loop:
+        waits = (~loop.alive).any() & (loop.pending < r).any()
+        return jax.lax.fori_loop(0, CHUNK, one, jax.lax.cond(waits, refill, lambda x: x, loop))
+
+    zeros = jnp.zeros((shards, r, max_new_tokens))
+    out = Drawn(
+        jnp.full(zeros.shape, pad_id, jnp.int32),
+        zeros,
+        zeros,
+        jnp.zeros((shards, r), jnp.int32),
+        jnp.zeros((shards, r), bool),
+        jnp.int32(0),
+    )
+    none = jnp.zeros((shards, s), jnp.int32)
+    start = _Loop(jnp.int32(0), jnp.zeros(shards, jnp.int32), none + r, none, none, none > 0, cache, out)
+    start = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x, start)
+    end = jax.lax.while_loop(lambda loop: loop.alive.any() | (loop.pending < r).any(), body, start)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim else x, end.out)
+    return flat._replace(steps=end.steps)
