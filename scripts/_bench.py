@@ -62,6 +62,11 @@ class Work:
     new_tokens: int = 64
     microbatch_rows: int = 0
     scan_unroll: int = 1
+    slots: int = 0
+    """Rows decoded at a time; 0 = all."""
+    packing: bool = False
+    mean_tokens: int = 0
+    """Mean length of ragged completions; 0 = no row ends early."""
     cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = no cache."""
 

@@ -36,6 +36,7 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
     from pspo_jax import algorithms, config
     from pspo_jax.policy import built_in, transformer
     from pspo_jax.state import Prompts
+    from pspo_jax.validation import validate
 
     if work.cache:
         jax.config.update("jax_compilation_cache_dir", work.cache)
@@ -50,9 +51,10 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
         "rollout.group_size": work.group_size,
         "rollout.max_new_tokens": work.new_tokens,
         "objective.microbatch_rows": work.microbatch_rows,
+        "objective.packing": work.packing,
     }
     settings = algorithms.resolve(config.replace(config.Config(), fields))
-    config.validate(settings)
+    validate(settings)
     policy = transformer(built_in(settings.policy, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
     n = work.prompts

@@ -1,5 +1,5 @@
 """Tokens from a policy: prefill, decode, token sampling."""
 
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import SamplingParams, counting_sampler, make_sampler
 
-__all__ = ["SamplingParams", "make_sampler"]
+__all__ = ["SamplingParams", "counting_sampler", "make_sampler"]

@@ -68,6 +68,14 @@ def make_sampler(
     Args:
       slots: rows that are decoded at a time, the next row in a slot when one has ended (see `slots`); None = all.
     """
+    sample = counting_sampler(policy, group_size, max_new_tokens, pad_id, slots)
+    return jax.jit(lambda *args, **named: sample(*args, **named)[0])
+
+
+def counting_sampler(
+    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None
+) -> Callable[..., tuple[Rollouts, Int[Array, ""]]]:
+    """`make_sampler`, not jitted, with the number of tokens computed, those of rows that had ended included."""
 
     def sample(
         params: Params,
@@ -75,13 +83,13 @@ def make_sampler(
         key: Key[Array, ""],
         settings: SamplingParams,
         first_row: Int[Array, ""] | int = 0,
-    ) -> Rollouts:
+    ) -> tuple[Rollouts, Int[Array, ""]]:
         b = prompts.tokens.shape[0]
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(b * group_size))
         if slots is not None and slots < b * group_size:
             drawn = decode(policy, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
             drawn = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, drawn)
-            return _rollouts(prompts, drawn, settings)
+            return _rollouts(prompts, drawn, settings), b * group_size + drawn.steps * slots
         logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
         limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
 
@@ -123,9 +131,9 @@ def make_sampler(
             lambda loop: (loop.t + 1 < limit) & loop.alive.any(), body, draw(start, logits, jnp.int32(0))
         )
         drawn = Drawn(end.tokens, end.log_probs, end.sampling_log_probs, end.lengths, ~end.alive, end.t)
-        return _rollouts(prompts, drawn, settings)
+        return _rollouts(prompts, drawn, settings), b * group_size * (1 + drawn.steps)
 
-    return jax.jit(sample)
+    return sample
 
 
 def _rollouts(prompts: Prompts, drawn: Drawn, settings: SamplingParams) -> Rollouts:

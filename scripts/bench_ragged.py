@@ -1,0 +1,149 @@
+"""Completions of very different lengths, on CPU: refilled slots beside a static batch, packed updates beside padded.
+
+    python scripts/bench_ragged.py --shape tiny --out ragged.json
+
+Each token ends a row with a probability that makes lengths geometric, with a mean of .3 of the longest. Both contenders
+of a pair draw the same rows from the same keys. docs/performance.md says how the numbers are taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+import _bench
+from _bench import SHAPES, Channel, Contender, Result, Work
+from bench_rollout import our_about, our_setup
+
+STATIC, SLOTS, PADDED, PACKED = "static batch", "refilled slots", "padded update", "packed update"
+
+
+def stop_ids(work: Work) -> list[int]:
+    """So many ids that a policy of random weights ends a row after `mean_tokens` in the mean."""
+    return list(range(max(1, round(work.shape.vocab / work.mean_tokens))))
+
+
+def serve_rollout(work: Work) -> None:
+    channel = Channel()
+    settings, policy, prompts = our_setup(work)
+    import jax
+
+    from pspo_jax.rollout import SamplingParams, counting_sampler
+
+    params = policy.init(jax.random.key(0))
+    sample = jax.jit(counting_sampler(policy, work.group_size, work.new_tokens, 0, work.slots or None))
+    sampling = SamplingParams.of(settings.rollout, stop_ids(work))
+
+    def call() -> dict[str, float]:
+        start = time.perf_counter()
+        rollouts, computed = jax.block_until_ready(sample(params, prompts, jax.random.key(1), sampling))
+        seconds = time.perf_counter() - start
+        tokens = int(rollouts.lengths.sum())
+        return {"seconds": seconds, "tokens": tokens, "useful": tokens / int(computed)}
+
+    _bench.serve(channel, call, our_about())
+
+
+def serve_update(work: Work) -> None:
+    channel = Channel()
+    settings, policy, prompts = our_setup(work)
+    import jax
+    import jax.numpy as jnp
+
+    from pspo_jax import algorithms
+    from pspo_jax.optimizer import adamw
+    from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.step import init_state, make_train_step
+
+    optimizer = adamw(settings.optimizer, settings.run.steps)
+    algorithm = algorithms.build(settings)
+    params = policy.init(jax.random.key(0))
+    state = init_state(
+        params, optimizer, algorithm, settings, settings.task.train_prompts, work.prompt_tokens, jax.random.key(1)
+    )
+    sample = make_sampler(policy, work.group_size, work.new_tokens, 0)
+    rollouts = sample(params, prompts, jax.random.key(1), SamplingParams.of(settings.rollout, stop_ids(work)))
+    rewards = jax.random.normal(jax.random.key(2), rollouts.lengths.shape)
+    train_step = make_train_step(policy, optimizer, algorithm, settings)
+    del params
+
+    def call() -> dict[str, float]:
+        nonlocal state
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(train_step(state, rollouts, jnp.copy(rewards)))
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "tokens": int(rollouts.lengths.sum()),
+            "useful": float(metrics["update/useful_tokens"]),
+        }
+
+    _bench.serve(channel, call, our_about())
+
+
+def row(title: str, result: Result) -> list[str]:
+    return [
+        f"{title}: {result.name}{result.note}",
+        f"{result.median():.3f}",
+        f"{result.least():.3f}",
+        f"{result.median('tokens') / result.median():,.0f}",
+        f"{result.median('useful'):.2f}",
+        *_bench.common_cells(result),
+    ]
+
+
+def ratio_row(title: str, before: Result, after: Result) -> list[str]:
+    warning = "NOISY" if before.noisy() or after.noisy() else ""
+    ratios = [f"**{b / a:.2f}x**" for b, a in ((before.median(), after.median()), (before.least(), after.least()))]
+    return [f"{title}: ratio", *ratios, "", "", "", "", "", "", warning]
+
+
+def pair(work: Work, options: object) -> list[list[Contender]]:
+    def contender(name: str, role: str, note: str, **fields: object) -> Contender:
+        return Contender(name, role, sys.executable, dataclasses.replace(work, **fields), note)
+
+    slots, rows = options.slots, options.microbatch_rows  # type: ignore[attr-defined]
+    return [
+        [
+            contender(STATIC, "rollout", f" ({work.rows} rows)"),
+            contender(SLOTS, "rollout", f" ({slots} of {work.rows} rows)", slots=slots),
+        ],
+        [
+            contender(PADDED, "update", f" ({rows} rows a microbatch)", microbatch_rows=rows),
+            contender(PACKED, "update", f" ({rows} bins a microbatch)", microbatch_rows=rows, packing=True),
+        ],
+    ]
+
+
+def main() -> None:
+    parser = _bench.options(__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=32, help="prompts, each with 8 completions (default 32)")
+    parser.add_argument("--new-tokens", type=int, default=256, help="longest completion (default 256)")
+    parser.add_argument("--slots", type=int, default=32, help="rollout.slots (default 32)")
+    parser.add_argument("--microbatch-rows", type=int, default=8, help="objective.microbatch_rows (default 8)")
+    options = parser.parse_args()
+    results: dict[str, list[Result]] = {}
+    table: list[list[str]] = []
+    for shape in _bench.chosen(options.shape, list(SHAPES)):
+        for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
+            t = options.new_tokens
+            layers = SHAPES[shape].layers
+            work = Work(SHAPES[shape], dtype, options.prompts, 8, 64, t, mean_tokens=round(0.3 * t), scan_unroll=layers)
+            for contenders in pair(work, options):
+                title = f"{shape} {dtype}"
+                group = _bench.compare(__file__, contenders, options)
+                results[f"{title} {contenders[0].role}"] = group
+                table += [*(row(title, r) for r in group), ratio_row(title, *group)]
+            print(f"{shape} {dtype} done", file=sys.stderr)
+    headings = [f"{options.prompts * 8} rows, 64 + at most {t} tokens", "s, median", "s, best", "tokens/s", "useful"]
+    print(_bench.report("Ragged completions", [*headings, *_bench.COMMON_HEADINGS], table, results))
+    if options.out:
+        _bench.save(options.out, results, options)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        {"rollout": serve_rollout, "update": serve_update}[sys.argv[2]](Work.parse(sys.argv[3]))
+    else:
+        main()
