@@ -21,6 +21,7 @@ from rich.table import Table
 from pspo_jax.config import Config, Remat
 from pspo_jax.parallel.devices import KINDS, THIS_MACHINE, Kind, Target, devices_for, has_tpu_compiler, parse_target
 from pspo_jax.parallel.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along
+from pspo_jax.policy.attention import block_size
 from pspo_jax.programs import lower_programs
 from pspo_jax.roofline import rollout_floor, update_floor
 from pspo_jax.setup import Setup, device_bytes, prepare
@@ -213,10 +214,11 @@ def _kept_activations(setup: Setup) -> tuple[float, float]:
     length = setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens
     places = rows * length / mesh["context"]
     projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
-    scores = places * a.heads / tensor * length * (4 + width)
+    block = block_size(length, mesh["context"]) / length
+    scores = places * block * a.heads / tensor * length * (4 + width)
     inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
     kept: dict[Remat, float] = {
-        "none": inside,
+        "none": inside if block == 1 else inside - scores,
         "dots": places * width * (projections + a.width),
         "full": places * width * a.width,
         "offload": 0,

@@ -8,6 +8,11 @@ from jaxtyping import Array, Float, Int
 
 from pspo_jax.policy.base import MASKED
 
+BLOCKS = 8
+"""Parts that the queries of long rows are computed in."""
+LONG = 1024
+"""Places from which on they are."""
+
 
 def attend(
     q: Float[Array, "R S H h"],
@@ -19,11 +24,42 @@ def attend(
 ) -> Float[Array, "R S H h"]:
     """Causal grouped-query attention with a float32 softmax.
 
+    Queries of long rows are taken in blocks, each against the keys up to its end, and computed again in the backward
+    pass: half the work of the whole square, and scores of one block at a time. Not where a mesh splits the places.
+
     Args:
       scale: multiplies q k.
       window: each query sees this many tokens, itself included; None = all before it.
       segments: which of several rows in one a place belongs to: it sees its own; None = there is one.
     """
+    s = q.shape[1]
+    size = block_size(s, jax.sharding.get_abstract_mesh().shape.get("context", 1))
+    if size == s:
+        return _attend_block(q, k, v, segments, window, 0, scale)
+    found = []
+    for start in range(0, s, size):
+        end = min(start + size, s)
+        own = None if segments is None else segments[:, :end]
+        block = jax.checkpoint(_attend_block, static_argnums=(5, 6))
+        found.append(block(q[:, start:end], k[:, :end], v[:, :end], own, window, start, scale))
+    return jnp.concatenate(found, axis=1)
+
+
+def block_size(places: int, context: int) -> int:
+    """Queries that are computed at a time."""
+    return places if places < LONG or context > 1 else -(-places // BLOCKS)
+
+
+def _attend_block(
+    q: Float[Array, "R s H h"],
+    k: Float[Array, "R S K h"],
+    v: Float[Array, "R S K h"],
+    segments: Int[Array, "R S"] | None,
+    window: Int[Array, ""] | None,
+    start: int,
+    scale: float,
+) -> Float[Array, "R s H h"]:
+    """Queries from place `start` on, the last keys' places being theirs."""
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
     # The query heads of one kv head become rows of one matrix product; places are the outer index, so that a mesh that
@@ -31,12 +67,12 @@ def attend(
     q = q.reshape(r, s, kv, m, h).swapaxes(1, 2).reshape(r, kv, s * m, h)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * scale
-    seen = jnp.tril(jnp.ones((s, s), bool))
+    of_query, of_key = start + jnp.arange(s)[:, None], jnp.arange(k.shape[2])
+    seen = of_key <= of_query
     if window is not None:
-        place = jnp.arange(s)
-        seen &= place[:, None] - place < window
+        seen &= of_query - of_key < window
     if segments is not None:
-        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+        seen = seen & (segments[:, None, start:, None] == segments[:, None, None, :])
     seen = jnp.repeat(seen, m, axis=-2)
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pspo_jax.config import PolicyConfig
+from pspo_jax.policy import attention
 from pspo_jax.policy.architecture import Rotary, plain_frequencies
 from pspo_jax.policy.matmul import product
 from pspo_jax.policy.rotary import rope, rotation
@@ -108,6 +109,28 @@ def test_offloaded_inputs_go_to_the_host():
     tokens = jnp.zeros((2, 8), jnp.int32)
     text = str(jax.make_jaxpr(jax.grad(lambda p: policy.hidden(p, tokens).sum()))(params))
     assert "<host>" in text and "<host>" not in text.replace("f32<host>", "")
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_of_queries_change_nothing(window, packed, monkeypatch):
+    """Long rows in blocks against the whole square: results and gradients."""
+    s = 1100
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, s, n, 8)) for i, n in enumerate((4, 2, 2)))
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, s)), axis=1)) if packed else None
+    window = None if window is None else jnp.int32(window)
+
+    def both(q, k, v):
+        return jax.value_and_grad(
+            lambda *args: (attention.attend(*args, 0.3, window, segments) ** 2).sum(), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    in_blocks = jax.jit(both)(q, k, v)
+    assert attention.block_size(s, 1) == 138 and attention.block_size(1023, 1) == 1023
+    assert attention.block_size(s, 2) == s
+    monkeypatch.setattr(attention, "LONG", 10_000)
+    whole = jax.jit(lambda *args: both(*args))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
 
 
 def test_default_policy_has_108864_parameters():
