@@ -36,6 +36,8 @@ class Policy(NamedTuple):
     vocab_size: V.
     frozen_axes: the same for weights that do not train; None = there are none. With frozen weights, the three
         functions above take an `Adapted`.
+    resize(cache, places) -> cache, or None
+        `decoder`'s cache with room for the first `places` tokens of a completion alone, or for more than it had.
     packs: whether `hidden` takes `packed`.
     slots(params, prompts [B, P], lengths [B], (n, s), max_new_tokens) -> (logits [B, V], cache, fill, step), or None
         Like `decoder`, for n x s slots that take one row after another; the prompts are in n equal parts.
@@ -51,6 +53,7 @@ class Policy(NamedTuple):
     axes: Any
     vocab_size: int
     frozen_axes: Any = None
+    resize: Callable[..., Any] | None = None
     packs: bool = False
     slots: Callable[..., Any] | None = None
 

@@ -59,6 +59,17 @@ def group_decoder(
     return _head(a, params, last[:, None])[:, 0], cache, step
 
 
+def resize(cache: list[tuple[Array, Array]], places: int) -> list[tuple[Array, Array]]:
+    """`group_decoder`'s cache with another T."""
+
+    def one(x: Float[Array, "B G K T h"]) -> Float[Array, "B G K places h"]:
+        more = max(0, places - x.shape[3])
+        grown = jnp.pad(x[:, :, :, :places], [(0, 0)] * 3 + [(0, more), (0, 0)])
+        return constrain(grown, "batch", None, "kv_heads", None, None)
+
+    return [(one(k), one(v)) for k, v in cache]
+
+
 def slot_decoder(
     a: Architecture,
     params: Any,

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.base import Adapted, Policy
 from pspo_jax.policy.block import forward, logits_of
-from pspo_jax.policy.decoding import group_decoder, slot_decoder
+from pspo_jax.policy.decoding import group_decoder, resize, slot_decoder
 from pspo_jax.policy.weights import (
     init_weights,
     lora_table,
@@ -41,6 +41,7 @@ def transformer(a: Architecture) -> Policy:
         axes=weight_axes(trained),
         vocab_size=a.vocab_size,
         frozen_axes=weight_axes(base) if adapted else None,
+        resize=resize,
         packs=True,
         slots=lambda params, *args: slot_decoder(a, _unwrap(params)[0], *args),
     )

@@ -16,6 +16,9 @@ from pspo_jax.rollout.draw import draw_tokens
 from pspo_jax.rollout.slots import Drawn, decode
 from pspo_jax.state import Params, Prompts, Rollouts
 
+SMALLEST = 128
+"""Tokens that a cache has room for at least, if completions may be so long."""
+
 
 class SamplingParams(NamedTuple):
     """Settings of a draw. All are traced: changing a value never recompiles."""
@@ -127,13 +130,28 @@ def counting_sampler(
             jnp.zeros(shape[:2], jnp.int32),
         )
         logits = jnp.broadcast_to(logits[:, None], (b, group_size, logits.shape[-1]))
-        end = jax.lax.while_loop(
-            lambda loop: (loop.t + 1 < limit) & loop.alive.any(), body, draw(start, logits, jnp.int32(0))
-        )
+        end = draw(start, logits, jnp.int32(0))
+        for size in sizes(max_new_tokens) if policy.resize else [max_new_tokens]:
+            if policy.resize:
+                end = end._replace(cache=policy.resize(end.cache, size))
+
+            def goes_on(loop: _Loop, size: int = size) -> Bool[Array, ""]:
+                """The last token drawn is not in the cache."""
+                return (loop.t + 1 < jnp.minimum(limit, size + 1)) & loop.alive.any()
+
+            end = jax.lax.while_loop(goes_on, body, end)
         drawn = Drawn(end.tokens, end.log_probs, end.sampling_log_probs, end.lengths, ~end.alive, end.t)
         return _rollouts(prompts, drawn, settings), b * group_size * (1 + drawn.steps)
 
     return sample
+
+
+def sizes(max_new_tokens: int) -> list[int]:
+    """Tokens that a cache has room for, one size after the other: a token pays for what is drawn, not for what may be.
+
+    Each size is a loop of its own and compiles anew, so there are few.
+    """
+    return [max_new_tokens // part for part in (4, 2) if max_new_tokens // part >= SMALLEST] + [max_new_tokens]
 
 
 def _rollouts(prompts: Prompts, drawn: Drawn, settings: SamplingParams) -> Rollouts:

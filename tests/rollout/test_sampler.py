@@ -7,7 +7,7 @@ import pytest
 
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.policy import from_logits
-from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.rollout import SamplingParams, make_sampler, sampler
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 
 EOS, PAD, T = 13, 14, 12
@@ -158,3 +158,17 @@ def test_slots_change_no_row(shape, slots):
         np.testing.assert_array_equal(getattr(at_once, name), getattr(in_turns, name), name)
     for name in ("log_probs", "sampling_log_probs"):
         np.testing.assert_allclose(getattr(at_once, name), getattr(in_turns, name), atol=1e-5, err_msg=name)
+
+
+def test_a_cache_that_grows_changes_no_row(monkeypatch):
+    policy, params, _ = tiny_policy()
+    args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3), limit=11)
+    at_once = make_sampler(policy._replace(resize=None), 4, T, PAD)(*args)
+    assert sampler.sizes(T) == [T] and sampler.sizes(1024) == [256, 512, 1024] and sampler.sizes(300) == [150, 300]
+    monkeypatch.setattr(sampler, "SMALLEST", 2)
+    assert sampler.sizes(T) == [3, 6, T]
+    grown = make_sampler(policy, 4, T, PAD)(*args)
+    lengths = np.asarray(at_once.lengths)
+    assert lengths.min() < 3 and lengths.max() > 6
+    np.testing.assert_array_equal(at_once.tokens, grown.tokens)
+    np.testing.assert_allclose(at_once.log_probs, grown.log_probs, atol=1e-5)
