@@ -16,12 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from pspo_jax.objective.log_probs import chunked_log_probs, pack_rows
 from pspo_jax.parallel.mesh import constrain
+from pspo_jax.policy.attention import LONG
 from pspo_jax.policy.base import Packed, Policy
 from pspo_jax.state import Params
 
 if TYPE_CHECKING:
     from pspo_jax.rows import Rows
 
+_TILE = 128
 ROWS_PER_BIN = 16
 """At most; bounds the loss's arrays, [bins x this, T]."""
 
@@ -68,8 +70,9 @@ def needs_of(rows: Rows) -> Int[Array, "R"]:
 
 
 def bin_length(rows: Rows) -> int:
-    """Places of a bin: as many as the longest row can need."""
-    return rows.prompts.shape[1] + rows.tokens.shape[1] - 1
+    """Places of a bin: as many as the longest row can need; long ones are whole blocks of attention."""
+    needed = rows.prompts.shape[1] + rows.tokens.shape[1] - 1
+    return needed if needed < LONG else -(-needed // _TILE) * _TILE
 
 
 def rows_in(rows: Rows, ids: Int[Array, "b M"]) -> Rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -24,8 +26,9 @@ def attend(
 ) -> Float[Array, "R S H h"]:
     """Causal grouped-query attention with a float32 softmax.
 
-    Queries of long rows are taken in blocks, each against the keys up to its end, and computed again in the backward
-    pass: half the work of the whole square, and scores of one block at a time. Not where a mesh splits the places.
+    Queries of long rows are taken in blocks, which are computed again in the backward pass: scores of one block at a
+    time. A block sees the keys up to its end, half the work of the whole square; where a mesh splits the places, each
+    device takes a part of its own, against all keys.
 
     Args:
       scale: multiplies q k.
@@ -33,33 +36,51 @@ def attend(
       segments: which of several rows in one a place belongs to: it sees its own; None = there is one.
     """
     s = q.shape[1]
-    size = block_size(s, jax.sharding.get_abstract_mesh().shape.get("context", 1))
+    context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    size = block_size(s, context)
     if size == s:
-        return _attend_block(q, k, v, segments, window, 0, scale)
-    found = []
-    for start in range(0, s, size):
-        end = min(start + size, s)
-        own = None if segments is None else segments[:, :end]
-        block = jax.checkpoint(_attend_block, static_argnums=(5, 6))
-        found.append(block(q[:, start:end], k[:, :end], v[:, :end], own, window, start, scale))
-    return jnp.concatenate(found, axis=1)
+        return _attend_block(q, k, v, segments, segments, window, jnp.arange(s), scale)
+    block = jax.checkpoint(_attend_block, static_argnums=7)
+    if context == 1:
+        found = []
+        for start in range(0, s, size):
+            end = min(start + size, s)
+            own, seen = (None, None) if segments is None else (segments[:, start:end], segments[:, :end])
+            places = jnp.arange(start, end)
+            found.append(block(q[:, start:end], k[:, :end], v[:, :end], own, seen, window, places, scale))
+        return jnp.concatenate(found, axis=1)
+
+    def parts(x: Array, axis: int) -> list[Array]:
+        """One part of every device's places after the other."""
+        split = x.reshape(*x.shape[:axis], context, s // size, -1, *x.shape[axis + 1 :])
+        merged = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        return [jnp.take(split, i, axis=axis + 1).reshape(merged) for i in range(s // size)]
+
+    none: list[Any] = [None] * (s // size)
+    each = zip(parts(q, 1), none if segments is None else parts(segments, 1), parts(jnp.arange(s), 0), strict=True)
+    found = [block(own_q, k, v, own, segments, window, places, scale) for own_q, own, places in each]
+    stacked = jnp.stack([x.reshape(x.shape[0], context, -1, *x.shape[2:]) for x in found], axis=2)
+    return stacked.reshape(q.shape)
 
 
 def block_size(places: int, context: int) -> int:
-    """Queries that are computed at a time."""
-    return places if places < LONG or context > 1 else -(-places // BLOCKS)
+    """Queries that are computed at a time, of all devices along context."""
+    if places < LONG or (context > 1 and places % (BLOCKS * context)):
+        return places
+    return -(-places // BLOCKS)
 
 
 def _attend_block(
     q: Float[Array, "R s H h"],
     k: Float[Array, "R S K h"],
     v: Float[Array, "R S K h"],
+    own: Int[Array, "R s"] | None,
     segments: Int[Array, "R S"] | None,
     window: Int[Array, ""] | None,
-    start: int,
+    places: Int[Array, "s"],
     scale: float,
 ) -> Float[Array, "R s H h"]:
-    """Queries from place `start` on, the last keys' places being theirs."""
+    """Queries at some places against keys from place 0 on; `own` = the queries' segments."""
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
     # The query heads of one kv head become rows of one matrix product; places are the outer index, so that a mesh that
@@ -67,12 +88,12 @@ def _attend_block(
     q = q.reshape(r, s, kv, m, h).swapaxes(1, 2).reshape(r, kv, s * m, h)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * scale
-    of_query, of_key = start + jnp.arange(s)[:, None], jnp.arange(k.shape[2])
-    seen = of_key <= of_query
+    before = places[:, None] - jnp.arange(k.shape[2])
+    seen = before >= 0
     if window is not None:
-        seen &= of_query - of_key < window
-    if segments is not None:
-        seen = seen & (segments[:, None, start:, None] == segments[:, None, None, :])
+        seen &= before < window
+    if own is not None and segments is not None:
+        seen = seen & (own[:, None, :, None] == segments[:, None, None, :])
     seen = jnp.repeat(seen, m, axis=-2)
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)

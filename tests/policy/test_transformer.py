@@ -1,11 +1,14 @@
 """The built-in policy against plain formulas, and its table of weights."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.config import PolicyConfig
+from pspo_jax.config import Config, PolicyConfig, replace
+from pspo_jax.parallel.mesh import constrain, make_mesh
 from pspo_jax.policy import attention
 from pspo_jax.policy.architecture import Rotary, plain_frequencies
 from pspo_jax.policy.matmul import product
@@ -127,9 +130,34 @@ def test_blocks_of_queries_change_nothing(window, packed, monkeypatch):
 
     in_blocks = jax.jit(both)(q, k, v)
     assert attention.block_size(s, 1) == 138 and attention.block_size(1023, 1) == 1023
-    assert attention.block_size(s, 2) == s
+    assert attention.block_size(s, 2) == s and attention.block_size(1152, 2) == 144
     monkeypatch.setattr(attention, "LONG", 10_000)
     whole = jax.jit(lambda *args: both(*args))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
+
+
+def test_blocks_of_queries_along_context_change_nothing(monkeypatch):
+    """Each device takes its places in blocks: no device ever has scores of all of its places."""
+    s = 1152
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, s, n, 8)) for i, n in enumerate((4, 2, 2)))
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, s)), axis=1))
+
+    def both(q, k, v):
+        q = constrain(q, "rows", "length", None, None)
+        return jax.value_and_grad(
+            lambda *args: (attention.attend(*args, 0.3, None, segments) ** 2).sum(), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    mesh = make_mesh(replace(Config(), {"mesh.data": 2, "mesh.context": 4}))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both).lower(q, k, v).compile()
+        in_blocks = jax.device_get(compiled(q, k, v))
+    biggest = max(
+        int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    )
+    assert biggest <= 4 * s // 4 // attention.BLOCKS * s * 2
+    monkeypatch.setattr(attention, "LONG", 10_000)
+    whole = jax.jit(both)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
 
 
