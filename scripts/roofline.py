@@ -15,7 +15,15 @@ from pspo_jax.parallel.devices import KINDS, parse_target
 from pspo_jax.roofline import Floor, rollout_floor, traffic, update_floor
 from pspo_jax.setup import prepare
 
-_COLUMNS = ("Devices", "Mesh (data x fsdp x context x tensor)", "Rollout, s", "bound by", "Update, s", "bound by", "Sent, GB")
+_COLUMNS = (
+    "Devices",
+    "data x fsdp x context x tensor",
+    "Rollout, s",
+    "bound by",
+    "Update, s",
+    "bound by",
+    "Sent, GB",
+)
 
 
 def main(argv: Sequence[str]) -> int:

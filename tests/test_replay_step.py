@@ -272,7 +272,10 @@ def test_one_full_round_is_the_plain_step():
     jax.tree.map(np.testing.assert_array_equal, state.selector.own, expected.selector.own)
 
 
-@pytest.mark.parametrize("name", ["uniform", "pps", "prioritized_replay", "mopps", "greso"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopps", "greso")]
+
+
+@pytest.mark.parametrize("name", ["pps", "prioritized_replay", *SLOW])
 def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
     config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)

@@ -168,7 +168,10 @@ def test_signals_save_and_exit_cleanly(child_env, uninterrupted, runs, number):
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize(
     ("algorithm", "more"),
-    [("popo", {"replay__memory": "pinned_host"}), ("dapo", {"rollout__oversampling": 1.5, "replay__name": "fill"})],
+    [
+        ("popo", {"replay__memory": "pinned_host"}),
+        pytest.param("dapo", {"rollout__oversampling": 1.5, "replay__name": "fill"}, marks=pytest.mark.slow),
+    ],
 )
 def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, runs, algorithm, more):
     """Checkpoints are taken between steps, never inside a batch: the documented boundary. Stored and waiting groups are
@@ -198,7 +201,7 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
 @pytest.mark.parametrize(
     ("algorithm", "mesh"),
     [
-        ("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2}),
+        pytest.param("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2}, marks=pytest.mark.slow),
         pytest.param("popo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
         pytest.param("pspo", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
         pytest.param("pspo", {"mesh__fsdp": 4, "rollout__weights": "split"}, marks=pytest.mark.slow),

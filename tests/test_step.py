@@ -70,7 +70,7 @@ def naive_loss(policy, params, rollouts, rewards, config):
     return total / count
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_one_step_equals_a_naive_one(temperature):
     config, policy, state, step, sample = setup(algorithm__name="grpo", rollout__temperature=temperature)
     params = jax.tree.map(jnp.copy, state.params)

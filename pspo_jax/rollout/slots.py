@@ -20,7 +20,7 @@ from pspo_jax.rollout.draw import draw_tokens
 from pspo_jax.state import Params, Prompts
 
 CHUNK = 16
-"""Tokens between two refills; a row that ends waits for the next one."""
+"""Tokens between two refills at most, for which a row that has ended waits; or a 32nd of the longest completion."""
 
 
 class Drawn(NamedTuple):
@@ -79,6 +79,7 @@ def decode(
     keys = row_keys.reshape(shards, r)
     limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
     here = jnp.arange(shards)[:, None]
+    chunk = max(1, min(CHUNK, max_new_tokens // 32))
 
     def append(loop: _Loop, logits: Float[Array, "n s V"], to: Bool[Array, "n s"], t: Int[Array, "n s"]) -> _Loop:
         """Draw token t of the slots in `to`."""
@@ -124,7 +125,7 @@ def decode(
 
     def body(loop: _Loop) -> _Loop:
         waits = (~loop.alive).any() & (loop.pending < r).any()
-        return jax.lax.fori_loop(0, CHUNK, one, jax.lax.cond(waits, refill, lambda x: x, loop))
+        return jax.lax.fori_loop(0, chunk, one, jax.lax.cond(waits, refill, lambda x: x, loop))
 
     zeros = jnp.zeros((shards, r, max_new_tokens))
     out = Drawn(

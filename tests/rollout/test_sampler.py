@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspo_jax.config import Config, replace
 from pspo_jax.objective.log_probs import completion_log_probs
+from pspo_jax.parallel.mesh import make_mesh, params_shardings
 from pspo_jax.policy import from_logits
-from pspo_jax.rollout import SamplingParams, make_sampler, sampler
+from pspo_jax.rollout import SamplingParams, counting_sampler, make_sampler, sampler
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 
 EOS, PAD, T = 13, 14, 12
@@ -172,3 +174,30 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
     assert lengths.min() < 3 and lengths.max() > 6
     np.testing.assert_array_equal(at_once.tokens, grown.tokens)
     np.testing.assert_allclose(at_once.log_probs, grown.log_probs, atol=1e-5)
+
+
+def test_slots_on_eight_devices_change_no_row():
+    """Each device refills its own slots, from its own rows."""
+    policy, params, _ = tiny_policy()
+    args = random_prompts(8, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, 5), limit=10)
+    at_once = make_sampler(policy, 4, T, PAD)(params, *args)
+    mesh = make_mesh(replace(Config(), {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, params_shardings(mesh, params, policy.axes))
+        in_turns = make_sampler(policy, 4, T, PAD, slots=8)(split, *args)
+        with pytest.raises(ValueError, match=r"rollout.slots=6: must be a multiple of the 4 devices"):
+            make_sampler(policy, 4, T, PAD, slots=6)(split, *args)
+    np.testing.assert_array_equal(at_once.tokens, in_turns.tokens)
+    np.testing.assert_array_equal(at_once.ended, in_turns.ended)
+    np.testing.assert_allclose(at_once.log_probs, in_turns.log_probs, atol=1e-5)
+
+
+def test_useful_tokens_are_counted():
+    """Slots compute less than a batch that waits for its longest row."""
+    policy, params, _ = tiny_policy()
+    args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, 5), limit=10)
+    (rows, all_at_once), (_, in_turns) = (jax.jit(counting_sampler(policy, 4, T, PAD, s))(*args) for s in (None, 2))
+    assert int(all_at_once) == rows.lengths.size * int(rows.lengths.max())
+    assert int(rows.lengths.sum()) <= int(in_turns) < int(all_at_once)
+    with pytest.raises(ValueError, match=r"rollout.slots: this policy has no `slots`"):
+        make_sampler(policy._replace(slots=None), 4, T, PAD, slots=2)(*args)
