@@ -17,7 +17,6 @@ from pspo_jax.config import Config
 from pspo_jax.evaluation.heldout import evaluate, gather
 from pspo_jax.io.completions import completion_lines
 from pspo_jax.io.run_folder import RunLog, crc
-from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.programs import Programs, without_ring
@@ -106,7 +105,7 @@ def one_step(
         state = _ring_to_host(setup, state)
     if programs.collect is not None:
         values["rollouts/rounds"] = len(rounds)
-    values |= _accounts(setup, totals, values, times, rounds)
+    values |= _accounts(setup, programs, totals, values, times, rounds)
     if c.run.fingerprint:
         values |= _fingerprints(state, rounds)
     if advantages is not None:
@@ -118,10 +117,10 @@ def one_step(
 
 
 def _accounts(
-    setup: Setup, totals: Totals, values: Values, times: dict[str, float], rounds: list[_Round]
+    setup: Setup, programs: Programs, totals: Totals, values: Values, times: dict[str, float], rounds: list[_Round]
 ) -> dict[str, Any]:
     """What a step cost, its rewards, and the learning rate."""
-    c, more = setup.config, dict(values)
+    more = dict(values)
     prompts = setup.task.train.lengths
     count(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
     if rounds:
@@ -129,8 +128,8 @@ def _accounts(
         more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / times["rollout"]
     more |= {f"time/{name}": seconds for name, seconds in times.items()}
     more["step_time"] = sum(times.values())
-    rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
-    more["learning_rate"] = float(rate(max(values["updates"] - 1, 0)))
+    before = hosts.put(np.int32(max(values["updates"] - 1, 0)), replicated(setup.mesh))
+    more["learning_rate"] = float(hosts.whole(programs.learning_rate(before)))
     return more
 
 

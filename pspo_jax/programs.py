@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pspo_jax.config import round_prompts
 from pspo_jax.io.progress import Progress
+from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 from pspo_jax.setup import Setup
@@ -33,6 +34,8 @@ class Programs(NamedTuple):
     """(state without its ring, rollouts, rewards) -> advantages, for the dumps of completions."""
     survey: Callable[..., Any]
     """(selector state, step) -> scalars and histograms of all prompts."""
+    learning_rate: Callable[..., Any]
+    """Updates before one -> its learning rate."""
     collect: Callable[..., Any] | None = None
     """(state without its ring, rollouts, rewards) -> (such a state, metrics): a round of dynamic sampling, or None."""
 
@@ -82,6 +85,8 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec, step_spec)
     survey_jit = jax.jit(strategy.survey, out_shardings=whole)
     lowered["survey"] = survey_jit.lower(setup.abstract.selector, step_spec)
+    rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
+    lowered["learning_rate"] = jax.jit(rate, out_shardings=whole).lower(step_spec)
 
     def lower(fn: Any, *args: Any) -> tuple[Any, Any]:
         """A program whose results are sharded by rows, and their specs."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pspo_jax.config import RolloutConfig
@@ -36,13 +37,15 @@ class SamplingParams(NamedTuple):
     def of(config: RolloutConfig, stop_ids: Any, temperature: float | None = None) -> SamplingParams:
         """A config's settings, as arrays of fixed types; greedy decoding (temperature=0) keeps no truncation."""
         t = config.temperature if temperature is None else temperature
-        return SamplingParams(
-            jnp.float32(t),
-            jnp.float32(config.top_p if t else 1.0),
-            jnp.int32(config.top_k if t else 0),
-            jnp.asarray(stop_ids, jnp.int32),
-            jnp.int32(config.max_new_tokens),
+        build: Any = SamplingParams
+        values = build(
+            np.float32(t),
+            np.float32(config.top_p if t else 1.0),
+            np.int32(config.top_k if t else 0),
+            np.asarray(stop_ids, np.int32),
+            np.int32(config.max_new_tokens),
         )
+        return jax.device_put(values)
 
 
 class _Loop(NamedTuple):
