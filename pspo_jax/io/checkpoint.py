@@ -201,14 +201,14 @@ def save_folder(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
     if hosts.leads():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    hosts.wait_for_all("partial folder")
+    hosts.wait_for_all(f"partial {folder}")
     ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
     metadata = {**metadata, "checksums": named_checksums(params)}
     if hosts.leads():
         (partial / "settings.json").write_text(json.dumps(metadata, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    hosts.wait_for_all("whole folder")
+    hosts.wait_for_all(f"whole {folder}")
 
 
 def load_folder(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | None:

@@ -24,6 +24,8 @@ from pspo_jax.config import Config, ConfigError
 
 _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
+BARRIER_SECONDS = 900.0
+"""How long processes wait for each other where files change hands; the slowest may be writing a checkpoint."""
 _LAST_WORDS_SECONDS = 5.0
 """How long a process that failed waits for the others to read why, before its end ends them."""
 
@@ -155,10 +157,24 @@ def any_says(flag: bool) -> bool:
     return flag if count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
 
 
-def wait_for_all(name: str) -> None:
-    """Return when every process is here."""
-    if count() > 1:
-        multihost_utils.sync_global_devices(name)
+def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
+    """Return when every process is here; each place has a name of its own.
+
+    Raises:
+      TimeoutError: not all came in time.
+    """
+    if count() == 1:
+        return
+    from jax._src.distributed import global_state  # no public name for its barriers
+
+    client: Any = global_state.client
+    try:
+        client.wait_at_barrier(f"pspo_jax/{name}", int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise TimeoutError(
+            f"process {jax.process_index()} waited {seconds:.0f} s for the others at {name!r}: {why}"
+        ) from error
 
 
 @contextmanager
