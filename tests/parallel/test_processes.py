@@ -1,6 +1,8 @@
 """One run as several real processes: the same results, one failure for all, a stop at one step, another topology."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.helpers import relative
-from tests.parallel.processes import finish_all, launch, output
+from tests.parallel.processes import finish_all, free_port, launch, output
 from tests.test_run import _wait_for_step, finish, metrics, params, start
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -131,6 +133,32 @@ def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, r
     if "stopped after step" in output(folder, 0):
         finish_all(folder, launch(child_env, folder, 2, 4, **fields))
     assert metrics(folder) == metrics(whole)
+
+
+WAITS = """
+import sys, time, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pspo_jax.parallel import hosts
+hosts.wait_for_all("here")
+if sys.argv[2] == "1":
+    time.sleep(4)
+else:
+    try:
+        hosts.wait_for_all("there", 1)
+    except TimeoutError as error:
+        print(error)
+"""
+
+
+def test_a_barrier_ends_when_a_process_does_not_come(child_env):
+    address = f"127.0.0.1:{free_port()}"
+    env = child_env | {"PYTHONPATH": str(REPO)}
+    late, waits = (
+        subprocess.Popen([sys.executable, "-c", WAITS, address, number], env=env, stdout=subprocess.PIPE, text=True)
+        for number in ("1", "0")
+    )
+    assert "process 0 waited 1 s for the others at 'there'" in waits.communicate(timeout=60)[0]
+    late.communicate(timeout=60)
 
 
 @pytest.mark.slow
