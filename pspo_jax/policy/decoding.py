@@ -77,11 +77,11 @@ def slot_decoder(
     lengths: Int[Array, "B"],
     slots: tuple[int, int],
     max_new_tokens: int,
-) -> tuple[Float[Array, "B V"], Any, Callable[..., Any], Callable[..., Any]]:
+) -> tuple[Float[Array, "B V"], Any, Any, Callable[..., Any], Callable[..., Any]]:
     """See Policy.slots.
 
-    The cache: each slot's prompt length, and per layer its prompt's keys and values [S, K, P, h] and its own
-    [S, K, T, h], a ring over the steps.
+    Taken are each slot's prompt length, and per layer its prompt's keys and values [S, K, P, h]. The cache has its own
+    keys and values [S, K, T, h] per layer, a ring over the steps.
     """
     last, prefixes = _prefill(a, params, prompts, lengths)
     params, layers = _for_decoding(a, params)
@@ -90,31 +90,28 @@ def slot_decoder(
     own = constrain(jnp.zeros(shape, jnp.dtype(a.compute_dtype)), "batch", "kv_heads", None, None)
     of_prompt = jnp.zeros((n * s, *prefixes[0][0].shape[1:]), own.dtype)
     of_prompt = constrain(of_prompt, "batch", "kv_heads", None, None)
-    cache = jnp.ones(n * s, lengths.dtype), [(of_prompt, of_prompt, own, own) for _ in range(a.layers)]
+    taken = jnp.ones(n * s, lengths.dtype), [(of_prompt, of_prompt) for _ in range(a.layers)]
+    cache = [(own, own) for _ in range(a.layers)]
 
-    def fill(cache: Any, prompt: Int[Array, "n s"], fresh: Bool[Array, "n s"]) -> Any:
-        def taken(new: Array, old: Array) -> Array:
+    def fill(taken: Any, prompt: Int[Array, "n s"], fresh: Bool[Array, "n s"]) -> Any:
+        def take(new: Array, old: Array) -> Array:
             """Each part's slots take from its own prompts: nothing crosses devices."""
             found = jax.vmap(lambda x, i: x[i])(new.reshape(n, -1, *new.shape[1:]), prompt).reshape(old.shape)
             return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), found, old)
 
-        before, blocks = cache
-        return taken(lengths, before), [
-            (taken(k, old_k), taken(v, old_v), *rest)
-            for (k, v), (old_k, old_v, *rest) in zip(prefixes, blocks, strict=True)
-        ]
+        return jax.tree.map(take, (lengths, prefixes), taken)
 
     def step(
-        cache: Any, tokens: Int[Array, "n s"], t: Int[Array, "n s"], steps: Int[Array, ""]
+        taken: Any, cache: Any, tokens: Int[Array, "n s"], t: Int[Array, "n s"], steps: Int[Array, ""]
     ) -> tuple[Float[Array, "n s V"], Any]:
-        before, blocks = cache
+        before, of_prompts = taken
         x, t = _embedded(a, params, tokens.reshape(-1, 1)), t.reshape(-1)
         at = [rotation((before + t)[:, None], rotary) for rotary in a.rotaries]
         column = steps % max_new_tokens
         age = (column - jnp.arange(max_new_tokens)) % max_new_tokens
         ages = jnp.where(age <= t[:, None], age, -1)
-        new_blocks = []
-        for i, (w, (prefix_k, prefix_v, keys, values)) in enumerate(zip(layers, blocks, strict=True)):
+        new_cache = []
+        for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, of_prompts, cache, strict=True)):
             q, k, v = qkv(a, w, x, at[a.layer_rotary[i]])
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), column, axis=2)
             values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), column, axis=2)
@@ -131,11 +128,11 @@ def slot_decoder(
                 ages,
             )
             x = finish_block(a, w, x, mixed, split=a.split_decode)
-            new_blocks.append((prefix_k, prefix_v, keys, values))
+            new_cache.append((keys, values))
         logits = _head(a, params, norm(a, params, "final_norm", x))
-        return logits.reshape(n, s, -1), (before, new_blocks)
+        return logits.reshape(n, s, -1), new_cache
 
-    return _head(a, params, last[:, None])[:, 0], cache, fill, step
+    return _head(a, params, last[:, None])[:, 0], taken, cache, fill, step
 
 
 def _prefill(

@@ -47,7 +47,10 @@ class _Loop(NamedTuple):
     """Place of `last` in its completion."""
     last: Int[Array, "n s"]
     alive: Bool[Array, "n s"]
+    taken: Any
+    """What each slot has of its row's prompt."""
     cache: Any
+    """What each slot has of its row's completion."""
     out: Drawn
     """[n, r, ...]"""
 
@@ -75,17 +78,25 @@ def decode(
         raise ValueError(f"rollout.slots={slots}: must be a multiple of the {shards} devices that share the batch")
     b = prompts.tokens.shape[0]
     r, s = b * group_size // shards, slots // shards
-    logits, cache, fill, step = policy.slots(params, prompts.tokens, prompts.lengths, (shards, s), max_new_tokens)
+    logits, taken, cache, fill, step = policy.slots(
+        params, prompts.tokens, prompts.lengths, (shards, s), max_new_tokens
+    )
     keys = row_keys.reshape(shards, r)
     limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
     here = jnp.arange(shards)[:, None]
     chunk = max(1, min(CHUNK, max_new_tokens // 32))
 
-    def append(loop: _Loop, logits: Float[Array, "n s V"], to: Bool[Array, "n s"], t: Int[Array, "n s"]) -> _Loop:
-        """Draw token t of the slots in `to`."""
-        own = keys[here, jnp.minimum(loop.row, r - 1)]
+    def draw(
+        logits: Float[Array, "n s V"], rows: Int[Array, "n s"], t: Int[Array, "n s"]
+    ) -> tuple[Array, Array, Array]:
+        """Token t of each slot's row, and its log-probs."""
+        own = keys[here, jnp.minimum(rows, r - 1)]
         uniform = jax.vmap(jax.vmap(lambda key, place: jax.random.uniform(jax.random.fold_in(key, place))))(own, t)
-        token, log_prob, sampling = draw_tokens(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+        return draw_tokens(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+
+    def append(loop: _Loop, drawn: tuple[Array, Array, Array], to: Bool[Array, "n s"], t: Int[Array, "n s"]) -> _Loop:
+        """Give the slots in `to` their token t."""
+        token, log_prob, sampling = drawn
         row = jnp.where(to, loop.row, r)  # r is out of bounds: dropped
         stop = (token[..., None] == settings.stop_ids).any(axis=-1)
 
@@ -107,25 +118,30 @@ def decode(
         )
 
     def refill(loop: _Loop) -> _Loop:
-        free = ~loop.alive
-        wanted = loop.pending[:, None] + jnp.cumsum(free, axis=1) - 1
-        fresh = free & (wanted < r)
-        loop = loop._replace(
-            row=jnp.where(fresh, wanted, loop.row), pending=loop.pending + fresh.sum(axis=1, dtype=jnp.int32)
-        )
-        prompt = jnp.minimum(loop.row, r - 1) // group_size
-        loop = loop._replace(cache=fill(loop.cache, prompt, fresh))
-        first = jax.vmap(lambda x, i: x[i])(logits.reshape(shards, -1, logits.shape[-1]), prompt)
-        return append(loop, first, fresh, jnp.zeros_like(loop.t))
+        """Pending rows for slots that have none alive. What crosses the cond is copied: not the slots' own caches."""
+        wanted = loop.pending[:, None] + jnp.cumsum(~loop.alive, axis=1) - 1
+        fresh = ~loop.alive & (wanted < r)
+        row, at_first = jnp.where(fresh, wanted, loop.row), jnp.zeros_like(loop.t)
+
+        def take(taken: Any) -> tuple[Any, tuple[Array, Array, Array]]:
+            prompt = jnp.minimum(row, r - 1) // group_size
+            first = jax.vmap(lambda x, i: x[i])(logits.reshape(shards, -1, logits.shape[-1]), prompt)
+            return fill(taken, prompt, fresh), draw(first, row, at_first)
+
+        def leave(taken: Any) -> tuple[Any, tuple[Array, Array, Array]]:
+            return taken, (at_first, jnp.zeros(row.shape), jnp.zeros(row.shape))
+
+        taken, drawn = jax.lax.cond(fresh.any(), take, leave, loop.taken)
+        pending = loop.pending + fresh.sum(axis=1, dtype=jnp.int32)
+        return append(loop._replace(row=row, pending=pending, taken=taken), drawn, fresh, at_first)
 
     def one(_: Array, loop: _Loop) -> _Loop:
-        logits, cache = step(loop.cache, loop.last, loop.t, loop.steps)
+        logits, cache = step(loop.taken, loop.cache, loop.last, loop.t, loop.steps)
         loop = loop._replace(cache=cache, steps=loop.steps + 1)
-        return append(loop, logits, loop.alive, loop.t + 1)
+        return append(loop, draw(logits, loop.row, loop.t + 1), loop.alive, loop.t + 1)
 
     def body(loop: _Loop) -> _Loop:
-        waits = (~loop.alive).any() & (loop.pending < r).any()
-        return jax.lax.fori_loop(0, chunk, one, jax.lax.cond(waits, refill, lambda x: x, loop))
+        return jax.lax.fori_loop(0, chunk, one, refill(loop))
 
     zeros = jnp.zeros((shards, r, max_new_tokens))
     out = Drawn(
@@ -137,7 +153,7 @@ def decode(
         jnp.int32(0),
     )
     none = jnp.zeros((shards, s), jnp.int32)
-    start = _Loop(jnp.int32(0), jnp.zeros(shards, jnp.int32), none + r, none, none, none > 0, cache, out)
+    start = _Loop(jnp.int32(0), jnp.zeros(shards, jnp.int32), none + r, none, none, none > 0, taken, cache, out)
     start = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x, start)
     end = jax.lax.while_loop(lambda loop: loop.alive.any() | (loop.pending < r).any(), body, start)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim else x, end.out)
