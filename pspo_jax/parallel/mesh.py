@@ -42,9 +42,15 @@ RULES: dict[str, Any] = {
 }
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """PartitionSpec of logical axes."""
-    return PartitionSpec(*(RULES[a] if a else None for a in axes))
+def spec(axes: tuple[str | None, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+    """PartitionSpec of logical axes on a mesh of this shape; axes that it lacks split nothing."""
+    return PartitionSpec(*(_on(mesh, RULES[a]) if a else None for a in axes))
+
+
+def _on(mesh: Mapping[str, int], rule: str | tuple[str, ...] | None) -> Any:
+    if rule is None or isinstance(rule, str):
+        return rule if rule in mesh else None
+    return tuple(axis for axis in rule if axis in mesh) or None
 
 
 def make_mesh(config: Config, shape: Any = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -135,9 +141,8 @@ def microbatch_size(rows: int, at_most: int) -> int:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin the layout of an array inside jit; without a mesh in context, nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, mesh.shape))
 
 
 def gather_for_decode(w: jax.Array, axes: tuple[str | None, ...], split: bool) -> jax.Array:
@@ -158,7 +163,7 @@ def params_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
     if axes is None:
         return jax.tree.map(lambda _: replicated(mesh), params)
     return jax.tree.map(
-        lambda names, _: NamedSharding(mesh, spec(names)),
+        lambda names, _: NamedSharding(mesh, spec(names, mesh.shape)),
         axes,
         params,
         is_leaf=lambda x: isinstance(x, tuple),
@@ -175,7 +180,7 @@ def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
 
     def one(x: Any) -> NamedSharding:
         split = x.ndim > 0 and x.shape[0] == rows and rows // FANOUT % shards == 0
-        return NamedSharding(mesh, PartitionSpec(ROWS) if split else PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)) if split else PartitionSpec())
 
     return jax.tree.map(one, tree)
 
@@ -186,11 +191,11 @@ def groups_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def one(x: Any) -> NamedSharding:
         split = x.ndim > 0 and x.shape[0] % shards == 0
-        return NamedSharding(mesh, PartitionSpec(ROWS) if split else PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)) if split else PartitionSpec())
 
     return jax.tree.map(one, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)))
