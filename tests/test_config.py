@@ -166,3 +166,11 @@ def test_settings_of_real_models_that_contradict(argv, words):
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_former_value_of_remat_is_read_from_a_run_folder(tmp_path):
+    """It was a truth value once; resuming, evaluation and export read such files."""
+    for former, now in (("true", "full"), ("false", "none"), ("offload", "offload")):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"policy: {{remat: {former}}}\n")
+        assert parse("--config", str(path)).policy.remat == now

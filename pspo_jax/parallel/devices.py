@@ -23,7 +23,8 @@ class Kind(NamedTuple):
     bandwidth: float
     """Of its memory, bytes/s."""
     link: float
-    """To the other devices of a slice or a machine, bytes/s in one direction, all its links together."""
+    """To the other devices of a slice or a machine, bytes/s in one direction, all its links together: half of what is
+    stated for both."""
     cores: int = 1
     """By how many a slice's name counts a device: v5p-8 has four."""
 
