@@ -1,4 +1,4 @@
-"""What the benchmarks share: model shapes, worker processes, the quiet gate, and tables.
+"""What the benchmarks share: model shapes, worker processes, the quiet gate, and lines of JSON.
 
 A contender lives in a process of its own, run by the interpreter that has its packages. It does its first
 call (imports, compilation, warm-up), then sleeps on stdin; each request makes it do a number of timed calls.
@@ -193,12 +193,15 @@ class Contender:
     python: str
     work: Work
     note: str = ""
+    ours: bool = False
+    """Peers are divided by this one."""
 
 
 @dataclass
 class Result:
     name: str
     note: str
+    ours: bool
     about: dict[str, Any]
     first_call_cold: float
     first_call_cached: float | None
@@ -321,14 +324,14 @@ def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, 
         wait_quiet(patience)
         worker = Worker(script, contender)
         cached = worker.first_call
-    return worker, Result(contender.name, contender.note, worker.about, cold, cached)
+    return worker, Result(contender.name, contender.note, contender.ours, worker.about, cold, cached)
 
 
 # Output
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks have."""
+def options(description: str, tunix: bool = False) -> argparse.ArgumentParser:
+    """The options that the benchmarks have in common."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
@@ -342,7 +345,11 @@ def options(description: str) -> argparse.ArgumentParser:
         default=sys.executable,
         help="interpreter that has the peer's packages (default: this one)",
     )
-    parser.add_argument("--out", type=Path, help="write all repetitions as JSON to this file")
+    if tunix:
+        parser.add_argument(
+            "--tunix-python", default=sys.executable, help="interpreter that has google-tunix (default: this one)"
+        )
+    parser.add_argument("--out", type=Path, help="append the lines to this .jsonl file; see bench_tables.py")
     return parser
 
 
@@ -350,40 +357,62 @@ def chosen(value: str, every: Sequence[str]) -> list[str]:
     return list(every) if value == "both" else [value]
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its first column to the left and the rest to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def lacks(name: str, python: str, modules: Sequence[str], option: str) -> bool:
+    """Whether an interpreter lacks a contender's packages; says so, since the contender is skipped then."""
+    try:
+        gone = missing(python, modules)
+    except OSError as error:
+        gone = [f"interpreter ({error.strerror})"]
+    if gone:
+        print(f"{name} skipped: {python} has no {', '.join(gone)}; see {option}", file=sys.stderr)
+    return bool(gone)
 
 
-def common_cells(result: Result) -> list[str]:
-    """Cells of COMMON_HEADINGS."""
-    cached = "" if result.first_call_cached is None else f" / {result.first_call_cached:.1f}"
+def measurement(bench: str, case: str, result: Result, **values: float) -> dict[str, Any]:
+    """A line of JSON: one contender at one piece of work. `values` are numbers derived from its calls."""
     used = result.used()
-    quiet = sum(r.quiet for r in result.repetitions)
-    return [
-        f"{100 * result.spread():.0f} %",
-        f"{result.first_call_cold:.1f}{cached}",
-        f"{result.peak_rss_mib / 1024:.2f}",
-        f"{max(r.foreign_cores for r in used):.2f}",
-        f"{quiet} of {len(result.repetitions)}" + (" (NOISY)" if result.noisy() else ""),
-    ]
+    return {
+        "bench": bench,
+        "case": case,
+        "contender": result.name,
+        "note": result.note.strip(),
+        "ours": result.ours,
+        "seconds": {"median": result.median(), "best": result.least(), "spread": result.spread()},
+        "values": values,
+        "first_call": {"cold": result.first_call_cold, "cached": result.first_call_cached},
+        "peak_rss_mib": result.peak_rss_mib,
+        "foreign_cores": max(r.foreign_cores for r in used),
+        "quiet_runs": sum(r.quiet for r in result.repetitions),
+        "runs": len(result.repetitions),
+        "repetitions": [r.mean() for r in result.repetitions],
+        "machine": machine(),
+        "versions": result.about,
+    }
 
 
-COMMON_HEADINGS = ["spread", "first call s, cold / cached", "peak RSS GiB", "foreign cores", "quiet runs"]
+def emit(lines: Sequence[dict[str, Any]], out: Path | None) -> None:
+    """Print measurements, a line each, and append them to a file as soon as they are there."""
+    text = "".join(json.dumps(rounded(line)) + "\n" for line in lines)
+    print(text, end="", flush=True)
+    if out:
+        with out.open("a") as f:
+            f.write(text)
 
 
-def report(title: str, headings: Sequence[str], rows: list[list[str]], results: dict[str, list[Result]]) -> str:
-    """Machine, versions and table as Markdown."""
-    about: dict[str, Any] = {}
-    for group in results.values():
-        for result in group:
-            about |= result.about
-    facts = [f"{k} {v}" for k, v in (machine() | about).items()]
-    return f"## {title}\n\n{', '.join(facts)}\n\n{markdown(headings, rows)}\n"
+def rounded(value: Any) -> Any:
+    """Floats to six digits, for reading; NaN as null, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
-def save(path: Path, results: dict[str, list[Result]], arguments: argparse.Namespace) -> None:
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("peer_python", "out")}
-    groups = {k: [asdict(r) for r in v] for k, v in results.items()}
-    path.write_text(json.dumps({"machine": machine(), "settings": settings, "results": groups}, indent=1) + "\n")
+def check_tokens(group: Sequence[Result], tokens: int) -> None:
+    """Every call must have drawn every token: a row that stops early would be counted as speed."""
+    for result in group:
+        drawn = {call["tokens"] for repetition in result.repetitions for call in repetition.calls}
+        if drawn != {tokens}:
+            raise SystemExit(f"{result.name} drew {drawn} tokens, not {tokens}")

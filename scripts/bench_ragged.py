@@ -1,6 +1,6 @@
 """Completions of very different lengths, on CPU: refilled slots beside a static batch, packed updates beside padded.
 
-    python scripts/bench_ragged.py --shape tiny --out ragged.json
+    python scripts/bench_ragged.py --shape tiny --out bench.jsonl
 
 Each token ends a row with a probability that makes lengths geometric, with a mean of .3 of the longest. Both contenders
 of a pair draw the same rows from the same keys. docs/performance.md says how the numbers are taken.
@@ -8,6 +8,7 @@ of a pair draw the same rows from the same keys. docs/performance.md says how th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import time
@@ -82,38 +83,25 @@ def serve_update(work: Work) -> None:
     _bench.serve(channel, call, our_about())
 
 
-def row(title: str, result: Result) -> list[str]:
+def pairs(work: Work, options: argparse.Namespace) -> list[tuple[Contender, Contender]]:
+    """What is measured in turns: without and with refilled slots, without and with packing."""
+    slots, rows = options.slots, options.microbatch_rows
+    static = Contender(STATIC, "rollout", sys.executable, work, f"({work.rows} rows)")
+    refilled = dataclasses.replace(work, slots=slots)
+    padded = dataclasses.replace(work, microbatch_rows=rows)
+    packed = dataclasses.replace(padded, packing=True)
+    bins = f"({rows} bins a microbatch)"
     return [
-        f"{title}: {result.name}{result.note}",
-        f"{result.median():.3f}",
-        f"{result.least():.3f}",
-        f"{result.median('tokens') / result.median():,.0f}",
-        f"{result.median('useful'):.2f}",
-        *_bench.common_cells(result),
+        (static, Contender(SLOTS, "rollout", sys.executable, refilled, f"({slots} of {work.rows} rows)", ours=True)),
+        (
+            Contender(PADDED, "update", sys.executable, padded, f"({rows} rows a microbatch)"),
+            Contender(PACKED, "update", sys.executable, packed, bins, ours=True),
+        ),
     ]
 
 
-def ratio_row(title: str, before: Result, after: Result) -> list[str]:
-    warning = "NOISY" if before.noisy() or after.noisy() else ""
-    ratios = [f"**{b / a:.2f}x**" for b, a in ((before.median(), after.median()), (before.least(), after.least()))]
-    return [f"{title}: ratio", *ratios, "", "", "", "", "", "", warning]
-
-
-def pair(work: Work, options: object) -> list[list[Contender]]:
-    def contender(name: str, role: str, note: str, **fields: object) -> Contender:
-        return Contender(name, role, sys.executable, dataclasses.replace(work, **fields), note)
-
-    slots, rows = options.slots, options.microbatch_rows  # type: ignore[attr-defined]
-    return [
-        [
-            contender(STATIC, "rollout", f" ({work.rows} rows)"),
-            contender(SLOTS, "rollout", f" ({slots} of {work.rows} rows)", slots=slots),
-        ],
-        [
-            contender(PADDED, "update", f" ({rows} rows a microbatch)", microbatch_rows=rows),
-            contender(PACKED, "update", f" ({rows} bins a microbatch)", microbatch_rows=rows, packing=True),
-        ],
-    ]
+def values(result: Result) -> dict[str, float]:
+    return {"tokens_per_s": result.median("tokens") / result.median(), "useful": result.median("useful")}
 
 
 def main() -> None:
@@ -123,23 +111,16 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32, help="rollout.slots (default 32)")
     parser.add_argument("--microbatch-rows", type=int, default=8, help="objective.microbatch_rows (default 8)")
     options = parser.parse_args()
-    results: dict[str, list[Result]] = {}
-    table: list[list[str]] = []
+    t = options.new_tokens
     for shape in _bench.chosen(options.shape, list(SHAPES)):
         for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
-            t = options.new_tokens
             layers = SHAPES[shape].layers
             work = Work(SHAPES[shape], dtype, options.prompts, 8, 64, t, mean_tokens=round(0.3 * t), scan_unroll=layers)
-            for contenders in pair(work, options):
-                title = f"{shape} {dtype}"
-                group = _bench.compare(__file__, contenders, options)
-                results[f"{title} {contenders[0].role}"] = group
-                table += [*(row(title, r) for r in group), ratio_row(title, *group)]
-            print(f"{shape} {dtype} done", file=sys.stderr)
-    headings = [f"{options.prompts * 8} rows, 64 + at most {t} tokens", "s, median", "s, best", "tokens/s", "useful"]
-    print(_bench.report("Ragged completions", [*headings, *_bench.COMMON_HEADINGS], table, results))
-    if options.out:
-        _bench.save(options.out, results, options)
+            for pair in pairs(work, options):
+                case = f"{shape} {dtype}, {work.rows} x at most {t}, {pair[0].role}"
+                group = _bench.compare(__file__, list(pair), options)
+                _bench.emit([_bench.measurement("ragged", case, r, **values(r)) for r in group], options.out)
+                print(f"{case} done", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Rollout tokens/s: this package's sampler beside Hugging Face `generate`, on CPU.
+"""Rollout tokens/s: this package's sampler beside Hugging Face `generate` and Tunix, on CPU.
 
-    python scripts/bench_rollout.py --peer-python PATH_TO_PYTHON_WITH_TORCH --out rollout.json
+    python scripts/bench_rollout.py --peer-python PYTHON_WITH_TORCH --tunix-python PYTHON_WITH_TUNIX --out bench.jsonl
 
-Both draw 64 new tokens for 8 samples of each of 8 prompts of 64 tokens, at temperature 1 and with no stop
+Each draws 64 new tokens for 8 samples of each of 8 prompts of 64 tokens, at temperature 1 and with no stop
 token, from random weights of the same shape. docs/performance.md says how the numbers are taken.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
 import tempfile
 import time
@@ -15,7 +17,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import _bench
-from _bench import SHAPES, Channel, Contender, Result, Work
+from _bench import SHAPES, Channel, Contender, Work
+from _tunix import NAME as TUNIX
+from _tunix import serve_rollout as serve_tunix
 
 if TYPE_CHECKING:
     from pspo_jax.config import Config
@@ -146,57 +150,37 @@ def serve_peer(work: Work) -> None:
     _bench.serve(channel, call, torch_about())
 
 
-def row(shape: str, dtype: str, result: Result, rows_tokens: int) -> list[str]:
-    cells = [f"{rows_tokens / t:,.0f}" for t in (result.median(), result.least())]
-    return [f"{shape} {dtype}: {result.name}", *cells, *_bench.common_cells(result)]
-
-
-def ratio_row(shape: str, dtype: str, ours: Result, peer: Result) -> list[str]:
-    cells = [f"**{p / o:.2f}x**" for o, p in ((ours.median(), peer.median()), (ours.least(), peer.least()))]
-    warning = "NOISY" if ours.noisy() or peer.noisy() else ""
-    return [f"{shape} {dtype}: ratio", *cells, *[""] * (len(_bench.COMMON_HEADINGS) - 1), warning]
+def contenders(shape: str, dtype: str, peers: list[str], options: argparse.Namespace, cache: str) -> list[Contender]:
+    """Ours, then the peers that are there."""
+    work = Work(SHAPES[shape], dtype)
+    interpreters = {PEER: ("peer", options.peer_python), TUNIX: ("tunix", options.tunix_python)}
+    ours = Contender(OURS, "ours", sys.executable, dataclasses.replace(work, cache=cache), ours=True)
+    return [ours, *(Contender(name, *interpreters[name], work) for name in peers)]
 
 
 def main() -> None:
-    options = _bench.options(__doc__.splitlines()[0]).parse_args()
-    lacking = _bench.missing(options.peer_python, ["torch", "transformers"])
-    if lacking:
-        print(
-            f"{PEER} skipped: {options.peer_python} has no {', '.join(lacking)}; see --peer-python",
-            file=sys.stderr,
-        )
-    results: dict[str, list[Result]] = {}
-    table: list[list[str]] = []
+    options = _bench.options(__doc__.splitlines()[0], tunix=True).parse_args()
+    peers = []
+    if not _bench.lacks(PEER, options.peer_python, ["torch", "transformers"], "--peer-python"):
+        peers.append(PEER)
+    if not _bench.lacks(TUNIX, options.tunix_python, ["tunix"], "--tunix-python"):
+        peers.append(TUNIX)
     for shape in _bench.chosen(options.shape, list(SHAPES)):
         for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
             with tempfile.TemporaryDirectory() as cache:
-                contenders = [Contender(OURS, "ours", sys.executable, Work(SHAPES[shape], dtype, cache=cache))]
-                if not lacking:
-                    contenders.append(Contender(PEER, "peer", options.peer_python, Work(SHAPES[shape], dtype)))
-                group = _bench.compare(__file__, contenders, options)
-            tokens = contenders[0].work.rows * contenders[0].work.new_tokens
-            _check(group, tokens)
-            results[f"{shape} {dtype}"] = group
-            table += [row(shape, dtype, r, tokens) for r in group]
-            if len(group) == 2:
-                table.append(ratio_row(shape, dtype, *group))
-            print(f"{shape} {dtype} done", file=sys.stderr)
-    headings = ["64 sequences, 64 + 64 tokens", "tokens/s, median", "tokens/s, best", *_bench.COMMON_HEADINGS]
-    print(_bench.report("Rollout", headings, table, results))
-    if options.out:
-        _bench.save(options.out, results, options)
-
-
-def _check(group: list[Result], tokens: int) -> None:
-    """Every call must have drawn every token: a row that stops early would be counted as speed."""
-    for result in group:
-        drawn = {call["tokens"] for repetition in result.repetitions for call in repetition.calls}
-        if drawn != {tokens}:
-            raise SystemExit(f"{result.name} drew {drawn} tokens, not {tokens}")
+                chosen = contenders(shape, dtype, peers, options, cache)
+                group = _bench.compare(__file__, chosen, options)
+            tokens = chosen[0].work.rows * chosen[0].work.new_tokens
+            _bench.check_tokens(group, tokens)
+            case = f"{shape} {dtype}"
+            rates = [{"tokens_per_s": tokens / r.median(), "best_tokens_per_s": tokens / r.least()} for r in group]
+            lines = [_bench.measurement("rollout", case, r, **v) for r, v in zip(group, rates, strict=True)]
+            _bench.emit(lines, options.out)
+            print(f"{case} done", file=sys.stderr)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        {"ours": serve_ours, "peer": serve_peer}[sys.argv[2]](Work.parse(sys.argv[3]))
+        {"ours": serve_ours, "peer": serve_peer, "tunix": serve_tunix}[sys.argv[2]](Work.parse(sys.argv[3]))
     else:
         main()

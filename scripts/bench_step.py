@@ -1,6 +1,6 @@
-"""Seconds per GRPO step, rollout and update: this package beside TRL's GRPOTrainer, on CPU.
+"""Seconds per GRPO step, rollout and update: this package beside TRL's GRPOTrainer and Tunix, on CPU.
 
-    python scripts/bench_step.py --peer-python PATH_TO_PYTHON_WITH_TRL --out step.json
+    python scripts/bench_step.py --peer-python PYTHON_WITH_TRL --tunix-python PYTHON_WITH_TUNIX --out bench.jsonl
 
 A step draws 8 completions of 64 tokens for each of 8 prompts of 64 tokens, rewards them on the host (the
 share of even ids), and makes one AdamW update of the DAPO-normalised loss without a KL term.
@@ -9,13 +9,17 @@ docs/performance.md says how the numbers are taken.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
 import tempfile
 import time
 from typing import Any
 
 import _bench
-from _bench import SHAPES, Channel, Contender, Result, Work
+from _bench import SHAPES, Channel, Contender, Work
+from _tunix import LEARNER as TUNIX
+from _tunix import serve_step as serve_tunix
 from bench_rollout import llama, our_about, our_setup, torch_about
 
 OURS, PEER = "pspo_jax", "TRL GRPOTrainer"
@@ -172,76 +176,54 @@ def serve_peer(work: Work) -> None:
             return
 
 
-def row(title: str, result: Result) -> list[str]:
-    parts = [f"{result.median(k):.3f}" for k in ("rollout", "update")]
-    return [
-        f"{title}: {result.name}{result.note}",
-        f"{result.median():.3f}",
-        f"{result.least():.3f}",
-        *parts,
-        *_bench.common_cells(result),
-    ]
+def case_of(shape: str, dtype: str, peer: str | None) -> str:
+    """Peers are measured one at a time, as two would not fit into memory: with Tunix in a case of its own."""
+    return f"{shape} {dtype}" + (" (beside Tunix)" if peer == TUNIX else "")
 
 
-def ratio_row(title: str, ours: Result, peer: Result) -> list[str]:
-    pairs = [
-        (ours.median(), peer.median()),
-        (ours.least(), peer.least()),
-        *((ours.median(k), peer.median(k)) for k in ("rollout", "update")),
-    ]
-    warning = "NOISY" if ours.noisy() or peer.noisy() else ""
-    memory = f"{ours.peak_rss_mib / peer.peak_rss_mib:.0%}"
-    return [f"{title}: ratio", *[f"**{p / o:.2f}x**" for o, p in pairs], "", "", memory, "", warning]
-
-
-def measure(options: Any, shape: str, dtype: str, with_peer: bool) -> list[Result]:
-    """Both contenders at one shape and type; every step must have drawn every token."""
+def measure(options: argparse.Namespace, shape: str, dtype: str, peer: str | None) -> list[dict[str, Any]]:
+    """Ours and a peer at one shape and type; every step must have drawn every token."""
     unroll = options.scan_unroll or SHAPES[shape].layers
-    note = f" ({options.microbatch_rows or 'all'} rows a microbatch, unroll {unroll})"
+    note = f"({options.microbatch_rows or 'all'} rows a microbatch, unroll {unroll})"
+    plain = Work(SHAPES[shape], dtype)
     with tempfile.TemporaryDirectory() as cache:
-        work = Work(SHAPES[shape], dtype, microbatch_rows=options.microbatch_rows, scan_unroll=unroll, cache=cache)
-        contenders = [Contender(OURS, "ours", sys.executable, work, note)]
-        if with_peer:
-            contenders.append(Contender(PEER, "peer", options.peer_python, Work(SHAPES[shape], dtype)))
+        work = dataclasses.replace(plain, microbatch_rows=options.microbatch_rows, scan_unroll=unroll, cache=cache)
+        contenders = [Contender(OURS, "ours", sys.executable, work, note, ours=True)]
+        if peer == PEER:
+            contenders.append(Contender(PEER, "peer", options.peer_python, plain))
+        elif peer == TUNIX:
+            contenders.append(Contender(TUNIX, "tunix", options.tunix_python, plain))
         group = _bench.compare(__file__, contenders, options)
-    for result in group:
-        drawn = {call["tokens"] for repetition in result.repetitions for call in repetition.calls}
-        if drawn != {work.rows * work.new_tokens}:
-            raise SystemExit(f"{result.name} drew {drawn} tokens, not {work.rows * work.new_tokens}")
-    return group
+    _bench.check_tokens(group, work.rows * work.new_tokens)
+    parts = [{f"{k}_s": r.median(k) for k in ("rollout", "update")} for r in group]
+    case = case_of(shape, dtype, peer)
+    return [_bench.measurement("step", case, r, **v) for r, v in zip(group, parts, strict=True)]
 
 
 def main() -> None:
-    parser = _bench.options(__doc__.splitlines()[0])
+    parser = _bench.options(__doc__.splitlines()[0], tunix=True)
     parser.add_argument(
         "--microbatch-rows", type=int, default=4, help="our objective.microbatch_rows; 0 = all (default 4)"
     )
     parser.add_argument("--scan-unroll", type=int, default=0, help="our policy.scan_unroll; 0 = all layers (default)")
     options = parser.parse_args()
-    lacking = _bench.missing(options.peer_python, ["torch", "transformers", "trl", "datasets"])
-    if lacking:
-        print(
-            f"{PEER} skipped: {options.peer_python} has no {', '.join(lacking)}; see --peer-python",
-            file=sys.stderr,
-        )
-    results: dict[str, list[Result]] = {}
-    table: list[list[str]] = []
+    peers: list[str | None] = []
+    if not _bench.lacks(PEER, options.peer_python, ["torch", "transformers", "trl", "datasets"], "--peer-python"):
+        peers.append(PEER)
+    if not _bench.lacks(TUNIX, options.tunix_python, ["tunix"], "--tunix-python"):
+        peers.append(TUNIX)
     for shape in _bench.chosen(options.shape, list(SHAPES)):
         for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
-            title = f"{shape} {dtype}"
-            results[title] = group = measure(options, shape, dtype, not lacking)
-            table += [row(title, r) for r in group]
-            if len(group) == 2:
-                table.append(ratio_row(title, *group))
-            print(f"{title} done", file=sys.stderr)
-    headings = ["64 sequences, 64 + 64 tokens", "s/step, median", "s/step, best", "rollout s", "update s"]
-    print(_bench.report("GRPO step", [*headings, *_bench.COMMON_HEADINGS], table, results))
-    if options.out:
-        _bench.save(options.out, results, options)
+            for peer in peers or [None]:
+                if peer == TUNIX and dtype == "bfloat16":
+                    print(f"{TUNIX} skipped in bfloat16: its model computes in its weights' type", file=sys.stderr)
+                    continue
+                _bench.emit(measure(options, shape, dtype, peer), options.out)
+                print(f"{case_of(shape, dtype, peer)} done", file=sys.stderr)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        {"ours": serve_ours, "peer": serve_peer}[sys.argv[2]](Work.parse(sys.argv[3]))
+        {"ours": serve_ours, "peer": serve_peer, "tunix": serve_tunix}[sys.argv[2]](Work.parse(sys.argv[3]))
     else:
         main()

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from scripts import bench_tables
 from scripts._bench import SHAPES, Work
 from tests.conftest import REPO
 
@@ -43,3 +44,87 @@ def test_a_ragged_contender_answers(child_env, role):
     about, calls = (json.loads(line) for line in out.splitlines())
     assert "jax" in about["about"]
     assert 0 < calls["calls"][0]["useful"] <= 1
+
+
+def measured(contender, median, ours=False, case="tiny float32"):
+    """A line as bench_step.py prints it."""
+    return {
+        "bench": "step",
+        "case": case,
+        "contender": contender,
+        "note": "(4 rows)" if ours else "",
+        "ours": ours,
+        "seconds": {"median": median, "best": median / 2, "spread": 0.1},
+        "values": {"rollout_s": median / 4, "update_s": median * 3 / 4},
+        "first_call": {"cold": 9.0, "cached": 3.0 if ours else None},
+        "peak_rss_mib": 1024 * median,
+        "foreign_cores": 0.01,
+        "quiet_runs": 3,
+        "runs": 4,
+        "machine": {"cpu": "A", "cores": 2, "memory_gib": 8, "kernel": "6", "date": "2026-01-01"},
+        "versions": {"jax": "1"},
+    }
+
+
+def written(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tables_from_lines_of_json(tmp_path, capsys):
+    lines = [measured("ours", 9.0, ours=True), measured("peer", 4.0), measured("ours", 2.0, ours=True)]
+    bench_tables.main([str(written(tmp_path / "a.jsonl", *lines))])
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| tiny float32")]
+    assert rows[0].startswith(
+        "| tiny float32: ours (4 rows) | 2.000 | 1.000 | 0.500 | 1.500 | 10 % | 9.0 / 3.0 | 2.00 |"
+    )
+    assert rows[1].startswith("| tiny float32: peer | 4.000 |") and rows[1].endswith("| 3 of 4 |")
+    ratio = "| **2.00x** | **2.00x** | **2.00x** | **2.00x** |  |  | 50% |  |  |"
+    assert rows[2] == f"| tiny float32: ratio to peer {ratio}"
+    assert len(rows) == 3 and "9.000" not in out and "| Versions | jax 1 |" in out
+
+
+def test_a_later_file_wins_and_a_noisy_run_is_marked(tmp_path):
+    first = written(tmp_path / "a.jsonl", measured("ours", 2.0, ours=True), measured("peer", 4.0))
+    second = written(tmp_path / "b.jsonl", measured("peer", 8.0) | {"quiet_runs": 0})
+    found = bench_tables.tables(bench_tables.read([first, second]))["step"]
+    assert "**4.00x**" in found and "**2.00x**" not in found
+    assert "0 of 4 (NOISY)" in found and found.endswith("| NOISY |")
+
+
+def test_tables_go_between_their_markers(tmp_path):
+    lines = written(tmp_path / "a.jsonl", measured("ours", 2.0, ours=True))
+    page = tmp_path / "page.md"
+    marked = {n: f"<!-- table {n} -->\nold {n}\n<!-- end {n} -->" for n in ("machine", "step", "rollout")}
+    page.write_text(f"# Title\n\n{marked['machine']}\n\ntext\n\n{marked['step']}\n\n{marked['rollout']}\n\nend\n")
+    for _ in range(2):  # a second time changes nothing
+        bench_tables.main([str(lines), "--write", str(page)])
+        text = page.read_text()
+        assert (
+            "old step" not in text and "old machine" not in text and text.count("| tiny float32: ours (4 rows) |") == 1
+        )
+        assert marked["rollout"] in text and text.startswith("# Title\n") and text.endswith("\n\nend\n")
+        assert "\n\ntext\n\n" in text
+
+
+def test_a_missing_marker_is_one_clear_error(tmp_path):
+    lines = written(tmp_path / "a.jsonl", measured("ours", 2.0, ours=True))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table machine -->\n<!-- end machine -->\n<!-- end step -->\n<!-- table step -->\n")
+    before = page.read_text()
+    with pytest.raises(SystemExit, match="no markers <!-- table step -->"):
+        bench_tables.main([str(lines), "--write", str(page)])
+    assert page.read_text() == before
+
+
+def test_performance_page_has_all_markers():
+    text = (REPO / "docs" / "performance.md").read_text()
+    for name in ("machine", *bench_tables.COLUMNS):
+        assert bench_tables.replaced(text, name, "new", "page").count(f"<!-- table {name} -->") == 1
+
+
+def test_what_is_no_measurement_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match=r"a\.jsonl:1: not a measurement"):
+        bench_tables.read([tmp_path / "a.jsonl"])
