@@ -221,8 +221,8 @@ class Result:
     def noisy(self) -> bool:
         return not any(r.quiet for r in self.repetitions)
 
-    def spread(self) -> float:
-        values = [r.mean() for r in self.used()]
+    def spread(self, key: str = "seconds") -> float:
+        values = [r.mean(key) for r in self.used()]
         return (max(values) - min(values)) / statistics.median(values)
 
 
@@ -330,7 +330,7 @@ def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, 
 # Output
 
 
-def options(description: str, tunix: bool = False) -> argparse.ArgumentParser:
+def options(description: str, peers: bool = True, tunix: bool = False) -> argparse.ArgumentParser:
     """The options that the benchmarks have in common."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
@@ -340,11 +340,12 @@ def options(description: str, tunix: bool = False) -> argparse.ArgumentParser:
     parser.add_argument(
         "--patience", type=float, default=120.0, help="seconds to wait for a quiet machine (default 120)"
     )
-    parser.add_argument(
-        "--peer-python",
-        default=sys.executable,
-        help="interpreter that has the peer's packages (default: this one)",
-    )
+    if peers:
+        parser.add_argument(
+            "--peer-python",
+            default=sys.executable,
+            help="interpreter that has the peer's packages (default: this one)",
+        )
     if tunix:
         parser.add_argument(
             "--tunix-python", default=sys.executable, help="interpreter that has google-tunix (default: this one)"
@@ -368,8 +369,13 @@ def lacks(name: str, python: str, modules: Sequence[str], option: str) -> bool:
     return bool(gone)
 
 
-def measurement(bench: str, case: str, result: Result, **values: float) -> dict[str, Any]:
-    """A line of JSON: one contender at one piece of work. `values` are numbers derived from its calls."""
+def measurement(bench: str, case: str, result: Result, key: str = "seconds", **values: float) -> dict[str, Any]:
+    """A line of JSON: one contender at one piece of work.
+
+    Args:
+      key: which of a call's timings is the one to report.
+      values: numbers derived from the calls.
+    """
     used = result.used()
     return {
         "bench": bench,
@@ -377,14 +383,14 @@ def measurement(bench: str, case: str, result: Result, **values: float) -> dict[
         "contender": result.name,
         "note": result.note.strip(),
         "ours": result.ours,
-        "seconds": {"median": result.median(), "best": result.least(), "spread": result.spread()},
+        "seconds": {"median": result.median(key), "best": result.least(key), "spread": result.spread(key)},
         "values": values,
         "first_call": {"cold": result.first_call_cold, "cached": result.first_call_cached},
         "peak_rss_mib": result.peak_rss_mib,
         "foreign_cores": max(r.foreign_cores for r in used),
         "quiet_runs": sum(r.quiet for r in result.repetitions),
         "runs": len(result.repetitions),
-        "repetitions": [r.mean() for r in result.repetitions],
+        "repetitions": [r.mean(key) for r in result.repetitions],
         "machine": machine(),
         "versions": result.about,
     }

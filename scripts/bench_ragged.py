@@ -21,7 +21,9 @@ STATIC, SLOTS, PADDED, PACKED = "static batch", "refilled slots", "padded update
 
 
 def stop_ids(work: Work) -> list[int]:
-    """So many ids that a policy of random weights ends a row after `mean_tokens` in the mean."""
+    """So many ids that a policy of random weights ends a row after `mean_tokens` in the mean; 0 = no row ends."""
+    if not work.mean_tokens:
+        return [-1]
     return list(range(max(1, round(work.shape.vocab / work.mean_tokens))))
 
 
@@ -105,7 +107,7 @@ def values(result: Result) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = _bench.options(__doc__.splitlines()[0])
+    parser = _bench.options(__doc__.splitlines()[0], peers=False)
     parser.add_argument("--prompts", type=int, default=32, help="prompts, each with 8 completions (default 32)")
     parser.add_argument("--new-tokens", type=int, default=256, help="longest completion (default 256)")
     parser.add_argument("--slots", type=int, default=32, help="rollout.slots (default 32)")

@@ -50,7 +50,7 @@ def giga(x: float) -> str:
 
 
 def milli(x: float) -> str:
-    return f"{1e3 * x:.3g}"
+    return f"{1e3 * x:,.0f}" if x >= 0.1 else f"{1e3 * x:.3g}"
 
 
 _SPREAD = Column("spread", "seconds.spread", percent)
@@ -88,16 +88,15 @@ COLUMNS: dict[str, list[Column]] = {
         Column("GFLOP/s", "values.flops_per_s", giga),
         Column("GB/s", "values.bytes_per_s", giga),
         Column("tokens/s", "values.tokens_per_s", places(0)),
-        Column("ms", "values.seconds", milli),
+        Column("ms", "seconds.median", milli),
         Column("floor ms", "values.floor_s", milli),
         Column("share of the floor", "values.share", percent),
         _SPREAD,
         *_NOISE,
     ],
     "accelerator": [
-        Column("s", "seconds.median", places(3), "down"),
+        Column("ms", "seconds.median", milli, "down"),
         Column("tokens/s", "values.tokens_per_s", places(0), "up"),
-        Column("ms a token", "values.seconds", milli, "down"),
         Column("floor ms", "values.floor_s", milli),
         Column("TFLOP/s", "values.flops_per_s", tera, "up"),
         Column("GB/s", "values.bytes_per_s", giga),
