@@ -33,19 +33,23 @@ def decode_flops(s: Shape, rows: int, seen: float) -> float:
     return rows * (products + attention)
 
 
-def decode_bytes(s: Shape, rows: int, prompts: int, prompt_tokens: int, own_tokens: float, width: int) -> float:
-    """Read for one token of each row: all weights, each prompt's keys and values once, and each row's own."""
-    cached = 2 * s.layers * s.kv_heads * s.head_dim * (prompts * prompt_tokens + rows * own_tokens)
-    return width * (block_weights(s) + head_weights(s) + cached)
+def weight_bytes(s: Shape, width: int) -> float:
+    """Of all weights; `width` = bytes of the compute type."""
+    return width * (block_weights(s) + head_weights(s))
+
+
+def cache_bytes(s: Shape, rows: int, prompts: int, prompt_tokens: int, own_tokens: float, width: int) -> float:
+    """Keys and values that a token of each row reads: each prompt's once, and each row's own."""
+    return width * 2 * s.layers * s.kv_heads * s.head_dim * (prompts * prompt_tokens + rows * own_tokens)
 
 
 def decode_floor(
     s: Shape, rows: int, prompts: int, prompt_tokens: int, own_tokens: float, width: int, rates: Rates
 ) -> float:
-    """Least seconds of that token; products and reads overlap perfectly. `width` = bytes of the compute type."""
+    """Least seconds of a token of each row, weights read once, if products and reads overlap perfectly."""
     products = decode_flops(s, rows, prompt_tokens + own_tokens) / rates.flops
-    reads = decode_bytes(s, rows, prompts, prompt_tokens, own_tokens, width) / rates.bandwidth
-    return max(products, reads)
+    reads = weight_bytes(s, width) + cache_bytes(s, rows, prompts, prompt_tokens, own_tokens, width)
+    return max(products, reads / rates.bandwidth)
 
 
 def train_flops(s: Shape, rows: int, length: int, predicted: int) -> float:

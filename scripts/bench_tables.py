@@ -100,7 +100,8 @@ COLUMNS: dict[str, list[Column]] = {
         Column("floor ms", "values.floor_s", milli),
         Column("TFLOP/s", "values.flops_per_s", tera, "up"),
         Column("GB/s", "values.bytes_per_s", giga),
-        Column("share", "values.share", percent),
+        Column("share of the floor", "values.share", percent),
+        Column("share, cache read apart", "values.share_apart", percent),
         Column("rollout s", "values.rollout_s", places(2)),
         Column("reward s", "values.reward_s", places(3)),
         Column("update s", "values.update_s", places(2)),
@@ -117,16 +118,22 @@ ON_CPU = ("rollout", "step", "ragged", "floors")
 
 
 def read(files: Iterable[Path]) -> list[Line]:
-    """The last line of each bench, case and contender, where its first one stood."""
-    found: dict[tuple[str, str, str], Line] = {}
+    """What the files hold, by `latest`."""
+    found: list[Line] = []
     for file in files:
-        for number, text in enumerate(file.read_text().splitlines(), 1):
+        for place, text in enumerate(file.read_text().splitlines(), 1):
             try:
                 line = json.loads(text)
-                found[line["bench"], line["case"], line["contender"]] = line
+                _ = line["bench"], line["case"], line["contender"]
             except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{file}:{number}: not a measurement ({error!r})") from error
-    return list(found.values())
+                raise SystemExit(f"{file}:{place}: not a measurement ({error!r})") from error
+            found.append(line)
+    return latest(found)
+
+
+def latest(lines: Iterable[Line]) -> list[Line]:
+    """The last line of each bench, case and contender, where its first one stood."""
+    return list({(line["bench"], line["case"], line["contender"]): line for line in lines}.values())
 
 
 def number(line: Line, path: str) -> Any:
