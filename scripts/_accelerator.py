@@ -42,6 +42,8 @@ class Job:
     read_mib: int
     dataset: int
     """Prompts that the selector chooses from."""
+    platform: str
+    """What JAX has to run on."""
     calls: int = 3
     """Timed calls of each part."""
     limit: float = 60.0
@@ -129,6 +131,14 @@ def peak_mib() -> dict[str, float]:
     return {"peak_device_mib": stats["peak_bytes_in_use"] / 2**20} if "peak_bytes_in_use" in stats else {}
 
 
+def check_platform(job: Job) -> None:
+    """Without a GPU, JAX takes the CPU, which would not end."""
+    import jax
+
+    if jax.default_backend() != job.platform:
+        raise SystemExit(f"JAX runs on {jax.default_backend()} here, not on {job.platform}")
+
+
 def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
     """Config and policy; as entry points do it, the compiler's flags are set before JAX touches the device."""
     from pspo_jax import algorithms, config, flags
@@ -154,6 +164,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
     from pspo_jax.policy import built_in, transformer
     from pspo_jax.validation import validate
 
+    check_platform(job)
     validate(settings)
     if work.cache:
         jax.config.update("jax_compilation_cache_dir", work.cache)
@@ -181,6 +192,7 @@ def serve_ceilings(job: Job) -> None:
     import jax
     import jax.numpy as jnp
 
+    check_platform(job)
     n, count = job.product, 10
     a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
     product = jax.jit(jnp.matmul)

@@ -151,4 +151,7 @@ def serve_autocast(job: Job) -> None:
 PARTS: dict[str, Callable[[Job], None]] = {"generate": serve_generate, "autocast": serve_autocast}
 
 if __name__ == "__main__":
-    PARTS[sys.argv[1]](Job.parse(sys.argv[2]))
+    asked = Job.parse(sys.argv[2])
+    if (torch_device() == "cuda") != (asked.platform == "gpu"):
+        raise SystemExit(f"PyTorch runs on {torch_device()} here, not on {asked.platform}")
+    PARTS[sys.argv[1]](asked)

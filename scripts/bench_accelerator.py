@@ -61,12 +61,12 @@ def h200(cache: str) -> Job:
     work = Work(QWEN, "bfloat16", 32, 8, 512, 512, microbatch_rows=8, cache=cache)
     train = dataclasses.replace(work, prompts=2, new_tokens=1536)
     gap = dataclasses.replace(work, prompts=4, prompt_tokens=128, new_tokens=128)
-    return Job(work, train, gap, product=8192, read_mib=4096, dataset=4096)
+    return Job(work, train, gap, product=8192, read_mib=4096, dataset=4096, platform="gpu")
 
 
 def smoke(cache: str) -> Job:
     work = Work(SMALL, "bfloat16", 2, 2, 8, 16, microbatch_rows=2, cache=cache)
-    return Job(work, work, work, product=256, read_mib=16, dataset=16, calls=2)
+    return Job(work, work, work, product=256, read_mib=16, dataset=16, platform="cpu", calls=2)
 
 
 def environment(on_cpu: bool) -> dict[str, str]:
@@ -91,7 +91,7 @@ def run(part: Part, job: Job, python: str, env: dict[str, str]) -> Iterator[dict
             assert process.stdout is not None
             for text in process.stdout:
                 if text.startswith("{") and text.endswith("\n"):  # a killed process can leave half a line
-                    yield json.loads(text)
+                    yield json.loads(text) | {"part": part.name}
             code = process.wait()
         finally:
             timer.cancel()
@@ -164,10 +164,10 @@ def measure(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     for place, part in enumerate(PARTS):
         if part.name in gone or (options.parts and part.name not in options.parts):
             continue
-        kept = 0.0 if place == len(PARTS) - 1 else PARTS[-1].least
+        kept = 0.0 if options.parts or place == len(PARTS) - 1 else PARTS[-1].least
         left = end - time.monotonic() - kept
         if left < (5 if options.smoke else part.least):
-            found: Any = [skipped(part.name, f"{left:.0f} s before the deadline")]
+            found: Any = [skipped(part.name, f"{max(0.0, left):.0f} s were left for it")]
         else:
             limited = dataclasses.replace(job, limit=min(part.limit, left))
             found = run(part, limited, options.peer_python if part.torch else sys.executable, env)
@@ -189,6 +189,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="value as JSON, or text")
     parser.add_argument("--out", type=Path, help="append the lines to this .jsonl file; see bench_tables.py")
     options = parser.parse_args()
+    gone = _bench.missing(sys.executable, ["jax", "flax", "optax", "jaxtyping", "rich", "yaml"])
+    if gone:
+        raise SystemExit(f"{sys.executable} has no {', '.join(gone)}, which this package needs")
     with tempfile.TemporaryDirectory() as cache:
         job = dataclasses.replace((h200 if options.h200 else smoke)(cache), fields=parsed(options.set))
         lines = measure(job, options)

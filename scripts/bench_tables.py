@@ -132,8 +132,15 @@ def read(files: Iterable[Path]) -> list[Line]:
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """The last line of each bench, case and contender, where its first one stood."""
-    return list({(line["bench"], line["case"], line["contender"]): line for line in lines}.values())
+    """The last line of each bench, case and contender, where its first one stood.
+
+    That a part was skipped is forgotten once it has been measured.
+    """
+    found: dict[tuple[str, str, str], Line] = {}
+    for line in lines:
+        found.pop((line["bench"], line.get("part", ""), ""), None)
+        found[line["bench"], line["case"], line["contender"]] = line
+    return list(found.values())
 
 
 def number(line: Line, path: str) -> Any:
@@ -170,7 +177,7 @@ def label(line: Line) -> str:
     note = f" {line['note']}" if line.get("note") else ""
     who = f": {line['contender']}" if line["contender"] else ""
     skipped = f" skipped: {line['skipped']}" if line.get("skipped") else ""
-    return f"{line['case']}{who}{note}{skipped}"
+    return f"{line['case']}{who}{note}{skipped}".replace("|", "/")
 
 
 def table(bench: str, lines: Sequence[Line]) -> str:

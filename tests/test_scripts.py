@@ -1,15 +1,26 @@
 """Scripts start and say what they should; what they measure is not tested."""
 
+import importlib
 import json
 import subprocess
 import sys
 from dataclasses import asdict
 
+import jax
 import pytest
 
+from pspo_jax.config import PolicyConfig
+from pspo_jax.policy import built_in, transformer
 from scripts import bench_tables
 from scripts._bench import SHAPES, Work
 from tests.conftest import REPO
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script's module by its name; scripts import each other as they do when they are run."""
+    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    return importlib.import_module
 
 
 def run(child_env, *argv, **more):
@@ -91,6 +102,38 @@ def test_a_later_file_wins_and_a_noisy_run_is_marked(tmp_path):
     found = bench_tables.tables(bench_tables.read([first, second]))["step"]
     assert "**4.00x**" in found and "**2.00x**" not in found
     assert "0 of 4 (NOISY)" in found and found.endswith("| NOISY |")
+
+
+def test_a_skipped_part_is_listed_until_it_is_measured():
+    skipped = {"bench": "accelerator", "case": "decode", "contender": "", "skipped": "no GPU"}
+    later = measured("ours", 2.0, ours=True, case="decode, 8 rows") | {"bench": "accelerator", "part": "decode"}
+    assert "| decode skipped: no GPU |" in bench_tables.tables(bench_tables.latest([skipped]))["accelerator"]
+    assert bench_tables.latest([skipped, later]) == [later]
+    assert bench_tables.latest([later, skipped]) == [later, skipped]
+
+
+def test_shares_of_the_accelerators_floor(script):
+    bench_accelerator = script("bench_accelerator")
+    found = [{"flops_per_s": 100.0}, {"bytes_per_s": 10.0}, {"flops_per_s": 50.0}]
+    rates = bench_accelerator.rates_of([{"case": "ceilings", "values": values} for values in found])
+    assert rates == {"flops_per_s": 100.0, "bytes_per_s": 10.0}
+    work = {"flops": 200.0, "weight_bytes": 10.0, "cache_bytes": 20.0}
+    line = {"case": "decode", "seconds": {"median": 6.0}, "values": {}, "work": work}
+    values = bench_accelerator.complete(line, rates)["values"]
+    assert values["floor_s"] == 3 and values["share"] == 0.5  # 2 s of products beside 3 s of reads
+    assert values["share_apart"] == pytest.approx(4 / 6)  # the cache's 2 s after the products' 2 s
+    assert bench_accelerator.complete(line, {}) == line
+
+
+def test_arithmetic_counts_the_weights_that_there_are(script):
+    shape = asdict(SHAPES["tiny"])
+    vocab = shape.pop("vocab")
+    policy = transformer(built_in(PolicyConfig(**shape, tied=True), vocab))
+    weights = jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0)))
+    norms = (2 * shape["layers"] + 1) * shape["width"]
+    arithmetic = script("_arithmetic")
+    counted = arithmetic.block_weights(SHAPES["tiny"]) + arithmetic.head_weights(SHAPES["tiny"])
+    assert sum(x.size for x in weights) == counted + norms
 
 
 def test_tables_go_between_their_markers(tmp_path):
