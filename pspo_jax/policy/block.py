@@ -31,12 +31,15 @@ _INPUT, _PROJECTION = "block_input", "projection"
 """Names of values that a backward pass may keep; see `_remat`."""
 
 _SPECS = {
-    "q": ("rsd,dnh->rsnh", "rsd,dk->rsk", "rsk,knh->rsnh"),
-    "o": ("rsnh,nhd->rsd", "rsnh,nhk->rsk", "rsk,kd->rsd"),
+    "q": ("rsd,dgh->rsgh", "rsd,dk->rsk", "rsk,kgh->rsgh"),
+    "o": ("rsgh,ghd->rsd", "rsgh,ghk->rsk", "rsk,kd->rsd"),
     "gate": ("rsd,df->rsf", "rsd,dk->rsk", "rsk,kf->rsf"),
     "down": ("rsf,fd->rsd", "rsf,fk->rsk", "rsk,kd->rsd"),
 }
-"""Products of a projection: with its weight, with its adapter's A, with its adapter's B."""
+"""Products of a projection: with its weight, with its adapter's A, with its adapter's B.
+
+einsum contracts in alphabetical order: heads need a letter before their width's, or both operands are transposed.
+"""
 _SPECS |= {"k": _SPECS["q"], "v": _SPECS["q"], "up": _SPECS["gate"]}
 
 

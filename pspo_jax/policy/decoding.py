@@ -17,7 +17,7 @@ from pspo_jax.parallel.mesh import constrain, gather_for_decode
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import attend_shared_prefix
 from pspo_jax.policy.block import embed, finish_block, forward, logits_of, norm, qkv
-from pspo_jax.policy.rotary import rotation
+from pspo_jax.policy.rotary import Rotation, rotation
 from pspo_jax.policy.weights import lora_table, merge_adapter, table
 
 
@@ -29,24 +29,30 @@ def group_decoder(
     group_size: int,
     max_new_tokens: int,
 ) -> tuple[Float[Array, "B V"], Any, Callable[..., Any]]:
-    """Prefill each prompt once; see Policy.decoder. The cache is a (k, v) pair of [B, G, K, T, h] per layer."""
+    """Prefill each prompt once; see Policy.decoder.
+
+    The cache is a (k, v) pair of [B, G, K, T, h] per layer, and the next token's angles.
+    """
     last, prefixes = _prefill(a, params, prompts, lengths)
     params, layers = _for_decoding(a, params)
     b = prompts.shape[0]
     shape = (b, group_size, a.kv_heads, max_new_tokens, a.head_dim)
     empty = jnp.zeros(shape, jnp.dtype(a.compute_dtype))
     empty = constrain(empty, "batch", None, "kv_heads", None, None)
-    cache = [(empty, empty) for _ in range(a.layers)]
     positions = lengths[:, None] + jnp.arange(max_new_tokens)
     places = [rotation(positions, rotary) for rotary in a.rotaries]
 
+    def at(t: Int[Array, ""] | int) -> list[Rotation]:
+        return [(_column(sin, t), _column(cos, t)) for sin, cos in places]
+
+    cache = [(empty, empty) for _ in range(a.layers)], at(0)
+
     def step(cache: Any, tokens: Int[Array, "B G"], t: Int[Array, ""]) -> tuple[Float[Array, "B G V"], Any]:
         x = _embedded(a, params, tokens)
-        at = [tuple(jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1) for x in pair) for pair in places]
+        held, here = cache
         new_cache = []
-        for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, prefixes, cache, strict=True)):
-            sin, cos = at[a.layer_rotary[i]]
-            q, k, v = qkv(a, w, x, (sin, cos))
+        for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, prefixes, held, strict=True)):
+            q, k, v = qkv(a, w, x, here[a.layer_rotary[i]])
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, :, None], t, axis=3)
             values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t, axis=3)
             mixed = attend_shared_prefix(
@@ -54,12 +60,14 @@ def group_decoder(
             )
             x = finish_block(a, w, x, mixed, split=a.split_decode)
             new_cache.append((keys, values))
-        return _head(a, params, norm(a, params, "final_norm", x)), new_cache
+        # The next token's angles are carried: looked up where they are used, they would be so number by number inside
+        # every layer's loops, several times as slow on CPU.
+        return _head(a, params, norm(a, params, "final_norm", x)), (new_cache, at(t + 1))
 
     return _head(a, params, last[:, None])[:, 0], cache, step
 
 
-def resize(cache: list[tuple[Array, Array]], places: int) -> list[tuple[Array, Array]]:
+def resize(cache: Any, places: int) -> Any:
     """`group_decoder`'s cache with another T."""
 
     def one(x: Float[Array, "B G K T h"]) -> Float[Array, "B G K places h"]:
@@ -67,7 +75,12 @@ def resize(cache: list[tuple[Array, Array]], places: int) -> list[tuple[Array, A
         grown = jnp.pad(x[:, :, :, :places], [(0, 0)] * 3 + [(0, more), (0, 0)])
         return constrain(grown, "batch", None, "kv_heads", None, None)
 
-    return [(one(k), one(v)) for k, v in cache]
+    held, here = cache
+    return [(one(k), one(v)) for k, v in held], here
+
+
+def _column(x: Float[Array, "B T c"], t: Int[Array, ""] | int) -> Float[Array, "B 1 c"]:
+    return jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
 
 
 def slot_decoder(
