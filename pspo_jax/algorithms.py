@@ -122,7 +122,10 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
         made = credit.released(config.credit, config.forgetting, r.prompts, exponent, chosen.floor or 0.0)
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
     replays = replay.REPLAYS[config.replay.name or "none"](config)
-    return Algorithm(selection.selector(chosen, config.forgetting, sizes), made, replays)
+    selector = selection.selector(chosen, config.forgetting, sizes)
+    if r.longest_first:
+        selector = selection.longest_first(selector, r.chunks)
+    return Algorithm(selector, made, replays)
 
 
 def needs_movement(config: Config) -> bool:

@@ -184,6 +184,10 @@ class PolicyConfig:
     (dots); all but the block's input (full; about a third more work); the same with the inputs in the host's memory
     (offload)."""
 
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
+    """What computes attention over whole rows, in updates and prompts. auto = on a TPU or GPU and for rows of 512
+    places or more, the first kernel that proves right at the start; else XLA."""
+
     def shape_fields(self) -> list[str]:
         """Fields that a checkpoint decides."""
         first, last = "layers", "qk_norm"
@@ -246,6 +250,9 @@ class RolloutConfig:
     slots: Annotated[int | None, Range(1)] = None
     """Completions that are decoded at a time; when one has ended the next takes its slot. None = all at once. With
     lengths that differ much, a quarter of the completions or fewer wastes less. The tokens do not depend on it."""
+    longest_first: bool = False
+    """With slots: start with the prompts whose completions have been longest, of which the selector then keeps the mean
+    length."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Longest completion, T, in tokens with its EOS."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0

@@ -35,7 +35,7 @@ from pspo_jax.policy.pretrained import Source, load_params
 from pspo_jax.policy.weights import table
 from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
 from pspo_jax.setup import architecture_for, configure_runtime, verifiers
 from pspo_jax.tasks import CharTokenizer, make_task
 from pspo_jax.tasks.text import benchmark_prompts, why
@@ -85,7 +85,9 @@ def _run(
         mesh = make_mesh(config, architecture)
         with jax.set_mesh(mesh):
             policy = transformer(architecture)
-            sample = make_sampler(policy, args.samples, config.rollout.max_new_tokens, tokenizer.pad_token_id)
+            longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
+            chunk = tokens_per_test(platform, longest)
+            sample = make_sampler(policy, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
             works = [
                 _work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names
             ]

@@ -215,7 +215,8 @@ def _kept_activations(setup: Setup) -> tuple[float, float]:
     places = rows * length / mesh["context"]
     projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
     block = block_size(length, mesh["context"]) / length
-    scores = places * block * a.heads / tensor * length * (4 + width)
+    by_kernel = "xla" not in (a.attention, a.packed_attention)
+    scores = 0 if by_kernel else places * block * a.heads / tensor * length * (4 + width)
     inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
     kept: dict[Remat, float] = {
         "none": inside if block == 1 else inside - scores,

@@ -14,7 +14,7 @@ from pspo_jax.config import round_prompts
 from pspo_jax.io.progress import Progress
 from pspo_jax.optimizer import schedule, updates_per_step
 from pspo_jax.parallel.mesh import batch_sharding, replicated
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
 from pspo_jax.setup import Setup
 from pspo_jax.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
 from pspo_jax.step import dynamic, estimate, make_collect, make_train_step, make_update
@@ -65,7 +65,9 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
 
     def sampler(group_size: int, purpose: int) -> Any:
         pad = task.tokenizer.pad_token_id
-        inner = make_sampler(setup.policy, group_size, c.rollout.max_new_tokens, pad, c.rollout.slots)
+        longest = c.rollout.max_new_tokens
+        chunk = tokens_per_test(mesh.devices.flat[0].platform, longest)
+        inner = make_sampler(setup.policy, group_size, longest, pad, c.rollout.slots, chunk)
 
         def sample(
             params: Any, prompts: Prompts, key: Any, step: Any, settings: SamplingParams, first_row: Any

@@ -32,6 +32,7 @@ from pspo_jax.parallel.mesh import (
 from pspo_jax.parallel.runtime import keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
 from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy.kernel_choice import with_kernels
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
 from pspo_jax.rewards.judge import make_pool
@@ -129,6 +130,15 @@ def prepare(
             f"rollout.weights=split: mesh.fsdp x mesh.tensor = {split} does not divide the vocabulary of "
             f"{task.vocab_size}; use gathered, or a smaller mesh.fsdp"
         )
+    architecture = with_kernels(
+        architecture,
+        config.policy.attention,
+        devices[0].platform,
+        task.train.tokens.shape[1] + config.rollout.max_new_tokens,
+        mesh.shape,
+        probe=weights and set(devices) <= set(jax.devices()),
+        say=say,
+    )
     policy = transformer(architecture)
     kinds, columns = columns_of(config, task.train)
     algorithm = algorithms.build(config, kinds)

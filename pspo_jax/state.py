@@ -113,6 +113,8 @@ class Outcome(NamedTuple):
     """Advantages within the group, (r - mean) / (std + eps), whatever the credit."""
     movement: Float[Array, ""] | float = 0.0
     """`TrainState.movement` when the rollouts were sampled."""
+    lengths: Int[Array, "B G"] | float = 0.0
+    """Tokens drawn."""
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:

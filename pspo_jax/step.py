@@ -178,7 +178,7 @@ def _judge(
     rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
     advantages, credit_state = estimate(policy, algorithm, config, state, rollouts, rewards)
     raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
-    outcome = Outcome(rewards, advantages, raw, state.movement)
+    outcome = Outcome(rewards, advantages, raw, state.movement, rollouts.lengths)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
     metrics = rollout_metrics(rollouts, rewards)
     metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()

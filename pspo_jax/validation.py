@@ -64,6 +64,8 @@ def _check_relations(c: Config) -> None:
         raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
+    if c.rollout.longest_first and c.rollout.slots is None:
+        raise ConfigError("rollout.longest_first=true: the order matters to rollout.slots alone; set these, or not it")
     _check_rounds(c)
     _check_distributed(c)
     _check_objective(c)

@@ -140,7 +140,10 @@ def check_platform(job: Job) -> None:
 
 
 def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
-    """Config and policy; as entry points do it, the compiler's flags are set before JAX touches the device."""
+    """Config and policy; as entry points do it, the compiler's flags are set before JAX touches the device.
+
+    policy.attention is what was found right here.
+    """
     from pspo_jax import algorithms, config, flags
 
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
@@ -162,6 +165,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
     import jax
 
     from pspo_jax.policy import built_in, transformer
+    from pspo_jax.policy.kernel_choice import with_kernels
     from pspo_jax.validation import validate
 
     check_platform(job)
@@ -169,7 +173,19 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
     if work.cache:
         jax.config.update("jax_compilation_cache_dir", work.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return settings, transformer(built_in(settings.policy, work.shape.vocab))
+    one = {"context": 1, "tensor": 1}
+    length = work.prompt_tokens + work.new_tokens
+    a = built_in(settings.policy, work.shape.vocab)
+    a = with_kernels(a, settings.policy.attention, job.platform, length, one, True, lambda s: print(s, file=sys.stderr))
+    return config.replace(settings, {"policy.attention": a.attention}), transformer(a)
+
+
+def our_sampler(settings: Config, policy: Policy, work: Work, platform: str) -> Callable[..., Rollouts]:
+    from pspo_jax.rollout import make_sampler
+    from pspo_jax.rollout.sampler import tokens_per_test
+
+    chunk = tokens_per_test(platform, work.new_tokens)
+    return make_sampler(policy, work.group_size, work.new_tokens, 0, settings.rollout.slots, chunk)
 
 
 def our_prompts(work: Work) -> Prompts:
@@ -236,11 +252,11 @@ def serve_decode(job: Job) -> None:
     import jax
     import numpy as np
 
-    from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.rollout import SamplingParams
 
     params = jax.jit(policy.init)(jax.random.key(0))
     prompts = our_prompts(work)
-    sample = make_sampler(policy, work.group_size, work.new_tokens, 0, settings.rollout.slots)
+    sample = our_sampler(settings, policy, work, job.platform)
     sampling = SamplingParams.of(settings.rollout, [-1])
     low, high = low_limit(work), work.new_tokens
 
@@ -274,7 +290,7 @@ def serve_step(job: Job) -> None:
 
     from pspo_jax import algorithms
     from pspo_jax.optimizer import adamw
-    from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.rollout import SamplingParams
     from pspo_jax.state import ROLLOUT, SELECT, Prompts, purpose_key
     from pspo_jax.step import init_state, make_train_step
 
@@ -289,7 +305,7 @@ def serve_step(job: Job) -> None:
         lambda selector, key, step: algorithm.selector.select(selector, purpose_key(key, step, SELECT), step, b),
         donate_argnums=0,
     )
-    sample = make_sampler(policy, work.group_size, work.new_tokens, 0, settings.rollout.slots)
+    sample = our_sampler(settings, policy, work, job.platform)
     train_step = make_train_step(policy, optimizer, algorithm, settings)
     sampling = SamplingParams.of(settings.rollout, [-1])
 
@@ -375,7 +391,8 @@ def serve_train(job: Job) -> None:
     first, calls = repeat(job, call)
     tokens = work.rows * (work.prompt_tokens + work.new_tokens)
     values = {"tokens_per_s": tokens / middle(calls, "seconds")} | peak_mib()
-    note = f"({work.microbatch_rows} rows a microbatch, remat {settings.policy.remat})"
+    chosen = f"remat {settings.policy.remat}, attention {settings.policy.attention}"
+    note = f"({work.microbatch_rows} rows a microbatch, {chosen})"
     more = {"values": values, "work": train_work(work), "first": first}
     emit(train_case(work), job.ours(), [c["seconds"] for c in calls], jax_about(), note, **more)
 
@@ -388,10 +405,10 @@ def serve_gap(job: Job) -> None:
     import jax.numpy as jnp
 
     from pspo_jax.objective.log_probs import completion_log_probs
-    from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.rollout import SamplingParams
 
     params = jax.jit(policy.init)(jax.random.key(0))
-    sample = make_sampler(policy, work.group_size, work.new_tokens, 0)
+    sample = our_sampler(settings, policy, work, job.platform)
     rollouts = sample(params, our_prompts(work), jax.random.key(1), SamplingParams.of(settings.rollout, [-1]))
     check(int(rollouts.lengths.sum()), work)
 

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "task.cache",
     "policy.remat",
     "policy.scan_unroll",
+    "policy.attention",
     "rollout.chunks",
     "rollout.weights",
     "rollout.slots",

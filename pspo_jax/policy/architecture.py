@@ -81,6 +81,10 @@ class Architecture:
     compute_dtype: str = "float32"
     scan_unroll: int = 2
     remat: Remat = "none"
+    attention: str = "xla"
+    """What computes attention over whole rows: XLA or one of `kernels.KERNELS`."""
+    packed_attention: str = "xla"
+    """The same for rows that hold several."""
     split_decode: bool = False
     """Decode with MLPs and vocabulary split along fsdp; see rollout.weights."""
 

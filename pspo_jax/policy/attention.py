@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.policy.base import MASKED
+from pspo_jax.policy.kernels import run_kernel
 
 BLOCKS = 8
 """Parts that the queries of long rows are computed in."""
@@ -24,6 +25,7 @@ def attend(
     scale: float,
     window: Int[Array, ""] | None = None,
     segments: Int[Array, "R S"] | None = None,
+    kernel: str = "xla",
 ) -> Float[Array, "R S H h"]:
     """Causal grouped-query attention with a float32 softmax.
 
@@ -35,7 +37,11 @@ def attend(
       scale: multiplies q k.
       window: each query sees this many tokens, itself included; None = all before it.
       segments: which of several rows in one a place belongs to: it sees its own; None = there is one.
+      kernel: one of `kernels.KERNELS`, which take no window and no context axis; or XLA, as described.
     """
+    if kernel != "xla":
+        assert window is None
+        return run_kernel(kernel, q, k, v, scale, segments)
     s = q.shape[1]
     context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     size = block_size(s, context)

@@ -143,7 +143,8 @@ def forward(
         q, k, v = qkv(a, w, x, at, own.get("key"))
         # Each device's places attend to all: along context, keys and values are gathered.
         k, v = (constrain(y, rows, None, "kv_heads", None) for y in (k, v))
-        mixed = attend(q, k, v, a.attention_scale, own.get("window"), segments)
+        kernel = a.attention if packed is None else a.packed_attention
+        mixed = attend(q, k, v, a.attention_scale, own.get("window"), segments, kernel)
         x = finish_block(a, w, x, mixed, own.get("key"))
         return constrain(x, rows, length, None), (k, v) if keep_cache else None
 

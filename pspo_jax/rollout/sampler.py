@@ -62,7 +62,7 @@ class _Loop(NamedTuple):
 
 
 def make_sampler(
-    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None
+    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
 ) -> Callable[..., Rollouts]:
     """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
@@ -73,13 +73,14 @@ def make_sampler(
 
     Args:
       slots: rows that are decoded at a time, the next row in a slot when one has ended (see `slots`); None = all.
+      chunk: tokens drawn before the next test whether all rows have ended; see `tokens_per_test`.
     """
-    sample = counting_sampler(policy, group_size, max_new_tokens, pad_id, slots)
+    sample = counting_sampler(policy, group_size, max_new_tokens, pad_id, slots, chunk)
     return jax.jit(lambda *args, **named: sample(*args, **named)[0])
 
 
 def counting_sampler(
-    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None
+    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
 ) -> Callable[..., tuple[Rollouts, Int[Array, ""]]]:
     """`make_sampler`, not jitted, with the number of tokens computed, those of rows that had ended included."""
 
@@ -105,23 +106,28 @@ def counting_sampler(
             token, log_prob, sampling = draw_tokens(
                 logits, uniform.reshape(b, group_size), settings.temperature, settings.top_k, settings.top_p
             )
-            token = jnp.where(loop.alive, token, pad_id)
+            live = loop.alive & (t < limit)
+            token = jnp.where(live, token, pad_id)
             return _Loop(
                 t,
                 token,
                 loop.cache,
-                loop.alive & ~(token[..., None] == settings.stop_ids).any(axis=-1),
+                loop.alive & ~(live & (token[..., None] == settings.stop_ids).any(axis=-1)),
                 _put(loop.tokens, token, t),
-                _put(loop.log_probs, jnp.where(loop.alive, log_prob, 0), t),
-                _put(loop.sampling_log_probs, jnp.where(loop.alive, sampling, 0), t),
-                loop.lengths + loop.alive,
+                _put(loop.log_probs, jnp.where(live, log_prob, 0), t),
+                _put(loop.sampling_log_probs, jnp.where(live, sampling, 0), t),
+                loop.lengths + live,
             )
 
-        def body(loop: _Loop) -> _Loop:
+        def one(_: Array | int, loop: _Loop) -> _Loop:
             logits, cache = step(loop.cache, loop.last, loop.t)
             return draw(loop._replace(cache=cache), constrain(logits, "batch", None, None), loop.t + 1)
 
-        shape = (b, group_size, max_new_tokens)
+        def body(loop: _Loop) -> _Loop:
+            return one(0, loop) if chunk == 1 else jax.lax.fori_loop(0, chunk, one, loop)
+
+        # The last chunk may reach past the longest completion.
+        shape = (b, group_size, 1 + -(-(max_new_tokens - 1) // chunk) * chunk)
         start = _Loop(
             jnp.int32(0),
             jnp.full(shape[:2], pad_id, jnp.int32),
@@ -134,7 +140,7 @@ def counting_sampler(
         )
         logits = jnp.broadcast_to(logits[:, None], (b, group_size, logits.shape[-1]))
         end = draw(start, logits, jnp.int32(0))
-        for size in sizes(max_new_tokens) if policy.resize else [max_new_tokens]:
+        for size in sizes(max_new_tokens, chunk) if policy.resize else [max_new_tokens]:
             if policy.resize:
                 end = end._replace(cache=policy.resize(end.cache, size))
 
@@ -143,18 +149,31 @@ def counting_sampler(
                 return (loop.t + 1 < jnp.minimum(limit, size + 1)) & loop.alive.any()
 
             end = jax.lax.while_loop(goes_on, body, end)
-        drawn = Drawn(end.tokens, end.log_probs, end.sampling_log_probs, end.lengths, ~end.alive, end.t)
+        tokens, log_probs, sampling = (
+            x[..., :max_new_tokens] for x in (end.tokens, end.log_probs, end.sampling_log_probs)
+        )
+        drawn = Drawn(tokens, log_probs, sampling, end.lengths, ~end.alive, end.t)
         return _rollouts(prompts, drawn, settings), b * group_size * (1 + drawn.steps)
 
     return sample
 
 
-def sizes(max_new_tokens: int) -> list[int]:
+def sizes(max_new_tokens: int, chunk: int = 1) -> list[int]:
     """Tokens that a cache has room for, one size after the other: a token pays for what is drawn, not for what may be.
 
-    Each size is a loop of its own and compiles anew, so there are few.
+    Each size is a loop of its own and compiles anew, so there are few. All but the last are whole chunks.
     """
-    return [max_new_tokens // part for part in (4, 2) if max_new_tokens // part >= SMALLEST] + [max_new_tokens]
+    parts = (max_new_tokens // part // chunk * chunk for part in (4, 2))
+    return [part for part in parts if part >= SMALLEST] + [max_new_tokens]
+
+
+def tokens_per_test(platform: str, max_new_tokens: int) -> int:
+    """The sampler's `chunk` for a platform.
+
+    A GPU's loop waits for the host at every test but not where the number of turns is known; elsewhere a test is free,
+    and a chunk would only draw for rows that have ended.
+    """
+    return max(1, min(32, max_new_tokens // 16)) if platform == "gpu" else 1
 
 
 def _rollouts(prompts: Prompts, drawn: Drawn, settings: SamplingParams) -> Rollouts:

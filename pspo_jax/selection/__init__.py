@@ -11,6 +11,7 @@ from pspo_jax.selection.base import Columns, Look, News, Ranked, Scorer, Selecto
 from pspo_jax.selection.choice import select
 from pspo_jax.selection.engine import SelectorState, engine, follow, init, observe
 from pspo_jax.selection.greso import greso
+from pspo_jax.selection.longest_first import longest_first
 from pspo_jax.selection.pools import curriculum, difficulty_pools
 from pspo_jax.selection.posterior import mopps, posterior_mixed, spo
 from pspo_jax.selection.pps import pps
@@ -70,6 +71,7 @@ __all__ = [
     "Selector",
     "SelectorState",
     "Sizes",
+    "longest_first",
     "make",
     "selector",
 ]

@@ -176,6 +176,27 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
     np.testing.assert_allclose(at_once.log_probs, grown.log_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [1, 7, T])
+@pytest.mark.parametrize("chunk", [4, 5, 16])
+def test_chunks_of_tokens_change_no_row(chunk, limit, monkeypatch):
+    """Whether chunks divide the longest completion, the limit and the sizes of the cache or not."""
+    policy, params, _ = tiny_policy()
+    args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, PAD), limit=limit)
+    one_by_one = make_sampler(policy, 4, T, PAD)(*args)
+    monkeypatch.setattr(sampler, "SMALLEST", 2)
+    assert sampler.sizes(32, 4) == [8, 16, 32] and sampler.sizes(30, 4) == [4, 12, 30]
+    in_chunks = make_sampler(policy, 4, T, PAD, chunk=chunk)(*args)
+    for name in ("tokens", "mask", "lengths", "ended"):
+        np.testing.assert_array_equal(getattr(one_by_one, name), getattr(in_chunks, name), name)
+    for name in ("log_probs", "sampling_log_probs"):
+        np.testing.assert_allclose(getattr(one_by_one, name), getattr(in_chunks, name), atol=1e-5, err_msg=name)
+
+
+def test_a_gpu_tests_once_a_chunk():
+    assert [sampler.tokens_per_test("gpu", t) for t in (8, 64, 512, 16_384)] == [1, 4, 32, 32]
+    assert sampler.tokens_per_test("cpu", 512) == sampler.tokens_per_test("tpu", 512) == 1
+
+
 def test_slots_on_eight_devices_change_no_row():
     """Each device refills its own slots, from its own rows."""
     policy, params, _ = tiny_policy()
