@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -134,12 +135,25 @@ def join_chunks(chunks: list[Rollouts]) -> Rollouts:
 
 
 def compile_programs(setup: Setup, progress: Progress) -> Programs:
-    """Compile the parts of a step, two at a time, before the first one runs."""
+    """Compile the parts of a step, two at a time, before the first one runs, and say how long each took."""
+    began = time.monotonic()
     lowered = lower_programs(setup)
+    seconds = {"tracing": time.monotonic() - began}
     compiled = {}
+
+    def one(name: str) -> Any:
+        began = time.monotonic()
+        program = lowered[name].compile()
+        seconds[name] = time.monotonic() - began
+        return program
+
     with progress.phase("compile", len(lowered)) as bar, ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(low.compile) for name, low in lowered.items()}
+        # The longest first: the other thread takes the rest meanwhile.
+        order = sorted(lowered, key=lambda name: name not in ("step", "sample", "eval_sample"))
+        futures = {name: pool.submit(one, name) for name in order}
         for name, future in futures.items():
             compiled[name] = future.result()
             bar(1, name)
+    slow = sorted((name for name in seconds if seconds[name] >= 0.1), key=lambda name: -seconds[name])
+    progress.say(f"compiled in {time.monotonic() - began:.1f} s: " + ", ".join(f"{n} {seconds[n]:.1f}" for n in slow))
     return Programs(**compiled)
