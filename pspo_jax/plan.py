@@ -63,7 +63,7 @@ def show(config: Config, target: Target) -> int:
     """Print the plan of a config."""
     kind = KINDS[target.kind] if target.kind else None
     devices = devices_for(target)
-    setup = prepare(config, weights=False, capacity=kind.memory if kind else None, devices=devices)
+    setup = prepare(config, weights=False, capacity=kind.memory if kind else None, devices=devices, say=print)
     capacity, residents, details = kind.memory if kind else _own_capacity(), _residents(setup), _details(setup)
     peaks = _peaks(setup, residents, details)
     console = Console(width=max(Console().width, 100))

@@ -27,8 +27,11 @@ LEARNING_RATE = 1e-5
 
 
 def serve_ours(work: Work) -> None:
+    """Arrays are made, and programs compiled side by side, as the entry points do it."""
     channel = Channel()
     settings, policy, prompts = our_setup(work)
+    from concurrent.futures import ThreadPoolExecutor
+
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -41,13 +44,23 @@ def serve_ours(work: Work) -> None:
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
     algorithm = algorithms.build(settings)
-    params = policy.init(jax.random.key(0))
     n, length = settings.task.train_prompts, work.prompt_tokens
-    state = init_state(params, optimizer, algorithm, settings, n, length, jax.random.key(1))
-    del params  # the step donates the state; nothing else may hold it
-    sample = make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)
-    train_step = make_train_step(policy, optimizer, algorithm, settings)
+
+    @jax.jit
+    def first_state() -> Any:
+        params = policy.init(jax.random.key(0))
+        return init_state(params, optimizer, algorithm, settings, n, length, jax.random.key(1))
+
+    state = first_state()
     sampling = SamplingParams.of(settings.rollout, [-1])
+    args = state.params, prompts, jax.random.key(1), sampling
+    with ThreadPoolExecutor(2) as pool:
+        traced = jax.jit(make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)).lower(*args)
+        sampler = pool.submit(traced.compile)
+        update = make_train_step(policy, optimizer, algorithm, settings)
+        rewards = jax.ShapeDtypeStruct((work.prompts, work.group_size), jnp.float32)
+        train_step = update.lower(state, traced.out_info, rewards).compile()
+        sample = sampler.result()
 
     def call() -> dict[str, float]:
         nonlocal state

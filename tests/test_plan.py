@@ -52,14 +52,14 @@ def test_the_ring_is_in_the_plan(capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "words", "kernel"),
     [
-        ("v5e-8", "--mesh.fsdp 4 --policy.remat offload"),
-        ("v6e-16", "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo"),
+        ("v5e-8", "--mesh.fsdp 4 --policy.remat offload --rollout.max_new_tokens 512", "splash"),
+        ("v6e-16", "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo", None),
     ],
 )
-def test_compiles_for_a_tpu_that_is_not_there(target, words, child_env):
-    """The TPU's own compiler takes the rollout and the update."""
+def test_compiles_for_a_tpu_that_is_not_there(target, words, kernel, child_env):
+    """The TPU's own compiler takes the rollout and the update, with its kernel for long rows."""
     argv = [*words.split(), "--policy.compute_dtype", "bfloat16", "--run.compilation_cache", "off", "--plan", target]
     done = subprocess.run(
         [sys.executable, "-m", "pspo_jax.train", *argv], env=child_env, capture_output=True, text=True, timeout=300
@@ -69,6 +69,7 @@ def test_compiles_for_a_tpu_that_is_not_there(target, words, child_env):
     assert 0 < rows["peak of the update: by the TPU's compiler"] < 1
     assert "rollout: fits" in done.stdout and "update: fits" in done.stdout
     assert "least time of a step by arithmetic" in done.stdout
+    assert (f"attention: {kernel}, packed rows {kernel} (not tried here)" in done.stdout) == (kernel is not None)
 
 
 @pytest.mark.slow
