@@ -1,0 +1,39 @@
+"""What a compiled sampler must not do, whatever the machine."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.rollout import sampler as sampler_module
+from tests.helpers import random_prompts, tiny_policy
+
+SETTINGS = SamplingParams(jnp.float32(1.0), jnp.float32(1.0), jnp.int32(0), jnp.asarray([13], jnp.int32), jnp.int32(17))
+
+
+def loop_bodies(text):
+    """The computations that a compiled program runs in turns, and those they call, as text by name."""
+    found = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE))
+    wanted, bodies = set(re.findall(r"body=%?([\w.\-]+)", text)), {}
+    while wanted:
+        name = wanted.pop()
+        if name in found and name not in bodies:
+            bodies[name] = found[name]
+            wanted |= set(re.findall(r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.\-]+)", found[name]))
+    return bodies
+
+
+@pytest.mark.parametrize(("slots", "shape"), [(None, "5,3,2,17,4"), (7, "7,2,17,4")])
+def test_no_cache_is_copied_in_the_token_loop(slots, shape, monkeypatch):
+    """A copy of the cache a token would double what decoding reads."""
+    monkeypatch.setattr(sampler_module, "SMALLEST", 4)
+    policy, params, _ = tiny_policy(kv_heads=2, head_dim=4)
+    sample = make_sampler(policy, 3, 17, 14, slots)
+    text = sample.lower(params, random_prompts(5, 9), jax.random.key(0), SETTINGS).compile().as_text()
+    bodies = loop_bodies(text)
+    held = [line for body in bodies.values() for line in body.splitlines() if f"f32[{shape}]" in line]
+    assert any("dynamic-update-slice" in line for line in held)  # the cache is there, under this shape
+    copies = [line for line in held if re.search(rf"= f32\[{shape}\]\S* copy\(", line)]
+    assert not copies, copies
