@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax import cli
-from pspo_jax.config import ConfigError
+from pspo_jax.config import ConfigError, replace
 from pspo_jax.export import choose_steps
 from pspo_jax.io.checkpoint import read_part
 from pspo_jax.setup import Setup, prepare, verifiers
@@ -36,6 +36,8 @@ def write_prompts(run: Path, wanted: str = "latest") -> tuple[Path, Path]:
     if not path.exists():
         raise ConfigError(f"--prompts {run}: holds no config.yaml; name the run.dir of a training run")
     config = cli.parse(["--config", str(path)], "python -m pspo_jax.report", "")
+    # No model runs here, and the machine may lack the one that the run's kernel is for.
+    config = replace(config, {"policy.attention": "xla"})
     step = choose_steps(run, wanted)[-1]
     with verifiers(config) as pool:
         setup = prepare(config, weights=False, pool=pool)

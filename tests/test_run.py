@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,6 +354,17 @@ def test_the_table_of_prompts_adds_up(uninterrupted, tmp_path, capsys):
     ):
         with pytest.raises(ConfigError, match=complaint):
             report(words)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_table_of_prompts_needs_no_machine_for_the_runs_kernel(uninterrupted, tmp_path, capsys):
+    pytest.importorskip("pyarrow.parquet")
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["policy"]["attention"] = "splash"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report(["--prompts", str(run)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.xdist_group("resume")
