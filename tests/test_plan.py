@@ -55,7 +55,12 @@ def test_the_ring_is_in_the_plan(capsys):
     ("target", "words", "kernel"),
     [
         ("v5e-8", "--mesh.fsdp 4 --policy.remat offload --rollout.max_new_tokens 512", "splash"),
-        ("v6e-16", "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo", None),
+        pytest.param(
+            "v6e-16",
+            "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo",
+            None,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_compiles_for_a_tpu_that_is_not_there(target, words, kernel, child_env):
