@@ -188,6 +188,21 @@ def our_sampler(settings: Config, policy: Policy, work: Work, platform: str) -> 
     return make_sampler(policy, work.group_size, work.new_tokens, 0, settings.rollout.slots, chunk)
 
 
+def our_training(settings: Config, policy: Policy, num_prompts: int, prompt_tokens: int) -> tuple[Any, Any, Any]:
+    """Algorithm, first state and step; nothing but the state holds its arrays, which the step donates."""
+    import jax
+
+    from pspo_jax import algorithms
+    from pspo_jax.optimizer import adamw
+    from pspo_jax.step import init_state, make_train_step
+
+    optimizer = adamw(settings.optimizer, settings.run.steps)
+    algorithm = algorithms.build(settings)
+    params = jax.jit(policy.init)(jax.random.key(0))
+    state = init_state(params, optimizer, algorithm, settings, num_prompts, prompt_tokens, jax.random.key(1))
+    return algorithm, state, make_train_step(policy, optimizer, algorithm, settings)
+
+
 def our_prompts(work: Work) -> Prompts:
     import jax.numpy as jnp
 
@@ -288,25 +303,17 @@ def serve_step(job: Job) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from pspo_jax import algorithms
-    from pspo_jax.optimizer import adamw
     from pspo_jax.rollout import SamplingParams
     from pspo_jax.state import ROLLOUT, SELECT, Prompts, purpose_key
-    from pspo_jax.step import init_state, make_train_step
 
-    optimizer = adamw(settings.optimizer, settings.run.steps)
-    algorithm = algorithms.build(settings)
-    params = jax.jit(policy.init)(jax.random.key(0))
     n, p, b = job.dataset, work.prompt_tokens, work.prompts
     data = jax.random.randint(jax.random.key(2), (n, p), 0, work.shape.vocab)
-    state = init_state(params, optimizer, algorithm, settings, n, p, jax.random.key(1))
-    del params  # the step donates the state; nothing else may hold it
+    algorithm, state, train_step = our_training(settings, policy, n, p)
     select = jax.jit(
         lambda selector, key, step: algorithm.selector.select(selector, purpose_key(key, step, SELECT), step, b),
         donate_argnums=0,
     )
     sample = our_sampler(settings, policy, work, job.platform)
-    train_step = make_train_step(policy, optimizer, algorithm, settings)
     sampling = SamplingParams.of(settings.rollout, [-1])
 
     def call() -> dict[str, float]:
@@ -369,16 +376,7 @@ def serve_train(job: Job) -> None:
     settings, policy = our_setup(job, work)
     import jax
 
-    from pspo_jax import algorithms
-    from pspo_jax.optimizer import adamw
-    from pspo_jax.step import init_state, make_train_step
-
-    optimizer = adamw(settings.optimizer, settings.run.steps)
-    algorithm = algorithms.build(settings)
-    params = jax.jit(policy.init)(jax.random.key(0))
-    state = init_state(params, optimizer, algorithm, settings, work.prompts, work.prompt_tokens, jax.random.key(1))
-    del params
-    train_step = make_train_step(policy, optimizer, algorithm, settings)
+    _, state, train_step = our_training(settings, policy, work.prompts, work.prompt_tokens)
     rollouts = full_rollouts(work)
     rewards = jax.random.normal(jax.random.key(4), rollouts.lengths.shape)
 

@@ -41,21 +41,7 @@ def qwen(work: Work, dtype: str) -> Any:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    s = work.shape
-    config = Qwen2Config(
-        vocab_size=s.vocab,
-        hidden_size=s.width,
-        intermediate_size=s.mlp_width,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads,
-        max_position_embeddings=work.prompt_tokens + work.new_tokens,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = Qwen2Config(**_bench.transformers_fields(work))
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(torch_device()):

@@ -86,6 +86,25 @@ def prompt_ids(work: Work) -> list[list[int]]:
     return [[(7919 * (b * n + i) + 13) % v for i in range(n)] for b in range(work.prompts)]
 
 
+def transformers_fields(work: Work) -> dict[str, Any]:
+    """The shape as a config of transformers takes it, for Llama and Qwen2 alike; no id ends a row."""
+    s = work.shape
+    return {
+        "vocab_size": s.vocab,
+        "hidden_size": s.width,
+        "intermediate_size": s.mlp_width,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads,
+        "max_position_embeddings": work.prompt_tokens + work.new_tokens,
+        "tie_word_embeddings": True,
+        "attn_implementation": "sdpa",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
 # Worker side
 
 

@@ -71,22 +71,7 @@ def llama(work: Work) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    s = work.shape
-    config = LlamaConfig(
-        vocab_size=s.vocab,
-        hidden_size=s.width,
-        intermediate_size=s.mlp_width,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads,
-        head_dim=s.head_dim,
-        max_position_embeddings=work.prompt_tokens + work.new_tokens,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = LlamaConfig(**_bench.transformers_fields(work), head_dim=work.shape.head_dim)
     return LlamaForCausalLM(config)
 
 
