@@ -18,7 +18,7 @@ from pspo_jax.io.run_folder import RunLog, check_config, open_folder, write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step, ring_to_device
 from pspo_jax.parallel import hosts
-from pspo_jax.programs import Programs, compile_programs
+from pspo_jax.programs import Programs, compiling
 from pspo_jax.report import write_report
 from pspo_jax.resume import restore, save_content, source_fingerprint
 from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare, verifiers
@@ -53,33 +53,48 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> in
         hosts.wait_for_all("config")
         if hosts.leads():
             (folder / "config.yaml").write_text(cli.to_yaml(config))
-        restored = restore(setup, folder, checkpoints, progress)
-        if hosts.leads():
-            save_content(setup, folder)
-            if line := write_left_out(setup.task, folder / "left_out.jsonl"):
-                progress.say(line)
-        state, totals = restored or (None, Totals())
-        if state is None:
-            with totals.phase("sft"):
-                first = first_params(setup, folder, progress, stop)
-            if first.params is None:
+        summarised = (folder / "summary.json").exists()
+        finished = summarised and checkpoints.steps()[-1:] == [config.run.steps]
+        # A GPU's compiler times kernels on the device, where nothing else should run then.
+        alone = config.sft.steps > 0 and setup.mesh.devices.flat[0].platform == "gpu"
+        with compiling(setup, at_once=not (finished or alone)) as compiled:
+            begun = _begin(setup, folder, checkpoints, progress, stop)
+            if begun is None:
                 progress.say("stopped during the cold start; the same command begins it again")
                 return 0
-            progress.say(_describe(setup, first.origin))
-            if config.algorithm.compat == "released":
-                progress.say(
-                    "algorithm.compat=released: advantages and loss weights have the defects of PSPO's published code "
-                    "(docs/algorithms.md); for parity studies only"
-                )
-            state = place_state(setup, first.params, first.frozen)
-            del first  # the state owns the buffers, and donates them
-        if int(state.step) == config.run.steps and (folder / "summary.json").exists():
-            progress.say(f"{folder} is finished; choose another --run.dir to train again")
-            show_summary(config, folder, progress)
-            return 0
-        with totals.phase("compile"):
-            programs = compile_programs(setup, progress)
+            state, totals = begun
+            if int(state.step) == config.run.steps and summarised:
+                progress.say(f"{folder} is finished; choose another --run.dir to train again")
+                show_summary(config, folder, progress)
+                return 0
+            with totals.phase("compile"):
+                programs = compiled(progress)
         return _loop(setup, state, programs, totals, folder, checkpoints, progress, stop)
+
+
+def _begin(
+    setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Progress, stop: Callable[[], bool]
+) -> tuple[TrainState, Totals] | None:
+    """The newest checkpoint's state and accounting, or the first; None if it was to stop during the cold start."""
+    restored = restore(setup, folder, checkpoints, progress)
+    if hosts.leads():
+        save_content(setup, folder)
+        if line := write_left_out(setup.task, folder / "left_out.jsonl"):
+            progress.say(line)
+    if restored is not None:
+        return restored
+    totals = Totals()
+    with totals.phase("sft"):
+        first = first_params(setup, folder, progress, stop)
+    if first.params is None:
+        return None
+    progress.say(_describe(setup, first.origin))
+    if setup.config.algorithm.compat == "released":
+        progress.say(
+            "algorithm.compat=released: advantages and loss weights have the defects of PSPO's published code "
+            "(docs/algorithms.md); for parity studies only"
+        )
+    return place_state(setup, first.params, first.frozen), totals
 
 
 def _describe(setup: Setup, origin: str) -> str:

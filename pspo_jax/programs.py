@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -134,26 +135,50 @@ def join_chunks(chunks: list[Rollouts]) -> Rollouts:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts) if parts[0].ndim else parts[0], *chunks)
 
 
-def compile_programs(setup: Setup, progress: Progress) -> Programs:
-    """Compile the parts of a step, two at a time, before the first one runs, and say how long each took."""
+def _compile(setup: Setup, pool: ThreadPoolExecutor) -> tuple[dict[str, tuple[float, float]], dict[str, Future[Any]]]:
+    """The programs to come, and from which second to which each is compiled."""
     began = time.monotonic()
     lowered = lower_programs(setup)
-    seconds = {"tracing": time.monotonic() - began}
-    compiled = {}
+    spans = {"tracing": (0.0, time.monotonic() - began)}
 
     def one(name: str) -> Any:
-        began = time.monotonic()
+        start = time.monotonic() - began
         program = lowered[name].compile()
-        seconds[name] = time.monotonic() - began
+        spans[name] = start, time.monotonic() - began
         return program
 
-    with progress.phase("compile", len(lowered)) as bar, ThreadPoolExecutor(2) as pool:
-        # The longest first: the other thread takes the rest meanwhile.
-        order = sorted(lowered, key=lambda name: name not in ("step", "sample", "eval_sample"))
-        futures = {name: pool.submit(one, name) for name in order}
-        for name, future in futures.items():
-            compiled[name] = future.result()
-            bar(1, name)
-    slow = sorted((name for name in seconds if seconds[name] >= 0.1), key=lambda name: -seconds[name])
-    progress.say(f"compiled in {time.monotonic() - began:.1f} s: " + ", ".join(f"{n} {seconds[n]:.1f}" for n in slow))
-    return Programs(**compiled)
+    # The longest first: the other threads take the rest meanwhile.
+    order = sorted(lowered, key=lambda name: name not in ("step", "sample", "eval_sample"))
+    return spans, {name: pool.submit(one, name) for name in order}
+
+
+@contextmanager
+def compiling(setup: Setup, at_once: bool = True) -> Iterator[Callable[[Progress], Programs]]:
+    """Compile the parts of a step, two at a time, beside what the caller does; what it yields waits for them.
+
+    Who leaves without them does not wait, though a program that is being compiled ends before the process does.
+
+    Args:
+      at_once: False = when they are asked for.
+    """
+    pool = ThreadPoolExecutor(2)
+    begun = _compile(setup, pool) if at_once else None
+
+    def wait(progress: Progress) -> Programs:
+        asked = time.monotonic()
+        spans, programs = begun or _compile(setup, pool)
+        compiled = {}
+        with progress.phase("compile", len(programs)) as bar:
+            for name, future in programs.items():
+                compiled[name] = future.result()
+                bar(1, name)
+        waited, total = time.monotonic() - asked, max(end for _, end in spans.values())
+        seconds = sorted(((end - start, name) for name, (start, end) in spans.items()), reverse=True)
+        slow = ", ".join(f"{name} {taken:.1f}" for taken, name in seconds if taken >= 0.1)
+        progress.say(f"compiled in {total:.1f} s, {waited:.1f} of them waited for: {slow}")
+        return Programs(**compiled)
+
+    try:
+        yield wait
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -29,7 +29,7 @@ from pspo_jax.parallel.mesh import (
     replicated,
     smallest_fsdp,
 )
-from pspo_jax.parallel.runtime import keep_freed_memory
+from pspo_jax.parallel.runtime import jit_once, keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
 from pspo_jax.policy.architecture import lora_of
 from pspo_jax.policy.kernel_choice import with_kernels
@@ -239,7 +239,8 @@ def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[
         progress.say(f"reading {setup.source.name}")
         loaded, origin = load_base(setup), f"from {setup.source.name}"
     if setup.source is None or setup.architecture.lora is not None:
-        params = jax.jit(setup.policy.init, out_shardings=shardings)(jax.random.key(setup.config.run.seed))
+        init = jit_once(setup.policy.init, setup.mesh.devices.flat[0].platform, shardings)
+        params = init(jax.random.key(setup.config.run.seed))
         frozen = loaded if setup.source is not None else None
     else:
         params = loaded

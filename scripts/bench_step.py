@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-5
 
 
 def serve_ours(work: Work) -> None:
-    """Arrays are made, and programs compiled side by side, as the entry points do it."""
+    """The first weights are made beside compilation, as the entry points do it."""
     channel = Channel()
     settings, policy, prompts = our_setup(work)
     from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +38,7 @@ def serve_ours(work: Work) -> None:
 
     from pspo_jax import algorithms
     from pspo_jax.optimizer import adamw
+    from pspo_jax.parallel.runtime import jit_once
     from pspo_jax.rollout.sampler import SamplingParams, make_sampler
     from pspo_jax.state import ROLLOUT, purpose_key
     from pspo_jax.step import init_state, make_train_step
@@ -46,21 +47,21 @@ def serve_ours(work: Work) -> None:
     algorithm = algorithms.build(settings)
     n, length = settings.task.train_prompts, work.prompt_tokens
 
-    @jax.jit
-    def first_state() -> Any:
+    def new_state() -> Any:
         params = policy.init(jax.random.key(0))
         return init_state(params, optimizer, algorithm, settings, n, length, jax.random.key(1))
 
-    state = first_state()
     sampling = SamplingParams.of(settings.rollout, [-1])
-    args = state.params, prompts, jax.random.key(1), sampling
     with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(jit_once(new_state, "cpu"))
+        shapes = jax.eval_shape(new_state)
+        args = shapes.params, prompts, shapes.key, sampling
         traced = jax.jit(make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)).lower(*args)
         sampler = pool.submit(traced.compile)
         update = make_train_step(policy, optimizer, algorithm, settings)
         rewards = jax.ShapeDtypeStruct((work.prompts, work.group_size), jnp.float32)
-        train_step = update.lower(state, traced.out_info, rewards).compile()
-        sample = sampler.result()
+        train_step = update.lower(shapes, traced.out_info, rewards).compile()
+        state, sample = first.result(), sampler.result()
 
     def call() -> dict[str, float]:
         nonlocal state

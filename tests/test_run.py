@@ -103,7 +103,9 @@ def runs(tmp_path_factory):
 def uninterrupted(child_env, runs):
     """A finished reference run in which some groups were mixed."""
     folder = runs / "reference"
-    finish(start(child_env, folder))
+    out = finish(start(child_env, folder))
+    seconds = re.search(r"compiled in ([\d.]+) s, ([\d.]+) of them waited for: .*\bstep ", out)
+    assert seconds and float(seconds[2]) < float(seconds[1])  # it went on beside the cold start
     assert sum(line.get("groups/effective", 0) for line in metrics(folder)) >= 3
     return folder
 
@@ -307,6 +309,14 @@ def test_folder_of_another_config_says_what_differs(capsys, uninterrupted):
     assert "optimizer.learning_rate=0.0008 there, 0.5 now" in line
     assert "algorithm.name=pspo there, grpo now" in line
     assert "eval.every" not in line
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_finished_run_says_so(child_env, uninterrupted):
+    before = metrics(uninterrupted, drop=("-",))
+    out = finish(start(child_env, uninterrupted))
+    assert "is finished; choose another --run.dir" in out and "held-out greedy" in out and "compiled" not in out
+    assert metrics(uninterrupted, drop=("-",)) == before
 
 
 @pytest.mark.xdist_group("resume")
