@@ -2,8 +2,9 @@
 
 A row needs its prompt and its completion but the last token. First-fit decreasing puts rows into bins of P + T - 1
 places; as many microbatches of bins run as hold any row, a number that is known at run time alone. Inside a bin tokens
-attend to their own row, with positions from 0. Log-probs go back to rows before the loss sees them, so every loss is
-the padded one's: sequence ratios, aggregations and all.
+attend to their own row, with positions from 0. Completions of one prompt may share it: the first in a bin, their
+leader, holds the prompt; the others follow, attend to it and to themselves, and go on from its positions. Log-probs go
+back to rows before the loss sees them, so every loss is the padded one's: sequence ratios, aggregations and all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.objective.log_probs import chunked_log_probs, pack_rows
 from pspo_jax.parallel.mesh import constrain
@@ -33,46 +34,72 @@ class Plan(NamedTuple):
 
     rows: Int[Array, "N M"]
     """Of each bin, in the order in which they stand in it; R = none."""
+    leads: Bool[Array, "N M"]
+    """Rows that hold their prompt; the others stand behind the one before them, of the same prompt."""
     bins: Int[Array, ""]
     """Bins that hold a row; they come first."""
+    used: Int[Array, ""]
+    """Places that rows stand in."""
 
 
-def plan_bins(needs: Int[Array, "R"], length: int, bins: int) -> Plan:
-    """First-fit decreasing.
+def plan_bins(prompts: Int[Array, "R"], answers: Int[Array, "R"], length: int, bins: int, group_size: int = 1) -> Plan:
+    """First-fit decreasing, of groups and of the rows of each; a bin that holds the prompt comes before others.
 
     Args:
-      needs: places of each row, at most `length`; a row of 0 goes nowhere.
+      prompts: tokens of each row's prompt.
+      answers: tokens of its completion that the loss needs, with the prompt at most `length` + 1; 0 = it goes nowhere.
       length: places of a bin.
       bins: N >= R rounded up to whole microbatches; as many bins as rows are always enough.
+      group_size: rows that have one prompt and may share it; they follow one another.
     """
-    r = needs.shape[0]
-    order = jnp.argsort(-needs, stable=True)
+    r = prompts.shape[0]
+    groups = jnp.arange(r) // group_size
+    total = (jnp.where(answers > 0, prompts + answers - 1, 0)).reshape(-1, group_size).sum(axis=1)
+    order = jnp.lexsort((-answers, groups, -total[groups]))
 
-    def place(carry: tuple[Array, Array], row: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        room, held = carry
-        fits = (room >= needs[row]) & (held < ROWS_PER_BIN)
-        bin_ = jnp.where(needs[row] > 0, jnp.argmax(fits), bins)
-        slot = held.at[bin_].get(mode="fill", fill_value=0)
-        after = room.at[bin_].add(-needs[row], mode="drop"), held.at[bin_].add(1, mode="drop")
-        return after, (bin_, slot)
+    def place(carry: tuple[Array, Array, Array], row: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+        room, held, last = carry
+        follows = last == groups[row]
+        need = answers[row] - 1 + jnp.where(follows, 0, prompts[row])
+        fits = (room >= need) & (held < ROWS_PER_BIN)
+        bin_ = jnp.where(answers[row] > 0, jnp.argmax(fits * (1 + follows)), bins)
+        slot, leads = held.at[bin_].get(mode="fill", fill_value=0), ~follows.at[bin_].get(mode="fill", fill_value=True)
+        after = (
+            room.at[bin_].add(-need.at[bin_].get(mode="fill", fill_value=0), mode="drop"),
+            held.at[bin_].add(1, mode="drop"),
+            last.at[bin_].set(groups[row], mode="drop"),
+        )
+        return after, (bin_, slot, leads)
 
-    start = jnp.full(bins, length, jnp.int32), jnp.zeros(bins, jnp.int32)
-    (_, held), (where, slot) = jax.lax.scan(place, start, order)
-    rows = jnp.full((bins, ROWS_PER_BIN), r, jnp.int32).at[where, slot].set(order, mode="drop")
-    return Plan(rows, (held > 0).sum())
+    start = jnp.full(bins, length, jnp.int32), jnp.zeros(bins, jnp.int32), jnp.full(bins, -1, jnp.int32)
+    (room, held, _), (where, slot, leads) = jax.lax.scan(place, start, order)
+    shape = bins, ROWS_PER_BIN
+    return Plan(
+        jnp.full(shape, r, jnp.int32).at[where, slot].set(order, mode="drop"),
+        jnp.ones(shape, bool).at[where, slot].set(leads, mode="drop"),
+        (held > 0).sum(),
+        (length - room).sum(),
+    )
+
+
+def answers_of(rows: Rows) -> Int[Array, "R"]:
+    """Tokens of each completion up to the last one in the loss; 0 without any."""
+    return jnp.where(rows.mask, jnp.arange(rows.mask.shape[1]) + 1, 0).max(axis=1)
 
 
 def needs_of(rows: Rows) -> Int[Array, "R"]:
-    """Places that each row needs; 0 without a token in the loss."""
-    t = rows.mask.shape[1]
-    completion = jnp.where(rows.mask, jnp.arange(t) + 1, 0).max(axis=1)
-    return jnp.where(completion > 0, rows.lengths + completion - 1, 0)
+    """Places that each row needs by itself; 0 without a token in the loss."""
+    answers = answers_of(rows)
+    return jnp.where(answers > 0, rows.lengths + answers - 1, 0)
 
 
 def bin_length(rows: Rows) -> int:
     """Places of a bin: as many as the longest row can need; long ones are whole blocks of attention."""
-    needed = rows.prompts.shape[1] + rows.tokens.shape[1] - 1
-    return needed if needed < LONG else -(-needed // _TILE) * _TILE
+    return _whole_blocks(rows.prompts.shape[1] + rows.tokens.shape[1] - 1)
+
+
+def _whole_blocks(places: int) -> int:
+    return places if places < LONG else -(-places // _TILE) * _TILE
 
 
 def rows_in(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
@@ -87,30 +114,44 @@ def packed_log_probs(
     policy: Policy,
     weights: Params,
     part: Rows,
-    bins: int,
+    leads: Bool[Array, "b M"],
     temperature: Float[Array, ""] | float,
     logits_mib: int,
     entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """`completion_log_probs` of the rows of `bins` bins, R = bins x M, computed in the bins; 0 outside the mask's span.
+    """`completion_log_probs` of the rows of some bins, R = b x M, computed in the bins; 0 outside the mask's span.
 
     Bins have P + T - 1 places. The head runs on the places that predict a completion's token alone, chunk by chunk, and
     leaves out chunks in which no bin has any.
+
+    Args:
+      leads: of these bins, as in their plan.
     """
     p, t = part.prompts.shape[1], part.tokens.shape[1]
-    length = bin_length(part)
-    need = needs_of(part).reshape(bins, -1)
-    prompt = part.lengths.reshape(bins, -1)
-    answer = jnp.where(need > 0, need - prompt + 1, 0)
+    bins, length = leads.shape[0], bin_length(part)
+    answer = answers_of(part).reshape(leads.shape)
+    prompt = part.lengths.reshape(leads.shape)
     rows = constrain(pack_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t), "rows", None, None)
-    layout, first = _places(need, length)
+    behind = jnp.where(leads, 0, prompt)
+    need = jnp.where(answer > 0, prompt - behind + answer - 1, 0)
+    layout, first = _places(need, length, behind)
+    leader = jax.lax.cummax(jnp.where(leads, jnp.arange(leads.shape[1]), 0), axis=1)
+    if policy.shares:
+        layout = _shared(layout, leader, prompt)
     tokens = _pick(rows, layout.rows, layout.places)
     hidden = policy.hidden(weights, tokens, layout)
-    # The stream of all places that predict: of each row, from its prompt's last token on.
-    stream, first_answer = _places(answer, length)
+    # The stream of all that predict: of each row, its prompt's last place and those of its completion but the last.
+    # Of a shared prompt the last place counts for every row.
+    stream, first_answer = _places(answer, _whole_blocks(length + leads.shape[1] - 1) if policy.shares else length)
     whose, live = _clip(stream.rows, need), stream.rows < need.shape[1]
-    at = jnp.where(live, jnp.take_along_axis(first + prompt - 1, whose, axis=1) + stream.places, 0)
-    targets = _pick(rows, whose, jnp.take_along_axis(prompt, whose, axis=1) + stream.places)
+
+    def of(row: Int[Array, "b M"]) -> Int[Array, "b s"]:
+        return jnp.take_along_axis(row, whose, axis=1)
+
+    last = jnp.take_along_axis(first + prompt - 1, leader, axis=1)
+    at = jnp.where(stream.places == 0, of(last), of(first + prompt - behind - 1) + stream.places)
+    at = jnp.where(live, at, 0)
+    targets = _pick(rows, whose, of(prompt) + stream.places)
     predicting = jnp.take_along_axis(hidden, at[..., None], axis=1)
     found = chunked_log_probs(
         policy, weights, predicting, targets, temperature, logits_mib, entropy_gradient, live=live
@@ -127,14 +168,27 @@ def packed_log_probs(
     return by_row(log_probs), by_row(entropy)
 
 
-def _places(need: Int[Array, "b M"], length: int) -> tuple[Packed, Int[Array, "b M"]]:
-    """Whose place each of a bin's is, and which of that row's; and where each row begins."""
+def _places(
+    need: Int[Array, "b M"], length: int, behind: Int[Array, "b M"] | int = 0
+) -> tuple[Packed, Int[Array, "b M"]]:
+    """Whose place each of a bin's is, and which of that row's, counted from `behind`; and where each row begins."""
     end = jnp.cumsum(need, axis=1)
     first = end - need
     j = jnp.arange(length)
     rows = (j >= end[:, :, None]).sum(axis=1)
-    start = jnp.take_along_axis(first, _clip(rows, need), axis=1)
+    start = jnp.take_along_axis(first - behind, _clip(rows, need), axis=1)
     return Packed(rows, jnp.where(rows < need.shape[1], j - start, 0)), first
+
+
+def _shared(layout: Packed, leader: Int[Array, "b M"], prompt: Int[Array, "b M"]) -> Packed:
+    """With the row whose prompt each place sees, and whose prompt it is part of."""
+    whose = _clip(layout.rows, leader)
+    real = layout.rows < leader.shape[1]
+    in_prompt = real & (layout.places < jnp.take_along_axis(prompt, whose, axis=1))
+    return layout._replace(
+        leader=jnp.where(real, jnp.take_along_axis(leader, whose, axis=1), layout.rows),
+        prompt=jnp.where(in_prompt, whose, -1),
+    )
 
 
 def _clip(rows: Int[Array, "b s"], need: Int[Array, "b M"]) -> Int[Array, "b s"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pspo_jax.config import Config
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.objective.losses import LossInputs
-from pspo_jax.packing import bin_length, needs_of, packed_log_probs, plan_bins, rows_in
+from pspo_jax.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, rows_in
 from pspo_jax.parallel.mesh import constrain, microbatch_size
 from pspo_jax.policy.base import Adapted, Policy
 from pspo_jax.replay import Groups
@@ -77,7 +77,7 @@ def score(
     Outside the mask they may hold anything.
     """
     if packs(policy, rows, config):
-        found = score_packed(policy, weights, rows, needs_of(rows), temperature, config)
+        found = score_packed(policy, weights, rows, answers_of(rows), temperature, config)
         return jax.lax.stop_gradient(found)
 
     def one(part: Rows) -> tuple[Array, Array]:
@@ -104,7 +104,7 @@ def score_some(
     groups = wanted.shape[0]
     if packs(policy, rows, config):
         stale = jnp.repeat(wanted, rows.tokens.shape[0] // groups)
-        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, needs_of(rows), 0), temperature, config)
+        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, answers_of(rows), 0), temperature, config)
         return jax.lax.stop_gradient(jnp.where(stale[:, None], log_probs, rows.old_log_probs))
     order = jnp.argsort(~wanted, stable=True)
     group_size = rows.tokens.shape[0] // groups
@@ -138,25 +138,44 @@ def packs(policy: Policy, rows: Rows, config: Config) -> bool:
     if wanted and not policy.packs:
         raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
     if wanted is None:
-        return policy.packs and microbatches(rows, config) > 1 and rows.tokens.shape[1] >= LONG
+        places = rows.tokens.shape[1] + (rows.prompts.shape[1] if sharing(policy, config) > 1 else 0)
+        return policy.packs and microbatches(rows, config) > 1 and places >= LONG
     return wanted
 
 
+def sharing(policy: Policy, config: Config) -> int:
+    """Packed rows that may share their prompt.
+
+    Raises:
+      ValueError: objective.share_prompts=true for a policy that cannot.
+    """
+    wanted = config.objective.share_prompts
+    if wanted and not policy.shares:
+        raise ValueError("objective.share_prompts=true: this policy's `hidden` cannot; leave it out, or false")
+    return config.rollout.group_size if policy.shares and wanted is not False else 1
+
+
+def plan(policy: Policy, rows: Rows, answers: Int[Array, "R"], config: Config) -> Plan:
+    """Bins for the rows with answers, as many as there are rows."""
+    n = rows.tokens.shape[0]
+    return plan_bins(rows.lengths, answers, bin_length(rows), n, sharing(policy, config))
+
+
 def score_packed(
-    policy: Policy, weights: Any, rows: Rows, needs: Int[Array, "R"], temperature: Float[Array, ""], config: Config
+    policy: Policy, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Log-probs and entropies of the rows with needs, in bins; 0 for the others."""
+    """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
     bins = rows.tokens.shape[0] // microbatches(rows, config)
-    plan = plan_bins(needs, bin_length(rows), rows.tokens.shape[0])
+    planned = plan(policy, rows, answers, config)
 
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        ids = jax.lax.dynamic_slice_in_dim(plan.rows, i * bins, bins)
+        ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
         part = rows_in(rows, ids)
-        new = packed_log_probs(policy, weights, part, bins, temperature, config.objective.logits_mib)
+        new = packed_log_probs(policy, weights, part, leads, temperature, config.objective.logits_mib)
         return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
 
     zeros = jnp.zeros(rows.tokens.shape)
-    return jax.lax.fori_loop(0, -(-plan.bins // bins), one, (zeros, zeros))
+    return jax.lax.fori_loop(0, -(-planned.bins // bins), one, (zeros, zeros))
 
 
 def with_log_probs(

@@ -138,6 +138,7 @@ def prepare(
         mesh.shape,
         probe=weights and set(devices) <= set(jax.devices()),
         say=say,
+        share_prompts=config.objective.share_prompts,
     )
     policy = transformer(architecture)
     kinds, columns = columns_of(config, task.train)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.config import Config
 from pspo_jax.objective.log_probs import completion_log_probs
@@ -22,9 +22,9 @@ from pspo_jax.objective.losses import (
     zero_metrics,
 )
 from pspo_jax.objective.ratios import top_entropy
-from pspo_jax.packing import bin_length, needs_of, packed_log_probs, plan_bins, rows_in
+from pspo_jax.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
 from pspo_jax.policy.base import Policy, join
-from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, score
+from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, plan, score
 from pspo_jax.state import DROPOUT, Params, TrainState, purpose_key
 
 Metrics = dict[str, Float[Array, ""]]
@@ -39,6 +39,14 @@ class Gap(NamedTuple):
     ratio_sum: Float[Array, ""]
     ratio_min: Float[Array, ""]
     ratio_max: Float[Array, ""]
+
+
+class Places(NamedTuple):
+    """Of an update's rows or bins."""
+
+    needed: Int[Array, ""]
+    """Hold a token that the loss needs."""
+    computed: Int[Array, ""]
 
 
 class UpdateMetrics(NamedTuple):
@@ -80,7 +88,7 @@ def optimize(
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked)
         grads, metrics, gap, places = _gradient(policy, weights, params, minibatch, temperature, config, total)
-        useful = needs_of(minibatch).sum() / jnp.maximum(places, 1)
+        useful = places.needed / jnp.maximum(places.computed, 1)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         changes, new_opt_state = optimizer.update(grads, opt_state, params)
@@ -109,27 +117,28 @@ def _gradient(
     temperature: Float[Array, ""],
     config: Config,
     total: Denominators,
-) -> tuple[Params, LossMetrics, Gap, Array]:
-    """Gradient of a minibatch's loss, accumulated over microbatches in float32; the last result counts the places that
-    were computed.
+) -> tuple[Params, LossMetrics, Gap, Places]:
+    """Gradient of a minibatch's loss, accumulated over microbatches in float32.
 
     weights(params, microbatch) is what the policy's functions take.
     """
 
     packed = packs(policy, rows, config)
 
-    def loss_fn(params: Params, part: Rows, microbatch: Array | int) -> tuple[Array, tuple[LossMetrics, Gap]]:
-        return _loss(policy, weights(params, microbatch), part, temperature, config, total, bins if packed else 0)
+    def loss_fn(
+        params: Params, part: Rows, microbatch: Array | int, leads: Bool[Array, "b M"] | None = None
+    ) -> tuple[Array, tuple[LossMetrics, Gap]]:
+        return _loss(policy, weights(params, microbatch), part, temperature, config, total, leads)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
     bins = rows.tokens.shape[0] // parts
-    places = jnp.int32(rows.tokens.shape[0] * (bin_length(rows) + 1))
+    places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * (bin_length(rows) + 1)))
     if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
         return grads, metrics, gap, places
 
-    def accumulate(carry: Any, xs: tuple[Rows, Array]) -> tuple[Any, None]:
+    def accumulate(carry: Any, xs: tuple[Any, ...]) -> tuple[Any, None]:
         grads, metrics, gap = carry
         new_grads, (new_metrics, new_gap) = grad_fn(params, *xs)
         grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new_grads)
@@ -138,26 +147,33 @@ def _gradient(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
     start = zeros, zero_metrics(), _no_gap()
     if packed:
-        plan = plan_bins(needs_of(rows), bin_length(rows), rows.tokens.shape[0])
+        planned = plan(policy, rows, answers_of(rows), config)
 
         def microbatch(i: Array, carry: Any) -> Any:
-            part = rows_in(rows, jax.lax.dynamic_slice_in_dim(plan.rows, i * bins, bins))
-            return accumulate(carry, (part, i))[0]
+            ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
+            return accumulate(carry, (rows_in(rows, ids), i, leads))[0]
 
-        needed = -(-plan.bins // bins)
-        return *jax.lax.fori_loop(0, needed, microbatch, start), needed * bins * bin_length(rows)
+        needed = -(-planned.bins // bins)
+        places = Places(planned.used, needed * bins * bin_length(rows))
+        return *jax.lax.fori_loop(0, needed, microbatch, start), places
     carry, _ = jax.lax.scan(accumulate, start, (deal(rows, parts), jnp.arange(parts)))
     return *carry, places
 
 
 def _loss(
-    policy: Policy, weights: Any, rows: Rows, temperature: Array, config: Config, total: Denominators, bins: int
+    policy: Policy,
+    weights: Any,
+    rows: Rows,
+    temperature: Array,
+    config: Config,
+    total: Denominators,
+    leads: Bool[Array, "b M"] | None,
 ) -> tuple[Array, tuple[LossMetrics, Gap]]:
-    """Of rows that are computed in `bins` bins; 0 = each by itself."""
+    """Of rows that are computed in the bins of a plan, with its `leads`; None = each by itself."""
     o = config.objective
     bonus = o.entropy_coef > 0
-    if bins:
-        found = packed_log_probs(policy, weights, rows, bins, temperature, o.logits_mib, bonus)
+    if leads is not None:
+        found = packed_log_probs(policy, weights, rows, leads, temperature, o.logits_mib, bonus)
     else:
         found = completion_log_probs(
             policy, weights, rows.prompts, rows.lengths, rows.tokens, temperature, o.logits_mib, bonus

@@ -65,6 +65,7 @@ class Work:
     slots: int = 0
     """Rows decoded at a time; 0 = all."""
     packing: bool = False
+    share_prompts: bool = True
     mean_tokens: int = 0
     """Mean length of ragged completions; 0 = no row ends early."""
     cache: str | None = None

@@ -2,8 +2,8 @@
 
     python scripts/bench_ragged.py --shape tiny --out bench.jsonl
 
-Each token ends a row with a probability that makes lengths geometric, with a mean of .3 of the longest. Both contenders
-of a pair draw the same rows from the same keys. docs/performance.md says how the numbers are taken.
+Each token ends a row with a probability that makes lengths geometric, with a mean of .3 of the longest. All contenders
+of a case draw the same rows from the same keys. docs/performance.md says how the numbers are taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import _bench
 from _bench import SHAPES, Channel, Contender, Result, Work
 from bench_rollout import our_about, our_setup
 
-STATIC, SLOTS, PADDED, PACKED = "static batch", "refilled slots", "padded update", "packed update"
+STATIC, SLOTS = "static batch", "refilled slots"
+PADDED, PACKED, SHARED = "padded update", "packed update", "packed update, shared prompts"
 
 
 def stop_ids(work: Work) -> list[int]:
@@ -85,20 +86,22 @@ def serve_update(work: Work) -> None:
     _bench.serve(channel, call, our_about())
 
 
-def pairs(work: Work, options: argparse.Namespace) -> list[tuple[Contender, Contender]]:
-    """What is measured in turns: without and with refilled slots, without and with packing."""
+def contests(work: Work, options: argparse.Namespace) -> list[list[Contender]]:
+    """What is measured in turns: without and with refilled slots; without and with packing, and with shared prompts."""
     slots, rows = options.slots, options.microbatch_rows
     static = Contender(STATIC, "rollout", sys.executable, work, f"({work.rows} rows)")
     refilled = dataclasses.replace(work, slots=slots)
     padded = dataclasses.replace(work, microbatch_rows=rows)
-    packed = dataclasses.replace(padded, packing=True)
+    shared = dataclasses.replace(padded, packing=True)
+    packed = dataclasses.replace(shared, share_prompts=False)
     bins = f"({rows} bins a microbatch)"
     return [
-        (static, Contender(SLOTS, "rollout", sys.executable, refilled, f"({slots} of {work.rows} rows)", ours=True)),
-        (
+        [static, Contender(SLOTS, "rollout", sys.executable, refilled, f"({slots} of {work.rows} rows)", ours=True)],
+        [
             Contender(PADDED, "update", sys.executable, padded, f"({rows} rows a microbatch)"),
-            Contender(PACKED, "update", sys.executable, packed, bins, ours=True),
-        ),
+            Contender(PACKED, "update", sys.executable, packed, bins),
+            Contender(SHARED, "update", sys.executable, shared, bins, ours=True),
+        ],
     ]
 
 
@@ -118,9 +121,9 @@ def main() -> None:
         for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
             layers = SHAPES[shape].layers
             work = Work(SHAPES[shape], dtype, options.prompts, 8, 64, t, mean_tokens=round(0.3 * t), scan_unroll=layers)
-            for pair in pairs(work, options):
-                case = f"{shape} {dtype}, {work.rows} x at most {t}, {pair[0].role}"
-                group = _bench.compare(__file__, list(pair), options)
+            for contest in contests(work, options):
+                case = f"{shape} {dtype}, {work.rows} x at most {t}, {contest[0].role}"
+                group = _bench.compare(__file__, contest, options)
                 _bench.emit([_bench.measurement("ragged", case, r, **values(r)) for r in group], options.out)
                 print(f"{case} done", file=sys.stderr)
 

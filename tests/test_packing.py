@@ -12,23 +12,23 @@ from hypothesis import strategies as st
 from pspo_jax.algorithms import LOSSES
 from pspo_jax.config import replace
 from pspo_jax.objective.losses import denominators
-from pspo_jax.packing import ROWS_PER_BIN, needs_of, plan_bins
+from pspo_jax.packing import ROWS_PER_BIN, answers_of, plan_bins
 from pspo_jax.parallel.mesh import batch_sharding, make_mesh, params_shardings
-from pspo_jax.rows import Rows, packs, score, score_some
+from pspo_jax.rows import Rows, packs, plan, score, score_some
 from pspo_jax.update import _gradient
 from tests.helpers import relative, tiny_config, tiny_policy
 
-R, P, T = 24, 9, 20
+R, P, T, G = 24, 9, 20, 4
 
 
 def rows_with(seed=0, masked=(), r=R):
-    """Rows of random tokens and lengths, a third as long as they may be in the mean."""
+    """Rows of random tokens and lengths, a third as long as they may be in the mean; four of a prompt."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, P + 1, r)
+    lengths = np.repeat(rng.integers(1, P + 1, r // G), G)
     answers = np.clip(rng.geometric(3 / T, r), 1, T)
     answers[0], answers[list(masked)] = T, 0
     tokens = rng.integers(0, 13, (r, T))
-    prompts = np.where(np.arange(P) < lengths[:, None], rng.integers(0, 13, (r, P)), 14)
+    prompts = np.where(np.arange(P) < lengths[:, None], np.repeat(rng.integers(0, 13, (r // G, P)), G, axis=0), 14)
 
     def log_probs():
         return jnp.asarray(-rng.gamma(2.0, 0.7, (r, T)), jnp.float32)
@@ -53,7 +53,9 @@ def rows_with(seed=0, masked=(), r=R):
 @given(st.lists(st.integers(0, 17), min_size=1, max_size=60), st.integers(0, 3))
 def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
-    plan = plan_bins(jnp.asarray(needs, jnp.int32), length, r + more)
+    needs = np.asarray(needs)
+    plan = plan_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), length, r + more)
+    assert int(plan.used) == sum(needs) and plan.leads.all()
     rows = np.asarray(plan.rows)
     placed = rows[rows < r]
     assert sorted(placed) == [i for i, n in enumerate(needs) if n]
@@ -70,6 +72,32 @@ def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
             else:
                 home.append(i)
     assert [[i for i in bin_ if i < r] for bin_ in rows[: int(plan.bins)]] == room
+
+
+GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=3, max_size=3)), min_size=1)
+
+
+@given(GROUPS)
+def test_groups_share_a_prompt_in_a_bin(groups):
+    """Every row once, a prompt once for neighbours of its group, and in a bin that holds it where there is room."""
+    prompts = np.repeat([p for p, _ in groups], 3)
+    answers = np.array([c for _, cs in groups for c in cs])
+    r, length = len(prompts), 17
+    plan = plan_bins(jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32), length, r, 3)
+    rows, leads = np.asarray(plan.rows), np.asarray(plan.leads)
+    assert sorted(rows[rows < r]) == [i for i in range(r) if answers[i]]
+    used = 0
+    for bin_, lead in zip(rows, leads, strict=True):
+        held = [i for i in bin_ if i < r]
+        assert [bool(x) for x in lead[: len(held)]] == [
+            k == 0 or held[k] // 3 != held[k - 1] // 3 for k in range(len(held))
+        ]
+        places = sum(answers[i] - 1 + (prompts[i] if x else 0) for i, x in zip(held, lead, strict=False))
+        assert places <= length
+        used += places
+    assert int(plan.used) == used
+    alone = plan_bins(jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32), length, r)
+    assert used <= int(alone.used)
 
 
 def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
@@ -102,7 +130,8 @@ def test_every_loss_is_the_padded_one(loss):
     for a, b in zip(jax.tree.leaves(packed[1:3]), jax.tree.leaves(padded[1:3]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert relative(packed[0], padded[0]) < 1e-5
-    assert int(packed[3]) < int(padded[3]) * 0.7
+    assert packed[3].computed < padded[3].computed * 0.5
+    assert packed[3].needed < padded[3].needed
 
 
 @pytest.mark.parametrize(
@@ -112,8 +141,9 @@ def test_every_loss_is_the_padded_one(loss):
         {"masked": tuple(range(R))},
         {"policy_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}},
         {"objective__logits_mib": 1, "objective__microbatch_rows": 24},
+        {"objective__share_prompts": False},
     ],
-    ids=("without tokens", "no tokens at all", "remat", "one microbatch"),
+    ids=("without tokens", "no tokens at all", "remat", "one microbatch", "prompts not shared"),
 )
 def test_odd_batches_are_the_padded_ones(fields):
     packed, padded = both(**fields)
@@ -145,10 +175,26 @@ def test_a_row_sees_only_itself():
     policy, params, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(objective__microbatch_rows=8, objective__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
-    assert int(plan_bins(needs_of(rows), P + T - 1, R).bins) < 12
+    assert int(plan_bins(rows.lengths, answers_of(rows), P + T - 1, R, G).bins) < 10
     a, b = (score(policy, params, x, jnp.float32(1), config)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
+
+
+def test_many_short_completions_of_a_short_prompt():
+    """A shared prompt's last place predicts a token of every row: there may be more predictions than places."""
+    r = 16
+    rows = rows_with(2, r=r)
+    rows = rows.replace(
+        prompts=jnp.full((r, P), 3), lengths=jnp.ones(r, jnp.int32), mask=jnp.broadcast_to(jnp.arange(T) < 2, (r, T))
+    )
+    policy, params, _ = tiny_policy()
+    config = tiny_config(rollout__group_size=r, objective__microbatch_rows=4)
+    on = replace(config, {"objective.packing": True})
+    planned = plan(policy, rows, answers_of(rows), on)
+    assert (int(planned.bins), int(planned.used)) == (1, 1 + r) and 2 * r > P + T - 1
+    packed, padded = (score(policy, params, rows, jnp.float32(1), c)[0] for c in (on, config))
+    np.testing.assert_allclose(packed[:, :2], padded[:, :2], atol=1e-5)
 
 
 def test_packing_is_chosen_for_long_completions():
@@ -156,11 +202,16 @@ def test_packing_is_chosen_for_long_completions():
     rows, config = rows_with(), tiny_config(objective__microbatch_rows=4)
     long = dataclasses.replace(rows, tokens=jnp.zeros((R, 256), jnp.int32))
     assert not packs(policy, rows, config) and packs(policy, long, config)
+    prompts = dataclasses.replace(rows, prompts=jnp.zeros((R, 240), jnp.int32))
+    assert packs(policy, prompts, config)  # they are shared
+    assert not packs(policy, prompts, replace(config, {"objective.share_prompts": False}))
     assert not packs(policy, long, replace(config, {"objective.packing": False}))
     assert not packs(policy, long, replace(config, {"objective.microbatch_rows": 0}))
     assert not packs(policy._replace(packs=False), long, config)
     with pytest.raises(ValueError, match=r"objective.packing=true: this policy's `hidden` takes no packed rows"):
         packs(policy._replace(packs=False), rows, replace(config, {"objective.packing": True}))
+    with pytest.raises(ValueError, match=r"objective.share_prompts=true: this policy's `hidden` cannot"):
+        packs(policy._replace(shares=False), rows, replace(config, {"objective.share_prompts": True}))
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)], ids=str)

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "objective.microbatch_rows",
     "objective.logits_mib",
     "objective.packing",
+    "objective.share_prompts",
 )
 """Fields that a resumed run may change, with every field of the stages below."""
 _FREE_STAGES = ("mesh.", "distributed.", "runtime.", "eval.", "checkpoint.", "log.", "verifier.")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.policy.base import MASKED
+from pspo_jax.policy.base import MASKED, Packed
 from pspo_jax.policy.kernels import run_kernel
 
 BLOCKS = 8
@@ -24,7 +24,7 @@ def attend(
     v: Float[Array, "R S K h"],
     scale: float,
     window: Int[Array, ""] | None = None,
-    segments: Int[Array, "R S"] | None = None,
+    packed: Packed | None = None,
     kernel: str = "xla",
 ) -> Float[Array, "R S H h"]:
     """Causal grouped-query attention with a float32 softmax.
@@ -36,36 +36,40 @@ def attend(
     Args:
       scale: multiplies q k.
       window: each query sees this many tokens, itself included; None = all before it.
-      segments: which of several rows in one a place belongs to: it sees its own; None = there is one.
-      kernel: one of `kernels.KERNELS`, which take no window and no context axis; or XLA, as described.
+      packed: the rows that stand in one; None = there is one.
+      kernel: one of `kernels.KERNELS`, which take no window, context axis or shared prompt; or XLA, as described.
     """
     if kernel != "xla":
-        assert window is None
-        return run_kernel(kernel, q, k, v, scale, segments)
+        assert window is None and (packed is None or packed.leader is None)
+        return run_kernel(kernel, q, k, v, scale, None if packed is None else packed.rows)
     s = q.shape[1]
     context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     size = block_size(s, context)
     if size == s:
-        return _attend_block(q, k, v, segments, segments, window, jnp.arange(s), scale)
+        return _attend_block(q, k, v, packed, packed, window, jnp.arange(s), scale)
     block = jax.checkpoint(_attend_block, static_argnums=7)
     if context == 1:
         found = []
         for start in range(0, s, size):
             end = min(start + size, s)
-            own, seen = (None, None) if segments is None else (segments[:, start:end], segments[:, :end])
+            own, seen = (jax.tree.map(lambda x, b=b, e=end: x[:, b:e], packed) for b in (start, 0))
             places = jnp.arange(start, end)
             found.append(block(q[:, start:end], k[:, :end], v[:, :end], own, seen, window, places, scale))
         return jnp.concatenate(found, axis=1)
 
-    def parts(x: Array, axis: int) -> list[Array]:
-        """One part of every device's places after the other."""
-        split = x.reshape(*x.shape[:axis], context, s // size, -1, *x.shape[axis + 1 :])
-        merged = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        return [jnp.take(split, i, axis=axis + 1).reshape(merged) for i in range(s // size)]
+    def part(x: Any, i: int, axis: int = 1) -> Any:
+        """Part i of every device's places."""
 
-    none: list[Any] = [None] * (s // size)
-    each = zip(parts(q, 1), none if segments is None else parts(segments, 1), parts(jnp.arange(s), 0), strict=True)
-    found = [block(own_q, k, v, own, segments, window, places, scale) for own_q, own, places in each]
+        def one(x: Array) -> Array:
+            split = x.reshape(*x.shape[:axis], context, s // size, -1, *x.shape[axis + 1 :])
+            return jnp.take(split, i, axis=axis + 1).reshape(*x.shape[:axis], size, *x.shape[axis + 1 :])
+
+        return jax.tree.map(one, x)
+
+    found = [
+        block(part(q, i), k, v, part(packed, i), packed, window, part(jnp.arange(s), i, axis=0), scale)
+        for i in range(s // size)
+    ]
     stacked = jnp.stack([x.reshape(x.shape[0], context, -1, *x.shape[2:]) for x in found], axis=2)
     return stacked.reshape(q.shape)
 
@@ -81,13 +85,13 @@ def _attend_block(
     q: Float[Array, "R s H h"],
     k: Float[Array, "R S K h"],
     v: Float[Array, "R S K h"],
-    own: Int[Array, "R s"] | None,
-    segments: Int[Array, "R S"] | None,
+    own: Packed | None,
+    packed: Packed | None,
     window: Int[Array, ""] | None,
     places: Int[Array, "s"],
     scale: float,
 ) -> Float[Array, "R s H h"]:
-    """Queries at some places against keys from place 0 on; `own` = the queries' segments."""
+    """Queries at some places against keys from place 0 on; `own` = what `packed` says of the queries."""
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
     # The query heads of one kv head become rows of one matrix product; places are the outer index, so that a mesh that
@@ -97,11 +101,16 @@ def _attend_block(
     scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * scale
     before = places[:, None] - jnp.arange(k.shape[2])
     seen = before >= 0
+    if own is not None and packed is not None:
+        same = own.rows[:, :, None] == packed.rows[:, None]
+        if own.leader is not None and packed.prompt is not None:
+            same |= own.leader[:, :, None] == packed.prompt[:, None]
+        seen = seen & same
+        before = own.places[:, :, None] - packed.places[:, None]
     if window is not None:
         seen &= before < window
-    if own is not None and segments is not None:
-        seen = seen & (own[:, None, :, None] == segments[:, None, None, :])
     seen = jnp.repeat(seen, m, axis=-2)
+    seen = seen if packed is None else seen[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(r, kv, s, m, h).swapaxes(1, 2).reshape(r, s, heads, h).astype(v.dtype)

@@ -24,7 +24,7 @@ class Policy(NamedTuple):
         What trains: all weights or, for a policy with adapters, the adapters.
     hidden(params, tokens [R, S], packed=None) -> [R, S, D]
         What `logits` needs at each position; D is the policy's own affair. With `packed`, several rows stand in one;
-        only a policy with `packs` is called so.
+        only a policy with `packs` is called so, and with `leader` one that `shares`.
     logits(params, hidden [..., D]) -> float32 [..., V]
         Next-token logits, forbidden ids at MASKED. It is called on chunks: [tokens, V] never exists whole in training.
     decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens) -> (logits [B, V], cache, step)
@@ -39,6 +39,7 @@ class Policy(NamedTuple):
     resize(cache, places) -> cache, or None
         `decoder`'s cache with room for the first `places` tokens of a completion alone, or for more than it had.
     packs: whether `hidden` takes `packed`.
+    shares: whether packed rows may share a prompt.
     slots(params, prompts [B, P], lengths [B], (n, s), max_new_tokens) -> (logits [B, V], taken, cache, fill, step)
         Like `decoder`, for n x s slots that take one row after another; prompts are in n equal parts. None = cannot.
         fill(taken, prompt [n, s], fresh [n, s]) -> taken gives the fresh slots a prompt of their part.
@@ -55,16 +56,21 @@ class Policy(NamedTuple):
     frozen_axes: Any = None
     resize: Callable[..., Any] | None = None
     packs: bool = False
+    shares: bool = False
     slots: Callable[..., Any] | None = None
 
 
 class Packed(NamedTuple):
-    """Several rows in one, each attending to itself alone."""
+    """Several rows in one. Each attends to itself and, where rows share a prompt, to the row that holds it."""
 
     rows: Int[Array, "R S"]
     """Which of the rows each place belongs to; the padding at the end is a row of its own."""
     places: Int[Array, "R S"]
-    """Position in that row, from 0."""
+    """Position in that row, from 0; behind a shared prompt, from its length."""
+    leader: Int[Array, "R S"] | None = None
+    """The row that holds the prompt of each place's row; None = every row holds its own."""
+    prompt: Int[Array, "R S"] | None = None
+    """The row whose prompt each place is part of; -1 = of none."""
 
 
 @struct.dataclass

@@ -124,7 +124,6 @@ def forward(
     x = constrain(embed(a, params["embed"], tokens), "outer_batch", None, "embed")
     x = constrain(constrain(x, rows, None, length), rows, length, None)
     positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.places
-    segments = None if packed is None else packed.rows
     tables = [rotation(positions, rotary) for rotary in a.rotaries]
     # Per-layer facts travel with the scan; those that all layers share are constants instead.
     extra: dict[str, Any] = {}
@@ -144,7 +143,7 @@ def forward(
         # Each device's places attend to all: along context, keys and values are gathered.
         k, v = (constrain(y, rows, None, "kv_heads", None) for y in (k, v))
         kernel = a.attention if packed is None else a.packed_attention
-        mixed = attend(q, k, v, a.attention_scale, own.get("window"), segments, kernel)
+        mixed = attend(q, k, v, a.attention_scale, own.get("window"), packed, kernel)
         x = finish_block(a, w, x, mixed, own.get("key"))
         return constrain(x, rows, length, None), (k, v) if keep_cache else None
 

@@ -18,6 +18,7 @@ from pspo_jax.config import ConfigError
 from pspo_jax.parallel import hosts
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import attend
+from pspo_jax.policy.base import Packed
 from pspo_jax.policy.kernels import KERNELS, obstacle, run_kernel
 
 SHORTEST = 512
@@ -36,6 +37,7 @@ def with_kernels(
     mesh: Any,
     probe: bool,
     say: Callable[[str], None],
+    share_prompts: bool | None = None,
 ) -> Architecture:
     """The architecture with the kernels for plain and for packed rows.
 
@@ -45,6 +47,7 @@ def with_kernels(
       mesh: sizes by axis; heads are along tensor.
       probe: False = the devices are not there, as in a plan: what could serve is taken.
       say: told what was dropped, and what was taken.
+      share_prompts: objective.share_prompts; with it packed rows are XLA's.
     Raises:
       ConfigError: a kernel was named that cannot serve or is wrong here.
     """
@@ -55,7 +58,7 @@ def with_kernels(
         found[packed] = "xla"
         for name in KERNELS if wanted == "auto" else (wanted,):
             reason = obstacle(name, platform, a, mesh["context"])
-            if packed and not KERNELS[name].packs:
+            if packed and (share_prompts or not KERNELS[name].packs):
                 continue
             if reason is None and probe:
                 reason = agreed(difference(name, local(a, mesh["tensor"]), places, packed))
@@ -98,7 +101,7 @@ def difference(name: str, a: Architecture, places: int, packed: bool, run: Run =
 
             def row(x: tuple[Array, Array, Array, Array]) -> Array:
                 q, k, v, ids = (part[None] for part in x)
-                return attend(q, k, v, scale, segments=ids)[0]
+                return attend(q, k, v, scale, packed=Packed(ids, jnp.zeros_like(ids)))[0]
 
             return jax.lax.map(row, (q, k, v, ids))
 

@@ -10,8 +10,9 @@ import pytest
 
 from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.parallel.mesh import AXES
-from pspo_jax.policy import built_in
+from pspo_jax.policy import built_in, transformer
 from pspo_jax.policy.attention import attend
+from pspo_jax.policy.base import Packed
 from pspo_jax.policy.kernel_choice import difference, with_kernels
 from pspo_jax.policy.kernels import run_kernel
 
@@ -44,7 +45,7 @@ def test_the_probe_finds_a_kernel_that_ignores_segments():
 
 def test_the_probe_finds_a_wrong_gradient():
     def constant_keys(name, q, k, v, scale, segments):
-        return attend(q, jax.lax.stop_gradient(k), v, scale, segments=segments)
+        return attend(q, jax.lax.stop_gradient(k), v, scale, packed=Packed(segments, segments))
 
     assert difference("any", shape(), 64, True, constant_keys).endswith("in dk")
 
@@ -82,6 +83,14 @@ def test_what_auto_takes_on_a_machine_that_is_not_there(platform, fields, found)
     assert len(said) == (0 if platform == "cpu" else 1 + (fields != {}) * (3 if platform == "gpu" else 2))
 
 
+def test_kernels_or_shared_prompts_in_packed_rows():
+    """The kernels that are there know no shared prompt; a config that wants them gets XLA's attention."""
+    for share, name in ((None, "splash"), (False, "splash"), (True, "xla")):
+        a = with_kernels(shape(), "auto", "tpu", 2048, ONE, probe=False, say=lambda _: None, share_prompts=share)
+        assert (a.attention, a.packed_attention) == ("splash", name)
+        assert transformer(a).shares == (name == "xla")
+
+
 def test_auto_leaves_short_rows_and_rows_along_context_to_xla():
     for places, mesh in ((256, ONE), (2048, ONE | {"context": 2})):
         a = with_kernels(shape(), "auto", "tpu", places, mesh, probe=False, say=lambda _: None)
@@ -111,7 +120,7 @@ def test_each_device_computes_its_own_rows_and_heads():
         jax.random.normal(key, (4, 128, n, 16)).astype(jnp.bfloat16) for key, n in zip(keys, (4, 2, 2), strict=True)
     )
     segments = jnp.arange(128) // jnp.asarray([[50], [60], [70], [128]])
-    whole = attend(q, k, v, 0.25, segments=segments)
+    whole = attend(q, k, v, 0.25, packed=Packed(segments, segments))
     mesh = jax.make_mesh((2, 2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):
         split = jax.jit(lambda *x: interpreted("splash", *x))(q, k, v, 0.25, segments)

@@ -11,6 +11,7 @@ from pspo_jax.config import Config, PolicyConfig, replace
 from pspo_jax.parallel.mesh import constrain, make_mesh
 from pspo_jax.policy import attention
 from pspo_jax.policy.architecture import Rotary, plain_frequencies
+from pspo_jax.policy.base import Packed
 from pspo_jax.policy.matmul import product
 from pspo_jax.policy.rotary import rope, rotation
 from pspo_jax.policy.weights import table, weight_axes
@@ -114,18 +115,26 @@ def test_offloaded_inputs_go_to_the_host():
     assert "<host>" in text and "<host>" not in text.replace("f32<host>", "")
 
 
+def several_rows(s):
+    """Rows of random lengths in one; rows 1 and 2 share the first 50 places of row 1."""
+    rows = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, s)), axis=1))
+    first = (rows[:, :, None] == rows[:, None]).argmax(axis=-1)
+    places = jnp.arange(s) - first + jnp.where(rows == 2, 50, 0)
+    return Packed(rows, places, jnp.where(rows == 2, 1, rows), jnp.where((rows == 1) & (places < 50), 1, -1))
+
+
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_of_queries_change_nothing(window, packed, monkeypatch):
     """Long rows in blocks against the whole square: results and gradients."""
     s = 1100
     q, k, v = (jax.random.normal(jax.random.key(i), (2, s, n, 8)) for i, n in enumerate((4, 2, 2)))
-    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, s)), axis=1)) if packed else None
+    several = several_rows(s) if packed else None
     window = None if window is None else jnp.int32(window)
 
     def both(q, k, v):
         return jax.value_and_grad(
-            lambda *args: (attention.attend(*args, 0.3, window, segments) ** 2).sum(), argnums=(0, 1, 2)
+            lambda *args: (attention.attend(*args, 0.3, window, several) ** 2).sum(), argnums=(0, 1, 2)
         )(q, k, v)
 
     in_blocks = jax.jit(both)(q, k, v)
@@ -140,12 +149,12 @@ def test_blocks_of_queries_along_context_change_nothing(monkeypatch):
     """Each device takes its places in blocks: no device ever has scores of all of its places."""
     s = 1152
     q, k, v = (jax.random.normal(jax.random.key(i), (2, s, n, 8)) for i, n in enumerate((4, 2, 2)))
-    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, s)), axis=1))
+    several = several_rows(s)
 
     def both(q, k, v):
         q = constrain(q, "rows", "length", None, None)
         return jax.value_and_grad(
-            lambda *args: (attention.attend(*args, 0.3, None, segments) ** 2).sum(), argnums=(0, 1, 2)
+            lambda *args: (attention.attend(*args, 0.3, None, several) ** 2).sum(), argnums=(0, 1, 2)
         )(q, k, v)
 
     mesh = make_mesh(replace(Config(), {"mesh.data": 2, "mesh.context": 4}))
