@@ -4,16 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-# Most of the suite's time is compilation of tiny programs; LLVM's optimisations would cost more than they save. The
-# child processes of tests, which run for longer, compile as users' do (`child_env`).
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+from tests import xla
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -51,8 +44,8 @@ def golden():
 @pytest.fixture(scope="session")
 def child_env():
     """Environment of a child process: one CPU device, the shared cache."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return env | {
+    return os.environ | {
+        "XLA_FLAGS": xla.flags(),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "PYTHON": sys.executable,

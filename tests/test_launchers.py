@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import xla
 from tests.conftest import REPO
 from tests.parallel.processes import finish_all, free_port, output
 from tests.test_run import flags
@@ -153,7 +154,7 @@ def test_slurms_variables_are_enough(child_env, tmp_path):
         }
         words = flags(folder, run__steps=2, sft__steps=0, mesh__data=2)
         with Path(f"{folder}.{number}.log").open("w") as log:
-            env = child_env | slurm | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+            env = child_env | slurm | {"XLA_FLAGS": xla.flags()}
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "pspo_jax.train", *words], env=env, stdout=log, stderr=subprocess.STDOUT

@@ -13,6 +13,7 @@ import pytest
 
 from pspo_jax.policy.base import join
 from pspo_jax.policy.transformer import transformer
+from tests import xla
 from tests.conftest import DATA
 from tests.policy.checkpoints import torch_logits, transformers, write_talker
 from tests.policy.test_pretrained import load
@@ -69,7 +70,7 @@ def run(env, folder, talker, rows, devices, *argv):
         "log.report": False,
     }
     flags = [w for k, v in words.items() for w in (f"--{k}", str(v))]
-    env = env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = env | {"XLA_FLAGS": xla.flags(devices)}
     command = [sys.executable, "-m", "pspo_jax.train", *flags, *argv]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     finish(process)

@@ -25,6 +25,7 @@ from pspo_jax.io.checkpoint import saved_steps
 from pspo_jax.policy import built_in, transformer
 from pspo_jax.report import main as report
 from pspo_jax.train import main
+from tests import xla
 from tests.helpers import relative
 
 TIMES = ("time/", "step_time", "tokens_per_second")
@@ -58,7 +59,7 @@ def flags(folder, **fields):
 
 
 def start(env, folder, devices=1, **fields):
-    env = env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = env | {"XLA_FLAGS": xla.flags(devices)}
     return subprocess.Popen(
         [sys.executable, "-m", "pspo_jax.train", *flags(folder, **fields)],
         env=env,

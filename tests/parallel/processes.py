@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import xla
 from tests.test_run import flags
 
 
@@ -31,7 +32,7 @@ def launch(env, folder, processes, devices, **fields):
         with Path(f"{folder}.{number}.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pspo_jax.train", *words],
-                env=env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+                env=env | {"XLA_FLAGS": xla.flags(devices)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
