@@ -15,6 +15,7 @@ from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.rows import rows_of, score, score_some
 from pspo_jax.state import Outcome
 from pspo_jax.step import init_state, make_collect, make_train_step, make_update
+from tests import xla
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 
 P, PAD, EOS, B, G = 9, 14, 13, 8, 4
@@ -57,7 +58,8 @@ def test_while_every_group_is_effective_replay_changes_no_bit(name):
     found = []
     for replay in ("none", "fill", "filter"):
         made = setup(optax.adamw(1e-2), algorithm__name=name, replay__name=replay, objective__num_iterations=2)
-        step, state = stepper(made), made[4]
+        step = jax.jit(stepper(made), donate_argnums=0, compiler_options=xla.AS_USERS_DO)
+        state = made[4]
         for i in range(3):
             state, metrics = step(state, made[5](state.params, i), mixed(i))
         found.append((state.params, metrics["loss"]))

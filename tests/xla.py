@@ -2,6 +2,11 @@
 
 from importlib.metadata import version
 
+_TWO_EMITTERS = version("jaxlib").startswith("0.10.")
+"""Later versions know the newer ones alone, and end on a flag that they do not know."""
+AS_USERS_DO = {"xla_cpu_use_fusion_emitters": True} if _TWO_EMITTERS else None
+"""Compiler options of programs that are to be equal to the bit: the older emitters round by their surroundings."""
+
 
 def flags(devices: int = 1) -> str:
     """So many CPU devices, and quick compilation.
@@ -9,8 +14,6 @@ def flags(devices: int = 1) -> str:
     Most of the suite's time is compilation of tiny programs; optimising them would cost more than it saves.
     """
     quick = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if version("jaxlib").startswith(
-        "0.10."
-    ):  # later versions know no other emitters, and end on flags they do not know
+    if _TWO_EMITTERS:
         quick.append("--xla_cpu_use_fusion_emitters=false")
     return " ".join([f"--xla_force_host_platform_device_count={devices}", *quick])
