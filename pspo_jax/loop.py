@@ -56,9 +56,10 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> in
         summarised = (folder / "summary.json").exists()
         finished = summarised and checkpoints.steps()[-1:] == [config.run.steps]
         # A GPU's compiler times kernels on the device, where nothing else should run then.
-        alone = config.sft.steps > 0 and setup.mesh.devices.flat[0].platform == "gpu"
+        alone = setup.mesh.devices.flat[0].platform == "gpu"
+        totals = Totals()
         with compiling(setup, at_once=not (finished or alone)) as compiled:
-            begun = _begin(setup, folder, checkpoints, progress, stop)
+            begun = _begin(setup, folder, checkpoints, totals, progress, stop)
             if begun is None:
                 progress.say("stopped during the cold start; the same command begins it again")
                 return 0
@@ -73,7 +74,12 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> in
 
 
 def _begin(
-    setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Progress, stop: Callable[[], bool]
+    setup: Setup,
+    folder: Path,
+    checkpoints: Checkpoints,
+    totals: Totals,
+    progress: Progress,
+    stop: Callable[[], bool],
 ) -> tuple[TrainState, Totals] | None:
     """The newest checkpoint's state and accounting, or the first; None if it was to stop during the cold start."""
     restored = restore(setup, folder, checkpoints, progress)
@@ -83,7 +89,6 @@ def _begin(
             progress.say(line)
     if restored is not None:
         return restored
-    totals = Totals()
     with totals.phase("sft"):
         first = first_params(setup, folder, progress, stop)
     if first.params is None:

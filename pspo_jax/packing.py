@@ -42,19 +42,20 @@ class Plan(NamedTuple):
     """Places that rows stand in."""
 
 
-def plan_bins(prompts: Int[Array, "R"], answers: Int[Array, "R"], length: int, bins: int, group_size: int = 1) -> Plan:
+def plan_bins(
+    prompts: Int[Array, "R"], answers: Int[Array, "R"], groups: Int[Array, "R"], length: int, bins: int
+) -> Plan:
     """First-fit decreasing, of groups and of the rows of each; a bin that holds the prompt comes before others.
 
     Args:
       prompts: tokens of each row's prompt.
       answers: tokens of its completion that the loss needs, with the prompt at most `length` + 1; 0 = it goes nowhere.
+      groups: below R, alike for rows that may share their prompt.
       length: places of a bin.
       bins: N >= R rounded up to whole microbatches; as many bins as rows are always enough.
-      group_size: rows that have one prompt and may share it; they follow one another.
     """
     r = prompts.shape[0]
-    groups = jnp.arange(r) // group_size
-    total = (jnp.where(answers > 0, prompts + answers - 1, 0)).reshape(-1, group_size).sum(axis=1)
+    total = jnp.zeros(r, jnp.int32).at[groups].add(jnp.where(answers > 0, prompts + answers - 1, 0))
     order = jnp.lexsort((-answers, groups, -total[groups]))
 
     def place(carry: tuple[Array, Array, Array], row: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
@@ -80,6 +81,15 @@ def plan_bins(prompts: Int[Array, "R"], answers: Int[Array, "R"], length: int, b
         (held > 0).sum(),
         (length - room).sum(),
     )
+
+
+def plan_shared_bins(
+    prompts: Int[Array, "R"], answers: Int[Array, "R"], groups: Int[Array, "R"], length: int, bins: int
+) -> Plan:
+    """`plan_bins`, or that of rows which share nothing, if it needs fewer bins: rows of one size pack better."""
+    alone = jnp.arange(prompts.shape[0])
+    both = jax.vmap(lambda g: plan_bins(prompts, answers, g, length, bins))(jnp.stack([groups, alone]))
+    return jax.tree.map(lambda x: x[both.bins.argmin()], both)
 
 
 def answers_of(rows: Rows) -> Int[Array, "R"]:
@@ -118,6 +128,7 @@ def packed_log_probs(
     temperature: Float[Array, ""] | float,
     logits_mib: int,
     entropy_gradient: bool = False,
+    shares: bool = False,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """`completion_log_probs` of the rows of some bins, R = b x M, computed in the bins; 0 outside the mask's span.
 
@@ -126,6 +137,7 @@ def packed_log_probs(
 
     Args:
       leads: of these bins, as in their plan.
+      shares: False = all rows lead, which is known beforehand.
     """
     p, t = part.prompts.shape[1], part.tokens.shape[1]
     bins, length = leads.shape[0], bin_length(part)
@@ -136,13 +148,13 @@ def packed_log_probs(
     need = jnp.where(answer > 0, prompt - behind + answer - 1, 0)
     layout, first = _places(need, length, behind)
     leader = jax.lax.cummax(jnp.where(leads, jnp.arange(leads.shape[1]), 0), axis=1)
-    if policy.shares:
+    if shares:
         layout = _shared(layout, leader, prompt)
     tokens = _pick(rows, layout.rows, layout.places)
     hidden = policy.hidden(weights, tokens, layout)
     # The stream of all that predict: of each row, its prompt's last place and those of its completion but the last.
     # Of a shared prompt the last place counts for every row.
-    stream, first_answer = _places(answer, _whole_blocks(length + leads.shape[1] - 1) if policy.shares else length)
+    stream, first_answer = _places(answer, _whole_blocks(length + leads.shape[1] - 1) if shares else length)
     whose, live = _clip(stream.rows, need), stream.rows < need.shape[1]
 
     def of(row: Int[Array, "b M"]) -> Int[Array, "b s"]:

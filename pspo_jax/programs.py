@@ -147,8 +147,9 @@ def _compile(setup: Setup, pool: ThreadPoolExecutor) -> tuple[dict[str, tuple[fl
         spans[name] = start, time.monotonic() - began
         return program
 
-    # The longest first: the other threads take the rest meanwhile.
-    order = sorted(lowered, key=lambda name: name not in ("step", "sample", "eval_sample"))
+    # The longest first: the other thread takes the rest meanwhile.
+    longest = ("step", "sample", "eval_sample", "collect")
+    order = sorted(lowered, key=lambda name: longest.index(name) if name in longest else len(longest))
     return spans, {name: pool.submit(one, name) for name in order}
 
 

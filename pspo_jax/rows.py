@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pspo_jax.config import Config
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.objective.losses import LossInputs
-from pspo_jax.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, rows_in
+from pspo_jax.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, plan_shared_bins, rows_in
 from pspo_jax.parallel.mesh import constrain, microbatch_size
 from pspo_jax.policy.base import Adapted, Policy
 from pspo_jax.replay import Groups
@@ -27,6 +27,8 @@ LONG = 256
 class Rows(LossInputs):
     """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
 
+    group: Int[Array, "R"]
+    """Of the batch; rows of one have the same prompt."""
     prompts: Int[Array, "R P"]
     lengths: Int[Array, "R"]
     tokens: Int[Array, "R T"]
@@ -50,6 +52,7 @@ def rows_of(
 
     mask = groups.mask & groups.ended[..., None] if config.objective.mask_truncated else groups.mask
     return Rows(
+        group=per_prompt(jnp.arange(b)),
         prompts=per_prompt(groups.prompts.tokens),
         lengths=per_prompt(groups.prompts.lengths),
         tokens=flat(groups.tokens),
@@ -138,13 +141,12 @@ def packs(policy: Policy, rows: Rows, config: Config) -> bool:
     if wanted and not policy.packs:
         raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
     if wanted is None:
-        places = rows.tokens.shape[1] + (rows.prompts.shape[1] if sharing(policy, config) > 1 else 0)
-        return policy.packs and microbatches(rows, config) > 1 and places >= LONG
+        return policy.packs and microbatches(rows, config) > 1 and rows.tokens.shape[1] >= LONG
     return wanted
 
 
-def sharing(policy: Policy, config: Config) -> int:
-    """Packed rows that may share their prompt.
+def sharing(policy: Policy, config: Config) -> bool:
+    """Whether packed rows may share their prompt.
 
     Raises:
       ValueError: objective.share_prompts=true for a policy that cannot.
@@ -152,13 +154,15 @@ def sharing(policy: Policy, config: Config) -> int:
     wanted = config.objective.share_prompts
     if wanted and not policy.shares:
         raise ValueError("objective.share_prompts=true: this policy's `hidden` cannot; leave it out, or false")
-    return config.rollout.group_size if policy.shares and wanted is not False else 1
+    return policy.shares and wanted is not False
 
 
 def plan(policy: Policy, rows: Rows, answers: Int[Array, "R"], config: Config) -> Plan:
     """Bins for the rows with answers, as many as there are rows."""
-    n = rows.tokens.shape[0]
-    return plan_bins(rows.lengths, answers, bin_length(rows), n, sharing(policy, config))
+    r = rows.tokens.shape[0]
+    if sharing(policy, config):
+        return plan_shared_bins(rows.lengths, answers, rows.group, bin_length(rows), r)
+    return plan_bins(rows.lengths, answers, jnp.arange(r), bin_length(rows), r)
 
 
 def score_packed(
@@ -171,7 +175,9 @@ def score_packed(
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
         part = rows_in(rows, ids)
-        new = packed_log_probs(policy, weights, part, leads, temperature, config.objective.logits_mib)
+        new = packed_log_probs(
+            policy, weights, part, leads, temperature, config.objective.logits_mib, shares=sharing(policy, config)
+        )
         return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
 
     zeros = jnp.zeros(rows.tokens.shape)

@@ -265,8 +265,7 @@ class ObjectiveConfig:
     divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch. Of packed rows, as many bins."""
     packing: bool | None = None
     """Pack whole completions into bins of the longest one's length, and compute no padding. None = where there are
-    several microbatches and a completion may have 256 tokens, with its prompt if that is shared. The loss is the same
-    but for rounding."""
+    several microbatches and rollout.max_new_tokens is 256 or more. The loss is the same but for rounding."""
     share_prompts: bool | None = None
     """Packed completions of one prompt share it in a bin. None = where attention over packed rows is XLA's; true makes
     it XLA's."""

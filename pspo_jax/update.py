@@ -24,7 +24,7 @@ from pspo_jax.objective.losses import (
 from pspo_jax.objective.ratios import top_entropy
 from pspo_jax.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
 from pspo_jax.policy.base import Policy, join
-from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, plan, score
+from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, plan, score, sharing
 from pspo_jax.state import DROPOUT, Params, TrainState, purpose_key
 
 Metrics = dict[str, Float[Array, ""]]
@@ -173,7 +173,8 @@ def _loss(
     o = config.objective
     bonus = o.entropy_coef > 0
     if leads is not None:
-        found = packed_log_probs(policy, weights, rows, leads, temperature, o.logits_mib, bonus)
+        shares = sharing(policy, config)
+        found = packed_log_probs(policy, weights, rows, leads, temperature, o.logits_mib, bonus, shares)
     else:
         found = completion_log_probs(
             policy, weights, rows.prompts, rows.lengths, rows.tokens, temperature, o.logits_mib, bonus

@@ -176,7 +176,16 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
     one = {"context": 1, "tensor": 1}
     length = work.prompt_tokens + work.new_tokens
     a = built_in(settings.policy, work.shape.vocab)
-    a = with_kernels(a, settings.policy.attention, job.platform, length, one, True, lambda s: print(s, file=sys.stderr))
+    a = with_kernels(
+        a,
+        settings.policy.attention,
+        job.platform,
+        length,
+        one,
+        probe=True,
+        say=lambda s: print(s, file=sys.stderr),
+        share_prompts=settings.objective.share_prompts,
+    )
     return config.replace(settings, {"policy.attention": a.attention}), transformer(a)
 
 

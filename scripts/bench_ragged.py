@@ -113,7 +113,7 @@ def main() -> None:
     parser = _bench.options(__doc__.splitlines()[0], peers=False)
     parser.add_argument("--prompts", type=int, default=32, help="prompts, each with 8 completions (default 32)")
     parser.add_argument("--new-tokens", type=int, default=256, help="longest completion (default 256)")
-    parser.add_argument("--slots", type=int, default=32, help="rollout.slots (default 32)")
+    parser.add_argument("--slots", type=int, default=16, help="rollout.slots (default 16)")
     parser.add_argument("--microbatch-rows", type=int, default=8, help="objective.microbatch_rows (default 8)")
     options = parser.parse_args()
     t = options.new_tokens

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pspo_jax.algorithms import LOSSES
 from pspo_jax.config import replace
 from pspo_jax.objective.losses import denominators
-from pspo_jax.packing import ROWS_PER_BIN, answers_of, plan_bins
+from pspo_jax.packing import ROWS_PER_BIN, answers_of, plan_bins, plan_shared_bins
 from pspo_jax.parallel.mesh import batch_sharding, make_mesh, params_shardings
-from pspo_jax.rows import Rows, packs, plan, score, score_some
+from pspo_jax.policy import transformer
+from pspo_jax.rows import Rows, deal, packs, plan, score, score_some, sharing
 from pspo_jax.update import _gradient
 from tests.helpers import relative, tiny_config, tiny_policy
 
@@ -35,6 +36,7 @@ def rows_with(seed=0, masked=(), r=R):
 
     old = log_probs()
     return Rows(
+        group=jnp.repeat(jnp.arange(r // G), G),
         prompts=jnp.asarray(prompts, jnp.int32),
         lengths=jnp.asarray(lengths, jnp.int32),
         tokens=jnp.asarray(tokens, jnp.int32),
@@ -54,7 +56,7 @@ def rows_with(seed=0, masked=(), r=R):
 def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
     needs = np.asarray(needs)
-    plan = plan_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), length, r + more)
+    plan = plan_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
     assert int(plan.used) == sum(needs) and plan.leads.all()
     rows = np.asarray(plan.rows)
     placed = rows[rows < r]
@@ -83,7 +85,8 @@ def test_groups_share_a_prompt_in_a_bin(groups):
     prompts = np.repeat([p for p, _ in groups], 3)
     answers = np.array([c for _, cs in groups for c in cs])
     r, length = len(prompts), 17
-    plan = plan_bins(jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32), length, r, 3)
+    args = jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32)
+    plan = plan_bins(*args, jnp.arange(r) // 3, length, r)
     rows, leads = np.asarray(plan.rows), np.asarray(plan.leads)
     assert sorted(rows[rows < r]) == [i for i in range(r) if answers[i]]
     used = 0
@@ -96,8 +99,9 @@ def test_groups_share_a_prompt_in_a_bin(groups):
         assert places <= length
         used += places
     assert int(plan.used) == used
-    alone = plan_bins(jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32), length, r)
+    alone = plan_bins(*args, jnp.arange(r), length, r)
     assert used <= int(alone.used)
+    assert int(plan_shared_bins(*args, jnp.arange(r) // 3, length, r).bins) == min(int(plan.bins), int(alone.bins))
 
 
 def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
@@ -170,12 +174,34 @@ def test_scores_are_the_padded_ones():
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
+def test_rows_dealt_over_parts_share_with_their_own_group_alone():
+    """Rows of a group need not stand side by side, nor be whole groups."""
+    policy, params, _ = tiny_policy()
+    config = tiny_config(objective__microbatch_rows=2)
+    part = jax.tree.map(lambda x: x[1], deal(rows_with(3), 3))
+    on = replace(config, {"objective.packing": True})
+    assert not plan(policy, part, answers_of(part), on).leads.all()
+    packed, padded = (score(policy, params, part, jnp.float32(1), c)[0] for c in (on, config))
+    np.testing.assert_allclose(jnp.where(part.mask, packed, 0), jnp.where(part.mask, padded, 0), atol=1e-5)
+
+
+def test_windows_reach_into_a_shared_prompt_by_position():
+    _, params, a = tiny_policy()
+    policy = transformer(dataclasses.replace(a, windows=(None, 6)))
+    rows, config = rows_with(4), tiny_config(objective__microbatch_rows=4)
+    packed, padded = (
+        score(policy, params, rows, jnp.float32(1), c)[0]
+        for c in (replace(config, {"objective.packing": True}), config)
+    )
+    np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
+
+
 def test_a_row_sees_only_itself():
     """Another row's tokens in the same bin change nothing."""
     policy, params, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(objective__microbatch_rows=8, objective__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
-    assert int(plan_bins(rows.lengths, answers_of(rows), P + T - 1, R, G).bins) < 10
+    assert int(plan_bins(rows.lengths, answers_of(rows), rows.group, P + T - 1, R).bins) < 10
     a, b = (score(policy, params, x, jnp.float32(1), config)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
@@ -186,10 +212,13 @@ def test_many_short_completions_of_a_short_prompt():
     r = 16
     rows = rows_with(2, r=r)
     rows = rows.replace(
-        prompts=jnp.full((r, P), 3), lengths=jnp.ones(r, jnp.int32), mask=jnp.broadcast_to(jnp.arange(T) < 2, (r, T))
+        group=jnp.zeros(r, jnp.int32),
+        prompts=jnp.full((r, P), 3),
+        lengths=jnp.ones(r, jnp.int32),
+        mask=jnp.broadcast_to(jnp.arange(T) < 2, (r, T)),
     )
     policy, params, _ = tiny_policy()
-    config = tiny_config(rollout__group_size=r, objective__microbatch_rows=4)
+    config = tiny_config(objective__microbatch_rows=4)
     on = replace(config, {"objective.packing": True})
     planned = plan(policy, rows, answers_of(rows), on)
     assert (int(planned.bins), int(planned.used)) == (1, 1 + r) and 2 * r > P + T - 1
@@ -202,16 +231,13 @@ def test_packing_is_chosen_for_long_completions():
     rows, config = rows_with(), tiny_config(objective__microbatch_rows=4)
     long = dataclasses.replace(rows, tokens=jnp.zeros((R, 256), jnp.int32))
     assert not packs(policy, rows, config) and packs(policy, long, config)
-    prompts = dataclasses.replace(rows, prompts=jnp.zeros((R, 240), jnp.int32))
-    assert packs(policy, prompts, config)  # they are shared
-    assert not packs(policy, prompts, replace(config, {"objective.share_prompts": False}))
     assert not packs(policy, long, replace(config, {"objective.packing": False}))
     assert not packs(policy, long, replace(config, {"objective.microbatch_rows": 0}))
     assert not packs(policy._replace(packs=False), long, config)
     with pytest.raises(ValueError, match=r"objective.packing=true: this policy's `hidden` takes no packed rows"):
         packs(policy._replace(packs=False), rows, replace(config, {"objective.packing": True}))
     with pytest.raises(ValueError, match=r"objective.share_prompts=true: this policy's `hidden` cannot"):
-        packs(policy._replace(shares=False), rows, replace(config, {"objective.share_prompts": True}))
+        sharing(policy._replace(shares=False), replace(config, {"objective.share_prompts": True}))
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)], ids=str)

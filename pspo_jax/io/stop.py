@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`: True once SIGINT or SIGTERM came. A second one interrupts at once."""
+    """Yields `stop()`: True once SIGINT or SIGTERM came. A second one interrupts what Python does."""
     came = False
 
     def note(number: int, frame: Any) -> None:
