@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 def jit_once(fn: Callable[..., Any], platform: str, out_shardings: Any = None) -> Callable[..., Any]:
     """A jitted function that will be called once: a CPU's compiler need not try hard.
 
-    The default policy's first weights compile in 0.9 s instead of 2.5, to the same bits.
+    The first state of a transformer of 1 M parameters compiled in 0.9 s instead of 2.5; its weights were the same bits.
     """
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return jax.jit(fn, out_shardings=out_shardings, compiler_options=options)

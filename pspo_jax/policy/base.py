@@ -39,12 +39,12 @@ class Policy(NamedTuple):
     resize(cache, places) -> cache, or None
         `decoder`'s cache with room for the first `places` tokens of a completion alone, or for more than it had.
     packs: whether `hidden` takes `packed`.
-    shares: whether packed rows may share a prompt.
     slots(params, prompts [B, P], lengths [B], (n, s), max_new_tokens) -> (logits [B, V], taken, cache, fill, step)
         Like `decoder`, for n x s slots that take one row after another; prompts are in n equal parts. None = cannot.
         fill(taken, prompt [n, s], fresh [n, s]) -> taken gives the fresh slots a prompt of their part.
         step(taken, cache, tokens [n, s], t [n, s], steps) -> (logits [n, s, V], cache) appends each slot's token as
         place t of its completion; `steps` is a traced scalar that counts the calls.
+    shares: whether packed rows may share a prompt.
     """
 
     init: Callable[..., Any]
@@ -56,8 +56,8 @@ class Policy(NamedTuple):
     frozen_axes: Any = None
     resize: Callable[..., Any] | None = None
     packs: bool = False
-    shares: bool = False
     slots: Callable[..., Any] | None = None
+    shares: bool = False
 
 
 class Packed(NamedTuple):

@@ -43,8 +43,8 @@ def transformer(a: Architecture) -> Policy:
         frozen_axes=weight_axes(base) if adapted else None,
         resize=resize,
         packs=True,
-        shares=a.packed_attention == "xla",
         slots=lambda params, *args: slot_decoder(a, _unwrap(params)[0], *args),
+        shares=a.packed_attention == "xla",
     )
 
 
