@@ -295,7 +295,7 @@ RESULT = {"right": [1.0, None], "found": ["3", None], "lengths": [3, 4], "trunca
     ],
 )
 def test_damaged_results_are_sampled_again(tmp_path, damage):
-    header = {"benchmark": "b", "problems": 4, "samples": 2, "data": "x"}
+    header = {"weights": "w", "benchmark": "b", "problems": 4, "samples": 2, "data": "x"}
     good = [json.dumps(x).encode() + b"\n" for x in (header, *({"problem": i, **RESULT} for i in range(2)))]
     path = tmp_path / "b.jsonl"
     path.write_bytes(b"".join(good) + damage)
@@ -304,8 +304,19 @@ def test_damaged_results_are_sampled_again(tmp_path, damage):
         _recover(path, header | {"data": "y"})
 
 
+@pytest.mark.parametrize("before", [{"weights": "old"}, {}])
+def test_results_of_other_weights_are_set_aside(tmp_path, before):
+    """Also those that do not say of which weights they are."""
+    rest, said, path = {"benchmark": "b", "problems": 4, "samples": 2, "data": "x"}, [], tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (before | rest, {"problem": 0, **RESULT})))
+    assert _recover(path, {"weights": "new"} | rest, said.append) == 0
+    assert json.loads(path.read_text()) == {"weights": "new"} | rest
+    assert json.loads((tmp_path / "b.jsonl.before").read_text().splitlines()[0]) == before | rest
+    assert len(said) == 1 and "results of other weights" in said[0]
+
+
 def test_results_beyond_the_last_problem_are_dropped(tmp_path):
-    header = {"benchmark": "b", "problems": 2, "samples": 2, "data": "x"}
+    header = {"weights": "w", "benchmark": "b", "problems": 2, "samples": 2, "data": "x"}
     lines = [json.dumps(x) + "\n" for x in (header, *({"problem": i, **RESULT} for i in range(3)))]
     (tmp_path / "b.jsonl").write_text("".join(lines))
     assert _recover(tmp_path / "b.jsonl", header) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -407,6 +408,22 @@ def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = No
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     return read_part(folder, step, "params", abstract)
+
+
+def params_identity(folder: Path, step: int) -> str:
+    """Hash of the checksums of a checkpoint's params, and of the base under them.
+
+    Raises:
+      ConfigError: the checkpoint's metadata is damaged.
+      StorageError: it cannot be read now.
+    """
+    try:
+        found = _read_metadata(folder / str(step))
+    except DamageError as error:
+        raise ConfigError(f"checkpoint {folder / str(step)}: is damaged ({error}); choose another step") from error
+    own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
+    words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +41,15 @@ def verify(tree: Any, expected: dict[str, int]) -> None:
     wrong = [name for name in expected if found.get(name) != expected[name]]
     if wrong or len(found) != len(expected):
         raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
+
+
+def files_identity(folder: Path) -> str:
+    """Hash of the contents of a folder's safetensors files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def layout(tree: Any) -> dict[str, str]:
