@@ -140,7 +140,7 @@ def _yaml_flags(path: str) -> list[str]:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that can be read") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return []

@@ -119,8 +119,6 @@ def _begin(run: _Run, totals: Totals) -> tuple[TrainState, Totals] | None:
             progress.say(f"{folder / 'config.yaml'}: is damaged; it is written anew")
         step = 0 if restored is None else int(restored.state.step)
         run.persist(lambda: _note(run, step, changed))
-        if line := write_left_out(setup.task, folder / "left_out.jsonl"):
-            progress.say(line)
     if restored is not None:
         return restored.state, restored.totals
     with totals.phase("sft"):
@@ -142,6 +140,9 @@ def _note(run: _Run, step: int, changed: list[history.Change]) -> None:
         run.progress.say(line)
     with writing(run.folder):
         save_content(run.setup, run.folder)
+        left_out = write_left_out(run.setup.task, run.folder / "left_out.jsonl")
+    if left_out:
+        run.progress.say(left_out)
     history.write_config(run.folder, run.config)
 
 
@@ -282,7 +283,7 @@ def _finish(run: _Run, totals: Totals, scores: dict[str, float]) -> int:
         return 0
     run.persist(lambda: write_json(folder / "summary.json", summary))
     if setup.config.log.report:
-        progress.say(f"report: {write_report([folder], folder / 'report.html')}")
+        run.persist(lambda: progress.say(f"report: {write_report([folder], folder / 'report.html')}"))
     show_summary(setup.config, folder, progress)
     return 0
 

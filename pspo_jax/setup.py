@@ -22,7 +22,7 @@ from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.io.damage import DamageError
 from pspo_jax.io.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
 from pspo_jax.io.progress import Progress
-from pspo_jax.io.storage import StorageError
+from pspo_jax.io.storage import Persist, StorageError
 from pspo_jax.optimizer import adamw, updates_per_step
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import (
@@ -256,12 +256,12 @@ def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[
     found = _finished_start(setup, folder, wanted, progress.say)
     if found is not None:
         return FirstParams(found[0], frozen, f"cold start of {found[1]}")
-    kept = _Progress(folder / "cold_start.progress", wanted, progress.say)
+    kept = _Progress(setup, folder / "cold_start.progress", wanted, progress.say, stop)
     params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen, kept)
     if params is None:
         return FirstParams(None, None, "stopped")
     params = jax.device_put(params, shardings)
-    save_folder(folder / "cold_start", params, wanted)
+    _keep(setup, folder / "cold_start", params, wanted, progress.say, stop)
     kept.drop()
     return FirstParams(params, frozen, "cold start")
 
@@ -317,12 +317,28 @@ def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], sa
         say(f"{place}: is damaged ({error}); it is set aside as {set_aside(place)}, and another is trained")
 
 
+def _keep(
+    setup: Setup,
+    folder: Path,
+    tree: Any,
+    wanted: dict[str, Any],
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> None:
+    """`save_folder`, tried again as checkpoint.on_error says; several processes do not wait for each other's disks."""
+    c = setup.config.checkpoint
+    persist = Persist(c.on_error if hosts.count() == 1 else "stop", c.retry_minutes, say, stop)
+    persist(lambda: save_folder(folder, tree, wanted))
+
+
 class _Progress(NamedTuple):
     """A cold start that was stopped, in <folder>/cold_start.progress."""
 
+    setup: Setup
     folder: Path
     wanted: dict[str, Any]
     say: Callable[[str], None]
+    stop: Callable[[], bool]
 
     def load(self, template: Any) -> tuple[Any, int]:
         """What it had reached and after how many calls; the template and 0 if there is none of these settings."""
@@ -348,7 +364,7 @@ class _Progress(NamedTuple):
 
     def save(self, tree: Any, calls: int) -> None:
         """Keep what was reached."""
-        save_folder(self.folder, tree, {**self.wanted, "calls": calls})
+        _keep(self.setup, self.folder, tree, {**self.wanted, "calls": calls}, self.say, lambda: False)
         self.say("stopped during the cold start, saved; the same command carries on")
 
     def drop(self) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.io.trees import fill, small_disk
 from tests.test_run import finish, metrics, params, start
 
-FIELDS = {"sft__steps": 0, "run__steps": 6, "checkpoint__every": 2, "log__tensorboard": False}
+FIELDS = {"sft__steps": 0, "run__steps": 24, "checkpoint__every": 2, "log__tensorboard": False}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,12 @@ def same_end(folder, whole):
 
 @pytest.mark.xdist_group("resume")
 def test_a_second_process_is_refused_and_spoilt_files_lose_nothing(child_env, whole, tmp_path):
-    """The first process is killed; config, logs, prompts' hashes and the newest checkpoint are spoilt; it carries on."""
+    """The first one is killed; config, logs, prompts' hashes and the newest checkpoint are spoilt; it carries on."""
     folder = tmp_path / "run"
     first = start(child_env, folder, **FIELDS)
-    wait_for(first, lambda: (folder / "checkpoints" / "2" / "files.json").exists())
+    wait_for(first, lambda: (folder / "checkpoints" / "4" / "files.json").exists())
+    first.send_signal(signal.SIGSTOP)
+    assert first.poll() is None and not (folder / "summary.json").exists()
     out = finish(start(child_env, folder, **FIELDS), code=2)
     assert re.search(rf"run.dir=.*held by process {first.pid} on ", out) and out.count("\n") == 1, out
     first.send_signal(signal.SIGKILL)
@@ -55,6 +57,7 @@ def test_a_second_process_is_refused_and_spoilt_files_lose_nothing(child_env, wh
     for path in (folder / "prompts").iterdir():
         path.write_bytes(path.read_bytes()[:20])
     newest = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    assert int(newest.name) >= 4
     (newest / "state" / "manifest.ocdbt").write_bytes(b"")
     out = finish(start(child_env, folder, **FIELDS))
     assert (
@@ -104,13 +107,13 @@ def test_a_finished_run_goes_on_with_more_steps_and_other_rates(child_env, whole
     folder = shutil.copytree(whole, tmp_path / "run")
     before = (folder / "config.yaml").read_bytes()
     out = finish(start(child_env, folder, **FIELDS | {"run__steps": 3}), code=2)
-    assert "run.steps=3" in out and "has done 6 steps already" in out and out.count("\n") == 1
+    assert "run.steps=3" in out and "has done 24 steps already" in out and out.count("\n") == 1
     out = finish(start(child_env, folder, **FIELDS, optimizer__b2=0.5), code=2)
     assert "optimizer.b2=0.95 there, 0.5 now" in out and (folder / "config.yaml").read_bytes() == before
-    out = finish(start(child_env, folder, **FIELDS | {"run__steps": 8}, optimizer__learning_rate=1e-4))
-    assert "run.steps: 6 up to step 6, 8 from here on" in out and "optimizer.learning_rate: 0.0008" in out
-    assert [line["step"] for line in metrics(folder)] == list(range(9))
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 8
+    out = finish(start(child_env, folder, **FIELDS | {"run__steps": 26}, optimizer__learning_rate=1e-4))
+    assert "run.steps: 24 up to step 24, 26 from here on" in out and "optimizer.learning_rate: 0.0008" in out
+    assert [line["step"] for line in metrics(folder)] == list(range(27))
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 26
     assert [json.loads(x)["field"] for x in (folder / "changes.jsonl").read_text().splitlines()] == [
         "run.steps",
         "optimizer.learning_rate",
@@ -124,10 +127,10 @@ def test_a_run_without_its_checkpoints_is_not_begun_over_silently(child_env, who
     shutil.move(folder / "checkpoints", folder / "checkpoints.damaged")
     before = {p: p.read_bytes() for p in folder.glob("*.*l*")}
     out = finish(start(child_env, folder, **FIELDS), code=2)
-    assert "metrics.jsonl reaches step 6" in out and "--run.start_over true" in out and out.count("\n") == 1
+    assert "metrics.jsonl reaches step 24" in out and "--run.start_over true" in out and out.count("\n") == 1
     assert {p: p.read_bytes() for p in folder.glob("*.*l*")} == before
     out = finish(start(child_env, folder, **FIELDS, run__start_over=True))
-    assert (folder / "set_aside" / "1" / "checkpoints.damaged" / "6").exists()
+    assert (folder / "set_aside" / "1" / "checkpoints.damaged" / "24").exists()
     same_end(folder, whole)
 
 

@@ -15,6 +15,7 @@ from pspo_jax.config import ConfigError
 from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
 from pspo_jax.io.params_folder import set_aside
+from pspo_jax.io.storage import writing
 from pspo_jax.parallel.mesh import batch_sharding
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.tasks.base import Completions, Judge, PromptSet, Scores, Tokenizer
@@ -88,8 +89,9 @@ def run_benchmark(
             if item is None:
                 return
             lines = problem_lines(work, item[0], item[2]())
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
+            with writing(path):
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
             tick(item[1], work.name)
 
         for start in range(done, total, work.batch):

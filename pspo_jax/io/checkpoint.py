@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -27,14 +26,19 @@ from pspo_jax.config import CheckpointConfig, ConfigError
 from pspo_jax.io import damage
 from pspo_jax.io.checksums import layout, named_checksums, verify
 from pspo_jax.io.damage import DamageError
-from pspo_jax.io.storage import LONGEST_PAUSE, StorageError, os_reason, pause, room, size, write_whole
+from pspo_jax.io.metadata import damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.io.storage import LONGEST_PAUSE, StorageError, os_reason, pause, room, size, writing
 from pspo_jax.parallel import hosts
 
 RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
 """What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
 _DECODING = ("DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT")
 """How TensorStore's message begins where the bytes that it read make no sense."""
-_METADATA = "_CHECKPOINT_METADATA"
+
+
+def hush() -> None:
+    """Keep Orbax from printing a traceback in each of its threads; what they raise reaches the caller too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class _Save(NamedTuple):
@@ -65,8 +69,7 @@ class Checkpoints:
         self._config = config
         self._say = say
         self._stop = stop
-        # Orbax prints a traceback in each of its threads; what they raise comes here too.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        hush()
         self._saver = ThreadPoolExecutor(1, "save")
         self._writing: tuple[_Save, Future[None]] | None = None
         self._last: _Save | None = None
@@ -85,7 +88,10 @@ class Checkpoints:
                 )
             )
         if hosts.leads():
-            for line in _mend_scores(self.folder):
+            # Orbax reads these files of every checkpoint at once, and raises on what it does not know.
+            for number, reason in damaged_metadata(self.folder):
+                self._say(self._told(number, reason, self._move(number)))
+            for line in mend_scores(self.folder, saved_steps(self.folder)):
                 self._say(line)
         self._opened += 1
         hosts.wait_for_all(f"scores {self._opened}")
@@ -96,9 +102,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         except RAISED as error:
-            if reason := os_reason(error):
+            if why := os_reason(error):
                 raise StorageError(
-                    f"{self.folder}: cannot be opened now ({reason}; {room(self.folder)}); nothing in it was changed, "
+                    f"{self.folder}: cannot be opened now ({why}; {room(self.folder)}); nothing in it was changed, "
                     "and once it can be the same command carries on"
                 ) from error
             raise
@@ -142,11 +148,11 @@ class Checkpoints:
         # A copy: metadata is written in the background, while the caller's counters go on.
         metadata = {
             **copy.deepcopy(metadata),
-            "scores": _finite(scores),
+            "scores": finite(scores),
             "checksums": named_checksums(state),
             "layout": layout(state),
         }
-        self._start(_Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, _finite(scores)))
+        self._start(_Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores)))
         if before is not None:
             self.wait()
 
@@ -188,7 +194,7 @@ class Checkpoints:
         path = self.folder / str(save.step)
         if hosts.leads() and path.exists():
             try:
-                _read_metadata(path)
+                read_metadata(path)
                 damage.record(path)
             except DamageError as error:
                 # A disk that was full for a moment may take the arrays and not what belongs to them.
@@ -240,7 +246,7 @@ class Checkpoints:
           DamageError: it is not what was written.
           StorageError: it cannot be read now.
         """
-        return _read_metadata(self.folder / str(step))
+        return read_metadata(self.folder / str(step))
 
     def restore(
         self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], Any | None] = lambda _: None
@@ -261,7 +267,8 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             found: tuple[Any, dict[str, Any]] | None = None
-            metadata, reason = None, ""
+            metadata = None
+            reason = ""
             try:
                 metadata = self.metadata(step)
             except DamageError as error:
@@ -282,10 +289,7 @@ class Checkpoints:
                     return found
                 except ValueError as error:
                     reason = str(error)
-            moved = self._set_aside(step)
-            warn(
-                f"checkpoint {step} is damaged ({reason or 'on another host'}); moved to {moved}, trying the one before"
-            )
+            warn(self._told(step, reason or "on another host", self._set_aside(step)))
         if steps:
             raise ConfigError(
                 f"run.dir: all checkpoints {steps} in {self.folder} are damaged, and none of them can be read; they "
@@ -310,23 +314,31 @@ class Checkpoints:
         return self.folder.with_name(self.folder.name + ".damaged")
 
     def _set_aside(self, step: int) -> Path:
-        target = self._damaged / str(step)
-        while target.exists():
-            target = target.with_name(target.name + "_")
+        target = self._aside(step)
         hosts.wait_for_all(f"damaged {step}")
         if hosts.leads():
-            self._damaged.mkdir(exist_ok=True)
-            shutil.move(self.folder / str(step), target)
+            self._move(step)
         hosts.wait_for_all(f"moved {step}")
         self._orbax.reload()
         return target
 
+    def _aside(self, step: int) -> Path:
+        """Where a damaged checkpoint goes."""
+        target = self._damaged / str(step)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        return target
 
-def _finite(scores: dict[str, float] | None) -> dict[str, float] | None:
-    """Scores that can rank a checkpoint; None if the greedy one has no value, as when nothing was judged."""
-    if scores is None or not math.isfinite(scores.get("greedy", math.nan)):
-        return None
-    return {name: float(value) for name, value in scores.items() if math.isfinite(value)}
+    def _move(self, step: int) -> Path:
+        target = self._aside(step)
+        with writing(target):
+            self._damaged.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        return target
+
+    @staticmethod
+    def _told(step: int, reason: str, moved: Path) -> str:
+        return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 
 def _whole(steps: list[int]) -> str:
@@ -334,18 +346,6 @@ def _whole(steps: list[int]) -> str:
     if not steps:
         return "no other checkpoint is there"
     return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint was given, without Orbax, which takes a file that it cannot read for an empty one."""
-    found = damage.read_json(path / _METADATA)
-    custom = found.get("custom_metadata") if isinstance(found, dict) else None
-    if not isinstance(custom, dict) or "crc" not in custom:
-        raise DamageError(f"{_METADATA} lacks what was written")
-    crc = custom.pop("crc")
-    if damage.checksum(custom) != crc:
-        raise DamageError(f"{_METADATA} is not what was written: its checksum differs")
-    return custom
 
 
 def judged(error: Exception, path: Path) -> Exception:
@@ -361,28 +361,6 @@ def judged(error: Exception, path: Path) -> Exception:
     if not certain and (isinstance(last, FileNotFoundError) or str(last).startswith(_DECODING)):
         return DamageError(" ".join(str(last).split())[:200])
     return error
-
-
-def _mend_scores(folder: Path) -> list[str]:
-    """Write anew a checkpoint's scores, which its metadata holds too, where their file is damaged; what was done."""
-    said = []
-    for step in saved_steps(folder):
-        path = folder / str(step) / "metrics" / "metrics"
-        try:
-            found = damage.read_json(path) if path.exists() else None
-            if found is None or math.isfinite(found["greedy"]):
-                continue
-        except (DamageError, KeyError, TypeError):
-            said.append(f"{path}: is damaged; it is written anew")
-        try:
-            scores = _read_metadata(folder / str(step))["scores"]
-        except DamageError:
-            scores = None  # `restore` will tell
-        if scores is None:
-            path.unlink()
-        else:
-            write_whole(path, json.dumps(scores).encode())
-    return said
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -418,7 +396,7 @@ def params_identity(folder: Path, step: int) -> str:
       StorageError: it cannot be read now.
     """
     try:
-        found = _read_metadata(folder / str(step))
+        found = read_metadata(folder / str(step))
     except DamageError as error:
         raise ConfigError(f"checkpoint {folder / str(step)}: is damaged ({error}); choose another step") from error
     own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
@@ -437,9 +415,9 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
       StorageError: it cannot be read now.
     """
     path = (folder / str(step)).absolute()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hush()
     try:
-        metadata = _read_metadata(path)
+        metadata = read_metadata(path)
     except DamageError as error:
         raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
     try:

@@ -59,6 +59,22 @@ def complaint(folder: Path) -> tuple[str | None, bool]:
     return None, all(crc is not None for _, crc in recorded.values())
 
 
+def complaint_of(folder: Path, name: str) -> str | None:
+    """What is wrong with one small file under `folder` by the record; None = nothing, or there is no record.
+
+    Raises:
+      StorageError: it cannot be read now.
+    """
+    recorded = (_recorded(folder) or {}).get(name)
+    if recorded is None:
+        return None
+    try:
+        found = _measure(folder / name)
+    except OSError as error:
+        raise unread(folder / name, error) from error
+    return None if tuple(found) == recorded else f"{name} is not what was written: its checksum differs"
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file.
 

@@ -10,7 +10,7 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.io import damage
-from pspo_jax.io.checkpoint import RAISED, judged
+from pspo_jax.io.checkpoint import RAISED, hush, judged
 from pspo_jax.io.checksums import named_checksums, verify
 from pspo_jax.io.damage import DamageError
 from pspo_jax.io.storage import StorageError, os_reason, room, write_whole
@@ -25,6 +25,7 @@ def save_folder(folder: Path, params: Any, settings: dict[str, Any]) -> None:
     Raises:
       StorageError: it cannot be written.
     """
+    hush()
     partial = folder.with_name(folder.name + ".partial")
     checksums = named_checksums(params)
     try:
@@ -81,6 +82,7 @@ def load_folder(folder: Path, abstract: Any) -> Any:
       DamageError: its files are not what was written, on this or another process.
       StorageError: they cannot be read now.
     """
+    hush()
     params, reason, checksums = None, "", {}
     try:
         checksums = _read(folder)["checksums"]

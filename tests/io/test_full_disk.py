@@ -107,7 +107,7 @@ def test_a_failed_save_is_known_before_the_next_one(tmp_path):
 
 def test_logs_on_a_full_disk_hold_whole_lines_alone(tmp_path):
     with small_disk(tmp_path / "disk", 64) as disk:
-        log = RunLog(disk, 0, tensorboard=True)
+        log = RunLog(disk, 0, tensorboard=False)
         log.metrics(1, {"reward": 0.5})
         filler = fill(disk)
         with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written.*No space.*needed and.*free"):
