@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
-from pspo_jax.optimizer import adamw
+from pspo_jax.optimizer import adamw, in_float32
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.tasks.base import Demonstrations, Task, json_lines, pad_rows
 
@@ -100,7 +100,7 @@ def make_sft_steps(
         def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
             params, opt_state = carry
             loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, join(p, frozen), batch, logits_mib))(params)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
         (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), batches)

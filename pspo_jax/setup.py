@@ -184,8 +184,8 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
     frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
     count = sum(x.size for x in jax.tree.leaves(base))
-    # AdamW keeps two numbers a weight beside it; gradients are float32. Adapters and their state are small.
-    held = frozen if a.lora is not None else 3 * frozen + 4 * count
+    # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+    held = frozen if a.lora is not None else frozen + 12 * count
     held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
     fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})
