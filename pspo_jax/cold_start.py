@@ -71,6 +71,11 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
         for name, tokens, limit in pairs:
             if not 0 < len(tokens) <= limit:
                 raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
+            if max(tokens) >= task.vocab_size:
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} has the token {max(tokens)}, and the embedding only "
+                    f"{task.vocab_size:,} rows; remove the line"
+                )
     pad = task.tokenizer.pad_token_id
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
 

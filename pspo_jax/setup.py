@@ -31,7 +31,7 @@ from pspo_jax.parallel.mesh import (
 )
 from pspo_jax.parallel.runtime import jit_once, keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
-from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy.architecture import beyond_context, lora_of
 from pspo_jax.policy.kernel_choice import with_kernels
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
@@ -121,6 +121,8 @@ def prepare(
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
+    for line in _remarks(config, source, architecture, task):
+        say(line)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
@@ -152,6 +154,20 @@ def prepare(
     shardings = _state_shardings(setup, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return setup._replace(abstract=abstract)
+
+
+def _remarks(config: Config, source: Source | None, architecture: Architecture, task: Task) -> list[str]:
+    """Lines on what is unusual about a checkpoint, or about what is asked of it."""
+    lines = []
+    if source is not None and source.untied:
+        lines.append(
+            f"policy.source={source.name}: config.json has tie_word_embeddings=true, but lm_head.weight is stored and "
+            "differs from the embedding: it is used, and trained, as a head of its own"
+        )
+    longest = max(int(part.lengths.max()) for part in (task.train, task.heldout))
+    if line := beyond_context(architecture, longest, config.rollout.max_new_tokens):
+        lines.append(line)
+    return lines
 
 
 def architecture_for(
