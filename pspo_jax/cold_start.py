@@ -20,7 +20,7 @@ from pspo_jax import __version__
 from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
-from pspo_jax.optimizer import adamw
+from pspo_jax.optimizer import adamw, in_float32
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.tasks.base import Demonstrations, Task, json_lines, pad_rows
 
@@ -72,6 +72,11 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
         for name, tokens, limit in pairs:
             if not 0 < len(tokens) <= limit:
                 raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
+            if max(tokens) >= task.vocab_size:
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} has the token {max(tokens)}, and the embedding only "
+                    f"{task.vocab_size:,} rows; remove the line"
+                )
     pad = task.tokenizer.pad_token_id
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
 
@@ -101,7 +106,7 @@ def make_sft_steps(
         def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
             params, opt_state = carry
             loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, join(p, frozen), batch, logits_mib))(params)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
         (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), batches)

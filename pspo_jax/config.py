@@ -178,7 +178,8 @@ class PolicyConfig:
     qk_norm: bool = False
     """RMSNorm on the heads of q and k (Qwen3)."""
     param_dtype: Dtype = "float32"
-    """Type in which weights are stored and optimised."""
+    """Type in which weights are held. Optimizer state is float32 always. An update below about 1/512 of a bfloat16
+    weight is lost, which learning rates of 1e-6 mostly are: choose float32 where all weights train."""
     compute_dtype: Dtype = "float32"
     """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always."""
     scan_unroll: Annotated[int, Range(1)] = 2

@@ -24,6 +24,7 @@ from pspo_jax.io.hf_folder import (
     copy_files,
     merged_tensors,
     numpy_dtype,
+    set_config,
     set_dtype,
     whole_tensors,
     write_adapter,
@@ -131,6 +132,8 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
             copy_files(folder, source.folder, ("config.json", "generation_config.json"))
             if dtype:
                 set_dtype(folder, dtype)
+            if source.untied:  # config.json claims otherwise, and loaders that believe it would drop the head
+                set_config(folder, {"tie_word_embeddings": False})
         elif source is None:
             _write_built_in(folder, config, architecture, tokenizer, dtype)
         if hasattr(tokenizer, "folder"):

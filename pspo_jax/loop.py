@@ -154,7 +154,9 @@ def _describe(setup: Setup, origin: str) -> str:
     if frozen:
         line += f"; {trained:,} of adapters train"
     elif setup.config.policy.param_dtype == "bfloat16":
-        line += "; trained in bfloat16, where small updates are lost: policy.param_dtype float32 keeps them"
+        line += (
+            "; held in bfloat16, where updates below 1/512 of a weight are lost: policy.param_dtype float32 keeps them"
+        )
     return line
 
 

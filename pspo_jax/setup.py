@@ -35,7 +35,7 @@ from pspo_jax.parallel.mesh import (
 )
 from pspo_jax.parallel.runtime import jit_once, keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
-from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy.architecture import beyond_context, lora_of
 from pspo_jax.policy.kernel_choice import with_kernels
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
@@ -125,6 +125,8 @@ def prepare(
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
+    for line in _remarks(config, source, architecture, task):
+        say(line)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
@@ -158,6 +160,20 @@ def prepare(
     return setup._replace(abstract=abstract)
 
 
+def _remarks(config: Config, source: Source | None, architecture: Architecture, task: Task) -> list[str]:
+    """Lines on what is unusual about a checkpoint, or about what is asked of it."""
+    lines = []
+    if source is not None and source.untied:
+        lines.append(
+            f"policy.source={source.name}: config.json has tie_word_embeddings=true, but lm_head.weight is stored and "
+            "differs from the embedding: it is used, and trained, as a head of its own"
+        )
+    longest = max(int(part.lengths.max()) for part in (task.train, task.heldout))
+    if line := beyond_context(architecture, longest, config.rollout.max_new_tokens):
+        lines.append(line)
+    return lines
+
+
 def architecture_for(
     config: Config, weights: bool = True
 ) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
@@ -188,8 +204,8 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
     frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
     count = sum(x.size for x in jax.tree.leaves(base))
-    # AdamW keeps two numbers a weight beside it; gradients are float32. Adapters and their state are small.
-    held = frozen if a.lora is not None else 3 * frozen + 4 * count
+    # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+    held = frozen if a.lora is not None else frozen + 12 * count
     held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
     fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})

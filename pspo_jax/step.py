@@ -20,6 +20,7 @@ from pspo_jax.algorithms import Algorithm, needs_movement, resolve
 from pspo_jax.config import Config, round_prompts
 from pspo_jax.credit import group_advantages
 from pspo_jax.objective.ratios import kl_estimate
+from pspo_jax.optimizer import in_float32
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.replay import Groups, effective
 from pspo_jax.replay.base import groups_of
@@ -77,7 +78,7 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=in_float32(optimizer).init(params),
         selector=algorithm.selector.init(num_prompts, columns),
         credit=algorithm.credit.init(num_prompts),
         replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),

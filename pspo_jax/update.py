@@ -22,6 +22,7 @@ from pspo_jax.objective.losses import (
     zero_metrics,
 )
 from pspo_jax.objective.ratios import top_entropy
+from pspo_jax.optimizer import float32, in_float32
 from pspo_jax.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, plan, score, sharing
@@ -91,7 +92,7 @@ def optimize(
         useful = places.needed / jnp.maximum(places.computed, 1)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
-        changes, new_opt_state = optimizer.update(grads, opt_state, params)
+        changes, new_opt_state = in_float32(optimizer).update(grads, opt_state, params)
         new_params = optax.apply_updates(params, changes)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
@@ -118,7 +119,7 @@ def _gradient(
     config: Config,
     total: Denominators,
 ) -> tuple[Params, LossMetrics, Gap, Places]:
-    """Gradient of a minibatch's loss, accumulated over microbatches in float32.
+    """Gradient of a minibatch's loss in float32, accumulated over microbatches.
 
     weights(params, microbatch) is what the policy's functions take.
     """
@@ -136,7 +137,7 @@ def _gradient(
     places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * (bin_length(rows) + 1)))
     if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
-        return grads, metrics, gap, places
+        return float32(grads), metrics, gap, places
 
     def accumulate(carry: Any, xs: tuple[Any, ...]) -> tuple[Any, None]:
         grads, metrics, gap = carry

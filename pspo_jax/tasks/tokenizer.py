@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pspo_jax.config import Config, ConfigError, PromptConfig
+from pspo_jax.policy.json_files import check_side_files
 from pspo_jax.policy.pretrained import fetch, import_transformers
 from pspo_jax.tasks.templates import BEGUN, QUESTIONS, SYSTEM_PROMPTS, TEXTS
 
@@ -104,6 +105,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     field = "policy.tokenizer" if config.policy.tokenizer else "policy.source"
     assert name is not None
     folder = fetch(name, None, field, weights=False) if config.policy.tokenizer or source is None else source
+    check_side_files(folder, f"{field}={name}")
     hf = _read(folder, f"{field}={name}")
     if embedding_rows is not None and len(hf) > embedding_rows:
         raise ConfigError(
