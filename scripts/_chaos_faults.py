@@ -148,9 +148,9 @@ def full(trial: Trial, fault: Fault) -> None:
     """The disk fills up: the run ends with one line, or with all its work done."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
-    filler = trial.place / "filler"
+    filler = trial.folder / "filler"
     with filler.open("wb") as out:
-        free = shutil.disk_usage(trial.place).free - fault["left"]
+        free = shutil.disk_usage(trial.folder).free - fault["left"]
         # The run may have taken the rest meanwhile, which is as good.
         with contextlib.suppress(OSError):
             os.posix_fallocate(out.fileno(), 0, max(free, 1))

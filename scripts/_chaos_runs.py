@@ -132,13 +132,15 @@ def _fork(words: list[str], env: dict[str, str], cwd: Path, output: Path) -> int
     except SystemExit as stop:
         code = stop.code
     finally:
-        if sys.exc_info()[0] is not None:
-            traceback.print_exc()
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+        try:
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # whatever happens, the child must not go on as if it were the campaign
+            os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _place(number: int, count: int, port: int) -> list[str]:

@@ -155,18 +155,20 @@ def attempt(case: Case, work: Path, name: str) -> tuple[str, str]:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     small = any(fault["kind"] == "full" for fault in case.faults)
+    folder = place / "run"
     if small:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "none", place], check=True)
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "none", folder], check=True)
     try:
         reference = _reference(case.fields, work)
         outcome = _through(Trial(case.fields, place, work / "world"), case.faults, reference)
     except Finding as finding:
         if small:
-            shutil.copytree(place, place.with_name(name + "-kept"), dirs_exist_ok=True)
+            shutil.copytree(folder, place / "kept", dirs_exist_ok=True)
         return finding.kind, str(finding)
     finally:
         if small:
-            subprocess.run(["umount", "-l", place], check=True)
+            subprocess.run(["umount", "-l", folder], check=True)
     shutil.rmtree(place, ignore_errors=True)
     return outcome
 
