@@ -67,6 +67,9 @@ class RunConfig:
     """Add CRCs of prompt ids, tokens, parameters and strategy state to every line of metrics.jsonl."""
     print_config: bool = False
     """Print the resolved configuration as YAML and exit."""
+    start_over: bool = False
+    """Begin at step 0 in a folder that holds a run already; its files are moved to set_aside/ inside the folder. It is
+    not kept in config.yaml."""
     compilation_cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
@@ -120,7 +123,8 @@ class TaskConfig:
     check_gold: bool = True
     """Leave out rows whose gold answer its own verifier does not accept."""
     allow_change: bool = False
-    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same."""
+    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same. It is
+    not kept in config.yaml."""
     cache: str | None = None
     """Folder of tokenised prompts; None = ~/.cache/pspo_jax/data."""
 
@@ -353,7 +357,12 @@ class CheckpointConfig:
     keep: Annotated[int, Range(1)] = 3
     """Latest checkpoints kept."""
     keep_best: Annotated[int, Range(0)] = 1
-    """Checkpoints with the best greedy held-out accuracy kept beside them."""
+    """Checkpoints with the best greedy held-out accuracy kept beside them; without a finite one none is ranked."""
+    on_error: Literal["stop", "retry"] = "stop"
+    """What happens when the run folder cannot be written, as on a full disk: the run ends with one line (stop), or it
+    waits and tries again with what it has in memory (retry)."""
+    retry_minutes: Annotated[float, Range(above=0.0)] = 60.0
+    """on_error=retry: minutes after which the run ends all the same."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,9 +19,12 @@ from jax.sharding import Mesh
 from pspo_jax import algorithms, flags
 from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError, embedded, replace
-from pspo_jax.io.checkpoint import load_folder, save_folder
+from pspo_jax.io.damage import DamageError
+from pspo_jax.io.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
 from pspo_jax.io.progress import Progress
+from pspo_jax.io.storage import StorageError
 from pspo_jax.optimizer import adamw, updates_per_step
+from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import (
     groups_shardings,
     make_mesh,
@@ -232,7 +236,8 @@ def load_base(setup: Setup) -> Any:
 def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]) -> FirstParams:
     """The weights before step 0, cold-started if the config says so.
 
-    A cold start is kept in `<folder>/cold_start`, and a run of equal settings in a sibling folder is asked first.
+    A cold start is kept in `<folder>/cold_start`; with sft.share a finished one of equal settings in a sibling folder
+    is taken instead, with a line. One that is stopped is kept too, and carried on.
     """
     shardings = setup.shardings.params
     frozen, origin = None, "random weights"
@@ -248,20 +253,108 @@ def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[
     if not setup.config.sft.steps:
         return FirstParams(params, frozen, origin)
     wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
-    own = folder / "cold_start"
-    siblings = sorted(folder.absolute().parent.glob("*/cold_start")) if setup.config.sft.share else []
-    for place in [own, *siblings]:
-        found = load_folder(place, setup.abstract.params, wanted) if place.exists() else None
-        if found is not None:
-            if place.absolute() != own.absolute():
-                save_folder(own, found, wanted)
-            return FirstParams(found, frozen, f"cold start of {place}")
-    params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen)
+    found = _finished_start(setup, folder, wanted, progress.say)
+    if found is not None:
+        return FirstParams(found[0], frozen, f"cold start of {found[1]}")
+    kept = _Progress(folder / "cold_start.progress", wanted, progress.say)
+    params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen, kept)
     if params is None:
         return FirstParams(None, None, "stopped")
     params = jax.device_put(params, shardings)
-    save_folder(own, params, wanted)
+    save_folder(folder / "cold_start", params, wanted)
+    kept.drop()
     return FirstParams(params, frozen, "cold start")
+
+
+def _finished_start(
+    setup: Setup, folder: Path, wanted: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Any, Path] | None:
+    """Params of a finished cold start of these settings, and whose it is; a neighbour's is copied."""
+    own, passed = folder / "cold_start", set[Path]()
+    while True:
+        # The leading process looks: a folder that appears meanwhile must not lead processes apart.
+        name = hosts.from_leader(_find_start(own, setup.config.sft.share, wanted, passed, say) if hosts.leads() else "")
+        if not name:
+            return None
+        place = folder.absolute().parent / name / "cold_start"
+        try:
+            params = load_folder(place, setup.abstract.params)
+        except DamageError as error:
+            _pass_over(place, own, error, passed, say)
+            continue
+        if place != own.absolute():
+            say(f"the cold start is that of {place}, whose settings are equal; --sft.share false would train another")
+            save_folder(own, params, wanted)
+        return params, place
+
+
+def _find_start(own: Path, share: bool, wanted: dict[str, Any], passed: set[Path], say: Callable[[str], None]) -> str:
+    """Name of the run folder whose cold start has these settings, this one's first; "" if there is none."""
+    mine = own.absolute()
+    neighbours = sorted(mine.parent.parent.glob("*/cold_start")) if share else []
+    for place in [mine, *(p for p in neighbours if p != mine)]:
+        if place in passed or not place.exists():
+            continue
+        try:
+            if belongs(place, wanted):
+                return place.parent.name
+        except DamageError as error:
+            _pass_over(place, own, error, passed, say)
+        except StorageError as error:
+            if place == mine:
+                raise
+            passed.add(place)
+            say(f"{error}; this run does without it")
+    return ""
+
+
+def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], say: Callable[[str], None]) -> None:
+    """Say that a cold start is damaged; one of this run's own is set aside."""
+    passed.add(place)
+    if place != own.absolute():
+        say(f"{place}: is damaged ({error}); this run does without it")
+    elif hosts.leads():
+        say(f"{place}: is damaged ({error}); it is set aside as {set_aside(place)}, and another is trained")
+
+
+class _Progress(NamedTuple):
+    """A cold start that was stopped, in <folder>/cold_start.progress."""
+
+    folder: Path
+    wanted: dict[str, Any]
+    say: Callable[[str], None]
+
+    def load(self, template: Any) -> tuple[Any, int]:
+        """What it had reached and after how many calls; the template and 0 if there is none of these settings."""
+        done = int(hosts.from_leader(str(self._done()) if hosts.leads() else ""))
+        if not done:
+            return template, 0
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
+        try:
+            return load_folder(self.folder, abstract), done
+        except DamageError as error:
+            self.say(f"{self.folder}: is damaged ({error}); the cold start begins again")
+            return template, 0
+
+    def _done(self) -> int:
+        if not self.folder.exists():
+            return 0
+        try:
+            found = folder_settings(self.folder)
+        except DamageError as error:
+            self.say(f"{self.folder}: is damaged ({error}); the cold start begins again")
+            return 0
+        return int(found["calls"]) if found == {**self.wanted, "calls": found.get("calls")} else 0
+
+    def save(self, tree: Any, calls: int) -> None:
+        """Keep what was reached."""
+        save_folder(self.folder, tree, {**self.wanted, "calls": calls})
+        self.say("stopped during the cold start, saved; the same command carries on")
+
+    def drop(self) -> None:
+        """The cold start has ended, and is kept itself."""
+        if hosts.leads():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:

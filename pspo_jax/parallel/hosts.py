@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from pspo_jax.config import Config, ConfigError
+from pspo_jax.io.storage import StorageError
 
 _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
@@ -64,6 +65,14 @@ def initialize(config: Config) -> None:
             f"distributed.coordinator={d.coordinator}: the processes did not find each other ({why}); check the "
             "address, distributed.processes, and that all were started; distributed.auto=false is for one alone"
         ) from error
+
+
+def leads_before_joining(config: Config) -> bool | None:
+    """Whether this process will lead; None if only a cluster that has not been joined knows."""
+    d = config.distributed
+    if d.coordinator is not None:
+        return d.process == 0
+    return None if d.auto and in_cluster() else True
 
 
 def in_cluster() -> bool:
@@ -157,6 +166,16 @@ def any_says(flag: bool) -> bool:
     return flag if count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
 
 
+def from_leader(text: str) -> str:
+    """The leading process's text, of at most 4,096 bytes, on every process; all must ask."""
+    if count() == 1:
+        return text
+    data = np.zeros(4096, np.uint8)
+    words = text.encode()
+    data[: len(words)] = np.frombuffer(words, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).rstrip(b"\0").decode()
+
+
 def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """Return when every process is here; each place has a name of its own.
 
@@ -198,7 +217,8 @@ def failing_together() -> Iterator[None]:
         done.set()
         if not isinstance(error, SystemExit) or error.code:
             bad_input = isinstance(error, ConfigError)
-            text = f"error: {error}" if bad_input else traceback.format_exc()
+            known = bad_input or isinstance(error, StorageError)
+            text = f"error: {error}" if known else traceback.format_exc()
             print(f"process {jax.process_index()} failed: {text}", file=sys.stderr, flush=True)
             client.key_value_set(f"{_FAILURES}{jax.process_index()}", text, allow_overwrite=True)
             time.sleep(_LAST_WORDS_SECONDS)
