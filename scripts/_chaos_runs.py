@@ -232,10 +232,10 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
-def difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """The first thing in which two runs' results differ; None = they are equal."""
+def difference(a: dict[str, Any], b: dict[str, Any], ignored: set[str]) -> str | None:
+    """The first thing in which two runs' results differ, but for the ignored ones; None = they are equal."""
     for name in a:
-        if a[name] != b[name]:
+        if name not in ignored and a[name] != b[name]:
             one, other = a[name], b[name]
             if name == "metrics" and len(one) == len(other):
                 step = next(i for i, (x, y) in enumerate(zip(one, other, strict=True)) if x != y)

@@ -203,10 +203,15 @@ def _through(trial: Trial, drawn: list[Fault], reference: dict[str, Any]) -> tup
             return "refused", detail
         trial.end(trial.start(), {0})
     _check_begin(run.text(), before)
-    found = runs.difference(json.loads(json.dumps(runs.results(trial.folder))), reference)
-    if found and not trial.said:
-        raise Finding("silent", f"the run ended well and differs from the uninterrupted one: {found}")
-    return ("refused", detail) if refused else ("said", trial.said[0]) if found else ("equal", "")
+    ended = json.loads(json.dumps(runs.results(trial.folder)))
+    lost = _lost_logs(trial)
+    if found := runs.difference(ended, reference, lost):
+        if not trial.said:
+            raise Finding("silent", f"the run ended well and differs from the uninterrupted one: {found}")
+        return "said", trial.said[0]
+    if refused:
+        return "refused", detail
+    return ("said", f"{', '.join(sorted(lost))} lost") if runs.difference(ended, reference, set()) else ("equal", "")
 
 
 def _undamaged(trial: Trial) -> set[int]:
@@ -235,6 +240,16 @@ def _check_begin(text: str, before: set[int]) -> None:
         raise Finding("lost", f"the run began anew beside the whole checkpoint {max(before)}")
     if found and int(rest.split()[0]) < max(before):
         raise Finding("lost", f"the run resumed at step {rest.split()[0]} and not at {max(before)}")
+
+
+def _lost_logs(trial: Trial) -> set[str]:
+    """Logs whose lines a fault has altered and of which the program said so: what they held cannot come back."""
+    said = "".join(path.read_text(errors="replace") for path in trial.place.glob("output-*.txt"))
+    names = {path.relative_to(trial.folder).parts[0] for path in trial.damaged}
+    logs = {"metrics.jsonl": "metrics", "strategy.jsonl": "strategy"}
+    # Dumps of former steps are only for people to read, and the program does not look at them again.
+    ignored = {"completions"} if "completions" in names else set()
+    return ignored | {logs[name] for name in names & set(logs) if name in said}
 
 
 def _put_back(trial: Trial) -> bool:
