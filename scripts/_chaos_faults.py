@@ -190,7 +190,11 @@ def read_only(trial: Trial, fault: Fault) -> None:
 def _bound_read_only(folder: Path) -> Iterator[None]:
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        # It is busy while a file is being written through it.
+        for _ in range(100):
+            if subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True).returncode == 0:
+                break
+            time.sleep(0.01)
         yield
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
