@@ -21,6 +21,7 @@ from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.io.checkpoint import load_folder, save_folder
 from pspo_jax.io.progress import Progress
 from pspo_jax.optimizer import adamw, updates_per_step
+from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import (
     groups_shardings,
     make_mesh,
@@ -121,6 +122,7 @@ def prepare(
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
+    hosts.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")

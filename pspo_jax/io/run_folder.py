@@ -8,7 +8,8 @@ import os
 import socket
 import sys
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from pspo_jax import cli
+from pspo_jax import cli, verdicts
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import Config, ConfigError, flatten, replace
 from pspo_jax.io.completions import print_completions, write_completions
@@ -99,6 +100,7 @@ class RunLog:
     ):
         self._writes = writes
         self._seen: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         if not writes:
             return
         self._folder = folder
@@ -153,11 +155,22 @@ class RunLog:
             if not self._writes:
                 print(f"step {step}: a reward raised\n{text}", file=sys.stderr)
                 continue
-            with (self._folder / "reward_errors.log").open("a") as file:
+            with (self._folder / "reward_errors.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"step {step}\n{text}\n")
             if self._console is not None:
                 last = text.strip().rpartition("\n")[2]
                 self._console.print(f"a reward raised {last} (whole in reward_errors.log)", markup=False)
+
+    def no_verdicts(self, step: int, missing: Mapping[str, Counter[str]]) -> None:
+        """Say for each reward term and each kind of reason, once, that values are missing."""
+        for kind, line in verdicts.lines(missing):
+            if kind in self._said:
+                continue
+            self._said.add(kind)
+            if not self._writes or self._console is None:
+                print(f"step {step}: {line}", file=sys.stderr)
+            else:
+                self._console.print(f"step {step}: {line}", markup=False)
 
 
 def write_json(path: Path, value: Any) -> None:
