@@ -414,8 +414,11 @@ class VerifierConfig:
     workers: Annotated[int, Range(0)] = 0
     """Processes that verify completions of text tasks; 0 = one per core, 2 to 8."""
     deadline: Annotated[float, Range(above=0.0)] = 5.0
-    """Seconds for one completion (for one group, if a function takes a list); then its worker is killed and it has no
-    verdict."""
+    """Seconds of processor time for one completion (for one group, if a function takes a list); then its worker is
+    killed and it has no verdict."""
+    wall_limit: Annotated[float, Range(0.0)] = 0.0
+    """Seconds that a completion may take in all, as where its verifier sleeps or asks a service; time in which other
+    processes have the processors does not count. 0 = six times `deadline`."""
     memory_mib: Annotated[int, Range(256)] = 4096
     """Address space of a worker, MiB."""
     network: bool = False

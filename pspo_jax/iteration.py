@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pspo_jax import verdicts
 from pspo_jax.accounting import Totals, count
 from pspo_jax.config import Config
 from pspo_jax.evaluation.heldout import evaluate, gather
@@ -26,10 +27,6 @@ from pspo_jax.state import Prompts, Rollouts, TrainState
 from pspo_jax.tasks.base import Completions, Scores
 
 Values = dict[str, float | int]
-
-
-class NoVerdictError(Exception):
-    """Too many completions could not be verified; the message says how many and why."""
 
 
 class _Rolled(NamedTuple):
@@ -66,7 +63,7 @@ def one_step(
     """The state after step `done`, and its metrics.
 
     Raises:
-      NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
+      verdicts.NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
     """
     c = setup.config
     times: dict[str, float] = {}
@@ -124,7 +121,7 @@ def _accounts(
     prompts = setup.task.train.lengths
     count(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
     if rounds:
-        more |= _reward_metrics(_joined([one.scores for one in rounds]))
+        more |= verdicts.metrics(_joined([one.scores for one in rounds]))
         more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / times["rollout"]
     more |= {f"time/{name}": seconds for name, seconds in times.items()}
     more["step_time"] = sum(times.values())
@@ -167,7 +164,8 @@ def _round(
         own_scores = _joined([wait() for wait in rolled.judged])
         scores, lengths = _shared(own_scores, rolled, len(rows))
     log.errors(done, own_scores.errors)
-    _check_verdicts(scores, done, setup.config.verifier.max_no_verdict)
+    log.no_verdicts(done, own_scores.missing)
+    verdicts.check(scores, done, setup.config, totals.counts)
     reward = hosts.put(scores.reward, batch_sharding(setup.mesh))
     own = rolled.own
     return state, _Round(
@@ -179,9 +177,12 @@ def _shared(own: Scores, rolled: _Rolled, batch: int) -> tuple[Scores, np.ndarra
     """Scores and lengths of the whole batch on every process, of what each one judged."""
     values = {"reward": own.reward, "right": own.right, "lengths": rolled.host.lengths}
     values |= {f"terms/{name}": value for name, value in own.terms.items()}
+    values |= {f"failed/{name}": value for name, value in own.failed.items()}
     every = hosts.share_rows(values, rolled.own, batch)
     terms = {name: every[f"terms/{name}"] for name in own.terms}
-    return own._replace(reward=every["reward"], right=every["right"], terms=terms), every["lengths"]
+    failed = {name: every[f"failed/{name}"] for name in own.failed}
+    whole = own._replace(reward=every["reward"], right=every["right"], terms=terms, failed=failed)
+    return whole, every["lengths"]
 
 
 def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
@@ -269,33 +270,22 @@ def _roll_out(
 
 def _joined(parts: list[Scores]) -> Scores:
     """The chunks' scores as one batch's."""
+    first = parts[0]
+    logged: dict[str, list[float]] = {}
+    for part in parts:
+        for name, found in part.logged.items():
+            logged.setdefault(name, []).extend(found)
     return Scores(
         np.concatenate([p.reward for p in parts]),
-        {name: np.concatenate([p.terms[name] for p in parts]) for name in parts[0].terms},
+        {name: np.concatenate([p.terms[name] for p in parts]) for name in first.terms},
         np.concatenate([p.right for p in parts]),
         [row for p in parts for row in p.answers],
         sum((p.reasons for p in parts), Counter()),
         tuple(dict.fromkeys(error for p in parts for error in p.errors)),
+        {name: np.concatenate([p.failed[name] for p in parts]) for name in first.failed},
+        {name: sum((p.missing[name] for p in parts), Counter()) for name in first.missing},
+        logged,
     )
-
-
-def _check_verdicts(scores: Scores, done: int, limit: float) -> None:
-    share = float(np.isnan(scores.right).mean())
-    if share > limit:
-        why = "; ".join(f"{n} x {reason}" for reason, n in scores.reasons.most_common(3))
-        raise NoVerdictError(
-            f"stopped in step {done}: {share:.0%} of the completions have no verdict ({why}), more than "
-            f"verifier.max_no_verdict={limit:g}"
-        )
-
-
-def _reward_metrics(scores: Scores) -> Values:
-    values: Values = {"rewards/no_verdict": float(np.isnan(scores.right).mean())}
-    for name, reward in scores.terms.items():
-        known = reward[~np.isnan(reward)]
-        values[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
-        values[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
-    return values
 
 
 def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: Totals) -> dict[str, float]:

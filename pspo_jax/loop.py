@@ -19,7 +19,7 @@ from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, open_folder, read_summary, write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.io.storage import Persist, writing
-from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step, ring_to_device
+from pspo_jax.iteration import heldout_scores, one_step, ring_to_device
 from pspo_jax.parallel import hosts
 from pspo_jax.programs import Programs, compiling
 from pspo_jax.report import write_report
@@ -27,6 +27,7 @@ from pspo_jax.resume import early_check, restore, save_content, source_fingerpri
 from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare, verifiers
 from pspo_jax.state import TrainState
 from pspo_jax.tasks.text import write_left_out
+from pspo_jax.verdicts import NoVerdictError
 
 
 class _Run(NamedTuple):

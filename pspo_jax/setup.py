@@ -125,6 +125,7 @@ def prepare(
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
+    hosts.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
     for line in _remarks(config, source, architecture, task):
         say(line)
     settings(config, task)  # reads sft.data: a missing file is found out here
@@ -289,7 +290,8 @@ def _finished_start(
     own, passed = folder / "cold_start", set[Path]()
     while True:
         # The leading process looks: a folder that appears meanwhile must not lead processes apart.
-        name = hosts.from_leader(_find_start(own, setup.config.sft.share, wanted, passed, say) if hosts.leads() else "")
+        found = _find_start(own, setup.config.sft.share, wanted, passed, say) if hosts.leads() else ""
+        name = hosts.text_from_leader(found)
         if not name:
             return None
         place = folder.absolute().parent / name / "cold_start"
@@ -358,7 +360,7 @@ class _Progress(NamedTuple):
 
     def load(self, template: Any) -> tuple[Any, int]:
         """What it had reached and after how many calls; the template and 0 if there is none of these settings."""
-        done = int(hosts.from_leader(str(self._done()) if hosts.leads() else ""))
+        done = int(hosts.text_from_leader(str(self._done()) if hosts.leads() else ""))
         if not done:
             return template, 0
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)

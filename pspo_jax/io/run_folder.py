@@ -10,7 +10,8 @@ import re
 import socket
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from pspo_jax import verdicts
 from pspo_jax.config import ConfigError
 from pspo_jax.io.completions import print_completions, write_completions
 from pspo_jax.io.events import Events
@@ -75,6 +77,7 @@ class RunLog:
         self._seen: set[str] = set()
         self._persist = persist or Persist()
         self._events: Events | None = None
+        self._said: set[tuple[str, str]] = set()
         if not writes:
             return
         self._folder = folder
@@ -147,6 +150,17 @@ class RunLog:
             if self._console is not None:
                 last = _printable(text).strip().rpartition("\n")[2]
                 self._console.print(f"a reward raised {last} (whole in reward_errors.log)", markup=False)
+
+    def no_verdicts(self, step: int, missing: Mapping[str, Counter[str]]) -> None:
+        """Say for each reward term and each kind of reason, once, that values are missing."""
+        for kind, line in verdicts.lines(missing):
+            if kind in self._said:
+                continue
+            self._said.add(kind)
+            if not self._writes or self._console is None:
+                print(f"step {step}: {line}", file=sys.stderr)
+            else:
+                self._console.print(f"step {step}: {line}", markup=False)
 
 
 def _kind(traceback: str) -> str:

@@ -14,12 +14,12 @@ import numpy as np
 
 from pspo_jax.config import Config, ConfigError, TaskConfig
 from pspo_jax.rewards.math import ALTERNATIVES
-from pspo_jax.tasks.base import digest
+from pspo_jax.tasks.base import OWN_ANSWER, digest
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution", "target")
-_LAYOUT = "1"
+_LAYOUT = "2"
 """Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
 _SAID_FROM = 20_000
 _BAD_ANSWER = "gold answer cannot be read"
@@ -130,6 +130,9 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "empty prompt")
         if answer is None:
             return Question(text, "", given)
+        own = _own_answer(record[answer], transform) if c.name != "multiple_choice" else {}
+        if own and not needs_answer:  # a function judges any value, also an object or null
+            return Question(text, json.dumps(record[answer]), given | own)
         if record[answer] is None:
             return Question(text, "", {}, "no gold answer")
         try:
@@ -138,10 +141,20 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, str(record[answer])[:200], {}, f"{_BAD_ANSWER} by answer_transform {transform}")
         if not gold.strip():
             return Question(text, "", {}, "no gold answer")
-        return with_choices(text, gold, record[choices]) if choices else Question(text, gold, given)
+        return with_choices(text, gold, record[choices]) if choices else Question(text, gold, given | own)
 
     settings = json.dumps([prompt, answer, transform, choices, given])
     return Source(data, c.name, records, convert, settings, field)
+
+
+def _own_answer(value: Any, transform: str) -> dict[str, Any]:
+    """A row's answer as it stands, where JSON has that and its text alone would lose its type."""
+    if isinstance(value, str) or transform not in ("none", "stringified_list"):
+        return {}
+    try:
+        return {OWN_ANSWER: json.loads(json.dumps(value))}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _column(

@@ -14,7 +14,6 @@ from jaxtyping import Int
 
 from pspo_jax.config import Config, ConfigError
 from pspo_jax.mixture import mixture
-from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
 from pspo_jax.tasks.countdown import source as countdown_source
@@ -86,6 +85,8 @@ def text_task(
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
+    from pspo_jax.rewards.judge import text_judge  # it imports this package: at the top it could not be imported first
+
     parts = mixture(config) or [(config, 1.0)]
     encode = _encoder(tokenizer, config)
     identity = _identity(tokenizer, config)

@@ -49,8 +49,12 @@ class TextTokenizer:
         return str(self.hf.decode(list(ids), skip_special_tokens=False))
 
     def answer(self, ids: list[int]) -> str:
-        """Text of a completion without its stop token and other special tokens, for a verifier."""
-        return str(self.hf.decode(ids, skip_special_tokens=True))
+        """Text of a completion without stop and padding tokens, for a verifier.
+
+        Other special tokens stay: some checkpoints have `<think>` and `<answer>` among them.
+        """
+        ends = {*self.stop_ids, self.pad_token_id}
+        return self.decode(i for i in ids if i not in ends)
 
     def begun(self, config: PromptConfig) -> str:
         """The part of the answer that the prompt already holds; rewards see it before the completion.
