@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded, round_prompts
-from pspo_jax.mixture import mixture, options
+from pspo_jax.mixture import labels, mixture, options
 from pspo_jax.objective.ratios import gamma_shape
 from pspo_jax.rewards.terms import parse_terms
 from pspo_jax.selection import WEIGHTED
@@ -223,6 +223,7 @@ def _check_task(c: Config) -> None:
         raise ConfigError(f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone")
     components = mixture(c)
     if components:
+        labels(c)
         for part, _ in components:
             try:
                 _check_fields("task", part.task)
