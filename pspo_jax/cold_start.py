@@ -173,7 +173,7 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
     """
     stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
     places = ("task.train_data", "task.heldout_data", "policy.source", "policy.revision", "policy.tokenizer")
-    free = ("sft.share", "task.allow_change", "task.cache", *places)
+    free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
     fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
     for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "objective.logits_mib"):
         fields[name] = flatten(config)[name]

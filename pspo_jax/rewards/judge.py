@@ -17,8 +17,9 @@ from pspo_jax.mixture import mixture
 from pspo_jax.rewards.math import final_answer
 from pspo_jax.rewards.pool import Batch, Pool, Reply, Request
 from pspo_jax.rewards.terms import TERMS, Shape, functions, parse_terms, shaped, weighted_sum
-from pspo_jax.tasks.base import OWN_ANSWER, Completions, Judge, Scores
+from pspo_jax.tasks.base import ANSWER_COLUMN, Completions, Judge, Scores
 from pspo_jax.tasks.data import PROMPT_COLUMNS
+from pspo_jax.tasks.files import value_at
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
 GRADED = ("python_function", "reasoning_gym")
@@ -132,7 +133,7 @@ def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool:
         "function": name,
         "prompt": _of(prompts.texts, row),
         "messages": _conversation(columns, config.task.prompt_column),
-        "answer": extra.get(OWN_ANSWER, prompts.answers[row]),
+        "answer": _own_answer(columns, extra.get(ANSWER_COLUMN), prompts.answers[row]),
         "step": batch.step,
         "steps": config.run.steps,
         "columns": columns,
@@ -146,6 +147,12 @@ def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool:
         }
         asks.append(_Ask(Request("function", row_arguments | own), i, part))
     return asks
+
+
+def _own_answer(columns: dict[str, Any], column: str | None, gold: str) -> Any:
+    """A row's answer as its source has it: a number, a list, an object or null; text as the gold answer is."""
+    value = gold if column is None else value_at(columns, column)
+    return gold if isinstance(value, str) else value
 
 
 def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str, Any]] | None:
