@@ -89,8 +89,7 @@ def _begin(
             progress.say(line)
     if restored is not None:
         return restored
-    with totals.phase("sft"):
-        first = first_params(setup, folder, progress, stop)
+    first = first_params(setup, folder, progress, stop, totals.phase)
     if first.params is None:
         return None
     progress.say(_describe(setup, first.origin))
