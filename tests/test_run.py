@@ -325,7 +325,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert set(summary) == {"eval", "steps", "rollouts", "tokens", "seconds"}
     assert set(summary["eval"]) == {"greedy", "sampled", "no_verdict"}
-    phases = {"setup", "compile", "sft", "select", "rollout", "verify", "update", "eval", "total"}
+    phases = {"setup", "load", "compile", "sft", "select", "rollout", "verify", "update", "eval", "total"}
     assert set(summary["seconds"]) == phases
     assert summary["rollouts"] == 12 * 8 * 4
     lines = metrics(uninterrupted, drop=("-",))

@@ -13,8 +13,8 @@ from pspo_jax.selection.base import Look, Ranked
 from pspo_jax.selection.book import by_age, tier
 from pspo_jax.selection.engine import LEAST, Engine, SelectorState, able_weight, passed, take
 
-_SMALLEST = -80.0
-"""Logarithm of the smallest loss weight: a float32 that is not 0."""
+_SMALLEST = 1e-30
+"""The smallest loss weight: none is 0."""
 
 
 class Part(NamedTuple):
@@ -43,8 +43,10 @@ def select(
     beta = annealed(e.config.correction or 0.0, e.config.correction_end, step, e.sizes.steps)
     # What did not come by its weight has no chance of its own: it counts as the likeliest of the batch.
     likeliest = chance.max()
-    log_weight = -beta * jnp.log(jnp.where(chance > 0, chance, jnp.where(likeliest > 0, likeliest, 1.0)))
-    weight = jnp.exp(jnp.maximum(log_weight - log_weight.max(), _SMALLEST))
+    chance = jnp.where(chance > 0, chance, jnp.where(likeliest > 0, likeliest, 1.0))
+    least = chance.min()
+    weight = jnp.exp(beta * jnp.log(jnp.maximum(least / chance, _SMALLEST)))
+    weight = jnp.where(chance <= least, 1.0, jnp.clip(weight, _SMALLEST, 1.0))
     return ids, weight, state._replace(carry=carry)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from pspo_jax.fields import ConfigError
@@ -44,7 +45,7 @@ class Shares(NamedTuple):
         return jnp.asarray(self.of_kind, jnp.int32)[jnp.maximum(kind, 0).astype(jnp.int32)]
 
     def most(self, batch: int, slot: int) -> int:
-        """The most prompts of a slot that one of any number of equal batches takes.
+        """No batch takes more prompts of a slot, if all batches are of this size.
 
         Before and after each batch the slot is ahead or behind by less than 1, in whole multiples of
         gcd(batch x part, whole) / whole.
@@ -67,35 +68,35 @@ class Shares(NamedTuple):
         """
         parts = jnp.asarray(self.parts, jnp.int32)
         rounds, rest = divmod(batch, self.whole)
-        unlimited = jnp.full(self.slots, batch, jnp.int32)
-        counts, carry = self._deal(carry, rest, unlimited)
+        counts, carry = _deal(parts, carry, rest, jnp.full(self.slots, batch, jnp.int32))
         return counts + rounds * parts, carry
 
     def divide_within(
         self, carry: Int[Array, "slots"], number: int, counts: Int[Array, "slots"]
     ) -> tuple[Int[Array, "slots"], Int[Array, "slots"]]:
         """`divide` of a part of a batch, such as what is drawn uniformly: no slot gets more than `counts`."""
-        return self._deal(carry, number, counts)
+        return _deal(jnp.asarray(self.parts, jnp.int32), carry, number, counts)
 
-    def _deal(
-        self, carry: Int[Array, "slots"], number: int, limit: Int[Array, "slots"]
-    ) -> tuple[Int[Array, "slots"], Int[Array, "slots"]]:
-        parts = jnp.asarray(self.parts, jnp.int32)
-        whole = self.whole
 
-        def one(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            counts, carry = state
-            carry = carry + parts
-            room = counts < limit
-            deadline = -((carry - whole) // parts)
-            never = jnp.iinfo(jnp.int32).max
-            in_turn = jnp.where(room & (carry > 0), deadline, never)
-            # Only a limit can leave no slot in turn: then the one with room that is furthest behind is dealt to.
-            behind = jnp.argmax(jnp.where(room, carry, -never))
-            chosen = jnp.where((in_turn < never).any(), jnp.argmin(in_turn), behind)
-            return counts.at[chosen].add(1), carry.at[chosen].add(-whole)
+@jax.jit
+def _deal(
+    parts: Int[Array, "slots"], carry: Int[Array, "slots"], number: Int[Array, ""] | int, limit: Int[Array, "slots"]
+) -> tuple[Int[Array, "slots"], Int[Array, "slots"]]:
+    """Some prompts dealt to slots one by one, at most `limit` to each: counts, and the carry after them."""
+    whole, never = parts.sum(), jnp.iinfo(jnp.int32).max
 
-        return jax.lax.fori_loop(0, number, one, (jnp.zeros(self.slots, jnp.int32), carry))
+    def one(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        counts, carry = state
+        carry = carry + parts
+        room = counts < limit
+        deadline = -((carry - whole) // parts)
+        in_turn = jnp.where(room & (carry > 0), deadline, never)
+        # Only a limit can leave no slot in turn: then the one with room that is furthest behind is dealt to.
+        behind = jnp.argmax(jnp.where(room, carry, -never))
+        chosen = jnp.where((in_turn < never).any(), jnp.argmin(in_turn), behind)
+        return counts.at[chosen].add(1), carry.at[chosen].add(-whole)
+
+    return jax.lax.fori_loop(0, number, one, (jnp.zeros_like(parts), carry))
 
 
 def shares_of(quotas: str, kinds: tuple[str, ...]) -> Shares:
@@ -137,6 +138,26 @@ def _whole_parts(shares: list[Fraction]) -> tuple[int, ...]:
     parts[largest] += whole - sum(parts)
     common = math.gcd(*parts)
     return tuple(part // common for part in parts)
+
+
+def check_prompts(quotas: str, kinds: tuple[str, ...], kind: Int[np.ndarray, "N"], batch: int) -> None:
+    """Every task must have as many prompts as its quota may take for one batch, or round of dynamic sampling.
+
+    Args:
+      kind: index of each prompt's task in `kinds`.
+    Raises:
+      ConfigError: one has not.
+    """
+    shares = shares_of(quotas, kinds)
+    have = np.bincount(np.array(shares.of_kind, int)[kind], minlength=shares.slots)
+    for slot in range(shares.slots):
+        need = shares.most(batch, slot)
+        names = ", ".join(name for name, own in zip(kinds, shares.of_kind, strict=True) if own == slot)
+        if have[slot] < need:
+            raise ConfigError(
+                f"selection.quotas={quotas!r}: takes up to {need} of the {batch} prompts of a round from {names}, and "
+                f"there are {have[slot]}; lower the share, rollout.prompts or rollout.oversampling"
+            )
 
 
 def parse_quotas(quotas: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import Config, ConfigError, round_prompts
 from pspo_jax.selection import Columns
-from pspo_jax.selection.quotas import shares_of
+from pspo_jax.selection.quotas import check_prompts
 from pspo_jax.tasks.base import PromptSet
 
 DIFFICULTY_COLUMNS = ("difficulty", "level")
@@ -32,25 +32,11 @@ def columns_of(config: Config, prompts: PromptSet) -> tuple[tuple[str, ...], Col
         names = [str(config.task.name)] * len(kind) if prompts.kinds is None else list(prompts.kinds[:])
         kinds, kind = _numbered(names)
         if not s.replacement:
-            _check_quotas(s.quotas, kinds, kind, round_prompts(config))
+            check_prompts(s.quotas, kinds, kind, round_prompts(config))
     difficulty: Any = _difficulty(s.difficulty_column, prompts) if s.name == "curriculum" else None
     if not kinds and difficulty is None:
         return (), None
     return kinds, Columns(kind, difficulty)
-
-
-def _check_quotas(quotas: str, kinds: tuple[str, ...], kind: np.ndarray, batch: int) -> None:
-    """A task must have as many prompts as its quota may take for one batch, or round of dynamic sampling."""
-    shares = shares_of(quotas, kinds)
-    have = np.bincount(np.array(shares.of_kind)[kind], minlength=shares.slots)
-    for slot in range(shares.slots):
-        need = shares.most(batch, slot)
-        names = ", ".join(name for name, own in zip(kinds, shares.of_kind, strict=True) if own == slot)
-        if have[slot] < need:
-            raise ConfigError(
-                f"selection.quotas={quotas!r}: takes up to {need} of the {batch} prompts of a round from {names}, and "
-                f"there are {have[slot]}; lower the share, rollout.prompts or rollout.oversampling"
-            )
 
 
 def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
