@@ -219,7 +219,7 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
     """TRL's names; means over the step's updates.
 
     The sampler's gap is that of the first update, before any change; NaN = all of its groups are of older policies.
-    `kl` is NaN without a reference; where the KL is taken from the rewards, their round has measured it.
+    `kl` is left out without a reference, and where the KL is taken from the rewards: their round has measured it.
     """
     loss = updates.loss
     gap = jax.tree.map(lambda x: x[0], updates.gap)
@@ -240,9 +240,7 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
         "sampling/importance_sampling_ratio/min": first.ratio_min,
         "sampling/importance_sampling_ratio/max": first.ratio_max,
     }
-    if config.objective.kl_coef == 0:
-        metrics["kl"] = jnp.float32(jnp.nan)
-    elif config.objective.kl_in == "loss":
+    if config.objective.kl_coef > 0 and config.objective.kl_in == "loss":
         metrics["kl"] = loss.kl.mean()
     if config.objective.surrogate == "cispo":
         metrics["cispo_clip_ratio"] = loss.high.mean()

@@ -330,7 +330,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert summary["rollouts"] == 12 * 8 * 4
     lines = metrics(uninterrupted, drop=("-",))
     assert [line["step"] for line in lines] == list(range(13))
-    for name in ("reward", "kl", "entropy", "clip_ratio/region_mean", "completions/clipped_ratio", "num_tokens",
+    for name in ("reward", "entropy", "clip_ratio/region_mean", "completions/clipped_ratio", "num_tokens",
                  "learning_rate", "grad_norm", "frac_reward_zero_std", "rewards/accuracy/mean"):  # fmt: skip
         assert name in lines[1]
     assert list(uninterrupted.glob("events.out.tfevents*"))
