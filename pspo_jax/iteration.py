@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.programs import Programs, without_ring
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.setup import Setup
-from pspo_jax.state import Prompts, Rollouts, TrainState
+from pspo_jax.state import EVALUATE, Prompts, Rollouts, TrainState
 from pspo_jax.tasks.base import Completions, Scores
 
 Values = dict[str, float | int]
@@ -46,6 +47,7 @@ class _Round(NamedTuple):
     lengths: np.ndarray
     rollouts: Rollouts
     reward: jax.Array
+    right: jax.Array
     own: np.ndarray
     """Rows of the batch that this process holds, judges and logs."""
     own_weights: np.ndarray
@@ -77,7 +79,7 @@ def one_step(
             if _dumps(c, done):
                 advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
             state = ring_to_device(setup, state)
-            state, metrics = programs.step(state, one.rollouts, one.reward)
+            state, metrics = programs.step(state, one.rollouts, one.reward, one.right)
             found.append(metrics | one.drawn)
     else:
         waiting = 0 if state.queue is None else int(state.queue.held)
@@ -87,7 +89,7 @@ def one_step(
             with _timed(totals, times, "update"):
                 if _dumps(c, done):
                     advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
-                bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward)
+                bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward, one.right)
                 state = dataclasses.replace(bare, replay=state.replay)
                 found.append(metrics | one.drawn)
                 waiting = int(metrics["groups/waiting"])
@@ -166,10 +168,10 @@ def _round(
     log.errors(done, own_scores.errors)
     log.no_verdicts(done, own_scores.missing)
     verdicts.check(scores, done, setup.config, totals.counts)
-    reward = hosts.put(scores.reward, batch_sharding(setup.mesh))
+    reward, right = (hosts.put(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.right))
     own = rolled.own
     return state, _Round(
-        rows, lengths, rolled.rollouts, reward, own, weights[own], rolled.host, own_scores, scores, drawn
+        rows, lengths, rolled.rollouts, reward, right, own, weights[own], rolled.host, own_scores, scores, drawn
     )
 
 
@@ -186,12 +188,12 @@ def _shared(own: Scores, rolled: _Rolled, batch: int) -> tuple[Scores, np.ndarra
 
 
 def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's rounds as one: counts are summed, extremes kept, the rest averaged."""
+    """Metrics of a step's rounds as one: counts are summed, extremes kept, the rest averaged, without NaN."""
     if not found:
         return {}
 
     def one(name: str) -> float:
-        values = [metrics[name] for metrics in found]
+        values = [metrics[name] for metrics in found if not math.isnan(metrics[name])] or [math.nan]
         if name == "groups/effective":
             return sum(values)
         if name == "groups/waiting":
@@ -303,7 +305,8 @@ def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: 
             state.weights,
             setup.task,
             c,
-            state.key,
+            # First of all, so that no batch's number makes it a key of another purpose.
+            jax.random.fold_in(state.key, EVALUATE),
             batch=c.rollout.prompts * c.rollout.group_size,
             place=lambda prompts: hosts.put(prompts, rows),
         )

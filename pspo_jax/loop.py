@@ -124,8 +124,7 @@ def _begin(run: _Run, totals: Totals) -> tuple[TrainState, Totals] | None:
         run.persist(lambda: _note(run, step, changed))
     if restored is not None:
         return restored.state, restored.totals
-    with totals.phase("sft"):
-        first = first_params(setup, folder, progress, run.stop)
+    first = first_params(setup, folder, progress, run.stop, totals.phase)
     if first.params is None:
         return None
     progress.say(_describe(setup, first.origin))

@@ -42,7 +42,7 @@ from pspo_jax.policy.weights import init_weights, table
 from pspo_jax.rewards.judge import make_pool
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.selection import Columns
-from pspo_jax.state import TrainState
+from pspo_jax.state import TrainState, run_key
 from pspo_jax.step import init_state
 from pspo_jax.tasks import CharTokenizer, Task, TextTokenizer, load_tokenizer, make_task, own_tokenizer
 from pspo_jax.tasks.columns import columns_of
@@ -227,7 +227,7 @@ def new_state(setup: Setup, params: Any, frozen: Any = None, columns: Columns | 
         setup.config,
         num_prompts=prompts.shape[0],
         prompt_length=prompts.shape[1],
-        key=jax.random.key(setup.config.run.seed),
+        key=run_key(setup.config.run.seed),
         frozen=frozen,
         columns=columns,
     )
@@ -250,37 +250,56 @@ def load_base(setup: Setup) -> Any:
     return load_params(setup.source, table(a), shardings, a.param_dtype)
 
 
-def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]) -> FirstParams:
+def first_params(
+    setup: Setup,
+    folder: Path,
+    progress: Progress,
+    stop: Callable[[], bool],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> FirstParams:
     """The weights before step 0, cold-started if the config says so.
 
     A cold start is kept in `<folder>/cold_start`; with sft.share a finished one of equal settings in a sibling folder
     is taken instead, with a line. One that is stopped is kept too, and carried on.
+
+    Args:
+      phase: told what the time goes to: "load" for weights that are read or drawn, "sft" for the cold start.
     """
+    with phase("load"):
+        params, frozen, origin = _initial(setup, progress)
+        if not setup.config.sft.steps:
+            return FirstParams(params, frozen, origin)
+        wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
+        found = _finished_start(setup, folder, wanted, progress.say)
+    if found is not None:
+        return FirstParams(found[0], frozen, f"cold start of {found[1]}")
+    kept = _Progress(setup, folder / "cold_start.progress", wanted, progress.say, stop)
+    progress.say(
+        f"the cold start: {setup.config.sft.steps:,} supervised steps on examples, before the RL begins; "
+        "--sft.steps 0 leaves it out"
+    )
+    with phase("sft"):
+        params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen, kept)
+        if params is None:
+            return FirstParams(None, None, "stopped")
+        params = jax.device_put(params, setup.shardings.params)
+        _keep(setup, folder / "cold_start", params, wanted, progress.say, stop)
+        kept.drop()
+    return FirstParams(params, frozen, "cold start")
+
+
+def _initial(setup: Setup, progress: Progress) -> tuple[Any, Any | None, str]:
+    """Weights that train and weights that are frozen, before any cold start, and where they are from."""
     shardings = setup.shardings.params
     frozen, origin = None, "random weights"
     if setup.source is not None:
         progress.say(f"reading {setup.source.name}")
         loaded, origin = load_base(setup), f"from {setup.source.name}"
-    if setup.source is None or setup.architecture.lora is not None:
-        init = jit_once(setup.policy.init, setup.mesh.devices.flat[0].platform, shardings)
-        params = init(jax.random.key(setup.config.run.seed))
-        frozen = loaded if setup.source is not None else None
-    else:
-        params = loaded
-    if not setup.config.sft.steps:
-        return FirstParams(params, frozen, origin)
-    wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
-    found = _finished_start(setup, folder, wanted, progress.say)
-    if found is not None:
-        return FirstParams(found[0], frozen, f"cold start of {found[1]}")
-    kept = _Progress(setup, folder / "cold_start.progress", wanted, progress.say, stop)
-    params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen, kept)
-    if params is None:
-        return FirstParams(None, None, "stopped")
-    params = jax.device_put(params, shardings)
-    _keep(setup, folder / "cold_start", params, wanted, progress.say, stop)
-    kept.drop()
-    return FirstParams(params, frozen, "cold start")
+        if setup.architecture.lora is None:
+            return loaded, None, origin
+        frozen = loaded
+    init = jit_once(setup.policy.init, setup.mesh.devices.flat[0].platform, shardings)
+    return init(jax.random.key(setup.config.run.seed)), frozen, origin
 
 
 def _finished_start(

@@ -134,7 +134,8 @@ def _gradient(
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
     bins = rows.tokens.shape[0] // parts
-    places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * (bin_length(rows) + 1)))
+    width = rows.prompts.shape[1] + rows.tokens.shape[1]
+    places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * width))
     if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
         return float32(grads), metrics, gap, places
@@ -216,13 +217,16 @@ def _join_gaps(a: Gap, b: Gap) -> Gap:
 
 
 def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
-    """TRL's names; means over the step's updates. The sampler's gap is that of the first update, before any change."""
+    """TRL's names; means over the step's updates.
+
+    The sampler's gap is that of the first update, before any change; NaN = all of its groups are of older policies.
+    `kl` is left out without a reference, and where the KL is taken from the rewards: their round has measured it.
+    """
     loss = updates.loss
-    first = jax.tree.map(lambda x: x[0], updates.gap)
-    first_tokens = jnp.maximum(first.tokens, 1)
+    gap = jax.tree.map(lambda x: x[0], updates.gap)
+    first = jax.tree.map(lambda x: jnp.where(gap.tokens > 0, x, jnp.nan), gap)
     metrics = {
         "loss": loss.loss.mean(),
-        "kl": loss.kl.mean(),
         "entropy": loss.entropy.mean(),
         "grad_norm": updates.grad_norm.mean(),
         "update/useful_tokens": updates.useful.mean(),
@@ -231,12 +235,14 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
         "clip_ratio/high_mean": loss.high.mean(),
         "clip_ratio/high_max": loss.high_max.max(),
         "clip_ratio/region_mean": (loss.low + loss.high).mean(),
-        "sampling/sampling_logp_difference/mean": first.difference_sum / first_tokens,
+        "sampling/sampling_logp_difference/mean": first.difference_sum / first.tokens,
         "sampling/sampling_logp_difference/max": first.difference_max,
-        "sampling/importance_sampling_ratio/mean": first.ratio_sum / first_tokens,
-        "sampling/importance_sampling_ratio/min": _finite(first.ratio_min),
+        "sampling/importance_sampling_ratio/mean": first.ratio_sum / first.tokens,
+        "sampling/importance_sampling_ratio/min": first.ratio_min,
         "sampling/importance_sampling_ratio/max": first.ratio_max,
     }
+    if config.objective.kl_coef > 0 and config.objective.kl_in == "loss":
+        metrics["kl"] = loss.kl.mean()
     if config.objective.surrogate == "cispo":
         metrics["cispo_clip_ratio"] = loss.high.mean()
     if config.objective.surrogate == "vespo":

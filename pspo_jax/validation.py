@@ -161,10 +161,16 @@ def _check_strategies(c: Config) -> None:
                 f"selection.{name}={getattr(s, name)}: selection.name={s.name} does not draw in proportion to weights; "
                 f"drop it, or choose one of {', '.join(WEIGHTED)}"
             )
-    if s.exploration and not round(s.exploration * c.rollout.prompts):
+    prompts = round_prompts(c)
+    if s.exploration and not round(s.exploration * prompts):
         raise ConfigError(
-            f"selection.exploration={s.exploration:g}: is less than half a prompt of "
-            f"rollout.prompts={c.rollout.prompts}, so none would be drawn; set 0, or at least {1 / c.rollout.prompts:g}"
+            f"selection.exploration={s.exploration:g}: is less than half a prompt of the {prompts} that are rolled out "
+            f"at a time, so none would be drawn; set 0, or at least {1 / max(prompts, 1):g}"
+        )
+    if s.success == "verdict" and s.success_threshold is not None and not 0 < s.success_threshold <= 1:
+        raise ConfigError(
+            f"selection.success_threshold={s.success_threshold:g}: selection.success=verdict is within [0, 1]; choose "
+            "one above 0 and up to 1, or selection.success=reward"
         )
     if s.easy_from <= s.hard_to:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
