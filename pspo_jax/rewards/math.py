@@ -10,6 +10,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from pspo_jax.rewards.naming import name_of
+
 ALTERNATIVES = "\x1e"
 """Between gold answers any of which is right."""
 RULES = 1
@@ -96,7 +98,7 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         if parsed and wanted and verify(list(wanted), list(parsed), **_places(wanted), timeout_seconds=None):
             if _differs(alternative, answer):
                 continue
-            return 1.0, canonical(alternative)
+            return 1.0, canonical(_wrapped(alternative))
     return (0.0 if readable else None), canonical(answer)
 
 
@@ -158,13 +160,9 @@ def _parse(text: str) -> tuple[Any, ...]:
 
 
 def canonical(answer: str) -> str | None:
-    """A short name of an answer's value, for majority votes: equal numbers get equal names."""
-    parsed = _parse(tidy(_wrapped(answer)))
-    if not parsed:
-        return None
-    first = parsed[0]
-    name = str(first)[:200]
-    if not getattr(first, "is_number", False) or len(name) >= 100:
-        return name
-    value = first.evalf(10)
-    return f"{float(value):.10g}" if value.is_real and abs(value) < 1e15 else str(value)
+    """A short name of an answer's value, for majority votes: equal numbers get equal names. None = nothing was read.
+
+    It names the expression that the check has parsed, whose parse is remembered, so that a name costs next to nothing.
+    """
+    parsed = _parse(tidy(answer))
+    return name_of(parsed[0]) if parsed else None
