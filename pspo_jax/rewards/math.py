@@ -36,7 +36,7 @@ _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*
 _LAST_TEXT = re.compile(
     r"(.*[^\s,])\s*\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d+\s*\}?)?"
 )
-_ONE_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?")
+_ONE_NUMBER = re.compile(r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?")
 
 
 def final_answer(completion: str) -> str | None:
@@ -127,20 +127,26 @@ def _statements(answer: str) -> list[str]:
     one = quantities.quantity(bare)
     if notation.is_bare(one.core if one else sentence) or quantities.amounts(bare):
         return [sentence] if sentence else []
-    value = None if notation.hedged(sentence) else _value_in(sentence, answer, bare)
+    value = _value_in(bare, answer, explicit)
     return [text for text, given in ((sentence, explicit), (value, value)) if given and text]
 
 
-def _value_in(sentence: str, answer: str, bare: str) -> str | None:
-    """The value that a sentence with words gives: its only number, that after its last "=", or math-verify's choice."""
-    right = bare.rpartition("=")[2]
+def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
+    """The value that a sentence with words gives: behind its last "=", else the first number behind "the answer is",
+    else the last number; math-verify's choice where there are formulas. None where the sentence hedges or denies it."""
+    left, equals, right = bare.rpartition("=")
     numbers = list(_ONE_NUMBER.finditer(right))
-    if len(numbers) == 1 and not re.search(r"[\\^_(\[{]|\d[A-Za-z]", right):
-        word = re.match(r"\s*([A-Za-z]+)\b", right[numbers[0].end() :])
-        unit = word[1] if word and word[1] not in ("in", "am") and quantities.converted(Fraction(1), word[1]) else ""
-        return f"{numbers[0][0]} {unit}"
-    found = _parse(sentence if numbers and "\\end" not in sentence else answer)
-    return str(found[-1]) if found else None
+    behind = bool(equals and numbers and not right[: numbers[0].start()].strip(" $"))
+    if not behind and (re.search(r"\\(?!%)|[\^_]|\d[A-Za-z]", bare) or not numbers):
+        found = _parse(answer if not numbers or "\\end" in bare else bare)
+        return str(found[-1]) if found and not notation.hedged(bare) else None
+    number = numbers[0] if explicit or behind else numbers[-1]
+    if notation.qualified(right, number.start(), number.end()):
+        return None
+    word = re.match(r"\s*([A-Za-z]+)\b", right[number.end() :])
+    unit = word[1] if word and word[1] not in ("in", "am") and quantities.converted(Fraction(1), word[1]) else ""
+    scale = re.match(r" \\times [\d^{}]+", right[number.end() :])
+    return f"{number[0]}{scale[0] if scale else ''} {unit}"
 
 
 def same(gold: str, answer: str) -> bool:

@@ -70,12 +70,15 @@ _MARKUP = re.compile(r"\*\*|__|`+|(?<!\\)\$\$|^#+\s*|^>\s*")
 _SENTENCE = re.compile(
     r"(?:[.;?]|(?<!\d)!)(?=\s|$)|,(?=\s+(?:so|not|because|since|which|as|where|but)\b)|\s(?=(?:because|since|which)\b)"
 )
+_FULL_STOP = re.compile(r"[.;?](?=\s|$)|,(?=\s+not\b)")
 _END = re.compile(r"(?<=[.!?])\s+")
-_HEDGE = re.compile(
-    r"\b(?:or|either|neither|nor|between|not|never|cannot|except|at least|at most|up to|no (?:more|less|fewer)|"
-    r"(?:greater|more|less|fewer|smaller|larger|bigger|other) than)\b|n['’]t\b|≠|\\neq?(?![a-z])",
-    re.IGNORECASE,
+_BOUND = (
+    r"either|neither|nor|between|not|never|cannot|except|at least|at most|up to|from|no (?:more|less|fewer)(?: than)?|"
+    r"(?:greater|more|less|fewer|smaller|larger|bigger|other|different) (?:than|from)|over|under"
 )
+_HEDGE = re.compile(rf"\b(?:or|{_BOUND})\b|n['’]t\b|≠|\\neq?(?![a-z])", re.IGNORECASE)
+_BEFORE = re.compile(rf"(?:\bor\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}})[\s$]*$", re.IGNORECASE)
+_AFTER = re.compile(r"\s*(?:[^\W\d]+\s+)?(?:or\b|nor\b|(?:to|through)\s+[$\d])|\s*-\s*\d|\s*/\s*[$\d]", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])|\\\\)\s*")
 _OPEN, _CLOSE = "([{", ")]}"
 MOST_PARTS = 64
@@ -139,7 +142,6 @@ def plain(text: str) -> str:
     text = _PERCENT.sub(r"\\%", text)
     text = _SPACED_THOUSANDS.sub(lambda m: m[1] + m[2].replace(" ", ""), text)
     text = _SCALED.sub(lambda m: f" \\times 10^{{{SCALES[m[1].lower()]}}}", text)
-    text = re.sub(r"(?<=\d) dozens?\b", r" \\times 12", text)
     text = re.sub(r"\s+", " ", text).strip()
     text = _NUMBER_WORD.sub(lambda m: str(NUMBER_WORDS[m[1].lower()]), text, count=1) if _NUMBER_WORD.match(text) else text
     return _trimmed(text)
@@ -238,22 +240,29 @@ def stated(text: str) -> tuple[str, bool]:
     if found:
         return _sentence(lines[0]), True
     sentences = [part for part in _END.split(lines[-1]) if re.search(r"\w", part)]
-    return _sentence(sentences[-1]), False
+    return _sentence(sentences[-1], explicit=False), False
 
 
-def _sentence(line: str) -> str:
-    """A line up to its first full stop, without markup and dollar signs around formulas, and what follows "because"."""
-    line = _MARKUP.sub("", line.strip(" \t*_:"))
+def _sentence(line: str, explicit: bool = True) -> str:
+    """A line up to its first full stop, without markup, dollar signs around formulas, and the calculator's notes of
+    GSM8K (<<1+1=2>>); behind "the answer is" also without what follows "because"."""
+    line = _MARKUP.sub("", re.sub(r"<<[^<>]*>>", "", line).strip(" \t*_:"))
     if len(re.findall(r"(?<!\\)\$", line)) % 2 == 0:
         line = re.sub(r"(?<!\\)\$", " ", line)
     # What is denied behind an answer is dropped ("42, not 43"), but never what comes before ("not 42").
-    found = next((m for m in _SENTENCE.finditer(line) if re.search(r"\w", line[: m.start()])), None)
+    ends = _SENTENCE if explicit else _FULL_STOP
+    found = next((m for m in ends.finditer(line) if re.search(r"\w", line[: m.start()])), None)
     return (line[: found.start()] if found else line).strip()
 
 
 def hedged(text: str) -> bool:
     """Whether prose offers a choice, a bound, or denies: "4 or 5", "at least 4", "not 5"."""
     return bool(_HEDGE.search(text))
+
+
+def qualified(text: str, begin: int, end: int) -> bool:
+    """Whether what stands around a number in prose makes it another: "42 or 43", "more than 42", "not 42"."""
+    return bool(_BEFORE.search(text[max(0, begin - 60) : begin]) or _AFTER.match(text[end : end + 60]))
 
 
 def is_bare(text: str) -> bool:
