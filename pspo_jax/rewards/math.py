@@ -30,13 +30,16 @@ _BETWEEN_BOXES = re.compile(
 )
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _IN_BASE = re.compile(r"\s*([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?\s*")
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z_])")
 _RATIO = re.compile(r"\s*([\d.]+)\s*(?::|to)\s*([\d.]+)\s*")
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])")
 _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*(?=\()|[A-Za-z]\s*\\in\s*(?=[(\[\\])")
 _LAST_TEXT = re.compile(
     r"(.*[^\s,])\s*\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d+\s*\}?)?"
 )
-_ONE_NUMBER = re.compile(r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?")
+_ONE_NUMBER = re.compile(
+    r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?"
+)
 
 
 def final_answer(completion: str) -> str | None:
@@ -100,15 +103,21 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     readable = False
     for alternative in golds:
         wanted = _unboxed(alternative)
-        readable |= bool(wanted.strip() and _parse(_boxed(notation.respelled(wanted))))
+        readable |= _readable(wanted)
         if readable and any(same(wanted, statement) for statement in answers):
             return 1.0, canonical(alternative)
     return (0.0 if readable else None), canonical(answer)
 
 
+def _readable(gold: str) -> bool:
+    text = notation.respelled(gold)
+    return bool(text) and (quantities.number(text) is not None or bool(_parse(_boxed(text))))
+
+
 def _unboxed(text: str) -> str:
     """The contents of a text's boxes, joined by commas; a text without a box as it is."""
-    inner, at = [], text.find(_BOX)
+    inner: list[str] = []
+    at = text.find(_BOX)
     while at >= 0 and len(inner) < _MOST_BOXES:
         close = _closing_brace(text, at + len(_BOX), len(text))
         if close is None:
@@ -134,7 +143,7 @@ def _statements(answer: str) -> list[str]:
 def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
     """The value that a sentence with words gives: behind its last "=", else the first number behind "the answer is",
     else the last number; math-verify's choice where there are formulas. None where the sentence hedges or denies it."""
-    left, equals, right = bare.rpartition("=")
+    _, equals, right = bare.rpartition("=")
     numbers = list(_ONE_NUMBER.finditer(right))
     behind = bool(equals and numbers and not right[: numbers[0].start()].strip(" $"))
     if not behind and (re.search(r"\\(?!%)|[\^_]|\d[A-Za-z]", bare) or not numbers):
@@ -178,17 +187,17 @@ Pair = tuple[str, str]
 
 def _as_numbers(_: Pair, bare: Pair) -> bool | None:
     """Numbers with or without a percent sign; a bare share and its percentage are one, 0.5 and 0.5 % are not."""
-    percent = [text.endswith("%") for text in bare]
-    values = [quantities.number(text.rstrip("%\\ ")) for text in bare]
-    if values[0] is None or values[1] is None:
+    gold, answer = (quantities.number(text.rstrip("%\\ ")) for text in bare)
+    if gold is None or answer is None:
         ratios = [_RATIO.fullmatch(text) for text in bare]
         return None if not all(ratios) or any(map(quantities.literal, bare)) else _equal_ratios(*ratios)
+    percent = [text.endswith("%") for text in bare]
     exact = not any("." in text and "\\" not in text for text in bare)
     if percent[0] == percent[1]:
-        return quantities.close(values[0], values[1], exact)
-    shares = [value / 100 if sign else value for value, sign in zip(values, percent, strict=True)]
-    dropped = abs(values[0]) > 1 and quantities.close(values[0], values[1], exact)
-    return dropped or quantities.close(shares[0], shares[1], exact)
+        return quantities.close(gold, answer, exact)
+    if abs(gold) > 1 and quantities.close(gold, answer, exact):
+        return True  # the sign is left out
+    return quantities.close(gold / (100 if percent[0] else 1), answer / (100 if percent[1] else 1), exact)
 
 
 def _equal_ratios(gold: Any, answer: Any) -> bool:
@@ -236,6 +245,8 @@ def _as_lists(_: Pair, bare: Pair) -> bool | None:
     """Members in any order; in the same one within ( ) and [ ], where also the brackets must agree."""
     gold, answer = (notation.group(_NAMES_BEFORE.sub("", text, count=1)) for text in bare)
     single = [len(each.members) == 1 for each in (gold, answer)]
+    if any("\\cup" in text for text in bare):
+        return True if _matched(gold.members, answer.members, same) else None
     if all(single):
         return False if "\\{" in (gold.opening, answer.opening) and "(" in (gold.opening, answer.opening) else None
     if any(single):
@@ -312,12 +323,22 @@ def _as_words(texts: Pair, bare: Pair) -> bool | None:
 def _verified(gold: str, answer: str) -> bool:
     from math_verify import verify
 
+    gold, answer = _distinct_cases(gold, answer)
     wanted, parsed = _parse(_boxed(gold)), _parse(_boxed(answer))
     if not wanted or not parsed or _differs(gold, answer):
         return False
     # No time limit here: the pool has the deadline, and signals would be lost in C code.
     options: dict[str, Any] = {**_places(wanted), "allow_set_relation_comp": True, "timeout_seconds": None}
     return bool(verify(list(wanted), list(parsed), **options))
+
+
+def _distinct_cases(gold: str, answer: str) -> Pair:
+    """math-verify takes N for n; where both are there, N gets an index. Letters within words and commands stay."""
+    letters = set(_VARIABLE.findall(gold + " " + answer))
+    both = {letter for letter in letters if letter.isupper() and letter.lower() in letters}
+    if not both:
+        return gold, answer
+    return tuple(_VARIABLE.sub(lambda m: m[1] + ("_{9}" if m[1] in both else ""), t) for t in (gold, answer))  # type: ignore[return-value]
 
 
 def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
@@ -339,7 +360,7 @@ def _boxed(text: str) -> str:
 def _differs(gold: str, answer: str) -> bool:
     """What math-verify overlooks: the base of a number (52_8, 52_5), a wrong equation (8=7)."""
     bases = [_IN_BASE.fullmatch(text.strip("$ ")) for text in (gold, answer)]
-    if any(bases) and (not all(bases) or bases[0][2] != bases[1][2]):
+    if any(bases) and len({base and base[2] for base in bases}) == 2:
         return True
     return _false_equation(answer)
 

@@ -12,13 +12,21 @@ from typing import NamedTuple
 
 from pspo_jax.rewards.quantities import NUMBER_WORDS, SCALES
 
-_TEXT = r"text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mbox|mathrm|mathbf|mathit|mathsf|mathtt|bf|operatorname"
+_TEXT = (
+    r"text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mbox|mathrm|mathbf|mathit|mathsf|mathtt|bf|operatorname"
+)
 _TEXT_COMMAND = re.compile(rf"\\(?:{_TEXT})\s*\{{([^{{}}]*)\}}")
 _WRAPPER = re.compile(r"\\(?:boxed|fbox|framebox|underline|bm|boldsymbol)\s*\{")
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|equation|split|displaymath|center)\*?\}")
-_SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr|displaystyle|textstyle|limits|!)(?![A-Za-z])\.?")
-_SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\\(?:hspace|hskip|phantom)\s*\{[^{}]*\}|\\(?:thin|med|thick)space(?![A-Za-z])")
+_SIZES = re.compile(
+    r"(?<!\\)\\(?:left|right|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr|displaystyle|textstyle|limits|"
+    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|checkmark|!)(?![A-Za-z])\.?"
+)
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\\(?:hspace|hskip|phantom)\s*\{[^{}]*\}|"
+    r"\\(?:thin|med|thick)space(?![A-Za-z])"
+)
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
 _TRIGONOMETRY = re.compile(r"\\?(sin|cos|tan|cot|sec|csc)\s*[({]?\s*(\d+(?:\.\d+)?)\s*°\s*[)}]?")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -48,6 +56,7 @@ _NAMES = (
     (re.compile(r"\\euro(?![A-Za-z])"), "€"),
     (re.compile(r"\\mp(?![A-Za-z])"), r"\\pm"),
 )
+_ALL_REALS = re.compile(r"\s*(?:\\mathbb\s*\{?R\}?|\\R|\\text\{\s*all real numbers\s*\}|all real numbers)\s*")
 _BRACED_COMMA = re.compile(r"(?<=\d)\s*(?:\{,\}|,?\\[,!;:])\s*(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _BRACED_POINT = re.compile(r"(?<=\d)\{\.\}(?=\d)")
@@ -62,24 +71,33 @@ _PERCENT = re.compile(r"(?<=[\d}.)])\s*(?:\\?%|percent(?:age)?(?![a-z])|pct(?![a
 _SCALED = re.compile(rf"(?<=\d)\s*({'|'.join(SCALES)})(?![a-z])s?", re.IGNORECASE)
 _NUMBER_WORD = re.compile(rf"({'|'.join(NUMBER_WORDS)})(?=\s|$|[.,])", re.IGNORECASE)
 _STATEMENT = re.compile(
-    r"\b(?:answers?|result|solution)\b\**(?:[^\n.:=?]{0,60}?\b(?:is|are|was|equals|be)\b(?!\s+(?:that|because|as follows))|[^\n.:=?]{0,20}?[:=])\s*",
+    r"\b(?:answers?|results?|solutions?|roots?)\b\**(?:[^\n.:=?]{0,60}?\b(?:is|are|was|equals|be)\b(?!\s+(?:that|because|as follows))|"
+    r"[^\n.:=?]{0,20}?[:=])\s*",
     re.IGNORECASE,
 )
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _DOLLARS = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")
 _MARKUP = re.compile(r"\*\*|__|`+|(?<!\\)\$\$|^#+\s*|^>\s*")
 _SENTENCE = re.compile(
     r"(?:[.;?]|(?<!\d)!)(?=\s|$)|,(?=\s+(?:so|not|because|since|which|as|where|but)\b)|\s(?=(?:because|since|which)\b)"
 )
+_IS = re.compile(r"\b(?:is|are|was|were|equals)\b")
 _FULL_STOP = re.compile(r"[.;?](?=\s|$)|,(?=\s+not\b)")
 _END = re.compile(r"(?<=[.!?])\s+")
 _BOUND = (
     r"either|neither|nor|between|not|never|cannot|except|at least|at most|up to|from|no (?:more|less|fewer)(?: than)?|"
     r"(?:greater|more|less|fewer|smaller|larger|bigger|other|different) (?:than|from)|over|under"
 )
+_DENIED = re.compile(r"\b(?:not|never|cannot|neither)\b|n['’]t\b", re.IGNORECASE)
 _HEDGE = re.compile(rf"\b(?:or|{_BOUND})\b|n['’]t\b|≠|\\neq?(?![a-z])", re.IGNORECASE)
-_BEFORE = re.compile(rf"(?:\bor\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}})[\s$]*$", re.IGNORECASE)
+_BEFORE = re.compile(
+    rf"(?:\bor\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}}|\b(?:between\s+\S+\s+and|from\s+\S+\s+to)\s)[\s$]*$",
+    re.IGNORECASE,
+)
 _AFTER = re.compile(r"\s*(?:[^\W\d]+\s+)?(?:or\b|nor\b|(?:to|through)\s+[$\d])|\s*-\s*\d|\s*/\s*[$\d]", re.IGNORECASE)
-_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])|\\\\)\s*")
+_SEPARATOR = re.compile(
+    r"\s*(?:[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|\\(?:lor|vee|land|wedge|cup)(?![A-Za-z])|\\\\)\s*"
+)
 _OPEN, _CLOSE = "([{", ")]}"
 MOST_PARTS = 64
 """Members of a list; a longer one is compared as one text."""
@@ -98,11 +116,14 @@ def respelled(text: str) -> str:
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2]}}}", text)
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text).translate(_SIGNS)
     text = "".join(_ascii(char) for char in text)
-    text = _COLOUR.sub("", _ENVIRONMENT.sub("", text).replace("&", "") if "matrix" not in text and "array" not in text else text)
+    text = _COLOUR.sub(
+        "", _ENVIRONMENT.sub("", text).replace("&", "") if "matrix" not in text and "array" not in text else text
+    )
     text = _BRACED_POINT.sub(".", _DECIMAL_COMMA.sub(".", _BRACED_COMMA.sub("", text)))
     text = _SPACES.sub(" ", _SIZES.sub("", text))
     for pattern, name in _NAMES:
         text = pattern.sub(name, text)
+    text = _ALL_REALS.sub(r"(-\\infty,\\infty)", text) if _ALL_REALS.fullmatch(text.strip()) else text
     text = _DEGREES.sub("°", text)
     text = _TRIGONOMETRY.sub(r"\\\1(\\frac{\2\\pi}{180})", text)
     return _trimmed(text)
@@ -122,11 +143,11 @@ def _trimmed(text: str) -> str:
     for _ in range(8):
         before = text
         text = _DOLLARS.sub(" ", text) if "\\[" in text or "\\(" in text else text
-        text = text.strip(" \t\r\n`*\"_").rstrip(" ,;")
+        text = text.strip(' \t\r\n`*"_').rstrip(" ,;")
         text = text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
         text = text[1:].lstrip() if text[:1] == "'" else text
-        if text.startswith("$") and text.endswith("$") and len(text) > 2:
-            text = text.strip("$")
+        if (signs := len(_DOLLAR.findall(text))) and signs % 2 == 0:
+            text = _DOLLAR.sub(" ", text)  # $ around formulas; a single one is money
         if found := _LEAD.match(text):
             text = text[found.end() :]
         if (found := _WRAPPER.match(text) or re.match(r"\{", text)) and _end_of(text, found.end() - 1) == len(text):
@@ -143,7 +164,9 @@ def plain(text: str) -> str:
     text = _SPACED_THOUSANDS.sub(lambda m: m[1] + m[2].replace(" ", ""), text)
     text = _SCALED.sub(lambda m: f" \\times 10^{{{SCALES[m[1].lower()]}}}", text)
     text = re.sub(r"\s+", " ", text).strip()
-    text = _NUMBER_WORD.sub(lambda m: str(NUMBER_WORDS[m[1].lower()]), text, count=1) if _NUMBER_WORD.match(text) else text
+    text = (
+        _NUMBER_WORD.sub(lambda m: str(NUMBER_WORDS[m[1].lower()]), text, count=1) if _NUMBER_WORD.match(text) else text
+    )
     return _trimmed(text)
 
 
@@ -156,7 +179,8 @@ def words(text: str) -> str | None:
     letters = re.sub(r"[^\w]", "", bare)
     if not re.search(r"[^\W\d_]", letters) or not (marked or _is_word(bare)):
         return None
-    return " ".join(re.sub(r"[^\w'-]", " ", re.sub(r"^(?:the|a|an)\s+", "", bare.casefold())).split())
+    spelled = re.sub(r"[^\w'-]", " ", re.sub(r"^(?:the|a|an)\s+", "", bare.casefold())).split()
+    return " ".join(word[:-1] if len(word) > 4 and word.endswith("s") else word for word in spelled)
 
 
 def _is_word(text: str) -> bool:
@@ -231,24 +255,27 @@ def stated(text: str) -> tuple[str, bool]:
 
     The last one that says so counts; without any, the last sentence of the last line that holds a letter or digit.
     """
-    found = None
-    for found in _STATEMENT.finditer(text):
-        pass
+    statements = [m for m in _STATEMENT.finditer(text) if not _DENIED.search(m[0])]
+    found = statements[-1] if statements else None
     lines = [line for line in (text[found.end() :] if found else text).split("\n") if re.search(r"\w", line)]
     if not lines:
         return "", False
     if found:
         return _sentence(lines[0]), True
     sentences = [part for part in _END.split(lines[-1]) if re.search(r"\w", part)]
-    return _sentence(sentences[-1], explicit=False), False
+    sentence = _sentence(sentences[-1], explicit=False)
+    behind = _IS.split(sentence)[-1].strip()
+    if behind != sentence and (is_bare(behind) or re.fullmatch(r"[^\W\d_]+", behind)) and not hedged(behind):
+        return behind, True
+    return sentence, False
 
 
 def _sentence(line: str, explicit: bool = True) -> str:
     """A line up to its first full stop, without markup, dollar signs around formulas, and the calculator's notes of
     GSM8K (<<1+1=2>>); behind "the answer is" also without what follows "because"."""
     line = _MARKUP.sub("", re.sub(r"<<[^<>]*>>", "", line).strip(" \t*_:"))
-    if len(re.findall(r"(?<!\\)\$", line)) % 2 == 0:
-        line = re.sub(r"(?<!\\)\$", " ", line)
+    if len(_DOLLAR.findall(line)) % 2 == 0:
+        line = _DOLLAR.sub(" ", line)
     # What is denied behind an answer is dropped ("42, not 43"), but never what comes before ("not 42").
     ends = _SENTENCE if explicit else _FULL_STOP
     found = next((m for m in ends.finditer(line) if re.search(r"\w", line[: m.start()])), None)
@@ -267,4 +294,6 @@ def qualified(text: str, begin: int, end: int) -> bool:
 
 def is_bare(text: str) -> bool:
     """Whether a text is an expression or a list of expressions alone, without words of prose."""
-    return not re.search(r"(?<![\\A-Za-z])[^\W\d_]{2,}", re.sub(r"\b(?:and|or)\b|\\[A-Za-z]+", "", plain(respelled(text))))
+    return not re.search(
+        r"(?<![\\A-Za-z])[^\W\d_]{2,}", re.sub(r"\b(?:and|or)\b|\\[A-Za-z]+", "", plain(respelled(text)))
+    )

@@ -21,7 +21,9 @@ _FRACTION = re.compile(
 _MIXED = re.compile(r"([+-]?)\s*(\d+)(?:\s|\\ |\\,|~|-(?=\d+/))+(\d+)\s*/\s*(\d+)")
 _THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:,\d{3})+)(\.\d+)?")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
-_LITERAL = re.compile(r"\d+(?:-\d+)+|\d+(?:\.\d+){2,}|\d+(?:/\d+){2,}|\d+(?::\d+){2,}|\d{1,2}:[0-5]\d|\+?\(?\d+\)?(?:[ -]\d+){2,}")
+_LITERAL = re.compile(
+    r"\d+(?:-\d+)+|\d+(?:\.\d+){2,}|\d+(?:/\d+){2,}|\d+(?::\d+){2,}|\d{1,2}:[0-5]\d|\+?\(?\d+\)?(?:[ -]\d+){2,}"
+)
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _WORD = r"[^\W\d_](?:[^\W\d_]|['.-](?=[^\W\d_]))*\.?"
 _UNIT = rf"(?:{_WORD}|°\s?[CFcf]?(?!\w)|[€£¥₹¢]|\\%)(?:\s*(?:\^\s*\{{?\s*-?\d\s*\}}?|²|³))?"
@@ -30,8 +32,29 @@ _SEQUENCE = re.compile(rf"({_DECIMAL})\s*({_UNITS})(?:\s*,\s*|\s+)?(?:and\s+)?")
 
 NUMBER_WORDS = dict(
     zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split(),
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ],
         range(21),
         strict=True,
     )
@@ -79,9 +102,30 @@ _KNOWN = {
     for name in names.split()
 }
 _ANY_UNIT = frozenset({"unit", "units"})
-_NO_NOUNS = frozenset("or and to by at least most more less fewer than not plus minus nor if when but".split())
+_NO_NOUNS = frozenset(
+    [
+        "or",
+        "and",
+        "to",
+        "by",
+        "at",
+        "least",
+        "most",
+        "more",
+        "less",
+        "fewer",
+        "than",
+        "not",
+        "plus",
+        "minus",
+        "nor",
+        "if",
+        "when",
+        "but",
+    ]
+)
 """Words that say more than which unit: "5 or more" is not 5."""
-_NO_UNIT = frozenset("the a an of in total is each exactly about approximately".split())
+_NO_UNIT = frozenset(["the", "a", "an", "of", "in", "total", "is", "each", "exactly", "about", "approximately"])
 
 
 class Quantity(NamedTuple):
@@ -92,7 +136,7 @@ class Quantity(NamedTuple):
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a number that is written out: 42, -3.5, 1/2, \\frac{1}{2}, 7 3/4, 1e-5, 3\\times10^8, 0.\\overline{3}.
+    """The value of a number that is written out: 42, -3.5, 1/2, \\frac{1}{2}, 7 3/4, 1e-5, 3\\times10^8, 0.\\bar{3}.
 
     Returns:
       None for what is none of these, and for numbers of more than 60 characters.
@@ -174,7 +218,9 @@ def quantity(text: str, marked: bool = False) -> Quantity | None:
 
 def is_noun(unit: str) -> bool:
     """Whether words behind a number only say what it counts: `5 or more` is not 5."""
-    return not _NO_NOUNS & set(unit.lower().replace(",", " ").split())
+    return not _NO_NOUNS & set(re.findall(r"[^\W\d_]+", unit.lower())) and not re.search(
+        r"\d(?<!\^\d)(?<!\^-\d)(?<!\{\d)(?<!-\d)", unit
+    )
 
 
 def _is_unit(core: str, unit: str) -> bool:
