@@ -102,7 +102,7 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     answers = _statements(answer)
     readable = False
     for alternative in golds:
-        wanted = _unboxed(alternative)
+        wanted = unboxed(alternative)
         readable |= _readable(wanted)
         if readable and any(same(wanted, statement) for statement in answers):
             return 1.0, canonical(alternative)
@@ -114,7 +114,7 @@ def _readable(gold: str) -> bool:
     return bool(text) and (quantities.number(text) is not None or bool(_parse(_boxed(text))))
 
 
-def _unboxed(text: str) -> str:
+def unboxed(text: str) -> str:
     """The contents of a text's boxes, joined by commas; a text without a box as it is."""
     inner: list[str] = []
     at = text.find(_BOX)
@@ -130,7 +130,7 @@ def _unboxed(text: str) -> str:
 def _statements(answer: str) -> list[str]:
     """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
     if _BOX in answer:
-        return [_unboxed(answer)]
+        return [unboxed(answer)]
     sentence, explicit = notation.stated(answer)
     bare = notation.plain(notation.respelled(sentence))
     one = quantities.quantity(bare)

@@ -71,7 +71,8 @@ _PERCENT = re.compile(r"(?<=[\d}.)])\s*(?:\\?%|percent(?:age)?(?![a-z])|pct(?![a
 _SCALED = re.compile(rf"(?<=\d)\s*({'|'.join(SCALES)})(?![a-z])s?", re.IGNORECASE)
 _NUMBER_WORD = re.compile(rf"({'|'.join(NUMBER_WORDS)})(?=\s|$|[.,])", re.IGNORECASE)
 _STATEMENT = re.compile(
-    r"\b(?:answers?|results?|solutions?|roots?)\b\**(?:[^\n.:=?]{0,60}?\b(?:is|are|was|equals|be)\b(?!\s+(?:that|because|as follows))|"
+    r"\b(?:answers?|results?|solutions?|roots?)\b\**(?:[^\n.:=?]{0,60}?\b(?:is|are|was|equals|be)\b"
+    r"(?!\s+(?:that|because|as follows))|"
     r"[^\n.:=?]{0,20}?[:=])\s*",
     re.IGNORECASE,
 )
