@@ -9,6 +9,7 @@ from pspo_jax.rewards import notation
 from pspo_jax.rewards.math import final_answer, unboxed
 
 _TAIL = 4000
+_MOST_STATEMENTS = 8
 _HEDGED = ""
 """What a text that offers several options, or denies one, settles on."""
 _STATEMENT = re.compile(
@@ -56,7 +57,7 @@ def _in_prose(text: str, letters: Sequence[str], texts: Sequence[str]) -> str | 
     last_start = statements[-1].start() if statements else 0
     if verdicts and verdicts[-1].start() >= last_start and not _denies(text, verdicts[-1].start()):
         return verdicts[-1][1]
-    for statement in reversed(statements):
+    for statement in reversed(statements[-_MOST_STATEMENTS:]):
         line = text[statement.end() : statement.end() + 500].lstrip().partition("\n")[0]
         if (found := _settled(line, letters, texts, prose=True)) is not None:
             return found

@@ -105,7 +105,7 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         wanted = unboxed(alternative)
         readable |= _readable(wanted)
         if readable and any(same(wanted, statement) for statement in answers):
-            return 1.0, canonical(alternative)
+            return 1.0, canonical(_BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pspo_jax.rewards.choice import chosen
 from pspo_jax.rewards.worker import verify_choice
 
-
 TEXTS = ("pear", "apple", "a plum", "42 cm")
 WRITINGS = [
     json.loads(line) for line in (Path(__file__).parent / "graded_choices.jsonl").read_text("utf-8").splitlines()
