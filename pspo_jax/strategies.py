@@ -7,41 +7,17 @@ from typing import Annotated, Literal
 
 from pspo_jax.fields import Range
 
-AlgorithmName = Literal[
-    "grpo",
-    "dr_grpo",
-    "rloo",
-    "opo",
-    "ers",
-    "pps",
-    "pspo",
-    "prioritized_replay",
-    "mopps",
-    "posterior_mixed",
-    "spo",
-    "greso",
-    "difficulty_pools",
-    "curriculum",
-    "dapo",
-    "grpo_filter",
-    "popo",
-]
-SelectorName = Literal[
-    "uniform",
-    "pps",
-    "prioritized_replay",
-    "mopps",
-    "posterior_mixed",
-    "spo",
-    "greso",
-    "difficulty_pools",
-    "curriculum",
-]
-CreditName = Literal["group", "ers", "rloo", "tracked_baseline", "opo"]
+AlgorithmName = str
+"""A key of `algorithms.PRESETS`."""
+SelectorName = str
+"""A key of `selection.SCORERS`."""
+CreditName = str
+"""A key of `credit.CREDITS`."""
+ReplayName = str
+"""A key of `replay.REPLAYS`."""
+LossName = str
+"""A key of `algorithms.LOSSES`."""
 Scale = Literal["group", "batch", "none"]
-LossName = Literal[
-    "grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "gspo_token", "sapo", "vespo", "luspo", "reinforce"
-]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "reinforce"]
 Ratio = Literal["token", "sequence", "sequence_token"]
 Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "token_sum"]
@@ -174,7 +150,7 @@ class ForgettingConfig:
 class ReplayConfig:
     """What becomes of groups whose rewards are all equal, and which old groups come back."""
 
-    name: Literal["none", "filter", "fill"] | None = None
+    name: ReplayName | None = None
     """none: they stay; filter: they leave the batch, and means are over the others; fill: they are replaced by stored
     groups (POPO), and slots that stay empty leave. None = the algorithm's."""
     capacity: Annotated[int, Range(0, 2**24)] = 0
