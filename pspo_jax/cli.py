@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 import tyro
@@ -61,6 +63,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Any, prog: str) -> None:
     """Call `main(argv)`; bad input becomes one line on stderr and exit code 2, a disk's error the same and code 1."""
+    shown = sys.excepthook
+    sys.excepthook = lambda *error: None if _is_late_callback(*error) else shown(*error)
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
@@ -72,6 +76,15 @@ def run(main: Any, prog: str) -> None:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; what was saved before is whole, and the same command carries on", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_late_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
+    """Whether an error is that of a read or write which ends after Orbax has given up on the others beside it.
+
+    TensorStore then prints a traceback for each, from a thread of its own; what Orbax raised says why.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    return kind is RuntimeError and not in_main and str(error) == "Event loop is closed"
 
 
 def to_yaml(config: Config) -> str:
