@@ -199,7 +199,9 @@ def test_a_batch_without_effective_groups_moves_nothing():
     before = jax.tree.map(np.asarray, made[4].params)
     state, metrics = stepper(made)(made[4], made[5](made[4].params, 0), np.zeros((B, G), np.float32))
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
-    assert all(np.isfinite(float(v)) for v in metrics.values())
+    # No token was computed, so none was compared with the sampler's.
+    unknown = {name for name, value in metrics.items() if not np.isfinite(float(value))}
+    assert unknown == {name for name in metrics if name.startswith("sampling/")}
 
 
 def test_only_the_wanted_groups_are_scored():

@@ -39,7 +39,9 @@ def select(
     ids, used, chance = (jnp.concatenate(x) for x in zip(*chosen, strict=True))
     if e.shares.slots > 1:
         places = jnp.argsort(~used, stable=True)[:batch]
-        ids, chance = ids[places], chance[places]
+        # A task may have fewer prompts than its quota takes: others stand in, none comes twice.
+        ids = _filled(e, state, None, ids[places], jnp.ones(batch, bool), step)
+        chance = chance[places]
     beta = annealed(e.config.correction or 0.0, e.config.correction_end, step, e.sizes.steps)
     # What did not come by its weight has no chance of its own: it counts as the likeliest of the batch.
     likeliest = chance.max()
@@ -134,13 +136,17 @@ def _uniform(e: Engine, state: SelectorState, slot: int, k: int, key: Array, tak
 
 
 def _filled(
-    e: Engine, state: SelectorState, slot: int, ids: Int[Array, "k"], used: Bool[Array, "k"], step: Array
+    e: Engine, state: SelectorState, slot: int | None, ids: Int[Array, "k"], used: Bool[Array, "k"], step: Array
 ) -> Int[Array, "k"]:
-    """The batch with its gaps filled by prompts that may not be drawn: resting, then excluded, the oldest first."""
+    """The batch with its gaps filled by prompts that may not be drawn: resting, then excluded, the oldest first.
+
+    Args:
+      slot: the quota whose prompts fill them; None = any. -1 = it has no more.
+    """
 
     def fill() -> Array:
         rows = jnp.arange(state.score.shape[0], dtype=jnp.int32)
-        own = (state.label // e.pools == slot) & (state.label >= 0)
+        own = state.label >= 0 if slot is None else (state.label // e.pools == slot) & (state.label >= 0)
         key = jnp.where(own, -tier(e.config, state.book, step).astype(jnp.float32), -jnp.inf)
         if not e.config.replacement:
             key = key.at[jnp.where(used & (ids >= 0), ids, len(rows))].set(-jnp.inf, mode="drop")
@@ -148,9 +154,10 @@ def _filled(
         best = tree.top(tree.build_maxima(key, tie, label, 1), 0, key, tie, label, len(ids))
         order = jnp.lexsort((-best[2], -best[1]))
         # With replacement there may be fewer prompts than gaps, which then hold them in turns.
-        there = jnp.maximum((best[1] > -jnp.inf).sum(), 1)
-        gap = jnp.cumsum(used & (ids < 0)) - 1
-        return jnp.where(ids >= 0, ids, best[0][order][jnp.maximum(gap, 0) % there])
+        there = (best[1] > -jnp.inf).sum()
+        gap = jnp.maximum(jnp.cumsum(used & (ids < 0)) - 1, 0)
+        gap = gap % jnp.maximum(there, 1) if e.config.replacement else gap
+        return jnp.where(ids >= 0, ids, jnp.where(gap < there, best[0][order][gap], -1))
 
     return jax.lax.cond((used & (ids < 0)).any(), fill, lambda: ids).astype(jnp.int32)
 
@@ -170,4 +177,4 @@ def _chance(e: Engine, state: SelectorState, part: Part, ids: Int[Array, "k"]) -
         assert state.levels.able is not None
         explored = part.explored / (part.preferred + part.explored)
         p = (1 - explored) * p + explored / state.levels.able.two[part.slot].sum()
-    return jnp.where(weight > LEAST, p * e.shares.share(part.slot), 0.0)
+    return jnp.where((ids >= 0) & (weight > LEAST), p * e.shares.share(part.slot), 0.0)

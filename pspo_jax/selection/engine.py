@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.fields import ConfigError
@@ -29,7 +28,7 @@ from pspo_jax.selection.book import (
     tier,
     visited,
 )
-from pspo_jax.selection.quotas import Shares, check_prompts, shares_of
+from pspo_jax.selection.quotas import Shares, shares_of
 from pspo_jax.state import Outcome
 from pspo_jax.strategies import SelectionConfig
 
@@ -124,16 +123,12 @@ def engine(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Engine:
 
 
 def init(e: Engine, num_prompts: int, columns: Columns | None = None) -> SelectorState:
-    """Raises ConfigError for fewer prompts than a batch takes, of all tasks or, where `columns` is known, of one."""
+    """Raises ConfigError for fewer prompts than a batch takes."""
     if num_prompts < e.sizes.batch and not e.config.replacement:
         raise ConfigError(
             f"rollout.prompts={e.sizes.batch}: prompts are drawn without replacement, and there are "
             f"{num_prompts}; lower it"
         )
-    # A traced column has been checked where it was made, on the host.
-    known = columns is not None and not isinstance(columns.kind, jax.core.Tracer)
-    if columns is not None and known and e.shares.slots > 1 and not e.config.replacement:
-        check_prompts(e.config.quotas, e.sizes.kinds, np.asarray(columns.kind), e.sizes.batch)
     rows = padded_rows(num_prompts)
     book = new_book(num_prompts, rows, columns.kind if columns else None)
     own, world = e.scorer.init(num_prompts, rows, columns)

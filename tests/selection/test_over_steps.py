@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pspo_jax.fields import ConfigError
 from pspo_jax.selection import Columns
 from pspo_jax.selection.engine import evaluate_all
+from pspo_jax.selection.quotas import check_prompts
 from pspo_jax.state import Outcome
 from tests.selection.helpers import GROUP, alike, assert_valid, counted, make, only, play, random_rewards, wrong
 
@@ -119,10 +120,17 @@ def test_the_best_of_a_quota_are_drawn_however_many_it_has_this_time():
 
 
 def test_a_quota_with_too_few_prompts_for_a_round_is_refused():
-    rig = make("uniform", 32, kinds=KINDS, quotas="a=0.5, b=0.5")
+    quotas = "a=0.5, b=0.5"
     with pytest.raises(ConfigError, match=r"up to 16 of the 32 prompts of a round from a, and there are 10"):
-        rig.init(100, Columns(kinds_of(10, 90)))
-    rig.init(100, Columns(kinds_of(16, 84)))
+        check_prompts(quotas, KINDS, kinds_of(10, 90), 32)
+    check_prompts(quotas, KINDS, kinds_of(16, 84), 32)
+
+
+def test_a_quota_with_too_few_prompts_repeats_none_of_them():
+    rig = make("uniform", 8, kinds=KINDS, quotas="a=0.5, b=0.5")
+    for ids in play(rig, rig.init(20, Columns(kinds_of(2, 18))), 4)[0]:
+        assert_valid(ids, 20, 8)
+        assert {0, 1} <= set(ids.tolist())
 
 
 def test_with_replacement_fewer_prompts_than_a_batch_are_drawn_in_turns():
