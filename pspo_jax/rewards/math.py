@@ -24,9 +24,11 @@ MAX_ANSWER = 2000
 _TAIL = 500
 _BOX = "\\boxed{"
 _MOST_BOXES = 20
+_DENIED = re.compile(r"(?:\bnot|n['’]t|\brather than|\binstead of|\\neq?)[\s($:be]*$", re.IGNORECASE)
+"""Right before a box that is no answer."""
 _GAP = r"(?:[\s$~]|\\[,;: ]|\\q?quad(?![a-z])|\\text\{\s*\})*"
 _BETWEEN_BOXES = re.compile(
-    rf"{_GAP}(?:[,;]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
+    rf"{_GAP}(?:[,;/|]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
 )
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _IN_BASE = re.compile(r"\s*([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?\s*")
@@ -66,8 +68,8 @@ def _last_boxes(text: str) -> str | None:
         if start < 0:
             break
         close = _closing_brace(text, start + len(_BOX), len(text) if begin is None else begin)
-        if begin is None and close is None:
-            continue  # cut off: an earlier one may be whole
+        if begin is None and (close is None or _DENIED.search(text, max(0, start - 20), start)):
+            continue  # cut off, or denied: an earlier one may be whole
         if close is None:
             break
         if begin is not None and not (begin - close <= _TAIL and _BETWEEN_BOXES.fullmatch(text, close, begin)):
@@ -130,7 +132,7 @@ def unboxed(text: str) -> str:
 def _statements(answer: str) -> list[str]:
     """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
     if _BOX in answer:
-        return [unboxed(answer)]
+        return [] if _DENIED.search(answer, 0, answer.index(_BOX)) else [unboxed(answer)]
     sentence, explicit = notation.stated(answer)
     bare = notation.plain(notation.respelled(sentence))
     one = quantities.quantity(bare)
@@ -306,7 +308,7 @@ def _as_quantities(texts: Pair, bare: Pair) -> bool | None:
 
 def _quantity(text: str, bare: str) -> quantities.Quantity | None:
     last = _LAST_TEXT.fullmatch(text)
-    if last and "\\text" not in last[1] and "\\mbox" not in last[1] and last[2].strip() and quantities.is_noun(last[2]):
+    if last and "\\text" not in last[1] and "\\mbox" not in last[1] and quantities.is_noun(last[2].strip()):
         return quantities.Quantity(notation.plain(last[1]), last[2].strip() + (last[3] or ""))
     return quantities.quantity(bare, marked=bool(last))
 

@@ -185,8 +185,11 @@ def words(text: str) -> str | None:
 
 
 def _is_word(text: str) -> bool:
-    """Four letters in a row, or three capitals: xy and abc are products, Evelyn and CBA are not."""
-    return bool(re.search(r"[^\W\d_]{4}", text) or re.fullmatch(r"[A-Z]{3}|[Yy]es|[Nn]o|[Oo]dd", text))
+    """Four letters in a row, three capitals, or a code: xy and abc are products, Evelyn, CBA and A1B2 are not."""
+    return bool(
+        re.search(r"[^\W\d_]{4}", text)
+        or re.fullmatch(r"[A-Z]{3}|[Yy]es|[Nn]o|[Oo]dd|(?=.[A-Z0-9]*[A-Z])[A-Z][A-Z0-9]*\d[A-Z0-9]*", text)
+    )
 
 
 def group(text: str) -> Group:

@@ -218,9 +218,9 @@ def quantity(text: str, marked: bool = False) -> Quantity | None:
 
 def is_noun(unit: str) -> bool:
     """Whether words behind a number only say what it counts: `5 or more` is not 5."""
-    return not _NO_NOUNS & set(re.findall(r"[^\W\d_]+", unit.lower())) and not re.search(
-        r"\d(?<!\^\d)(?<!\^-\d)(?<!\{\d)(?<!-\d)", unit
-    )
+    words = set(re.findall(r"[^\W\d_]+", unit.lower()))
+    digits = re.search(r"\d(?<!\^\d)(?<!\^-\d)(?<!\{\d)(?<!-\d)", unit)
+    return bool(unit) and not digits and not words & (_NO_NOUNS | set(SCALES) | {"percent", "percentage"})
 
 
 def _is_unit(core: str, unit: str) -> bool:
@@ -291,6 +291,7 @@ def _words(unit: str) -> list[str]:
     """A unit's words in one spelling: singular, without articles, `square inches` as `inch^2`."""
     unit = unit.lower().replace("²", "^2").replace("³", "^3").replace("/", " per ")
     unit = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", unit)
+    unit = re.sub(r"\bmiles? per hour\b|\bmi per hr?\b", "mph", unit)
     out: list[str] = []
     power = ""
     for word in unit.split():
