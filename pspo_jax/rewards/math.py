@@ -39,6 +39,8 @@ _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*
 _LAST_TEXT = re.compile(
     r"(.*[^\s,])\s*\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d+\s*\}?)?"
 )
+_NO_UNITS = ("in", "am", "a", "d", "k", "j", "n", "w", "v", "A")
+"""Units that are also words or names in prose."""
 _ONE_NUMBER = re.compile(
     r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?"
 )
@@ -102,6 +104,9 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     if len(answer) > max(MAX_ANSWER, 2 * max(map(len, golds))):
         return 0.0, None
     answers = _statements(answer)
+    # What is spelled as the answer is comes first: comparing it with the other alternatives may take for ever.
+    spelled = {_spelling(text) for text in answers}
+    golds.sort(key=lambda gold: _spelling(unboxed(gold)) not in spelled)
     readable = False
     for alternative in golds:
         wanted = unboxed(alternative)
@@ -109,6 +114,10 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         if readable and any(same(wanted, statement) for statement in answers):
             return 1.0, canonical(_BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
+
+
+def _spelling(text: str) -> str:
+    return notation.plain(notation.respelled(text))
 
 
 def _readable(gold: str) -> bool:
@@ -149,13 +158,13 @@ def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
     numbers = list(_ONE_NUMBER.finditer(right))
     behind = bool(equals and numbers and not right[: numbers[0].start()].strip(" $"))
     if not behind and (re.search(r"\\(?!%)|[\^_]|\d[A-Za-z]", bare) or not numbers):
-        found = _parse(answer if not numbers or "\\end" in bare else bare)
+        found = _parse(bare if explicit or (numbers and "\\end" not in bare) else answer)
         return str(found[-1]) if found and not notation.hedged(bare) else None
     number = numbers[0] if explicit or behind else numbers[-1]
     if notation.qualified(right, number.start(), number.end()):
         return None
     word = re.match(r"\s*([A-Za-z]+)\b", right[number.end() :])
-    unit = word[1] if word and word[1] not in ("in", "am") and quantities.converted(Fraction(1), word[1]) else ""
+    unit = word[1] if word and word[1] not in _NO_UNITS and quantities.converted(Fraction(1), word[1]) else ""
     scale = re.match(r" \\times [\d^{}]+", right[number.end() :])
     return f"{number[0]}{scale[0] if scale else ''} {unit}"
 
@@ -331,7 +340,7 @@ def _verified(gold: str, answer: str) -> bool:
         return False
     # No time limit here: the pool has the deadline, and signals would be lost in C code.
     options: dict[str, Any] = {**_places(wanted), "allow_set_relation_comp": True, "timeout_seconds": None}
-    return bool(verify(list(wanted), list(parsed), **options))
+    return bool(verify(list(wanted), list(parsed), **options)) and not _without_solutions(wanted[0], parsed[0])
 
 
 def _distinct_cases(gold: str, answer: str) -> Pair:
@@ -368,15 +377,31 @@ def _differs(gold: str, answer: str) -> bool:
 
 
 def _false_equation(text: str) -> bool:
-    """True for `a = b` with two numbers that are not equal, not even rounded."""
+    """True for `a = b`, or `a = x = b`, with two numbers that are not equal, not even rounded."""
     sides = text.split("=")
-    if len(sides) != 2:
+    if not 2 <= len(sides) <= 8:
         return False
+    values = [value for side in sides if (value := _float_of(side)) is not None]
+    return any(abs(one - values[0]) > 0.01 * max(abs(one), abs(values[0])) for one in values[1:])
+
+
+def _float_of(text: str) -> float | None:
     try:
-        left, right = (float(_parse(_boxed(side.strip()))[0]) for side in sides)
+        return float(_parse(_boxed(text.strip()))[0])
     except (TypeError, ValueError, OverflowError, IndexError):
-        return False  # x = 7
-    return abs(left - right) > 0.01 * max(abs(left), abs(right))
+        return None  # x
+
+
+def _without_solutions(gold: Any, answer: Any) -> bool:
+    """Whether two equations are called equal as neither has a real solution, and are not multiples of each other."""
+    import sympy
+
+    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)) or gold == answer:
+        return False
+    if sympy.solve(gold, list(gold.free_symbols)):
+        return False
+    sides = [equation.lhs - equation.rhs for equation in (gold, answer)]
+    return not sympy.simplify(sides[0] / sides[1]).is_number
 
 
 @lru_cache(4096)

@@ -89,6 +89,12 @@ _BASE = {
     "fahrenheit": {"fahrenheit °f": "1"},
     "temperature": {"k kelvin": "1"},
     "speed": {"mph": "1"},
+    "voltage": {"v volt": "1", "mv millivolt": "1/1000"},
+    "current": {"a amp ampere": "1", "ma milliampere": "1/1000"},
+    "resistance": {"ω ohm": "1"},
+    "frequency": {"hz hertz": "1", "khz kilohertz": "1000"},
+    "amount": {"mol mole": "1"},
+    "pressure": {"pa pascal": "1", "kpa kilopascal": "1000"},
     "force": {"n newton": "1"},
     "energy": {"j joule": "1", "kj kilojoule": "1000"},
     "power": {"w watt": "1", "kw kilowatt": "1000"},
@@ -299,7 +305,7 @@ def _words(unit: str) -> list[str]:
         if word in ("square", "sq", "cubic", "cu"):
             power = "^2" if word[0] == "s" else "^3"
             continue
-        if not word or word in _NO_UNIT:
+        if not word or (word in _NO_UNIT and " " in unit.strip()):
             continue
         name, mark, exponent = word.partition("^")
         out.append(_singular(name) + (mark + exponent if mark else power))
