@@ -24,6 +24,7 @@ from pspo_jax.io.hf_folder import (
     copy_files,
     merged_tensors,
     numpy_dtype,
+    set_config,
     set_dtype,
     set_stop_ids,
     whole_tensors,
@@ -31,6 +32,7 @@ from pspo_jax.io.hf_folder import (
     write_folder,
     write_tensors,
 )
+from pspo_jax.io.run_folder import read_lines
 from pspo_jax.setup import architecture_for
 
 
@@ -99,15 +101,8 @@ def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; none if there are none, and a last line that is being written is left out."""
-    path = run / "metrics.jsonl"
-    out = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return out
+    """Lines of metrics.jsonl; none if there are none, and those that are damaged or being written are left out."""
+    return read_lines(run / "metrics.jsonl")[0]
 
 
 def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:
@@ -139,6 +134,8 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
             set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
             if dtype:
                 set_dtype(folder, dtype)
+            if source.untied:  # config.json claims otherwise, and loaders that believe it would drop the head
+                set_config(folder, {"tie_word_embeddings": False})
         elif source is None:
             _write_built_in(folder, config, architecture, tokenizer, dtype)
         if hasattr(tokenizer, "folder"):

@@ -151,10 +151,14 @@ def copy_files(folder: Path, source: Path, names: tuple[str, ...]) -> None:
 
 def set_dtype(folder: Path, dtype: str) -> None:
     """Name the tensors' type in a config.json, in the key that it uses."""
+    config = json.loads((folder / "config.json").read_text())
+    set_config(folder, {"torch_dtype" if "torch_dtype" in config else "dtype": dtype})
+
+
+def set_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Change fields of config.json."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    path.write_text(json.dumps({**config, key: dtype}, indent=2))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
 
 
 def set_stop_ids(folder: Path, stop_ids: Sequence[int], pad_id: int) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
+
+ANSWER_COLUMN = "answer_column"
+"""Key of a row's extras: the column of its source in which its answer stands, for users' functions."""
 
 
 class Tokenizer(Protocol):
@@ -114,6 +118,12 @@ class Scores(NamedTuple):
     """Why completions have no verdict."""
     errors: tuple[str, ...] = ()
     """Tracebacks of rewards that raised, each once."""
+    failed: Mapping[str, Bool[np.ndarray, "B G"]] = MappingProxyType({})
+    """By term: where a verifier or a user's function gave no verdict by an error, its deadline or its death."""
+    missing: Mapping[str, Counter[str]] = MappingProxyType({})
+    """By term: why values are missing, and how many."""
+    logged: Mapping[str, list[float]] = MappingProxyType({})
+    """What users' functions gave to `log_metric`."""
 
 
 Judge = Callable[[Completions], Callable[[], Scores]]

@@ -14,7 +14,7 @@ import numpy as np
 from pspo_jax.config import ChoicesAnswer, ConfigError, TaskConfig
 from pspo_jax.tasks.answers import PROSE, any_text, gold_text, is_prose, missing
 from pspo_jax.tasks.answers import TRANSFORMS as TRANSFORMS
-from pspo_jax.tasks.base import digest
+from pspo_jax.tasks.base import ANSWER_COLUMN, digest
 from pspo_jax.tasks.choices import letter_of, options_of, reading_of
 from pspo_jax.tasks.conversations import Conversation, read_prompt, transcript
 from pspo_jax.tasks.files import Literal, Rows, heads, joined, read_files, rows_of, value_at
@@ -174,8 +174,9 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "empty prompt")
         if answer is None:
             return Question(text, "", given)
+        own = {ANSWER_COLUMN: answer}
         if c.name == "python_function":
-            return Question(text, any_text(value_at(exact, answer), transform), given | {"answer_column": answer})
+            return Question(text, any_text(value_at(exact, answer), transform), given | own)
         value = value_at(exact, answer)
         if missing(value):
             return Question(text, "", {}, "no gold answer")
@@ -187,7 +188,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "no gold answer")
         if finds_prose and transform in (None, "none") and isinstance(value, str) and is_prose(gold):
             return Question(text, gold[:200], {}, f"{PROSE}; name task.answer_transform or task.answer_column")
-        return with_choices(text, gold, value_at(exact, choices), reading) if choices else Question(text, gold, {})
+        return with_choices(text, gold, value_at(exact, choices), reading) if choices else Question(text, gold, own)
 
     def prompt_of(record: dict[str, Any], question: Question) -> str | Conversation:
         """The conversation, with what has been added to its last turn's text, such as options."""

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 
 from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.mixture import labels, mixture
-from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
 from pspo_jax.tasks.conversations import Conversation
@@ -90,6 +89,8 @@ def text_task(
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
+    from pspo_jax.rewards.judge import text_judge  # it imports this package: at the top it could not be imported first
+
     say(tokenizer.stop_line())
     encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
     parts = mixture(config) or [(config, 1.0)]

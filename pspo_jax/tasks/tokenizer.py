@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pspo_jax.config import Config, ConfigError, PromptConfig
+from pspo_jax.policy.json_files import check_side_files
 from pspo_jax.policy.pretrained import fetch, import_transformers
 from pspo_jax.tasks.conversations import Conversation
 from pspo_jax.tasks.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
@@ -58,8 +59,12 @@ class TextTokenizer:
         return str(self.hf.decode(list(ids), skip_special_tokens=False))
 
     def answer(self, ids: list[int]) -> str:
-        """Text of a completion without its stop token and other special tokens, for a verifier."""
-        return str(self.hf.decode(ids, skip_special_tokens=True))
+        """Text of a completion without stop and padding tokens, for a verifier.
+
+        Other special tokens stay: some checkpoints have `<think>` and `<answer>` among them.
+        """
+        ends = {*self.stop_ids, self.pad_token_id}
+        return self.decode(i for i in ids if i not in ends)
 
     def begun(self, config: PromptConfig) -> str:
         """The part of the answer that the prompt already holds; rewards see it before the completion.
@@ -146,6 +151,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     field = "policy.tokenizer" if config.policy.tokenizer else "policy.source"
     assert name is not None
     folder = fetch(name, None, field, weights=False) if config.policy.tokenizer or source is None else source
+    check_side_files(folder, f"{field}={name}")
     hf = _read(folder, f"{field}={name}")
     # The tokenizer may have an id more than the embedding has rows, as Gemma 3 1B's; a prompt that holds it is refused.
     rows = embedding_rows or max(hf.get_vocab().values()) + 1
