@@ -24,9 +24,11 @@ MAX_ANSWER = 2000
 _TAIL = 500
 _BOX = "\\boxed{"
 _MOST_BOXES = 20
+_DENIED = re.compile(r"(?:\bnot|n['’]t|\brather than|\binstead of|\\neq?)[\s($:be]*$", re.IGNORECASE)
+"""Right before a box that is no answer."""
 _GAP = r"(?:[\s$~]|\\[,;: ]|\\q?quad(?![a-z])|\\text\{\s*\})*"
 _BETWEEN_BOXES = re.compile(
-    rf"{_GAP}(?:[,;]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
+    rf"{_GAP}(?:[,;/|]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
 )
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _IN_BASE = re.compile(r"\s*([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?\s*")
@@ -37,6 +39,8 @@ _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*
 _LAST_TEXT = re.compile(
     r"(.*[^\s,])\s*\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d+\s*\}?)?"
 )
+_NO_UNITS = ("in", "am", "a", "d", "k", "j", "n", "w", "v", "A")
+"""Units that are also words or names in prose."""
 _ONE_NUMBER = re.compile(
     r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?"
 )
@@ -66,8 +70,8 @@ def _last_boxes(text: str) -> str | None:
         if start < 0:
             break
         close = _closing_brace(text, start + len(_BOX), len(text) if begin is None else begin)
-        if begin is None and close is None:
-            continue  # cut off: an earlier one may be whole
+        if begin is None and (close is None or _DENIED.search(text, max(0, start - 20), start)):
+            continue  # cut off, or denied: an earlier one may be whole
         if close is None:
             break
         if begin is not None and not (begin - close <= _TAIL and _BETWEEN_BOXES.fullmatch(text, close, begin)):
@@ -100,6 +104,9 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     if len(answer) > max(MAX_ANSWER, 2 * max(map(len, golds))):
         return 0.0, None
     answers = _statements(answer)
+    # What is spelled as the answer is comes first: comparing it with the other alternatives may take for ever.
+    spelled = {_spelling(text) for text in answers}
+    golds.sort(key=lambda gold: _spelling(unboxed(gold)) not in spelled)
     readable = False
     for alternative in golds:
         wanted = unboxed(alternative)
@@ -107,6 +114,10 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         if readable and any(same(wanted, statement) for statement in answers):
             return 1.0, canonical(_BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
+
+
+def _spelling(text: str) -> str:
+    return notation.plain(notation.respelled(text))
 
 
 def _readable(gold: str) -> bool:
@@ -130,7 +141,7 @@ def unboxed(text: str) -> str:
 def _statements(answer: str) -> list[str]:
     """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
     if _BOX in answer:
-        return [unboxed(answer)]
+        return [] if _DENIED.search(answer, 0, answer.index(_BOX)) else [unboxed(answer)]
     sentence, explicit = notation.stated(answer)
     bare = notation.plain(notation.respelled(sentence))
     one = quantities.quantity(bare)
@@ -147,13 +158,13 @@ def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
     numbers = list(_ONE_NUMBER.finditer(right))
     behind = bool(equals and numbers and not right[: numbers[0].start()].strip(" $"))
     if not behind and (re.search(r"\\(?!%)|[\^_]|\d[A-Za-z]", bare) or not numbers):
-        found = _parse(answer if not numbers or "\\end" in bare else bare)
+        found = _parse(bare if explicit or (numbers and "\\end" not in bare) else answer)
         return str(found[-1]) if found and not notation.hedged(bare) else None
     number = numbers[0] if explicit or behind else numbers[-1]
     if notation.qualified(right, number.start(), number.end()):
         return None
     word = re.match(r"\s*([A-Za-z]+)\b", right[number.end() :])
-    unit = word[1] if word and word[1] not in ("in", "am") and quantities.converted(Fraction(1), word[1]) else ""
+    unit = word[1] if word and word[1] not in _NO_UNITS and quantities.converted(Fraction(1), word[1]) else ""
     scale = re.match(r" \\times [\d^{}]+", right[number.end() :])
     return f"{number[0]}{scale[0] if scale else ''} {unit}"
 
@@ -306,7 +317,7 @@ def _as_quantities(texts: Pair, bare: Pair) -> bool | None:
 
 def _quantity(text: str, bare: str) -> quantities.Quantity | None:
     last = _LAST_TEXT.fullmatch(text)
-    if last and "\\text" not in last[1] and "\\mbox" not in last[1] and last[2].strip() and quantities.is_noun(last[2]):
+    if last and "\\text" not in last[1] and "\\mbox" not in last[1] and quantities.is_noun(last[2].strip()):
         return quantities.Quantity(notation.plain(last[1]), last[2].strip() + (last[3] or ""))
     return quantities.quantity(bare, marked=bool(last))
 
@@ -329,7 +340,7 @@ def _verified(gold: str, answer: str) -> bool:
         return False
     # No time limit here: the pool has the deadline, and signals would be lost in C code.
     options: dict[str, Any] = {**_places(wanted), "allow_set_relation_comp": True, "timeout_seconds": None}
-    return bool(verify(list(wanted), list(parsed), **options))
+    return bool(verify(list(wanted), list(parsed), **options)) and not _without_solutions(wanted[0], parsed[0])
 
 
 def _distinct_cases(gold: str, answer: str) -> Pair:
@@ -366,15 +377,31 @@ def _differs(gold: str, answer: str) -> bool:
 
 
 def _false_equation(text: str) -> bool:
-    """True for `a = b` with two numbers that are not equal, not even rounded."""
+    """True for `a = b`, or `a = x = b`, with two numbers that are not equal, not even rounded."""
     sides = text.split("=")
-    if len(sides) != 2:
+    if not 2 <= len(sides) <= 8:
         return False
+    values = [value for side in sides if (value := _float_of(side)) is not None]
+    return any(abs(one - values[0]) > 0.01 * max(abs(one), abs(values[0])) for one in values[1:])
+
+
+def _float_of(text: str) -> float | None:
     try:
-        left, right = (float(_parse(_boxed(side.strip()))[0]) for side in sides)
+        return float(_parse(_boxed(text.strip()))[0])
     except (TypeError, ValueError, OverflowError, IndexError):
-        return False  # x = 7
-    return abs(left - right) > 0.01 * max(abs(left), abs(right))
+        return None  # x
+
+
+def _without_solutions(gold: Any, answer: Any) -> bool:
+    """Whether two equations are called equal as neither has a real solution, and are not multiples of each other."""
+    import sympy
+
+    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)) or gold == answer:
+        return False
+    if sympy.solve(gold, list(gold.free_symbols)):
+        return False
+    sides = [equation.lhs - equation.rhs for equation in (gold, answer)]
+    return not sympy.simplify(sides[0] / sides[1]).is_number
 
 
 @lru_cache(4096)

@@ -87,15 +87,21 @@ _FULL_STOP = re.compile(r"[.;?](?=\s|$)|,(?=\s+not\b)")
 _END = re.compile(r"(?<=[.!?])\s+")
 _BOUND = (
     r"either|neither|nor|between|not|never|cannot|except|at least|at most|up to|from|no (?:more|less|fewer)(?: than)?|"
-    r"(?:greater|more|less|fewer|smaller|larger|bigger|other|different) (?:than|from)|over|under"
+    r"(?:greater|more|less|fewer|smaller|larger|bigger|other|different) (?:than|from)|over|under|"
+    r"wrong|incorrect|if (?:the answer|it)"
 )
 _DENIED = re.compile(r"\b(?:not|never|cannot|neither)\b|n['’]t\b", re.IGNORECASE)
 _HEDGE = re.compile(rf"\b(?:or|{_BOUND})\b|n['’]t\b|≠|\\neq?(?![a-z])", re.IGNORECASE)
 _BEFORE = re.compile(
-    rf"(?:\bor\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}}|\b(?:between\s+\S+\s+and|from\s+\S+\s+to)\s)[\s$]*$",
+    rf"(?:\bor\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}}|\b(?:between\s+\S+\s+and|from\s+\S+\s+to)\s|"
+    r"\b(?:step|part|question|case|problem|equation|figure)\s)[\s$]*$",
     re.IGNORECASE,
 )
-_AFTER = re.compile(r"\s*(?:[^\W\d]+\s+)?(?:or\b|nor\b|(?:to|through)\s+[$\d])|\s*-\s*\d|\s*/\s*[$\d]", re.IGNORECASE)
+_AFTER = re.compile(
+    r"\s*(?:[^\W\d]+\s+)?(?:or\b|nor\b|(?:to|through)\s+[$\d])|\s*(?:is|are|was)\s+(?:not|wrong|incorrect|false|impossible)\b|"
+    r"\s*-\s*\d|\s*/\s*[$\d]",
+    re.IGNORECASE,
+)
 _SEPARATOR = re.compile(
     r"\s*(?:[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|\\(?:lor|vee|land|wedge|cup)(?![A-Za-z])|\\\\)\s*"
 )
@@ -185,8 +191,11 @@ def words(text: str) -> str | None:
 
 
 def _is_word(text: str) -> bool:
-    """Four letters in a row, or three capitals: xy and abc are products, Evelyn and CBA are not."""
-    return bool(re.search(r"[^\W\d_]{4}", text) or re.fullmatch(r"[A-Z]{3}|[Yy]es|[Nn]o|[Oo]dd", text))
+    """Four letters in a row, three capitals, or a code: xy and abc are products, Evelyn, CBA and A1B2 are not."""
+    return bool(
+        re.search(r"[^\W\d_]{4}", text)
+        or re.fullmatch(r"[A-Z]{3}|[Yy]es|[Nn]o|[Oo]dd|(?=.[A-Z0-9]*[A-Z])[A-Z][A-Z0-9]*\d[A-Z0-9]*", text)
+    )
 
 
 def group(text: str) -> Group:
@@ -264,9 +273,12 @@ def stated(text: str) -> tuple[str, bool]:
     if found:
         return _sentence(lines[0]), True
     sentences = [part for part in _END.split(lines[-1]) if re.search(r"\w", part)]
+    if sentences[-1].rstrip().endswith("?"):
+        return "", False
     sentence = _sentence(sentences[-1], explicit=False)
     behind = _IS.split(sentence)[-1].strip()
-    if behind != sentence and (is_bare(behind) or re.fullmatch(r"[^\W\d_]+", behind)) and not hedged(behind):
+    said = behind != sentence and not _DENIED.search(sentence[: len(sentence) - len(behind)])
+    if said and (is_bare(behind) or (behind.isalpha() and not re.search(r"\d", sentence))) and not hedged(behind):
         return behind, True
     return sentence, False
 

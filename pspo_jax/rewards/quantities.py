@@ -89,6 +89,12 @@ _BASE = {
     "fahrenheit": {"fahrenheit °f": "1"},
     "temperature": {"k kelvin": "1"},
     "speed": {"mph": "1"},
+    "voltage": {"v volt": "1", "mv millivolt": "1/1000"},
+    "current": {"a amp ampere": "1", "ma milliampere": "1/1000"},
+    "resistance": {"ω ohm": "1"},
+    "frequency": {"hz hertz": "1", "khz kilohertz": "1000"},
+    "amount": {"mol mole": "1"},
+    "pressure": {"pa pascal": "1", "kpa kilopascal": "1000"},
     "force": {"n newton": "1"},
     "energy": {"j joule": "1", "kj kilojoule": "1000"},
     "power": {"w watt": "1", "kw kilowatt": "1000"},
@@ -218,9 +224,9 @@ def quantity(text: str, marked: bool = False) -> Quantity | None:
 
 def is_noun(unit: str) -> bool:
     """Whether words behind a number only say what it counts: `5 or more` is not 5."""
-    return not _NO_NOUNS & set(re.findall(r"[^\W\d_]+", unit.lower())) and not re.search(
-        r"\d(?<!\^\d)(?<!\^-\d)(?<!\{\d)(?<!-\d)", unit
-    )
+    words = set(re.findall(r"[^\W\d_]+", unit.lower()))
+    digits = re.search(r"\d(?<!\^\d)(?<!\^-\d)(?<!\{\d)(?<!-\d)", unit)
+    return bool(unit) and not digits and not words & (_NO_NOUNS | set(SCALES) | {"percent", "percentage"})
 
 
 def _is_unit(core: str, unit: str) -> bool:
@@ -291,6 +297,7 @@ def _words(unit: str) -> list[str]:
     """A unit's words in one spelling: singular, without articles, `square inches` as `inch^2`."""
     unit = unit.lower().replace("²", "^2").replace("³", "^3").replace("/", " per ")
     unit = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", unit)
+    unit = re.sub(r"\bmiles? per hour\b|\bmi per hr?\b", "mph", unit)
     out: list[str] = []
     power = ""
     for word in unit.split():
@@ -298,7 +305,7 @@ def _words(unit: str) -> list[str]:
         if word in ("square", "sq", "cubic", "cu"):
             power = "^2" if word[0] == "s" else "^3"
             continue
-        if not word or word in _NO_UNIT:
+        if not word or (word in _NO_UNIT and " " in unit.strip()):
             continue
         name, mark, exponent = word.partition("^")
         out.append(_singular(name) + (mark + exponent if mark else power))
