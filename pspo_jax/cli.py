@@ -23,6 +23,7 @@ import yaml
 
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, Config, ConfigError, flatten
+from pspo_jax.io.terminal import terminal
 from pspo_jax.validation import validate
 
 _TEXT_FIELDS = ("policy.source", "policy.tokenizer")
@@ -69,7 +70,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Any, prog: str) -> None:
     """Call `main(argv)`; bad input becomes one line on stderr and exit code 2."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        with terminal(prog):
+            sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,6 @@
 """A checkpoint of random weights in Hugging Face's format, written tensor by tensor: for tests, plans and benchmarks.
 
-python scripts/make_checkpoint.py OUT --shape qwen2.5-1.5b [--tokenizer DIR] [--dtype bfloat16] [--config-only] [--force]
+scripts/make_checkpoint.py OUT --shape qwen2.5-1.5b [--tokenizer DIR] [--dtype bfloat16] [--config-only] [--force]
 
 A folder that is there already is left alone. --force replaces one that this script made, and no other.
 """

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.families import FAMILIES, architecture_of, unknown_family
+from pspo_jax.policy.not_a_checkpoint import what_it_is
 from pspo_jax.policy.weights import Weight, entries, from_hf, is_weight, table
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -76,6 +77,8 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.exists() or folder.suffix == ".gguf":
+        raise ConfigError(f"{field}={name}: {what_it_is(folder)}")
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
     patterns = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
@@ -86,7 +89,10 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{field}={name}: no such folder, and the hub did not give it: {reason}") from error
+        raise ConfigError(
+            f"{field}={name}: no such folder, and the hub did not give it: {reason}; without a network, download it "
+            "elsewhere (hf download ID --local-dir DIR) and name DIR"
+        ) from error
 
 
 def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
@@ -109,6 +115,8 @@ def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
 
 def _read_config(folder: Path, name: str) -> Any:
     path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(f"policy.source={name}: {what_it_is(folder)}")
     try:
         raw = json.loads(path.read_text())
         model_type = raw["model_type"]
@@ -138,7 +146,7 @@ def _read_headers(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
     else:
         files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"policy.source={name}: holds no *.safetensors file; convert its weights to safetensors")
+        raise ConfigError(f"policy.source={name}: {what_it_is(folder)}")
     for file in files:
         path = folder / file
         if not path.exists():
