@@ -34,6 +34,7 @@ from pspo_jax.tasks import TextTokenizer
 from pspo_jax.tasks.base import json_lines
 
 PROG = "python -m pspo_jax.sft"
+DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
 EPOCHS = 3
 TEXT_DEFAULTS: dict[str, Any] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10, "steps": 1}
 """What fields of `sft` are for a language model if they are not set; the steps then follow from the file's lines."""
@@ -65,9 +66,15 @@ def read_config(argv: Sequence[str]) -> Config:
     Raises:
       ConfigError: as `cli.parse`, or there is nothing to learn from.
     """
-    config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS}, argv)
+    try:
+        config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS}, argv)
+    except ConfigError as error:
+        try:
+            return _checked(cli.parse(argv, PROG, DESCRIPTION))  # fields of another task that has its own alphabet
+        except ConfigError:
+            raise error from None
     if embedded(config):
-        return _checked(cli.parse(argv, PROG, "Supervised fine-tuning of the policy on demonstrations."))
+        return _checked(cli.parse(argv, PROG, DESCRIPTION))
     if config.sft.data is None:
         raise ConfigError("sft.data=None: a language model needs demonstrations; name a JSONL file")
     lines = len(json_lines(read_text(Path(config.sft.data))))
@@ -89,9 +96,7 @@ def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defaults.yaml"
         path.write_text(yaml.safe_dump(defaults))
-        return cli.parse(
-            ["--config", str(path), *argv], PROG, "Supervised fine-tuning of the policy on demonstrations."
-        )
+        return cli.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
 
 
 def _prepare(config: Config, pool: Any, progress: Progress) -> Setup:
