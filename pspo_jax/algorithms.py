@@ -7,11 +7,14 @@ config into the strategies themselves.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pspo_jax import credit, replay, selection
-from pspo_jax.config import Config, flatten, round_prompts
+from pspo_jax.config import Config, ConfigError, flatten, round_prompts
 from pspo_jax.config import replace as replace_fields
+from pspo_jax.fields import nearest
+from pspo_jax.ownership import believes, is_read
 from pspo_jax.strategies import AlgorithmName, LossName
 
 _GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}
@@ -90,16 +93,47 @@ class Algorithm(NamedTuple):
     replay: replay.Replay
 
 
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "algorithm.name": PRESETS,
+    "selection.name": selection.SCORERS,
+    "credit.name": credit.CREDITS,
+    "replay.name": replay.REPLAYS,
+    "objective.loss": LOSSES,
+}
+"""Fields that name an entry of a table; a new entry is a new choice."""
+
+
 def resolve(config: Config) -> Config:
-    """`config` with every None that the algorithm, then selector and loss, decide filled from their presets."""
+    """`config` with every None that the algorithm, then selector and loss, decide filled from their presets.
+
+    What nothing would read stays None. The result follows nothing any more: all of its fields count as given.
+
+    Raises:
+      ConfigError: a field names no entry of its table.
+    """
+    config = replace_fields(config, {})
+    filled: set[str] = set()
     for decide in (
         lambda c: _REST | PRESETS[c.algorithm.name],
         lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
-        lambda c: LOSSES[c.objective.loss],
+        lambda c: LOSSES[c.objective.loss or ""],
     ):
+        check_choices(config)
         current = flatten(config)
-        config = replace_fields(config, {k: v for k, v in decide(config).items() if current[k] is None})
-    return config
+        values = {k: v for k, v in decide(config).items() if current[k] is None}
+        filled |= values.keys()
+        config = replace_fields(config, values)
+    config = replace_fields(config, {name: None for name in sorted(filled) if not is_read(name, config)})
+    return dataclasses.replace(config, given=frozenset(flatten(config)))
+
+
+def check_choices(config: Config) -> None:
+    """Raise ConfigError for a name that its table does not have."""
+    values = flatten(config)
+    for field, table in CHOICES.items():
+        name = values[field]
+        if name is not None and name not in table:
+            raise ConfigError(f"{field}={name!r}: choose one of {', '.join(table)}{nearest(name, table)}")
 
 
 def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
@@ -107,7 +141,13 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
 
     Args:
       kinds: names of the run's tasks, for selection.quotas.
+    Raises:
+      ConfigError: as `validation.validate`, which has seen a resolved config already.
     """
+    if config.given != frozenset(flatten(config)):
+        from pspo_jax.validation import validate  # it imports this module
+
+        validate(config)
     config = resolve(config)
     r = config.rollout
     rounds = r.max_rounds or 1
@@ -116,10 +156,11 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     if rounds > 1:
         # A prompt is not rolled out twice in a step.
         chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
-    made = credit.CREDITS[config.credit.name](config.credit, config.forgetting)  # type: ignore[index]
+    batch_differs = rounds > 1 or config.replay.name != "none"
+    made = credit.make(config.credit, config.forgetting, batch_differs)
     if config.algorithm.compat == "released":
         exponent = chosen.exponent * (chosen.correction or 0.0)
-        made = credit.released(config.credit, config.forgetting, r.prompts, exponent, chosen.floor or 0.0)
+        made = credit.released(config.credit, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0)
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
     replays = replay.REPLAYS[config.replay.name or "none"](config)
     selector = selection.selector(chosen, config.forgetting, sizes)
@@ -131,7 +172,5 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
 def needs_movement(config: Config) -> bool:
     """Whether a strategy asks how far the policy moves in a step, which costs two passes over a microbatch."""
     config = resolve(config)
-    beliefs = config.selection.name in ("prioritized_replay", "mopps", "posterior_mixed", "spo")
-    tracked = beliefs or config.credit.name == "tracked_baseline"
     by_alpha = config.credit.name == "ers" and config.credit.alpha_mode == "movement"
-    return by_alpha or (tracked and config.forgetting.mode == "movement")
+    return by_alpha or (believes(config) and config.forgetting.mode == "movement")

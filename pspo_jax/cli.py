@@ -1,61 +1,54 @@
 """Command line and YAML -> `Config`.
 
-tyro does the parsing. Of the maintained libraries for nested dataclasses it was the one whose errors name the nearest
-key and whose `--help` shows every field's docstring with its type and default; draccus reads YAML itself but
-prints tracebacks for wrong types and no suggestions, OmegaConf has no help. A YAML file's leaves become the same dotted
-flags that a user could type, ahead of the typed ones, so a file and a flag fail in the same words.
+A typed flag and a file's field take the same way into the config as a value given to `replace`: by the field's name and
+type (`fields.py`), so all of them fail in the same words and have the same defaults. tyro writes `--help`, with every
+field's docstring, type and default.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
-import re
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import tyro
 import yaml
 
-from pspo_jax.algorithms import resolve
-from pspo_jax.config import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, Config, ConfigError, flatten
+from pspo_jax import fields
+from pspo_jax.algorithms import CHOICES, resolve
+from pspo_jax.config import Config, ConfigError, flatten
+from pspo_jax.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, check_name, with_given
+from pspo_jax.io.storage import StorageError
 from pspo_jax.io.terminal import terminal
 from pspo_jax.validation import validate
 
-_TEXT_FIELDS = ("policy.source", "policy.tokenizer")
-_WORDS = {"true": "True", "false": "False", "null": "None"}
-_FORMER = {"--policy.remat=True": "--policy.remat=full", "--policy.remat=False": "--policy.remat=none"}
-"""Values of former versions, which run folders still hold."""
+_ALLOW_CHANGE = "--allow-data-change"
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> Config:
     """Resolved and validated config from `[--config FILE.yaml] [--stage.field value ...]`.
 
+    Typed flags win over files, the later file over the earlier one, whatever their order among each other; what neither
+    sets follows the task and the algorithm.
+
     Raises:
       ConfigError: one line that names the field, the value and the fix.
       SystemExit: after `--help`.
     """
-    flags, rest = _config_flags(list(argv))
-    flags = _defaults(flags + rest) + flags
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            config = tyro.cli(
-                Config,
-                args=flags + [_normal(a) for a in rest],
-                prog=prog,
-                description=description + "\n\n--config FILE.yaml: fields from a file; flags override it.",
-                config=(tyro.conf.FlagConversionOff,),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise ConfigError(_one_line(errors.getvalue())) from stop
+    if any(word in ("-h", "--help") for word in argv):
+        _help(prog, description)
+    files: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
+    config = Config()
+    for name, text in _flags(argv):
+        if name == "config":
+            files |= read_yaml(config, text)
+        else:
+            typed[name] = fields.parse(name, _kind(config, name), text)
+    config = with_given(config, files | typed)
     validate(config)
     return resolve(config)
 
@@ -68,99 +61,158 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Any, prog: str) -> None:
-    """Call `main(argv)`; bad input becomes one line on stderr and exit code 2."""
+    """Call `main(argv)`; bad input becomes one line on stderr and exit code 2, a disk's error the same and code 1."""
     try:
         with terminal(prog):
             sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StorageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def to_yaml(config: Config) -> str:
     """The config as YAML, in the order of its fields."""
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flatten(config).items():
-        stage, name = key.split(".")
+        stage, _, name = key.partition(".")
         nested.setdefault(stage, {})[name] = value
     return yaml.safe_dump(nested, sort_keys=False)
 
 
-def _config_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Take every --config FILE out of argv; return its fields as flags, and what is left."""
-    flags: list[str] = []
-    rest: list[str] = []
+def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(field or "config", its value as text) for each flag of a command line."""
     words = iter(argv)
     for word in words:
-        if word == "--allow-data-change":
-            rest.append("--task.allow_change=True")
-        elif word == "--config" or word.startswith("--config="):
-            path = word.partition("=")[2] or next(words, "")
-            flags += _yaml_flags(path)
-        else:
-            rest.append(word)
-    return flags, rest
+        if word == _ALLOW_CHANGE:
+            yield "task.allow_change", "true"
+            continue
+        flag, equals, text = word.partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError(f"{word!r}: is no flag; write --stage.field value, and put values with spaces in quotes")
+        name = flag[2:].replace("-", "_")
+        if name != "config":
+            _check_flag(flag, name)
+        if not equals:
+            text = next(words, "--")
+            if text == "--" or _is_flag(text):
+                raise ConfigError(
+                    f"{flag}: needs a value, such as {flag} {'FILE.yaml' if name == 'config' else 'VALUE'}"
+                )
+        yield name, text
 
 
-def _defaults(words: list[str]) -> list[str]:
-    """Flags that stand before all others, by the kind of task: the typed ones and a file's override them.
+def _is_flag(word: str) -> bool:
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    return word.startswith("--") and (name in flatten(Config()) or name == "config" or word == _ALLOW_CHANGE)
 
-    A mixture or a policy of text makes the task one of text.
+
+def _check_flag(flag: str, name: str) -> None:
+    known = flatten(Config())
+    if name not in known:
+        near = fields.nearest(name, [*known, "config"]).replace("mean ", "mean --")
+        raise ConfigError(f"{flag}: there is no such field{near or '; --help lists them'}")
+
+
+def _kind(config: Config, name: str) -> fields.Kind:
+    stage, _, field = check_name(config, name).partition(".")
+    return fields.kinds(getattr(config, stage))[field]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                where = f"line {key.start_mark.line + 1}"
+                raise ConfigError(f"{key.value}: stands twice in one mapping ({where}); keep one of them")
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(config: Config, path: str) -> dict[str, Any]:
+    """The fields that a file sets, by their dotted names, as their fields hold them.
+
+    Raises:
+      ConfigError: it cannot be read, is no mapping of stages, or names a field that is not there.
     """
-
-    def last(name: str, default: str) -> str:
-        found = [
-            word.partition("=")[2] if "=" in word else next(iter(words[i + 1 : i + 2]), "")
-            for i, word in enumerate(words)
-            if word.partition("=")[0] == name
-        ]
-        return found[-1] if found else default
-
-    values: dict[str, Any] = {}
-    name = last("--task.name", "arithmetic")
-    of_text = any(last(f"--{field}", "None") not in ("None", "null", "") for field in _TEXT_FIELDS)
-    if name == "countdown" and not of_text:
-        values |= COUNTDOWN_DEFAULTS
-    elif name != "arithmetic" or last("--task.mixture", "None") not in ("None", "null"):
-        values |= TEXT_DEFAULTS
-    if last("--lora.rank", "0") != "0":
-        values |= LORA_DEFAULTS
-    return [f"--{key}={value}" for key, value in values.items()]
-
-
-def _yaml_flags(path: str) -> list[str]:
+    where = f"--config {path}"
     if not path:
         raise ConfigError("--config: needs the name of a YAML file")
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        # The loader is a safe one: it makes plain values alone.
+        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that can be read") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}: {error.strerror}; name a YAML file that can be read") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: is no text in UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = str(error) if isinstance(error, ConfigError) else f"not YAML: {' '.join(str(error).split())}"
+        raise ConfigError(f"{where}: {what}") from error
     if values is None:
-        return []
+        return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: must be a mapping of stages, such as `run: {{steps: 80}}`")
-    flags = [f"--{key}={_flag(v)}" for key, v in flatten(values).items()]
-    return [_FORMER.get(flag, flag) for flag in flags]
+        raise ConfigError(f"{where}: must be a mapping of stages, such as `run: {{steps: 80}}`")
+    try:
+        return {name: fields.from_yaml(name, _kind(config, name), value) for name, value in _leaves(config, values)}
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def _flag(value: Any) -> str:
-    """A YAML value as a flag's; a list becomes JSON."""
-    return "None" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
+def _leaves(config: Config, values: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of nested stages; a stage with nothing under it sets nothing."""
+    stages = {name.partition(".")[0] for name in flatten(config)}
+    for stage, inside in values.items():
+        if isinstance(stage, str) and "." in stage:
+            yield check_name(config, stage), inside
+            continue
+        if stage not in stages:
+            raise ConfigError(f"{stage}: there is no such stage{fields.nearest(str(stage), stages)}")
+        if inside is not None and not isinstance(inside, dict):
+            raise ConfigError(f"{stage}={str(inside)[:80]}: must be a mapping of fields, such as `run: {{steps: 80}}`")
+        for field, value in (inside or {}).items():
+            yield check_name(config, f"{stage}.{field}"), value
 
 
-def _normal(word: str) -> str:
-    """YAML's words for truth values and nothing, in tyro's spelling."""
-    flag, equals, value = word.partition("=")
-    if word.startswith("--") and equals:
-        return f"{flag}={_WORDS.get(value, value)}"
-    return _WORDS.get(word, word)
+def _help(prog: str, description: str) -> NoReturn:
+    """Print every field, and end."""
+    stages = []
+    for stage in dataclasses.fields(Config):
+        if stage.name == "given":
+            continue
+        kind = _with_choices(stage.name, type(getattr(Config(), stage.name)))
+        stages.append((stage.name, kind, dataclasses.field(default_factory=kind)))
+    shown = dataclasses.make_dataclass("Config", stages, frozen=True)
+    text = (
+        f"{description}\n\n"
+        "--config FILE.yaml: fields from a file, as stages of fields. It may stand several times; a later file "
+        "overrides an earlier one, and flags override all files, wherever they stand. Both override the presets of "
+        "algorithm.name, and these the defaults below.\n\n"
+        f"{_ALLOW_CHANGE}: the same as --task.allow_change true.\n\n"
+        f"Defaults of a task of text: {_listed(TEXT_DEFAULTS)}. Of countdown in its own alphabet: "
+        f"{_listed(COUNTDOWN_DEFAULTS)}. With lora.rank: {_listed(LORA_DEFAULTS)}."
+    )
+    tyro.cli(
+        shown, args=["--help"], prog=prog, description=text, config=(tyro.conf.FlagConversionOff,), use_underscores=True
+    )
+    raise SystemExit(0)
 
 
-def _one_line(box: str) -> str:
-    """tyro's boxed message as one line, without its title, the frame and the pointer to --help."""
-    lines = [line for line in box.splitlines() if not line.startswith("╭")]
-    text = " ".join(re.sub(r"[╰╯│─━]+", " ", line) for line in lines)
-    text = " ".join(text.split()).split("For full helptext")[0].strip()
-    return text or "the arguments could not be read; see --help"
+def _with_choices(stage: str, kind: type) -> type:
+    """A stage whose fields that name entries of a table list them."""
+    chosen: list[Any] = []
+    for field in dataclasses.fields(kind):
+        if table := CHOICES.get(f"{stage}.{field.name}"):
+            names: Any = Literal[tuple(table)]
+            hint = names if field.default is not None else names | None
+            chosen.append((field.name, hint, dataclasses.field(default=field.default)))
+    return dataclasses.make_dataclass(kind.__name__, chosen, bases=(kind,), frozen=True) if chosen else kind
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

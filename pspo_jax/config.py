@@ -2,15 +2,20 @@
 
 Every field's docstring gives its meaning and unit and is what `--help` shows. Ranges stand in the type. A field whose
 default is `None` follows `algorithm.name` (see `algorithms.py`), the machine or another field, as its docstring says.
+What a task of text or adapters have instead of a default that stands here is in `defaults.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pspo_jax.fields import ConfigError, Range
+from pspo_jax.defaults import embedded as embedded
+from pspo_jax.defaults import flatten as flatten
+from pspo_jax.defaults import replace as replace
+from pspo_jax.fields import ConfigError as ConfigError
+from pspo_jax.fields import Range as Range
 from pspo_jax.strategies import (
     AlgorithmConfig,
     CreditConfig,
@@ -24,34 +29,9 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
 TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
+ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """The matrices of a transformer block."""
-
-TEXT_DEFAULTS: dict[str, Any] = {
-    "task.train_prompts": 0,
-    "task.heldout_prompts": 256,
-    "sft.steps": 0,
-    "policy.compute_dtype": "bfloat16",
-    "policy.scan_unroll": 1,
-    "policy.remat": "full",
-    "rollout.prompts": 16,
-    "rollout.max_new_tokens": 1024,
-    "rollout.prompt_bucket": 64,
-    "objective.microbatch_rows": 8,
-    "optimizer.learning_rate": 1e-6,
-    "optimizer.b2": 0.999,
-    "eval.samples": 1,
-}
-"""What the command line takes for fields that are not set where the task is text and not the embedded default, whose
-rates and lengths would ruin a language model."""
-COUNTDOWN_DEFAULTS: dict[str, Any] = {
-    "task.train_prompts": 4096,
-    "sft.steps": 1500,
-    "rollout.max_new_tokens": 24,
-}
-"""The same for countdown in its own alphabet."""
-LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "policy.param_dtype": "bfloat16"}
-"""The same with lora.rank > 0."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +47,9 @@ class RunConfig:
     """Add CRCs of prompt ids, tokens, parameters and strategy state to every line of metrics.jsonl."""
     print_config: bool = False
     """Print the resolved configuration as YAML and exit."""
+    start_over: bool = False
+    """Begin at step 0 in a folder that holds a run already; its files are moved to set_aside/ inside the folder. It is
+    not kept in config.yaml."""
     compilation_cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
@@ -95,15 +78,21 @@ class TaskConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
-    """Column of the question; None = the first there is of problem, question,
-    prompt."""
+    """Column of the question or conversation; None = the first there is of problem, question, prompt, messages,
+    conversations. Dots enter an object: extra_info.question."""
     answer_column: str | None = None
-    """Column of the gold answer; None = the first there is of answer, solution, target."""
+    """Column of the gold answer, such as answer or reward_model.ground_truth; None = the first there is of answer,
+    solution, target."""
     answer_transform: AnswerTransform | None = None
     """How the gold answer stands in its column: as it is (none), after `####` (gsm8k), the members of a list or of its
-    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the task's own."""
+    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, the
+    task's own for all else."""
     choices_column: str = "choices"
-    """multiple_choice: column of the list of options; the answer is a letter, an index from 0, or an option's text."""
+    """multiple_choice: column of the list of options."""
+    choices_answer: ChoicesAnswer | None = None
+    """multiple_choice: how the gold answer names an option: by the label that the data gives it (label), by its letter
+    A, B, ... (letter), by its text (text), or by its place, counted from 0 (index) or 1 (index_from_1). None = the one
+    way that fits the column."""
     function: str | None = None
     """python_function: module:function that scores a completion; see docs/tasks.md."""
     dataset: str | None = None
@@ -120,7 +109,8 @@ class TaskConfig:
     check_gold: bool = True
     """Leave out rows whose gold answer its own verifier does not accept."""
     allow_change: bool = False
-    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same."""
+    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same. It is
+    not kept in config.yaml."""
     cache: str | None = None
     """Folder of tokenised prompts; None = ~/.cache/pspo_jax/data."""
 
@@ -131,15 +121,20 @@ class PromptConfig:
     """How a question becomes a prompt: the tokenizer's chat template, Qwen2.5-Math's or DeepSeek-R1-Zero's text, or the
     bare question after the tokenizer's BOS."""
     system: str | None = None
-    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the template's own."""
+    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the row's or the template's
+    own. Rows that have one of their own are refused beside it."""
     question: str = "{question}"
-    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed."""
+    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed. In a
+    conversation it is the last turn, if that is the user's."""
     prefill: str = ""
     """Beginning of the answer, given to the policy, such as "<think>\\n": part of the prompt, and rewards see it."""
     thinking: bool | None = None
     """Passed to the template as enable_thinking (Qwen3); None = not passed."""
     max_tokens: Annotated[int, Range(1)] = 512
     """Longer prompts are left out, counted and listed."""
+    date: str | None = None
+    """Day that the chat template writes where it asks for today's, as YYYY-MM-DD; None = the day on which the run
+    starts, which is kept in its config.yaml."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,8 @@ class PolicyConfig:
     qk_norm: bool = False
     """RMSNorm on the heads of q and k (Qwen3)."""
     param_dtype: Dtype = "float32"
-    """Type in which weights are stored and optimised."""
+    """Type in which weights are held. Optimizer state is float32 always. An update below about 1/512 of a bfloat16
+    weight is lost, which learning rates of 1e-6 mostly are: choose float32 where all weights train."""
     compute_dtype: Dtype = "float32"
     """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always."""
     scan_unroll: Annotated[int, Range(1)] = 2
@@ -223,7 +219,7 @@ class SftConfig:
     """Steps of linear warm-up."""
     final_fraction: Annotated[float, Range(0.0, 1.0)] = 0.05
     """The cosine schedule ends at this fraction of the peak."""
-    b2: Annotated[float, Range(0.0, 1.0)] = 0.98
+    b2: Annotated[float, Range(0.0, below=1.0)] = 0.98
     """Adam's second-moment decay."""
     weight_decay: Annotated[float, Range(0.0)] = 0.01
     """Decoupled weight decay of the matrices."""
@@ -255,6 +251,9 @@ class RolloutConfig:
     length."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Longest completion, T, in tokens with its EOS."""
+    stop: str = ""
+    """Tokens that end a completion too, separated by commas or as a JSON list, such as "</answer>" where that is one
+    token; beside the tokenizer's EOS, the checkpoint's and the token that ends a turn in the template."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0
     """Divides the logits, in the sampler and in the trainer alike."""
     top_p: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
@@ -280,9 +279,9 @@ class OptimizerConfig:
     """After the warm-up: cosine over the run's updates, or constant."""
     final_fraction: Annotated[float, Range(0.0, 1.0)] = 0.05
     """The cosine schedule ends at this fraction of the peak."""
-    b1: Annotated[float, Range(0.0, 1.0)] = 0.9
+    b1: Annotated[float, Range(0.0, below=1.0)] = 0.9
     """Adam's first-moment decay."""
-    b2: Annotated[float, Range(0.0, 1.0)] = 0.95
+    b2: Annotated[float, Range(0.0, below=1.0)] = 0.95
     """Adam's second-moment decay."""
     eps: Annotated[float, Range(above=0.0)] = 1e-8
     """Adam's epsilon."""
@@ -353,7 +352,12 @@ class CheckpointConfig:
     keep: Annotated[int, Range(1)] = 3
     """Latest checkpoints kept."""
     keep_best: Annotated[int, Range(0)] = 1
-    """Checkpoints with the best greedy held-out accuracy kept beside them."""
+    """Checkpoints with the best greedy held-out accuracy kept beside them; without a finite one none is ranked."""
+    on_error: Literal["stop", "retry"] = "stop"
+    """What happens when the run folder cannot be written, as on a full disk: the run ends with one line (stop), or it
+    waits and tries again with what it has in memory (retry)."""
+    retry_minutes: Annotated[float, Range(above=0.0)] = 60.0
+    """on_error=retry: minutes after which the run ends all the same."""
 
 
 @dataclass(frozen=True)
@@ -404,8 +408,11 @@ class VerifierConfig:
     workers: Annotated[int, Range(0)] = 0
     """Processes that verify completions of text tasks; 0 = one per core, 2 to 8."""
     deadline: Annotated[float, Range(above=0.0)] = 5.0
-    """Seconds for one completion (for one group, if a function takes a list); then its worker is killed and it has no
-    verdict."""
+    """Seconds of processor time for one completion (for one group, if a function takes a list); then its worker is
+    killed and it has no verdict."""
+    wall_limit: Annotated[float, Range(0.0)] = 0.0
+    """Seconds that a completion may take in all, as where its verifier sleeps or asks a service; time in which other
+    processes have the processors does not count. 0 = six times `deadline`."""
     memory_mib: Annotated[int, Range(256)] = 4096
     """Address space of a worker, MiB."""
     network: bool = False
@@ -438,40 +445,12 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted field name -> value, for a config or any nested dict of one."""
-    items = config.items() if isinstance(config, dict) else dataclasses.asdict(config).items()
-    out: dict[str, Any] = {}
-    for name, value in items:
-        if isinstance(value, dict):
-            out |= flatten(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = value
-    return out
-
-
-def replace(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with dotted fields replaced: `replace(c, {"run.steps": 3})`."""
-    known = flatten(config)
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{key}: no such field")
-        stage, name = key.split(".")
-        config = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), **{name: value})})
-    return config
+    given: frozenset[str] | None = None
+    """Fields that are set, by their dotted names: the others follow the task (`defaults.py`). `replace` keeps it. None,
+    of a config made by hand, = those that differ from their defaults."""
 
 
 def round_prompts(config: Config) -> int:
     """Prompts that a resolved config rolls out at a time: a batch, or a round of dynamic sampling."""
     r = config.rollout
     return r.prompts if r.max_rounds == 1 else round(r.prompts * r.oversampling)
-
-
-def embedded(config: Config) -> bool:
-    """Whether the task speaks an alphabet of its own and not a checkpoint's language."""
-    if config.task.mixture is not None:
-        return False
-    alone = config.policy.source is None and config.policy.tokenizer is None
-    return config.task.name == "arithmetic" or (config.task.name == "countdown" and alone)

@@ -17,6 +17,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,19 +29,22 @@ from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, NAMES, benchmark_source
 from pspo_jax.evaluation.runner import StoppedError, Work, read_summary, run_benchmark
 from pspo_jax.export import choose_steps, read_config
-from pspo_jax.io.checkpoint import read_params
+from pspo_jax.io.checkpoint import params_identity, read_params
+from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
 from pspo_jax.policy import Architecture, transformer
+from pspo_jax.policy.architecture import beyond_context
 from pspo_jax.policy.base import join
 from pspo_jax.policy.pretrained import Source, load_params
 from pspo_jax.policy.weights import table
 from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import architecture_for, configure_runtime, device_bytes, verifiers
 from pspo_jax.tasks import CharTokenizer, make_task
 from pspo_jax.tasks.text import benchmark_prompts, why
@@ -54,6 +58,8 @@ class Candidate(NamedTuple):
 
     label: str
     step: int
+    identity: str
+    """Hash of the weights, which results belong to."""
     load: Callable[[], Any]
 
 
@@ -70,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
         interrupted = f"interrupted; what is done is in {out}, and the same command carries on"
         try:
             with stop_requests() as stop, hosts.failing_together():
+                if args.model:
+                    config = with_date(config, out / "settings.json")
                 if hosts.leads():
                     _check_settings(out, config, args)
                 try:
@@ -103,7 +111,11 @@ def _run(
         chunk = tokens_per_test(platform, longest)
         sample = make_sampler(policy, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
         works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names]
+        if not isinstance(tokenizer, CharTokenizer):
+            progress.say(tokenizer.stop_line())
         for work in works:
+            if line := beyond_context(architecture, int(work.prompts.lengths.max()), longest):
+                progress.say(f"{work.name}: {line}")
             if work.prompts.left_out:
                 progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
         candidates = _candidates(args, steps, source, architecture, policy, mesh)
@@ -330,12 +342,23 @@ def _candidates(
         )
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"policy.source={source.name}: is not the checkpoint that this run began from")
-        return join(params, load_source() if architecture.lora is not None else None)
+        if architecture.lora is None:
+            return join(params, None)
+        try:
+            verify(load_source(), metadata["base"])
+        except ValueError as error:
+            raise ConfigError(
+                f"policy.source={source.name if source else None}: its weights differ from those this run's adapters "
+                f"were trained on ({error})"
+            ) from error
+        return join(params, load_source())
 
     if args.run is None:
         assert source is not None
-        return [Candidate(Path(args.model).name if Path(args.model).is_dir() else args.model, 0, load_source)]
-    return [Candidate(f"step {step}", step, lambda step=step: load_step(step)) for step in steps]  # type: ignore[misc]
+        name = Path(args.model).name if Path(args.model).is_dir() else args.model
+        return [Candidate(name, 0, files_identity(source.folder), load_source)]
+    folder = args.run / "checkpoints"
+    return [Candidate(f"step {s}", s, params_identity(folder, s), partial(load_step, s)) for s in steps]
 
 
 def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None:
@@ -383,7 +406,7 @@ def _evaluate(
         path = folder / f"{work.name}.jsonl"
         began = time.monotonic()
         with progress.phase(f"{candidate.label} {work.name}", len(work.prompts.lengths)) as bar:
-            tokens = run_benchmark(work, weights, path, bar, stop)
+            tokens = run_benchmark(work, weights, candidate.identity, path, bar, stop, progress.say)
         seconds = time.monotonic() - began
         rate = f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens else f"was in {path}"
         progress.say(f"{candidate.label} {work.name}: {rate}")
@@ -395,9 +418,9 @@ def _evaluate(
 def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[str, int]) -> None:
     results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
     write_json(out / "results.json", results)
-    partial = out / "table.md.partial"
-    partial.write_text(tables.markdown(rows, FIVE), encoding="utf-8")
-    partial.rename(out / "table.md")
+    unfinished = out / "table.md.partial"
+    unfinished.write_text(tables.markdown(rows, FIVE), encoding="utf-8")
+    unfinished.rename(out / "table.md")
     tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
 
 

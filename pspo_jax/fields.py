@@ -1,8 +1,40 @@
-"""What fields of the configuration are made of: ranges, and the error that names a field."""
+"""What fields of the configuration are made of: types, ranges, and the error that names a field.
+
+A value takes one way into a field, whether it is typed on the command line, read from YAML or given to `replace`:
+`convert` for a value of Python's, `parse` for text. Both refuse in the same words.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import json
+import math
+import os
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
+
+LARGEST = 2**31 - 1
+"""Largest magnitude of a whole number that has no range of its own: steps and sizes are int32 on devices."""
+JSON_FIELDS = ("task.mixture", "task.options")
+"""Text fields that hold JSON, for which Python's own lists and objects may stand too."""
+LIST_FIELDS = (
+    "lora.targets",
+    "task.numbers",
+    "task.dataset",
+    "selection.pool_weights",
+    "reward.cosine_right",
+    "reward.cosine_wrong",
+    "objective.vespo_positive",
+    "objective.vespo_negative",
+)
+"""Text fields that hold a list with commas, for which a list may stand too."""
+SHARE_FIELDS = ("selection.quotas", "reward.terms")
+"""Text fields that hold name=number pairs with commas, for which an object may stand too."""
+_NOTHING = ("None", "null")
+_TRUTH = {"true": True, "false": False}
 
 
 class ConfigError(ValueError):
@@ -11,11 +43,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """Inclusive bounds of a number; `above` is an exclusive lower bound."""
+    """Bounds of a number: `low` and `high` are inclusive, `above` and `below` are not."""
 
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    below: float | None = None
 
     def complaint(self, value: float) -> str | None:
         if self.low is not None and value < self.low:
@@ -24,4 +57,146 @@ class Range:
             return f"must be greater than {self.above}"
         if self.high is not None and value > self.high:
             return f"must be at most {self.high}"
+        if self.below is not None and value >= self.below:
+            return f"must be less than {self.below}"
         return None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A field's type, taken apart."""
+
+    base: type
+    """bool, int, float or str."""
+    optional: bool
+    choices: tuple[str, ...]
+    """The words that a text may be; () = any."""
+    ranges: tuple[Range, ...]
+
+
+def kinds(section: Any) -> dict[str, Kind]:
+    """Field name -> type, for a stage of the configuration."""
+    stage: Any = type(section)
+    return _kinds(stage)
+
+
+@functools.cache
+def _kinds(stage: Any) -> dict[str, Kind]:
+    return {name: _kind(hint) for name, hint in typing.get_type_hints(stage, include_extras=True).items()}
+
+
+def _kind(hint: Any) -> Kind:
+    ranges = tuple(m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range))
+    bare = hint.__origin__ if hasattr(hint, "__metadata__") else hint
+    is_union = typing.get_origin(bare) is not Literal and bool(typing.get_args(bare))
+    options = typing.get_args(bare) if is_union else (bare,)
+    (base,) = (option for option in options if option is not type(None))
+    choices = typing.get_args(base) if typing.get_origin(base) is Literal else ()
+    return Kind(str if choices else base, type(None) in options, choices, ranges)
+
+
+def convert(path: str, kind: Kind, value: Any) -> Any:
+    """A value of Python's (or NumPy's scalar, or a path) as the field holds it.
+
+    Raises:
+      ConfigError: it has another type than the field, or is not finite.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None:
+        if kind.optional:
+            return None
+        raise ConfigError(f"{path}=None: must have a value: {_wanted(kind)}")
+    if kind.base is str:
+        return _text(path, kind, value)
+    if kind.base is bool:
+        if isinstance(value, bool):
+            return value
+        raise ConfigError(f"{path}={value!r}: must be true or false")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{path}={value!r}: must be {_wanted(kind)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value}: must be a finite number")
+    if kind.base is int:
+        if not isinstance(value, int):
+            raise ConfigError(f"{path}={value}: must be a whole number")
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(f"{path}={str(value)[:20]}...: is too large for a number") from error
+
+
+def parse(path: str, kind: Kind, text: str) -> Any:
+    """Text, as it is typed on the command line, as the field holds it."""
+    if kind.optional and text in _NOTHING:
+        return None
+    if kind.base is str:
+        return convert(path, kind, text)
+    if kind.base is bool:
+        if text.lower() in _TRUTH:
+            return _TRUTH[text.lower()]
+        raise ConfigError(f"{path}={text!r}: must be true or false")
+    try:
+        value = kind.base(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}={text!r}: must be {_wanted(kind)}") from error
+    return convert(path, kind, value)
+
+
+def from_yaml(path: str, kind: Kind, value: Any) -> Any:
+    """A value that YAML has read; it takes 1e-3 for text, and only 1.0e-3 for a number."""
+    if kind.base is float and isinstance(value, str):
+        return parse(path, kind, value)
+    return convert(path, kind, value)
+
+
+def check_range(path: str, kind: Kind, value: Any) -> None:
+    """Raise ConfigError for a converted value out of its field's range."""
+    if value is None or kind.base not in (int, float):
+        return
+    if kind.base is int and abs(value) > LARGEST:
+        raise ConfigError(f"{path}={value}: must be at most {LARGEST}")
+    for bound in kind.ranges:
+        if complaint := bound.complaint(value):
+            raise ConfigError(f"{path}={value}: {complaint}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean X?", or nothing where no name is near."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _text(path: str, kind: Kind, value: Any) -> str:
+    if not isinstance(value, str):
+        value = _written(path, value)
+    if not value.isprintable() and any(ch == "\x00" or "\ud800" <= ch <= "\udfff" for ch in value):
+        raise ConfigError(f"{path}={value!r}: holds bytes that are no text; write it in UTF-8")
+    if kind.choices and value not in kind.choices:
+        close = nearest(value, kind.choices)
+        raise ConfigError(f"{path}={value!r}: choose one of {', '.join(kind.choices)}{close}")
+    return value
+
+
+def _written(path: str, value: Any) -> str:
+    """Lists and objects as the text that the field would hold."""
+    try:
+        if path in JSON_FIELDS and isinstance(value, list | tuple | dict):
+            return json.dumps(value)
+        if path in SHARE_FIELDS and isinstance(value, dict):
+            return ", ".join(f"{name}={number}" for name, number in value.items())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}={str(value)[:80]}: cannot be written as JSON ({error})") from error
+    items = value if isinstance(value, list | tuple) else [value]
+    plain = all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items)
+    if plain and (path in LIST_FIELDS or (path in SHARE_FIELDS and items is value)):
+        return ",".join(map(str, items))
+    raise ConfigError(f"{path}={str(value)[:80]}: must be text; put it in quotes")
+
+
+def _wanted(kind: Kind) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return f"one of {', '.join(kind.choices)}" if kind.choices else names[kind.base]

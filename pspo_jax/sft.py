@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.demonstrations import demonstration_task, read_text
 from pspo_jax.export import write_model
 from pspo_jax.io.hf_folder import write_folder
+from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import open_folder
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.parallel import hosts
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import FirstParams, Setup, architecture_for, configure_runtime, first_params, prepare, verifiers
 from pspo_jax.tasks import TextTokenizer
 from pspo_jax.tasks.base import json_lines
@@ -46,18 +49,24 @@ def main(argv: Sequence[str]) -> int:
         print(cli.to_yaml(config), end="")
         return 0
     folder = open_folder(config.run.dir)
-    with verifiers(config, folder / "workers.log") as pool:
+    with ExitStack() as held, stop_requests() as asked:
+        progress = Progress(config.log.progress)
+        # As in training: where only a cluster knows who leads, the lock waits until all have joined.
+        early = hosts.leads_before_joining(config)
+        if early:
+            held.enter_context(locked(folder, progress.say))
+        pool = held.enter_context(verifiers(config, folder / "workers.log"))
         hosts.initialize(config)
-        progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
-        with hosts.failing_together(), stop_requests() as asked:
+        with hosts.failing_together():
+            if early is None and hosts.leads():
+                held.enter_context(locked(folder, progress.say))
             configure_runtime(config)
+            config = with_date(config, folder / "config.yaml")
+            progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
             setup = _prepare(config, pool, progress)
             with jax.set_mesh(setup.mesh):
                 first = first_params(setup, folder, progress, lambda: hosts.any_says(asked()))
-                if first.params is None:
-                    progress.say("stopped before the end; the same command begins again")
-                    return 0
-                return _finish(setup, first, folder, progress)
+                return 0 if first.params is None else _finish(setup, first, folder, progress)
 
 
 def read_config(argv: Sequence[str]) -> Config:

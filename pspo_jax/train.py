@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from pspo_jax import cli, plan
 from pspo_jax.loop import train
 
+DESCRIPTION = """RL post-training with verifiable rewards, in JAX.
+
+--plan [TARGET]: print the memory that the run would need on each device of TARGET, such as v5e-8, h100x8 or h200, and
+run nothing; without TARGET, on this machine."""
+
 
 def main(argv: Sequence[str]) -> int:
     argv, target = plan.take_target(argv)
-    config = cli.parse(argv, "python -m pspo_jax.train", "RL post-training with verifiable rewards, in JAX.")
+    config = cli.parse(argv, "python -m pspo_jax.train", DESCRIPTION)
     if config.run.print_config:
         print(cli.to_yaml(config), end="")
         return 0

@@ -9,8 +9,9 @@ import pytest
 from pspo_jax import cli
 from pspo_jax.algorithms import PRESETS, build, needs_movement, resolve
 from pspo_jax.config import Config, ConfigError, flatten, replace
+from pspo_jax.credit import CREDITS
+from pspo_jax.ownership import BELIEFS, OWNERS
 from pspo_jax.selection import SCORERS
-from pspo_jax.strategies import AlgorithmName, CreditName, SelectorName
 from pspo_jax.validation import validate
 
 SECTIONS = ("selection", "credit", "forgetting")
@@ -26,7 +27,7 @@ def flags(values):
 
 SELECTOR, QUOTAS, POOLS = "selection.name", "selection.quotas", "selection.pool_weights"
 RULE_QUOTAS, RULE_POOLS = "share in (0, 1], each task once, such as", "must be three numbers from 0"
-WEIGHTED = "drop it, or choose one of pps, spo, difficulty_pools, curriculum"
+WEIGHTED = "drop it, or set selection.name to pps, spo, difficulty_pools or curriculum"
 
 
 @pytest.mark.parametrize(
@@ -34,10 +35,14 @@ WEIGHTED = "drop it, or choose one of pps, spo, difficulty_pools, curriculum"
     [
         ({"selection.cooldown": -1}, "selection.cooldown=-1:", "must be at least 0"),
         ({"selection.exploration": 0.01}, "selection.exploration=0.01:", "at least 0.03125"),
-        ({"replay.name": "ring"}, "invalid choice 'ring' for argument '--replay.name'.", "filter"),
+        ({"replay.name": "ring"}, "replay.name='ring': choose one of", "filter"),
         ({"replay.max_share": 0}, "replay.max_share=0.0:", "must be greater than 0"),
         ({"replay.min_age": 4}, "replay.min_age=4:", "at most replay.max_age=3"),
-        ({"rollout.oversampling": 2}, "rollout.oversampling=2:", "raise rollout.max_rounds"),
+        (
+            {"rollout.oversampling": 2},
+            "rollout.oversampling=2:",
+            "rollout.max_rounds=1 does not read it; drop it, or raise rollout.max_rounds",
+        ),
         ({"rollout.oversampling": 0.01, "rollout.max_rounds": 2}, "rollout.oversampling=0.01:", "has 0 prompts"),
         (
             {"rollout.oversampling": 16, "algorithm.name": "dapo", "rollout.prompts": 64},
@@ -49,11 +54,15 @@ WEIGHTED = "drop it, or choose one of pps, spo, difficulty_pools, curriculum"
             "rollout.oversampling=1.125:",
             "rollout.chunks=8 must divide",
         ),
-        ({"objective.loss": "ppo"}, "invalid choice 'ppo' for argument '--objective.loss'.", "cispo"),
+        ({"objective.loss": "ppo"}, "objective.loss='ppo': choose one of", "cispo"),
         ({"objective.delta": 1.2}, "objective.delta=1.2:", "1 + objective.clip_high = 1.28"),
         ({"objective.dual_clip": 1}, "objective.dual_clip=1:", "0 = off"),
-        ({"objective.dual_clip": 3, "objective.loss": "cispo"}, "objective.dual_clip=3:", "choose clip"),
-        ({"objective.delta": 3, "objective.loss": "sapo"}, "objective.delta=3:", "choose clip"),
+        (
+            {"objective.dual_clip": 3, "objective.loss": "cispo"},
+            "objective.dual_clip=3:",
+            "set objective.surrogate to clip",
+        ),
+        ({"objective.delta": 3, "objective.loss": "sapo"}, "objective.delta=3:", "set objective.surrogate to clip"),
         ({"objective.vespo_positive": "2"}, "objective.vespo_positive='2':", "such as 2,3"),
         ({"objective.vespo_negative": "2,0"}, "objective.vespo_negative='2,0':", "lambda greater than 0"),
         ({"objective.top_entropy": 0}, "objective.top_entropy=0.0:", "must be greater than 0"),
@@ -100,9 +109,9 @@ WEIGHTED = "drop it, or choose one of pps, spo, difficulty_pools, curriculum"
             "selection.difficulty_column=level: selection.name=greso",
             "curriculum",
         ),
-        ({SELECTOR: "best"}, "invalid choice 'best' for argument '--selection.name'.", "mopps"),
-        ({"credit.name": "best"}, "invalid choice 'best' for argument '--credit.name'.", "tracked_baseline"),
-        ({"algorithm.name": "best"}, "invalid choice 'best' for argument '--algorithm.name'.", "posterior_mixed"),
+        ({SELECTOR: "best"}, "selection.name='best': choose one of", "mopps"),
+        ({"credit.name": "best"}, "credit.name='best': choose one of", "tracked_baseline"),
+        ({"algorithm.name": "best"}, "algorithm.name='best': choose one of", "posterior_mixed"),
     ],
     ids=lambda case: " ".join(flags(case)) if isinstance(case, dict) else "",
 )
@@ -153,9 +162,8 @@ def test_options_of_selectors_that_draw_by_weight_are_taken(name):
 
 
 def test_every_name_has_its_preset_and_its_selector():
-    assert set(PRESETS) == set(typing.get_args(AlgorithmName))
-    assert set(SCORERS) == set(typing.get_args(SelectorName))
-    assert {preset["credit.name"] for preset in PRESETS.values()} == set(typing.get_args(CreditName))
+    assert {preset["selection.name"] for preset in PRESETS.values()} == set(SCORERS)
+    assert {preset["credit.name"] for preset in PRESETS.values()} == set(CREDITS)
 
 
 FILLED = (
@@ -194,11 +202,13 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_preset_fills_every_field_that_is_left_open(name):
+def test_a_preset_fills_every_field_that_is_left_open_and_read(name):
     config = resolve(replace(Config(), {"algorithm.name": name}))
     values = flatten(config)
-    assert [field for field in FILLED if values[field] is None] == []
-    assert {field: values[field] for field in PRESETS[name]} == PRESETS[name]
+    unread = {field for field in FILLED if not all(condition.holds(config) for condition in OWNERS[field])}
+    assert {field for field in FILLED if values[field] is None} == unread
+    preset = PRESETS[name].items() - {(field, PRESETS[name].get(field)) for field in unread}
+    assert {(field, values[field]) for field, _ in preset} == preset
     assert resolve(config) == config
     validate(config)
 
@@ -209,7 +219,7 @@ def test_a_users_value_wins_over_the_preset(name):
     for field, value in OWN.items():
         values = flatten(resolve(replace(Config(), {"algorithm.name": name, field: value})))
         assert values[field] == value
-        if field != "selection.name":
+        if field not in ("selection.name", "credit.name", "objective.surrogate"):
             assert {f: v for f, v in values.items() if v != base[f]}.keys() <= {field}
 
 
@@ -220,11 +230,13 @@ def test_zero_is_a_users_value_too():
     assert config.selection.cooldown == 0
 
 
-DEFAULTS = {name: (0, 0.0, 0.1, "fixed") for name in SCORERS} | {
-    "pps": (0, 0.4, 0.1, "fixed"),
-    "prioritized_replay": (5, 0.0, 0.1, "fixed"),
-    "posterior_mixed": (5, 0.0, 0.1, "fixed"),
-    "spo": (0, 0.0, 0.05, "movement"),
+DEFAULTS = {name: (0, None, None) for name in SCORERS} | {
+    "pps": (0, 0.4, 0.1),
+    "prioritized_replay": (5, None, None),
+    "posterior_mixed": (5, None, None),
+    "spo": (0, 0.0, 0.05),
+    "difficulty_pools": (0, 0.0, None),
+    "curriculum": (0, 0.0, None),
 }
 
 
@@ -233,8 +245,10 @@ DEFAULTS = {name: (0, 0.0, 0.1, "fixed") for name in SCORERS} | {
 def test_defaults_of_a_selector_follow_its_name_whatever_the_algorithm(selector, algorithm):
     config = resolve(replace(Config(), {"algorithm.name": algorithm, "selection.name": selector}))
     s = config.selection
-    assert (s.cooldown, s.correction, s.floor, config.forgetting.mode) == DEFAULTS[selector]
+    assert (s.cooldown, s.correction, s.floor) == DEFAULTS[selector]
     assert config.credit.name == PRESETS[algorithm]["credit.name"]
+    believes = selector in BELIEFS or config.credit.name == "tracked_baseline"
+    assert config.forgetting.mode == (None if not believes else "movement" if selector == "spo" else "fixed")
 
 
 def test_defaults_of_a_selector_reach_the_command_line():

@@ -32,8 +32,11 @@ SCORERS: dict[str, Callable[[SelectionConfig, ForgettingConfig, Sizes], Scorer]]
     "curriculum": curriculum,
 }
 
-WEIGHTED = ("pps", "spo", "difficulty_pools", "curriculum")
-"""Those that draw in proportion to weights."""
+
+def draws_by_weight(config: SelectionConfig) -> bool:
+    """Whether the selector that `config.name` names draws in proportion to weights."""
+    assert config.name is not None
+    return SCORERS[config.name](config, ForgettingConfig(mode="fixed"), Sizes(1, 2, 1, 0)).mode == "draw"
 
 
 def make(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Selector:
@@ -62,7 +65,6 @@ def selector(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes
 
 __all__ = [
     "SCORERS",
-    "WEIGHTED",
     "Columns",
     "Look",
     "News",
@@ -71,6 +73,7 @@ __all__ = [
     "Selector",
     "SelectorState",
     "Sizes",
+    "draws_by_weight",
     "longest_first",
     "make",
     "selector",
