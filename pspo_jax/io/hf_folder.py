@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +46,9 @@ def write_folder(out: Path, fill: Callable[[Path], Any], replace: bool = False) 
     """
     if out.is_symlink() or (out.exists() and not replace):
         raise ConfigError(f"--out {out}: exists already; name a new folder")
-    partial = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = out.with_name(out.name + ".partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
         partial.mkdir(parents=True)
         fill(partial)
         if replace:
