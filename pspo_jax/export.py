@@ -133,6 +133,8 @@ def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", p
 def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
     """Steps of a run's checkpoints that a flag's value means."""
     steps = saved_steps(run / "checkpoints")
+    if not steps and (run / "model").is_dir():
+        raise ConfigError(f"--run {run}: holds one finished model and no checkpoints; name the model, {run / 'model'}")
     if not steps:
         raise ConfigError(f"--run {run}: has no checkpoints yet; wait for the first one (checkpoint.every)")
     if wanted == "all":

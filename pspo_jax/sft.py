@@ -25,6 +25,7 @@ from pspo_jax import cli
 from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.demonstrations import demonstration_task, read_text
 from pspo_jax.export import write_model
+from pspo_jax.io import history
 from pspo_jax.io.hf_folder import write_folder
 from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
@@ -137,7 +138,7 @@ def _finish(setup: Setup, first: FirstParams, folder: Path, progress: Progress) 
         return 0
     params = hosts.whole(first.params)
     if hosts.leads():
-        (folder / "config.yaml").write_text(cli.to_yaml(c), encoding="utf-8")
+        history.write_config(folder, c)
         out = folder / "model"
         write_folder(out, lambda place: write_model(place, c, params), replace=True)
         progress.say(f"{out} is the model in Hugging Face's format: train it with --policy.source {out}, or {same}")
