@@ -24,6 +24,7 @@ from pspo_jax.algorithms import CHOICES, resolve
 from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, check_name, with_given
 from pspo_jax.io.storage import StorageError
+from pspo_jax.io.terminal import terminal
 from pspo_jax.validation import validate
 
 _ALLOW_CHANGE = "--allow-data-change"
@@ -66,16 +67,14 @@ def run(main: Any, prog: str) -> None:
     shown = sys.excepthook
     sys.excepthook = lambda *error: None if _is_late_callback(*error) else shown(*error)
     try:
-        sys.exit(main(sys.argv[1:]))
+        with terminal(prog):
+            sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except StorageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what was saved before is whole, and the same command carries on", file=sys.stderr)
-        sys.exit(130)
 
 
 def _is_late_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,12 @@ from jaxtyping import Array, Float
 
 from pspo_jax import __version__
 from pspo_jax.config import Config, ConfigError, flatten
+from pspo_jax.demonstrations import read_examples, read_text
 from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.optimizer import adamw, in_float32
 from pspo_jax.policy.base import Policy, join
-from pspo_jax.tasks.base import Demonstrations, Task, json_lines, pad_rows
+from pspo_jax.tasks.base import Demonstrations, Task, pad_rows
 
 _MAX_STEPS_A_CALL = 60
 
@@ -57,35 +57,27 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
     """Tokenised examples of a JSONL file; EOS is added to completions that lack it."""
     prompts, completions = [], []
     width = task.train.tokens.shape[1]
-    for number, line in enumerate(json_lines(_read(path).decode()), 1):
-        try:
-            record = json.loads(line)
-            prompt, completion = record["prompt"], record["completion"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f'sft.data={path} line {number}: needs {{"prompt": ..., "completion": ...}}, got {line[:60]!r}'
-            ) from error
-        prompts.append(task.encode_prompt(prompt))
-        ids = task.tokenizer.encode(completion)
-        completions.append(ids if ids and ids[-1] in task.stop_ids else [*ids, task.tokenizer.eos_token_id])
-        pairs = (("prompt", prompts[-1], width), ("completion", completions[-1], max_completion))
-        for name, tokens, limit in pairs:
+    examples = read_examples(path, task.tokenizer, task.encode_prompt, task.stop_ids)
+    for number, example in enumerate(examples, 1):
+        prompts.append(example[0])
+        completions.append(example[1])
+        pairs = (
+            ("prompt", prompts[-1], width, "the longest prompt of the task and prompt.max_tokens"),
+            ("completion", completions[-1], max_completion, "rollout.max_new_tokens"),
+        )
+        for name, tokens, limit, field in pairs:
             if not 0 < len(tokens) <= limit:
-                raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit} ({field})"
+                )
             if max(tokens) >= task.vocab_size:
                 raise ConfigError(
                     f"sft.data={path} line {number}: {name} has the token {max(tokens)}, and the embedding only "
                     f"{task.vocab_size:,} rows; remove the line"
                 )
     pad = task.tokenizer.pad_token_id
-    return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"sft.data={path}: {error.strerror}; name a JSONL file that can be read") from error
+    longest = max(map(len, completions))
+    return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
 
 
 def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
@@ -182,5 +174,7 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
     fields["heldout"] = task.heldout.fingerprint()
     fields["source"] = source
     if config.sft.data is not None:
-        fields["sft.data"] = hashlib.sha256(_read(Path(config.sft.data))).hexdigest()
+        # The file's rows are all that is learnt: the task has no part in it.
+        fields = {k: v for k, v in fields.items() if not k.startswith("task.") and k not in ("heldout", "train")}
+        fields["sft.data"] = hashlib.sha256(read_text(Path(config.sft.data)).encode()).hexdigest()
     return fields

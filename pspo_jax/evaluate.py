@@ -1,10 +1,12 @@
 """Entry point: benchmark tables over the checkpoints of a run, or of a Hugging Face checkpoint.
 
-    python -m pspo_jax.evaluate --run RUN [--steps all] [--benchmarks math500,aime24 --data math500=FILE ...]
+    python -m pspo_jax.evaluate --run RUN [--steps all]
+    python -m pspo_jax.evaluate --run RUN --benchmarks math500,mine --data mine=FILE [--task.answer_column NAME]
     python -m pspo_jax.evaluate --model FOLDER_OR_HUB_ID --out DIR
 
 It writes one JSONL file per checkpoint and benchmark, results.json, table.md and curve.png. Killed, the same command
-carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow.
+carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. The devices that are there are
+used, whatever the run was trained on, and started as several processes, as training is, they share the work.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,16 +26,17 @@ import jax
 from pspo_jax import cli
 from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.evaluation import tables
-from pspo_jax.evaluation.benchmarks import FIVE, NAMES, benchmark_source
+from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, NAMES, benchmark_source
 from pspo_jax.evaluation.runner import StoppedError, Work, read_summary, run_benchmark
-from pspo_jax.export import choose_steps
+from pspo_jax.export import choose_steps, read_config
 from pspo_jax.io.checkpoint import params_identity, read_params
 from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.parallel.mesh import make_mesh, params_shardings
-from pspo_jax.policy import transformer
+from pspo_jax.parallel import hosts
+from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
+from pspo_jax.policy import Architecture, transformer
 from pspo_jax.policy.architecture import beyond_context
 from pspo_jax.policy.base import join
 from pspo_jax.policy.pretrained import Source, load_params
@@ -40,7 +45,7 @@ from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
 from pspo_jax.run_date import with_date
-from pspo_jax.setup import architecture_for, configure_runtime, verifiers
+from pspo_jax.setup import architecture_for, configure_runtime, device_bytes, verifiers
 from pspo_jax.tasks import CharTokenizer, make_task
 from pspo_jax.tasks.text import benchmark_prompts, why
 
@@ -60,21 +65,29 @@ class Candidate(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     args, overrides = _arguments(argv)
-    config = _config(args, overrides)
-    names = _benchmarks(args, config)
-    data = _data(args.data)
+    data = _data(args)
+    config = _config(args, overrides, data)
+    names = _benchmarks(args, config, data)
     steps = _steps(args)
     out: Path = args.out or args.run / "evaluation"
-    if args.model:
-        config = with_date(config, out / "settings.json", joined=False)
-    _check_settings(out, config, args)
-    progress = Progress(True)
-    try:
-        with stop_requests() as stop:
-            return _run(args, config, names, data, steps, out, progress, stop)
-    except (StoppedError, KeyboardInterrupt):
-        progress.say(f"interrupted; what is done is in {out}, and the same command carries on")
-        return 130
+    with verifiers(config) as pool:
+        hosts.initialize(config)
+        progress = Progress(hosts.leads(), quiet=not hosts.leads())
+        interrupted = f"interrupted; what is done is in {out}, and the same command carries on"
+        try:
+            with stop_requests() as stop, hosts.failing_together():
+                if args.model:
+                    config = with_date(config, out / "settings.json")
+                if hosts.leads():
+                    _check_settings(out, config, args)
+                try:
+                    return _run(args, config, names, data, steps, out, progress, stop, pool)
+                except StoppedError:  # on all processes at once
+                    progress.say(interrupted)
+                    return 130
+        except KeyboardInterrupt:
+            progress.say(interrupted)
+            return 130
 
 
 def _run(
@@ -86,35 +99,49 @@ def _run(
     out: Path,
     progress: Progress,
     stop: Callable[[], bool],
+    pool: Pool | None,
 ) -> int:
-    with verifiers(config) as pool:
-        configure_runtime(config)
-        source, tokenizer, architecture = architecture_for(config)
-        mesh = make_mesh(config, architecture)
-        with jax.set_mesh(mesh):
-            policy = transformer(architecture)
-            longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
-            chunk = tokens_per_test(platform, longest)
-            sample = make_sampler(policy, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
-            works = [
-                _work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names
-            ]
-            if not isinstance(tokenizer, CharTokenizer):
-                progress.say(tokenizer.stop_line())
-            for work in works:
-                sizes = int(work.prompts.lengths.max()), longest
-                if line := beyond_context(architecture, *sizes):
-                    progress.say(f"{work.name}: {line}")
-                if work.prompts.left_out:
-                    progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
-            candidates = _candidates(args, steps, source, architecture, policy, mesh)
-            rows: dict[str, dict[str, tables.Summary]] = {}
-            for candidate in candidates:
-                rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
+    configure_runtime(config)
+    source, tokenizer, architecture = architecture_for(config)
+    config = _on_devices(config, architecture, len(jax.devices()))
+    mesh = make_mesh(config, architecture)
+    with jax.set_mesh(mesh):
+        policy = transformer(architecture)
+        longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
+        chunk = tokens_per_test(platform, longest)
+        sample = make_sampler(policy, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
+        works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names]
+        if not isinstance(tokenizer, CharTokenizer):
+            progress.say(tokenizer.stop_line())
+        for work in works:
+            if line := beyond_context(architecture, int(work.prompts.lengths.max()), longest):
+                progress.say(f"{work.name}: {line}")
+            if work.prompts.left_out:
+                progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
+        candidates = _candidates(args, steps, source, architecture, policy, mesh)
+        rows: dict[str, dict[str, tables.Summary]] = {}
+        for candidate in candidates:
+            rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
+            if hosts.leads():
                 _write(out, rows, {c.label: c.step for c in candidates})
-    progress.say((out / "table.md").read_text())
-    progress.say(f"written to {out}")
+    if hosts.leads():
+        progress.say((out / "table.md").read_text(encoding="utf-8"))
+        progress.say(f"written to {out}")
     return 0
+
+
+def _on_devices(config: Config, architecture: Architecture, devices: int) -> Config:
+    """`config` with weights split as far as these devices' memory needs, and a batch that they divide.
+
+    The last batch is filled up anyway, and a completion does not depend on its batch.
+    """
+    m = config.mesh
+    weights = jax.eval_shape(transformer(dataclasses.replace(architecture, lora=None)).init, jax.random.key(0))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    fsdp = m.fsdp or smallest_fsdp(held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.width)
+    shards = (devices // m.tensor) if m.data == -1 else m.data * fsdp * m.context
+    batch = -(-config.rollout.prompts // max(shards, 1)) * max(shards, 1)
+    return replace(config, {"mesh.fsdp": fsdp, "rollout.prompts": batch})
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -126,14 +153,28 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--run", metavar="RUN", type=Path, help="run folder, as run.dir in training")
     what.add_argument("--model", metavar="SOURCE", help="folder in Hugging Face's format, or hub id")
     parser.add_argument("--steps", default="all", help="of a run: all (default), latest, best, or some: 50,100")
-    parser.add_argument("--benchmarks", help=f"some of {','.join(NAMES)}; default: {','.join(FIVE)}")
-    parser.add_argument("--data", metavar="NAME=DATA", action="append", default=[], help="a benchmark's file or hub id")
+    parser.add_argument(
+        "--benchmarks",
+        help=(
+            f"some of {','.join(NAMES)}, or of --data; default: those of --data, else {HELDOUT} for a run (its own "
+            f"held-out prompts) and {','.join(FIVE)} for a model"
+        ),
+    )
+    parser.add_argument(
+        "--data",
+        metavar="NAME=DATA",
+        action="append",
+        default=[],
+        help="a benchmark's file or hub id; a name of your own must stand in --benchmarks too",
+    )
     parser.add_argument("--samples", type=int, default=1, help="completions a problem, n (default 1)")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 = greedy (default 0.6)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--max-new-tokens", type=int, help="default: the run's; 4096 for a model. Papers take 32768")
     parser.add_argument("--limit", type=int, default=0, help="only the first problems of each benchmark; 0 = all")
-    parser.add_argument("--batch", type=int, default=8, help="problems sampled at a time (default 8)")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="problems sampled at a time (default 8), rounded up for the devices"
+    )
     parser.add_argument("--k", default="1", help="k of pass@k and maj@k, such as 1,8 (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: RUN/evaluation")
@@ -160,24 +201,25 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
-def _config(args: argparse.Namespace, overrides: list[str]) -> Config:
+def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]) -> Config:
     """The run's config, or one for a model, with what this evaluation changes."""
-    prog = "python -m pspo_jax.evaluate"
     if args.run is not None:
-        path = args.run / "config.yaml"
-        if not path.exists():
-            raise ConfigError(f"--run {args.run}: holds no config.yaml; name the run.dir of a training run")
-        config = cli.parse(["--config", str(path), *overrides], prog, "")
+        config = read_config(args.run, overrides, prog="evaluate")
         longest = args.max_new_tokens or config.rollout.max_new_tokens
     else:
-        # A task of text that needs no data; the benchmarks bring their own.
-        config = cli.parse(["--task.name=countdown", f"--policy.source={args.model}", *overrides], prog, "")
+        # The task reads a set of one's own, if there is one, and is else one that needs no data.
+        own = next((where for name, where in data.items() if name not in NAMES), None)
+        task = ["--task.name=countdown"] if own is None else ["--task.name=math", f"--task.train_data={own}"]
+        config = cli.parse([*task, f"--policy.source={args.model}", *overrides], "python -m pspo_jax.evaluate", "")
         longest = args.max_new_tokens or 4096
     return replace(
         config,
         {
             "rollout.prompts": args.batch,
             "rollout.chunks": 1,
+            "rollout.slots": None,
+            "rollout.max_rounds": 1,
+            "rollout.oversampling": 1.0,
             "rollout.group_size": args.samples,
             "rollout.max_new_tokens": longest,
             "rollout.temperature": args.temperature or 1.0,
@@ -185,23 +227,30 @@ def _config(args: argparse.Namespace, overrides: list[str]) -> Config:
             "rollout.top_k": 0,
             "objective.minibatches": 1,
             "sft.steps": 0,
-            "prompt.max_tokens": max(config.prompt.max_tokens, LONGEST_PROMPT),
             "reward.terms": "accuracy",
             "reward.require_end": False,  # as lighteval: what was written counts
         },
     )
 
 
-def _benchmarks(args: argparse.Namespace, config: Config) -> list[str]:
+def _benchmarks(args: argparse.Namespace, config: Config, data: dict[str, str]) -> list[str]:
     if embedded(config):
         wanted = args.benchmarks or config.task.name
-        if wanted != config.task.name:
+        if wanted not in (config.task.name, HELDOUT):
             raise ConfigError(f"--benchmarks {wanted}: this policy speaks the alphabet of {config.task.name} alone")
-        return [wanted]
-    names = list(dict.fromkeys((args.benchmarks or ",".join(FIVE)).split(",")))
+        return [config.task.name]
+    usual = list(data) or ([HELDOUT] if args.run is not None else list(FIVE))
+    names = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else usual
+    known = [*(n for n in NAMES if n != "arithmetic"), *([HELDOUT] if args.run is not None else []), *data]
     for name in names:
-        if name not in NAMES or name == "arithmetic":
-            raise ConfigError(f"--benchmarks {name}: choose among {', '.join(n for n in NAMES if n != 'arithmetic')}")
+        if name not in known:
+            raise ConfigError(
+                f"--benchmarks {name}: choose among {', '.join(dict.fromkeys(known))}, or give --data {name}=FILE"
+            )
+    if unused := [name for name in data if name not in names]:
+        raise ConfigError(
+            f"--data {unused[0]}={data[unused[0]]}: --benchmarks does not name it; add it there, or drop it"
+        )
     return names
 
 
@@ -213,12 +262,19 @@ def _steps(args: argparse.Namespace) -> list[int]:
     return sorted({step for item in wanted for step in choose_steps(args.run, item, "--steps")})
 
 
-def _data(items: list[str]) -> dict[str, str]:
+def _data(args: argparse.Namespace) -> dict[str, str]:
+    """Benchmark -> its data. A name of one's own must be one of --benchmarks, so that a misspelt one is found out."""
+    wanted = (args.benchmarks or "").split(",")
     out = {}
-    for item in items:
+    for item in args.data:
         name, equals, where = item.partition("=")
-        if not equals or not where or name not in NAMES:
-            raise ConfigError(f"--data {item}: must be NAME=FILE, the name one of {', '.join(NAMES)}")
+        own = name in wanted and re.fullmatch(r"[\w.-]+", name) and name != HELDOUT
+        if not equals or not where or not (name in NAMES or own):
+            raise ConfigError(
+                f"--data {item}: must be NAME=FILE, the name one of {', '.join(NAMES)}, or one that --benchmarks names"
+            )
+        if name in out:
+            raise ConfigError(f"--data {item}: {name} has data already; give each name once")
         out[name] = where
     return out
 
@@ -240,10 +296,16 @@ def _work(
         stop_ids: tuple[int, ...] = task.stop_ids
         if args.limit:
             raise ConfigError("--limit: an embedded task has task.heldout_prompts problems; leave it out")
+    elif name == HELDOUT:
+        few = args.limit or config.task.heldout_prompts
+        # As training splits the data; how many prompts it draws does not matter here.
+        fields = {"task.heldout_prompts": min(few, config.task.heldout_prompts), "rollout.prompts": 1}
+        task = make_task(replace(config, fields), tokenizer, pool, progress.say)
+        prompts, judge, stop_ids = task.heldout, task.judge, task.stop_ids
     else:
-        prompts = benchmark_prompts(
-            benchmark_source(name, data, config), config, tokenizer, pool, args.limit, progress.say
-        )
+        whole = replace(config, {"prompt.max_tokens": max(config.prompt.max_tokens, LONGEST_PROMPT)})
+        source = benchmark_source(name, data, whole)
+        prompts = benchmark_prompts(source, whole, tokenizer, pool, args.limit, progress.say)
         judge, stop_ids = text_judge(pool, tokenizer, config), tokenizer.stop_ids
     return Work(
         name=name,
@@ -251,7 +313,7 @@ def _work(
         judge=judge,
         tokenizer=tokenizer,
         samples=args.samples,
-        batch=args.batch,
+        batch=config.rollout.prompts,
         sample=sample,
         settings=SamplingParams.of(config.rollout, stop_ids, temperature=args.temperature),
         key=jax.random.key(args.seed),
@@ -342,9 +404,14 @@ def _evaluate(
     found = {}
     for work in works:
         path = folder / f"{work.name}.jsonl"
+        began = time.monotonic()
         with progress.phase(f"{candidate.label} {work.name}", len(work.prompts.lengths)) as bar:
-            run_benchmark(work, weights, candidate.identity, path, bar, stop, progress.say)
-        found[work.name] = read_summary(path, ks)
+            tokens = run_benchmark(work, weights, candidate.identity, path, bar, stop, progress.say)
+        seconds = time.monotonic() - began
+        rate = f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens else f"was in {path}"
+        progress.say(f"{candidate.label} {work.name}: {rate}")
+        if hosts.leads():
+            found[work.name] = read_summary(path, ks)
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     config = read_config(args.run)
     if args.base is not None:
         config = replace(config, {"policy.source": args.base})
+    if _copied(args):
+        return 0
     steps = choose_steps(args.run, args.step)
     if args.push_to and len(steps) > 1:
         raise ConfigError("--push-to: one checkpoint at a time; choose a --step")
@@ -55,6 +59,23 @@ def main(argv: Sequence[str]) -> int:
     if args.push_to:
         _push(args.out, args.push_to)
     return 0
+
+
+def _copied(args: argparse.Namespace) -> bool:
+    """Whether the run is one of supervised fine-tuning alone, whose only model has been copied."""
+    model = args.run / "model"
+    if not model.is_dir() or saved_steps(args.run / "checkpoints"):
+        return False
+    for flag, value in (("--dtype", args.dtype), ("--adapter-only", args.adapter_only), ("--base", args.base)):
+        if value:
+            raise ConfigError(f"{flag}: {args.run} holds one finished model, which is copied as it is; leave it out")
+    if args.step not in ("latest", "best"):
+        raise ConfigError(f"--step {args.step}: {args.run} holds one finished model and no steps; leave it out")
+    write_folder(args.out, lambda folder: shutil.copytree(model, folder, dirs_exist_ok=True))
+    print(args.out)
+    if args.push_to:
+        _push(args.out, args.push_to)
+    return True
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,26 +94,61 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_config(run: Path) -> Config:
-    """The config of a run folder."""
+def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", prog: str = "export") -> Config:
+    """The config of a run folder, with flags that override it, for a command on whatever machine this is.
+
+    What belongs to the machine and the processes that trained is left out: the mesh, the other processes, the folder
+    of compiled programs. Overrides may set it.
+
+    Raises:
+      ConfigError: there is no such run, or its config.yaml cannot be read.
+    """
     path = run / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"--run {run}: holds no config.yaml; name the run.dir of a training run")
-    return cli.parse(["--config", str(path)], "python -m pspo_jax.export", "")
+    again = "name the run.dir of a training run"
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "holds no config.yaml" if run.is_dir() else "no such folder"
+        raise ConfigError(f"{flag} {run}: {what}; {again}") from error
+    except OSError as error:
+        raise ConfigError(f"{flag} {run}: its config.yaml cannot be read ({error.strerror}); {again}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{flag} {run}: its config.yaml is damaged ({why}); restore it, or {again}") from error
+    if not isinstance(stages, dict):
+        raise ConfigError(f"{flag} {run}: its config.yaml is damaged (no mapping of stages); restore it, or {again}")
+    for stage in ("mesh", "distributed"):
+        stages.pop(stage, None)
+    if isinstance(stages.get("run"), dict):
+        stages["run"].pop("compilation_cache", None)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "config.yaml"
+        kept.write_text(yaml.safe_dump(stages), encoding="utf-8")
+        try:
+            return cli.parse(["--config", str(kept), *overrides], f"python -m pspo_jax.{prog}", "")
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(kept), str(path))) from error
 
 
 def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
     """Steps of a run's checkpoints that a flag's value means."""
     steps = saved_steps(run / "checkpoints")
+    if not steps and (run / "model").is_dir():
+        raise ConfigError(f"--run {run}: holds one finished model and no checkpoints; name the model, {run / 'model'}")
     if not steps:
-        raise ConfigError(f"--run {run}: has no checkpoints yet")
+        raise ConfigError(f"--run {run}: has no checkpoints yet; wait for the first one (checkpoint.every)")
     if wanted == "all":
         return steps
     if wanted == "latest":
         return steps[-1:]
     if wanted == "best":
         scores = {line["step"]: line["eval/greedy"] for line in metrics_of(run) if line.get("eval/greedy") is not None}
-        return [max(steps, key=lambda s: scores.get(s, -1.0))]
+        evaluated = [step for step in steps if step in scores]
+        if not evaluated:
+            raise ConfigError(
+                f"{flag} best: none of the checkpoints {steps} has been evaluated; name a step, or latest"
+            )
+        return [max(evaluated, key=lambda step: scores[step])]
     if not wanted.isdigit() or int(wanted) not in steps:
         raise ConfigError(
             f"{flag} {wanted}: no such checkpoint; there are {', '.join(map(str, steps))}, latest, best, all"
@@ -107,42 +163,66 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:
     """`write(folder, step)` for the checkpoints of a run; what cannot be exported is refused here."""
-    source, tokenizer, architecture = architecture_for(config)
+    _, _, architecture = architecture_for(config)
     if adapter_only and architecture.lora is None:
         raise ConfigError("--adapter-only: this run trained all weights (lora.rank=0); leave it out")
+
+    def write(folder: Path, step: int) -> None:
+        params, metadata = read_params(run / "checkpoints", step)
+        write_model(folder, config, params, dtype, adapter_only, metadata.get("source"))
+        card = model_card(config, run, step, adapter_only)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    return write
+
+
+def write_model(
+    folder: Path,
+    config: Config,
+    params: Any,
+    dtype: str | None = None,
+    adapter_only: bool = False,
+    began_from: str | None = None,
+) -> None:
+    """Write trained params to a folder in Hugging Face's format, with config and tokenizer.
+
+    Args:
+      params: on the host or one device.
+      dtype: of the tensors; None = each tensor's in the source.
+      adapter_only: adapters in PEFT's layout, not merged.
+      began_from: fingerprint of the checkpoint that training began from; None = the config's is known to be it.
+    Raises:
+      ConfigError: policy.source is another checkpoint.
+    """
+    source, tokenizer, architecture = architecture_for(config)
+    if source is not None and began_from not in (None, source.fingerprint()):
+        raise ConfigError(
+            f"policy.source={source.name}: is not the checkpoint that this run began from (another config, or "
+            "other tensors); name the right one with --base"
+        )
 
     def dtype_of(name: str) -> Any:
         stored = source.tensors[name].dtype if source else architecture.param_dtype
         return numpy_dtype(dtype or stored)
 
-    def write(folder: Path, step: int) -> None:
-        params, metadata = read_params(run / "checkpoints", step)
-        if source is not None and metadata.get("source") != source.fingerprint():
-            raise ConfigError(
-                f"policy.source={source.name}: is not the checkpoint that this run began from (another config, or "
-                "other tensors); name the right one with --base"
-            )
-        if adapter_only:
-            assert source is not None
-            write_adapter(folder, architecture, params, source.name)
-        elif source is not None and architecture.lora is not None:
-            write_tensors(folder, merged_tensors(architecture, source, params, dtype_of))
-        else:
-            write_tensors(folder, whole_tensors(architecture, params, dtype_of))
-        if source is not None and not adapter_only:
-            copy_files(folder, source.folder, ("config.json", "generation_config.json"))
-            set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
-            if dtype:
-                set_dtype(folder, dtype)
-            if source.untied:  # config.json claims otherwise, and loaders that believe it would drop the head
-                set_config(folder, {"tie_word_embeddings": False})
-        elif source is None:
-            _write_built_in(folder, config, architecture, tokenizer, dtype)
-        if hasattr(tokenizer, "folder"):
-            copy_files(folder, tokenizer.folder, TOKENIZER_FILES)
-        (folder / "README.md").write_text(model_card(config, run, step, adapter_only))
-
-    return write
+    if adapter_only:
+        assert source is not None
+        write_adapter(folder, architecture, params, source.name)
+    elif source is not None and architecture.lora is not None:
+        write_tensors(folder, merged_tensors(architecture, source, params, dtype_of))
+    else:
+        write_tensors(folder, whole_tensors(architecture, params, dtype_of))
+    if source is not None and not adapter_only:
+        copy_files(folder, source.folder, ("config.json", "generation_config.json"))
+        set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
+        if dtype:
+            set_dtype(folder, dtype)
+        if source.untied:  # config.json claims otherwise, and loaders that believe it would drop the head
+            set_config(folder, {"tie_word_embeddings": False})
+    elif source is None:
+        _write_built_in(folder, config, architecture, tokenizer, dtype)
+    if hasattr(tokenizer, "folder"):
+        copy_files(folder, tokenizer.folder, TOKENIZER_FILES)
 
 
 def _stop_ids(tokenizer: Any) -> tuple[int, ...]:

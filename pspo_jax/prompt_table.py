@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax import cli
 from pspo_jax.config import ConfigError, replace
-from pspo_jax.export import choose_steps
+from pspo_jax.export import choose_steps, read_config
 from pspo_jax.io.checkpoint import read_part
 from pspo_jax.setup import Setup, prepare, verifiers
 
@@ -32,12 +31,9 @@ def write_prompts(run: Path, wanted: str = "latest") -> tuple[Path, Path]:
     Raises:
       ConfigError: no run folder, no such checkpoint, or the data is not what it was.
     """
-    path = run / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"--prompts {run}: holds no config.yaml; name the run.dir of a training run")
-    config = cli.parse(["--config", str(path)], "python -m pspo_jax.report", "")
-    # No model runs here, and the machine may lack the one that the run's kernel is for.
-    config = replace(config, {"policy.attention": "xla"})
+    config = read_config(run, flag="--prompts", prog="report")
+    # No model runs here, one device is enough, and the machine may lack the one that the run's kernel is for.
+    config = replace(config, {"policy.attention": "xla", "mesh.data": 1, "mesh.fsdp": 1})
     step = choose_steps(run, wanted)[-1]
     with verifiers(config) as pool:
         setup = prepare(config, weights=False, pool=pool)

@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from pspo_jax.cli import Parser, run
 from pspo_jax.config import ConfigError
 from pspo_jax.io.html import read_runs, render
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--step", default="latest", help="with --prompts: a step, latest (default) or best")
     args = parser.parse_args(argv)
+    # A report is made beside a training job, whose accelerators are not to be touched.
+    jax.config.update("jax_platforms", "cpu")
     if args.prompts:
         from pspo_jax.prompt_table import write_prompts
 

@@ -109,6 +109,7 @@ def prepare(
     say: Callable[[str], None] = lambda _: None,
     capacity: float | None = None,
     devices: Sequence[Any] | None = None,
+    task: Task | None = None,
 ) -> Setup:
     """Everything but arrays; raises ConfigError for what does not fit, before any weight is read.
 
@@ -118,13 +119,14 @@ def prepare(
       say: told of what takes long.
       capacity: bytes of a device, for mesh.fsdp=None; None = as the devices say.
       devices: to compile for, such as those of a TPU that is not there; None = this machine's.
+      task: None = the config's.
     """
     source, tokenizer, architecture = architecture_for(config, weights)
     architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
     devices = jax.devices() if devices is None else devices
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
-    task = make_task(config, tokenizer, pool, say)
+    task = make_task(config, tokenizer, pool, say) if task is None else task
     hosts.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
     for line in _remarks(config, source, architecture, task):
         say(line)

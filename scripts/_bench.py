@@ -352,7 +352,9 @@ def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, 
 
 def options(description: str, peers: bool = True, tunix: bool = False) -> argparse.ArgumentParser:
     """The options that the benchmarks have in common."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    from pspo_jax.arguments import OneLineParser  # a peer's interpreter, which imports this file too, may not have it
+
+    parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
     parser.add_argument("--runs", type=int, default=5, help="quiet repetitions per contender (default 5)")

@@ -30,6 +30,8 @@ import bench_tables
 from _accelerator import Job
 from _bench import Shape, Work
 
+from pspo_jax.arguments import OneLineParser
+
 QWEN = Shape(28, 1536, 8960, 12, 2, 128, 151_936)
 SMALL = Shape(2, 64, 128, 4, 2, 16, 512)
 FOLDER = Path(__file__).parent
@@ -179,7 +181,7 @@ def measure(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--h200", action="store_true", help="1.5B parameters, on a GPU")
     size.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU")

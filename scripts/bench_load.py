@@ -5,7 +5,6 @@ Prints one JSON line: parameter bytes as held, peak resident memory of the proce
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import resource
@@ -15,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from pspo_jax.arguments import OneLineParser
 from pspo_jax.config import Config, PolicyConfig
 from pspo_jax.parallel.mesh import make_mesh, params_shardings
 from pspo_jax.parallel.runtime import keep_freed_memory
@@ -23,7 +23,7 @@ from pspo_jax.policy.weights import is_weight, table, weight_axes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="type in memory")
     args = parser.parse_args()

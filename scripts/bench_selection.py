@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.algorithms import resolve
+from pspo_jax.arguments import OneLineParser
 from pspo_jax.config import Config, replace
 from pspo_jax.selection import SCORERS, Columns, Sizes, selector
 from pspo_jax.state import Outcome
@@ -187,7 +188,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--runs", type=int, default=15)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pspo_jax.arguments import OneLineParser
+
 Line = dict[str, Any]
 
 
@@ -244,7 +246,7 @@ def replaced(text: str, name: str, new: str, where: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="files of lines of JSON, the oldest first")
     parser.add_argument("--write", type=Path, help="document whose tables are replaced; without it they are printed")
     options = parser.parse_args(argv)

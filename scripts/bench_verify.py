@@ -13,6 +13,7 @@ import json
 import time
 from pathlib import Path
 
+from pspo_jax.arguments import OneLineParser
 from pspo_jax.config import VerifierConfig
 from pspo_jax.rewards.math import final_answer
 from pspo_jax.rewards.pool import Pool, Request
@@ -48,7 +49,7 @@ def requests(items: list[tuple[str, str, bool]]) -> list[Request]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="JSONL with columns problem and answer, as MATH-500")
     parser.add_argument("--count", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)

@@ -8,10 +8,11 @@ is no digit, with 1 added (at most 500, of rows with one alternative). Misses ar
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 
-from pspo_jax.config import TaskConfig, VerifierConfig
+from pspo_jax.arguments import OneLineParser
+from pspo_jax.config import ConfigError, TaskConfig, VerifierConfig
 from pspo_jax.rewards.math import ALTERNATIVES
 from pspo_jax.rewards.pool import Pool, Reply, Request
 from pspo_jax.tasks.data import from_data
@@ -36,10 +37,20 @@ def judged(pool: Pool, pairs: list[tuple[str, str]]) -> list[Reply]:
 
 
 def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", metavar="FILE", nargs="+", help="rows with gold answers")
+    try:
+        check(parser.parse_args().files)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def check(files: list[str]) -> None:
+    """Print a table of the files, then what each of its figures is made of."""
     print("| Data | Gold accepted | Wrong accepted | Wrong without a verdict |\n|---|---|---|---|")
     notes = []
     with Pool(VerifierConfig(workers=2)) as pool:
-        for path in sys.argv[1:]:
+        for path in files:
             name = path.rpartition("/")[2].removesuffix(".jsonl")
             task = TaskConfig(name="gsm8k" if name.startswith("gsm8k") else "math")
             source = from_data(path, "argument", "test", task)

@@ -1,6 +1,8 @@
 """A checkpoint of random weights in Hugging Face's format, written tensor by tensor: for tests, plans and benchmarks.
 
-python scripts/make_checkpoint.py OUT --shape qwen2.5-1.5b [--tokenizer DIR] [--dtype bfloat16] [--config-only]
+scripts/make_checkpoint.py OUT --shape qwen2.5-1.5b [--tokenizer DIR] [--dtype bfloat16] [--config-only] [--force]
+
+A folder that is there already is left alone. --force replaces one that this script made, and no other.
 """
 
 from __future__ import annotations
@@ -8,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.config import PolicyConfig
+from pspo_jax import cli
+from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.io.hf_folder import TOKENIZER_FILES, copy_files, write_tensors
 from pspo_jax.policy.pretrained import read_source
 from pspo_jax.policy.weights import entries, table
@@ -53,10 +56,29 @@ SHAPES = {
 """`tiny` has the real vocabulary, and little else."""
 
 
+MARK = ".made-by-make_checkpoint"
+"""File by which a folder of this script is known."""
+
+
+def clear(out: Path, force: bool) -> None:
+    """Make room for the folder.
+
+    Raises:
+      ConfigError: it is there, and not to be replaced or not this script's.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise ConfigError(f"{out}: exists already; name a new folder, or replace it with --force")
+    if out.is_symlink() or not (out / MARK).is_file():
+        raise ConfigError(f"{out}: was not made by this script, so --force leaves it alone; name a new folder")
+    shutil.rmtree(out)
+
+
 def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | None, config_only: bool) -> None:
     """Write the folder; weights are normal with standard deviation .02, norms one, biases zero."""
-    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / MARK).write_text("random weights, made by scripts/make_checkpoint.py\n")
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))
     (out / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [151_645, 151_643], "pad_token_id": 151_643})
@@ -78,17 +100,25 @@ def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | Non
     write_tensors(out, tensors(), shard_bytes=2**30)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--config-only", action="store_true", help="no weights: enough for --plan")
-    args = parser.parse_args()
-    make(args.out, SHAPES[args.shape], args.dtype, args.tokenizer, args.config_only)
+    parser.add_argument("--force", action="store_true", help="replace a folder that this script made")
+    args = parser.parse_args(argv)
+    if args.tokenizer and not any((args.tokenizer / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(f"--tokenizer {args.tokenizer}: holds no tokenizer; name a folder with a tokenizer.json")
+    try:
+        clear(args.out, args.force)
+        make(args.out, SHAPES[args.shape], args.dtype, args.tokenizer, args.config_only)
+    except OSError as error:
+        raise ConfigError(f"{args.out}: {error.strerror or error}; name a folder that can be written") from error
     print(args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "make_checkpoint.py")

@@ -18,20 +18,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pspo_jax import cli
+from pspo_jax.arguments import OneLineParser
+from pspo_jax.config import ConfigError
+
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
     return out / f"{arm.replace(' ', '_').replace('=', '-')}_seed{seed}"
+
+
+def flags(folder: Path, arm: str, seed: int, steps: int) -> list[str]:
+    """Arguments of pspo_jax.train for one run."""
+    algorithm, *overrides = arm.split()
+    words = [
+        "--run.dir",
+        str(folder),
+        "--algorithm.name",
+        algorithm,
+        "--run.seed",
+        str(seed),
+        "--run.steps",
+        str(steps),
+    ]
+    return [*words, "--log.report", "false", "--log.progress", "false", *(f"--{override}" for override in overrides)]
 
 
 def run(out: Path, arm: str, seed: int, steps: int) -> None:
     folder = folder_of(out, arm, seed)
     if (folder / "summary.json").exists():
         return
-    algorithm, *overrides = arm.split()
-    command = [sys.executable, "-m", "pspo_jax.train", "--run.dir", str(folder), "--algorithm.name", algorithm]
-    command += ["--run.seed", str(seed), "--run.steps", str(steps), "--log.report", "false", "--log.progress", "false"]
-    command += [f"--{override}" for override in overrides]
-    subprocess.run(command, check=True)
+    done = subprocess.run([sys.executable, "-m", "pspo_jax.train", *flags(folder, arm, seed, steps)], check=False)
+    if done.returncode or not (folder / "summary.json").exists():
+        print(f"study.py: {arm}, seed {seed}: did not finish (exit code {done.returncode})", file=sys.stderr)
+        sys.exit(done.returncode or 1)
     print(f"{arm}, seed {seed}: {json.loads((folder / 'summary.json').read_text())['eval']}", flush=True)
 
 
@@ -86,12 +105,21 @@ def table(out: Path, arms: list[str], seeds: list[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", action="append", required=True, help='"ALGORITHM [stage.field=value ...]", repeatable')
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=40, help="training steps a run")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
+    for arm in args.arm:
+        if not arm.strip():
+            parser.error("--arm '': needs an algorithm")
+        try:
+            cli.parse(flags(folder_of(args.out, arm, 0), arm, 0, args.steps), parser.prog, "")
+        except ConfigError as error:
+            parser.error(f"--arm {arm!r}: {error}")
+    if len(set(args.seeds)) < len(args.seeds) or len(set(args.arm)) < len(args.arm):
+        parser.error("--seeds, --arm: name each one once")
     for seed in args.seeds:
         for arm in args.arm:
             run(args.out, arm, seed, args.steps)

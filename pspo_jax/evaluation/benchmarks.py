@@ -36,6 +36,10 @@ MADE = ("countdown",)
 MADE_PROBLEMS = 512
 MADE_SEED = 20_260_101
 """Problems of the countdown benchmark; no training seed should be this one."""
+HELDOUT = "heldout"
+"""A run's own held-out prompts."""
+OWN: tuple[TaskName, ...] = ("math", "gsm8k", "multiple_choice", "python_function")
+"""Tasks that read data."""
 NAMES = (*BENCHMARKS, *MADE, "arithmetic")
 
 
@@ -47,6 +51,9 @@ def benchmark_source(name: str, data: str | None, config: Config) -> Source:
     """
     if name in MADE:
         return countdown_source(config, MADE_SEED, MADE_PROBLEMS)
+    if name not in BENCHMARKS and data is not None:  # a set of one's own, read as the config's task reads its data
+        own = config.task if config.task.name in OWN else dataclasses.replace(config.task, name="math")
+        return from_data(data, f"--data {name}", "test", own)._replace(name=name)
     if name not in BENCHMARKS:
         raise ConfigError(f"--benchmarks {name}: choose among {', '.join(NAMES)}")
     b = BENCHMARKS[name]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +16,7 @@ from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
 from pspo_jax.io.params_folder import set_aside
 from pspo_jax.io.storage import writing
+from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import batch_sharding
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.tasks.base import Completions, Judge, PromptSet, Scores, Tokenizer
@@ -61,11 +62,13 @@ def run_benchmark(
     tick: Callable[[int, str], None],
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> int:
     """Complete `path`, a JSONL file: a header, then a line per problem. What it holds already of these weights is kept.
 
     Completion s of problem i draws with row number i n + s of one key, so that a continued evaluation draws what an
-    uninterrupted one would have.
+    uninterrupted one would have. Of several processes the leading one judges and writes; all must call.
+
+    Returns the number of tokens that were sampled.
 
     Args:
       weights: loads them; called only if something is left to do.
@@ -76,17 +79,17 @@ def run_benchmark(
     Raises:
       StoppedError: stop() became true.
     """
-    done = _recover(path, work.header(identity), say)
-    total = len(work.prompts.lengths)
+    total, leads = len(work.prompts.lengths), hosts.leads()
+    done = int(hosts.total(np.array(_recover(path, work.header(identity), say) if leads else 0)))
     tick(done, "")
     if done == total:
-        return
-    loaded = weights()
+        return 0
+    loaded, sampled = weights(), 0
     waiting: tuple[Completions, int, Callable[[], Scores]] | None = None
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") if leads else nullcontext() as file:
 
         def write(item: tuple[Completions, int, Callable[[], Scores]] | None) -> None:
-            if item is None:
+            if item is None or file is None:
                 return
             lines = problem_lines(work, item[0], item[2]())
             with writing(path):
@@ -95,20 +98,20 @@ def run_benchmark(
             tick(item[1], work.name)
 
         for start in range(done, total, work.batch):
-            if stop():
+            if hosts.any_says(stop()):
                 write(waiting)
                 raise StoppedError
             rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
-            prompts = jax.device_put(
-                gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh)
-            )
+            prompts = hosts.put(gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh))
             rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
             write(waiting)  # its verification has gone on while this batch is sampled
-            tokens, lengths, ended = jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.ended))
+            tokens, lengths, ended = hosts.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
             real = min(work.batch, total - start)
             completions = Completions(work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], 0)
-            waiting = completions, real, work.judge(completions)
+            sampled += int(lengths[:real].sum())
+            waiting = (completions, real, work.judge(completions)) if leads else None
         write(waiting)
+    return sampled
 
 
 def problem_lines(work: Work, batch: Completions, scores: Scores) -> list[dict[str, Any]]:

@@ -34,22 +34,32 @@ Tensors = Iterator[tuple[str, np.ndarray]]
 """(Hugging Face name, value), made one by one: only a shard is ever held."""
 
 
-def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(out: Path, fill: Callable[[Path], Any], replace: bool = False) -> None:
     """Make a folder atomically: `fill` writes beside it, and it takes its name when it is whole.
 
+    What a failure leaves half done is removed, so that a full disk has its room back.
+
+    Args:
+      replace: whether `out` may be there already, as this function's earlier work.
     Raises:
       ConfigError: `out` is there already, or cannot be written.
     """
-    if out.exists():
+    if out.is_symlink() or (out.exists() and not replace):
         raise ConfigError(f"--out {out}: exists already; name a new folder")
     partial = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
         partial.mkdir(parents=True)
         fill(partial)
+        if replace:
+            shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror or error}; name a folder that can be written") from error
+        raise ConfigError(
+            f"--out {out}: {error.strerror or error}; nothing was kept, name a folder that can be written and has room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def whole_tensors(a: Architecture, params: Any, dtype: Callable[[str], Any]) -> Tensors:
@@ -136,9 +146,13 @@ def write_adapter(folder: Path, a: Architecture, adapter: Any, base: str) -> Non
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
     """A safetensors file, as readable as its folder; the library makes it private to its owner."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(" ".join(str(error).split())) from error
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

@@ -1,4 +1,4 @@
-"""A request to stop, by SIGINT or SIGTERM (a pre-empted machine's notice)."""
+"""A request to stop: SIGINT (Ctrl-C), SIGTERM (a pre-empted machine's notice) or SIGHUP (a terminal that closes)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from typing import Any
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`: True once SIGINT or SIGTERM came. A second one interrupts what Python does."""
+    """Yields `stop()`: True once one of them came. A second SIGINT interrupts what Python does.
+
+    A second SIGTERM does not: schedulers and launchers may tell a process twice, and kill one that takes too long. A
+    SIGHUP that was ignored from the start, as under nohup, stays ignored.
+    """
     came = False
 
     def note(number: int, frame: Any) -> None:
         nonlocal came
-        if came:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came = True
 
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+    old = {s: signal.signal(s, note) for s in numbers}
     try:
         yield lambda: came
     finally:

@@ -24,6 +24,7 @@ from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.families import FAMILIES, architecture_of, unknown_family
 from pspo_jax.policy.json_files import check_side_files, read_json, read_model_config
+from pspo_jax.policy.not_a_checkpoint import what_it_is
 from pspo_jax.policy.weights import Weight, entries, from_hf, is_weight, table
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -81,6 +82,8 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.exists() or folder.suffix == ".gguf":
+        raise ConfigError(f"{field}={name}: {what_it_is(folder)}")
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
     patterns = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
@@ -91,7 +94,10 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{field}={name}: no such folder, and the hub did not give it: {reason}") from error
+        raise ConfigError(
+            f"{field}={name}: no such folder, and the hub did not give it: {reason}; without a network, download it "
+            "elsewhere (hf download ID --local-dir DIR) and name DIR"
+        ) from error
 
 
 def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
@@ -129,6 +135,8 @@ def _has_own_head(tensors: dict[str, Tensor]) -> bool:
 
 def _read_config(folder: Path, name: str) -> Any:
     where = f"policy.source={name}"
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{where}: {what_it_is(folder)}")
     model_type = read_model_config(folder, where)["model_type"]
     if model_type not in FAMILIES:
         raise ConfigError(unknown_family(model_type, name))
@@ -171,7 +179,7 @@ def _weight_files(folder: Path, name: str) -> list[str]:
     if not index.exists():
         files = [whole] if (folder / whole).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:
-            raise ConfigError(f"policy.source={name}: holds no *.safetensors file; convert its weights to safetensors")
+            raise ConfigError(f"policy.source={name}: {what_it_is(folder)}")
         return files
     weight_map = read_json(index, f"policy.source={name}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
