@@ -34,8 +34,10 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
         raise ConfigError(f"task.mixture={c.task.mixture[:80]!r}: needs at least one task, and weights above 0")
     out = []
     for values, weight in zip(tasks, weights, strict=True):
-        if values.get("name", "arithmetic") == "arithmetic" or "mixture" in values:
-            raise ConfigError(f"task.mixture={str(values)[:80]}: name a task of text")
+        if "name" not in values:
+            raise ConfigError(f'task.mixture={str(values)[:80]}: has no name; add one, such as "name": "math"')
+        if values["name"] == "arithmetic" or "mixture" in values:
+            raise ConfigError(f"task.mixture={str(values)[:80]}: is no task of text; name one, such as math")
         values = {"mixture": None, **values}
         fields = {f"task.{k}": json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()}
         try:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from pspo_jax.config import Config, ConfigError
+from pspo_jax.parallel.private import cluster_processes, coordination_client
 
 _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
@@ -68,11 +69,7 @@ def initialize(config: Config) -> None:
 
 def in_cluster() -> bool:
     """Whether JAX knows a cluster of several processes here, by the environment or by a TPU's metadata."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() itself asks; no public name
-
-    known = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present())
-    found = next(known, None)
-    return found is not None and found.get_process_count() > 1
+    return cluster_processes() > 1
 
 
 def count() -> int:
@@ -165,9 +162,7 @@ def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """
     if count() == 1:
         return
-    from jax._src.distributed import global_state  # no public name for its barriers
-
-    client: Any = global_state.client
+    client = coordination_client()
     try:
         client.wait_at_barrier(f"pspo_jax/{name}", int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
@@ -186,9 +181,7 @@ def failing_together() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    from jax._src.distributed import global_state  # no public name for the key-value store
-
-    client: Any = global_state.client
+    client = coordination_client()
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(client, done.is_set), daemon=True)
     watcher.start()
