@@ -73,7 +73,7 @@ def test_what_is_set_stays_and_the_rest_follows_when_the_task_changes():
     assert flatten(back) == flatten(config)
 
 
-def test_the_docstring_of_pspo_is_what_the_program_prints(capsys):
+def test_the_program_prints_the_defaults_of_the_task(capsys):
     assert main([*[f"--{k}={v}" for k, v in TEXT.items()], "--run.print_config", "true"]) == 0
     assert "learning_rate: 1.0e-06" in capsys.readouterr().out
 
@@ -113,8 +113,6 @@ def test_the_docstring_of_pspo_is_what_the_program_prints(capsys):
         ("task.mixture", {"name": object()}, "cannot be written as JSON"),
         ("verifier.deadline", 1e300, "verifier.deadline=1e+300: must be at most 86400"),
         ("mesh.data", 0, "mesh.data=0: must be at least 1, or -1"),
-        ("reward.terms", "accuracy=0", "every weight is 0"),
-        ("reward.terms", "accuracy,,format", "no reward ''"),
         ("reward.cosine_right", "nan,1", "must be two finite numbers"),
         ("objective.vespo_positive", "inf,1", "objective.vespo_positive='inf,1'"),
         ("optimizer.warmup", 150, "optimizer.warmup=150: must be less than the 150 updates of run.steps=150"),
@@ -133,6 +131,22 @@ def test_values_of_another_type_or_meaning_are_refused_in_one_line(field, value,
     with pytest.raises(ConfigError) as error:
         validate(replace(Config(), {field: value}))
     assert words in str(error.value) and field in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"reward.terms": "accuracy=0, format=0"}, "every weight is 0"),
+        ({"reward.terms": "accuracy,,format"}, "no reward ''"),
+        ({"reward.terms": "overlong", "reward.overlong_cache": 2000}, "reward.overlong_cache=2000: must be at most"),
+        ({"objective.kl_coef": 0.1, "objective.kl_in": "reward", "objective.kl_estimator": "k3+"}, "set k3"),
+        ({"lora.rank": 4, "lora.targets": "q,,v"}, "lora.targets='q,,v': has an empty entry"),
+    ],
+)
+def test_values_of_text_tasks_that_mean_nothing_are_refused(values, words):
+    with pytest.raises(ConfigError) as error:
+        validate(replace(Config(), {**TEXT, **values}))
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

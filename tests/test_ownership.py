@@ -1,6 +1,5 @@
 """A field that is set and that the run does not read is refused, in one line, through every door."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ UNREAD = [
     ({"selection.floor": 0.5, "algorithm.name": "mopps"}, "selection.name=mopps"),
     ({"selection.initial": 0.5, "algorithm.name": "curriculum"}, "selection.name=curriculum"),
     ({"selection.retest_every": 3}, "selection.name=pps"),
-    ({"selection.retest_every": 3, "algorithm.name": "prioritized_replay", "selection.retest_share": 0}, "retest_share=0"),
+    ({"selection.retest_every": 3, "selection.name": "prioritized_replay", "selection.retest_share": 0}, "share=0"),
     ({"selection.estimate": "last"}, "selection.name=pps"),
     ({"selection.draw": "thompson"}, "selection.name=pps"),
     ({"selection.candidates": 3, "algorithm.name": "posterior_mixed"}, "selection.draw=expected"),
@@ -52,7 +51,7 @@ UNREAD = [
     ({"replay.effective": "advantages"}, "replay.name=none"),
     ({"objective.off_policy": "ignored"}, "rollout.max_rounds=1"),
     ({"objective.importance": "token_mask"}, "replay.name=none"),
-    ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.off_policy": "ignored"}, "off_policy=ignored"),
+    ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.off_policy": "ignored"}, "policy=ignored"),
     ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.loss": "vespo"}, "surrogate=vespo"),
     ({"objective.clip_low": 0.1, "objective.loss": "cispo"}, "objective.surrogate=cispo"),
     ({"objective.clip_high": 0.1, "objective.loss": "sapo"}, "objective.surrogate=sapo"),
@@ -94,7 +93,7 @@ UNREAD = [
     ({**TEXT, "policy.revision": "main"}, "policy.source=None"),
     ({**TEXT, "reward.format": "open_rs"}, "reward.terms=accuracy"),
     ({**TEXT, "reward.cosine_right": "0,1"}, "reward.terms=accuracy"),
-    ({**TEXT, "reward.terms": "cosine", "reward.compat": "released", "reward.cosine_length": 9}, "reward.compat=released"),
+    ({**TEXT, "reward.terms": "cosine", "reward.compat": "released", "reward.cosine_length": 9}, "compat=released"),
     ({"prompt.system": "x"}, "task.name=arithmetic"),
     ({"verifier.deadline": 3.0}, "task.name=arithmetic"),
     ({"reward.require_end": False}, "task.name=arithmetic"),
@@ -137,7 +136,8 @@ def test_a_field_that_nothing_reads_is_refused_through_every_door(values, owner,
     assert len(set(messages)) == 1, messages
     (field,) = [name for name in values if messages[0].startswith(f"{name}=")]
     assert owner in messages[0] and "; drop it, or " in messages[0] and "\n" not in messages[0], messages[0]
-    assert re.search(r"\b" + re.escape(str(values[field])), messages[0])
+    value = values[field]
+    assert messages[0].startswith(f"{field}={value:g}:" if type(value) is float else f"{field}={value}:")
 
 
 @pytest.mark.parametrize("values", [values for values, _ in UNREAD[:12]])
