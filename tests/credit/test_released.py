@@ -123,7 +123,9 @@ REFUSED = sorted(name for name in PRESETS if PRESETS[name]["credit.name"] != "er
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_released_is_refused_for_algorithms_without_ers(name):
-    with pytest.raises(ConfigError, match=r"^algorithm\.compat=released: credit\.name=\w+ does not read it.* set credit\.name to ers$"):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.compat=released: credit\.name=\w+ does not read it.* set credit\.name to ers$"
+    ):
         cli.parse(["--algorithm.name", name, "--algorithm.compat", "released"], "train", "")
 
 
