@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PHASES = ("setup", "compile", "sft", "select", "rollout", "verify", "update", "eval")
+PHASES = ("setup", "load", "compile", "sft", "select", "rollout", "verify", "update", "eval")
 
 
 class Totals:

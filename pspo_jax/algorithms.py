@@ -163,10 +163,11 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     if rounds > 1:
         # A prompt is not rolled out twice in a step.
         chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
-    made = credit.CREDITS[str(config.credit.name)](config.credit, config.forgetting)
+    batch_differs = rounds > 1 or config.replay.name != "none"
+    made = credit.make(config.credit, config.forgetting, batch_differs)
     if config.algorithm.compat == "released":
         exponent = chosen.exponent * (chosen.correction or 0.0)
-        made = credit.released(config.credit, config.forgetting, r.prompts, exponent, chosen.floor or 0.0)
+        made = credit.released(config.credit, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0)
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
     replays = replay.REPLAYS[config.replay.name or "none"](config)
     selector = selection.selector(chosen, config.forgetting, sizes)

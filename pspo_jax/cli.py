@@ -21,6 +21,7 @@ from pspo_jax import fields
 from pspo_jax.algorithms import CHOICES, resolve
 from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, check_name, with_given
+from pspo_jax.io.storage import StorageError
 from pspo_jax.validation import validate
 
 _ALLOW_CHANGE = "--allow-data-change"
@@ -59,12 +60,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Any, prog: str) -> None:
-    """Call `main(argv)`; bad input becomes one line on stderr and exit code 2."""
+    """Call `main(argv)`; bad input becomes one line on stderr and exit code 2, a disk's error the same and code 1."""
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StorageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; what was saved before is whole, and the same command carries on", file=sys.stderr)
+        sys.exit(130)
 
 
 def to_yaml(config: Config) -> str:

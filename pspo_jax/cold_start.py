@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -16,10 +16,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from pspo_jax import __version__
 from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
-from pspo_jax.optimizer import adamw
+from pspo_jax.optimizer import adamw, in_float32
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.tasks.base import Demonstrations, Task, json_lines, pad_rows
 
@@ -71,6 +72,11 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
         for name, tokens, limit in pairs:
             if not 0 < len(tokens) <= limit:
                 raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
+            if max(tokens) >= task.vocab_size:
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} has the token {max(tokens)}, and the embedding only "
+                    f"{task.vocab_size:,} rows; remove the line"
+                )
     pad = task.tokenizer.pad_token_id
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
 
@@ -100,13 +106,23 @@ def make_sft_steps(
         def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
             params, opt_state = carry
             loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, join(p, frozen), batch, logits_mib))(params)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
         (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), batches)
         return params, opt_state, losses
 
     return jax.jit(steps, donate_argnums=(0, 1), out_shardings=shardings)
+
+
+class Kept(Protocol):
+    """Where a cold start that is stopped is kept."""
+
+    def load(self, template: Any) -> tuple[Any, int]:
+        """Params and optimizer state like the template's, and how many calls of the jitted steps led to them."""
+
+    def save(self, tree: Any, calls: int) -> None:
+        """Keep them."""
 
 
 def cold_start(
@@ -117,8 +133,12 @@ def cold_start(
     progress: Progress,
     stop: Callable[[], bool],
     frozen: Any = None,
+    kept: Kept | None = None,
 ) -> Any | None:
-    """Train `params` (donated), on top of `frozen`, for sft.steps; None if `stop()` became true on the way."""
+    """Train `params` (donated), on top of `frozen`, for sft.steps; None if `stop()` became true on the way.
+
+    With `kept`, what was reached then is saved, and the next call carries on from it to the bit.
+    """
     s = config.sft
     per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
     optimizer = adamw(s, s.steps)
@@ -126,26 +146,39 @@ def cold_start(
     batches = source.batch(s.batch * per_call)
     steps = make_sft_steps(policy, optimizer, config.objective.logits_mib)
     opt_state = jax.jit(optimizer.init)(params)
-    with progress.phase("cold start", s.steps) as bar:
-        for i in range(s.steps // per_call):
+    tree, begun = {"params": params, "opt_state": opt_state}, 0
+    if kept is not None:
+        tree, begun = kept.load(tree)
+    params, opt_state = tree["params"], tree["opt_state"]
+    del tree
+    with progress.phase("cold start", s.steps, begun * per_call) as bar:
+        for i in range(begun, s.steps // per_call):
             block = {k: v.reshape(per_call, s.batch, *v.shape[1:]) for k, v in batches[i].items()}
             params, opt_state, losses = steps(params, opt_state, block, frozen)
             loss = float(losses.mean())
             if not math.isfinite(loss):
                 raise FloatingPointError(f"cold start: loss {loss} at step {i * per_call}; lower sft.learning_rate")
             bar(per_call, f"loss {loss:.4f}")
-            if stop():
+            if stop() and (i + 1) * per_call < s.steps:
+                if kept is not None:
+                    kept.save({"params": params, "opt_state": opt_state}, i + 1)
                 return None
     return params
 
 
 def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Any]:
-    """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from."""
+    """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from.
+
+    Data, tokenizer and checkpoint stand in it by what they hold, and not by where they are.
+    """
     stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
-    free = ("sft.share", "task.allow_change", "task.cache")
+    places = ("task.train_data", "task.heldout_data", "policy.source", "policy.revision", "policy.tokenizer")
+    free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
     fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
-    fields["run.seed"] = config.run.seed
-    fields["rollout.prompt_bucket"] = config.rollout.prompt_bucket
+    for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "objective.logits_mib"):
+        fields[name] = flatten(config)[name]
+    fields["version"] = __version__
+    fields["train"] = task.train.fingerprint()
     fields["heldout"] = task.heldout.fingerprint()
     fields["source"] = source
     if config.sft.data is not None:

@@ -29,6 +29,7 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
 TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
+ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """The matrices of a transformer block."""
 
@@ -46,6 +47,9 @@ class RunConfig:
     """Add CRCs of prompt ids, tokens, parameters and strategy state to every line of metrics.jsonl."""
     print_config: bool = False
     """Print the resolved configuration as YAML and exit."""
+    start_over: bool = False
+    """Begin at step 0 in a folder that holds a run already; its files are moved to set_aside/ inside the folder. It is
+    not kept in config.yaml."""
     compilation_cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
@@ -74,15 +78,21 @@ class TaskConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
-    """Column of the question; None = the first there is of problem, question,
-    prompt."""
+    """Column of the question or conversation; None = the first there is of problem, question, prompt, messages,
+    conversations. Dots enter an object: extra_info.question."""
     answer_column: str | None = None
-    """Column of the gold answer; None = the first there is of answer, solution, target."""
+    """Column of the gold answer, such as answer or reward_model.ground_truth; None = the first there is of answer,
+    solution, target."""
     answer_transform: AnswerTransform | None = None
     """How the gold answer stands in its column: as it is (none), after `####` (gsm8k), the members of a list or of its
-    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the task's own."""
+    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, the
+    task's own for all else."""
     choices_column: str = "choices"
-    """multiple_choice: column of the list of options; the answer is a letter, an index from 0, or an option's text."""
+    """multiple_choice: column of the list of options."""
+    choices_answer: ChoicesAnswer | None = None
+    """multiple_choice: how the gold answer names an option: by the label that the data gives it (label), by its letter
+    A, B, ... (letter), by its text (text), or by its place, counted from 0 (index) or 1 (index_from_1). None = the one
+    way that fits the column."""
     function: str | None = None
     """python_function: module:function that scores a completion; see docs/tasks.md."""
     dataset: str | None = None
@@ -99,7 +109,8 @@ class TaskConfig:
     check_gold: bool = True
     """Leave out rows whose gold answer its own verifier does not accept."""
     allow_change: bool = False
-    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same."""
+    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same. It is
+    not kept in config.yaml."""
     cache: str | None = None
     """Folder of tokenised prompts; None = ~/.cache/pspo_jax/data."""
 
@@ -110,15 +121,20 @@ class PromptConfig:
     """How a question becomes a prompt: the tokenizer's chat template, Qwen2.5-Math's or DeepSeek-R1-Zero's text, or the
     bare question after the tokenizer's BOS."""
     system: str | None = None
-    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the template's own."""
+    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the row's or the template's
+    own. Rows that have one of their own are refused beside it."""
     question: str = "{question}"
-    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed."""
+    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed. In a
+    conversation it is the last turn, if that is the user's."""
     prefill: str = ""
     """Beginning of the answer, given to the policy, such as "<think>\\n": part of the prompt, and rewards see it."""
     thinking: bool | None = None
     """Passed to the template as enable_thinking (Qwen3); None = not passed."""
     max_tokens: Annotated[int, Range(1)] = 512
     """Longer prompts are left out, counted and listed."""
+    date: str | None = None
+    """Day that the chat template writes where it asks for today's, as YYYY-MM-DD; None = the day on which the run
+    starts, which is kept in its config.yaml."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +169,8 @@ class PolicyConfig:
     qk_norm: bool = False
     """RMSNorm on the heads of q and k (Qwen3)."""
     param_dtype: Dtype = "float32"
-    """Type in which weights are stored and optimised."""
+    """Type in which weights are held. Optimizer state is float32 always. An update below about 1/512 of a bfloat16
+    weight is lost, which learning rates of 1e-6 mostly are: choose float32 where all weights train."""
     compute_dtype: Dtype = "float32"
     """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always."""
     scan_unroll: Annotated[int, Range(1)] = 2
@@ -234,6 +251,9 @@ class RolloutConfig:
     length."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Longest completion, T, in tokens with its EOS."""
+    stop: str = ""
+    """Tokens that end a completion too, separated by commas or as a JSON list, such as "</answer>" where that is one
+    token; beside the tokenizer's EOS, the checkpoint's and the token that ends a turn in the template."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0
     """Divides the logits, in the sampler and in the trainer alike."""
     top_p: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
@@ -332,7 +352,12 @@ class CheckpointConfig:
     keep: Annotated[int, Range(1)] = 3
     """Latest checkpoints kept."""
     keep_best: Annotated[int, Range(0)] = 1
-    """Checkpoints with the best greedy held-out accuracy kept beside them."""
+    """Checkpoints with the best greedy held-out accuracy kept beside them; without a finite one none is ranked."""
+    on_error: Literal["stop", "retry"] = "stop"
+    """What happens when the run folder cannot be written, as on a full disk: the run ends with one line (stop), or it
+    waits and tries again with what it has in memory (retry)."""
+    retry_minutes: Annotated[float, Range(above=0.0)] = 60.0
+    """on_error=retry: minutes after which the run ends all the same."""
 
 
 @dataclass(frozen=True)
@@ -383,8 +408,11 @@ class VerifierConfig:
     workers: Annotated[int, Range(0)] = 0
     """Processes that verify completions of text tasks; 0 = one per core, 2 to 8."""
     deadline: Annotated[float, Range(above=0.0)] = 5.0
-    """Seconds for one completion (for one group, if a function takes a list); then its worker is killed and it has no
-    verdict."""
+    """Seconds of processor time for one completion (for one group, if a function takes a list); then its worker is
+    killed and it has no verdict."""
+    wall_limit: Annotated[float, Range(0.0)] = 0.0
+    """Seconds that a completion may take in all, as where its verifier sleeps or asks a service; time in which other
+    processes have the processors does not count. 0 = six times `deadline`."""
     memory_mib: Annotated[int, Range(256)] = 4096
     """Address space of a worker, MiB."""
     network: bool = False

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +25,21 @@ from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, NAMES, benchmark_source
 from pspo_jax.evaluation.runner import StoppedError, Work, read_summary, run_benchmark
 from pspo_jax.export import choose_steps
-from pspo_jax.io.checkpoint import read_params
+from pspo_jax.io.checkpoint import params_identity, read_params
+from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.parallel.mesh import make_mesh, params_shardings
 from pspo_jax.policy import transformer
+from pspo_jax.policy.architecture import beyond_context
 from pspo_jax.policy.base import join
 from pspo_jax.policy.pretrained import Source, load_params
 from pspo_jax.policy.weights import table
 from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import architecture_for, configure_runtime, verifiers
 from pspo_jax.tasks import CharTokenizer, make_task
 from pspo_jax.tasks.text import benchmark_prompts, why
@@ -49,6 +53,8 @@ class Candidate(NamedTuple):
 
     label: str
     step: int
+    identity: str
+    """Hash of the weights, which results belong to."""
     load: Callable[[], Any]
 
 
@@ -59,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     data = _data(args.data)
     steps = _steps(args)
     out: Path = args.out or args.run / "evaluation"
+    if args.model:
+        config = with_date(config, out / "settings.json", joined=False)
     _check_settings(out, config, args)
     progress = Progress(True)
     try:
@@ -91,7 +99,12 @@ def _run(
             works = [
                 _work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names
             ]
+            if not isinstance(tokenizer, CharTokenizer):
+                progress.say(tokenizer.stop_line())
             for work in works:
+                sizes = int(work.prompts.lengths.max()), longest
+                if line := beyond_context(architecture, *sizes):
+                    progress.say(f"{work.name}: {line}")
                 if work.prompts.left_out:
                     progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
             candidates = _candidates(args, steps, source, architecture, policy, mesh)
@@ -267,12 +280,23 @@ def _candidates(
         )
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"policy.source={source.name}: is not the checkpoint that this run began from")
-        return join(params, load_source() if architecture.lora is not None else None)
+        if architecture.lora is None:
+            return join(params, None)
+        try:
+            verify(load_source(), metadata["base"])
+        except ValueError as error:
+            raise ConfigError(
+                f"policy.source={source.name if source else None}: its weights differ from those this run's adapters "
+                f"were trained on ({error})"
+            ) from error
+        return join(params, load_source())
 
     if args.run is None:
         assert source is not None
-        return [Candidate(Path(args.model).name if Path(args.model).is_dir() else args.model, 0, load_source)]
-    return [Candidate(f"step {step}", step, lambda step=step: load_step(step)) for step in steps]  # type: ignore[misc]
+        name = Path(args.model).name if Path(args.model).is_dir() else args.model
+        return [Candidate(name, 0, files_identity(source.folder), load_source)]
+    folder = args.run / "checkpoints"
+    return [Candidate(f"step {s}", s, params_identity(folder, s), partial(load_step, s)) for s in steps]
 
 
 def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None:
@@ -319,7 +343,7 @@ def _evaluate(
     for work in works:
         path = folder / f"{work.name}.jsonl"
         with progress.phase(f"{candidate.label} {work.name}", len(work.prompts.lengths)) as bar:
-            run_benchmark(work, weights, path, bar, stop)
+            run_benchmark(work, weights, candidate.identity, path, bar, stop, progress.say)
         found[work.name] = read_summary(path, ks)
     return found
 
@@ -327,9 +351,9 @@ def _evaluate(
 def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[str, int]) -> None:
     results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
     write_json(out / "results.json", results)
-    partial = out / "table.md.partial"
-    partial.write_text(tables.markdown(rows, FIVE), encoding="utf-8")
-    partial.rename(out / "table.md")
+    unfinished = out / "table.md.partial"
+    unfinished.write_text(tables.markdown(rows, FIVE), encoding="utf-8")
+    unfinished.rename(out / "table.md")
     tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
 
 

@@ -24,12 +24,15 @@ from pspo_jax.io.hf_folder import (
     copy_files,
     merged_tensors,
     numpy_dtype,
+    set_config,
     set_dtype,
+    set_stop_ids,
     whole_tensors,
     write_adapter,
     write_folder,
     write_tensors,
 )
+from pspo_jax.io.run_folder import read_lines
 from pspo_jax.setup import architecture_for
 
 
@@ -98,15 +101,8 @@ def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; none if there are none, and a last line that is being written is left out."""
-    path = run / "metrics.jsonl"
-    out = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return out
+    """Lines of metrics.jsonl; none if there are none, and those that are damaged or being written are left out."""
+    return read_lines(run / "metrics.jsonl")[0]
 
 
 def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:
@@ -135,8 +131,11 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
             write_tensors(folder, whole_tensors(architecture, params, dtype_of))
         if source is not None and not adapter_only:
             copy_files(folder, source.folder, ("config.json", "generation_config.json"))
+            set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
             if dtype:
                 set_dtype(folder, dtype)
+            if source.untied:  # config.json claims otherwise, and loaders that believe it would drop the head
+                set_config(folder, {"tie_word_embeddings": False})
         elif source is None:
             _write_built_in(folder, config, architecture, tokenizer, dtype)
         if hasattr(tokenizer, "folder"):
@@ -146,9 +145,14 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
     return write
 
 
+def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that ended completions in training."""
+    return tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+
+
 def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:
     """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
-    stop_ids = tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+    stop_ids = _stop_ids(tokenizer)
     hf = built_in_config(architecture, config.policy.rope_theta, stop_ids, tokenizer.pad_token_id)
     (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
     generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}

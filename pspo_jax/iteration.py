@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pspo_jax import verdicts
 from pspo_jax.accounting import Totals, count
 from pspo_jax.config import Config
 from pspo_jax.evaluation.heldout import evaluate, gather
@@ -22,14 +24,10 @@ from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.programs import Programs, without_ring
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.setup import Setup
-from pspo_jax.state import Prompts, Rollouts, TrainState
+from pspo_jax.state import EVALUATE, Prompts, Rollouts, TrainState
 from pspo_jax.tasks.base import Completions, Scores
 
 Values = dict[str, float | int]
-
-
-class NoVerdictError(Exception):
-    """Too many completions could not be verified; the message says how many and why."""
 
 
 class _Rolled(NamedTuple):
@@ -49,6 +47,7 @@ class _Round(NamedTuple):
     lengths: np.ndarray
     rollouts: Rollouts
     reward: jax.Array
+    right: jax.Array
     own: np.ndarray
     """Rows of the batch that this process holds, judges and logs."""
     own_weights: np.ndarray
@@ -66,7 +65,7 @@ def one_step(
     """The state after step `done`, and its metrics.
 
     Raises:
-      NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
+      verdicts.NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
     """
     c = setup.config
     times: dict[str, float] = {}
@@ -80,7 +79,7 @@ def one_step(
             if _dumps(c, done):
                 advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
             state = ring_to_device(setup, state)
-            state, metrics = programs.step(state, one.rollouts, one.reward)
+            state, metrics = programs.step(state, one.rollouts, one.reward, one.right)
             found.append(metrics | one.drawn)
     else:
         waiting = 0 if state.queue is None else int(state.queue.held)
@@ -90,7 +89,7 @@ def one_step(
             with _timed(totals, times, "update"):
                 if _dumps(c, done):
                     advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
-                bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward)
+                bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward, one.right)
                 state = dataclasses.replace(bare, replay=state.replay)
                 found.append(metrics | one.drawn)
                 waiting = int(metrics["groups/waiting"])
@@ -124,7 +123,7 @@ def _accounts(
     prompts = setup.task.train.lengths
     count(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
     if rounds:
-        more |= _reward_metrics(_joined([one.scores for one in rounds]))
+        more |= verdicts.metrics(_joined([one.scores for one in rounds]))
         more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / times["rollout"]
     more |= {f"time/{name}": seconds for name, seconds in times.items()}
     more["step_time"] = sum(times.values())
@@ -167,11 +166,12 @@ def _round(
         own_scores = _joined([wait() for wait in rolled.judged])
         scores, lengths = _shared(own_scores, rolled, len(rows))
     log.errors(done, own_scores.errors)
-    _check_verdicts(scores, done, setup.config.verifier.max_no_verdict)
-    reward = hosts.put(scores.reward, batch_sharding(setup.mesh))
+    log.no_verdicts(done, own_scores.missing)
+    verdicts.check(scores, done, setup.config, totals.counts)
+    reward, right = (hosts.put(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.right))
     own = rolled.own
     return state, _Round(
-        rows, lengths, rolled.rollouts, reward, own, weights[own], rolled.host, own_scores, scores, drawn
+        rows, lengths, rolled.rollouts, reward, right, own, weights[own], rolled.host, own_scores, scores, drawn
     )
 
 
@@ -179,18 +179,21 @@ def _shared(own: Scores, rolled: _Rolled, batch: int) -> tuple[Scores, np.ndarra
     """Scores and lengths of the whole batch on every process, of what each one judged."""
     values = {"reward": own.reward, "right": own.right, "lengths": rolled.host.lengths}
     values |= {f"terms/{name}": value for name, value in own.terms.items()}
+    values |= {f"failed/{name}": value for name, value in own.failed.items()}
     every = hosts.share_rows(values, rolled.own, batch)
     terms = {name: every[f"terms/{name}"] for name in own.terms}
-    return own._replace(reward=every["reward"], right=every["right"], terms=terms), every["lengths"]
+    failed = {name: every[f"failed/{name}"] for name in own.failed}
+    whole = own._replace(reward=every["reward"], right=every["right"], terms=terms, failed=failed)
+    return whole, every["lengths"]
 
 
 def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's rounds as one: counts are summed, extremes kept, the rest averaged."""
+    """Metrics of a step's rounds as one: counts are summed, extremes kept, the rest averaged, without NaN."""
     if not found:
         return {}
 
     def one(name: str) -> float:
-        values = [metrics[name] for metrics in found]
+        values = [metrics[name] for metrics in found if not math.isnan(metrics[name])] or [math.nan]
         if name == "groups/effective":
             return sum(values)
         if name == "groups/waiting":
@@ -269,33 +272,22 @@ def _roll_out(
 
 def _joined(parts: list[Scores]) -> Scores:
     """The chunks' scores as one batch's."""
+    first = parts[0]
+    logged: dict[str, list[float]] = {}
+    for part in parts:
+        for name, found in part.logged.items():
+            logged.setdefault(name, []).extend(found)
     return Scores(
         np.concatenate([p.reward for p in parts]),
-        {name: np.concatenate([p.terms[name] for p in parts]) for name in parts[0].terms},
+        {name: np.concatenate([p.terms[name] for p in parts]) for name in first.terms},
         np.concatenate([p.right for p in parts]),
         [row for p in parts for row in p.answers],
         sum((p.reasons for p in parts), Counter()),
         tuple(dict.fromkeys(error for p in parts for error in p.errors)),
+        {name: np.concatenate([p.failed[name] for p in parts]) for name in first.failed},
+        {name: sum((p.missing[name] for p in parts), Counter()) for name in first.missing},
+        logged,
     )
-
-
-def _check_verdicts(scores: Scores, done: int, limit: float) -> None:
-    share = float(np.isnan(scores.right).mean())
-    if share > limit:
-        why = "; ".join(f"{n} x {reason}" for reason, n in scores.reasons.most_common(3))
-        raise NoVerdictError(
-            f"stopped in step {done}: {share:.0%} of the completions have no verdict ({why}), more than "
-            f"verifier.max_no_verdict={limit:g}"
-        )
-
-
-def _reward_metrics(scores: Scores) -> Values:
-    values: Values = {"rewards/no_verdict": float(np.isnan(scores.right).mean())}
-    for name, reward in scores.terms.items():
-        known = reward[~np.isnan(reward)]
-        values[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
-        values[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
-    return values
 
 
 def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: Totals) -> dict[str, float]:
@@ -313,7 +305,8 @@ def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: 
             state.weights,
             setup.task,
             c,
-            state.key,
+            # First of all, so that no batch's number makes it a key of another purpose.
+            jax.random.fold_in(state.key, EVALUATE),
             batch=c.rollout.prompts * c.rollout.group_size,
             place=lambda prompts: hosts.put(prompts, rows),
         )

@@ -2,95 +2,129 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from pspo_jax import cli
 from pspo_jax.accounting import Totals
 from pspo_jax.config import Config
-from pspo_jax.io.checkpoint import Checkpoints, named_checksums
+from pspo_jax.io import history
+from pspo_jax.io.checkpoint import Checkpoints
+from pspo_jax.io.checksums import named_checksums
+from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
-from pspo_jax.io.run_folder import RunLog, check_config, open_folder, write_json
+from pspo_jax.io.run_folder import RunLog, open_folder, read_summary, write_json
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step, ring_to_device
+from pspo_jax.io.storage import Persist, writing
+from pspo_jax.iteration import heldout_scores, one_step, ring_to_device
 from pspo_jax.parallel import hosts
 from pspo_jax.programs import Programs, compiling
 from pspo_jax.report import write_report
-from pspo_jax.resume import restore, save_content, source_fingerprint
+from pspo_jax.resume import early_check, restore, save_content, source_fingerprint
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare, verifiers
 from pspo_jax.state import TrainState
 from pspo_jax.tasks.text import write_left_out
+from pspo_jax.verdicts import NoVerdictError
+
+
+class _Run(NamedTuple):
+    """What the parts of a run share."""
+
+    setup: Setup
+    config: Config
+    """As it was given: `setup.config` has the machine's choices in it."""
+    folder: Path
+    checkpoints: Checkpoints
+    progress: Progress
+    stop: Callable[[], bool]
+    """Whether any process was asked to stop; all of them stop at the same step."""
+    persist: Persist
 
 
 def train(config: Config) -> int:
     """Train as the config says, or carry on where its run folder stopped. Returns the exit code."""
     folder = open_folder(config.run.dir)
-    with verifiers(config, folder / "workers.log") as pool:
+    with ExitStack() as held, stop_requests() as asked:
+        progress = Progress(config.log.progress)
+        # Verifiers write to the folder too. Where only a cluster knows who leads, the lock waits until all have joined.
+        early = hosts.leads_before_joining(config)
+        if early:
+            held.enter_context(locked(folder, progress.say))
+        pool = held.enter_context(verifiers(config, folder / "workers.log"))
         hosts.initialize(config)
-        configure_runtime(config)
-        progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
         with hosts.failing_together():
-            return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress)
+            if early is None and hosts.leads():
+                held.enter_context(locked(folder, progress.say))
+            configure_runtime(config)
+            config = with_date(config, folder / "config.yaml")
+            progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
+            return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress, asked)
 
 
-def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> int:
+def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked: Callable[[], bool]) -> int:
+    def stop() -> bool:
+        return hosts.any_says(asked())
+
+    if stop():
+        progress.say("stopped before anything was begun; the same command begins again")
+        return 0
+    if config.run.start_over and hosts.leads() and (aside := history.start_over(folder)):
+        progress.say(f"run.start_over: what was in {folder} is in {aside}; leave this flag out to carry on from now on")
+    hosts.wait_for_all("start over")
+    persist = Persist(config.checkpoint.on_error, config.checkpoint.retry_minutes, progress.say, asked)
     with (
-        stop_requests() as asked,
         jax.set_mesh(setup.mesh),
-        Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints,
+        Checkpoints(folder / "checkpoints", config.checkpoint, progress.say, asked) as checkpoints,
     ):
-
-        def stop() -> bool:
-            """Whether any process was asked to; all of them stop at the same step."""
-            return hosts.any_says(asked())
-
-        if checkpoints.steps():
-            check_config(folder, config)
+        run = _Run(setup, config, folder, checkpoints, progress, stop, persist)
+        early_check(setup, folder, checkpoints)
+        if not checkpoints.steps() and hosts.leads():
+            history.refuse_lost(folder)
         hosts.wait_for_all("config")
-        if hosts.leads():
-            (folder / "config.yaml").write_text(cli.to_yaml(config))
-        summarised = (folder / "summary.json").exists()
-        finished = summarised and checkpoints.steps()[-1:] == [config.run.steps]
+        finished = _summarised(run) and checkpoints.steps()[-1:] == [config.run.steps]
         # A GPU's compiler times kernels on the device, where nothing else should run then.
         alone = setup.mesh.devices.flat[0].platform == "gpu"
         totals = Totals()
         with compiling(setup, at_once=not (finished or alone)) as compiled:
-            begun = _begin(setup, folder, checkpoints, totals, progress, stop)
+            begun = _begin(run, totals)
             if begun is None:
-                progress.say("stopped during the cold start; the same command begins it again")
                 return 0
             state, totals = begun
-            if int(state.step) == config.run.steps and summarised:
-                progress.say(f"{folder} is finished; choose another --run.dir to train again")
+            if int(state.step) == config.run.steps and _summarised(run):
+                progress.say(f"{folder} is finished; choose another --run.dir to train again, or a larger --run.steps")
                 show_summary(config, folder, progress)
                 return 0
             with totals.phase("compile"):
                 programs = compiled(progress)
-        return _loop(setup, state, programs, totals, folder, checkpoints, progress, stop)
+        return _loop(run, state, programs, totals)
 
 
-def _begin(
-    setup: Setup,
-    folder: Path,
-    checkpoints: Checkpoints,
-    totals: Totals,
-    progress: Progress,
-    stop: Callable[[], bool],
-) -> tuple[TrainState, Totals] | None:
-    """The newest checkpoint's state and accounting, or the first; None if it was to stop during the cold start."""
-    restored = restore(setup, folder, checkpoints, progress)
+def _summarised(run: _Run) -> bool:
+    """Whether the run has ended with so many steps; all processes find the same."""
+    found = read_summary(run.folder) if hosts.leads() else None
+    return hosts.any_says(found is not None and found["steps"] == run.config.run.steps)
+
+
+def _begin(run: _Run, totals: Totals) -> tuple[TrainState, Totals] | None:
+    """The newest checkpoint's state and accounting, or the first; None if it was to stop during the cold start.
+
+    config.yaml is written when the checkpoint has agreed to these settings, and not before.
+    """
+    setup, folder, progress = run.setup, run.folder, run.progress
+    restored = restore(setup, folder, run.checkpoints, progress)
+    changed = [] if restored is None else restored.changes
     if hosts.leads():
-        save_content(setup, folder)
-        if line := write_left_out(setup.task, folder / "left_out.jsonl"):
-            progress.say(line)
+        if not history.config_is_whole(folder):
+            progress.say(f"{folder / 'config.yaml'}: is damaged; it is written anew")
+        step = 0 if restored is None else int(restored.state.step)
+        run.persist(lambda: _note(run, step, changed))
     if restored is not None:
-        return restored
-    with totals.phase("sft"):
-        first = first_params(setup, folder, progress, stop)
+        return restored.state, restored.totals
+    first = first_params(setup, folder, progress, run.stop, totals.phase)
     if first.params is None:
         return None
     progress.say(_describe(setup, first.origin))
@@ -102,6 +136,18 @@ def _begin(
     return place_state(setup, first.params, first.frozen), totals
 
 
+def _note(run: _Run, step: int, changed: list[history.Change]) -> None:
+    """What the run is from here on: its changes, the prompts' hashes, config.yaml."""
+    for line in history.record(run.folder, step, changed):
+        run.progress.say(line)
+    with writing(run.folder):
+        save_content(run.setup, run.folder)
+        left_out = write_left_out(run.setup.task, run.folder / "left_out.jsonl")
+    if left_out:
+        run.progress.say(left_out)
+    history.write_config(run.folder, run.config)
+
+
 def _describe(setup: Setup, origin: str) -> str:
     """A line on the policy's size, and how it trains."""
     trained = sum(x.size for x in jax.tree.leaves(setup.abstract.params))
@@ -110,46 +156,30 @@ def _describe(setup: Setup, origin: str) -> str:
     if frozen:
         line += f"; {trained:,} of adapters train"
     elif setup.config.policy.param_dtype == "bfloat16":
-        line += "; trained in bfloat16, where small updates are lost: policy.param_dtype float32 keeps them"
+        line += (
+            "; held in bfloat16, where updates below 1/512 of a weight are lost: policy.param_dtype float32 keeps them"
+        )
     return line
 
 
-def _loop(
-    setup: Setup,
-    state: TrainState,
-    programs: Programs,
-    totals: Totals,
-    folder: Path,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    stop: Callable[[], bool],
-) -> int:
-    c = setup.config
+def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> int:
+    setup, folder, checkpoints, progress, c = run.setup, run.folder, run.checkpoints, run.progress, run.setup.config
     first = int(state.step)
-    log = RunLog(folder, first, c.log.tensorboard, progress.console if c.log.progress else None, hosts.leads())
-    scores: dict[str, float] = {}
+    console = progress.console if c.log.progress else None
+    log = RunLog(folder, first, c.log.tensorboard, console, hosts.leads(), run.persist, progress.say)
     base = named_checksums(state.frozen)
 
     def save(state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
-        metadata = {
-            "dataset": setup.task.train.fingerprint(),
-            "source": source_fingerprint(setup),
-            "base": base,
-            "totals": totals.save(),
-        }
-        checkpoints.save(done, ring_to_device(setup, state).to_save(), metadata, scores)
+        checkpoints.save(done, ring_to_device(setup, state).to_save(), _metadata(setup, done, base, totals), scores)
 
     def stopped(why: str) -> int:
-        log.close()
         checkpoints.wait()
         progress.say(f"{why}; checkpoints {checkpoints.steps()} are from before")
         return 1
 
-    begun = hosts.leads() and bool((folder / "metrics.jsonl").read_text())
-    if first == 0 and not hosts.any_says(begun):
-        scores = heldout_scores(setup, state, programs, totals)
-        log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
-        progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
+    scores = _before_training(run, state, programs, totals, log, save) if first == 0 else {}
+    if run.stop():
+        return _stopped(run, first)
     with progress.phase("step", c.run.steps, first) as bar:
         for done in range(first + 1, c.run.steps + 1):
             try:
@@ -171,19 +201,59 @@ def _loop(
                     f"stopped: {int(values['skipped_updates'])} updates in a row up to step {done} were not finite; "
                     "lower optimizer.learning_rate"
                 )
-            stopping = not last and stop()
-            if evaluated or stopping or done % c.checkpoint.every == 0:
+            stopping = not last and run.stop()
+            # A save that failed is told of at once; of several processes, at the next one that all of them make.
+            late = hosts.count() == 1 and checkpoints.failed()
+            if evaluated or stopping or late or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)
             bar(1, _numbers(values))
             if stopping:
-                checkpoints.wait()
-                log.close()
-                progress.say(f"stopped after step {done}, saved; the same command carries on")
-                return 0
+                return _stopped(run, done)
     checkpoints.wait()
-    log.close()
     scores = scores or heldout_scores(setup, state, programs, totals)
-    return _finish(setup, totals, folder, scores, progress)
+    return _finish(run, totals, scores)
+
+
+def _metadata(setup: Setup, done: int, base: dict[str, int], totals: Totals) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays."""
+    return {
+        "step": done,
+        "config": history.settings(setup.config),
+        "dataset": setup.task.train.fingerprint(),
+        "heldout": setup.task.heldout.fingerprint(),
+        "source": source_fingerprint(setup),
+        "base": base,
+        "totals": totals.save(),
+    }
+
+
+def _before_training(
+    run: _Run,
+    state: TrainState,
+    programs: Programs,
+    totals: Totals,
+    log: RunLog,
+    save: Callable[[TrainState, int], None],
+) -> dict[str, float]:
+    """Save and evaluate step 0; its scores, if it has not been evaluated already.
+
+    From step 1 on there is thus always a checkpoint to carry on from.
+    """
+    save(state, 0)
+    scores: dict[str, float] = {}
+    if not run.stop() and not hosts.any_says(hosts.leads() and log.begun()):
+        scores = heldout_scores(run.setup, state, programs, totals)
+        log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
+        run.progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
+    run.checkpoints.wait()
+    return scores
+
+
+def _stopped(run: _Run, done: int) -> int:
+    """The end of a run that was asked to stop; the exit code."""
+    run.checkpoints.wait()
+    run.progress.say(f"stopped after step {done}, saved; the same command carries on")
+    return 0
 
 
 def _eval_names(scores: dict[str, float]) -> dict[str, float | int]:
@@ -201,8 +271,9 @@ def _numbers(values: dict[str, Any]) -> str:
     )
 
 
-def _finish(setup: Setup, totals: Totals, folder: Path, scores: dict[str, float], progress: Progress) -> int:
+def _finish(run: _Run, totals: Totals, scores: dict[str, float]) -> int:
     """summary.json and report.html, then the table."""
+    setup, folder, progress = run.setup, run.folder, run.progress
     seconds = {**totals.seconds, "total": totals.total()}
     seconds["setup"] = max(seconds["total"] - sum(totals.seconds.values()), 0.0)
     summary = {
@@ -214,16 +285,18 @@ def _finish(setup: Setup, totals: Totals, folder: Path, scores: dict[str, float]
     }
     if not hosts.leads():
         return 0
-    write_json(folder / "summary.json", summary)
+    run.persist(lambda: write_json(folder / "summary.json", summary))
     if setup.config.log.report:
-        progress.say(f"report: {write_report([folder], folder / 'report.html')}")
+        run.persist(lambda: progress.say(f"report: {write_report([folder], folder / 'report.html')}"))
     show_summary(setup.config, folder, progress)
     return 0
 
 
 def show_summary(config: Config, folder: Path, progress: Progress) -> None:
     """The table at the end of a run, from its summary.json."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
+    if summary is None:
+        return
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     progress.table(
         f"{config.algorithm.name} on {config.task.name}, {summary['steps']} steps",

@@ -210,12 +210,12 @@ def _credit(name: str, *more: Condition) -> Owner:
     return (by_name("credit.name", _BY_CREDIT, name), *more)
 
 
-_RUN = ("dir", "steps", "seed", "fingerprint", "print_config", "compilation_cache")
+_RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
 _DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform")
 _POLICY = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
 _ROLLOUT = ("prompts", "group_size", "chunks", "max_new_tokens", "temperature", "top_p", "top_k", "max_rounds")
-_SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success_threshold")
+_SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success", "success_threshold")
 _REPLAY = ("capacity", "max_age", "min_age", "max_uses", "max_share", "order", "ess_floor", "memory")
 _OBJECTIVE = (
     *("loss", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated", "off_policy_threshold"),
@@ -254,14 +254,14 @@ OWNERS: dict[str, Owner] = {
             "name a dataset of the hub",
         ),
     ),
-    "task.choices_column": (task("multiple_choice"),),
+    **_all("task", ("choices_column", "choices_answer"), task("multiple_choice")),
     "task.function": (task("python_function"),),
     **_all("task", ("dataset", "options"), task("reasoning_gym")),
     **_all("task", ("numbers", "max_target"), task("countdown")),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
     **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
-    **_all("prompt", ("system", "thinking"), TEXT, when("prompt.template", "chat")),
+    **_all("prompt", ("system", "thinking", "date"), TEXT, when("prompt.template", "chat")),
     **_all("policy", ("source", "tokenizer"), TEXT),
     "policy.revision": (
         Condition(
@@ -288,6 +288,7 @@ OWNERS: dict[str, Owner] = {
     "rollout.longest_first": (unless("rollout.slots", None, "set rollout.slots"),),
     "rollout.oversampling": (DYNAMIC,),
     "rollout.prompt_bucket": ALWAYS,
+    "rollout.stop": (TEXT,),
     "reward.terms": ALWAYS,
     "reward.format": (term("format"),),
     "reward.cosine_length": (term("cosine"), when("reward.compat", "none")),
@@ -302,7 +303,7 @@ OWNERS: dict[str, Owner] = {
             "choose another task",
         ),
     ),
-    **_all("verifier", ("workers", "deadline", "memory_mib", "network", "max_no_verdict"), TEXT),
+    **_all("verifier", ("workers", "deadline", "wall_limit", "memory_mib", "network", "max_no_verdict"), TEXT),
     **_all("selection", _SELECTION),
     "selection.exponent": _selection("exponent"),
     "selection.exponent_end": _selection("exponent_end", NOT_RELEASED),
@@ -379,7 +380,8 @@ OWNERS: dict[str, Owner] = {
     **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINED),
     **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
     **_all("eval", ("every", "samples")),
-    **_all("checkpoint", ("every", "keep", "keep_best")),
+    **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
+    "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
     **_all("log", _LOG),
     **_all("log", ("completions", "completions_format"), DUMPED),
 }

@@ -19,7 +19,7 @@ from pspo_jax.parallel.mesh import batch_sharding, replicated
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
 from pspo_jax.setup import Setup
 from pspo_jax.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
-from pspo_jax.step import dynamic, estimate, make_collect, make_train_step, make_update
+from pspo_jax.step import dynamic, estimate, make_collect, make_train_step, make_update, of_round
 
 
 class Programs(NamedTuple):
@@ -28,7 +28,7 @@ class Programs(NamedTuple):
     select: Callable[..., Any]
     sample: Callable[..., Any]
     step: Callable[..., Any]
-    """(state, rollouts, rewards) -> (state, metrics); with dynamic sampling (state, temperature)."""
+    """(state, rollouts, rewards, right) -> (state, metrics); with dynamic sampling (state, temperature)."""
     eval_sample: Callable[..., Any]
     join: Callable[..., Any]
     """Rollouts of the chunks of a batch -> the batch."""
@@ -39,7 +39,8 @@ class Programs(NamedTuple):
     learning_rate: Callable[..., Any]
     """Updates before one -> its learning rate."""
     collect: Callable[..., Any] | None = None
-    """(state without its ring, rollouts, rewards) -> (such a state, metrics): a round of dynamic sampling, or None."""
+    """(state without its ring, rollouts, rewards, right) -> (such a state, metrics): a round of dynamic sampling, or
+    None."""
 
 
 def lower_programs(setup: Setup) -> dict[str, Any]:
@@ -111,15 +112,16 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     state = setup.abstract
     if rounds:
         collect = make_collect(setup.policy, setup.algorithm, c, without_ring(setup.shardings))
-        lowered["collect"] = collect.lower(without_ring(state), rollouts, rewards)  # type: ignore[attr-defined]
+        lowered["collect"] = collect.lower(without_ring(state), rollouts, rewards, rewards)  # type: ignore[attr-defined]
         step: Any = make_update(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
         lowered["step"] = step.lower(state, rollouts.temperature)
     else:
         step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
-        lowered["step"] = step.lower(state, rollouts, rewards)
+        lowered["step"] = step.lower(state, rollouts, rewards, rewards)
 
     def advantages(state: Any, rollouts: Rollouts, rewards: Any) -> Any:
-        return estimate(setup.policy, setup.algorithm, c, state, rollouts, rewards)[0]
+        found = estimate(setup.policy, setup.algorithm, c, state, rollouts, rewards)[0]
+        return of_round(setup.algorithm, found, rewards)
 
     lowered["advantages"], _ = lower(advantages, without_ring(state), rollouts, rewards)
     return lowered

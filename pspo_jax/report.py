@@ -7,26 +7,35 @@ prompt instead.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pspo_jax.cli import Parser, run
 from pspo_jax.config import ConfigError
 from pspo_jax.io.html import read_runs, render
+from pspo_jax.io.storage import REFUSED, StorageError, write_whole
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Write the report on `runs` to `out`, whose folder is made if need be, and return `out`.
 
     Raises:
-      ConfigError: a folder is no run folder, or `out` cannot be written.
+      ConfigError: a folder is no run folder, or `out` is no file that may be written.
+      StorageError: `out` cannot be written now, as on a full disk.
     """
     page = render(read_runs(runs))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}; name a file that can be written") from error
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        write_whole(out, page.encode())
+    except (OSError, StorageError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(reason, OSError) and reason.errno in (*REFUSED, errno.EEXIST):
+            raise ConfigError(f"--out {out}: {reason.strerror}; name a file that can be written") from error
+        raise
     return out
 
 

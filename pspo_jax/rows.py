@@ -15,7 +15,7 @@ from pspo_jax.objective.log_probs import completion_log_probs
 from pspo_jax.objective.losses import LossInputs
 from pspo_jax.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, plan_shared_bins, rows_in
 from pspo_jax.parallel.mesh import constrain, microbatch_size
-from pspo_jax.policy.base import Adapted, Policy
+from pspo_jax.policy.base import Adapted, Policy, join
 from pspo_jax.replay import Groups
 from pspo_jax.state import TrainState
 
@@ -210,8 +210,10 @@ def with_log_probs(
 
 
 def reference_weights(state: TrainState) -> Any:
-    """The KL reference: a copy of the first weights, or the frozen base of adapters."""
-    return state.reference if state.frozen is None else Adapted(state.frozen, None)
+    """The KL reference, the policy that RL begins from: its own weights, or the frozen base of untrained adapters."""
+    if state.reference is None:
+        return Adapted(state.frozen, None)
+    return join(state.reference, state.frozen)
 
 
 def microbatches(rows: Rows, config: Config) -> int:

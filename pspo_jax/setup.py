@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,9 +19,12 @@ from jax.sharding import Mesh
 from pspo_jax import algorithms, flags
 from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError, embedded, replace
-from pspo_jax.io.checkpoint import load_folder, save_folder
+from pspo_jax.io.damage import DamageError
+from pspo_jax.io.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
 from pspo_jax.io.progress import Progress
+from pspo_jax.io.storage import Persist, StorageError
 from pspo_jax.optimizer import adamw, updates_per_step
+from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import (
     groups_shardings,
     make_mesh,
@@ -31,14 +35,14 @@ from pspo_jax.parallel.mesh import (
 )
 from pspo_jax.parallel.runtime import jit_once, keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
-from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy.architecture import beyond_context, lora_of
 from pspo_jax.policy.kernel_choice import with_kernels
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
 from pspo_jax.rewards.judge import make_pool
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.selection import Columns
-from pspo_jax.state import TrainState
+from pspo_jax.state import TrainState, run_key
 from pspo_jax.step import init_state
 from pspo_jax.tasks import CharTokenizer, Task, TextTokenizer, load_tokenizer, make_task, own_tokenizer
 from pspo_jax.tasks.columns import columns_of
@@ -121,6 +125,9 @@ def prepare(
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
+    hosts.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
+    for line in _remarks(config, source, architecture, task):
+        say(line)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
@@ -154,6 +161,20 @@ def prepare(
     return setup._replace(abstract=abstract)
 
 
+def _remarks(config: Config, source: Source | None, architecture: Architecture, task: Task) -> list[str]:
+    """Lines on what is unusual about a checkpoint, or about what is asked of it."""
+    lines = []
+    if source is not None and source.untied:
+        lines.append(
+            f"policy.source={source.name}: config.json has tie_word_embeddings=true, but lm_head.weight is stored and "
+            "differs from the embedding: it is used, and trained, as a head of its own"
+        )
+    longest = max(int(part.lengths.max()) for part in (task.train, task.heldout))
+    if line := beyond_context(architecture, longest, config.rollout.max_new_tokens):
+        lines.append(line)
+    return lines
+
+
 def architecture_for(
     config: Config, weights: bool = True
 ) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
@@ -184,8 +205,8 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
     frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
     count = sum(x.size for x in jax.tree.leaves(base))
-    # AdamW keeps two numbers a weight beside it; gradients are float32. Adapters and their state are small.
-    held = frozen if a.lora is not None else 3 * frozen + 4 * count
+    # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+    held = frozen if a.lora is not None else frozen + 12 * count
     held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
     fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})
@@ -206,7 +227,7 @@ def new_state(setup: Setup, params: Any, frozen: Any = None, columns: Columns | 
         setup.config,
         num_prompts=prompts.shape[0],
         prompt_length=prompts.shape[1],
-        key=jax.random.key(setup.config.run.seed),
+        key=run_key(setup.config.run.seed),
         frozen=frozen,
         columns=columns,
     )
@@ -229,39 +250,164 @@ def load_base(setup: Setup) -> Any:
     return load_params(setup.source, table(a), shardings, a.param_dtype)
 
 
-def first_params(setup: Setup, folder: Path, progress: Progress, stop: Callable[[], bool]) -> FirstParams:
+def first_params(
+    setup: Setup,
+    folder: Path,
+    progress: Progress,
+    stop: Callable[[], bool],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> FirstParams:
     """The weights before step 0, cold-started if the config says so.
 
-    A cold start is kept in `<folder>/cold_start`, and a run of equal settings in a sibling folder is asked first.
+    A cold start is kept in `<folder>/cold_start`; with sft.share a finished one of equal settings in a sibling folder
+    is taken instead, with a line. One that is stopped is kept too, and carried on.
+
+    Args:
+      phase: told what the time goes to: "load" for weights that are read or drawn, "sft" for the cold start.
     """
+    with phase("load"):
+        params, frozen, origin = _initial(setup, progress)
+        if not setup.config.sft.steps:
+            return FirstParams(params, frozen, origin)
+        wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
+        found = _finished_start(setup, folder, wanted, progress.say)
+    if found is not None:
+        return FirstParams(found[0], frozen, f"cold start of {found[1]}")
+    kept = _Progress(setup, folder / "cold_start.progress", wanted, progress.say, stop)
+    progress.say(
+        f"the cold start: {setup.config.sft.steps:,} supervised steps on examples, before the RL begins; "
+        "--sft.steps 0 leaves it out"
+    )
+    with phase("sft"):
+        params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen, kept)
+        if params is None:
+            return FirstParams(None, None, "stopped")
+        params = jax.device_put(params, setup.shardings.params)
+        _keep(setup, folder / "cold_start", params, wanted, progress.say, stop)
+        kept.drop()
+    return FirstParams(params, frozen, "cold start")
+
+
+def _initial(setup: Setup, progress: Progress) -> tuple[Any, Any | None, str]:
+    """Weights that train and weights that are frozen, before any cold start, and where they are from."""
     shardings = setup.shardings.params
     frozen, origin = None, "random weights"
     if setup.source is not None:
         progress.say(f"reading {setup.source.name}")
         loaded, origin = load_base(setup), f"from {setup.source.name}"
-    if setup.source is None or setup.architecture.lora is not None:
-        init = jit_once(setup.policy.init, setup.mesh.devices.flat[0].platform, shardings)
-        params = init(jax.random.key(setup.config.run.seed))
-        frozen = loaded if setup.source is not None else None
-    else:
-        params = loaded
-    if not setup.config.sft.steps:
-        return FirstParams(params, frozen, origin)
-    wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
-    own = folder / "cold_start"
-    siblings = sorted(folder.absolute().parent.glob("*/cold_start")) if setup.config.sft.share else []
-    for place in [own, *siblings]:
-        found = load_folder(place, setup.abstract.params, wanted) if place.exists() else None
-        if found is not None:
-            if place.absolute() != own.absolute():
-                save_folder(own, found, wanted)
-            return FirstParams(found, frozen, f"cold start of {place}")
-    params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen)
-    if params is None:
-        return FirstParams(None, None, "stopped")
-    params = jax.device_put(params, shardings)
-    save_folder(own, params, wanted)
-    return FirstParams(params, frozen, "cold start")
+        if setup.architecture.lora is None:
+            return loaded, None, origin
+        frozen = loaded
+    init = jit_once(setup.policy.init, setup.mesh.devices.flat[0].platform, shardings)
+    return init(jax.random.key(setup.config.run.seed)), frozen, origin
+
+
+def _finished_start(
+    setup: Setup, folder: Path, wanted: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Any, Path] | None:
+    """Params of a finished cold start of these settings, and whose it is; a neighbour's is copied."""
+    own, passed = folder / "cold_start", set[Path]()
+    while True:
+        # The leading process looks: a folder that appears meanwhile must not lead processes apart.
+        found = _find_start(own, setup.config.sft.share, wanted, passed, say) if hosts.leads() else ""
+        name = hosts.text_from_leader(found)
+        if not name:
+            return None
+        place = folder.absolute().parent / name / "cold_start"
+        try:
+            params = load_folder(place, setup.abstract.params)
+        except DamageError as error:
+            _pass_over(place, own, error, passed, say)
+            continue
+        if place != own.absolute():
+            say(f"the cold start is that of {place}, whose settings are equal; --sft.share false would train another")
+            save_folder(own, params, wanted)
+        return params, place
+
+
+def _find_start(own: Path, share: bool, wanted: dict[str, Any], passed: set[Path], say: Callable[[str], None]) -> str:
+    """Name of the run folder whose cold start has these settings, this one's first; "" if there is none."""
+    mine = own.absolute()
+    neighbours = sorted(mine.parent.parent.glob("*/cold_start")) if share else []
+    for place in [mine, *(p for p in neighbours if p != mine)]:
+        if place in passed or not place.exists():
+            continue
+        try:
+            if belongs(place, wanted):
+                return place.parent.name
+        except DamageError as error:
+            _pass_over(place, own, error, passed, say)
+        except StorageError as error:
+            if place == mine:
+                raise
+            passed.add(place)
+            say(f"{error}; this run does without it")
+    return ""
+
+
+def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], say: Callable[[str], None]) -> None:
+    """Say that a cold start is damaged; one of this run's own is set aside."""
+    passed.add(place)
+    if place != own.absolute():
+        say(f"{place}: is damaged ({error}); this run does without it")
+    elif hosts.leads():
+        say(f"{place}: is damaged ({error}); it is set aside as {set_aside(place)}, and another is trained")
+
+
+def _keep(
+    setup: Setup,
+    folder: Path,
+    tree: Any,
+    wanted: dict[str, Any],
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> None:
+    """`save_folder`, tried again as checkpoint.on_error says; several processes do not wait for each other's disks."""
+    c = setup.config.checkpoint
+    persist = Persist(c.on_error if hosts.count() == 1 else "stop", c.retry_minutes, say, stop)
+    persist(lambda: save_folder(folder, tree, wanted))
+
+
+class _Progress(NamedTuple):
+    """A cold start that was stopped, in <folder>/cold_start.progress."""
+
+    setup: Setup
+    folder: Path
+    wanted: dict[str, Any]
+    say: Callable[[str], None]
+    stop: Callable[[], bool]
+
+    def load(self, template: Any) -> tuple[Any, int]:
+        """What it had reached and after how many calls; the template and 0 if there is none of these settings."""
+        done = int(hosts.text_from_leader(str(self._done()) if hosts.leads() else ""))
+        if not done:
+            return template, 0
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
+        try:
+            return load_folder(self.folder, abstract), done
+        except DamageError as error:
+            self.say(f"{self.folder}: is damaged ({error}); the cold start begins again")
+            return template, 0
+
+    def _done(self) -> int:
+        if not self.folder.exists():
+            return 0
+        try:
+            found = folder_settings(self.folder)
+        except DamageError as error:
+            self.say(f"{self.folder}: is damaged ({error}); the cold start begins again")
+            return 0
+        return int(found["calls"]) if found == {**self.wanted, "calls": found.get("calls")} else 0
+
+    def save(self, tree: Any, calls: int) -> None:
+        """Keep what was reached."""
+        _keep(self.setup, self.folder, tree, {**self.wanted, "calls": calls}, self.say, lambda: False)
+        self.say("stopped during the cold start, saved; the same command carries on")
+
+    def drop(self) -> None:
+        """The cold start has ended, and is kept itself."""
+        if hosts.leads():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import jax
 
 from pspo_jax import cli
+from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import open_folder
 from pspo_jax.io.stop import stop_requests
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import configure_runtime, first_params, prepare, verifiers
 
 
@@ -26,13 +28,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
-    with verifiers(config, folder / "workers.log") as pool:
-        configure_runtime(config)
-        setup = prepare(config, pool=pool, say=progress.say)
-    with stop_requests() as stop, jax.set_mesh(setup.mesh):
-        first = first_params(setup, folder, progress, stop)
+    with stop_requests() as stop, locked(folder, progress.say):
+        with verifiers(config, folder / "workers.log") as pool:
+            configure_runtime(config)
+            config = with_date(config, folder / "config.yaml")
+            setup = prepare(config, pool=pool, say=progress.say)
+        with jax.set_mesh(setup.mesh):
+            first = first_params(setup, folder, progress, stop)
     if first.params is None:
-        progress.say("stopped before the end; the same command begins again")
         return 0
     progress.say(f"{first.origin} in {folder / 'cold_start'}; train with the same settings and a --run.dir beside it")
     return 0

@@ -34,9 +34,10 @@ class SavedState:
     replay: Any
     """Stored groups."""
     key: Key[Array, ""]
-    """The run's key. It never changes: a step folds its number and its purpose into it."""
+    """The run's key. It never changes: a purpose and the step's number are folded into it."""
     reference: Params | None = None
-    """Weights of the KL reference; None when there is no KL term, or when it is the frozen base of adapters."""
+    """Trained weights of the KL reference, the policy that RL begins from; None when there is no KL term, or when it is
+    the frozen base of adapters that no supervised step has trained."""
     updates: Int[Array, ""] | int = 0
     """Optimizer updates applied."""
     skipped: Int[Array, ""] | int = 0
@@ -115,14 +116,23 @@ class Outcome(NamedTuple):
     """`TrainState.movement` when the rollouts were sampled."""
     lengths: Int[Array, "B G"] | float = 0.0
     """Tokens drawn."""
+    right: Float[Array, "B G"] | None = None
+    """Verdicts in [0, 1], NaN = none; None = only rewards are known, and a selector takes them within [0, 1]."""
+
+
+def run_key(seed: int) -> Key[Array, ""]:
+    """The key of a run; it shares no stream with `jax.random.key(seed)`, which draws the initial weights."""
+    # Weights fold the CRC of their name into it, cut to 31 bits: no name is this number.
+    return jax.random.fold_in(jax.random.key(seed), 2**31)
 
 
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
     """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`, `DROPOUT`, `REPLAY`) in one step.
 
-    A function of the run's key, so that a resumed run draws what the uninterrupted one would have.
+    A function of the run's key, so that a resumed run draws what the uninterrupted one would have. The purpose is
+    folded in first: whatever a purpose folds into its own key, it never meets another's.
     """
-    return jax.random.fold_in(jax.random.fold_in(state_key, step), purpose)
+    return jax.random.fold_in(jax.random.fold_in(state_key, purpose), step)
 
 
 SELECT, ROLLOUT, EVALUATE, DROPOUT, REPLAY = range(5)

@@ -20,9 +20,11 @@ from pspo_jax.algorithms import Algorithm, needs_movement, resolve
 from pspo_jax.config import Config, round_prompts
 from pspo_jax.credit import group_advantages
 from pspo_jax.objective.ratios import kl_estimate
+from pspo_jax.optimizer import in_float32
+from pspo_jax.parallel.mesh import UPDATE_ROWS, size_along
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.replay import Groups, effective
-from pspo_jax.replay.base import groups_of
+from pspo_jax.replay.base import groups_of, take
 from pspo_jax.replay.queue import append, new_queue, take_first
 from pspo_jax.rows import (
     Rows,
@@ -40,8 +42,10 @@ from pspo_jax.step_metrics import Metrics, replay_metrics, rollout_metrics
 from pspo_jax.update import optimize, update_metrics
 
 MAX_REWARD = 1e15
-TrainStep = Callable[[TrainState, Rollouts, Float[Array, "B G"]], tuple[TrainState, Metrics]]
-Collect = Callable[[TrainState, Rollouts, Float[Array, "B G"]], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""(state, rollouts, rewards [B, G], right [B, G] | None = None)"""
+Collect = Callable[..., tuple[TrainState, Metrics]]
+"""(state, rollouts, rewards [B, G], right [B, G] | None = None)"""
 Update = Callable[[TrainState, Float[Array, ""]], tuple[TrainState, Metrics]]
 
 
@@ -58,7 +62,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step.
 
-    The KL reference, if the config wants one, is a copy of `params`; with frozen weights it is these alone, uncopied.
+    The KL reference, if the config wants one, is the policy that RL begins from: a copy of `params`. Adapters that no
+    supervised step has trained change nothing, and their reference is the frozen weights alone, uncopied.
 
     Args:
       num_prompts: N, rows of the dataset.
@@ -69,15 +74,16 @@ def init_state(
     """
     config = resolve(config)
     r = config.rollout
-    copied = config.objective.kl_coef > 0 and frozen is None
+    copied = config.objective.kl_coef > 0 and (frozen is None or config.sft.steps > 0)
     reference = jax.tree.map(jnp.copy, params) if copied else None
     # Before a round fewer groups than a batch wait, and a round adds no more than its prompts.
     room = r.prompts + round_prompts(config)
-    queue = new_queue(room, r.group_size, prompt_length, r.max_new_tokens) if dynamic(config) else None
+    truncates = r.top_p < 1 or r.top_k > 0
+    queue = new_queue(room, r.group_size, prompt_length, r.max_new_tokens, truncates) if dynamic(config) else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=in_float32(optimizer).init(params),
         selector=algorithm.selector.init(num_prompts, columns),
         credit=algorithm.credit.init(num_prompts),
         replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),
@@ -103,18 +109,21 @@ def make_train_step(
     config: Config,
     state_shardings: Any = None,
 ) -> TrainStep:
-    """`train_step(state, rollouts, rewards) -> (state, metrics)`, jitted; `state` is donated.
+    """`train_step(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted; `state` is donated.
 
-    rewards [B, G] hold NaN where there is no verdict; those beyond 1e15 count as NaN. An update whose loss or gradient
-    is not finite leaves params and optimizer state as they were.
+    rewards [B, G] are what is trained on, NaN = none; those beyond 1e15 count as NaN. right [B, G] are the verdicts in
+    [0, 1], NaN = none, by which selectors and metrics count successes; None = the rewards within [0, 1]. An update
+    whose loss or gradient is not finite leaves params and optimizer state as they were.
 
     Args:
       state_shardings: pytree of NamedSharding like the state; None = as the compiler chooses.
     """
     config = resolve(config)
 
-    def train_step(state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"]) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = _judge(policy, algorithm, config, state, rollouts, rewards)
+    def train_step(
+        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        state, groups, metrics = _judge(policy, algorithm, config, state, rollouts, rewards, right)
         state, more = _update(
             policy, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
         )
@@ -125,15 +134,19 @@ def make_train_step(
 
 
 def make_collect(policy: Policy, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
-    """`collect(state, rollouts, rewards) -> (state, metrics)`, jitted, `state` donated: a round of dynamic sampling.
+    """`collect(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted, `state` donated: a round of dynamic
+    sampling. Rewards and verdicts are as in `make_train_step`.
 
     Its effective groups wait in `state.queue`; metrics["groups/waiting"] says how many there are.
     """
     config = resolve(config)
 
-    def collect(state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"]) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = _judge(policy, algorithm, config, state, rollouts, rewards)
-        queue = append(state.queue, groups, effective(groups, config.replay.effective))
+    def collect(
+        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        state, groups, metrics = _judge(policy, algorithm, config, state, rollouts, rewards, right)
+        wanted = effective(groups, config.replay.effective)
+        queue = append(state.queue, groups, wanted, rollouts.sampling_log_probs)
         metrics["groups/waiting"] = queue.held.astype(jnp.float32)
         return dataclasses.replace(state, queue=queue), metrics
 
@@ -156,9 +169,11 @@ def make_update(
     config = resolve(config)
 
     def update(state: TrainState, temperature: Float[Array, ""]) -> tuple[TrainState, Metrics]:
-        groups, queue = take_first(state.queue, config.rollout.prompts)
+        prompts = config.rollout.prompts
+        sampling = None if state.queue.sampling_log_probs is None else state.queue.sampling_log_probs[:prompts]
+        groups, queue = take_first(state.queue, prompts)
         state = dataclasses.replace(state, queue=queue)
-        return _update(policy, optimizer, algorithm, config, state, groups, temperature)
+        return _update(policy, optimizer, algorithm, config, state, groups, temperature, sampling)
 
     out = None if state_shardings is None else (state_shardings, None)
     return jax.jit(update, donate_argnums=0, out_shardings=out)
@@ -171,20 +186,27 @@ def _judge(
     state: TrainState,
     rollouts: Rollouts,
     rewards: Float[Array, "B G"],
+    right: Float[Array, "B G"] | None,
 ) -> tuple[TrainState, Groups, Metrics]:
-    """What rewards say of prompts: advantages, and what credit and selector remember."""
+    """What rewards and verdicts say of prompts: advantages, and what credit and selector remember."""
     ids = rollouts.prompts.ids
-    # What is not finite, or whose square would not be, is no verdict: it must not reach the per-prompt state.
+    # What is not finite, or whose square would not be, is no reward: it must not reach the per-prompt state.
     rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
-    advantages, credit_state = estimate(policy, algorithm, config, state, rollouts, rewards)
+    advantages, credit_state, kl = estimate(policy, algorithm, config, state, rollouts, rewards)
     raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
-    outcome = Outcome(rewards, advantages, raw, state.movement, rollouts.lengths)
+    seen = of_round(algorithm, advantages, rewards)
+    outcome = Outcome(rewards, seen, raw, state.movement, rollouts.lengths, right)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
-    metrics = rollout_metrics(rollouts, rewards)
-    metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
+    groups = groups_of(rollouts, rewards, advantages, state.step)
+    metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if right is None else right)
+    metrics["groups/effective"] = effective(groups, config.replay.effective).sum().astype(jnp.float32)
+    if algorithm.credit.over_batch is None:
+        metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
     metrics["loss_weight/min"] = rollouts.prompts.loss_weight.min()
-    state = dataclasses.replace(state, selector=selector_state, credit=credit_state)
-    return state, groups_of(rollouts, rewards, advantages, state.step), metrics
+    if kl is not None:
+        drawn = rollouts.mask.reshape(kl.shape)
+        metrics["kl"] = jnp.where(drawn, kl, 0).sum() / jnp.maximum(drawn.sum(), 1)
+    return dataclasses.replace(state, selector=selector_state, credit=credit_state), groups, metrics
 
 
 def estimate(
@@ -194,15 +216,31 @@ def estimate(
     state: TrainState,
     rollouts: Rollouts,
     rewards: Float[Array, "B G"],
-) -> tuple[Float[Array, "B G"], Any]:
-    """Advantages, and the credit's state after them; with objective.kl_in=reward, of rewards less the KL."""
+) -> tuple[Float[Array, "B G"], Any, Float[Array, "R T"] | None]:
+    """Advantages, the credit's state after them, and the KL per token that was taken from the rewards; None = none.
+
+    With objective.kl_in=reward, advantages are of rewards less the KL of all tokens drawn. What the loss leaves out,
+    such as truncated completions, counts in a group's rewards, and so its KL does too: without it, completions that
+    ended would pay alone.
+    """
     o = config.objective
+    kl = None
     if o.kl_coef > 0 and o.kl_in == "reward":
         rows = rows_of(groups_of(rollouts, rewards, rewards, state.step), state.step, config)
+        rows = dataclasses.replace(rows, mask=rollouts.mask.reshape(rows.mask.shape))
         reference = score(policy, reference_weights(state), rows, rollouts.temperature, config)[0]
         kl = kl_estimate(rows.behaviour_log_probs, reference, o.kl_estimator)
         rewards = rewards - o.kl_coef * jnp.where(rows.mask, kl, 0).sum(axis=1).reshape(rewards.shape)
-    return algorithm.credit.estimate(state.credit, rollouts.prompts.ids, rewards, rollouts.lengths, state.movement)
+    found = algorithm.credit.estimate(state.credit, rollouts.prompts.ids, rewards, rollouts.lengths, state.movement)
+    return *found, kl
+
+
+def of_round(
+    algorithm: Algorithm, advantages: Float[Array, "B G"], rewards: Float[Array, "B G"]
+) -> Float[Array, "B G"]:
+    """Advantages as they would be if the groups rolled out together were the batch that trains."""
+    over_batch = algorithm.credit.over_batch
+    return advantages if over_batch is None else over_batch(advantages, rewards, jnp.ones(len(rewards), bool))
 
 
 def _update(
@@ -224,6 +262,11 @@ def _update(
 
     key = purpose_key(state.key, state.step, REPLAY)
     groups, replay_state = algorithm.replay.exchange(state.replay, groups, state.step, key, distance)
+    if algorithm.credit.over_batch is not None:
+        scaled = algorithm.credit.over_batch(groups.advantages, groups.rewards, groups.counted)
+        groups = dataclasses.replace(groups, advantages=scaled)
+        in_batch = jnp.maximum(groups.counted.sum() * scaled.shape[1], 1)
+        metrics["advantages/abs_mean"] = jnp.where(groups.counted[:, None], jnp.abs(scaled), 0).sum() / in_batch
     rows = rows_of(groups, state.step, config, sampling_log_probs)
     stale = stale_groups(groups, state.step) if replays or dynamic(config) else None
     rows = with_log_probs(policy, state, rows, stale, temperature, config)
@@ -271,8 +314,11 @@ def _divergence(
     policy: Policy, state: TrainState, stored: Groups, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, "C"]:
     """Mean over tokens of k3's estimate of KL(behaviour || policy) for each stored group; one pass over the ring."""
+    capacity = stored.counted.shape[0]
+    # As many as the mesh divides, the first of them twice: whatever the capacity, rows spread over all devices.
+    groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    stored = take(stored, jnp.arange(groups) % capacity)
     rows = rows_of(stored, state.step, config)
     now = score(policy, state.weights, rows, temperature, config)[0]
-    kl = jnp.where(rows.mask, kl_estimate(rows.behaviour_log_probs, now, "k3"), 0)
-    groups = stored.counted.shape[0]
-    return kl.reshape(groups, -1).sum(axis=1) / jnp.maximum(rows.mask.reshape(groups, -1).sum(axis=1), 1)
+    kl = jnp.where(rows.mask, kl_estimate(rows.behaviour_log_probs, now, "k3"), 0).reshape(groups, -1).sum(axis=1)
+    return (kl / jnp.maximum(rows.mask.reshape(groups, -1).sum(axis=1), 1))[:capacity]

@@ -46,10 +46,13 @@ class SelectionConfig:
     exploration: Annotated[float, Range(0.0, 1.0)] = 0.0
     """Share of a batch that is drawn uniformly, whatever the selector prefers."""
     quotas: str = ""
-    """Shares of a batch by task of a mixture, such as "math=0.5, gsm8k=0.3"; tasks without one share the rest. "" = no
-    quotas."""
+    """Shares of the prompts by task of a mixture, such as "math=0.5, gsm8k=0.3"; tasks without one share the rest. What
+    does not come out even in one batch does over batches. "" = no quotas."""
+    success: Literal["verdict", "reward"] = "verdict"
+    """What counts as a completion's success, for beliefs, pools and reports: its verdict (accuracy), or its reward,
+    shaping included, within [0, 1]."""
     success_threshold: Annotated[float | None, Range()] = None
-    """A completion counts as right from this reward on; None = its reward, within [0, 1], is its success."""
+    """Value of the verdict or reward from which on a completion is a success; None = the value itself is."""
     exponent: Annotated[float, Range(0.0)] = 0.6
     """PPS: lambda, P(q) ~ priority^lambda; 0 = uniform draws."""
     exponent_end: Annotated[float | None, Range(0.0)] = None
@@ -218,13 +221,16 @@ class ObjectiveConfig:
     off_policy_threshold: Annotated[float, Range(0.0)] = 0.0
     """Leave out completions of negative advantage whose mean log-ratio behaviour / policy is above this; 0 = off."""
     kl_coef: Annotated[float, Range(0.0)] = 0.0
-    """Weight of KL(policy || reference); 0 = no reference policy is held or run."""
+    """Weight of KL(policy || reference), the reference being the policy that RL begins from, after the cold start; 0 =
+    no reference policy is held or run."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """loss: a term per token; reward: the sum over a completion's tokens is taken from its reward before the credit."""
+    """loss: a term per token; reward: the sum over all tokens drawn is taken from a completion's reward before the
+    credit."""
     kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"] = "k3"
     """log-ratio (k1), half its square (k2), or ratio - 1 - log-ratio (k3); + gives the gradient of k2, the KL's own."""
     kl_unbiased: bool = True
-    """Multiply the KL term by the importance ratio, as TRL does by default: an unbiased gradient off-policy."""
+    """Multiply the KL term by the ratio of the policy to the one that drew the token, as TRL does by default: its
+    gradient is then unbiased off-policy, but where importance_cap cuts the ratio of an older policy."""
     off_policy: Literal["decoupled", "coupled", "ignored"] = "decoupled"
     """Groups of an older policy: decoupled clips around the policy at the start of the step and weighs by its ratio to
     the behaviour policy; coupled clips around the behaviour policy; ignored treats them as on-policy (ablations)."""

@@ -22,6 +22,7 @@ from pspo_jax.objective.losses import (
     zero_metrics,
 )
 from pspo_jax.objective.ratios import top_entropy
+from pspo_jax.optimizer import float32, in_float32
 from pspo_jax.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
 from pspo_jax.policy.base import Policy, join
 from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, plan, score, sharing
@@ -91,7 +92,7 @@ def optimize(
         useful = places.needed / jnp.maximum(places.computed, 1)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
-        changes, new_opt_state = optimizer.update(grads, opt_state, params)
+        changes, new_opt_state = in_float32(optimizer).update(grads, opt_state, params)
         new_params = optax.apply_updates(params, changes)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
@@ -118,7 +119,7 @@ def _gradient(
     config: Config,
     total: Denominators,
 ) -> tuple[Params, LossMetrics, Gap, Places]:
-    """Gradient of a minibatch's loss, accumulated over microbatches in float32.
+    """Gradient of a minibatch's loss in float32, accumulated over microbatches.
 
     weights(params, microbatch) is what the policy's functions take.
     """
@@ -133,10 +134,11 @@ def _gradient(
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
     bins = rows.tokens.shape[0] // parts
-    places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * (bin_length(rows) + 1)))
+    width = rows.prompts.shape[1] + rows.tokens.shape[1]
+    places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * width))
     if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
-        return grads, metrics, gap, places
+        return float32(grads), metrics, gap, places
 
     def accumulate(carry: Any, xs: tuple[Any, ...]) -> tuple[Any, None]:
         grads, metrics, gap = carry
@@ -215,13 +217,16 @@ def _join_gaps(a: Gap, b: Gap) -> Gap:
 
 
 def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
-    """TRL's names; means over the step's updates. The sampler's gap is that of the first update, before any change."""
+    """TRL's names; means over the step's updates.
+
+    The sampler's gap is that of the first update, before any change; NaN = all of its groups are of older policies.
+    `kl` is left out without a reference, and where the KL is taken from the rewards: their round has measured it.
+    """
     loss = updates.loss
-    first = jax.tree.map(lambda x: x[0], updates.gap)
-    first_tokens = jnp.maximum(first.tokens, 1)
+    gap = jax.tree.map(lambda x: x[0], updates.gap)
+    first = jax.tree.map(lambda x: jnp.where(gap.tokens > 0, x, jnp.nan), gap)
     metrics = {
         "loss": loss.loss.mean(),
-        "kl": loss.kl.mean(),
         "entropy": loss.entropy.mean(),
         "grad_norm": updates.grad_norm.mean(),
         "update/useful_tokens": updates.useful.mean(),
@@ -230,12 +235,14 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
         "clip_ratio/high_mean": loss.high.mean(),
         "clip_ratio/high_max": loss.high_max.max(),
         "clip_ratio/region_mean": (loss.low + loss.high).mean(),
-        "sampling/sampling_logp_difference/mean": first.difference_sum / first_tokens,
+        "sampling/sampling_logp_difference/mean": first.difference_sum / first.tokens,
         "sampling/sampling_logp_difference/max": first.difference_max,
-        "sampling/importance_sampling_ratio/mean": first.ratio_sum / first_tokens,
-        "sampling/importance_sampling_ratio/min": _finite(first.ratio_min),
+        "sampling/importance_sampling_ratio/mean": first.ratio_sum / first.tokens,
+        "sampling/importance_sampling_ratio/min": first.ratio_min,
         "sampling/importance_sampling_ratio/max": first.ratio_max,
     }
+    if config.objective.kl_coef > 0 and config.objective.kl_in == "loss":
+        metrics["kl"] = loss.kl.mean()
     if config.objective.surrogate == "cispo":
         metrics["cispo_clip_ratio"] = loss.high.mean()
     if config.objective.surrogate == "vespo":

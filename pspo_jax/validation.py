@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from pspo_jax.algorithms import check_choices, resolve
 from pspo_jax.config import PROJECTIONS, Config, ConfigError, embedded, replace, round_prompts
 from pspo_jax.fields import check_range, convert, kinds
-from pspo_jax.mixture import mixture, options
+from pspo_jax.mixture import labels, mixture, options
 from pspo_jax.objective.ratios import gamma_shape
 from pspo_jax.ownership import check_owners
 from pspo_jax.rewards.terms import interval, parse_terms
 from pspo_jax.selection.pools import parse_weights
 from pspo_jax.selection.quotas import parse_quotas
+from pspo_jax.tasks.stop_ids import stop_texts
 
 MAX_DEADLINE = 86_400
 
@@ -42,6 +44,7 @@ def _check_fields(stage: str, section: Any) -> None:
 
 def _check_relations(c: Config) -> None:
     _check_policy(c)
+    _check_prompt(c)
     _check_task(c)
     parse_terms(c.reward)
     repeats = c.selection.replacement
@@ -165,10 +168,16 @@ def _check_strategies(c: Config) -> None:
     s, f = c.selection, c.forgetting
     parse_quotas(s.quotas)
     parse_weights(s.pool_weights)
-    if s.exploration and not round(s.exploration * c.rollout.prompts):
+    prompts = round_prompts(c)
+    if s.exploration and not round(s.exploration * prompts):
         raise ConfigError(
-            f"selection.exploration={s.exploration:g}: is less than half a prompt of "
-            f"rollout.prompts={c.rollout.prompts}, so none would be drawn; set 0, or at least {1 / c.rollout.prompts:g}"
+            f"selection.exploration={s.exploration:g}: is less than half a prompt of the {prompts} that are rolled out "
+            f"at a time, so none would be drawn; set 0, or at least {1 / max(prompts, 1):g}"
+        )
+    if s.success == "verdict" and s.success_threshold is not None and not 0 < s.success_threshold <= 1:
+        raise ConfigError(
+            f"selection.success_threshold={s.success_threshold:g}: selection.success=verdict is within [0, 1]; choose "
+            "one above 0 and up to 1, or selection.success=reward"
         )
     if s.easy_from <= s.hard_to:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
@@ -201,6 +210,19 @@ def _check_policy(c: Config) -> None:
         )
 
 
+def _check_prompt(c: Config) -> None:
+    """Date and stop tokens can be read, and have something to act on."""
+    if c.prompt.date is not None:
+        try:
+            datetime.date.fromisoformat(c.prompt.date)
+        except ValueError as error:
+            raise ConfigError(f"prompt.date={c.prompt.date!r}: must be a day, such as 2026-01-31") from error
+    if stop_texts(c.rollout.stop) and embedded(c):
+        raise ConfigError(
+            f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} in its own alphabet ends with $ alone; drop it"
+        )
+
+
 def _check_task(c: Config) -> None:
     """Each task has what it needs."""
     t = c.task
@@ -208,6 +230,7 @@ def _check_task(c: Config) -> None:
         raise ConfigError(f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone")
     components = mixture(c)
     if components:
+        labels(c)
         for part, _ in components:
             try:
                 _check_fields("task", part.task)

@@ -7,36 +7,26 @@
 # Settings are those of open-rs and PSPO: one sample a problem, temperature .6, top-p .95, 32,768 new tokens.
 # MATH-500 and AIME24 are lighteval's own tasks; AMC23, Minerva and OlympiadBench come from the file named in
 # LIGHTEVAL_TASKS (open-rs's src/open_r1/evaluate.py) and are left out without it.
-set -euo pipefail
+# shellcheck source=scripts/launch.sh
+source "$(dirname "$0")/launch.sh"
 
-if [ $# -lt 2 ]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
-  exit 2
-fi
-model=$1
-out=$2
-dry=${3:-}
-
-if [ ! -f "$model/config.json" ]; then
-  echo "$model: holds no config.json; name a folder that pspo_jax.export wrote" >&2
-  exit 2
-fi
-if [ "$dry" != "--dry-run" ] && ! command -v lighteval >/dev/null; then
-  echo "lighteval: not installed; pip install 'lighteval[math,vllm]'" >&2
-  exit 2
-fi
+words=()
+for word; do
+  case $word in
+    --dry-run) DRY_RUN=1 ;;
+    -h | --help) usage && exit 0 ;;
+    -*) die "$word: no such option; see --help" ;;
+    *) words+=("$word") ;;
+  esac
+done
+((${#words[@]} == 2)) || die "name an exported folder and a folder for the results; see --help"
+model=${words[0]} out=${words[1]}
+[[ -f $model/config.json ]] || die "$model: holds no config.json; name a folder that pspo_jax.export wrote"
+[[ -n $DRY_RUN ]] || command -v lighteval >/dev/null || die "lighteval: not installed; pip install 'lighteval[math,vllm]'"
+supervise
 
 arguments="model_name=$model,dtype=bfloat16,max_model_length=32768,gpu_memory_utilization=0.8"
 arguments="$arguments,generation_parameters={max_new_tokens:32768,temperature:0.6,top_p:0.95}"
-
-run() {
-  if [ "$dry" = "--dry-run" ]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
 
 for task in math_500 aime24; do
   run lighteval vllm "$arguments" "lighteval|$task|0" --output-dir "$out" --save-details

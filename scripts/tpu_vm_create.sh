@@ -13,11 +13,11 @@ source "$(dirname "$0")/launch.sh"
 name="" zone="" type="" version="" more=()
 while (($#)); do
   case $1 in
-    --name) name=$2 && shift 2 ;;
-    --zone) zone=$2 && shift 2 ;;
-    --type) type=$2 && shift 2 ;;
-    --version) version=$2 && shift 2 ;;
-    --project) more+=(--project "$2") && shift 2 ;;
+    --name) value "$@" && name=$2 && shift 2 ;;
+    --zone) value "$@" && zone=$2 && shift 2 ;;
+    --type) value "$@" && type=$2 && shift 2 ;;
+    --version) value "$@" && version=$2 && shift 2 ;;
+    --project) value "$@" && more+=(--project "$2") && shift 2 ;;
     --spot) more+=(--spot) && shift ;;
     --dry-run) DRY_RUN=1 && shift ;;
     -h | --help) usage && exit 0 ;;
@@ -26,5 +26,10 @@ while (($#)); do
 done
 need name "$name" && need zone "$zone" && need type "$type"
 [[ -n $version ]] || version=$(tpu_version "$type")
+tool gcloud
+supervise
 
-run gcloud compute tpus tpu-vm create "$name" --zone "$zone" --accelerator-type "$type" --version "$version" "${more[@]}"
+code=0
+run gcloud compute tpus tpu-vm create "$name" --zone "$zone" --accelerator-type "$type" --version "$version" "${more[@]}" || code=$?
+[[ -z $SIGNAL ]] || { say "$name may have been created all the same" && ended "$code"; }
+exit "$code"

@@ -51,7 +51,7 @@ def test_loss_is_the_mean_over_completion_tokens():
 
 
 def test_a_stop_ends_it_early():
-    config, task = setup(sft__steps=20, sft__batch=4)
+    config, task = setup(sft__steps=62, sft__batch=4)
     policy, params, _ = tiny_policy(config)
     assert cold_start(config, task, policy, params, Progress(False), stop=lambda: True) is None
 

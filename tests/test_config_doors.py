@@ -198,7 +198,7 @@ def test_words_of_the_command_line():
         (["--run.steps", "1e3"], "run.steps='1e3': must be a whole number"),
         (["--run.fingerprint", "yes"], "run.fingerprint='yes': must be true or false"),
         (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate='fast': must be a number"),
-        (["--task.mixture", "[{}]", "--policy.tokenizer", "x"], "has no name; add one"),
+        (["--task.mixture", "[{}]", "--policy.tokenizer", "x"], "lacks a name; name a task of text"),
         (["--task.mixture", "[{'name'", "--policy.tokenizer", "x"], "must be a list of tasks"),
     ],
 )  # fmt: skip

@@ -67,7 +67,6 @@ def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
         finally:
             jax.monitoring.clear_event_listeners()
         seen = programs.survey(state.selector, state.step)
-        log.close()
     assert not compiled
     assert int(state.step) == 20
     assert set(values) >= DRAWN

@@ -325,12 +325,12 @@ def test_what_a_run_leaves_behind(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert set(summary) == {"eval", "steps", "rollouts", "tokens", "seconds"}
     assert set(summary["eval"]) == {"greedy", "sampled", "no_verdict"}
-    phases = {"setup", "compile", "sft", "select", "rollout", "verify", "update", "eval", "total"}
+    phases = {"setup", "load", "compile", "sft", "select", "rollout", "verify", "update", "eval", "total"}
     assert set(summary["seconds"]) == phases
     assert summary["rollouts"] == 12 * 8 * 4
     lines = metrics(uninterrupted, drop=("-",))
     assert [line["step"] for line in lines] == list(range(13))
-    for name in ("reward", "kl", "entropy", "clip_ratio/region_mean", "completions/clipped_ratio", "num_tokens",
+    for name in ("reward", "entropy", "clip_ratio/region_mean", "completions/clipped_ratio", "num_tokens",
                  "learning_rate", "grad_norm", "frac_reward_zero_std", "rewards/accuracy/mean"):  # fmt: skip
         assert name in lines[1]
     assert list(uninterrupted.glob("events.out.tfevents*"))

@@ -19,6 +19,7 @@ from pspo_jax.accounting import Totals
 from pspo_jax.config import ConfigError, replace
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.evaluation.statistics import summarise
+from pspo_jax.io import history
 from pspo_jax.io.checkpoint import Checkpoints
 from pspo_jax.io.progress import Progress
 from pspo_jax.setup import place_state, prepare
@@ -197,6 +198,9 @@ def test_statistics_follow_their_prompts(tmp_path):
         resume.save_content(before, tmp_path)
         with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
             metadata = {
+                "step": 3,
+                "config": history.settings(before.config),
+                "heldout": before.task.heldout.fingerprint(),
                 "dataset": before.task.train.fingerprint(),
                 "source": None,
                 "base": {},
@@ -205,7 +209,7 @@ def test_statistics_follow_their_prompts(tmp_path):
             checkpoints.save(3, state.to_save(), metadata)
             checkpoints.wait()
             refused = prepare(tiny_config(algorithm__name="pspo", run__dir=str(tmp_path), task__train_prompts=56))
-            with pytest.raises(ConfigError, match=r"40 then, 56 now, \d+ new, \d+ gone.*--allow-data-change"):
+            with pytest.raises(ConfigError, match=r"task.train_prompts=40 there, 56 now"):
                 resume.restore(refused, tmp_path, checkpoints, Progress(False))
             assert checkpoints.steps() == [3]
             after = refused._replace(config=replace(refused.config, {"task.allow_change": True}))
@@ -215,8 +219,8 @@ def test_statistics_follow_their_prompts(tmp_path):
     wanted = [old.get(h, 0) for h in after.task.train.content().tolist()]
     assert 0 < sum(w > 0 for w in wanted) < 56
     initial = before.config.selection.initial
-    np.testing.assert_array_equal(found[0].selector.own[:56], [w or initial for w in wanted])
-    np.testing.assert_array_equal(found[0].credit.mean[:56], [-w for w in wanted])
+    np.testing.assert_array_equal(found.state.selector.own[:56], [w or initial for w in wanted])
+    np.testing.assert_array_equal(found.state.credit.mean[:56], [-w for w in wanted])
 
 
 def evaluate(env, place, out, *argv):
@@ -291,7 +295,7 @@ RESULT = {"right": [1.0, None], "found": ["3", None], "lengths": [3, 4], "trunca
     ],
 )
 def test_damaged_results_are_sampled_again(tmp_path, damage):
-    header = {"benchmark": "b", "problems": 4, "samples": 2, "data": "x"}
+    header = {"weights": "w", "benchmark": "b", "problems": 4, "samples": 2, "data": "x"}
     good = [json.dumps(x).encode() + b"\n" for x in (header, *({"problem": i, **RESULT} for i in range(2)))]
     path = tmp_path / "b.jsonl"
     path.write_bytes(b"".join(good) + damage)
@@ -300,8 +304,19 @@ def test_damaged_results_are_sampled_again(tmp_path, damage):
         _recover(path, header | {"data": "y"})
 
 
+@pytest.mark.parametrize("before", [{"weights": "old"}, {}])
+def test_results_of_other_weights_are_set_aside(tmp_path, before):
+    """Also those that do not say of which weights they are."""
+    rest, said, path = {"benchmark": "b", "problems": 4, "samples": 2, "data": "x"}, [], tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (before | rest, {"problem": 0, **RESULT})))
+    assert _recover(path, {"weights": "new"} | rest, said.append) == 0
+    assert json.loads(path.read_text()) == {"weights": "new"} | rest
+    assert json.loads((tmp_path / "b.jsonl.before").read_text().splitlines()[0]) == before | rest
+    assert len(said) == 1 and "results of other weights" in said[0]
+
+
 def test_results_beyond_the_last_problem_are_dropped(tmp_path):
-    header = {"benchmark": "b", "problems": 2, "samples": 2, "data": "x"}
+    header = {"weights": "w", "benchmark": "b", "problems": 2, "samples": 2, "data": "x"}
     lines = [json.dumps(x) + "\n" for x in (header, *({"problem": i, **RESULT} for i in range(3)))]
     (tmp_path / "b.jsonl").write_text("".join(lines))
     assert _recover(tmp_path / "b.jsonl", header) == 2

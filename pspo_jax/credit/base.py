@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pspo_jax.per_prompt import follow_rows
-from pspo_jax.strategies import Scale
+from pspo_jax.strategies import CreditConfig, Scale
 
 
 class Credit(NamedTuple):
@@ -21,11 +21,14 @@ class Credit(NamedTuple):
         TrainState.movement. Of ids that are named twice, all see the same history, and the last usable one is kept.
     follow(S, fresh, places [N]) -> S
         The state for changed data: `fresh` is init's for the new prompts, `places` their old rows, -1 = new.
+    over_batch(advantages [B, G], rewards [B, G], counted [B]) -> advantages
+        Divided by a scale of the batch that trains, the groups that are counted in it; None = `estimate` has done all.
     """
 
     init: Callable[[int], Any]
     estimate: Callable[..., tuple[Any, Any]]
     follow: Callable[..., Any] = follow_rows
+    over_batch: Callable[..., Any] | None = None
 
 
 class GroupStatistics(NamedTuple):
@@ -72,3 +75,15 @@ def scaled(
         case _:
             raise ValueError(f"scale={scale!r}: choose group, batch or none")
     return jnp.where(known, centred, 0.0)
+
+
+def over_deviation(config: CreditConfig) -> Callable[..., Float[Array, "B G"]]:
+    """`Credit.over_batch`: over the standard deviation of the batch's rewards plus eps."""
+
+    def over_batch(
+        advantages: Float[Array, "B G"], rewards: Float[Array, "B G"], counted: Bool[Array, "B"]
+    ) -> Float[Array, "B G"]:
+        of_batch = jnp.where(counted[:, None], rewards, jnp.nan).reshape(1, -1)
+        return advantages / (jnp.sqrt(group_statistics(of_batch, config.ddof).variance) + config.eps)
+
+    return over_batch

@@ -8,6 +8,7 @@ equal has no advantage within itself, but has one against what was expected of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -74,3 +75,16 @@ def tracked_baseline(config: CreditConfig, forgetting: ForgettingConfig) -> Cred
         return centred, TrackedState(Beliefs(*put), state.seen.at[place].set(True, mode="drop"))
 
     return Credit(init, estimate)
+
+
+def over_size(config: CreditConfig) -> Callable[..., Float[Array, "B G"]]:
+    """`Credit.over_batch`: over the root mean square of the batch's advantages plus eps."""
+
+    def over_batch(
+        advantages: Float[Array, "B G"], rewards: Float[Array, "B G"], counted: Bool[Array, "B"]
+    ) -> Float[Array, "B G"]:
+        known = ~jnp.isnan(rewards) & counted[:, None]
+        squares = jnp.where(known, advantages**2, 0).sum()
+        return advantages / (jnp.sqrt(squares / jnp.maximum(known.sum(), 1)) + config.eps)
+
+    return over_batch

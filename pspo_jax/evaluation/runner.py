@@ -14,6 +14,8 @@ import numpy as np
 from pspo_jax.config import ConfigError
 from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
+from pspo_jax.io.params_folder import set_aside
+from pspo_jax.io.storage import writing
 from pspo_jax.parallel.mesh import batch_sharding
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.tasks.base import Completions, Judge, PromptSet, Scores, Tokenizer
@@ -36,9 +38,10 @@ class Work(NamedTuple):
     key: Any
     mesh: Any
 
-    def header(self) -> dict[str, Any]:
-        """What the results belong to."""
+    def header(self, identity: str) -> dict[str, Any]:
+        """What the results belong to; `identity` is a hash of the weights."""
         return {
+            "weights": identity,
             "benchmark": self.name,
             "problems": len(self.prompts.lengths),
             "samples": self.samples,
@@ -53,23 +56,27 @@ class StoppedError(Exception):
 def run_benchmark(
     work: Work,
     weights: Callable[[], Any],
+    identity: str,
     path: Path,
     tick: Callable[[int, str], None],
     stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Complete `path`, a JSONL file: a header, then a line per problem. What it holds already is kept.
+    """Complete `path`, a JSONL file: a header, then a line per problem. What it holds already of these weights is kept.
 
     Completion s of problem i draws with row number i n + s of one key, so that a continued evaluation draws what an
     uninterrupted one would have.
 
     Args:
       weights: loads them; called only if something is left to do.
+      identity: a hash of them; results of other weights are set aside.
       tick: told of each batch of problems that is done.
       stop: asked before each batch.
+      say: told if results are set aside.
     Raises:
       StoppedError: stop() became true.
     """
-    done = _recover(path, work.header())
+    done = _recover(path, work.header(identity), say)
     total = len(work.prompts.lengths)
     tick(done, "")
     if done == total:
@@ -82,8 +89,9 @@ def run_benchmark(
             if item is None:
                 return
             lines = problem_lines(work, item[0], item[2]())
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
+            with writing(path):
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
             tick(item[1], work.name)
 
         for start in range(done, total, work.batch):
@@ -123,8 +131,11 @@ def problem_lines(work: Work, batch: Completions, scores: Scores) -> list[dict[s
     return lines
 
 
-def _recover(path: Path, header: dict[str, Any]) -> int:
-    """Problems that the file holds; a line that was cut off is dropped, a file of another setting refused."""
+def _recover(path: Path, header: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> int:
+    """Problems that the file holds of these weights; a line that was cut off is dropped, another setting refused.
+
+    Results of other weights, or of weights that they do not name, are set aside.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n")
@@ -136,6 +147,10 @@ def _recover(path: Path, header: dict[str, Any]) -> int:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not kept and _of_other_weights(record, header):
+                aside = set_aside(path)
+                say(f"{path}: holds results of other weights; they are in {aside}, and all is evaluated anew")
+                return _recover(path, header, say)
             if not kept and record != header:
                 raise ConfigError(f"--out: {path} holds results of other data or samples; name another folder")
             if len(kept) > header["problems"] or (kept and not _whole(record, len(kept) - 1, header["samples"])):
@@ -147,6 +162,11 @@ def _recover(path: Path, header: dict[str, Any]) -> int:
     partial.write_text("".join(kept), encoding="utf-8")
     partial.rename(path)
     return len(kept) - 1
+
+
+def _of_other_weights(found: Any, header: dict[str, Any]) -> bool:
+    """Whether a file's header differs from this one in its weights alone."""
+    return isinstance(found, dict) and found != header and {**found, "weights": header["weights"]} == header
 
 
 def _whole(record: Any, problem: int, samples: int) -> bool:

@@ -1,151 +1,366 @@
 """Checkpoints: asynchronous, atomic, kept by policy, verified when read.
 
 Everything Orbax is in this file. A checkpoint is a TrainState and metadata (config, dataset fingerprint, accounting).
-Its metadata also holds a checksum of every array, so that a damaged file is found out instead of trained on.
+Its metadata also holds a checksum of every array, and a record of its files lies beside them, so that damage is found
+out instead of trained on, and that an error which passes, such as too little memory, is not taken for damage.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.config import CheckpointConfig, ConfigError
+from pspo_jax.io import damage
+from pspo_jax.io.checksums import layout, named_checksums, verify
+from pspo_jax.io.damage import DamageError
+from pspo_jax.io.metadata import damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.io.storage import LONGEST_PAUSE, StorageError, os_reason, pause, room, size, writing
 from pspo_jax.parallel import hosts
 
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
-"""What Orbax and TensorStore raise on files that are missing, cut off or altered."""
+RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
+"""What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
+_DECODING = ("DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT")
+"""How TensorStore's message begins where the bytes that it read make no sense."""
+
+
+def hush() -> None:
+    """Keep Orbax from printing a traceback in each of its threads; what they raise reaches the caller too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class _Save(NamedTuple):
+    """A checkpoint to be written."""
+
+    step: int
+    state: Any
+    metadata: dict[str, Any]
+    scores: dict[str, float] | None
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last save."""
+    """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last save.
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    Args:
+      say: told of what is mended, and of writes that failed and are tried again.
+      stop: whether to give up trying again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+    ):
         self.folder = folder
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._config = config
+        self._say = say
+        self._stop = stop
+        hush()
+        self._saver = ThreadPoolExecutor(1, "save")
+        self._writing: tuple[_Save, Future[None]] | None = None
+        self._last: _Save | None = None
+        self._opened = 0
+        self._orbax = self._open()
+
+    def _open(self) -> Any:
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(config.keep)]
-        if config.keep_best:
+        keep = [policies.LatestN(self._config.keep)]
+        if self._config.keep_best:
             keep.append(
                 policies.BestN(
                     get_metric_fn=lambda metrics: metrics["greedy"],
-                    n=config.keep_best,
+                    n=self._config.keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._orbax = ocp.training.Checkpointer(
-            folder.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-        )
+        if hosts.leads():
+            # Orbax reads these files of every checkpoint at once, and raises on what it does not know.
+            for number, reason in damaged_metadata(self.folder):
+                self._say(self._told(number, reason, self._move(number)))
+            for line in mend_scores(self.folder, saved_steps(self.folder)):
+                self._say(line)
+        self._opened += 1
+        hosts.wait_for_all(f"scores {self._opened}")
+        try:
+            return ocp.training.Checkpointer(
+                self.folder.absolute(),
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            )
+        except RAISED as error:
+            if why := os_reason(error):
+                raise StorageError(
+                    f"{self.folder}: cannot be opened now ({why}; {room(self.folder)}); nothing in it was changed, "
+                    "and once it can be the same command carries on"
+                ) from error
+            raise
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._orbax.close()
+        self._saver.shutdown()
+        late = None if self._writing is None else self._writing[1].exception()
+        try:
+            self._orbax.close()
+        except RAISED as again:
+            late = late or again
+        if late is not None and error[0] is None:
+            raise self._failure(late) from late
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
         return sorted(c.step for c in self._orbax.checkpoints)
 
+    def failed(self) -> bool:
+        """Whether the last save has failed already; the next `save` or `wait` says why."""
+        return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
+
     def save(self, step: int, state: Any, metadata: dict[str, Any], scores: dict[str, float] | None = None) -> None:
-        """Start saving; the write to disk goes on in the background. `scores["greedy"]` ranks keep_best."""
-        self._orbax.wait()
+        """Start saving; the write to disk goes on in the background. A finite `scores["greedy"]` ranks keep_best.
+
+        Raises:
+          StorageError: the save before this one could not be written, and checkpoint.on_error is stop, or
+            checkpoint.retry_minutes are over.
+        """
+        before = self._settle()
+        if before is not None:
+            if self._config.on_error == "stop":
+                raise before
+            self._say(f"{before}; step {step} is saved instead")
+            self._reopen()
         if step in self.steps():
             return
-        # A copy: Orbax writes metadata in the background, while the caller's counters go on.
-        metadata = {**copy.deepcopy(metadata), "checksums": named_checksums(state), "layout": layout(state)}
-        self._orbax.save_checkpointables_async(
-            step, {"state": _present(state)}, metrics=scores, custom_metadata=metadata
-        )
+        # A copy: metadata is written in the background, while the caller's counters go on.
+        metadata = {
+            **copy.deepcopy(metadata),
+            "scores": finite(scores),
+            "checksums": named_checksums(state),
+            "layout": layout(state),
+        }
+        self._start(_Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores)))
+        if before is not None:
+            self.wait()
 
     def wait(self) -> None:
-        """Return when the last save is on disk."""
-        self._orbax.wait()
+        """Return when the last save is on disk.
+
+        Raises:
+          StorageError: it cannot be written, and checkpoint.on_error is stop, or checkpoint.retry_minutes are over.
+        """
+        began, seconds = time.monotonic(), 1.0
+        while (error := self._settle()) is not None:
+            over = time.monotonic() - began > 60 * self._config.retry_minutes
+            if hosts.any_says(self._config.on_error == "stop" or over or self._stop()):
+                raise error
+            self._say(f"{error}; it is tried again in {seconds:.0f} s")
+            pause(seconds, self._stop)
+            seconds = min(2 * seconds, LONGEST_PAUSE)
+            self._reopen()
+            assert self._last is not None
+            self._start(self._last)
+
+    def _start(self, save: _Save) -> None:
+        """Hand a save to the background."""
+        self._last = save
+        try:
+            response = self._orbax.save_checkpointables_async(
+                save.step, {"state": _present(save.state)}, metrics=save.scores, custom_metadata=save.metadata
+            )
+        except RAISED as error:
+            future: Future[None] = Future()
+            future.set_exception(error)
+            self._writing = save._replace(state=None), future
+            return
+        self._writing = save._replace(state=None), self._saver.submit(self._finish, save, response)
+
+    def _finish(self, save: _Save, response: Any) -> None:
+        """Wait until a checkpoint is there, and record its files."""
+        response.result()
+        path = self.folder / str(save.step)
+        if hosts.leads() and path.exists():
+            try:
+                read_metadata(path)
+                damage.record(path)
+            except DamageError as error:
+                # A disk that was full for a moment may take the arrays and not what belongs to them.
+                shutil.rmtree(path)
+                raise StorageError(f"{path}: was not written whole ({error})") from error
+        self._last = None
+
+    def _settle(self) -> StorageError | None:
+        """Wait for the last save; what kept it from being written, if something did.
+
+        What is no error of a disk is raised.
+        """
+        error = None
+        if self._writing is not None:
+            error = self._writing[1].exception()
+        failed = hosts.any_says(error is not None)
+        if error is not None:
+            return self._failure(error)
+        self._writing = None
+        return StorageError(f"{self.folder}: another process could not write its part") if failed else None
+
+    def _failure(self, error: BaseException) -> StorageError:
+        """The error of a save in one line, or the error itself raised, if no disk was the reason."""
+        reason = str(error) if isinstance(error, StorageError) else os_reason(error)
+        if reason is None or self._writing is None:
+            raise error
+        step = self._writing[0].step
+        whole = [s for s in saved_steps(self.folder) if s != step]
+        needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
+        return StorageError(
+            f"{self.folder}: checkpoint {step} could not be written ({reason}); it needs up to {size(needed)} and "
+            f"{room(self.folder)}; {_whole(whole)}; once there is room the same command carries on"
+        )
+
+    def _reopen(self) -> None:
+        """A fresh Orbax, which removes what was half written: one that failed once raises it again."""
+        self._writing = None
+        try:
+            self._orbax.close()
+        except RAISED as error:
+            if os_reason(error) is None:
+                raise
+        self._orbax = self._open()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given for this step."""
-        return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+        """What `save` was given for this step.
+
+        Raises:
+          DamageError: it is not what was written.
+          StorageError: it cannot be read now.
+        """
+        return read_metadata(self.folder / str(step))
 
     def restore(
         self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], Any | None] = lambda _: None
     ) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint that reads back whole, or None if there is none at all.
+        """The newest checkpoint that is whole, or None if there is none at all.
 
-        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again.
+        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again. Damaged is what
+        a checksum, or the layout of its files, says is so. Any other error is raised, and nothing is moved.
 
         Args:
           abstract: pytree of ShapeDtypeStruct with shardings, like the state.
           check: raises ConfigError for metadata of a run that these settings cannot carry on; nothing is moved then.
             May return another abstract, if the checkpoint's shapes follow from its metadata.
         Raises:
-          ConfigError: checkpoints exist but none can be read.
+          ConfigError: checkpoints exist and all of them are damaged.
+          StorageError: a file cannot be read now.
         """
         steps = self.steps()
         for step in reversed(steps):
-            found, reason = None, ""
+            found: tuple[Any, dict[str, Any]] | None = None
+            metadata = None
+            reason = ""
             try:
-                found = self._load(step, abstract, check)
-            except ConfigError:
-                raise
-            except _UNREADABLE as error:
-                reason = " ".join(str(error).split())[:200]
-            # What one process cannot read, no process takes.
+                metadata = self.metadata(step)
+            except DamageError as error:
+                reason = str(error)
+            # What is damaged for one process, no process takes.
+            if not hosts.any_says(metadata is None):
+                assert metadata is not None
+                wanted = check(metadata) or abstract
+                _check_layout(step, wanted, metadata)
+                try:
+                    found = self._load(step, wanted), metadata
+                except DamageError as error:
+                    reason = str(error)
             if not hosts.any_says(found is None):
                 assert found is not None
-                state, metadata = found
                 try:
-                    verify(state, metadata["checksums"])
+                    verify(found[0], found[1]["checksums"])
                     return found
                 except ValueError as error:
                     reason = str(error)
-            moved = self._set_aside(step)
-            warn(
-                f"checkpoint {step} is damaged ({reason or 'on another host'}); moved to {moved}, trying the one before"
-            )
+            warn(self._told(step, reason or "on another host", self._set_aside(step)))
         if steps:
             raise ConfigError(
-                f"run.dir: none of the checkpoints {steps} in {self.folder} can be read; they were moved to "
-                f"{self._damaged}; choose another --run.dir to start anew"
+                f"run.dir: all checkpoints {steps} in {self.folder} are damaged, and none of them can be read; they "
+                f"were moved to {self._damaged}; put back whole ones, choose another --run.dir, or begin anew here "
+                "with --run.start_over true"
             )
         return None
 
-    def _load(
-        self, step: int, abstract: Any, check: Callable[[dict[str, Any]], Any | None]
-    ) -> tuple[Any, dict[str, Any]]:
-        metadata = self.metadata(step)
-        wanted = check(metadata) or abstract
-        _check_layout(step, wanted, metadata)
+    def _load(self, step: int, wanted: Any) -> Any:
         with _partial_load():
-            found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
-        return {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found), metadata
+            try:
+                found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
+            except RAISED as error:
+                told = judged(error, self.folder / str(step))
+                if told is error:
+                    raise
+                raise told from error
+        return {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found)
 
     @property
     def _damaged(self) -> Path:
         return self.folder.with_name(self.folder.name + ".damaged")
 
     def _set_aside(self, step: int) -> Path:
-        target = self._damaged / str(step)
-        while target.exists():
-            target = target.with_name(target.name + "_")
+        target = self._aside(step)
         hosts.wait_for_all(f"damaged {step}")
         if hosts.leads():
-            self._damaged.mkdir(exist_ok=True)
-            shutil.move(self.folder / str(step), target)
+            self._move(step)
         hosts.wait_for_all(f"moved {step}")
         self._orbax.reload()
         return target
+
+    def _aside(self, step: int) -> Path:
+        """Where a damaged checkpoint goes."""
+        target = self._damaged / str(step)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        return target
+
+    def _move(self, step: int) -> Path:
+        target = self._aside(step)
+        with writing(target):
+            self._damaged.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        return target
+
+    @staticmethod
+    def _told(step: int, reason: str, moved: Path) -> str:
+        return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
+
+
+def _whole(steps: list[int]) -> str:
+    """Which checkpoints are there, in words."""
+    if not steps:
+        return "no other checkpoint is there"
+    return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
+
+
+def judged(error: Exception, path: Path) -> Exception:
+    """What to raise where Orbax raised: DamageError if files are damaged, else the error itself."""
+    reason, certain = damage.complaint(path)
+    if reason is not None:
+        return DamageError(reason)
+    if os_reason(error) is not None:
+        return StorageError(f"{path}: cannot be read now ({os_reason(error)}); it is left as it is")
+    last: BaseException = error
+    while last.__cause__ is not None:
+        last = last.__cause__
+    if not certain and (isinstance(last, FileNotFoundError) or str(last).startswith(_DECODING)):
+        return DamageError(" ".join(str(last).split())[:200])
+    return error
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -160,7 +375,8 @@ def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = No
     Args:
       place: a tree of shapes -> shardings; None = the default device.
     Raises:
-      ConfigError: the checkpoint cannot be read whole.
+      ConfigError: the checkpoint is damaged.
+      StorageError: it cannot be read now.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -172,6 +388,22 @@ def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = No
     return read_part(folder, step, "params", abstract)
 
 
+def params_identity(folder: Path, step: int) -> str:
+    """Hash of the checksums of a checkpoint's params, and of the base under them.
+
+    Raises:
+      ConfigError: the checkpoint's metadata is damaged.
+      StorageError: it cannot be read now.
+    """
+    try:
+        found = read_metadata(folder / str(step))
+    except DamageError as error:
+        raise ConfigError(f"checkpoint {folder / str(step)}: is damaged ({error}); choose another step") from error
+    own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
+    words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
 def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
     """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
 
@@ -179,55 +411,32 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
       part: name of the field, such as params or selector.
       abstract: the shapes on disk -> pytree of ShapeDtypeStruct with shardings.
     Raises:
-      ConfigError: the checkpoint cannot be read whole.
+      ConfigError: the checkpoint is damaged.
+      StorageError: it cannot be read now.
     """
     path = (folder / str(step)).absolute()
+    hush()
     try:
-        found = ocp.checkpointables_metadata(path)
-        wanted = abstract(found.metadata["state"][part])
+        metadata = read_metadata(path)
+    except DamageError as error:
+        raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
+    try:
+        wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
         with _partial_load():
             value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
-        metadata = dict(found.custom_metadata)
+    except RAISED as error:
+        told = judged(error, path)
+        if isinstance(told, DamageError):
+            raise ConfigError(f"checkpoint {path}: is damaged ({told}); choose another step") from error
+        if told is error:
+            raise
+        raise told from error
+    try:
         saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
         verify(value, saved)
-    except _UNREADABLE as error:
-        raise ConfigError(f"checkpoint {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
     return value, metadata
-
-
-def save_folder(folder: Path, params: Any, metadata: dict[str, Any]) -> None:
-    """Write params and `settings.json` to a folder, atomically: it appears when it is whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    if hosts.leads():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    hosts.wait_for_all(f"partial {folder}")
-    ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
-    metadata = {**metadata, "checksums": named_checksums(params)}
-    if hosts.leads():
-        (partial / "settings.json").write_text(json.dumps(metadata, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    hosts.wait_for_all(f"whole {folder}")
-
-
-def load_folder(folder: Path, abstract: Any, settings: dict[str, Any]) -> Any | None:
-    """Params of a folder that `save_folder` wrote with equal settings; None if it is another's or damaged."""
-    try:
-        found = json.loads((folder / "settings.json").read_text())
-        checksums = found.pop("checksums")
-        if found != settings:
-            return None
-        params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
-    except _UNREADABLE:
-        params = None
-    if hosts.any_says(params is None):
-        return None
-    try:
-        verify(params, checksums)
-    except ValueError:
-        return None
-    return params
 
 
 def _present(state: Any) -> dict[str, Any]:
@@ -243,17 +452,9 @@ def _partial_load() -> ocp.Context:
     return context
 
 
-def layout(tree: Any) -> dict[str, str]:
-    """Path of each array -> its type and shape."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
-
-
 def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:
     """Raise ConfigError if a checkpoint is of a state of another make: it is whole, and must not pass as damaged."""
-    now = layout(wanted)
-    # Older checkpoints say only which arrays they hold.
-    before = metadata.get("layout") or {name: now.get(name, "an array") for name in metadata["checksums"]}
+    now, before = layout(wanted), metadata["layout"]
     differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differs:
         name = differs[0]
@@ -262,33 +463,3 @@ def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:
             f"{before.get(name, 'not there')} in it and {now.get(name, 'not there')} now ({len(differs)} differ); "
             "choose another --run.dir, or carry on with the version that wrote it"
         )
-
-
-@jax.jit
-def checksums(tree: Any) -> list[UInt32[Array, ""]]:
-    """One 32-bit checksum a leaf, over bits and positions; sums of integers, so the same on any topology."""
-
-    def one(x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, bits)
-        words = x.astype(jnp.uint32).ravel()
-        weight = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
-        return (words * weight).sum(dtype=jnp.uint32)
-
-    return [one(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def named_checksums(tree: Any) -> dict[str, int]:
-    """Path of each array -> its checksum."""
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return dict(zip(names, (int(x) for x in hosts.whole(checksums(tree))), strict=True))
-
-
-def verify(tree: Any, expected: dict[str, int]) -> None:
-    """Raise ValueError unless the arrays have these checksums."""
-    found = named_checksums(tree)
-    wrong = [name for name in expected if found.get(name) != expected[name]]
-    if wrong or len(found) != len(expected):
-        raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")

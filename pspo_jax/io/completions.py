@@ -58,13 +58,15 @@ def write_completions(folder: Path, step: int, lines: list[Line], file_format: s
     """`step_000010.jsonl`, or the same as parquet, in `folder`."""
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:06d}.{file_format}"
+    partial = path.with_name(f"{path.name}.partial")
     if file_format == "parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), partial)
     else:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    partial.rename(path)
     return path
 
 

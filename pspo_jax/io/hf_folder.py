@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +151,22 @@ def copy_files(folder: Path, source: Path, names: tuple[str, ...]) -> None:
 
 def set_dtype(folder: Path, dtype: str) -> None:
     """Name the tensors' type in a config.json, in the key that it uses."""
+    config = json.loads((folder / "config.json").read_text())
+    set_config(folder, {"torch_dtype" if "torch_dtype" in config else "dtype": dtype})
+
+
+def set_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Change fields of config.json."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    path.write_text(json.dumps({**config, key: dtype}, indent=2))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
+
+
+def set_stop_ids(folder: Path, stop_ids: Sequence[int], pad_id: int) -> None:
+    """Name the ids that ended completions in training in a generation_config.json, beside what the source has there."""
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    config = {"pad_token_id": pad_id} | config | {"eos_token_id": list(stop_ids)}
+    path.write_text(json.dumps(config, indent=2))
 
 
 def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pad_id: int) -> dict[str, Any]:

@@ -35,7 +35,10 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-        """Yields `advance(count, numbers)`."""
+        """Yields `advance(count, numbers)`.
+
+        The time that is left is estimated from the second call on: the first one's time holds compilation.
+        """
         if self._enabled and self.console.is_terminal:
             columns = (
                 SpinnerColumn(),
@@ -48,10 +51,14 @@ class Progress:
                 TextColumn("{task.fields[numbers]}"),
             )
             with RichProgress(*columns, console=self.console) as bars:
-                task = bars.add_task(name, total=total, completed=done, numbers="")
+                task = bars.add_task(name, total=total, completed=done, numbers="", start=False)
 
                 def advance(count: int, numbers: str) -> None:
-                    bars.update(task, advance=count, numbers=numbers)
+                    if bars.tasks[task].started:
+                        bars.update(task, advance=count, numbers=numbers)
+                    else:
+                        bars.update(task, completed=done + count, numbers=numbers)
+                        bars.start_task(task)
 
                 yield advance
         elif self._enabled:
@@ -60,17 +67,22 @@ class Progress:
             yield lambda count, numbers: None
 
     def _plain(self, name: str, total: int, done: int) -> Callable[[int, str], None]:
-        began = shown = time.monotonic()
-        first = done
+        shown = time.monotonic()
+        first: tuple[float, int] | None = None
+        """Time and count at the first call."""
 
         def advance(count: int, numbers: str) -> None:
-            nonlocal done, shown
+            nonlocal done, shown, first
             done += count
             now = time.monotonic()
+            line = f"{name} {done}/{total}  {numbers}"
+            if first is None:
+                first = now, done
+            else:
+                line += f"  eta {(now - first[0]) / (done - first[1]) * (total - done):.0f} s"
             if done == total or now - shown > _SECONDS_BETWEEN_LINES:
                 shown = now
-                eta = (now - began) / max(done - first, 1) * (total - done)
-                self.say(f"{name} {done}/{total}  {numbers}  eta {eta:.0f} s")
+                self.say(line)
 
         return advance
 

@@ -106,8 +106,9 @@ def objective_loss(
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """These rows' share of the minibatch's loss, and of its metrics; shares of microbatches add up.
 
-    Per token: -v w s + kl_coef KL, with the selector's weight v, the importance weight w of an older behaviour policy,
-    and the surrogate s; the entropy bonus is a mean over tokens whatever the aggregation.
+    Per token: -v w s + kl_coef r w KL, with the selector's weight v, the importance weight w = pi_old / mu of an older
+    behaviour policy, cut to its cap, the surrogate s, and the ratio r = pi / pi_old; without kl_unbiased the KL term
+    has neither r nor w. The entropy bonus is a mean over tokens whatever the aggregation.
 
     Args:
       config: resolved: its surrogate, ratio, aggregation and clip range are not None.
@@ -127,13 +128,14 @@ def objective_loss(
         )
     if inputs.top_entropy is not None:
         losses = jnp.where(inputs.top_entropy, losses, 0)
-    # VESPO's weight has the behaviour policy in it.
-    if log_w is not None and config.surrogate != "vespo":
-        losses *= importance_weight(log_w, config)
+    weight = jnp.ones_like(losses) if log_w is None else importance_weight(log_w, config)
+    # VESPO's own weight has the behaviour policy in it.
+    if config.surrogate != "vespo":
+        losses *= weight
     kl = jnp.zeros_like(losses)
     if inputs.reference_log_probs is not None:
         kl = kl_estimate(log_probs, inputs.reference_log_probs, config.kl_estimator)
-        kl = kl * ratio if config.kl_unbiased else kl
+        kl = kl * ratio * weight if config.kl_unbiased else kl
         losses = losses + config.kl_coef * kl
     loss = aggregate(losses, mask, config.aggregation, total, max_length)
     if config.entropy_coef:

@@ -6,11 +6,15 @@ logs those. On one process all of this is the identity.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +25,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from pspo_jax.config import Config, ConfigError
+from pspo_jax.io.storage import StorageError
 from pspo_jax.parallel.private import cluster_processes, coordination_client
 
 _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
 BARRIER_SECONDS = 900.0
 """How long processes wait for each other where files change hands; the slowest may be writing a checkpoint."""
+_DAY = 86400.0
+_HOST = 64
+"""Bytes of a host's name that are compared and shown."""
 _LAST_WORDS_SECONDS = 5.0
 """How long a process that failed waits for the others to read why, before its end ends them."""
 
@@ -65,6 +73,14 @@ def initialize(config: Config) -> None:
             f"distributed.coordinator={d.coordinator}: the processes did not find each other ({why}); check the "
             "address, distributed.processes, and that all were started; distributed.auto=false is for one alone"
         ) from error
+
+
+def leads_before_joining(config: Config) -> bool | None:
+    """Whether this process will lead; None if only a cluster that has not been joined knows."""
+    d = config.distributed
+    if d.coordinator is not None:
+        return d.process == 0
+    return None if d.auto and in_cluster() else True
 
 
 def in_cluster() -> bool:
@@ -154,6 +170,60 @@ def any_says(flag: bool) -> bool:
     return flag if count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
 
 
+def text_from_leader(text: str) -> str:
+    """The leading process's text, of at most 4,096 bytes, on every process; all must ask."""
+    if count() == 1:
+        return text
+    data = np.zeros(4096, np.uint8)
+    words = text.encode()
+    data[: len(words)] = np.frombuffer(words, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).rstrip(b"\0").decode()
+
+
+def from_leader(name: str, value: np.ndarray | None) -> np.ndarray:
+    """The int8 array of the leading process, on all of them; the others wait for it, for as long as it needs.
+
+    Args:
+      name: of the array; equal names have equal values.
+      value: the leader's; None elsewhere.
+    """
+    if count() == 1:
+        assert value is not None
+        return value
+    client = coordination_client()
+    key = f"pspo_jax/shared/{name}"
+    if value is not None:
+        text = base64.b64encode(zlib.compress(value.astype(np.int8).tobytes())).decode()
+        client.key_value_set(key, text, allow_overwrite=True)
+    found = client.blocking_key_value_get(key, int(1000 * _DAY))
+    return np.frombuffer(zlib.decompress(base64.b64decode(found)), np.int8).copy()
+
+
+def check_same(field: str, text: str) -> None:
+    """Make sure that a text, such as a fingerprint of the data, is the same on all processes; all must ask.
+
+    Raises:
+      ConfigError: it is not; the line names the hosts that differ from most of the others.
+    """
+    if count() == 1:
+        return
+    mine = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)
+    host = np.frombuffer(socket.gethostname().encode()[:_HOST].ljust(_HOST, b"\0"), np.uint8)
+    every, names = (np.asarray(x) for x in multihost_utils.process_allgather((mine, host)))
+    kinds = [row.tobytes() for row in every]
+    usual = max(kinds, key=kinds.count)  # the first of the most frequent
+    differ = [
+        f"{bytes(names[i]).rstrip(bytes(1)).decode(errors='replace')} (process {i})"
+        for i, kind in enumerate(kinds)
+        if kind != usual
+    ]
+    if differ:
+        raise ConfigError(
+            f"{field}: the data on {', '.join(differ)} are not those of the other {kinds.count(usual)} processes; "
+            "give all hosts the same files and the same versions of the packages"
+        )
+
+
 def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """Return when every process is here; each place has a name of its own.
 
@@ -191,7 +261,8 @@ def failing_together() -> Iterator[None]:
         done.set()
         if not isinstance(error, SystemExit) or error.code:
             bad_input = isinstance(error, ConfigError)
-            text = f"error: {error}" if bad_input else traceback.format_exc()
+            known = bad_input or isinstance(error, StorageError)
+            text = f"error: {error}" if known else traceback.format_exc()
             print(f"process {jax.process_index()} failed: {text}", file=sys.stderr, flush=True)
             client.key_value_set(f"{_FAILURES}{jax.process_index()}", text, allow_overwrite=True)
             time.sleep(_LAST_WORDS_SECONDS)

@@ -133,8 +133,17 @@ def size_along(shape: Mapping[str, int], axes: Sequence[str]) -> int:
 
 
 def microbatch_size(rows: int, at_most: int) -> int:
-    """The largest divisor of `rows` up to `at_most` (0 = no bound) that spreads evenly over the mesh in context."""
+    """The largest divisor of `rows` up to `at_most` (0 = no bound) that spreads evenly over the mesh in context.
+
+    Raises:
+      ConfigError: the mesh does not divide the rows.
+    """
     shards = size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    if rows % shards:
+        raise ConfigError(
+            f"mesh.data x mesh.fsdp = {shards}: does not divide the {rows} completions that are computed together; "
+            "make prompts x rollout.group_size a multiple"
+        )
     limit = max(at_most or rows, shards)
     return max(d for d in range(1, rows + 1) if rows % d == 0 and d % shards == 0 and d <= limit)
 

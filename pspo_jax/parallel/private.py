@@ -22,7 +22,8 @@ def cluster_processes() -> int:
 def coordination_client() -> Any:
     """The client of the coordination service, after `jax.distributed.initialize()`; None before it.
 
-    It has wait_at_barrier(name, milliseconds), key_value_set(key, text, allow_overwrite) and key_value_dir_get(prefix).
+    It has wait_at_barrier(name, milliseconds), key_value_set(key, text, allow_overwrite), key_value_dir_get(prefix) and
+    blocking_key_value_get(key, milliseconds).
     """
     from jax._src.distributed import global_state
 

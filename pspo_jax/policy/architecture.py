@@ -72,6 +72,8 @@ class Architecture:
     """Multiplies embeddings (Gemma: sqrt(D))."""
     query_scale: float | None = None
     """Multiplies q k; None = 1 / sqrt(head_dim)."""
+    max_positions: int | None = None
+    """Places of a row that the checkpoint was made for (max_position_embeddings); None = not known."""
     forbidden: tuple[int, ...] = ()
     """Ids that are never drawn, such as rows of the embedding that no token of the tokenizer uses."""
     lora: Lora | None = None
@@ -91,6 +93,22 @@ class Architecture:
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+
+def beyond_context(a: Architecture, prompt: int, completion: int) -> str | None:
+    """A line on rows that are longer than what the checkpoint was made for; None if none can be.
+
+    Args:
+      prompt: tokens of the longest prompt.
+      completion: of the longest completion.
+    """
+    if a.max_positions is None or prompt + completion <= a.max_positions:
+        return None
+    return (
+        f"rollout.max_new_tokens={completion}: a row has up to {prompt:,} + {completion:,} tokens, more than the "
+        f"{a.max_positions:,} that policy.source was made for (max_position_embeddings), and what comes beyond them is "
+        "likely to be noise; lower it, or prompt.max_tokens"
+    )
 
 
 def built_in(config: PolicyConfig, vocab_size: int, forbidden: tuple[int, ...] = ()) -> Architecture:

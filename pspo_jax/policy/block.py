@@ -21,7 +21,7 @@ from pspo_jax.parallel.mesh import constrain
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import attend
 from pspo_jax.policy.base import Packed, mask_logits
-from pspo_jax.policy.matmul import product
+from pspo_jax.policy.matmul import lookup, product
 from pspo_jax.policy.rotary import Rotation, rope, rotation
 
 _FAR = np.iinfo(np.int32).max
@@ -105,7 +105,7 @@ def finish_block(
 
 
 def embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
-    x = embed[tokens].astype(jnp.dtype(a.compute_dtype))
+    x = lookup(embed, tokens, jnp.dtype(a.compute_dtype))
     return x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
 
 

@@ -42,6 +42,7 @@ def architecture_of(hf: Any, policy: PolicyConfig, where: str) -> Architecture:
         "tied": bool(hf.tie_word_embeddings),
         "biases": _biases(hf),
         "windows": _windows(hf),
+        "max_positions": _max_positions(hf),
     }
     try:
         if hf.model_type not in _ROTARY_PER_KIND:
@@ -109,6 +110,10 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "gemma3_text": _gemma3,
 }
 """model_type -> what the family adds to the common fields."""
+_WITH_WINDOWS = ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
+_WITH_ATTENTION_BIAS = ("llama", "qwen2", "qwen3", "smollm3", "olmo2", "gemma3_text")
+_WITH_MLP_BIAS = ("llama", "smollm3")
+"""Families that know the options sliding_window, attention_bias and mlp_bias."""
 _ROTARY_PER_KIND = ("gemma3_text",)
 """Families whose rope_parameters are keyed by kind of layer."""
 
@@ -128,19 +133,33 @@ def _windows(hf: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _max_positions(hf: Any) -> int | None:
+    """Places that the model was made for; scaled rotary embeddings reach further than what they were scaled from."""
+    stated = getattr(hf, "max_position_embeddings", None)
+    rope = getattr(hf, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    scaled = int(original * factor) if original and factor and rope.get("rope_type") == "yarn" else 0
+    return max(stated, scaled) if stated else None
+
+
 def _refuse(hf: Any, where: str) -> None:
+    kind = hf.model_type
     activation = getattr(hf, "hidden_act", None) or getattr(hf, "hidden_activation", None)
-    wanted = "gelu_pytorch_tanh" if hf.model_type == "gemma3_text" else "silu"
+    wanted = "gelu_pytorch_tanh" if kind == "gemma3_text" else "silu"
     unsupported = {
         "hidden_act": activation if activation != wanted else None,
         "quantization_config": getattr(hf, "quantization_config", None),
         "attn_logit_softcapping": getattr(hf, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(hf, "final_logit_softcapping", None),
         "use_bidirectional_attention": getattr(hf, "use_bidirectional_attention", None),
+        # Families without these options ignore them elsewhere: whether the model was meant so, nobody can say.
+        "sliding_window": None if kind in _WITH_WINDOWS else getattr(hf, "sliding_window", None),
+        "attention_bias": None if kind in _WITH_ATTENTION_BIAS else getattr(hf, "attention_bias", None),
+        "mlp_bias": None if kind in _WITH_MLP_BIAS else getattr(hf, "mlp_bias", None),
     }
     for name, value in unsupported.items():
         if value:
-            raise ConfigError(f"policy.source={where}: config.json has {name}={value!r}, which is not supported")
+            raise ConfigError(f"policy.source={where}: config.json has {name}={value!r:.200}, which is not supported")
     kinds = set(getattr(hf, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ConfigError(f"policy.source={where}: config.json has layer_types {sorted(kinds)}, not supported")

@@ -1,4 +1,4 @@
-"""The one matrix product of the model, and its gradient."""
+"""The one matrix product of the model and its lookup of embeddings, and their gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -44,3 +44,31 @@ def _backward(spec: str, dtype: Any, out_dtype: Any, saved: tuple[Array, Array],
 
 
 product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table: Array, tokens: Array, dtype: Any) -> Array:
+    return table[tokens].astype(dtype)
+
+
+def _lookup_forward(table: Array, tokens: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _lookup(table, tokens, dtype), (table, tokens)
+
+
+def _lookup_backward(dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(g.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "R S"], dtype: Any) -> Float[Array, "R S D"]:
+    """Rows of a table in `dtype`; the table's gradient adds up in float32, whatever its type.
+
+    Autodiff adds in the table's own type: in bfloat16 a token that stands often loses most of its gradient.
+    """
+    if table.dtype == jnp.bfloat16:
+        return _lookup(table, tokens, dtype)
+    return table[tokens].astype(dtype)

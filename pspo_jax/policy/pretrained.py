@@ -5,9 +5,9 @@ Nothing is loaded before everything is known to fit: the config, every tensor's 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -23,10 +23,13 @@ from jaxtyping import Array
 from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.families import FAMILIES, architecture_of, unknown_family
+from pspo_jax.policy.json_files import check_side_files, read_json, read_model_config
 from pspo_jax.policy.weights import Weight, entries, from_hf, is_weight, table
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _DTYPES = ("F32", "F16", "BF16")
+_ROWS = 4096
+"""Of a matrix that are compared at a time."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -47,6 +50,8 @@ class Source(NamedTuple):
     architecture: Architecture
     """Without adapters and forbidden ids."""
     tensors: dict[str, Tensor]
+    untied: bool = False
+    """config.json ties the head to the embedding, but another head is stored; `architecture` has that one."""
 
     def fingerprint(self) -> str:
         """Hash of config.json and of every tensor's name, shape and type; contents are left to checksums."""
@@ -101,57 +106,86 @@ def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
     name = policy.source
     folder = fetch(name, policy.revision, "policy.source", weights)
     architecture = architecture_of(_read_config(folder, name), policy, name)
-    tensors = dict(_read_headers(folder, name)) if weights else {}
+    check_side_files(folder, f"policy.source={name}", ("generation_config.json",))
+    tensors = _read_headers(folder, name) if weights else {}
+    untied = architecture.tied and _has_own_head(tensors)
+    architecture = dataclasses.replace(architecture, tied=architecture.tied and not untied)
     if weights:
         _match(architecture, tensors, name)
-    return Source(name, folder, architecture, tensors)
+    return Source(name, folder, architecture, tensors, untied)
+
+
+def _has_own_head(tensors: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint that claims to tie its head stores another one than its embedding."""
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    if not all(name in tensors for name in names):
+        return False
+    head, embedding = (tensors[name] for name in names)
+    if head.shape != embedding.shape or len(head.shape) != 2 or not {head.dtype, embedding.dtype} <= set(_DTYPES):
+        return True
+    parts = (_rows_of(tensors[name], name) for name in names)
+    return any(not np.array_equal(x, y) for x, y in zip(*parts, strict=True))
 
 
 def _read_config(folder: Path, name: str) -> Any:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-        model_type = raw["model_type"]
-    except OSError as error:
-        raise ConfigError(f"policy.source={name}: {path.name}: {error.strerror}; is it a model's folder?") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"policy.source={name}: config.json has no model_type or is not JSON") from error
+    where = f"policy.source={name}"
+    model_type = read_model_config(folder, where)["model_type"]
     if model_type not in FAMILIES:
         raise ConfigError(unknown_family(model_type, name))
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return import_transformers().AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"policy.source={name}: config.json cannot be read: {reason}") from error
+        raise ConfigError(f"{where}: config.json cannot be read: {reason}") from error
 
 
-def _read_headers(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor of a checkpoint, from its files' headers."""
+def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, from its files' headers."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"policy.source={name}: {index.name} has no weight_map or is not JSON") from error
-    else:
-        files = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"policy.source={name}: holds no *.safetensors file; convert its weights to safetensors")
-    for file in files:
+    found: dict[str, Tensor] = {}
+    for file in _weight_files(folder, name):
         path = folder / file
-        if not path.exists():
-            raise ConfigError(f"policy.source={name}: {file} is missing; {index.name} names it")
         try:
             with safe_open(path, framework="numpy") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                     part = opened.get_slice(key)
-                    yield key, Tensor(path, tuple(part.get_shape()), part.get_dtype())
+                    if key in found:
+                        raise ConfigError(
+                            f"policy.source={name}: {key} stands in {found[key].file.name} and in {file}; remove the "
+                            "file that is not the model's"
+                        )
+                    found[key] = Tensor(path, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"policy.source={name}: {file} is damaged or cut off ({' '.join(str(error).split())}); fetch it again"
             ) from error
+    return found
+
+
+def _weight_files(folder: Path, name: str) -> list[str]:
+    """Names of the files that hold a checkpoint's tensors: its only one, those of its index, or all there are."""
+    index, whole = folder / "model.safetensors.index.json", "model.safetensors"
+    if not index.exists():
+        files = [whole] if (folder / whole).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"policy.source={name}: holds no *.safetensors file; convert its weights to safetensors")
+        return files
+    weight_map = read_json(index, f"policy.source={name}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ConfigError(f"policy.source={name}: {index.name} has no weight_map from tensors to files; fetch it again")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if not (folder / file).exists():
+            raise ConfigError(f"policy.source={name}: {file} is missing; {index.name} names it")
+    if (folder / whole).exists() and whole not in files:
+        raise ConfigError(
+            f"policy.source={name}: holds {whole} and {index.name}, which names other files; remove the one that is "
+            "not the model's"
+        )
+    return files
 
 
 def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
@@ -183,6 +217,16 @@ def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
         return opened.get_tensor(name)
 
 
+def _rows_of(tensor: Tensor, name: str) -> Iterator[np.ndarray]:
+    """A matrix in parts of some rows, float32."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, framework="numpy") as opened:
+        rows = opened.get_slice(name)
+        for start in range(0, tensor.shape[0], _ROWS):
+            yield np.asarray(rows[start : min(start + _ROWS, tensor.shape[0])]).astype(np.float32)
+
+
 def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any:
     """The weights of `table(architecture)`, each read, turned, cast and placed before the next one is read.
 
@@ -191,22 +235,37 @@ def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any
 
     Args:
       shardings: a NamedSharding for each weight.
+    Raises:
+      ConfigError: a tensor has numbers that are not finite, in its file or in `dtype`.
     """
     leaves, structure = jax.tree.flatten(weights, is_leaf=is_weight)
     places = jax.tree.leaves(shardings)
     order = sorted(range(len(leaves)), key=lambda i: (leaves[i].stacked, -int(np.prod(leaves[i].shape))))
     out: list[Any] = [None] * len(leaves)
+    finite: dict[str, Array] = {}
     for i in order:
-        out[i] = _load_leaf(source, leaves[i], places[i], jnp.dtype(dtype))
+        out[i] = _load_leaf(source, leaves[i], places[i], jnp.dtype(dtype), finite)
+    # Asked for at the end: a question for each tensor would wait for it.
+    bad = [name for name, good in jax.device_get(finite).items() if not good]
+    if bad:
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        raise ConfigError(
+            f"policy.source={source.name}: NaN or infinity in {', '.join(sorted(bad)[:3])}{more}, read as {dtype}; "
+            "fetch the checkpoint again, or one from before it diverged"
+        )
     return jax.tree.unflatten(structure, out)
 
 
-def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any) -> Array:
-    def layer(name: str) -> np.ndarray:
-        return from_hf(w, read_tensor(source.tensors[name], name))
+def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, finite: dict[str, Array]) -> Array:
+    """A weight on its devices. `finite` gets an entry for each of its tensors: whether all numbers are finite."""
+
+    def read(name: str, sharding: NamedSharding) -> Array:
+        x = _place(from_hf(w, read_tensor(source.tensors[name], name)), sharding)
+        finite[name] = _all_finite(x, dtype)
+        return x
 
     if not w.stacked:
-        return _place(layer(w.hf), sharding).astype(dtype)
+        return read(w.hf, sharding).astype(dtype)
     leaf = jax.jit(functools.partial(jnp.zeros, w.shape, dtype), out_shardings=sharding)()
     one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     put = jax.jit(
@@ -215,8 +274,14 @@ def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any) -
         out_shardings=sharding,
     )
     for i in range(w.shape[0]):
-        leaf = put(leaf, _place(layer(w.hf.format(i)), one), i)
+        leaf = put(leaf, read(w.hf.format(i), one), i)
     return leaf
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(x: Array, dtype: Any) -> Array:
+    """Whether all numbers are, once they are of this type."""
+    return jnp.isfinite(x.astype(dtype)).all()
 
 
 def _place(x: np.ndarray, sharding: NamedSharding) -> Array:

@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from pspo_jax.config import Config
 from pspo_jax.mixture import mixture
 from pspo_jax.rewards.math import final_answer
 from pspo_jax.rewards.pool import Batch, Pool, Reply, Request
 from pspo_jax.rewards.terms import TERMS, Shape, functions, parse_terms, shaped, weighted_sum
-from pspo_jax.tasks.base import Completions, Judge, Scores
+from pspo_jax.tasks.base import ANSWER_COLUMN, Completions, Judge, Scores
+from pspo_jax.tasks.data import PROMPT_COLUMNS
+from pspo_jax.tasks.files import value_at
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
 GRADED = ("python_function", "reasoning_gym")
 """Kinds whose partial scores count in evaluation as they are; elsewhere only 1 is right."""
+
+
+NO_OPINION = "the function returned None"
 
 
 class _Ask(NamedTuple):
@@ -63,7 +68,7 @@ def text_judge(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> J
         asks = _verdict_asks(batch, kinds, texts, config, pool)
         verdicts = pool.submit([ask.request for ask in asks])
         extra = {
-            name: (found := _function_asks(name, batch, texts, pool), pool.submit([a.request for a in found]))
+            name: (found := _function_asks(name, batch, texts, pool, config), pool.submit([a.request for a in found]))
             for name in weights
             if name not in TERMS
         }
@@ -89,7 +94,7 @@ def _verdict_asks(
         kind, gold = kinds[i], batch.prompts.answers[int(row)]
         extra = json.loads(_of(batch.prompts.extras, int(row)))
         if kind == "python_function":
-            out += _function_row(extra["function"], i, batch, texts[i], pool)
+            out += _function_row(extra["function"], i, batch, texts[i], pool, config)
             continue
         for j, text in enumerate(texts[i]):
             if config.reward.require_end and not batch.ended[i, j]:
@@ -115,35 +120,49 @@ def _request(kind: str, gold: str, extra: dict[str, Any], text: str) -> Request 
     raise ValueError(f"no verifier for {kind}")
 
 
-def _function_asks(name: str, batch: Completions, texts: list[list[str]], pool: Pool) -> list[_Ask]:
-    return [ask for i in range(len(batch.rows)) for ask in _function_row(name, i, batch, texts[i], pool)]
+def _function_asks(name: str, batch: Completions, texts: list[list[str]], pool: Pool, config: Config) -> list[_Ask]:
+    return [ask for i in range(len(batch.rows)) for ask in _function_row(name, i, batch, texts[i], pool, config)]
 
 
-def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool: Pool) -> list[_Ask]:
+def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool: Pool, config: Config) -> list[_Ask]:
     """One request a completion, so that each has its own deadline; one a group if the function takes lists."""
     row, prompts = int(batch.rows[i]), batch.prompts
-    prompt = _of(prompts.texts, row)
     columns = prompts.columns(row) if prompts.columns else {}
+    extra = json.loads(_of(prompts.extras, row) or "{}")
+    row_arguments = {
+        "function": name,
+        "prompt": _of(prompts.texts, row),
+        "messages": _conversation(columns, config.task.prompt_column),
+        "answer": _own_answer(columns, extra.get(ANSWER_COLUMN), prompts.answers[row]),
+        "step": batch.step,
+        "steps": config.run.steps,
+        "columns": columns,
+    }
     parts = [tuple(range(len(texts)))] if name in pool.grouped else [(j,) for j in range(len(texts))]
-    return [
-        _Ask(
-            Request(
-                "function",
-                {
-                    "function": name,
-                    "prompt": prompt,
-                    "completions": [texts[j] for j in part],
-                    "token_ids": [batch.tokens[i, j, : batch.lengths[i, j]].tolist() for j in part],
-                    "answer": prompts.answers[row],
-                    "step": batch.step,
-                    "columns": columns,
-                },
-            ),
-            i,
-            part,
-        )
-        for part in parts
-    ]
+    asks = []
+    for part in parts:
+        own = {
+            "completions": [texts[j] for j in part],
+            "token_ids": [batch.tokens[i, j, : batch.lengths[i, j]].tolist() for j in part],
+        }
+        asks.append(_Ask(Request("function", row_arguments | own), i, part))
+    return asks
+
+
+def _own_answer(columns: dict[str, Any], column: str | None, gold: str) -> Any:
+    """A row's answer as its source has it: a number, a list, an object or null; text as the gold answer is."""
+    value = gold if column is None else value_at(columns, column)
+    return gold if isinstance(value, str) else value
+
+
+def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str, Any]] | None:
+    """The messages of a row whose prompt is a conversation; None = it is plain text."""
+    for name in [wanted] if wanted in columns else PROMPT_COLUMNS:
+        value = columns.get(str(name))
+        if value is not None:
+            chat = isinstance(value, list) and bool(value)
+            return value if chat and all(isinstance(m, dict) and "content" in m for m in value) else None
+    return None
 
 
 def _scores(
@@ -157,45 +176,73 @@ def _scores(
     config: Config,
 ) -> Scores:
     shape = batch.lengths.shape
-    reasons: Counter[str] = Counter()
-    errors: dict[str, None] = {}
-    answers: list[list[str | None]] = [[None] * shape[1] for _ in range(shape[0])]
-    value = np.zeros(shape, np.float32)
-    _fill(value, asks, verdicts.result(), reasons, errors, answers)
+    filled = {"accuracy": _filled(shape, asks, verdicts.result(), unasked=0.0)}
+    filled |= {name: _filled(shape, found, replies.result()) for name, (found, replies) in extra.items()}
+    value = filled["accuracy"].value
     graded = np.array([[kind in GRADED] for kind in kinds])
     right = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
     what = Shape(right, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:
-        if name == "accuracy":
-            terms[name] = value
-        elif name in TERMS:
-            terms[name] = shaped(name, config.reward, what)
-        else:
-            found, replies = extra[name]
-            terms[name] = np.full(shape, np.nan, np.float32)
-            _fill(terms[name], found, replies.result(), Counter(), errors, None)
-    reward = weighted_sum(terms, weights, right)
+        terms[name] = filled[name].value if name in filled else shaped(name, config.reward, what)
+    failed = {name: one.failed for name, one in filled.items()}
+    reward = weighted_sum(terms, weights, right, failed)
     # The verdict is reported whether or not it is paid for.
-    return Scores(reward, {"accuracy": value} | terms, right, answers, reasons, tuple(errors))
+    return Scores(
+        reward,
+        {"accuracy": value} | terms,
+        right,
+        filled["accuracy"].answers,
+        filled["accuracy"].reasons,
+        tuple(dict.fromkeys(error for one in filled.values() for error in one.errors)),
+        failed,
+        {name: one.reasons for name, one in filled.items()},
+        _together([one.metrics for one in filled.values()]),
+    )
 
 
-def _fill(
-    value: Float[np.ndarray, "B G"],
-    asks: list[_Ask],
-    replies: list[Reply],
-    reasons: Counter[str],
-    errors: dict[str, None],
-    answers: list[list[str | None]] | None,
-) -> None:
-    """Write replies where they belong."""
+class _Filled(NamedTuple):
+    """Replies about one term, where they belong."""
+
+    value: Float[np.ndarray, "B G"]
+    """NaN = a failure, or no opinion."""
+    failed: Bool[np.ndarray, "B G"]
+    """Where the verifier or function gave no verdict by an error, its deadline or its death."""
+    answers: list[list[str | None]]
+    reasons: Counter[str]
+    """Why values are missing."""
+    errors: list[str]
+    metrics: dict[str, list[float]]
+
+
+def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unasked: float = np.nan) -> _Filled:
+    """Values of a term; `unasked` where nothing was asked."""
+    value, failed = np.full(shape, unasked, np.float32), np.zeros(shape, bool)
+    answers: list[list[str | None]] = [[None] * shape[1] for _ in range(shape[0])]
+    reasons: Counter[str] = Counter()
     for ask, reply in zip(asks, replies, strict=True):
-        scores = reply.score if isinstance(reply.score, list) else [reply.score] * len(ask.columns)
-        for j, score in zip(ask.columns, scores, strict=True):
+        n = len(ask.columns)
+        scores = reply.score if isinstance(reply.score, list) else [reply.score] * n
+        whole = reply.reason if not isinstance(reply.score, list) else None
+        for j, score, why in zip(ask.columns, scores, reply.failed or [whole] * n, strict=True):
             value[ask.row, j] = np.nan if score is None else score
+            failed[ask.row, j] = score is None and why is not None
+            answers[ask.row][j] = reply.answer
             if score is None:
-                reasons[reply.reason or "the function returned None"] += 1
-            if answers is not None:
-                answers[ask.row][j] = reply.answer
-        if reply.error:
-            errors[reply.error] = None
+                reasons[why or NO_OPINION] += 1
+    return _Filled(
+        value,
+        failed,
+        answers,
+        reasons,
+        [reply.error for reply in replies if reply.error],
+        _together([reply.metrics for reply in replies if reply.metrics]),
+    )
+
+
+def _together(found: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    out: dict[str, list[float]] = {}
+    for metrics in found:
+        for name, values in metrics.items():
+            out.setdefault(name, []).extend(values)
+    return out

@@ -1,8 +1,10 @@
 """A pool of killable worker processes with a deadline per request.
 
-One thread of the main process deals requests to workers, one each, and watches the clock. A worker that overruns is
-killed and its request gets no verdict; one that dies on its own has its request tried once more by another. While a
-worker is slow and others wait, extra workers are forked, so that a few hanging answers do not hold up the rest.
+One thread of the main process deals requests to workers, one each, and watches their clocks. A worker that overruns is
+killed and its request gets no verdict; one that dies on its own has its request tried once more, by a worker forked
+since. While a worker is slow and others wait, extra workers are forked, so that a few hanging answers do not hold up
+the rest. A verdict does not depend on how busy the machine is: what counts is the time that a worker was on a
+processor, and a larger limit holds for the time that it slept; waiting for a processor costs nothing.
 """
 
 from __future__ import annotations
@@ -22,71 +24,44 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pspo_jax.config import ConfigError, VerifierConfig
-from pspo_jax.rewards.worker import KILL, SPAWN
+from pspo_jax.rewards.clock import Spent, spent, usage
+from pspo_jax.rewards.requests import Batch, Reply, Request
+from pspo_jax.rewards.worker import KILL, PID, SPAWN
 
-_PID = struct.Struct("<q")
 _SLOW = 0.25
-"""Seconds after which a worker counts as slow."""
+"""Seconds, without those of other processes, after which a worker counts as slow."""
+_LOOK = 0.1
+"""Seconds between two looks at a worker that other processes may have kept from a processor."""
+_WALL = 6.0
+"""verifier.wall_limit, in deadlines, where it is 0."""
 _EXTRA = 4
 """At most this many workers per configured one while some are slow."""
 _LATE_NICE = 5
 """Priority of a slow worker. At 19 it would starve on a busy machine and easy answers would miss the deadline."""
+__all__ = ["Batch", "Pool", "Reply", "Request"]
 _START_LIMIT = 120.0
 _TRIES = 2
+_OUTSIDE_TRIES = 5
+"""If the workers were killed or stopped from outside, which says nothing about the request."""
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _STILLBORN = 3
 """Workers per configured one that may end in a row before they are ready; then starting them is given up."""
 _CACHE = 100_000
-
-
-class Request(NamedTuple):
-    kind: str
-    """A key of worker.VERIFIERS."""
-    arguments: dict[str, Any]
-    key: Hashable | None = None
-    """Requests with equal keys have equal verdicts, which are remembered; None = never."""
-
-
-class Reply(NamedTuple):
-    score: Any
-    """A number, a list of them, or None = no verdict."""
-    answer: str | None
-    reason: str | None
-    """Why there is no verdict: "deadline", "died", or the last line of an error."""
-    error: str | None = None
-    """The whole traceback, if there is one."""
-
-
-class Batch:
-    """Replies to come, in the order of the requests."""
-
-    def __init__(self, size: int):
-        self._replies: list[Reply | None] = [None] * size
-        self._missing = size
-        self._done = threading.Event()
-        if not size:
-            self._done.set()
-
-    def set(self, place: int, reply: Reply) -> None:
-        """Called by the pool's thread alone."""
-        self._replies[place] = reply
-        self._missing -= 1
-        if not self._missing:
-            self._done.set()
-
-    def result(self) -> list[Reply]:
-        """All replies; waits for them, at most about as long as the deadlines allow."""
-        self._done.wait()
-        return [reply for reply in self._replies if reply is not None]
 
 
 class _Job:
     def __init__(self, request: Request):
         self.request = request
         self.targets: list[tuple[Batch, int]] = []
-        self.tries = 0
+        self.deaths = 0
+        """Workers that died of it, or with it."""
+        self.kills = 0
+        """Those of them that something outside killed."""
+        self.after = 0
+        """Only workers of this number or later may have it: others may be doomed like the one that died."""
 
     def finish(self, reply: Reply) -> None:
         for batch, place in self.targets:
@@ -95,13 +70,25 @@ class _Job:
 
 
 class _Worker:
-    def __init__(self, channel: Connection, pid: int):
+    def __init__(self, channel: Connection, pid: int, number: int):
         self.channel = channel
         self.pid = pid
+        self.number = number
         self.ready = False
         self.late = False
         self.job: _Job | None = None
+        self.sent = 0
+        """Requests that it was given."""
+        self.start()
+
+    def start(self) -> None:
+        """Its clock starts anew."""
         self.since = time.monotonic()
+        self.begun = usage(self.pid)
+
+    def spent(self) -> Spent:
+        """What it has spent on what it does now."""
+        return spent(self.pid, self.begun, time.monotonic() - self.since)
 
 
 class Pool:
@@ -124,6 +111,8 @@ class Pool:
         log: Path | None = None,
     ):
         self._config = config
+        self._wall_limit = config.wall_limit or _WALL * config.deadline
+        self._forked = 0
         self._size = config.workers or max(2, min(8, os.cpu_count() or 2))
         self._functions = tuple(dict.fromkeys(functions))
         self._imports = list(imports)
@@ -234,7 +223,7 @@ class Pool:
         )
         theirs.close()
         self._control.settimeout(_START_LIMIT)
-        if not self._control.recv(_PID.size):
+        if not self._control.recv(PID.size):
             raise RuntimeError(f"the verifiers' process ended with code {self._nursery.wait()} before it was ready")
 
     def _spawn(self) -> None:
@@ -243,17 +232,19 @@ class Pool:
         limit = struct.pack("ll", max(1, int(self._config.deadline)), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        socket.send_fds(self._control, [SPAWN + _PID.pack(0)], [theirs.fileno()])
+        socket.send_fds(self._control, [SPAWN + PID.pack(0, 0)], [theirs.fileno()])
         theirs.close()
-        (pid,) = _PID.unpack(self._control.recv(_PID.size))
-        self._workers.append(_Worker(Connection(ours.detach()), pid))
+        pid, _ = PID.unpack(self._control.recv(PID.size))
+        self._forked += 1
+        self._workers.append(_Worker(Connection(ours.detach()), pid, self._forked))
 
-    def _end(self, worker: _Worker) -> None:
-        """Kill and reap a worker."""
+    def _end(self, worker: _Worker) -> int:
+        """Kill and reap a worker; its exit code, or minus the signal that ended it."""
         worker.channel.close()
-        self._control.sendall(KILL + _PID.pack(worker.pid))
-        self._control.recv(_PID.size)
+        self._control.sendall(KILL + PID.pack(worker.pid, 0))
+        _, status = PID.unpack(self._control.recv(PID.size))
         self._workers.remove(worker)
+        return int(status)
 
     def _run(self) -> None:
         reason = "died: the pool of verifiers failed"
@@ -304,42 +295,54 @@ class Pool:
                 if len(self._workers) > self._size:
                     self._end(worker)  # forked while others were slow; no longer needed
                 continue
-            worker.job = self._queue.popleft()
-            worker.since = time.monotonic()
-            worker.job.tries += 1
-            try:
-                worker.channel.send((worker.job.request.kind, worker.job.request.arguments))
-            except OSError:
-                self._lost(worker)
-            except (TypeError, AttributeError, pickle.PicklingError) as error:
-                job, worker.job = worker.job, None
-                with self._lock:
-                    self._settle(job, Reply(None, None, f"cannot be sent to a worker ({error})"))
+            if (job := self._next(worker)) is not None:
+                self._give(worker, job)
+
+    def _next(self, worker: _Worker) -> _Job | None:
+        """Take the first request that this worker may have."""
+        for place, job in enumerate(self._queue):
+            if worker.number >= job.after or self._failure is not None:
+                del self._queue[place]
+                return job
+        return None
+
+    def _give(self, worker: _Worker, job: _Job) -> None:
+        worker.job = job
+        worker.sent += 1
+        worker.start()
+        try:
+            worker.channel.send((worker.sent, job.request.kind, job.request.arguments))
+        except OSError:
+            self._lost(worker)
+        except (TypeError, AttributeError, RecursionError, pickle.PicklingError) as error:
+            worker.job = None
+            with self._lock:
+                self._settle(job, Reply(None, None, f"cannot be sent to a worker ({error})"))
 
     def _receive(self, worker: _Worker) -> None:
         try:
             message = json.loads(worker.channel.recv_bytes())
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             self._lost(worker)
             return
-        if "failed" in message:
+        if "failed_import" in message:
             what = " ".join(message["error"].split())[:300]
-            self._failure = f"task.function, reward.terms: {message['failed']} cannot be imported ({what})"
+            self._failure = f"task.function, reward.terms: {message['failed_import']} cannot be imported ({what})"
             self._end(worker)
             self._drop(self._failure)
         elif "ready" in message:
-            worker.ready, worker.since = True, time.monotonic()
+            worker.ready = True
+            worker.start()
             self._stillborn = 0
             self.grouped = frozenset(message["grouped"])
+        elif worker.job is None or message.pop("number", None) != worker.sent:
+            self._lost(worker)  # something else has written to its channel
         else:
             job, worker.job = worker.job, None
-            error = message["error"]
-            reason = error.strip().rpartition("\n")[2][:300] if error else None
-            if message["score"] is None and not error:
-                reason = "the verifier gave no verdict"
+            if message["score"] is None and not message["reason"]:
+                message["reason"] = "the verifier gave no verdict"
             with self._lock:
-                assert job is not None
-                self._settle(job, Reply(message["score"], message["answer"], reason, error))
+                self._settle(job, Reply(**message))
             if worker.late:
                 self._end(worker)  # its priority cannot be raised again
                 if len(self._workers) < self._size:
@@ -356,17 +359,31 @@ class Pool:
                     self._cache.popitem(last=False)
         job.finish(reply)
 
-    def _lost(self, worker: _Worker) -> None:
-        """A worker is gone: replace it, and try its request once more."""
+    def _lost(self, worker: _Worker, stopped: bool = False) -> None:
+        """A worker is gone, or was stopped: replace it, and try its request once more."""
         job = worker.job
-        self._end(worker)
+        status = self._end(worker)
         self.replaced += 1
-        if job is not None and job.tries < _TRIES:
+        outside = stopped or status in _FROM_OUTSIDE
+        if job is not None:
+            job.deaths += 1
+            job.kills += outside
+            job.after = self._forked + 1
+        if job is None:
+            pass
+        elif status == -signal.SIGXCPU:
+            self._refuse(job, f"deadline of {self._config.deadline:g} s")
+        elif job.deaths - job.kills < _TRIES and job.kills < _OUTSIDE_TRIES:
             self._queue.appendleft(job)
-        elif job is not None:
-            with self._lock:
-                self._settle(job, Reply(None, None, "died: the worker processes of this request ended"))
+        else:
+            how = f"signal {-status}" if status < 0 else f"exit code {status}"
+            self._refuse(job, f"died: the worker processes of this request ended ({how})")
         self._renew(worker)
+
+    def _refuse(self, job: _Job, reason: str) -> None:
+        """No verdict for a request."""
+        with self._lock:
+            self._settle(job, Reply(None, None, reason))
 
     def _renew(self, worker: _Worker) -> None:
         """Fork a worker in the place of one that ended."""
@@ -379,37 +396,61 @@ class Pool:
 
     def _watch(self) -> None:
         """Kill what is overdue; fork extra workers while some are slow and requests wait."""
-        now = time.monotonic()
+        slow = 0
         for worker in list(self._workers):
-            limit = self._config.deadline if worker.ready else _START_LIMIT
-            if (worker.job or not worker.ready) and now - worker.since > limit:
+            if (worker.ready and worker.job is None) or time.monotonic() - worker.since <= _SLOW:
+                continue
+            if worker.channel.poll():
+                continue  # it has answered, and this thread has not come to read that
+            now = worker.spent()
+            if reason := self._overdue(worker, now):
                 job = worker.job
                 self._end(worker)
                 self.replaced += 1
                 if job is not None:
-                    with self._lock:
-                        self._settle(job, Reply(None, None, f"deadline of {self._config.deadline:g} s"))
+                    self._refuse(job, reason)
                 self._renew(worker)
-        slow = [w for w in self._workers if w.job and now - w.since > _SLOW]
-        for worker in slow:
-            if not worker.late:
-                worker.late = True
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.setpriority(os.PRIO_PROCESS, worker.pid, _LATE_NICE)  # the others come first
+            elif now.state in ("T", "t", "Z", "X"):
+                self._lost(worker, stopped=True)
+            elif worker.job is not None and now.waited > _SLOW:
+                slow += 1
+                self._lower(worker)
         if self._queue and slow:
-            working = len(self._workers) - len(slow)
             room = self._size * _EXTRA - len(self._workers)
-            for _ in range(min(self._size - working, room)):
+            for _ in range(min(self._size - (len(self._workers) - slow), room)):
                 self._spawn()
+
+    def _overdue(self, worker: _Worker, now: Spent) -> str | None:
+        """Why a worker has had time enough, or None."""
+        if not worker.ready:
+            return "start" if now.waited > _START_LIMIT else None
+        if now.cpu > self._config.deadline:
+            return f"deadline of {self._config.deadline:g} s"
+        if now.waited > self._wall_limit:
+            return f"deadline: no answer after {self._wall_limit:g} s (verifier.wall_limit)"
+        return None
+
+    @staticmethod
+    def _lower(worker: _Worker) -> None:
+        """Lower a slow worker's priority: the others come first."""
+        if not worker.late:
+            worker.late = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.setpriority(os.PRIO_PROCESS, worker.pid, _LATE_NICE)
 
     def _patience(self) -> float | None:
         """Seconds until something may have to be done without a message."""
-        now = time.monotonic()
         times = []
         for worker in self._workers:
-            if not worker.ready:
-                times.append(worker.since + _START_LIMIT - now)
-            elif worker.job:
-                age = now - worker.since
-                times.append((_SLOW if age <= _SLOW else self._config.deadline) - age + 0.01)
-        return max(0.0, min(times)) if times else None
+            if worker.ready and worker.job is None:
+                continue
+            age = time.monotonic() - worker.since
+            if age <= _SLOW:
+                times.append(_SLOW - age + 0.01)
+            elif not worker.late:
+                times.append(_LOOK)
+            else:
+                now = worker.spent()
+                left = min(self._config.deadline - now.cpu, self._wall_limit - now.waited)
+                times.append(min(max(_LOOK, left), 1.0))
+        return min(times) if times else None

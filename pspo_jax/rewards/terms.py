@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pspo_jax.config import ConfigError, RewardConfig
 from pspo_jax.rewards import shaping
@@ -16,6 +18,7 @@ LENGTH_TERMS = ("cosine", "length", "overlong")
 """Functions of the verdict and the completion's length."""
 TERMS = ("accuracy", *TEXT_TERMS, *LENGTH_TERMS)
 RELEASED_LENGTH = 1000
+_MAX_WEIGHT = 1e6
 
 
 class Shape(NamedTuple):
@@ -46,7 +49,7 @@ def parse_terms(config: RewardConfig) -> dict[str, float]:
             out[name] = float(weight or 1)
         except ValueError as error:
             raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight") from error
-        if not np.isfinite(out[name]):
+        if not abs(out[name]) <= _MAX_WEIGHT:  # larger ones would leave the range of float32 where they are summed
             raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight")
     interval(config.cosine_right, "reward.cosine_right")
     interval(config.cosine_wrong, "reward.cosine_wrong")
@@ -95,14 +98,22 @@ def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "
 
 
 def weighted_sum(
-    terms: dict[str, Float[np.ndarray, "B G"]], weights: dict[str, float], right: Float[np.ndarray, "B G"]
+    terms: dict[str, Float[np.ndarray, "B G"]],
+    weights: dict[str, float],
+    right: Float[np.ndarray, "B G"],
+    failed: Mapping[str, Bool[np.ndarray, "B G"]] = MappingProxyType({}),
 ) -> Float[np.ndarray, "B G"]:
-    """The reward: NaN where the verifier gave no verdict or no term has a value, else the sum of those that have one.
+    """The reward: NaN where the verifier or a term gave no verdict, or no term has a value; else the terms' sum.
 
-    A function may have no opinion on a completion (None), as in TRL; a completion whose answer could not be verified is
-    left out whole, as its other rewards alone would count it as wrong.
+    A function may have no opinion on a completion (None), as in TRL: its term is left out of the sum. A completion
+    that could not be verified, or that a term failed on (`failed`: an error, a deadline, a death), is left out whole:
+    its other rewards alone would count it as wrong, or spare it a penalty. A term of weight 0 spoils nothing.
     """
     values = np.stack([weights[name] * terms[name] for name in weights])
     known = ~np.isnan(values)
     total = np.where(known, values, 0).sum(axis=0)
-    return np.where(known.any(axis=0) & ~np.isnan(right), total, np.nan).astype(np.float32)
+    whole = known.any(axis=0) & ~np.isnan(right)
+    for name, bad in failed.items():
+        if weights.get(name):
+            whole &= ~bad
+    return np.where(whole, total, np.nan).astype(np.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import json
 import math
 import os
@@ -19,20 +18,21 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pspo_jax.rewards import choice, countdown
+from pspo_jax.rewards import choice, countdown, functions
 from pspo_jax.rewards import math as mathematics
 
 SPAWN, KILL = b"S", b"K"
-_PID = struct.Struct("<q")
+PID = struct.Struct("<qi")
+"""A process, and how it ended."""
 _CPU_MARGIN = 2
-_MAX_REWARD = 1e6
 _MAX_LOG = 16 * 2**20
-Verdict = tuple[float | list[float | None] | None, str | None]
+_MAX_TRACEBACK = 4000
+Verdict = tuple[float | None, str | None]
 """(score, canonical answer)."""
 
 
@@ -47,8 +47,8 @@ def verify_countdown(numbers: list[int], target: int, completion: str, tagged: b
     return countdown.score(expression, numbers, target), None if expression is None else expression.strip()[:200]
 
 
-def verify_choice(gold: str, completion: str, options: int) -> Verdict:
-    letter = choice.chosen(completion, options)
+def verify_choice(gold: str, completion: str, options: int, texts: Sequence[str] = ()) -> Verdict:
+    letter = choice.chosen(completion, options, texts)
     return float(letter == gold), letter
 
 
@@ -79,72 +79,25 @@ def verify_function(
     prompt: str,
     completions: list[str],
     token_ids: list[list[int]],
-    answer: str,
+    answer: Any,
     step: int,
     columns: dict[str, Any],
-) -> Verdict:
-    """Scores of a user's `module:function`, one per completion.
+    messages: list[dict[str, Any]] | None = None,
+    steps: int = 0,
+) -> functions.Graded:
+    """Scores of a user's `module:function`, one per completion; `functions` says what it is given.
 
-    A function with a parameter `completions` is called once, with lists, as TRL's reward functions are; any other once
-    per completion. Either gets those of prompt(s), completion(s), token_ids / completion_ids, answer, step and the
-    row's columns that it names, or all of them if it takes **kwargs.
+    Args:
+      answer: the row's own value, of any type.
+      columns: the row's record.
+      messages: the prompt as its conversation, for conversational data.
+      steps: of the whole run.
     """
-    call = load_function(function)
-    n = len(completions)
-    if _takes_lists(call):
-        lists = {name: [value] * n for name, value in {**columns, "answer": answer}.items()}
-        lists |= {"prompts": [prompt] * n, "completions": completions, "completion_ids": token_ids}
-        scores = _call(call, {**lists, "step": step})
-        if not isinstance(scores, list | tuple) and not hasattr(scores, "tolist"):
-            raise TypeError(f"{function} must return a list of {n} numbers, got {type(scores).__name__}")
-        scores = list(scores)
-        if len(scores) != n:
-            raise ValueError(f"{function} returned {len(scores)} rewards for {n} completions")
-    else:
-        one = {**columns, "prompt": prompt, "answer": answer, "step": step}
-        scores = [
-            _call(call, {**one, "completion": c, "token_ids": ids})
-            for c, ids in zip(completions, token_ids, strict=True)
-        ]
-    return [_number(function, s) for s in scores], None
+    asked = functions.Asked(prompt, messages, completions, token_ids, answer, step, steps, columns)
+    return functions.grade(function, asked)
 
 
-def _takes_lists(call: Callable[..., Any]) -> bool:
-    return "completions" in inspect.signature(call).parameters
-
-
-def _call(call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    parameters = inspect.signature(call).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return call(**arguments)
-    return call(**{p.name: arguments[p.name] for p in parameters if p.name in arguments or p.default is p.empty})
-
-
-def _number(function: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, str | list | tuple | dict) or getattr(value, "ndim", 0) > 0:
-        raise TypeError(f"{function} must return one number or None for a completion, got {str(value)[:60]!r}")
-    number = float(value)
-    if not abs(number) <= _MAX_REWARD:
-        raise ValueError(f"{function} returned {number}, allowed is up to 1e6; return None where there is no verdict")
-    return number
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """The object that `module:function` names; the current folder is searched first."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    value: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        value = getattr(value, part)
-    if not callable(value):
-        raise TypeError(f"{name} is no function")
-    return value
-
-
-VERIFIERS: dict[str, Callable[..., Verdict]] = {
+VERIFIERS: dict[str, Callable[..., Verdict | functions.Graded]] = {
     "math": verify_math,
     "gold": verify_gold,
     "countdown": verify_countdown,
@@ -155,36 +108,62 @@ VERIFIERS: dict[str, Callable[..., Verdict]] = {
 
 
 def serve(channel: Connection, limits: dict[str, Any]) -> None:
-    """Answer requests until the channel closes: {"kind", "arguments"} in, {"score", "answer", "error"} out."""
+    """Answer requests until the channel closes: (number, kind, arguments) in, a reply with the same number out."""
     _confine(limits)
+    home, me = os.getcwd(), os.getpid()
     grouped = []
-    for function in limits["functions"]:
+    for name in limits["functions"]:
         try:
-            if _takes_lists(load_function(function)):
-                grouped.append(function)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's module may raise anything; it is reported
-            reason = f"{type(error).__name__}: {error}"
-            channel.send_bytes(json.dumps({"failed": function, "error": reason}).encode())
+            call = functions.load_function(name)
+            if functions.takes_lists(call) or functions.is_async(call):
+                grouped.append(name)
+        except BaseException as error:  # noqa: BLE001 - the user's module may raise anything; it is reported
+            channel.send_bytes(json.dumps({"failed_import": name, "error": functions.line_of(error)}).encode())
             return
     channel.send_bytes(json.dumps({"ready": True, "grouped": grouped}).encode())
     while True:
         try:
-            kind, arguments = channel.recv()
+            number, kind, arguments = channel.recv()
         except EOFError:
             return
+        _undo(limits["log"], home)
         _allow_cpu(limits["deadline"])
-        if os.fstat(1).st_size > _MAX_LOG:
-            _print_to(None)
-        reply: dict[str, Any] = {"score": None, "answer": None, "error": None}
-        try:
-            reply["score"], reply["answer"] = VERIFIERS[kind](**arguments)
-        except MemoryError:
-            reply["error"] = f"out of memory (verifier.memory_mib={limits['memory_mib']})"
-        except Exception:  # noqa: BLE001 - whatever a verifier raises means no verdict, and is reported in full
-            reply["error"] = traceback.format_exc()[-4000:]
-        channel.send_bytes(json.dumps(reply).encode())
-        if reply["error"] and "out of memory" in reply["error"]:
+        reply = _answered(kind, arguments, limits["memory_mib"])
+        if os.getpid() != me:
+            os._exit(0)  # the function forked, and this is its child, which has come back too
+        channel.send_bytes(json.dumps({"number": number, **reply}).encode())
+        if reply["reason"] and reply["reason"].startswith("out of memory"):
             return  # a fresh worker has its memory in order
+
+
+def _answered(kind: str, arguments: dict[str, Any], memory_mib: int) -> dict[str, Any]:
+    """A reply: the verdict, or why there is none in a line (`reason`) and in full (`error`)."""
+    reply: dict[str, Any] = dict.fromkeys(("score", "answer", "reason", "error", "failed", "metrics", "columns"))
+    try:
+        verdict = VERIFIERS[kind](**arguments)
+        reply["score"], reply["answer"] = verdict[:2]
+        if isinstance(verdict, functions.Graded):
+            reply |= {"failed": verdict.failed, "metrics": verdict.metrics, "columns": verdict.columns}
+    except MemoryError:
+        reply["reason"] = f"out of memory (verifier.memory_mib={memory_mib})"
+    except BaseException as error:  # noqa: BLE001 - whatever a verifier raises means no verdict, and is reported in full
+        reply["reason"] = functions.line_of(error)
+        reply["error"] = functions.escaped(traceback.format_exc(), _MAX_TRACEBACK)
+    return reply
+
+
+def _undo(log: str | None, home: str) -> None:
+    """Undo what the function before may have left: an alarm that is due, another folder, outputs that are closed."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    with contextlib.suppress(OSError):
+        os.chdir(home)
+    try:
+        sizes = [os.fstat(stream).st_size for stream in (1, 2)]
+        closed = sys.stdout.closed or sys.stderr.closed
+    except (OSError, AttributeError):
+        sizes, closed = [0, 0], True
+    if closed or max(sizes) > _MAX_LOG:
+        _print_to(log if closed else None)
 
 
 def _confine(limits: dict[str, Any]) -> None:
@@ -204,11 +183,16 @@ def _confine(limits: dict[str, Any]) -> None:
 
 def _print_to(path: str | None) -> None:
     """Where this process's output goes; None = nowhere."""
-    with open(path or os.devnull, "a") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    for text in (sys.stdout, sys.stderr):
-        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    target = os.open(path or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream in (1, 2):
+        os.dup2(target, stream)
+    if target > 2:
+        os.close(target)
+    # A line of odd characters is no reason to lose a verdict, whatever the encoding of the terminal is.
+    sys.stdout, sys.stderr = (
+        open(stream, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115 - open for good
+        for stream in (1, 2)
+    )
 
 
 def _no_network(event: str, arguments: tuple[Any, ...]) -> None:
@@ -228,8 +212,8 @@ def nursery(control: socket.socket, limits: dict[str, Any]) -> None:
     """Fork a worker for each socket that arrives, kill those named, until the control socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _preload(limits["imports"])
-    alive: set[int] = set()
-    control.sendall(_PID.pack(os.getpid()))
+    alive: dict[int, int | None] = {}
+    control.sendall(PID.pack(os.getpid(), 0))
     try:
         _tend(control, limits, alive)
     except (BrokenPipeError, ConnectionResetError):
@@ -239,9 +223,10 @@ def nursery(control: socket.socket, limits: dict[str, Any]) -> None:
             _end(pid, alive)
 
 
-def _tend(control: socket.socket, limits: dict[str, Any], alive: set[int]) -> None:
+def _tend(control: socket.socket, limits: dict[str, Any], alive: dict[int, int | None]) -> None:
+    """Serve the main process; `alive` holds each worker's status, None while it runs."""
     while True:
-        message, handles, _, _ = socket.recv_fds(control, 1 + _PID.size, 1)
+        message, handles, _, _ = socket.recv_fds(control, 1 + PID.size, 1)
         if not message:
             return
         if message[:1] == SPAWN:
@@ -257,42 +242,59 @@ def _tend(control: socket.socket, limits: dict[str, Any], alive: set[int]) -> No
                 finally:
                     os._exit(status)
             os.close(handles[0])
-            alive.add(pid)
-            control.sendall(_PID.pack(pid))
+            alive[pid] = None
+            control.sendall(PID.pack(pid, 0))
         else:
-            (pid,) = _PID.unpack(message[1:])
-            _end(pid, alive)
-            control.sendall(_PID.pack(pid))
+            pid, _ = PID.unpack(message[1:])
+            control.sendall(PID.pack(pid, _end(pid, alive)))
         _reap(alive)
 
 
+_WARMING = (
+    ("\\frac{1}{2}", "\\boxed{0.5}"),
+    ("x^2+2x+1", "\\boxed{(x+1)^2}"),
+    ("y=2x+1", "\\boxed{x=5}"),
+    ("(-\\infty,3)\\cup[5,\\infty)", "\\boxed{x>3}"),
+    ("\\{1,2\\}", "\\boxed{1, 2, 3}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\3\\end{pmatrix}}"),
+    ("\\frac{\\sqrt{3}\\pi}{2}", "\\boxed{\\sin 60^\\circ}"),
+    ("\\text{Evelyn}", "It is $18 in all, 50\\% more."),
+)
+"""Answers of all kinds: sympy imports and remembers much when it first meets one."""
+
+
 def _preload(modules: list[str]) -> None:
-    """What every worker needs, imported once and shared by all forks."""
+    """What every worker needs, imported and used once, and shared by all forks."""
     import logging
 
     import sympy
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    mathematics.score("\\frac{1}{2}", "\\boxed{0.5}")
+    for gold, answer in _WARMING:
+        mathematics.score(gold, answer)
     sympy.simplify(sympy.Symbol("x") - sympy.Symbol("x"))
     for module in modules:
         importlib.import_module(module)
 
 
-def _end(pid: int, alive: set[int]) -> None:
-    if pid in alive:
+def _end(pid: int, alive: dict[int, int | None]) -> int:
+    """Kill a worker and what it started; how it ended, as os.waitstatus_to_exitcode says it."""
+    status = alive.pop(pid, 0)
+    if status is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # it may not have come to its group yet
-        os.waitpid(pid, 0)
-        alive.discard(pid)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status
 
 
-def _reap(alive: set[int]) -> None:
-    for pid in list(alive):
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            alive.discard(pid)
+def _reap(alive: dict[int, int | None]) -> None:
+    for pid, status in list(alive.items()):
+        if status is None:
+            found, code = os.waitpid(pid, os.WNOHANG)
+            if found:
+                alive[pid] = os.waitstatus_to_exitcode(code)
 
 
 if __name__ == "__main__":

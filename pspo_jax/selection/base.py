@@ -38,11 +38,11 @@ class Selector(NamedTuple):
     """Which prompts next, as pure functions over a per-prompt state S.
 
     init(num_prompts, columns: Columns | None = None) -> S
-    select(S, key, step, batch) -> (ids [batch] int32, loss_weight [batch] float32 <= 1, S)
-        `batch` is static; ids are distinct, unless the config says with replacement.
+    select(S, key, step, batch) -> (ids [batch] int32, loss_weight [batch] float32 in (0, 1], S)
+        `batch` is static; ids are distinct, unless the config says with replacement. The largest weight is 1.
     observe(S, ids [B], outcome: Outcome, step) -> S
-        Called once a round, with what the selected prompts gave. A step has one round, with dynamic sampling up to
-        `Sizes.rounds`; steps follow one another.
+        Called once a round, with what the selected prompts gave. A step has one round, with dynamic sampling none or up
+        to `Sizes.rounds`; time is counted in steps, those without a round included.
     follow(S, fresh, places [N]) -> S
         The state for changed data: `fresh` is init's for the new prompts, `places` their old rows, -1 = new.
     describe(S, ids, step) -> dict of scalars
@@ -130,7 +130,8 @@ class Scorer(NamedTuple):
     pool: Callable[..., Any] = _no_pool
     """(P, Look) -> the pool that each prompt is in"""
     merge: Callable[..., Any] | None = None
-    """With several pools: (their top k, step, k) -> the batch, as Ranked"""
+    """With several pools: (their top k, step, k, the last step with a round, -1 = none) -> the batch, as Ranked, the
+    most wanted first"""
     moves: bool = False
     """Whether scores change with time and not with visits alone: then some blocks are scored anew at each step."""
     prefers: bool = True

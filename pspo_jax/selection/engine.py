@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.fields import ConfigError
@@ -28,7 +29,7 @@ from pspo_jax.selection.book import (
     tier,
     visited,
 )
-from pspo_jax.selection.quotas import Shares, shares_of
+from pspo_jax.selection.quotas import Shares, check_prompts, shares_of
 from pspo_jax.state import Outcome
 from pspo_jax.strategies import SelectionConfig
 
@@ -91,7 +92,19 @@ class SelectorState(NamedTuple):
     resting: Int[Array, "cooldown rounds*B"] | None
     """Prompts of the last steps, whose cooldown will end; -1 = none. None = there is no cooldown."""
     now: Int[Array, ""]
-    """The next step."""
+    """The step that scores are of: the next one."""
+    last_round: Int[Array, ""]
+    """The last step with a round; -1 = none."""
+    carry: Int[Array, "2 slots"] | None
+    """How far each quota is behind its share, of all prompts and of those drawn uniformly; None = no quotas."""
+
+
+class Moment(NamedTuple):
+    """The last fields of the state."""
+
+    now: Int[Array, ""]
+    last_round: Int[Array, ""]
+    carry: Int[Array, "2 slots"] | None
 
 
 class Scored(NamedTuple):
@@ -111,24 +124,59 @@ def engine(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Engine:
 
 
 def init(e: Engine, num_prompts: int, columns: Columns | None = None) -> SelectorState:
-    """Raises ConfigError for fewer prompts than a batch takes."""
+    """Raises ConfigError for fewer prompts than a batch takes, of all tasks or, where `columns` is known, of one."""
     if num_prompts < e.sizes.batch and not e.config.replacement:
         raise ConfigError(
             f"rollout.prompts={e.sizes.batch}: prompts are drawn without replacement, and there are "
             f"{num_prompts}; lower it"
         )
+    # A traced column has been checked where it was made, on the host.
+    known = columns is not None and not isinstance(columns.kind, jax.core.Tracer)
+    if columns is not None and known and e.shares.slots > 1 and not e.config.replacement:
+        check_prompts(e.config.quotas, e.sizes.kinds, np.asarray(columns.kind), e.sizes.batch)
     rows = padded_rows(num_prompts)
     book = new_book(num_prompts, rows, columns.kind if columns else None)
     own, world = e.scorer.init(num_prompts, rows, columns)
     width = e.sizes.rounds * e.sizes.batch
     resting = jnp.full((e.cooldown, width), -1, jnp.int32) if e.cooldown else None
-    return _indexed(e, book, own, world, resting, jnp.int32(0))
+    carry = jnp.zeros((2, e.shares.slots), jnp.int32) if e.shares.slots > 1 else None
+    return _indexed(e, book, own, world, resting, Moment(jnp.int32(0), jnp.int32(-1), carry))
+
+
+def passed(e: Engine, state: SelectorState, step: Int[Array, ""]) -> SelectorState:
+    """The state at `step`, if steps have passed in which nothing was rolled out.
+
+    Cooldowns end and scores are refreshed as in steps with a round.
+    """
+    if state.resting is None and not e.scorer.moves:
+        return state._replace(now=jnp.maximum(state.now, step).astype(jnp.int32))
+    # Nothing else changes, and what a loop carries may be copied.
+    fixed = state._replace(score=None, tie=None, label=None, levels=None, resting=None, now=None)  # type: ignore[arg-type]
+
+    def one(moving: tuple[Any, ...]) -> tuple[Any, ...]:
+        score, tie, label, levels, resting, now = moving
+        state = fixed._replace(score=score, tie=tie, label=label, levels=levels, resting=resting, now=now + 1)
+        touched, blocks = jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)
+        if state.resting is not None:
+            slot = now % e.cooldown
+            touched = jnp.maximum(state.resting[slot], 0)
+            blocks = touched // FANOUT
+            state = state._replace(resting=state.resting.at[slot].set(-1))
+        if e.scorer.moves:
+            touched, blocks = _with_turn(state, touched, blocks)
+        state = _scored_anew(e, state, touched, blocks)
+        return state.score, state.tie, state.label, state.levels, state.resting, state.now
+
+    start = state.score, state.tie, state.label, state.levels, state.resting, state.now
+    score, tie, label, levels, resting, now = jax.lax.while_loop(lambda moving: moving[-1] < step, one, start)
+    return fixed._replace(score=score, tie=tie, label=label, levels=levels, resting=resting, now=now)
 
 
 def observe(
     e: Engine, state: SelectorState, ids: Int[Array, "B"], outcome: Outcome, step: Int[Array, ""]
 ) -> SelectorState:
     """The state after a round's groups. Of a prompt that is named twice, counts are of all its groups."""
+    state = passed(e, state, step)
     again = state.now == step + 1
     writes, group = last_of_each(ids)
     before = take(state.book, ids)
@@ -141,6 +189,7 @@ def observe(
         own=_put(state.own, place, own),
         world=world,
         now=jnp.asarray(step + 1, jnp.int32),
+        last_round=jnp.asarray(step, jnp.int32),
     )
     touched = ids
     if state.resting is not None:
@@ -154,9 +203,7 @@ def observe(
         state = state._replace(resting=state.resting.at[slot].set(row))
     blocks = touched // FANOUT
     if e.scorer.moves:
-        turn = _blocks_in_turn(state)
-        touched = jnp.concatenate([touched, (turn[:, None] * FANOUT + jnp.arange(FANOUT, dtype=jnp.int32)).reshape(-1)])
-        blocks = jnp.concatenate([blocks, turn])
+        touched, blocks = _with_turn(state, touched, blocks)
     return _scored_anew(e, state, touched, blocks)
 
 
@@ -171,7 +218,7 @@ def follow(e: Engine, old: SelectorState, fresh: SelectorState, places: Int[Arra
     book = follow_rows(old.book, fresh.book, places)._replace(kind=fresh.book.kind)
     own = fresh.own if e.scorer.starts_anew else follow_rows(old.own, fresh.own, places)
     world = fresh.world if e.scorer.starts_anew else old.world
-    return _indexed(e, book, own, world, resting, old.now)
+    return _indexed(e, book, own, world, resting, Moment(old.now, old.last_round, old.carry))
 
 
 def evaluate(e: Engine, book: Book, own: Any, world: Any, rows: Int[Array, "m"], now: Int[Array, ""]) -> Scored:
@@ -222,15 +269,17 @@ def _put(per_prompt: Any, rows: Int[Array, "m"], values: Any) -> Any:
 
 
 def _news(config: SelectionConfig, outcome: Outcome, look: Look, group: Array, writes: Array) -> News:
-    valid = ~jnp.isnan(outcome.rewards)
+    signal = outcome.rewards if config.success == "reward" or outcome.right is None else outcome.right
+    judged = ~jnp.isnan(signal)
     if config.success_threshold is None:
-        success = jnp.clip(outcome.rewards, 0, 1)
+        success = jnp.clip(signal, 0, 1)
     else:
-        success = (outcome.rewards >= config.success_threshold).astype(jnp.float32)
-    right = summed(jnp.where(valid, success, 0).sum(1), group)
-    count = summed(valid.sum(1).astype(jnp.float32), group)
-    low = jnp.where(valid, outcome.rewards, jnp.inf).min(1)
-    high = jnp.where(valid, outcome.rewards, -jnp.inf).max(1)
+        success = jnp.where(signal >= config.success_threshold, 1.0, 0.0)
+    right = summed(jnp.where(judged, success, 0).sum(1), group)
+    count = summed(judged.sum(1).astype(jnp.float32), group)
+    rewarded = ~jnp.isnan(outcome.rewards)
+    low = jnp.where(rewarded, outcome.rewards, jnp.inf).min(1)
+    high = jnp.where(rewarded, outcome.rewards, -jnp.inf).max(1)
     return News(
         look=look,
         judged=count > 0,
@@ -243,17 +292,18 @@ def _news(config: SelectionConfig, outcome: Outcome, look: Look, group: Array, w
     )
 
 
-def _indexed(e: Engine, book: Book, own: Any, world: Any, resting: Array | None, now: Array) -> SelectorState:
+def _indexed(e: Engine, book: Book, own: Any, world: Any, resting: Array | None, at: Moment) -> SelectorState:
     """The state with everything scored: one pass."""
     rows = jnp.arange(book.last.shape[0], dtype=jnp.int32)
-    found = evaluate(e, book, own, world, rows, now)
+    found = evaluate(e, book, own, world, rows, at.now)
     top = e.scorer.mode == "top"
     levels = Levels(
         tree.build_maxima(found.score, found.tie, found.label, e.classes) if top else None,
         None if top else tree.build_sums(found.score, found.label, e.classes),
         tree.build_sums(able_weight(e, found.score), found.label, e.classes) if e.config.exploration else None,
     )
-    return SelectorState(book, own, world, found.score, found.tie if top else None, found.label, levels, resting, now)
+    tie = found.tie if top else None
+    return SelectorState(book, own, world, found.score, tie, found.label, levels, resting, *at)
 
 
 def _scored_anew(e: Engine, state: SelectorState, rows: Int[Array, "m"], blocks: Int[Array, "n"]) -> SelectorState:
@@ -270,6 +320,15 @@ def _scored_anew(e: Engine, state: SelectorState, rows: Int[Array, "m"], blocks:
     if able is not None:
         able = tree.update_sums(able, blocks, able_weight(e, block_score), block_label)
     return state._replace(score=score, tie=tie, label=label, levels=Levels(best, weights, able))
+
+
+def _with_turn(
+    state: SelectorState, touched: Int[Array, "m"], blocks: Int[Array, "n"]
+) -> tuple[Int[Array, "m"], Int[Array, "n"]]:
+    """Rows to be scored anew and their blocks, with those whose turn it is."""
+    turn = _blocks_in_turn(state)
+    rows = (turn[:, None] * FANOUT + jnp.arange(FANOUT, dtype=jnp.int32)).reshape(-1)
+    return jnp.concatenate([touched, rows]), jnp.concatenate([blocks, turn])
 
 
 def _blocks_in_turn(state: SelectorState) -> Int[Array, "n"]:

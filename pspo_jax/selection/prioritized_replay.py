@@ -74,8 +74,8 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, si
     def score(own: ReplayState, world: Population, look: Look) -> Float[Array, "m"]:
         return jnp.where(own.pool == RANKED, omega(own, world, look), -own.due.astype(jnp.float32))
 
-    def merge(pools: list[Ranked], step: Int[Array, ""], k: int) -> Ranked:
-        return with_retests(config, pools, step, k)
+    def merge(pools: list[Ranked], step: Int[Array, ""], k: int, last_round: Int[Array, ""]) -> Ranked:
+        return with_retests(config, pools, step, k, last_round)
 
     return Scorer(
         "top",
@@ -90,8 +90,14 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, si
     )
 
 
-def with_retests(config: SelectionConfig, pools: list[Ranked], step: Int[Array, ""], k: int) -> Ranked:
-    """The batch: retests that are due, then the ranking, then pools whose time has not come, then what rests."""
+def with_retests(
+    config: SelectionConfig, pools: list[Ranked], step: Int[Array, ""], k: int, last_round: Int[Array, ""]
+) -> Ranked:
+    """The batch: retests that are due, then the ranking, then pools whose time has not come, then what rests.
+
+    Retests have their turn in the first round of each `retest_every` steps, whether or not their first step has one.
+    """
+    turn = step // config.retest_every > last_round // config.retest_every
     share = config.retest_share
     retests = max(1, round(share * k)) if share else 0
     tiers = []
@@ -102,7 +108,7 @@ def with_retests(config: SelectionConfig, pools: list[Ranked], step: Int[Array, 
             continue
         order = jnp.lexsort((ranked.rows, -ranked.tie, -ranked.key))
         place = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
-        due = able & (-ranked.key <= step) & (step % config.retest_every == 0) & (place < retests)
+        due = able & (-ranked.key <= step) & turn & (place < retests)
         tiers.append(jnp.where(due, 3, jnp.where(able, 1, 0)))
     tier = jnp.concatenate(tiers)
     rows, key, tie = (jnp.concatenate([getattr(p, name) for p in pools]) for name in Ranked._fields)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
+
+ANSWER_COLUMN = "answer_column"
+"""Key of a row's extras: the column of its source in which its answer stands, for users' functions."""
 
 
 class Tokenizer(Protocol):
@@ -44,7 +48,7 @@ class PromptSet(NamedTuple):
     texts: Sequence[str] | None = None
     """Questions as their source has them; None = the decoded tokens are all there is."""
     kinds: Sequence[str] | None = None
-    """Name of the task of each row."""
+    """Name of the task of each row, which says how it is verified."""
     extras: Sequence[str] | None = None
     """JSON: what else a row's verifier needs."""
     columns: Callable[[int], dict[str, Any]] | None = None
@@ -58,6 +62,8 @@ class PromptSet(NamedTuple):
     identity: str = ""
     """Hash of the tokenizer and template behind `tokens`; "" = the tokens themselves are hashed."""
     left_out: tuple[LeftOut, ...] = ()
+    labels: Sequence[str] | None = None
+    """What tells the tasks of a mixture apart, for each row: its kind, or another text where two are of one kind."""
 
     def content(self) -> UInt64[np.ndarray, "N"]:
         """A hash per row that does not depend on the other rows or their order."""
@@ -112,6 +118,12 @@ class Scores(NamedTuple):
     """Why completions have no verdict."""
     errors: tuple[str, ...] = ()
     """Tracebacks of rewards that raised, each once."""
+    failed: Mapping[str, Bool[np.ndarray, "B G"]] = MappingProxyType({})
+    """By term: where a verifier or a user's function gave no verdict by an error, its deadline or its death."""
+    missing: Mapping[str, Counter[str]] = MappingProxyType({})
+    """By term: why values are missing, and how many."""
+    logged: Mapping[str, list[float]] = MappingProxyType({})
+    """What users' functions gave to `log_metric`."""
 
 
 Judge = Callable[[Completions], Callable[[], Scores]]

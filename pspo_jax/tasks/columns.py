@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.algorithms import resolve
+from pspo_jax.config import Config, ConfigError, round_prompts
 from pspo_jax.selection import Columns
-from pspo_jax.selection.quotas import shares_of
+from pspo_jax.selection.quotas import check_prompts
 from pspo_jax.tasks.base import PromptSet
 
 DIFFICULTY_COLUMNS = ("difficulty", "level")
@@ -23,30 +24,19 @@ def columns_of(config: Config, prompts: PromptSet) -> tuple[tuple[str, ...], Col
     Raises:
       ConfigError: a quota asks for more prompts than its task has, or there is no difficulty to be found.
     """
+    config = resolve(config)
     s = config.selection
     kinds: tuple[str, ...] = ()
     kind: Any = np.zeros(len(prompts.lengths), np.int16)
     if s.quotas.strip():
-        names = [str(config.task.name)] * len(kind) if prompts.kinds is None else list(prompts.kinds[:])
+        names = [str(config.task.name)] * len(kind) if prompts.labels is None else list(prompts.labels)
         kinds, kind = _numbered(names)
-        _check_quotas(s.quotas, kinds, kind, config.rollout.prompts)
+        if not s.replacement:
+            check_prompts(s.quotas, kinds, kind, round_prompts(config))
     difficulty: Any = _difficulty(s.difficulty_column, prompts) if s.name == "curriculum" else None
     if not kinds and difficulty is None:
         return (), None
     return kinds, Columns(kind, difficulty)
-
-
-def _check_quotas(quotas: str, kinds: tuple[str, ...], kind: np.ndarray, batch: int) -> None:
-    """A task must have as many prompts as its quota takes for one batch."""
-    shares = shares_of(quotas, kinds)
-    have = np.bincount(np.array(shares.of_kind)[kind], minlength=shares.slots)
-    for slot, need in enumerate(shares.counts(batch)):
-        names = ", ".join(name for name, own in zip(kinds, shares.of_kind, strict=True) if own == slot)
-        if have[slot] < need:
-            raise ConfigError(
-                f"selection.quotas={quotas!r}: takes {need} prompts of {names} a step, and there are {have[slot]}; "
-                "lower the share or rollout.prompts"
-            )
 
 
 def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from pspo_jax.parallel import hosts
 from pspo_jax.rewards import math
 from pspo_jax.rewards.pool import Pool, Request
 from pspo_jax.tasks.data import numbers
@@ -31,35 +32,50 @@ def check_gold(
     Args:
       rows: a dataset that `tasks.data.tokenised` made.
       which: its rows to check.
-      folder: keeps the result; it is found again for the same rows and rules.
+      folder: keeps the verdicts; they are found again for the same rows and rules, and what had none is asked anew.
       say: told before a check that takes long.
     """
     if not len(which) or rows[int(which[0])]["kind"] not in CHECKED:
         return np.full(len(which), ACCEPTED, np.int8)
     rules = f"{version('math-verify')} {math.RULES}"
     key = hashlib.sha256(numbers(rows, "digest")[which].tobytes() + rules.encode()).hexdigest()[:24]
-    path = folder / f"golds-{key}.npy"
-    found = _remembered(path, len(which))
-    if found is not None:
-        return found
-    if len(which) >= _SAID_FROM:
-        say(f"checking that {len(which):,} gold answers can be verified (once; task.check_gold false skips it)")
-    parts = [_block(rows.select(which[i : i + _BLOCK])["answer"], pool) for i in range(0, len(which), _BLOCK)]
-    out = np.concatenate(parts)
+    hosts.check_same("task.train_data, task.heldout_data", key)
+    # One process decides for all: two might find their deadlines missed for different rows.
+    found = _checked(rows, which, pool, folder / f"golds-{key}.npy", say) if hosts.leads() else None
+    return hosts.from_leader(f"gold/{key}", found)
+
+
+def _checked(
+    rows: Any, which: Int[np.ndarray, "n"], pool: Pool, path: Path, say: Callable[[str], None]
+) -> Int[np.ndarray, "n"]:
+    """What `path` remembers, and a check of the rest: a missed deadline is no fact, and is never remembered."""
+    out = _remembered(path, len(which))
+    open_ = np.flatnonzero(out == NO_VERDICT)
+    if not len(open_):
+        return out
+    if len(open_) >= _SAID_FROM:
+        say(f"checking that {len(open_):,} gold answers can be verified (once; task.check_gold false skips it)")
+    for i in range(0, len(open_), _BLOCK):
+        part = open_[i : i + _BLOCK]
+        out[part] = _block(rows.select(which[part])["answer"], pool)
     partial = path.with_suffix(f".{os.getpid()}.npy")
     np.save(partial, out)
     partial.rename(path)
     return out
 
 
-def _remembered(path: Path, count: int) -> Int[np.ndarray, "n"] | None:
+def _remembered(path: Path, count: int) -> Int[np.ndarray, "n"]:
+    """Verdicts of an earlier start; NO_VERDICT where there is none yet."""
+    unknown = np.full(count, NO_VERDICT, np.int8)
     if not path.exists():
-        return None
+        return unknown
     try:
         found = np.load(path)
     except (OSError, ValueError, EOFError):
-        return None  # cut off; it is written anew
-    return found if found.shape == (count,) else None
+        return unknown  # cut off; it is written anew
+    if found.shape != (count,):
+        return unknown
+    return np.where(np.isin(found, (ACCEPTED, REFUSED)), found, NO_VERDICT).astype(np.int8)
 
 
 def _block(golds: list[str], pool: Pool) -> Int[np.ndarray, "n"]:

@@ -23,6 +23,7 @@ SAYS = f"has moved in JAX {jax.__version__}: adapt pspo_jax/parallel/private.py"
         ("jax._src.lib", "_jax.DistributedRuntimeClient.wait_at_barrier"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_set"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_dir_get"),
+        ("jax._src.lib", "_jax.DistributedRuntimeClient.blocking_key_value_get"),
     ],
 )
 def test_every_private_name_of_jax_is_where_it_was(module, path):

@@ -143,7 +143,9 @@ def entered(path, functions, **settings):
 
 @pytest.fixture(scope="module")
 def pool(folder):
-    with entered(folder, [f"{MODULE}:{name}" for name in NAMES], workers=2, deadline=3.0, memory_mib=2048) as pool:
+    with entered(
+        folder, [f"{MODULE}:{name}" for name in NAMES], workers=2, deadline=3.0, wall_limit=3.0, memory_mib=2048
+    ) as pool:
         yield pool
 
 

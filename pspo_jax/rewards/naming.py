@@ -1,0 +1,81 @@
+"""Short names of mathematical values, for majority votes and for the lines that show which answer was found.
+
+Runs in worker processes after a check, on the expression that the check has parsed. A name must cost less than the
+check: only what a fixed amount of arithmetic evaluates is evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+_LONGEST_NAME = 200
+_LONGEST_INTEGER = 4000
+"""Bits; Python refuses to write much longer whole numbers as decimals."""
+_DIGITS = 10
+"""Numbers that are not whole are equal if they agree in so many digits."""
+_LARGEST_FIXED = 1e15
+"""From here on a number that is not whole is written with an exponent."""
+
+
+def name_of(value: Any) -> str:
+    """A name of at most 200 characters for what math-verify read: a sympy object, or a text that is no mathematics.
+
+    Equal numbers get equal names: 1/2 and 0.5, 18 and 18.0. Whole numbers are named exactly, and `x = 5` is named 5,
+    as the check takes it. An integral, a limit, or a sum over a range is named as it is written; what sympy can
+    neither evaluate nor write is named by its kind.
+    """
+    try:
+        return _name(value)
+    except (ArithmeticError, TypeError, ValueError, NotImplementedError, RecursionError):
+        return type(value).__name__  # the verdict stands, and must not be lost over a name
+
+
+def _name(value: Any) -> str:
+    import sympy
+
+    if isinstance(value, sympy.MatrixBase):
+        value = value.as_immutable()
+    if not isinstance(value, sympy.Basic):
+        return _shortened(str(value).strip())
+    if isinstance(value, sympy.Eq) and value.lhs.is_Symbol and value.rhs.is_number:
+        value = value.rhs
+    if getattr(value, "is_number", False) and not value.is_Matrix and not value.has(*_unbounded()):
+        return _number_name(value.xreplace({per: per.args[0] for per in value.atoms(sympy.UnevaluatedExpr)}))
+    lengthy = any(max(abs(n.p), n.q).bit_length() > _LONGEST_INTEGER for n in value.atoms(sympy.Rational))
+    return _shortened(str(value.evalf(_DIGITS) if lengthy else value))
+
+
+def _unbounded() -> tuple[type, ...]:
+    """Kinds of expressions whose evaluation takes as long as it pleases."""
+    import sympy
+    from sympy.concrete.expr_with_limits import ExprWithLimits
+
+    return (ExprWithLimits, sympy.Derivative, sympy.Limit)
+
+
+def _number_name(number: Any) -> str:
+    whole = _whole(number)
+    if whole is not None and whole.bit_length() <= _LONGEST_INTEGER:
+        return str(whole)
+    value = number.evalf(_DIGITS)
+    if value.is_real and value.is_finite and abs(value) < _LARGEST_FIXED:
+        return f"{float(value):.{_DIGITS}g}"
+    return _shortened(str(value))
+
+
+def _whole(number: Any) -> int | None:
+    """The whole number that a rational or a decimal is."""
+    if number.is_Integer:
+        return int(number)
+    if number.is_Float and number.is_finite and (number - int(number)).is_zero:
+        return int(number)
+    return None
+
+
+def _shortened(text: str) -> str:
+    """A text, or its beginning and a hash, so that different texts keep different names."""
+    if len(text) <= _LONGEST_NAME:
+        return text
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return f"{text[: _LONGEST_NAME - len(digest) - 4]}... {digest}"
