@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pspo_jax.selection import Columns, Scorer, Selector, Sizes
     from pspo_jax.state import Outcome, Prompts, Rollouts, TrainState
     from pspo_jax.step import init_state, make_collect, make_train_step, make_update
+    from pspo_jax.validation import validate
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "selection": ("Columns", "Scorer", "Selector", "Sizes"),
     "state": ("Outcome", "Prompts", "Rollouts", "TrainState"),
     "step": ("init_state", "make_collect", "make_train_step", "make_update"),
+    "validation": ("validate",),
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "make_update",
     "replace",
     "transformer",
+    "validate",
 ]
 
 

@@ -114,7 +114,7 @@ def resolve(config: Config) -> Config:
     config = replace_fields(config, {})
     filled: set[str] = set()
     for decide in (
-        lambda c: _REST | PRESETS[c.algorithm.name],
+        _of_algorithm,
         lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
         lambda c: LOSSES[c.objective.loss or ""],
     ):
@@ -125,6 +125,13 @@ def resolve(config: Config) -> Config:
         config = replace_fields(config, values)
     config = replace_fields(config, {name: None for name in sorted(filled) if not is_read(name, config)})
     return dataclasses.replace(config, given=frozenset(flatten(config)))
+
+
+def _of_algorithm(c: Config) -> dict[str, Any]:
+    preset = _REST | PRESETS[c.algorithm.name]
+    if c.credit.name == "tracked_baseline" and preset.get("credit.scale") == "group":
+        preset["credit.scale"] = "batch"  # it has no deviation of a group to divide by
+    return preset
 
 
 def check_choices(config: Config) -> None:

@@ -31,6 +31,17 @@ LIST_FIELDS = (
     "objective.vespo_negative",
 )
 """Text fields that hold a list with commas, for which a list may stand too."""
+PATH_FIELDS = (
+    "run.dir",
+    "run.compilation_cache",
+    "task.train_data",
+    "task.heldout_data",
+    "task.cache",
+    "policy.source",
+    "policy.tokenizer",
+    "sft.data",
+)
+"""Text fields that may name a file or folder, in which ~ is the home folder."""
 SHARE_FIELDS = ("selection.quotas", "reward.terms")
 """Text fields that hold name=number pairs with commas, for which an object may stand too."""
 _NOTHING = ("None", "null")
@@ -175,10 +186,25 @@ def _text(path: str, kind: Kind, value: Any) -> str:
         value = _written(path, value)
     if not value.isprintable() and any(ch == "\x00" or "\ud800" <= ch <= "\udfff" for ch in value):
         raise ConfigError(f"{path}={value!r}: holds bytes that are no text; write it in UTF-8")
+    if path in PATH_FIELDS:
+        return _path(path, value)
     if kind.choices and value not in kind.choices:
         close = nearest(value, kind.choices)
         raise ConfigError(f"{path}={value!r}: choose one of {', '.join(kind.choices)}{close}")
     return value
+
+
+def _path(path: str, value: str) -> str:
+    if not value.strip():
+        raise ConfigError(f"{path}={value!r}: must name a file or folder; leave it out for the default")
+    if any(ord(ch) < 32 or ord(ch) == 127 for ch in value):
+        raise ConfigError(f"{path}={value!r}: holds a control character; remove it")
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{path}={value}: there is no such home folder; write ./{value} for a name that begins with ~"
+        )
+    return expanded
 
 
 def _written(path: str, value: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+from collections.abc import Callable
 from typing import Any
 
 from pspo_jax.algorithms import check_choices, resolve
@@ -11,10 +13,12 @@ from pspo_jax.fields import check_range, convert, kinds
 from pspo_jax.mixture import labels, mixture, options
 from pspo_jax.objective.ratios import gamma_shape
 from pspo_jax.ownership import check_owners
-from pspo_jax.rewards.terms import parse_terms
+from pspo_jax.rewards.terms import interval, parse_terms
 from pspo_jax.selection.pools import parse_weights
 from pspo_jax.selection.quotas import parse_quotas
 from pspo_jax.tasks.stop_ids import stop_texts
+
+MAX_DEADLINE = 86_400
 
 
 def validate(config: Config) -> None:
@@ -43,7 +47,8 @@ def _check_relations(c: Config) -> None:
     _check_prompt(c)
     _check_task(c)
     parse_terms(c.reward)
-    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts:
+    repeats = c.selection.replacement
+    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts and not repeats:
         raise ConfigError(
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
             f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
@@ -58,6 +63,8 @@ def _check_relations(c: Config) -> None:
     _check_rounds(c)
     _check_distributed(c)
     _check_objective(c)
+    _check_schedules(c)
+    _check_rewards(c)
     if c.rollout.prompts % c.objective.minibatches:
         raise ConfigError(
             f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
@@ -65,12 +72,14 @@ def _check_relations(c: Config) -> None:
 
 
 def _check_distributed(c: Config) -> None:
-    """A process must know its place."""
+    """A process must know its place, and a mesh its size."""
     d = c.distributed
+    if c.mesh.data == 0:
+        raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
     if d.coordinator is None:
         return
     host, _, port = d.coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"distributed.coordinator={d.coordinator}: must be host:port, such as 10.0.0.2:9876")
     if d.process >= d.processes:
         raise ConfigError(
@@ -88,7 +97,7 @@ def _check_rounds(c: Config) -> None:
     field = f"rollout.oversampling={r.oversampling:g}: a round has {prompts} prompts"
     if not prompts or prompts % r.chunks:
         raise ConfigError(f"{field}, which rollout.chunks={r.chunks} must divide; choose another")
-    if c.task.train_prompts and prompts > c.task.train_prompts:
+    if c.task.train_prompts and prompts > c.task.train_prompts and not c.selection.replacement:
         raise ConfigError(f"{field}, more than task.train_prompts={c.task.train_prompts}; lower it")
 
 
@@ -106,16 +115,51 @@ def _check_objective(c: Config) -> None:
         raise ConfigError(f"objective.dual_clip={o.dual_clip:g}: must be greater than 1, or 0 = off")
     for name in ("vespo_positive", "vespo_negative"):
         try:
-            gamma_shape(getattr(o, name))
+            if not all(map(math.isfinite, gamma_shape(getattr(o, name)))):
+                raise ValueError("they must be finite")
         except ValueError as error:
             raise ConfigError(
                 f"objective.{name}={getattr(o, name)!r}: must be k and lambda, such as 2,3 ({error})"
             ) from error
+    if o.kl_in == "reward" and o.kl_estimator.endswith("+"):
+        raise ConfigError(
+            f"objective.kl_estimator={o.kl_estimator}: + is about the gradient, which objective.kl_in=reward has none "
+            f"of; set {o.kl_estimator.removesuffix('+')}"
+        )
     if o.off_policy == "coupled" and o.old_log_probs == "trainer":
         raise ConfigError(
             "objective.off_policy=coupled: clips around the behaviour policy, whose log-probs are the sampler's; set "
             "objective.old_log_probs=sampler"
         )
+
+
+def _check_schedules(c: Config) -> None:
+    """A warm-up that was asked for must come to its end."""
+    defaults = Config()
+    updates = c.run.steps * c.objective.num_iterations * c.objective.minibatches
+    for stage, own, default, total, words in (
+        ("optimizer", c.optimizer, defaults.optimizer, updates, f"the {updates} updates of run.steps={c.run.steps}"),
+        ("sft", c.sft, defaults.sft, c.sft.steps, f"sft.steps={c.sft.steps}"),
+    ):
+        if own.warmup != default.warmup and own.warmup >= total > 0:
+            raise ConfigError(f"{stage}.warmup={own.warmup}: must be less than {words}; lower it")
+
+
+def _check_rewards(c: Config) -> None:
+    """Rewards must be numbers, and say something."""
+    terms = parse_terms(c.reward)
+    if not any(terms.values()):
+        raise ConfigError(f"reward.terms={c.reward.terms!r}: every weight is 0, so nothing would be learned; raise one")
+    if c.reward.overlong_cache > c.rollout.max_new_tokens:
+        raise ConfigError(
+            f"reward.overlong_cache={c.reward.overlong_cache}: must be at most "
+            f"rollout.max_new_tokens={c.rollout.max_new_tokens}"
+        )
+    for name in ("cosine_right", "cosine_wrong"):
+        if not all(map(math.isfinite, interval(getattr(c.reward, name), f"reward.{name}"))):
+            raise ConfigError(f"reward.{name}={getattr(c.reward, name)!r}: must be two finite numbers, such as 0.5,1.0")
+    if c.verifier.deadline > MAX_DEADLINE:
+        raise ConfigError(f"verifier.deadline={c.verifier.deadline:g}: must be at most {MAX_DEADLINE} seconds, a day")
 
 
 def _check_strategies(c: Config) -> None:
@@ -157,6 +201,7 @@ def _check_policy(c: Config) -> None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
     if c.lora.rank and p.source is None:
         raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set policy.source")
+    _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))
     unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
     if unknown or not c.lora.target_names():
         raise ConfigError(
@@ -201,8 +246,22 @@ def _check_task(c: Config) -> None:
         raise ConfigError(
             "task.dataset=None: task.name=reasoning_gym needs names of its datasets, such as leg_counting"
         )
-    if t.name == "reasoning_gym":
-        options(t.options)
+    options(t.options)
+    if t.dataset is not None:
+        _check_list("task.dataset", t.dataset)
+    for name in ("subset", "revision", "prompt_column", "answer_column", "function"):
+        if getattr(t, name) is not None and not getattr(t, name).strip():
+            raise ConfigError(f"task.{name}='': must not be empty; leave it out")
+    _check_list("task.numbers", t.numbers)
     sizes = t.numbers.split(",")
     if not all(s.strip().isdecimal() and 2 <= int(s) <= 6 for s in sizes):
         raise ConfigError(f"task.numbers={t.numbers!r}: must be numbers from 2 to 6, separated by commas")
+
+
+def _check_list(field: str, text: str, normal: Callable[[str], str] = str) -> None:
+    """Entries with commas between them: none is empty, none stands there twice."""
+    entries = [normal(entry.strip()) for entry in text.split(",")]
+    if "" in entries:
+        raise ConfigError(f"{field}={text!r}: has an empty entry; separate the entries by single commas")
+    if twice := [entry for i, entry in enumerate(entries) if entry in entries[:i]]:
+        raise ConfigError(f"{field}={text!r}: {twice[0]} stands there twice; drop one")

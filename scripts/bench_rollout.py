@@ -56,7 +56,7 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
         "rollout.max_new_tokens": work.new_tokens,
         "objective.microbatch_rows": work.microbatch_rows,
         "objective.packing": work.packing,
-        "objective.share_prompts": work.share_prompts,
+        "objective.share_prompts": work.share_prompts if work.packing else None,
     }
     settings = algorithms.resolve(config.replace(config.Config(), fields))
     validate(settings)

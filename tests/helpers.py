@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.algorithms import resolve
-from pspo_jax.config import Config, replace
+from pspo_jax.config import Config, flatten, replace
+from pspo_jax.defaults import FOLLOWERS
 from pspo_jax.policy import built_in, transformer
 from pspo_jax.state import Prompts
 
@@ -31,8 +32,12 @@ TINY = {
 
 
 def tiny_config(**fields: Any) -> Config:
-    """A config of tiny shapes; keyword `a__b` sets field a.b."""
-    return resolve(replace(Config(), TINY | {k.replace("__", "."): v for k, v in fields.items()}))
+    """A config of tiny shapes; keyword `a__b` sets field a.b.
+
+    All else is as in the embedded task, whatever the task is: float32, and rates that small models learn with.
+    """
+    plain = {name: value for name, value in flatten(Config()).items() if name in FOLLOWERS}
+    return resolve(replace(Config(), plain | TINY | {k.replace("__", "."): v for k, v in fields.items()}))
 
 
 def tiny_policy(

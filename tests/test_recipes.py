@@ -7,16 +7,16 @@ import pytest
 import yaml
 
 from pspo_jax.accounting import Totals
+from pspo_jax.algorithms import PRESETS
 from pspo_jax.cli import parse
 from pspo_jax.io.run_folder import RunLog
 from pspo_jax.iteration import one_step
 from pspo_jax.programs import Programs, lower_programs
 from pspo_jax.setup import place_state, prepare
-from pspo_jax.strategies import AlgorithmName
 from tests.helpers import TINY
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NAMES = AlgorithmName.__args__
+NAMES = tuple(PRESETS)
 USUAL = {"pspo", "prioritized_replay", "mopps", "spo", "dapo", "popo"}
 """One for each way to choose, to remember and to replay; the others are slow tests."""
 SURVEYED = {

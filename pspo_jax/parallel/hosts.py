@@ -26,6 +26,7 @@ from jax.sharding import Sharding
 
 from pspo_jax.config import Config, ConfigError
 from pspo_jax.io.storage import StorageError
+from pspo_jax.parallel.private import cluster_processes, coordination_client
 
 _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
@@ -84,11 +85,7 @@ def leads_before_joining(config: Config) -> bool | None:
 
 def in_cluster() -> bool:
     """Whether JAX knows a cluster of several processes here, by the environment or by a TPU's metadata."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() itself asks; no public name
-
-    known = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present())
-    found = next(known, None)
-    return found is not None and found.get_process_count() > 1
+    return cluster_processes() > 1
 
 
 def count() -> int:
@@ -193,9 +190,7 @@ def from_leader(name: str, value: np.ndarray | None) -> np.ndarray:
     if count() == 1:
         assert value is not None
         return value
-    from jax._src.distributed import global_state  # no public name for the key-value store
-
-    client: Any = global_state.client
+    client = coordination_client()
     key = f"pspo_jax/shared/{name}"
     if value is not None:
         text = base64.b64encode(zlib.compress(value.astype(np.int8).tobytes())).decode()
@@ -237,9 +232,7 @@ def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """
     if count() == 1:
         return
-    from jax._src.distributed import global_state  # no public name for its barriers
-
-    client: Any = global_state.client
+    client = coordination_client()
     try:
         client.wait_at_barrier(f"pspo_jax/{name}", int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
@@ -258,9 +251,7 @@ def failing_together() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    from jax._src.distributed import global_state  # no public name for the key-value store
-
-    client: Any = global_state.client
+    client = coordination_client()
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(client, done.is_set), daemon=True)
     watcher.start()

@@ -338,7 +338,7 @@ def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
                 f"task.{name}={getattr(c.task, name)}: leaves no prompt ({why(pick.left_out)}); change the data, "
                 "task.answer_transform or prompt.max_tokens"
             )
-    if len(train.keep) < c.rollout.prompts:
+    if len(train.keep) < c.rollout.prompts and not c.selection.replacement:
         raise ConfigError(
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from the {len(train.keep)} "
             f"there are{' (left out: ' + why(train.left_out) + ')' if train.left_out else ''}; lower it"

@@ -74,12 +74,9 @@ def test_released_equals_plain_python_by_slot(steps):
 
 
 @pytest.mark.parametrize("setting", [{"credit__stat_mode": "linear_std"}, {"credit__alpha_mode": "count"}])
-def test_the_published_recursion_is_taken_whatever_the_modes_of_ers(setting):
-    def after_two_visits(credit):
-        _, state = credit.estimate(credit.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
-        return credit.estimate(state, jnp.arange(3), jnp.array([[1.0, 0, 1, 1]] * 3))[0]
-
-    np.testing.assert_array_equal(after_two_visits(released(**setting).credit), after_two_visits(CREDIT))
+def test_modes_of_ers_are_refused_beside_the_published_recursion(setting):
+    with pytest.raises(ConfigError, match=r"algorithm\.compat=released does not read it"):
+        released(**setting)
 
 
 def test_the_history_of_a_prompt_is_that_of_its_slot():
@@ -111,7 +108,7 @@ def test_without_a_correction_advantages_are_not_weighted():
 
 @pytest.mark.parametrize(("compat", "alike"), [("none", False), ("released", True)])
 def test_loss_weights_are_one(compat, alike):
-    selector = released(compat, selection__correction_end=0.9).selector
+    selector = released(compat).selector
     state, ids = jax.jit(selector.init, static_argnums=0)(9), jnp.arange(3)
     advantages = jnp.array([[0.1] * 4, [1.0] * 4, [9.0] * 4])
     outcome = Outcome(jnp.tile(jnp.arange(4.0), (3, 1)), advantages, advantages)
@@ -126,7 +123,9 @@ REFUSED = sorted(name for name in PRESETS if PRESETS[name]["credit.name"] != "er
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_released_is_refused_for_algorithms_without_ers(name):
-    with pytest.raises(ConfigError, match=r"^algorithm\.compat=released: .*credit\.name=\w+; choose .*ers or pspo$"):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.compat=released: credit\.name=\w+ does not read it.* set credit\.name to ers$"
+    ):
         cli.parse(["--algorithm.name", name, "--algorithm.compat", "released"], "train", "")
 
 

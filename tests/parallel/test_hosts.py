@@ -74,7 +74,7 @@ def test_rounds_are_one_step():
     [
         (
             ["--distributed.processes", "2"],
-            "distributed.processes=2, distributed.process=0: need distributed.coordinator",
+            "distributed.processes=2: distributed.coordinator=None does not read it; drop it, or set distributed.coord",
         ),
         (["--distributed.coordinator", "here"], "distributed.coordinator=here: must be host:port"),
         (

@@ -116,5 +116,5 @@ def test_slots_end_earlier_with_the_longest_first():
 
 
 def test_an_order_without_slots_is_refused():
-    with pytest.raises(ConfigError, match=r"rollout.longest_first=true: the order matters to rollout.slots alone"):
+    with pytest.raises(ConfigError, match=r"rollout.longest_first=True: rollout.slots=None does not read it"):
         parse(["--rollout.longest_first", "true"], "train", "")

@@ -1,0 +1,205 @@
+"""A field that is set and that the run does not read is refused, in one line, through every door."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pspo_jax import cli
+from pspo_jax import credit as credits
+from pspo_jax import selection as selectors
+from pspo_jax.algorithms import LOSSES, PRESETS, build, resolve
+from pspo_jax.config import Config, ConfigError, embedded, flatten, replace
+from pspo_jax.credit import CREDITS
+from pspo_jax.ownership import _BY_CREDIT, _BY_SELECTOR, OWNERS
+from pspo_jax.selection import SCORERS
+from pspo_jax.validation import validate
+
+TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "policy.tokenizer": "x"}
+UNREAD = [
+    ({"credit.scale": "group"}, "credit.name=ers"),
+    ({"credit.scale": "none", "algorithm.name": "ers"}, "credit.name=ers"),
+    ({"credit.alpha": 0.5, "algorithm.name": "grpo"}, "credit.name=group"),
+    ({"credit.alpha": 0.5, "credit.alpha_mode": "count"}, "credit.alpha_mode=count"),
+    ({"credit.alpha_mode": "count", "algorithm.name": "spo"}, "credit.name=tracked_baseline"),
+    ({"credit.stat_mode": "linear_std", "algorithm.name": "rloo"}, "credit.name=rloo"),
+    ({"credit.stat_mode": "linear_std", "algorithm.compat": "released"}, "algorithm.compat=released"),
+    ({"credit.alpha_mode": "count", "algorithm.compat": "released"}, "algorithm.compat=released"),
+    ({"credit.eps": 0.1, "algorithm.name": "dr_grpo"}, "credit.scale=none"),
+    ({"credit.ddof": 0, "algorithm.name": "spo"}, "credit.name=tracked_baseline"),
+    ({"selection.exponent_end": 0.1, "algorithm.compat": "released"}, "algorithm.compat=released"),
+    ({"selection.exponent": 0.9, "algorithm.name": "grpo"}, "selection.name=uniform"),
+    ({"selection.statistic": "mean", "algorithm.name": "spo"}, "selection.name=spo"),
+    ({"selection.signal": "smoothed", "algorithm.name": "greso"}, "selection.name=greso"),
+    ({"selection.floor": 0.5, "algorithm.name": "mopps"}, "selection.name=mopps"),
+    ({"selection.initial": 0.5, "algorithm.name": "curriculum"}, "selection.name=curriculum"),
+    ({"selection.retest_every": 3}, "selection.name=pps"),
+    ({"selection.retest_every": 3, "selection.name": "prioritized_replay", "selection.retest_share": 0}, "share=0"),
+    ({"selection.estimate": "last"}, "selection.name=pps"),
+    ({"selection.draw": "thompson"}, "selection.name=pps"),
+    ({"selection.candidates": 3, "algorithm.name": "posterior_mixed"}, "selection.draw=expected"),
+    ({"selection.greso_base": 0.1}, "selection.name=pps"),
+    ({"selection.pool_weights": "1,1,1", "algorithm.name": "grpo"}, "selection.name=uniform"),
+    ({"selection.curriculum_steps": 9}, "selection.name=pps"),
+    ({"selection.difficulty_column": "level", "algorithm.name": "greso"}, "selection.name=greso"),
+    ({"selection.correction": 0.4, "algorithm.name": "prioritized_replay"}, "selection.name=prioritized_replay"),
+    ({"replay.max_age": 9}, "replay.name=none"),
+    ({"replay.order": "random", "algorithm.name": "grpo_filter"}, "replay.name=filter"),
+    ({"replay.memory": "pinned_host", "algorithm.name": "dapo"}, "replay.name=none"),
+    ({"replay.ess_floor": 0.5}, "replay.name=none"),
+    ({"replay.tau": 3.0, "algorithm.name": "popo"}, "replay.order=newest"),
+    ({"replay.effective": "advantages"}, "replay.name=none"),
+    ({"objective.off_policy": "ignored"}, "rollout.max_rounds=1"),
+    ({"objective.importance": "token_mask"}, "replay.name=none"),
+    ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.off_policy": "ignored"}, "policy=ignored"),
+    ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.loss": "vespo"}, "surrogate=vespo"),
+    ({"objective.clip_low": 0.1, "objective.loss": "cispo"}, "objective.surrogate=cispo"),
+    ({"objective.clip_high": 0.1, "objective.loss": "sapo"}, "objective.surrogate=sapo"),
+    ({"objective.clip_high": 0.1, "objective.loss": "vespo"}, "objective.surrogate=vespo"),
+    ({"objective.ratio": "sequence", "objective.loss": "reinforce"}, "objective.surrogate=reinforce"),
+    ({"objective.sapo_positive": 2.0}, "objective.surrogate=clip"),
+    ({"objective.vespo_negative": "2,2", "objective.loss": "sapo"}, "objective.surrogate=sapo"),
+    ({"objective.count_masked": False}, "objective.aggregation=dapo"),
+    ({"objective.kl_unbiased": False}, "objective.kl_coef=0"),
+    ({"objective.kl_unbiased": False, "objective.kl_coef": 0.1, "objective.kl_in": "reward"}, "objective.kl_in=reward"),
+    ({"objective.kl_in": "reward"}, "objective.kl_coef=0"),
+    ({"objective.kl_estimator": "k1"}, "objective.kl_coef=0"),
+    ({"objective.share_prompts": True, "objective.packing": False}, "objective.packing=False"),
+    ({"rollout.slots": 256}, "no more than 256 completions"),
+    ({"rollout.slots": 64, "rollout.chunks": 4}, "no more than 64 completions"),
+    ({"rollout.longest_first": True}, "rollout.slots=None"),
+    ({"rollout.oversampling": 2.0}, "rollout.max_rounds=1"),
+    ({"rollout.weights": "split", "mesh.fsdp": 1}, "mesh.fsdp=1"),
+    ({"lora.alpha": 3.0}, "lora.rank=0"),
+    ({"lora.dropout": 0.1}, "lora.rank=0"),
+    ({"lora.targets": "q"}, "lora.rank=0"),
+    ({"sft.steps": 0, "sft.batch": 3}, "sft.steps=0"),
+    ({"sft.steps": 0, "sft.share": not Config().sft.share}, "sft.steps=0"),
+    ({"forgetting.discount": 0.5}, "selection.name=pps"),
+    ({"forgetting.mode": "movement"}, "credit.name=ers"),
+    ({"forgetting.discount": 0.5, "algorithm.name": "spo"}, "forgetting.mode=movement"),
+    ({"forgetting.half_life": 0.5, "algorithm.name": "mopps"}, "forgetting.mode=fixed"),
+    ({"forgetting.drift": 0.5, "selection.name": "pps", "credit.name": "tracked_baseline"}, "selection.name=pps"),
+    ({"forgetting.drift": 0.5, "algorithm.name": "prioritized_replay", "selection.estimate": "last"}, "estimate=last"),
+    ({"task.train_data": "x"}, "task.name=arithmetic"),
+    ({"task.numbers": "3"}, "task.name=arithmetic"),
+    ({"task.function": "a:b"}, "task.name=arithmetic"),
+    ({"task.cache": "x"}, "task.name=arithmetic"),
+    ({**TEXT, "task.seed": 3}, "task.name=math"),
+    ({**TEXT, "task.max_target": 9}, "task.name=math"),
+    ({**TEXT, "task.choices_column": "options"}, "task.name=math"),
+    ({**TEXT, "task.heldout_split": "dev"}, "task.heldout_data=None"),
+    ({**TEXT, "prompt.template": "r1", "prompt.system": "open_r1"}, "prompt.template=r1"),
+    ({**TEXT, "policy.revision": "main"}, "policy.source=None"),
+    ({**TEXT, "reward.format": "open_rs"}, "reward.terms=accuracy"),
+    ({**TEXT, "reward.cosine_right": "0,1"}, "reward.terms=accuracy"),
+    ({**TEXT, "reward.terms": "cosine", "reward.compat": "released", "reward.cosine_length": 9}, "compat=released"),
+    ({"prompt.system": "x"}, "task.name=arithmetic"),
+    ({"verifier.deadline": 3.0}, "task.name=arithmetic"),
+    ({"reward.require_end": False}, "task.name=arithmetic"),
+    ({"policy.source": "x"}, "task.name=arithmetic"),
+    ({"optimizer.schedule": "constant", "optimizer.final_fraction": 0.5}, "optimizer.schedule=constant"),
+    ({"distributed.processes": 2}, "distributed.coordinator=None"),
+    ({"log.completions_every": 0, "log.completions": 2}, "log.completions_every=0"),
+]  # fmt: skip
+
+
+def words_of(values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def test_every_field_has_an_owner():
+    """A new field belongs in OWNERS, with the conditions under which it is read."""
+    assert set(OWNERS) == set(flatten(Config()))
+
+
+def test_what_selectors_and_credits_read_are_fields_of_theirs():
+    for table, stage, strategies in ((_BY_SELECTOR, "selection", SCORERS), (_BY_CREDIT, "credit", CREDITS)):
+        assert set(table) == set(strategies)
+        assert {f"{stage}.{name}" for reads in table.values() for name in reads} <= set(flatten(Config()))
+
+
+@pytest.mark.parametrize(("values", "owner"), UNREAD, ids=lambda case: " ".join(case) if isinstance(case, dict) else "")
+def test_a_field_that_nothing_reads_is_refused_through_every_door(values, owner, tmp_path):
+    messages = []
+    for door in ("flags", "file", "python"):
+        with pytest.raises(ConfigError) as error:
+            if door == "flags":
+                cli.parse(words_of(values), "train", "")
+            elif door == "file":
+                path = tmp_path / "c.yaml"
+                path.write_text(yaml.safe_dump(values))
+                cli.parse(["--config", str(path)], "train", "")
+            else:
+                validate(replace(Config(), values))
+        messages.append(str(error.value))
+    assert len(set(messages)) == 1, messages
+    (field,) = [name for name in values if messages[0].startswith(f"{name}=")]
+    assert owner in messages[0] and "; drop it, or " in messages[0] and "\n" not in messages[0], messages[0]
+    value = values[field]
+    assert messages[0].startswith(f"{field}={value:g}:" if type(value) is float else f"{field}={value}:")
+
+
+@pytest.mark.parametrize("values", [values for values, _ in UNREAD[:12]])
+def test_building_strategies_refuses_the_same(values):
+    with pytest.raises(ConfigError, match="drop it, or"):
+        build(replace(Config(), values))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_presets_set_nothing_that_is_not_read(name, loss):
+    config = resolve(replace(Config(), {"algorithm.name": name, "objective.loss": loss}))
+    validate(config)
+    plain = flatten(Config())
+    for field, value in flatten(config).items():
+        if value != plain[field]:
+            assert all(condition.holds(config) for condition in OWNERS[field]), field
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_config_of_a_run_reads_back_as_itself(name, tmp_path):
+    path = tmp_path / "config.yaml"
+    for values in ({}, TEXT, {"objective.loss": "reinforce"}, {"task.name": "countdown"}):
+        config = cli.parse(words_of({"algorithm.name": name, **values}), "train", "")
+        path.write_text(cli.to_yaml(config))
+        assert cli.parse(["--config", str(path)], "train", "") == config
+        assert resolve(replace(Config(), flatten(config))) == config
+
+
+def test_a_task_of_a_mixture_is_held_to_what_it_reads():
+    def parsed(*tasks, **values):
+        config = replace(Config(), {"policy.tokenizer": "x", "task.mixture": list(tasks), **values})
+        validate(config)
+        return config
+
+    math, countdown = {"name": "math", "train_data": "x.jsonl"}, {"name": "countdown", "numbers": "3"}
+    assert not embedded(parsed(math, countdown))
+    parsed(math, countdown, **{"task.max_target": 50, "task.answer_column": "gold", "task.seed": 3})
+    with pytest.raises(ConfigError, match=r"task\.mixture: task\.numbers=3: task\.name=math does not read it"):
+        parsed({**math, "numbers": "3"}, countdown)
+    with pytest.raises(ConfigError, match=r"task\.choices_column=c: task\.name=math does not read it"):
+        parsed(math, countdown, **{"task.choices_column": "c"})
+    with pytest.raises(ConfigError, match=r"task\.name=math: task\.mixture=.* does not read it"):
+        parsed(countdown, **{"task.name": "math"})
+
+
+def test_a_new_selector_credit_and_algorithm_are_one_line_each(monkeypatch):
+    """The tables alone say which names there are; what a new strategy reads is its own affair."""
+    monkeypatch.setitem(selectors.SCORERS, "mine", SCORERS["pps"])
+    monkeypatch.setitem(credits.CREDITS, "own", CREDITS["group"])
+    monkeypatch.setitem(PRESETS, "ours", {"selection.name": "mine", "credit.name": "own", "objective.loss": "dapo"})
+    words = ["--algorithm.name", "ours", "--selection.exponent", "0.9", "--selection.replacement", "true"]
+    config = cli.parse([*words, "--credit.scale", "none"], "train", "")
+    assert (config.selection.name, config.credit.name, config.selection.exponent) == ("mine", "own", 0.9)
+    assert build(config).selector.init(40) is not None
+    with pytest.raises(ConfigError, match="did you mean ours"):
+        cli.parse(["--algorithm.name", "our"], "train", "")
+
+
+def test_help_lists_what_the_tables_hold(monkeypatch, capsys):
+    monkeypatch.setitem(selectors.SCORERS, "mine", SCORERS["pps"])
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"], "train", "")
+    text = capsys.readouterr().out
+    assert "mine" in text and "tracked_baseline" in text and str(Path("FILE.yaml")) in text
