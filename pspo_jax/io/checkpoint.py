@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -32,8 +33,8 @@ from pspo_jax.parallel import hosts
 
 RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
 """What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
-_DECODING = ("DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT")
-"""How TensorStore's message begins where the bytes that it read make no sense."""
+_DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
+"""What TensorStore says where the bytes that it read make no sense."""
 
 
 def hush() -> None:
@@ -358,7 +359,7 @@ def judged(error: Exception, path: Path) -> Exception:
     last: BaseException = error
     while last.__cause__ is not None:
         last = last.__cause__
-    if not certain and (isinstance(last, FileNotFoundError) or str(last).startswith(_DECODING)):
+    if not certain and (isinstance(last, FileNotFoundError) or _DECODING.search(str(last))):
         return DamageError(" ".join(str(last).split())[:200])
     return error
 
