@@ -49,13 +49,13 @@ def train(config: Config) -> int:
     with ExitStack() as held, stop_requests() as asked:
         progress = Progress(config.log.progress)
         # Verifiers write to the folder too. Where only a cluster knows who leads, the lock waits until all have joined.
-        early = hosts.leads_before_joining(config)
-        if early:
-            held.enter_context(locked(folder, progress.say))
+        number = hosts.number_before_joining(config)
+        if number is not None:
+            held.enter_context(locked(folder, progress.say, number))
         pool = held.enter_context(verifiers(config, folder / "workers.log"))
         hosts.initialize(config)
         with hosts.failing_together():
-            if early is None and hosts.leads():
+            if number is None and hosts.leads():
                 held.enter_context(locked(folder, progress.say))
             configure_runtime(config)
             progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
