@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from pspo_jax import cli
+from pspo_jax.config import ConfigError
 from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import open_folder
@@ -25,6 +26,10 @@ def main(argv: Sequence[str]) -> int:
     if config.run.print_config:
         print(cli.to_yaml(config), end="")
         return 0
+    if config.run.start_over:
+        raise ConfigError(
+            "run.start_over=true: is for pspo_jax.train; a cold start of other settings is set aside anyway"
+        )
     progress = Progress(config.log.progress)
     folder = open_folder(config.run.dir)
     with stop_requests() as stop, locked(folder, progress.say):

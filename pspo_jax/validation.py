@@ -8,7 +8,16 @@ import typing
 from typing import Any, Literal
 
 from pspo_jax.algorithms import resolve
-from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded, round_prompts
+from pspo_jax.config import (
+    PROJECTIONS,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    PolicyConfig,
+    Range,
+    embedded,
+    round_prompts,
+)
 from pspo_jax.mixture import mixture, options
 from pspo_jax.objective.ratios import gamma_shape
 from pspo_jax.rewards.terms import parse_terms
@@ -64,6 +73,11 @@ def _check_relations(c: Config) -> None:
         raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
+    if c.checkpoint.on_error == "stop" and c.checkpoint.retry_minutes != CheckpointConfig().retry_minutes:
+        raise ConfigError(
+            f"checkpoint.retry_minutes={c.checkpoint.retry_minutes:g}: nothing is tried again with "
+            "checkpoint.on_error=stop; drop it, or choose retry"
+        )
     if c.rollout.longest_first and c.rollout.slots is None:
         raise ConfigError("rollout.longest_first=true: the order matters to rollout.slots alone; set these, or not it")
     _check_rounds(c)

@@ -180,6 +180,12 @@ class Checkpoints:
         began, seconds = time.monotonic(), 1.0
         while (error := self._settle()) is not None:
             over = time.monotonic() - began > 60 * self._config.retry_minutes
+            # Training that went on has taken over the arrays.
+            over = (
+                over
+                or self._last is None
+                or any(x.is_deleted() for x in jax.tree.leaves(self._last.state) if isinstance(x, jax.Array))
+            )
             if hosts.any_says(self._config.on_error == "stop" or over or self._stop()):
                 raise error
             self._say(f"{error}; it is tried again in {seconds:.0f} s")
@@ -241,7 +247,7 @@ class Checkpoints:
         needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
         return StorageError(
             f"{self.folder}: checkpoint {step} could not be written ({reason}); it needs up to {size(needed)} and "
-            f"{room(self.folder)}; {_whole(whole)}; once there is room the same command carries on"
+            f"{room(self.folder)}; {whole_ones(whole)}; once there is room the same command carries on"
         )
 
     def _reopen(self) -> None:
@@ -356,10 +362,10 @@ class Checkpoints:
         return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 
-def _whole(steps: list[int]) -> str:
+def whole_ones(steps: list[int]) -> str:
     """Which checkpoints are there, in words."""
     if not steps:
-        return "no other checkpoint is there"
+        return "no whole checkpoint is there"
     return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
 
 
