@@ -179,13 +179,7 @@ class Checkpoints:
         """
         began, seconds = time.monotonic(), 1.0
         while (error := self._settle()) is not None:
-            over = time.monotonic() - began > 60 * self._config.retry_minutes
-            # Training that went on has taken over the arrays.
-            over = (
-                over
-                or self._last is None
-                or any(x.is_deleted() for x in jax.tree.leaves(self._last.state) if isinstance(x, jax.Array))
-            )
+            over = time.monotonic() - began > 60 * self._config.retry_minutes or not self._can_repeat()
             if hosts.any_says(self._config.on_error == "stop" or over or self._stop()):
                 raise error
             self._say(f"{error}; it is tried again in {seconds:.0f} s")
@@ -193,7 +187,14 @@ class Checkpoints:
             seconds = min(2 * seconds, LONGEST_PAUSE)
             self._reopen()
             assert self._last is not None
-            self._start(self._last)
+            if self._last.step not in self.steps():
+                self._start(self._last)
+
+    def _can_repeat(self) -> bool:
+        """Whether the arrays of the last save are still there, or training that went on has taken over their memory."""
+        if self._last is None:
+            return False
+        return not any(x.is_deleted() for x in jax.tree.leaves(self._last.state) if isinstance(x, jax.Array))
 
     def _start(self, save: _Save) -> None:
         """Hand a save to the background."""
@@ -216,11 +217,14 @@ class Checkpoints:
         if hosts.leads() and path.exists():
             try:
                 read_metadata(path)
-                damage.record(path)
             except DamageError as error:
                 # A disk that was full for a moment may take the arrays and not what belongs to them.
                 shutil.rmtree(path)
                 raise StorageError(f"{path}: was not written whole ({error})") from error
+            try:
+                damage.record(path)
+            except StorageError as error:
+                self._say(f"{error}; the checkpoint itself is whole")
         self._last = None
 
     def _settle(self) -> StorageError | None:
