@@ -423,10 +423,17 @@ def params_identity(folder: Path, step: int) -> str:
     try:
         found = read_metadata(folder / str(step))
     except DamageError as error:
-        raise ConfigError(f"checkpoint {folder / str(step)}: is damaged ({error}); choose another step") from error
+        raise _unusable(folder / str(step), error) from error
     own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
     words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def _unusable(path: Path, error: ValueError) -> ConfigError:
+    """What a reader is told of a damaged checkpoint, or of one that a run has removed meanwhile."""
+    if not path.exists():
+        return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
+    return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
 
 
 def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
@@ -444,7 +451,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
     try:
         metadata = read_metadata(path)
     except DamageError as error:
-        raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
+        raise _unusable(path, error) from error
     try:
         wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
         with _partial_load():
@@ -452,7 +459,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
     except RAISED as error:
         told = judged(error, path)
         if isinstance(told, DamageError):
-            raise ConfigError(f"checkpoint {path}: is damaged ({told}); choose another step") from error
+            raise _unusable(path, told) from error
         if told is error:
             raise
         raise told from error
@@ -460,7 +467,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
         saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
         verify(value, saved)
     except ValueError as error:
-        raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
+        raise _unusable(path, error) from error
     return value, metadata
 
 
