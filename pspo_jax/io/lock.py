@@ -55,8 +55,10 @@ def locked(folder: Path, say: Callable[[str], None], process: int = 0) -> Iterat
                 raise unwritten(path, error, 100) from error
             say(f"{path}: its file system has no locks ({error.strerror}), so a second run here is not refused")
         _sign(file, path)
-        yield
-        os.ftruncate(file, 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(file, 0)
     finally:
         os.close(file)
 
