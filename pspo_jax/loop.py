@@ -12,13 +12,13 @@ import jax
 from pspo_jax.accounting import Totals
 from pspo_jax.config import Config
 from pspo_jax.io import history
-from pspo_jax.io.checkpoint import Checkpoints
+from pspo_jax.io.checkpoint import Checkpoints, saved_steps, whole_ones
 from pspo_jax.io.checksums import named_checksums
 from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, open_folder, read_summary, write_json
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.io.storage import Persist, writing
+from pspo_jax.io.storage import Persist, StorageError, writing
 from pspo_jax.iteration import heldout_scores, one_step, ring_to_device
 from pspo_jax.parallel import hosts
 from pspo_jax.programs import Programs, compiling
@@ -51,13 +51,13 @@ def train(config: Config) -> int:
     with ExitStack() as held, stop_requests() as asked:
         progress = Progress(config.log.progress)
         # Verifiers write to the folder too. Where only a cluster knows who leads, the lock waits until all have joined.
-        early = hosts.leads_before_joining(config)
-        if early:
-            held.enter_context(locked(folder, progress.say))
+        number = hosts.number_before_joining(config)
+        if number is not None:
+            held.enter_context(locked(folder, progress.say, number))
         pool = held.enter_context(verifiers(config, folder / "workers.log"))
         hosts.initialize(config)
         with hosts.failing_together():
-            if early is None and hosts.leads():
+            if number is None and hosts.leads():
                 held.enter_context(locked(folder, progress.say))
             configure_runtime(config)
             config = with_date(config, folder / "config.yaml")
@@ -100,7 +100,11 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked
                 return 0
             with totals.phase("compile"):
                 programs = compiled(progress)
-        return _loop(run, state, programs, totals)
+        try:
+            return _loop(run, state, programs, totals)
+        except StorageError as error:
+            there = whole_ones(saved_steps(checkpoints.folder))
+            raise error if there in str(error) else StorageError(f"{error}; {there}") from error
 
 
 def _summarised(run: _Run) -> bool:

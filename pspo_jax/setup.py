@@ -363,11 +363,12 @@ def _keep(
     wanted: dict[str, Any],
     say: Callable[[str], None],
     stop: Callable[[], bool],
+    supersedes: bool = False,
 ) -> None:
     """`save_folder`, tried again as checkpoint.on_error says; several processes do not wait for each other's disks."""
     c = setup.config.checkpoint
     persist = Persist(c.on_error if hosts.count() == 1 else "stop", c.retry_minutes, say, stop)
-    persist(lambda: save_folder(folder, tree, wanted))
+    persist(lambda: save_folder(folder, tree, wanted, supersedes))
 
 
 class _Progress(NamedTuple):
@@ -403,7 +404,7 @@ class _Progress(NamedTuple):
 
     def save(self, tree: Any, calls: int) -> None:
         """Keep what was reached."""
-        _keep(self.setup, self.folder, tree, {**self.wanted, "calls": calls}, self.say, lambda: False)
+        _keep(self.setup, self.folder, tree, {**self.wanted, "calls": calls}, self.say, lambda: False, True)
         self.say("stopped during the cold start, saved; the same command carries on")
 
     def drop(self) -> None:

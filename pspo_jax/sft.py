@@ -49,17 +49,21 @@ def main(argv: Sequence[str]) -> int:
     if config.run.print_config:
         print(cli.to_yaml(config), end="")
         return 0
+    if config.run.start_over:
+        raise ConfigError(
+            "run.start_over=true: is for pspo_jax.train; a cold start of other settings is set aside anyway"
+        )
     folder = open_folder(config.run.dir)
     with ExitStack() as held, stop_requests() as asked:
         progress = Progress(config.log.progress)
         # As in training: where only a cluster knows who leads, the lock waits until all have joined.
-        early = hosts.leads_before_joining(config)
-        if early:
-            held.enter_context(locked(folder, progress.say))
+        number = hosts.number_before_joining(config)
+        if number is not None:
+            held.enter_context(locked(folder, progress.say, number))
         pool = held.enter_context(verifiers(config, folder / "workers.log"))
         hosts.initialize(config)
         with hosts.failing_together():
-            if early is None and hosts.leads():
+            if number is None and hosts.leads():
                 held.enter_context(locked(folder, progress.say))
             configure_runtime(config)
             config = with_date(config, folder / "config.yaml")

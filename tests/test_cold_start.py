@@ -1,14 +1,19 @@
 """Supervised fine-tuning: from the task's demonstrations and from a JSONL file."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from pspo_jax import __version__
 from pspo_jax.cold_start import cold_start, dataset, read_jsonl, settings, sft_loss
-from pspo_jax.config import ConfigError
+from pspo_jax.config import ConfigError, replace
+from pspo_jax.io.damage import DamageError
+from pspo_jax.io.params_folder import load_folder, save_folder
 from pspo_jax.io.progress import Progress
+from pspo_jax.setup import _find_start
 from pspo_jax.tasks import arithmetic
 from tests.helpers import tiny_config, tiny_policy
 
@@ -76,3 +81,71 @@ def test_bad_lines_are_named(tmp_path, record, words):
     write(tmp_path / "d.jsonl", [record])
     with pytest.raises(ConfigError, match=words):
         read_jsonl(tmp_path / "d.jsonl", task, 31)
+
+
+class Memory:
+    """Keeps what a cold start had reached."""
+
+    def __init__(self):
+        self.kept = None
+
+    def load(self, template):
+        return (template, 0) if self.kept is None else self.kept
+
+    def save(self, tree, calls):
+        self.kept = jax.tree.map(lambda x: x.copy(), tree), calls
+
+
+def test_a_stopped_one_carries_on_to_the_bit():
+    config, task = setup(sft__steps=62, sft__batch=4, sft__warmup=5)
+
+    def train(stop, kept):
+        policy, params, _ = tiny_policy(config)
+        return cold_start(config, task, policy, params, Progress(False), stop, None, kept)
+
+    kept = Memory()
+    whole = train(lambda: False, None)
+    assert train(lambda: True, kept) is None and kept.kept[1] == 1
+    jax.tree.map(np.testing.assert_array_equal, train(lambda: False, kept), whole)
+
+
+def test_settings_hold_what_the_result_depends_on(tmp_path):
+    """Lengths, the version and what data hold; not where data are, nor whether neighbours are asked."""
+    config, task = setup()
+    found = settings(config, task)
+    for field, value in (("rollout.max_new_tokens", 12), ("policy.width", 8), ("sft.batch", 3), ("run.seed", 5)):
+        assert settings(replace(config, {field: value}), task) != found, field
+    assert found["version"] == __version__ and found["train"] == task.train.fingerprint()
+    moved = {"task.train_data": "/elsewhere", "policy.source": "/elsewhere", "sft.share": False, "run.steps": 3}
+    assert settings(replace(config, moved), task) == found
+
+
+def test_a_neighbours_start_is_taken_if_it_is_whole_and_equal(tmp_path):
+    params, said = {"w": jax.numpy.arange(4.0)}, []
+    for name, words in (("a", {"lr": 1}), ("b", {"lr": 2}), ("c", {"lr": 2})):
+        save_folder(tmp_path / name / "cold_start", params, words)
+    own = tmp_path / "own" / "cold_start"
+    assert _find_start(own, True, {"lr": 2}, set(), said.append) == "b" and not said
+    assert _find_start(own, False, {"lr": 2}, set(), said.append) == ""
+    (tmp_path / "b" / "cold_start" / "settings.json").write_text("{")
+    assert _find_start(own, True, {"lr": 2}, set(), said.append) == "c"
+    assert "b/cold_start: is damaged (settings.json is not JSON); this run does without it" in said[0]
+    save_folder(own, params, {"lr": 2})
+    (own / "settings.json").write_text("{")
+    assert _find_start(own, False, {"lr": 2}, set(), said.append) == ""
+    assert "set aside as" in said[-1] and (tmp_path / "own" / "cold_start.before").exists()
+
+
+def test_a_damaged_start_is_never_trained_on(tmp_path):
+    params = {"w": jax.numpy.arange(4096.0)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    save_folder(tmp_path / "p", params, {})
+    for number, path in enumerate(sorted(p for p in (tmp_path / "p" / "params").rglob("*") if p.is_file())):
+        copy = shutil.copytree(tmp_path / "p", tmp_path / str(number))
+        spoilt = copy / path.relative_to(tmp_path / "p")
+        spoilt.write_bytes(spoilt.read_bytes()[:-9] + bytes(9))
+        try:
+            found = load_folder(copy, abstract)
+        except DamageError:
+            continue
+        np.testing.assert_array_equal(found["w"], params["w"], str(path))

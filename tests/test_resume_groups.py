@@ -45,8 +45,8 @@ def stored(groups, task, rows):
 
 
 def test_groups_follow_their_prompts_into_another_padded_length(tmp_path, capsys):
-    before = prepare(tiny_config(**FIELDS, run__dir=str(tmp_path)))
-    other = tiny_config(**FIELDS, run__dir=str(tmp_path), task__train_prompts=56, rollout__prompt_bucket=32)
+    before = prepare(tiny_config(**FIELDS, run__dir=str(tmp_path), task__train_prompts=56))
+    other = tiny_config(**FIELDS, run__dir=str(tmp_path), task__train_prompts=40, rollout__prompt_bucket=32)
     after = prepare(replace(other, {"task.allow_change": True}))
     old, new = before.task.train.content().tolist(), after.task.train.content().tolist()
     assert before.task.train.tokens.shape[1] != after.task.train.tokens.shape[1]

@@ -305,9 +305,9 @@ def test_unwritable_folder_is_named(capsys, tmp_path):
 
 @pytest.mark.xdist_group("resume")
 def test_folder_of_another_config_says_what_differs(capsys, uninterrupted):
-    argv = flags(uninterrupted, optimizer__learning_rate=0.5, algorithm__name="grpo", eval__every=3)
+    argv = flags(uninterrupted, optimizer__b2=0.5, algorithm__name="grpo", eval__every=3)
     line = run_bad(capsys, argv)
-    assert "optimizer.learning_rate=0.0008 there, 0.5 now" in line
+    assert "optimizer.b2=0.95 there, 0.5 now" in line
     assert "algorithm.name=pspo there, grpo now" in line
     assert "eval.every" not in line
 

@@ -60,10 +60,8 @@ def test_a_second_process_is_refused_and_spoilt_files_lose_nothing(child_env, wh
     assert int(newest.name) >= 4
     (newest / "state" / "manifest.ocdbt").write_bytes(b"")
     out = finish(start(child_env, folder, **FIELDS))
-    assert (
-        f"checkpoint {newest.name} is damaged (state/manifest.ocdbt has 0 of" in out
-        and "config.yaml: is damaged" in out
-    )
+    assert f"checkpoint {newest.name} is damaged (state/manifest.ocdbt has 0 of" in out, out
+    assert "config.yaml: is damaged" in out and "Traceback" not in out, out
     assert (folder / "checkpoints.damaged" / newest.name).exists()
     same_end(folder, whole)
 
@@ -125,10 +123,10 @@ def test_a_finished_run_goes_on_with_more_steps_and_other_rates(child_env, whole
 def test_a_run_without_its_checkpoints_is_not_begun_over_silently(child_env, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.move(folder / "checkpoints", folder / "checkpoints.damaged")
-    before = {p: p.read_bytes() for p in folder.glob("*.*l*")}
+    before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.suffix != ".lock"}
     out = finish(start(child_env, folder, **FIELDS), code=2)
     assert "metrics.jsonl reaches step 24" in out and "--run.start_over true" in out and out.count("\n") == 1
-    assert {p: p.read_bytes() for p in folder.glob("*.*l*")} == before
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.suffix != ".lock"} == before
     out = finish(start(child_env, folder, **FIELDS, run__start_over=True))
     assert (folder / "set_aside" / "1" / "checkpoints.damaged" / "24").exists()
     same_end(folder, whole)

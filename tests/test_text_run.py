@@ -176,11 +176,13 @@ def test_changed_data_is_refused_with_what_differs_or_followed(trained, place, c
     shutil.rmtree(place / "b" / "checkpoints" / "3")
     fields = {"reward__terms": TERMS, "reward__format": "open_rs", "task__train_data": place / "other.jsonl"}
     done = run(child_env, place, "b", expect=2, **fields)
-    assert done.stderr.count("\n") == 1 and "task.train_data" in done.stderr and "another config" in done.stderr
+    assert done.stderr.count("\n") == 1 and "52 then, 51 now, 0 new, 1 gone" in done.stderr
+    assert "--allow-data-change" in done.stderr
     changed = [*command(place, "b", **fields), "--allow-data-change"]
     done = subprocess.run(changed, env=child_env, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "52 then, 51 now, 0 new, 1 gone" in done.stdout and "resuming at step 2 of 3" in done.stdout
+    assert "task.train_data: " in done.stdout and "other.jsonl from here on (noted in changes.jsonl)" in done.stdout
 
 
 def test_statistics_follow_their_prompts(tmp_path):

@@ -12,7 +12,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,13 +34,26 @@ from pspo_jax.parallel import hosts
 
 RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
 """What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
-_DECODING = ("DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT")
-"""How TensorStore's message begins where the bytes that it read make no sense."""
+_DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
+"""What TensorStore says where the bytes that it read make no sense."""
 
 
 def hush() -> None:
-    """Keep Orbax from printing a traceback in each of its threads; what they raise reaches the caller too."""
+    """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
+
+    TensorStore also answers event loops that Orbax closed when a first answer was an error.
+    """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def without_late_answers(event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            before(event)
+
+    sys.unraisablehook = without_late_answers
 
 
 class _Save(NamedTuple):
@@ -164,7 +179,7 @@ class Checkpoints:
         """
         began, seconds = time.monotonic(), 1.0
         while (error := self._settle()) is not None:
-            over = time.monotonic() - began > 60 * self._config.retry_minutes
+            over = time.monotonic() - began > 60 * self._config.retry_minutes or not self._can_repeat()
             if hosts.any_says(self._config.on_error == "stop" or over or self._stop()):
                 raise error
             self._say(f"{error}; it is tried again in {seconds:.0f} s")
@@ -172,7 +187,14 @@ class Checkpoints:
             seconds = min(2 * seconds, LONGEST_PAUSE)
             self._reopen()
             assert self._last is not None
-            self._start(self._last)
+            if self._last.step not in self.steps():
+                self._start(self._last)
+
+    def _can_repeat(self) -> bool:
+        """Whether the arrays of the last save are still there, or training that went on has taken over their memory."""
+        if self._last is None:
+            return False
+        return not any(x.is_deleted() for x in jax.tree.leaves(self._last.state) if isinstance(x, jax.Array))
 
     def _start(self, save: _Save) -> None:
         """Hand a save to the background."""
@@ -195,11 +217,14 @@ class Checkpoints:
         if hosts.leads() and path.exists():
             try:
                 read_metadata(path)
-                damage.record(path)
             except DamageError as error:
                 # A disk that was full for a moment may take the arrays and not what belongs to them.
                 shutil.rmtree(path)
                 raise StorageError(f"{path}: was not written whole ({error})") from error
+            try:
+                damage.record(path)
+            except StorageError as error:
+                self._say(f"{error}; the checkpoint itself is whole")
         self._last = None
 
     def _settle(self) -> StorageError | None:
@@ -226,7 +251,7 @@ class Checkpoints:
         needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
         return StorageError(
             f"{self.folder}: checkpoint {step} could not be written ({reason}); it needs up to {size(needed)} and "
-            f"{room(self.folder)}; {_whole(whole)}; once there is room the same command carries on"
+            f"{room(self.folder)}; {whole_ones(whole)}; once there is room the same command carries on"
         )
 
     def _reopen(self) -> None:
@@ -341,10 +366,10 @@ class Checkpoints:
         return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 
-def _whole(steps: list[int]) -> str:
+def whole_ones(steps: list[int]) -> str:
     """Which checkpoints are there, in words."""
     if not steps:
-        return "no other checkpoint is there"
+        return "no whole checkpoint is there"
     return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
 
 
@@ -358,7 +383,7 @@ def judged(error: Exception, path: Path) -> Exception:
     last: BaseException = error
     while last.__cause__ is not None:
         last = last.__cause__
-    if not certain and (isinstance(last, FileNotFoundError) or str(last).startswith(_DECODING)):
+    if not certain and (isinstance(last, FileNotFoundError) or _DECODING.search(str(last))):
         return DamageError(" ".join(str(last).split())[:200])
     return error
 
@@ -398,10 +423,17 @@ def params_identity(folder: Path, step: int) -> str:
     try:
         found = read_metadata(folder / str(step))
     except DamageError as error:
-        raise ConfigError(f"checkpoint {folder / str(step)}: is damaged ({error}); choose another step") from error
+        raise _unusable(folder / str(step), error) from error
     own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
     words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def _unusable(path: Path, error: ValueError) -> ConfigError:
+    """What a reader is told of a damaged checkpoint, or of one that a run has removed meanwhile."""
+    if not path.exists():
+        return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
+    return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
 
 
 def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
@@ -419,7 +451,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
     try:
         metadata = read_metadata(path)
     except DamageError as error:
-        raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
+        raise _unusable(path, error) from error
     try:
         wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
         with _partial_load():
@@ -427,7 +459,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
     except RAISED as error:
         told = judged(error, path)
         if isinstance(told, DamageError):
-            raise ConfigError(f"checkpoint {path}: is damaged ({told}); choose another step") from error
+            raise _unusable(path, told) from error
         if told is error:
             raise
         raise told from error
@@ -435,7 +467,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
         saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
         verify(value, saved)
     except ValueError as error:
-        raise ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step") from error
+        raise _unusable(path, error) from error
     return value, metadata
 
 

@@ -97,11 +97,11 @@ def _recorded(folder: Path) -> dict[str, tuple[int, int | None]] | None:
     try:
         value = read_json(folder / RECORD)
         files = value["files"]
-        return (
-            {name: (length, crc) for name, (length, crc) in files.items()} if checksum(files) == value["crc"] else None
-        )
+        if checksum(files) != value["crc"]:
+            return None
     except (DamageError, KeyError, TypeError):
         return None
+    return {name: (length, crc) for name, (length, crc) in files.items()}
 
 
 def _look(folder: Path) -> dict[str, list[int | None]]:

@@ -154,8 +154,8 @@ def start_over(folder: Path) -> Path | None:
     Raises:
       StorageError: they cannot be moved.
     """
-    keep = (LOCK, "set_aside", "cold_start", "cold_start.progress", "workers.log")
-    found = sorted(p for p in folder.iterdir() if p.name not in keep)
+    keep = ("set_aside", "cold_start", "cold_start.progress", "workers.log")
+    found = sorted(p for p in folder.iterdir() if p.name not in keep and p.suffix != Path(LOCK).suffix)
     if not found:
         return None
     number = 1

@@ -16,27 +16,31 @@ from pspo_jax.config import ConfigError
 from pspo_jax.io.storage import REFUSED, unwritten
 
 NAME = "run.lock"
+"""Of the leading process; another one that knows its number before it joins has run.<number>.lock."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """What file systems say that have no flock."""
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the folder; of several processes of one run, the leading one does.
+def locked(folder: Path, say: Callable[[str], None], process: int = 0) -> Iterator[None]:
+    """Hold the folder as this process of a run; each number has a lock of its own.
+
+    Process 1 of a second run would otherwise join the processes of the first one.
 
     Args:
       say: told if the file system has no locks.
+      process: number of this process, 0 = it leads.
     Raises:
       ConfigError: another process holds it; the message says which, on which host, and since when.
       StorageError: run.lock cannot be written.
     """
-    path = folder / NAME
+    path = folder / (NAME if process == 0 else f"run.{process}.lock")
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if error.errno in REFUSED:
             raise ConfigError(
-                f"run.dir={folder}: {NAME}: {error.strerror}; choose a folder that can be written"
+                f"run.dir={folder}: {path.name}: {error.strerror}; choose a folder that can be written"
             ) from error
         raise unwritten(path, error, 100) from error
     try:
@@ -51,8 +55,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 raise unwritten(path, error, 100) from error
             say(f"{path}: its file system has no locks ({error.strerror}), so a second run here is not refused")
         _sign(file, path)
-        yield
-        os.ftruncate(file, 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(file, 0)
     finally:
         os.close(file)
 

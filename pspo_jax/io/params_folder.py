@@ -19,9 +19,11 @@ from pspo_jax.parallel import hosts
 _SETTINGS = "settings.json"
 
 
-def save_folder(folder: Path, params: Any, settings: dict[str, Any]) -> None:
+def save_folder(folder: Path, params: Any, settings: dict[str, Any], supersedes: bool = False) -> None:
     """Write params and their settings to a folder, which appears when it is whole; one that was there is set aside.
 
+    Args:
+      supersedes: the one that was there is an earlier state of the same, and is removed afterwards.
     Raises:
       StorageError: it cannot be written.
     """
@@ -38,8 +40,10 @@ def save_folder(folder: Path, params: Any, settings: dict[str, Any]) -> None:
             words = {"settings": settings, "checksums": checksums}
             write_whole(partial / _SETTINGS, json.dumps({**words, "crc": damage.checksum(words)}, indent=1).encode())
             damage.record(partial)
-            set_aside(folder)
+            before = set_aside(folder)
             partial.rename(folder)
+            if supersedes and before is not None:
+                shutil.rmtree(before)
     except RAISED as error:
         if reason := os_reason(error):
             told = f"{folder}: cannot be written ({reason}; {room(folder.parent)})"

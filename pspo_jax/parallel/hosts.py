@@ -75,12 +75,12 @@ def initialize(config: Config) -> None:
         ) from error
 
 
-def leads_before_joining(config: Config) -> bool | None:
-    """Whether this process will lead; None if only a cluster that has not been joined knows."""
+def number_before_joining(config: Config) -> int | None:
+    """This process's number, 0 = it leads; None if only a cluster that has not been joined knows."""
     d = config.distributed
     if d.coordinator is not None:
-        return d.process == 0
-    return None if d.auto and in_cluster() else True
+        return d.process
+    return None if d.auto and in_cluster() else 0
 
 
 def in_cluster() -> bool:

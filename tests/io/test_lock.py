@@ -40,6 +40,13 @@ def test_the_second_process_is_told_who_holds_the_folder(tmp_path):
         pass
 
 
+def test_processes_of_one_run_do_not_fight(tmp_path):
+    with locked(tmp_path, print), locked(tmp_path, print, 1), locked(tmp_path, print, 2):
+        for number in range(3):
+            with pytest.raises(ConfigError, match="held by"), locked(tmp_path, print, number):
+                pass
+
+
 def test_a_damaged_lock_file_still_locks(tmp_path):
     (tmp_path / NAME).write_bytes(b"\xff\x00garbage")
     with locked(tmp_path, print):
