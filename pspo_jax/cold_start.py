@@ -64,7 +64,10 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
             raise ConfigError(
                 f'sft.data={path} line {number}: needs {{"prompt": ..., "completion": ...}}, got {line[:60]!r}'
             ) from error
-        prompts.append(task.encode_prompt(prompt))
+        try:
+            prompts.append(task.encode_prompt(prompt))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"sft.data={path} line {number}: its prompt cannot be rendered ({error})") from error
         ids = task.tokenizer.encode(completion)
         completions.append(ids if ids and ids[-1] in task.stop_ids else [*ids, task.tokenizer.eos_token_id])
         pairs = (("prompt", prompts[-1], width), ("completion", completions[-1], max_completion))

@@ -171,7 +171,8 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
         if answer is None:
             return Question(text, "", given)
         if c.name == "python_function":
-            return Question(text, any_text(value_at(exact, answer), transform), given | {"answer_column": answer})
+            gold = any_text(value_at(exact, answer), value_at(record, answer), transform)
+            return Question(text, gold, given | {"answer_column": answer})
         value = value_at(exact, answer)
         if missing(value):
             return Question(text, "", {}, "no gold answer")
@@ -341,6 +342,11 @@ def _encoded(
     except ValueError as error:
         return Question("", "", {}, f"the row is ambiguous: {error}"), "", []
     q = source.convert(plain, exact) if source.prompt else source.convert(plain)
+    try:
+        (q.text + q.answer).encode()
+    except UnicodeEncodeError:
+        reason = q.reason or "half a surrogate pair in the question or the answer"
+        return Question("", "", {}, reason), "", []
     if q.reason:
         return q, q.text, []
     prompt = source.prompt(plain, q) if source.prompt else q.text

@@ -18,7 +18,7 @@ from pspo_jax.mixture import labels, mixture
 from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
-from pspo_jax.tasks.conversations import Conversation
+from pspo_jax.tasks.conversations import Conversation, read_prompt
 from pspo_jax.tasks.countdown import source as countdown_source
 from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
 from pspo_jax.tasks.files import heads, rows_of
@@ -119,7 +119,7 @@ def text_task(
         heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
         judge=text_judge(pool, tokenizer, config),
         demonstrations=_none,
-        encode_prompt=lambda question: tokenizer.prompt(question, config.prompt),
+        encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
     )
 
 
