@@ -232,7 +232,7 @@ def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
     for why_not, (field, what) in advice.items():
         rows = np.flatnonzero(reason == why_not)
         if len(rows):
-            raise ConfigError(f"{field}: in {name} {len(rows)} rows, the first row {rows[0]}: {why_not}; {what}")
+            raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
 
 
 def _holding_out(part: Config, total: int, share: float) -> Config:

@@ -190,14 +190,14 @@ def test_a_turn_that_the_template_drops_leaves_its_row_out(task):
 
 def test_two_system_messages_are_refused(task):
     message = refused(lambda: task(rows_of("2 + 2?", TURNS), prompt__system="open_r1"))
-    assert message.startswith("prompt.system='open_r1': in ") and "1 rows, the first row 1: has a system" in message
+    assert message.startswith("prompt.system='open_r1': row 1 of ") and "has a system message of its own" in message
     assert "Be brief." in rendered(task(rows_of(TURNS[1:]), prompt__system="Be brief."))
 
 
 @pytest.mark.parametrize("template", ["qwen_math", "r1", "none"])
 def test_a_conversation_needs_the_chat_template(template, task):
     message = refused(lambda: task(rows_of("2 + 2?", TURNS), prompt__template=template))
-    assert message.startswith(f"prompt.template={template}: in ") and message.endswith("choose chat")
+    assert message.startswith(f"prompt.template={template}: row 1 of ") and message.endswith("choose chat")
     assert task(rows_of([QUESTION]), prompt__template=template).train.texts[0] == "2 + 2?"
 
 
