@@ -97,7 +97,7 @@ def text_task(
     trains, heldouts, records = [], [], []
     for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
         if config.task.mixture:
-            part = _holding_out(part, config.task.heldout_prompts, share)
+            part = _whole_part(part, config.task.heldout_prompts, share)
         train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
@@ -235,9 +235,11 @@ def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
             raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
 
 
-def _holding_out(part: Config, total: int, share: float) -> Config:
-    """A task of a mixture that holds out no more rows than the mixture evaluates of it."""
-    return replace(part, {"task.heldout_prompts": min(part.task.heldout_prompts, math.ceil(total * share))})
+def _whole_part(part: Config, total: int, share: float) -> Config:
+    """A task of a mixture that holds out no more rows than the mixture evaluates of it, and keeps all the others."""
+    most = part.task.train_prompts if part.task.name in MADE else 0
+    held_out = min(part.task.heldout_prompts, math.ceil(total * share))
+    return replace(part, {"task.heldout_prompts": held_out, "task.train_prompts": most})
 
 
 def _mixed(
@@ -247,12 +249,14 @@ def _mixed(
     rng = np.random.default_rng([c.task.seed, 3])
     names = [part.task.name if part.task.name in MADE else str(part.task.train_data) for part in parts]
     chosen = _chosen(heldouts, shares, c.task.heldout_prompts, rng)
-    trains = [
-        _given_back(train, heldout, kept, part.task.train_prompts)
-        for train, heldout, kept, part in zip(trains, heldouts, chosen, parts, strict=True)
-    ]
+    trains = [_given_back(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
     heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
     trains = _apart(trains, heldouts, names)
+    limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
+    trains = [
+        _listing(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
+        for train, limit, name in zip(trains, limits, names, strict=True)
+    ]
     chosen = _chosen(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
     trains = [
         _listing(train, kept, name, "beyond its share of task.mixture", part.task.name not in MADE)
@@ -273,12 +277,11 @@ def _chosen(
     ]
 
 
-def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"], most: int) -> _Pick:
+def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"]) -> _Pick:
     """Training rows, and those that were held out of them but that the mixture does not evaluate."""
     if train.rows is not heldout.rows:
         return train
-    keep = np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)]))
-    return train._replace(keep=keep[: most or None])
+    return train._replace(keep=np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)])))
 
 
 def _apart(trains: list[_Pick], heldouts: list[_Pick], names: list[str]) -> list[_Pick]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,10 @@ def test_rows_beyond_a_share_are_listed(weights, own, config, file):
 def test_a_limit_of_prompts_lists_the_rest(config, file):
     train, _, left_out = accounted(made(config(file("a", 60), file("b", 60), task__train_prompts=30)), 120)
     assert len(train) == 30 and len(left_out) == 70
+    task = made(config(file("a", 60, train_prompts=5), file("b", 60, weight=2)))
+    accounted(task, 120)
+    reasons = Counter(item.reason for item in task.train.left_out)
+    assert set(reasons) == {"beyond its share of task.mixture", "beyond task.train_prompts of its task"}
 
 
 def test_a_small_part_holds_out_its_share_alone(config, file):
@@ -104,11 +109,14 @@ def test_a_small_part_holds_out_its_share_alone(config, file):
     assert Counter(text[0] for text in heldout) == {"a": 18, "b": 2}
 
 
-def test_two_parts_of_one_file_do_not_leak(config, file):
-    part = file("a", 100)
-    task = made(config(part, {**part, "name": "gsm8k", "answer_transform": "none"}, file("b", 100)))
-    train, heldout, _ = texts(task)
-    assert len(set(train)) == len(train) and not set(train) & set(heldout)
+def test_files_that_share_rows_do_not_leak(config, file):
+    part, more = file("a", 100), file("b", 100)
+    path = Path(more["train_data"])
+    path.write_text(Path(part["train_data"]).read_text() + "\n" + path.read_text())
+    train, heldout, _ = texts(made(config(part, {**more, "name": "gsm8k", "answer_transform": "none"})))
+    assert len(set(train)) == len(train) > 100 and not set(train) & set(heldout)
+    with pytest.raises(ConfigError, match=r"leaves no prompt \(.*duplicate"):
+        made(config(part, part))
 
 
 def test_tasks_of_one_name_are_told_apart(config, file):
@@ -119,7 +127,7 @@ def test_tasks_of_one_name_are_told_apart(config, file):
     for prompts in (task.train, task.heldout):
         for label, kind, text in zip(prompts.labels, prompts.kinds, prompts.texts, strict=True):
             assert kind == "countdown" if label == "countdown" else (kind == "math" and text[0] == first[label])
-    quotas = tiny_config(selection__quotas="math=.5,math_2=.25,hard=.25", rollout__prompts=4)
+    quotas = tiny_config(selection__quotas="math=.25,math_2=.25,hard=.25,countdown=.25", rollout__prompts=4)
     kinds, columns = columns_of(quotas, task.train)
     assert kinds == ("countdown", "hard", "math", "math_2")
     assert [kinds[k] for k in columns.kind] == list(task.train.labels)
