@@ -64,6 +64,8 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
             raise ConfigError(
                 f'sft.data={path} line {number}: needs {{"prompt": ..., "completion": ...}}, got {line[:60]!r}'
             ) from error
+        if not isinstance(completion, str):
+            raise ConfigError(f"sft.data={path} line {number}: completion={str(completion)[:60]!r} must be text")
         try:
             prompts.append(task.encode_prompt(prompt))
         except (TypeError, ValueError) as error:

@@ -77,7 +77,7 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Rows:
       ConfigError: it is not there, cannot be read, or holds no rows.
     """
     datasets = quiet()
-    path = Path(data)
+    path = Path(data).expanduser()
     empty = f"{field}={data}: holds no rows; name another"
     try:
         if path.suffix in (*READERS, ".arrow") or path.is_file():
