@@ -15,7 +15,9 @@ from pspo_jax.tasks.files import exact_json
 
 PROSE = "gold answer is prose without a box"
 _MOST_WORDS = 7
-"""Words of an answer in plain text; the longest of the benchmarks' have fewer."""
+"""Words of an answer in plain text; those of the benchmarks have fewer."""
+_FEW_WORDS = 3
+"""Words of a name with a full stop in it, such as St. Petersburg."""
 _TYPESET = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\$[^$]*\$|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _SENTENCES = re.compile(r"[a-z0-9)][.!?]\s+[A-Z]|[a-z]{2,}[.:]?\s*\n\s*\S*[A-Za-z]{2,}")
@@ -42,12 +44,16 @@ def gold_text(value: Any, transform: str | None) -> str:
     return gold
 
 
-def any_text(value: Any, transform: str | None) -> str:
-    """A gold answer of any type as text, for readers; a function is given the value itself."""
+def any_text(exact: Any, plain: Any, transform: str | None) -> str:
+    """A gold answer of any type as text: an object or list is JSON. A function is given the value itself.
+
+    Args:
+      exact, plain: the value with exact numbers, and as it is.
+    """
     try:
-        return "" if missing(value) else gold_text(value, transform)
+        return "" if missing(exact) else gold_text(exact, transform or "none")
     except (ValueError, SyntaxError, TypeError):
-        return json.dumps(value, default=str)
+        return json.dumps(plain, default=str)
 
 
 def is_prose(gold: str) -> bool:
@@ -59,8 +65,8 @@ def is_prose(gold: str) -> bool:
     if "\\boxed{" in gold:
         return False
     words = _WORD.findall(_TYPESET.sub(" ", gold))
-    told = _SENTENCES.search(gold) or _CONCLUSION.search(gold)
-    return len(words) > _MOST_WORDS or (len(words) > 1 and told is not None) or "####" in gold
+    told = len(words) > _FEW_WORDS and _SENTENCES.search(gold) is not None
+    return told or len(words) > _MOST_WORDS or _CONCLUSION.search(gold) is not None
 
 
 def listed(text: str) -> list[Any]:

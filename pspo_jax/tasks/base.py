@@ -154,8 +154,10 @@ class Task(NamedTuple):
     judge: Judge
     demonstrations: Callable[[int, int], Iterator[Demonstrations]]
     """(seed, count) -> blocks of fresh examples, `count` in all."""
-    encode_prompt: Callable[[str], list[int]]
-    """A question as the policy sees it: in its template, if it has one."""
+    encode_prompt: Callable[[Any], list[int]]
+    """A question, or a conversation in a task of text, as the policy sees it: in its template, if it has one.
+
+    TypeError or ValueError: it is neither, or the template refuses it."""
 
 
 def json_lines(text: str) -> list[str]:

@@ -80,7 +80,7 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Rows:
       ConfigError: it is not there, cannot be read, or holds no rows.
     """
     datasets = quiet()
-    path = Path(data)
+    path = Path(data).expanduser()
     empty = f"{field}={data}: holds no rows; name another"
     try:
         if path.suffix in (*READERS, ".arrow") or path.is_file():
@@ -176,7 +176,8 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", given)
         own = {ANSWER_COLUMN: answer}
         if c.name == "python_function":
-            return Question(text, any_text(value_at(exact, answer), transform), given | own)
+            gold = any_text(value_at(exact, answer), value_at(record, answer), transform)
+            return Question(text, gold, given | own)
         value = value_at(exact, answer)
         if missing(value):
             return Question(text, "", {}, "no gold answer")
@@ -344,6 +345,11 @@ def _encoded(
     except ValueError as error:
         return Question("", "", {}, f"the row is ambiguous: {error}"), "", []
     q = source.convert(plain, exact) if source.prompt else source.convert(plain)
+    try:
+        (q.text + q.answer).encode()
+    except UnicodeEncodeError:
+        reason = q.reason or "half a surrogate pair in the question or the answer"
+        return Question("", "", {}, reason), "", []
     if q.reason:
         return q, q.text, []
     prompt = source.prompt(plain, q) if source.prompt else q.text

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,7 +196,7 @@ def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
     names: dict[str, None] = {}
     batch: list[str] = []
     size = 0
-    partial = kept.with_suffix(f".{os.getpid()}.partial")
+    partial = _beside(kept)
     try:
         with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as out:
             for path in paths:
@@ -215,8 +216,13 @@ def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
     return names
 
 
+def _beside(path: Path) -> Path:
+    """Where this process writes a file before it takes its name; the folder may be shared by machines."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
 def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = _beside(path)
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 

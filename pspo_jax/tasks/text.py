@@ -17,7 +17,7 @@ from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.mixture import labels, mixture
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
-from pspo_jax.tasks.conversations import Conversation
+from pspo_jax.tasks.conversations import Conversation, read_prompt
 from pspo_jax.tasks.countdown import source as countdown_source
 from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
 from pspo_jax.tasks.files import heads, rows_of
@@ -98,7 +98,7 @@ def text_task(
     trains, heldouts, records = [], [], []
     for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
         if config.task.mixture:
-            part = _holding_out(part, config.task.heldout_prompts, share)
+            part = _whole_part(part, config.task.heldout_prompts, share)
         train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
@@ -120,7 +120,7 @@ def text_task(
         heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
         judge=text_judge(pool, tokenizer, config),
         demonstrations=_none,
-        encode_prompt=lambda question: tokenizer.prompt(question, config.prompt),
+        encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
     )
 
 
@@ -233,12 +233,14 @@ def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
     for why_not, (field, what) in advice.items():
         rows = np.flatnonzero(reason == why_not)
         if len(rows):
-            raise ConfigError(f"{field}: in {name} {len(rows)} rows, the first row {rows[0]}: {why_not}; {what}")
+            raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
 
 
-def _holding_out(part: Config, total: int, share: float) -> Config:
-    """A task of a mixture that holds out no more rows than the mixture evaluates of it."""
-    return replace(part, {"task.heldout_prompts": min(part.task.heldout_prompts, math.ceil(total * share))})
+def _whole_part(part: Config, total: int, share: float) -> Config:
+    """A task of a mixture that holds out no more rows than the mixture evaluates of it, and keeps all the others."""
+    most = part.task.train_prompts if part.task.name in MADE else 0
+    held_out = min(part.task.heldout_prompts, math.ceil(total * share))
+    return replace(part, {"task.heldout_prompts": held_out, "task.train_prompts": most})
 
 
 def _mixed(
@@ -248,12 +250,14 @@ def _mixed(
     rng = np.random.default_rng([c.task.seed, 3])
     names = [part.task.name if part.task.name in MADE else str(part.task.train_data) for part in parts]
     chosen = _chosen(heldouts, shares, c.task.heldout_prompts, rng)
-    trains = [
-        _given_back(train, heldout, kept, part.task.train_prompts)
-        for train, heldout, kept, part in zip(trains, heldouts, chosen, parts, strict=True)
-    ]
+    trains = [_given_back(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
     heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
     trains = _apart(trains, heldouts, names)
+    limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
+    trains = [
+        _listing(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
+        for train, limit, name in zip(trains, limits, names, strict=True)
+    ]
     chosen = _chosen(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
     trains = [
         _listing(train, kept, name, "beyond its share of task.mixture", part.task.name not in MADE)
@@ -274,12 +278,11 @@ def _chosen(
     ]
 
 
-def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"], most: int) -> _Pick:
+def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"]) -> _Pick:
     """Training rows, and those that were held out of them but that the mixture does not evaluate."""
     if train.rows is not heldout.rows:
         return train
-    keep = np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)]))
-    return train._replace(keep=keep[: most or None])
+    return train._replace(keep=np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)])))
 
 
 def _apart(trains: list[_Pick], heldouts: list[_Pick], names: list[str]) -> list[_Pick]:
