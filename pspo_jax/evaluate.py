@@ -28,6 +28,7 @@ from pspo_jax.io.checkpoint import read_params
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
+from pspo_jax.machine import with_type
 from pspo_jax.parallel.mesh import make_mesh, params_shardings
 from pspo_jax.policy import transformer
 from pspo_jax.policy.base import join
@@ -81,6 +82,9 @@ def _run(
 ) -> int:
     with verifiers(config) as pool:
         configure_runtime(config)
+        config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
+        for line in chosen:
+            progress.say(f"default of this machine: {line}")
         source, tokenizer, architecture = architecture_for(config)
         mesh = make_mesh(config, architecture)
         with jax.set_mesh(mesh):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pspo_jax.accounting import Totals
 from pspo_jax.config import Config
 from pspo_jax.io.checkpoint import Checkpoints, named_checksums
 from pspo_jax.io.progress import Progress
-from pspo_jax.io.run_folder import RunLog, check_config, open_folder, write_json
+from pspo_jax.io.run_folder import RunLog, check_config, open_folder, with_type_of, write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.iteration import NoVerdictError, heldout_scores, one_step, ring_to_device
 from pspo_jax.parallel import hosts
@@ -34,7 +35,9 @@ def train(config: Config) -> int:
         configure_runtime(config)
         progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
         with hosts.failing_together():
-            return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress)
+            setup = prepare(with_type_of(folder, config), pool=pool, say=progress.say)
+            # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
+            return _train(dataclasses.replace(setup.config, mesh=config.mesh), setup, folder, progress)
 
 
 def _train(config: Config, setup: Setup, folder: Path, progress: Progress) -> int:

@@ -8,7 +8,6 @@ slices, if libtpu is installed, else for as many CPU devices.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,10 +17,19 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from pspo_jax.config import Config, Remat
-from pspo_jax.parallel.devices import KINDS, THIS_MACHINE, Kind, Target, devices_for, has_tpu_compiler, parse_target
-from pspo_jax.parallel.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along
-from pspo_jax.policy.attention import block_size
+from pspo_jax.config import Config
+from pspo_jax.machine import activations
+from pspo_jax.parallel.devices import (
+    KINDS,
+    THIS_MACHINE,
+    Kind,
+    Target,
+    devices_for,
+    has_tpu_compiler,
+    host_bytes,
+    parse_target,
+)
+from pspo_jax.parallel.mesh import ROWS, size_along
 from pspo_jax.programs import lower_programs
 from pspo_jax.roofline import rollout_floor, update_floor
 from pspo_jax.setup import Setup, device_bytes, prepare
@@ -144,7 +152,7 @@ def _first_sentences(text: str) -> str:
 def _own_capacity() -> float:
     """Bytes of one device of this machine's accelerator, or this host's memory over its devices."""
     if jax.devices()[0].platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.devices())
+        return host_bytes() / len(jax.devices())
     return device_bytes()
 
 
@@ -187,7 +195,7 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
     on_host = c.replay.memory != "device" and c.replay.name == "fill"
     stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
     chunk = min(c.objective.logits_mib * 2**20, 4 * rows * new * a.vocab_size)
-    kept, inside = _kept_activations(setup)
+    kept, inside = activations(c, a, a.remat, setup.mesh, setup.task.train.tokens.shape[1])
     return {
         "rollout": {
             "weights as they are decoded": decoded,
@@ -202,29 +210,6 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
             **stored,
         },
     }
-
-
-def _kept_activations(setup: Setup) -> tuple[float, float]:
-    """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
-    c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
-    tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
-    rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
-    with jax.set_mesh(setup.mesh):
-        rows = microbatch_size(rows, c.objective.microbatch_rows) // size_along(mesh, UPDATE_ROWS)
-    length = setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens
-    places = rows * length / mesh["context"]
-    projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
-    block = block_size(length, mesh["context"]) / length
-    by_kernel = "xla" not in (a.attention, a.packed_attention)
-    scores = 0 if by_kernel else places * block * a.heads / tensor * length * (4 + width)
-    inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
-    kept: dict[Remat, float] = {
-        "none": inside if block == 1 else inside - scores,
-        "dots": places * width * (projections + a.width),
-        "full": places * width * a.width,
-        "offload": 0,
-    }
-    return a.layers * kept[a.remat], inside
 
 
 def _advice(name: str) -> str:

@@ -23,6 +23,11 @@ LONG = 256
 """Completions that may be so long are packed, unless the config says otherwise."""
 
 
+FEWEST_BINS = 8
+"""Bins of packed rows that are computed together at least, where the config does not bound them: products of fewer rows
+are slow."""
+
+
 @struct.dataclass(kw_only=True)
 class Rows(LossInputs):
     """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
@@ -169,7 +174,7 @@ def score_packed(
     policy: Policy, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
-    bins = rows.tokens.shape[0] // microbatches(rows, config)
+    bins = bins_at_a_time(rows, config)
     planned = plan(policy, rows, answers, config)
 
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -218,6 +223,17 @@ def microbatches(rows: Rows, config: Config) -> int:
     """Parts that the rows are computed in."""
     n = rows.tokens.shape[0]
     return n // microbatch_size(n, config.objective.microbatch_rows)
+
+
+def bins_at_a_time(rows: Rows, config: Config) -> int:
+    """Bins of packed rows that are computed together; as many times as there are bins that hold a row.
+
+    Where objective.microbatch_rows allows all rows at once, they are an eighth of them: there are as many bins as rows,
+    and those that hold none are left out by whole microbatches.
+    """
+    n = rows.tokens.shape[0]
+    at_most = config.objective.microbatch_rows
+    return microbatch_size(n, at_most if 0 < at_most < n else max(n // 8, FEWEST_BINS))
 
 
 def deal(rows: Any, parts: int) -> Any:

@@ -20,6 +20,7 @@ from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.io.checkpoint import load_folder, save_folder
 from pspo_jax.io.progress import Progress
+from pspo_jax.machine import with_memory, with_type
 from pspo_jax.optimizer import adamw, updates_per_step
 from pspo_jax.parallel.mesh import (
     groups_shardings,
@@ -115,9 +116,12 @@ def prepare(
       capacity: bytes of a device, for mesh.fsdp=None; None = as the devices say.
       devices: to compile for, such as those of a TPU that is not there; None = this machine's.
     """
+    devices = jax.devices() if devices is None else devices
+    # A plan for an accelerator, whose capacity it gives, may compile for CPU devices in its place.
+    on_cpu = capacity is None and devices[0].platform == "cpu"
+    config, chosen = with_type(config, on_cpu)
     source, tokenizer, architecture = architecture_for(config, weights)
     architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
-    devices = jax.devices() if devices is None else devices
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
@@ -142,6 +146,10 @@ def prepare(
         say=say,
         share_prompts=config.objective.share_prompts,
     )
+    config, more = with_memory(config, architecture, mesh, task.train.tokens.shape[1], on_cpu)
+    if chosen + more:
+        say(f"defaults of this machine: {', '.join(chosen + more)}")
+    architecture = dataclasses.replace(architecture, remat=config.policy.remat or "none")
     policy = transformer(architecture)
     kinds, columns = columns_of(config, task.train)
     algorithm = algorithms.build(config, kinds)

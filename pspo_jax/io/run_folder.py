@@ -62,6 +62,21 @@ def open_folder(path: str) -> Path:
     return folder
 
 
+def with_type_of(folder: Path, config: Config) -> Config:
+    """`config` with the policy.compute_dtype that the folder's run began with, where nobody set it.
+
+    A run that goes on must not change its rounding because another machine is fast with another type.
+    """
+    path = folder / "config.yaml"
+    if config.policy.compute_dtype is not None or not path.exists():
+        return config
+    try:
+        kept = flatten(yaml.safe_load(path.read_text())).get("policy.compute_dtype")
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"run.dir={folder}: its config.yaml cannot be read; choose another --run.dir") from error
+    return config if kept is None else replace(config, {"policy.compute_dtype": kept})
+
+
 def check_config(folder: Path, config: Config) -> None:
     """Refuse to resume a run under settings that would change what it learns; say which differ."""
     path = folder / "config.yaml"
