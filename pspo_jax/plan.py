@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from pspo_jax.config import Config
-from pspo_jax.machine import activations
+from pspo_jax.config import Config, round_prompts
+from pspo_jax.packing import whole_blocks
 from pspo_jax.parallel.devices import (
     KINDS,
     THIS_MACHINE,
@@ -29,9 +29,10 @@ from pspo_jax.parallel.devices import (
     host_bytes,
     parse_target,
 )
-from pspo_jax.parallel.mesh import ROWS, size_along
+from pspo_jax.parallel.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.programs import lower_programs
 from pspo_jax.roofline import rollout_floor, update_floor
+from pspo_jax.rows import bins_at_a_time, packed_by
 from pspo_jax.setup import Setup, device_bytes, prepare
 
 _GIB = 2**30
@@ -59,7 +60,7 @@ class Peak(NamedTuple):
     """Bytes that a phase needs on one device."""
 
     least: float
-    """By arithmetic: the largest arrays."""
+    """By arithmetic: arrays that the phase cannot do without at one moment. No compiler takes less."""
     compiled: float
     """By the compiler. The CPU's stands in where the accelerator's own is not there, which may take less: on a CPU,
     bfloat16 weights are multiplied as float32 copies. Infinity = the compiler says that it does not fit."""
@@ -84,7 +85,7 @@ def show(config: Config, target: Target) -> int:
             table.add_row(f"  in the {phase}: {name}", f"{need / _GIB:.2f}")
     compiler = "the TPU's compiler" if has_tpu_compiler(target) else "the CPU's compiler"
     for name, peak in peaks.items():
-        table.add_row(f"peak of the {name}: sum of the above", f"{peak.least / _GIB:.2f}")
+        table.add_row(f"peak of the {name}: sum of the above, the least", f"{peak.least / _GIB:.2f}")
         found = "too large" if math.isinf(peak.compiled) else f"{peak.compiled / _GIB:.2f}"
         table.add_row(f"peak of the {name}: by {compiler}", found)
     table.add_row("capacity", "unknown" if math.isinf(capacity) else f"{capacity / _GIB:.2f}")
@@ -181,34 +182,61 @@ def _residents(setup: Setup) -> dict[str, int]:
 
 
 def _details(setup: Setup) -> dict[str, dict[str, float]]:
-    """The largest temporaries of each phase, by arithmetic."""
+    """What each phase needs at least beside what stays, by arithmetic: arrays that exist at one moment."""
+    c = setup.config
+    on_host = c.replay.memory != "device" and c.replay.name == "fill"
+    stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
+    return {"rollout": _rollout_details(setup), "update": _update_details(setup) | stored}
+
+
+def _rollout_details(setup: Setup) -> dict[str, float]:
+    """Of one part of a round, with every completion at its longest."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
-    rows, new = c.rollout.prompts * c.rollout.group_size, c.rollout.max_new_tokens
-    cached = c.rollout.prompts * setup.task.train.tokens.shape[1] + rows * new
-    weights = jax.tree.leaves(setup.abstract.params)
+    prompts, new = round_prompts(c) // c.rollout.chunks, c.rollout.max_new_tokens
+    rows = prompts * c.rollout.group_size
+    rows = min(rows, c.rollout.slots or rows)
+    # The last token of a completion is never read.
+    cached = prompts * setup.task.train.tokens.shape[1] + rows * (new - 1)
     decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
     if a.split_decode:
         split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
         decoded -= split * width / tensor * (1 - 1 / mesh["fsdp"])
-    on_host = c.replay.memory != "device" and c.replay.name == "fill"
-    stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
-    chunk = min(c.objective.logits_mib * 2**20, 4 * rows * new * a.vocab_size)
-    kept, inside = activations(c, a, a.remat, setup.mesh, setup.task.train.tokens.shape[1])
     return {
-        "rollout": {
-            "weights as they are decoded": decoded,
-            "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
-            "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
-        },
-        "update": {
-            "gradients": float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in weights)),
-            f"activations kept (policy.remat {a.remat})": kept,
-            "activations of one block": inside,
-            "one chunk of logits": chunk / shards / tensor,
-            **stored,
-        },
+        # Where nothing splits the weights, they may be decoded as they lie.
+        "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
+        "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
+        "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
+    }
+
+
+def _update_details(setup: Setup) -> dict[str, float]:
+    """Of one microbatch, as its backward pass begins: sums of gradients so far, what is kept, and what is at work."""
+    c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
+    tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
+    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    with jax.set_mesh(setup.mesh):
+        packed = packed_by(rows, new, c)
+        at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.objective.microbatch_rows)
+    length = setup.task.train.tokens.shape[1] + new
+    length = whole_blocks(length - 1) if packed else length
+    places = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
+    # The backward pass of attention needs q, k and v, that of the MLP its two inner halves, whichever weights train.
+    inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
+    kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
+    again = inner if a.remat in ("full", "offload") else 0
+    columns = max(1, min(new, c.objective.logits_mib * 2**20 // (4 * a.vocab_size * at_once)))
+    columns = min(columns, -(-new // 8)) if packed else columns
+    # Chunks of equal size may be smaller than what the config allows.
+    chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
+    trained = jax.tree.leaves(setup.abstract.params)
+    gradients = float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in trained))
+    return {
+        # Those of a single microbatch come into being as its activations go.
+        "gradients": gradients if packed or at_once < rows else 0.0,
+        f"activations kept (policy.remat {a.remat})": a.layers * places * width * kept,
+        "a block's activations, or a chunk of logits": max(places * width * again, chunk),
     }
 
 

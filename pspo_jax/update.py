@@ -148,7 +148,7 @@ def _gradient(
     start = zeros, zero_metrics(), _no_gap()
     if packed:
         planned = plan(policy, rows, answers_of(rows), config)
-        bins = bins_at_a_time(rows, config)
+        bins = bins_at_a_time(rows.tokens.shape[0], config)
 
         def microbatch(i: Array, carry: Any) -> Any:
             ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))

@@ -97,7 +97,7 @@ def test_a_run_keeps_its_type_on_another_machine(tmp_path):
     assert with_type_of(tmp_path / "new", text_config()).policy.compute_dtype is None
     other = text_config("--policy.compute_dtype", "float32")
     assert with_type_of(tmp_path, other) == other
-    with pytest.raises(ConfigError, match="policy.compute_dtype=bfloat16 there, float32 now"):
+    with pytest.raises(ConfigError, match=r"policy\.compute_dtype=bfloat16 there, float32 now"):
         check_config(tmp_path, other)
 
 

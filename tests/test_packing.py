@@ -277,7 +277,7 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
     needed = int(plan(policy, rows, answers_of(rows), config).bins)
-    assert needed < 40 and bins_at_a_time(rows, config) == 8
+    assert needed < 40 and bins_at_a_time(64, config) == 8
     assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
     assert int(padded[3].computed) == 64 * (P + T)
 
