@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from pspo_jax.io.hf_folder import (
     write_folder,
     write_tensors,
 )
+from pspo_jax.policy.architecture import Architecture
+from pspo_jax.policy.weights import entries, table
 from pspo_jax.setup import architecture_for
 
 
@@ -120,6 +123,9 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
         stored = source.tensors[name].dtype if source else architecture.param_dtype
         return numpy_dtype(dtype or stored)
 
+    if architecture.lora is not None and not adapter_only and (line := rounding(architecture, dtype_of)):
+        print(line, file=sys.stderr)
+
     def write(folder: Path, step: int) -> None:
         params, metadata = read_params(run / "checkpoints", step)
         if source is not None and metadata.get("source") != source.fingerprint():
@@ -147,6 +153,23 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
         (folder / "README.md").write_text(model_card(config, run, step, adapter_only))
 
     return write
+
+
+def rounding(a: Architecture, dtype_of: Callable[[str], Any]) -> str | None:
+    """A line on merged weights that are written in fewer bits than they are trained in; None if none are.
+
+    Args:
+      dtype_of: type in which the tensor of a name is written.
+    """
+    assert a.lora is not None
+    merged = [name for path, name, _, _ in entries(table(a)) if path.split("'")[-2] in a.lora.targets]
+    types = sorted({str(dtype_of(name)) for name in merged} - {"float32"})
+    if not types:
+        return None
+    return (
+        f"adapters are merged into {' and '.join(types)}, whose rounding changes some greedy texts after short runs; "
+        "--dtype float32 keeps all of them, and --adapter-only leaves the base as it is"
+    )
 
 
 def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:

@@ -117,14 +117,13 @@ def test_what_cannot_be_known_is_left_out_of_the_least():
 
 FIELDS = [
     {"rollout.chunks": 4, "objective.microbatch_rows": 4},
-    pytest.param({"rollout.slots": 16, "objective.packing": True, "policy.remat": "full"}, marks=pytest.mark.slow),
-    pytest.param(
-        {"mesh.data": 2, "mesh.fsdp": 2, "algorithm.name": "dapo", "rollout.oversampling": 2.0}, marks=pytest.mark.slow
-    ),
-    pytest.param({"policy.param_dtype": "bfloat16", "objective.microbatch_rows": 0}, marks=pytest.mark.slow),
+    {"rollout.slots": 16, "objective.packing": True, "policy.remat": "full"},
+    {"mesh.data": 2, "mesh.fsdp": 2, "algorithm.name": "dapo", "rollout.oversampling": 2.0},
+    {"policy.param_dtype": "bfloat16", "objective.microbatch_rows": 0},
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS)
 def test_no_compiler_takes_less(fields):
     words = {"policy.layers": 2, "rollout.prompts": 16, "rollout.max_new_tokens": 256, "mesh.data": 1} | fields
@@ -133,4 +132,4 @@ def test_no_compiler_takes_less(fields):
     setup = prepare(config, weights=False, devices=jax.devices()[:4] if "mesh.fsdp" in fields else jax.devices()[:1])
     peaks = plan._peaks(setup, plan._residents(setup), plan._details(setup))
     for name, peak in peaks.items():
-        assert 0.05 * peak.compiled < peak.least <= peak.compiled, name
+        assert 0.02 * peak.compiled < peak.least <= peak.compiled, name
