@@ -171,14 +171,17 @@ class PolicyConfig:
     param_dtype: Dtype = "float32"
     """Type in which weights are held. Optimizer state is float32 always. An update below about 1/512 of a bfloat16
     weight is lost, which learning rates of 1e-6 mostly are: choose float32 where all weights train."""
-    compute_dtype: Dtype = "float32"
-    """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always."""
+    compute_dtype: Dtype | None = "float32"
+    """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always. None, a text task's
+    default = what the machine is fast with: bfloat16, but float32 on a CPU without instructions for it. It is said at
+    the start and written to config.yaml, and a run that is resumed keeps it."""
     scan_unroll: Annotated[int, Range(1)] = 2
     """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""
-    remat: Remat = "none"
+    remat: Remat | None = "none"
     """What the backward pass computes anew instead of keeping it, by block: none; all but the results of projections
     (dots); all but the block's input (full; about a third more work); the same with the inputs in the host's memory
-    (offload)."""
+    (offload). None, a text task's default = full; on a CPU the least for which activations fit in a quarter of its
+    memory."""
 
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     """What computes attention over whole rows, in updates and prompts. auto = on a TPU or GPU and for rows of 512

@@ -34,6 +34,7 @@ from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
+from pspo_jax.machine import with_type
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
 from pspo_jax.policy import Architecture, transformer
@@ -102,6 +103,9 @@ def _run(
     pool: Pool | None,
 ) -> int:
     configure_runtime(config)
+    config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
+    for words in chosen:
+        progress.say(f"default of this machine: {words}")
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, len(jax.devices()))
     mesh = make_mesh(config, architecture)

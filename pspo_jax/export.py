@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from pspo_jax.io.hf_folder import (
     write_tensors,
 )
 from pspo_jax.io.run_folder import read_lines
+from pspo_jax.policy.architecture import Architecture
+from pspo_jax.policy.weights import entries, table
 from pspo_jax.setup import architecture_for
 
 
@@ -205,6 +208,8 @@ def write_model(
         stored = source.tensors[name].dtype if source else architecture.param_dtype
         return numpy_dtype(dtype or stored)
 
+    if architecture.lora is not None and not adapter_only and (line := rounding(architecture, dtype_of)):
+        print(line, file=sys.stderr)
     if adapter_only:
         assert source is not None
         write_adapter(folder, architecture, params, source.name)
@@ -228,6 +233,23 @@ def write_model(
 def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
     """Ids that ended completions in training."""
     return tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+
+
+def rounding(a: Architecture, dtype_of: Callable[[str], Any]) -> str | None:
+    """A line on merged weights that are written in fewer bits than they are trained in; None if none are.
+
+    Args:
+      dtype_of: type in which the tensor of a name is written.
+    """
+    assert a.lora is not None
+    merged = [name for path, name, _, _ in entries(table(a)) if path.split("'")[-2] in a.lora.targets]
+    types = sorted({str(dtype_of(name)) for name in merged} - {"float32"})
+    if not types:
+        return None
+    return (
+        f"adapters are merged into {' and '.join(types)}, whose rounding changes some greedy texts after short runs; "
+        "--dtype float32 keeps all of them, and --adapter-only leaves the base as it is"
+    )
 
 
 def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:

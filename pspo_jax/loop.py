@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from pspo_jax.io.checkpoint import Checkpoints, saved_steps, whole_ones
 from pspo_jax.io.checksums import named_checksums
 from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
-from pspo_jax.io.run_folder import RunLog, open_folder, read_summary, write_json
+from pspo_jax.io.run_folder import RunLog, open_folder, read_summary, with_type_of, write_json
 from pspo_jax.io.stop import stop_requests
 from pspo_jax.io.storage import Persist, StorageError, writing
 from pspo_jax.iteration import heldout_scores, one_step, ring_to_device
@@ -60,9 +61,11 @@ def train(config: Config) -> int:
             if number is None and hosts.leads():
                 held.enter_context(locked(folder, progress.say))
             configure_runtime(config)
-            config = with_date(config, folder / "config.yaml")
+            config = with_type_of(folder, with_date(config, folder / "config.yaml"))
             progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
-            return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress, asked)
+            setup = prepare(config, pool=pool, say=progress.say)
+            # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
+            return _train(dataclasses.replace(setup.config, mesh=config.mesh), setup, folder, progress, asked)
 
 
 def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked: Callable[[], bool]) -> int:

@@ -105,10 +105,10 @@ def needs_of(rows: Rows) -> Int[Array, "R"]:
 
 def bin_length(rows: Rows) -> int:
     """Places of a bin: as many as the longest row can need; long ones are whole blocks of attention."""
-    return _whole_blocks(rows.prompts.shape[1] + rows.tokens.shape[1] - 1)
+    return whole_blocks(rows.prompts.shape[1] + rows.tokens.shape[1] - 1)
 
 
-def _whole_blocks(places: int) -> int:
+def whole_blocks(places: int) -> int:
     return places if places < LONG else -(-places // _TILE) * _TILE
 
 
@@ -154,7 +154,7 @@ def packed_log_probs(
     hidden = policy.hidden(weights, tokens, layout)
     # The stream of all that predict: of each row, its prompt's last place and those of its completion but the last.
     # Of a shared prompt the last place counts for every row.
-    stream, first_answer = _places(answer, _whole_blocks(length + leads.shape[1] - 1) if shares else length)
+    stream, first_answer = _places(answer, whole_blocks(length + leads.shape[1] - 1) if shares else length)
     whose, live = _clip(stream.rows, need), stream.rows < need.shape[1]
 
     def of(row: Int[Array, "b M"]) -> Int[Array, "b s"]:

@@ -8,7 +8,6 @@ slices, if libtpu is installed, else for as many CPU devices.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,12 +17,22 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from pspo_jax.config import Config, Remat
-from pspo_jax.parallel.devices import KINDS, THIS_MACHINE, Kind, Target, devices_for, has_tpu_compiler, parse_target
-from pspo_jax.parallel.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along
-from pspo_jax.policy.attention import block_size
+from pspo_jax.config import Config, round_prompts
+from pspo_jax.packing import whole_blocks
+from pspo_jax.parallel.devices import (
+    KINDS,
+    THIS_MACHINE,
+    Kind,
+    Target,
+    devices_for,
+    has_tpu_compiler,
+    host_bytes,
+    parse_target,
+)
+from pspo_jax.parallel.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.programs import lower_programs
 from pspo_jax.roofline import rollout_floor, update_floor
+from pspo_jax.rows import bins_at_a_time, packed_by
 from pspo_jax.setup import Setup, device_bytes, prepare
 
 _GIB = 2**30
@@ -51,7 +60,7 @@ class Peak(NamedTuple):
     """Bytes that a phase needs on one device."""
 
     least: float
-    """By arithmetic: the largest arrays."""
+    """By arithmetic: arrays that the phase cannot do without at one moment. No compiler takes less."""
     compiled: float
     """By the compiler. The CPU's stands in where the accelerator's own is not there, which may take less: on a CPU,
     bfloat16 weights are multiplied as float32 copies. Infinity = the compiler says that it does not fit."""
@@ -76,7 +85,7 @@ def show(config: Config, target: Target) -> int:
             table.add_row(f"  in the {phase}: {name}", f"{need / _GIB:.2f}")
     compiler = "the TPU's compiler" if has_tpu_compiler(target) else "the CPU's compiler"
     for name, peak in peaks.items():
-        table.add_row(f"peak of the {name}: sum of the above", f"{peak.least / _GIB:.2f}")
+        table.add_row(f"peak of the {name}: sum of the above, the least", f"{peak.least / _GIB:.2f}")
         found = "too large" if math.isinf(peak.compiled) else f"{peak.compiled / _GIB:.2f}"
         table.add_row(f"peak of the {name}: by {compiler}", found)
     table.add_row("capacity", "unknown" if math.isinf(capacity) else f"{capacity / _GIB:.2f}")
@@ -144,7 +153,7 @@ def _first_sentences(text: str) -> str:
 def _own_capacity() -> float:
     """Bytes of one device of this machine's accelerator, or this host's memory over its devices."""
     if jax.devices()[0].platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.devices())
+        return host_bytes() / len(jax.devices())
     return device_bytes()
 
 
@@ -173,58 +182,62 @@ def _residents(setup: Setup) -> dict[str, int]:
 
 
 def _details(setup: Setup) -> dict[str, dict[str, float]]:
-    """The largest temporaries of each phase, by arithmetic."""
+    """What each phase needs at least beside what stays, by arithmetic: arrays that exist at one moment."""
+    c = setup.config
+    on_host = c.replay.memory != "device" and c.replay.name == "fill"
+    stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
+    return {"rollout": _rollout_details(setup), "update": _update_details(setup) | stored}
+
+
+def _rollout_details(setup: Setup) -> dict[str, float]:
+    """Of one part of a round, with every completion at its longest."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
-    rows, new = c.rollout.prompts * c.rollout.group_size, c.rollout.max_new_tokens
-    cached = c.rollout.prompts * setup.task.train.tokens.shape[1] + rows * new
-    weights = jax.tree.leaves(setup.abstract.params)
+    prompts, new = round_prompts(c) // c.rollout.chunks, c.rollout.max_new_tokens
+    rows = prompts * c.rollout.group_size
+    rows = min(rows, c.rollout.slots or rows)
+    # The last token of a completion is never read.
+    cached = prompts * setup.task.train.tokens.shape[1] + rows * (new - 1)
     decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
     if a.split_decode:
         split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
         decoded -= split * width / tensor * (1 - 1 / mesh["fsdp"])
-    on_host = c.replay.memory != "device" and c.replay.name == "fill"
-    stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
-    chunk = min(c.objective.logits_mib * 2**20, 4 * rows * new * a.vocab_size)
-    kept, inside = _kept_activations(setup)
     return {
-        "rollout": {
-            "weights as they are decoded": decoded,
-            "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
-            "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
-        },
-        "update": {
-            "gradients": float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in weights)),
-            f"activations kept (policy.remat {a.remat})": kept,
-            "activations of one block": inside,
-            "one chunk of logits": chunk / shards / tensor,
-            **stored,
-        },
+        # Where nothing splits the weights, they may be decoded as they lie.
+        "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
+        "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
+        "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
     }
 
 
-def _kept_activations(setup: Setup) -> tuple[float, float]:
-    """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
+def _update_details(setup: Setup) -> dict[str, float]:
+    """Of one microbatch, as its backward pass begins: sums of gradients so far, what is kept, and what is at work."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
-    rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
     with jax.set_mesh(setup.mesh):
-        rows = microbatch_size(rows, c.objective.microbatch_rows) // size_along(mesh, UPDATE_ROWS)
-    length = setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens
-    places = rows * length / mesh["context"]
-    projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
-    block = block_size(length, mesh["context"]) / length
-    by_kernel = "xla" not in (a.attention, a.packed_attention)
-    scores = 0 if by_kernel else places * block * a.heads / tensor * length * (4 + width)
-    inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
-    kept: dict[Remat, float] = {
-        "none": inside if block == 1 else inside - scores,
-        "dots": places * width * (projections + a.width),
-        "full": places * width * a.width,
-        "offload": 0,
+        packed = packed_by(rows, new, c)
+        at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.objective.microbatch_rows)
+    length = setup.task.train.tokens.shape[1] + new
+    length = whole_blocks(length - 1) if packed else length
+    places = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
+    # The backward pass of attention needs q, k and v, that of the MLP its two inner halves, whichever weights train.
+    inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
+    kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
+    again = inner if a.remat in ("full", "offload") else 0
+    columns = max(1, min(new, c.objective.logits_mib * 2**20 // (4 * a.vocab_size * at_once)))
+    columns = min(columns, -(-new // 8)) if packed else columns
+    # Chunks of equal size may be smaller than what the config allows.
+    chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
+    trained = jax.tree.leaves(setup.abstract.params)
+    gradients = float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in trained))
+    return {
+        # Those of a single microbatch come into being as its activations go.
+        "gradients": gradients if packed or at_once < rows else 0.0,
+        f"activations kept (policy.remat {a.remat})": a.layers * places * width * kept,
+        "a block's activations, or a chunk of logits": max(places * width * again, chunk),
     }
-    return a.layers * kept[a.remat], inside
 
 
 def _advice(name: str) -> str:

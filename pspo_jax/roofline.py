@@ -12,8 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pspo_jax.config import round_prompts
+from pspo_jax.optimizer import decays
+from pspo_jax.packing import whole_blocks
 from pspo_jax.parallel.devices import Kind
 from pspo_jax.parallel.mesh import ROWS, WEIGHTS, microbatch_size, size_along
+from pspo_jax.rows import bins_at_a_time, packed_by, sharing
 from pspo_jax.setup import Setup
 
 
@@ -51,56 +55,109 @@ def traffic(setup: Setup) -> Traffic:
 
 
 def update_floor(setup: Setup, kind: Kind) -> Floor:
-    """The updates of a step with every completion at its longest."""
+    """The updates of a step with every completion at its longest.
+
+    A trained matrix is multiplied three times: forward, for its input's gradient and for its own. A frozen one, the
+    base under adapters, has no gradient of its own: twice.
+    """
     a, c, mesh = setup.architecture, setup.config, setup.mesh.shape
-    devices = math.prod(mesh.values())
-    rows = c.rollout.prompts * c.rollout.group_size * c.objective.num_iterations
-    length = setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens
-    forward = rows * _forward_flops(setup, length)
+    work = _update_work(setup)
+    trained, frozen = _matrices(setup.abstract.params), _matrices(setup.abstract.frozen)
+    head, passes = a.vocab_size * a.width, 2 if a.lora is not None else 3
+    # Below the first block nothing trains under adapters: its q, k and v need no gradient of their input.
+    first = a.width * (a.heads + 2 * a.kv_heads) * a.head_dim if a.lora is not None else 0
     again = 1 if a.remat in ("full", "offload") else 0
-    products = forward * (3 + again) / devices / kind.flops
-    # Weights are read for the forward pass, for both gradients, and optimiser state is read and written once.
+    flops = 2 * work.places * ((3 + again) * trained + (2 + again) * frozen - first)
+    flops += 2 * work.heads * passes * head + (3 + again) * _attention_flops(setup, work)
+    products = c.objective.num_iterations * flops / math.prod(mesh.values()) / kind.flops
+    # Matrices are read for each product but that of their own gradient, which is written. Optimizer state is both once.
     width = jnp.dtype(a.compute_dtype).itemsize
-    reads = _passes(setup) * 3 * _count(setup.abstract.weights) * width / mesh["tensor"]
+    reads = _passes(setup) * (3 * trained + 2 * frozen + passes * head) * width / mesh["tensor"]
     state = 2 * _bytes(setup.abstract.opt_state) / size_along(mesh, (*WEIGHTS, "tensor"))
     sent = traffic(setup)
     return Floor(products, (reads + state) / kind.bandwidth, sum(sent) / kind.link)
 
 
 def rollout_floor(setup: Setup, kind: Kind) -> Floor:
-    """Prefill and decode of a step with every completion at its longest."""
+    """Prefill and decode of a batch, or of a round of dynamic sampling, with every completion at its longest."""
     a, c, mesh = setup.architecture, setup.config, setup.mesh.shape
     shards, tensor, fsdp = size_along(mesh, ROWS), mesh["tensor"], size_along(mesh, WEIGHTS)
-    prompts, rows = c.rollout.prompts / shards, c.rollout.prompts * c.rollout.group_size / shards
-    prompt, new = setup.task.train.tokens.shape[1], c.rollout.max_new_tokens
+    prompts, g = round_prompts(c) / shards, c.rollout.group_size
+    prompt, least, new = setup.task.train.tokens.shape[1], _shortest_prompt(setup), c.rollout.max_new_tokens
     width = jnp.dtype(a.compute_dtype).itemsize
-    decoded = rows * (_forward_flops(setup, prompt + new) - _forward_flops(setup, prompt))
-    products = (prompts * _forward_flops(setup, prompt) + decoded) / tensor / kind.flops
+    matrices, head = _matrices(setup.abstract.params) + _matrices(setup.abstract.frozen), a.vocab_size * a.width
+    # A prompt gives its group's first token, and the last token of a completion is never read.
+    decoded = prompts * g * (new - 1)
+    pairs = prompts * prompt * (prompt + 1) / 2 + decoded * (least + new / 2)
+    work = _Work(prompts * prompt + decoded, prompts + decoded, pairs, prompt + new)
+    products = 2 * work.places * matrices + 2 * work.heads * head + _attention_flops(setup, work)
     cached = 2 * a.layers * a.kv_heads * a.head_dim * width / tensor
-    per_token = _count(setup.abstract.weights) * width / tensor + cached * (prompts * prompt + rows * new / 2)
+    per_token = (matrices + head) * width / tensor + cached * prompts * (least + g * new / 2)
     gathered = _split(setup.abstract.weights) * width * (fsdp - 1) / fsdp / tensor
-    return Floor(products, new * per_token / kind.bandwidth, gathered / kind.link)
+    return Floor(products / tensor / kind.flops, (new - 1) * per_token / kind.bandwidth, gathered / kind.link)
 
 
-def _forward_flops(setup: Setup, length: int) -> float:
-    """Of one row, with causal attention at half of its square, and with the head at every place."""
+class _Work(NamedTuple):
+    """What is computed of a batch, once."""
+
+    places: float
+    """Tokens that pass through the blocks."""
+    heads: float
+    """Tokens whose logits are computed."""
+    pairs: float
+    """Of a token and one that it attends to, itself included, without windows."""
+    longest: float
+    """Tokens that one may attend to at most."""
+
+
+def _update_work(setup: Setup) -> _Work:
+    """Of one pass over a step's rows; in bins, as if every prompt were the shortest, and there once where shared."""
+    c, g = setup.config, setup.config.rollout.group_size
+    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * g
+    longest = setup.task.train.tokens.shape[1] + new
+    if not _packed(setup):
+        return _Work(rows * longest, rows * new, rows * longest * (longest + 1) / 2, longest)
+    prompt, shared = _shortest_prompt(setup), sharing(setup.policy, c)
+    places = rows * (new - 1) + prompt * (c.rollout.prompts if shared else rows)
+    return _Work(places, rows * new, rows * (new - 1) * (prompt + new / 2), longest)
+
+
+def _attention_flops(setup: Setup, work: _Work) -> float:
+    """Scores and weighted sums, forward. A layer with a window sees at least that share of the pairs."""
     a = setup.architecture
-    attention = 2 * a.layers * a.heads * a.head_dim * length
-    embedded = 0 if a.tied else a.vocab_size * a.width
-    return length * (2 * (_count(setup.abstract.weights) - embedded) + attention)
+    layers = sum(1 if window is None else min(window / work.longest, 1) for window in a.windows)
+    return 4 * a.heads * a.head_dim * layers * work.pairs
 
 
-def _passes(setup: Setup) -> int:
-    """Microbatches of a step."""
+def _shortest_prompt(setup: Setup) -> int:
+    return int(setup.task.train.lengths.min())
+
+
+def _matrices(params: Any) -> int:
+    """Numbers in the blocks' matrices; 0 of None."""
+    layers = params["layers"] if params else {}
+    return sum(x.size for x, yes in zip(jax.tree.leaves(layers), jax.tree.leaves(decays(layers)), strict=True) if yes)
+
+
+def _packed(setup: Setup) -> bool:
     c = setup.config
     rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
     with jax.set_mesh(setup.mesh):
-        parts = rows // microbatch_size(rows, c.objective.microbatch_rows)
+        return packed_by(rows, c.rollout.max_new_tokens, c)
+
+
+def _passes(setup: Setup) -> int:
+    """Microbatches of a step; of packed rows, as few as hold them."""
+    c = setup.config
+    rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    with jax.set_mesh(setup.mesh):
+        if _packed(setup):
+            length = whole_blocks(setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens - 1)
+            bins = _update_work(setup).places / c.objective.minibatches / length
+            parts = max(math.ceil(bins / bins_at_a_time(rows, c)), 1)
+        else:
+            parts = rows // microbatch_size(rows, c.objective.microbatch_rows)
     return parts * c.objective.minibatches * c.objective.num_iterations
-
-
-def _count(tree: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _split(tree: Any) -> int:

@@ -23,6 +23,11 @@ LONG = 256
 """Completions that may be so long are packed, unless the config says otherwise."""
 
 
+FEWEST_BINS = 8
+"""Bins of packed rows that are computed together at least, where the config does not bound them: products of fewer rows
+are slow."""
+
+
 @struct.dataclass(kw_only=True)
 class Rows(LossInputs):
     """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
@@ -140,9 +145,18 @@ def packs(policy: Policy, rows: Rows, config: Config) -> bool:
     wanted = config.objective.packing
     if wanted and not policy.packs:
         raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
-    if wanted is None:
-        return policy.packs and microbatches(rows, config) > 1 and rows.tokens.shape[1] >= LONG
-    return wanted
+    return policy.packs and packed_by(rows.tokens.shape[0], rows.tokens.shape[1], config)
+
+
+def packed_by(rows: int, longest: int, config: Config) -> bool:
+    """Whether so many rows are computed in bins.
+
+    Args:
+      longest: places of a completion, T.
+    """
+    wanted = config.objective.packing
+    several = microbatch_size(rows, config.objective.microbatch_rows) < rows
+    return several and longest >= LONG if wanted is None else wanted
 
 
 def sharing(policy: Policy, config: Config) -> bool:
@@ -169,7 +183,7 @@ def score_packed(
     policy: Policy, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
-    bins = rows.tokens.shape[0] // microbatches(rows, config)
+    bins = bins_at_a_time(rows.tokens.shape[0], config)
     planned = plan(policy, rows, answers, config)
 
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -220,6 +234,16 @@ def microbatches(rows: Rows, config: Config) -> int:
     """Parts that the rows are computed in."""
     n = rows.tokens.shape[0]
     return n // microbatch_size(n, config.objective.microbatch_rows)
+
+
+def bins_at_a_time(rows: int, config: Config) -> int:
+    """Bins of so many packed rows that are computed together; as many times as there are bins that hold a row.
+
+    Where objective.microbatch_rows allows all rows at once, they are an eighth of them: there are as many bins as rows,
+    and those that hold none are left out by whole microbatches.
+    """
+    at_most = config.objective.microbatch_rows
+    return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
 
 
 def deal(rows: Any, parts: int) -> Any:

@@ -23,6 +23,7 @@ from pspo_jax.io.damage import DamageError
 from pspo_jax.io.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.storage import Persist, StorageError
+from pspo_jax.machine import with_memory, with_type
 from pspo_jax.optimizer import adamw, updates_per_step
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import (
@@ -121,9 +122,12 @@ def prepare(
       devices: to compile for, such as those of a TPU that is not there; None = this machine's.
       task: None = the config's.
     """
+    devices = jax.devices() if devices is None else devices
+    # A plan for an accelerator, whose capacity it gives, may compile for CPU devices in its place.
+    on_cpu = capacity is None and devices[0].platform == "cpu"
+    config, chosen = with_type(config, on_cpu)
     source, tokenizer, architecture = architecture_for(config, weights)
     architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
-    devices = jax.devices() if devices is None else devices
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say) if task is None else task
@@ -149,6 +153,10 @@ def prepare(
         say=say,
         share_prompts=config.objective.share_prompts,
     )
+    config, more = with_memory(config, architecture, mesh, task.train.tokens.shape[1], on_cpu)
+    if chosen + more:
+        say(f"defaults of this machine: {', '.join(chosen + more)}")
+    architecture = dataclasses.replace(architecture, remat=config.policy.remat or "none")
     policy = transformer(architecture)
     kinds, columns = columns_of(config, task.train)
     algorithm = algorithms.build(config, kinds)

@@ -244,10 +244,12 @@ class ObjectiveConfig:
     """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
     microbatch_rows: Annotated[int, Range(0)] = 32
     """At most this many completions have their gradient computed at a time, accumulated over a minibatch; the largest
-    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch. Of packed rows, as many bins."""
+    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch. Of packed rows, as many bins; where
+    all rows are allowed at a time, an eighth of them and at least 8."""
     packing: bool | None = None
     """Pack whole completions into bins of the longest one's length, and compute no padding. None = where there are
-    several microbatches and rollout.max_new_tokens is 256 or more. The loss is the same but for rounding."""
+    several microbatches and rollout.max_new_tokens is 256 or more, and for text on a CPU always. The loss is the same
+    but for rounding."""
     share_prompts: bool | None = None
     """Packed completions of one prompt share it in a bin. None = where attention over packed rows is XLA's; true makes
     it XLA's."""

@@ -25,7 +25,7 @@ from pspo_jax.objective.ratios import top_entropy
 from pspo_jax.optimizer import float32, in_float32
 from pspo_jax.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
 from pspo_jax.policy.base import Policy, join
-from pspo_jax.rows import Rows, deal, deal_prompts, microbatches, packs, plan, score, sharing
+from pspo_jax.rows import Rows, bins_at_a_time, deal, deal_prompts, microbatches, packs, plan, score, sharing
 from pspo_jax.state import DROPOUT, Params, TrainState, purpose_key
 
 Metrics = dict[str, Float[Array, ""]]
@@ -133,9 +133,7 @@ def _gradient(
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
-    bins = rows.tokens.shape[0] // parts
-    width = rows.prompts.shape[1] + rows.tokens.shape[1]
-    places = Places(needs_of(rows).sum(), jnp.int32(rows.tokens.shape[0] * width))
+    places = Places(needs_of(rows).sum(), jnp.int32(padded_places(rows)))
     if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
         return float32(grads), metrics, gap, places
@@ -150,6 +148,7 @@ def _gradient(
     start = zeros, zero_metrics(), _no_gap()
     if packed:
         planned = plan(policy, rows, answers_of(rows), config)
+        bins = bins_at_a_time(rows.tokens.shape[0], config)
 
         def microbatch(i: Array, carry: Any) -> Any:
             ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
@@ -160,6 +159,14 @@ def _gradient(
         return *jax.lax.fori_loop(0, needed, microbatch, start), places
     carry, _ = jax.lax.scan(accumulate, start, (deal(rows, parts), jnp.arange(parts)))
     return *carry, places
+
+
+def padded_places(rows: Rows) -> int:
+    """Places of rows that are computed by themselves, prompts and completions at their longest as in `pack_rows`.
+
+    A bin may be longer than such a row: its places are whole blocks of attention.
+    """
+    return rows.tokens.shape[0] * (rows.prompts.shape[1] + rows.tokens.shape[1])
 
 
 def _loss(

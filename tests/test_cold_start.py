@@ -41,6 +41,14 @@ def test_it_learns_a_file(tmp_path):
     assert settings(config, task)["sft.data"] != config.sft.data
 
 
+def test_a_token_without_a_row_in_the_embedding_is_refused(tmp_path):
+    """Looking it up would give another token's row."""
+    _, task = setup()
+    write(tmp_path / "d.jsonl", GOOD[:2])
+    with pytest.raises(ConfigError, match=r"d.jsonl line 1: .* has the token \d+, and the embedding only 5 rows"):
+        read_jsonl(tmp_path / "d.jsonl", task._replace(vocab_size=5), 31)
+
+
 def test_loss_is_the_mean_over_completion_tokens():
     config, task = setup(sft__steps=1, sft__batch=8)
     policy, params, _ = tiny_policy(config)

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from pspo_jax.algorithms import LOSSES
 from pspo_jax.config import replace
+from pspo_jax.objective.log_probs import pack_rows
 from pspo_jax.objective.losses import denominators
-from pspo_jax.packing import ROWS_PER_BIN, answers_of, plan_bins, plan_shared_bins
+from pspo_jax.packing import ROWS_PER_BIN, answers_of, bin_length, plan_bins, plan_shared_bins
 from pspo_jax.parallel.mesh import batch_sharding, make_mesh, params_shardings
 from pspo_jax.policy import transformer
-from pspo_jax.rows import Rows, deal, packs, plan, score, score_some, sharing
-from pspo_jax.update import _gradient
+from pspo_jax.rows import Rows, bins_at_a_time, deal, packs, plan, score, score_some, sharing
+from pspo_jax.update import _gradient, padded_places
 from tests.helpers import relative, tiny_config, tiny_policy
 
 R, P, T, G = 24, 9, 20, 4
@@ -260,3 +261,30 @@ def test_a_mesh_changes_nothing(mesh):
         packed = run(True, split, jax.device_put(rows, batch_sharding(grid)))
     assert relative(packed[0], padded[0]) < 1e-5
     np.testing.assert_allclose(packed[1].loss, padded[1].loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [0, 64])
+def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond_those_needed(rows_at_a_time):
+    config = tiny_config(objective__packing=True, objective__microbatch_rows=rows_at_a_time)
+    policy, params, _ = tiny_policy()
+    rows = rows_with(r=64)
+    total = denominators(rows)
+
+    def run(packing):
+        c = replace(config, {"objective.packing": packing})
+        return jax.jit(lambda p: _gradient(policy, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
+
+    packed, padded = run(True), run(False)
+    assert relative(packed[0], padded[0]) < 1e-5
+    needed = int(plan(policy, rows, answers_of(rows), config).bins)
+    assert needed < 40 and bins_at_a_time(64, config) == 8
+    assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
+    assert int(padded[3].computed) == 64 * (P + T)
+
+
+def test_padded_rows_of_many_places_are_counted_as_they_are_computed():
+    """Bins of so many places are whole blocks of attention, 1,152; padded rows are not."""
+    rows = rows_with()
+    longer = rows.replace(prompts=jnp.pad(rows.prompts, ((0, 0), (0, 1100 - P)), constant_values=14))
+    assert bin_length(longer) == 1152
+    assert padded_places(longer) == pack_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)

@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import yaml
 from rich.console import Console
 
 from pspo_jax import verdicts
-from pspo_jax.config import ConfigError
+from pspo_jax.config import Config, ConfigError, replace
 from pspo_jax.io.completions import print_completions, write_completions
 from pspo_jax.io.events import Events
 from pspo_jax.io.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing
@@ -54,6 +55,28 @@ def open_folder(path: str) -> Path:
             raise ConfigError(f"run.dir={path}: {error.strerror}; choose a folder that can be written") from error
         raise unwritten(folder / "config.yaml", error, 4096) from error
     return folder
+
+
+def with_type_of(folder: Path, config: Config) -> Config:
+    """`config` with the policy.compute_dtype that the folder's run began with, where nobody set it.
+
+    A run that goes on must not change its rounding because another machine is fast with another type.
+    """
+    if config.policy.compute_dtype is not None:
+        return config
+    kept = hosts.text_from_leader(_kept_type(folder / "config.yaml") if hosts.leads() else "")
+    return replace(config, {"policy.compute_dtype": kept}) if kept else config
+
+
+def _kept_type(path: Path) -> str:
+    """policy.compute_dtype in a run's config.yaml; "" where no run has begun, or the file is damaged."""
+    try:
+        kept = yaml.safe_load(path.read_bytes())["policy"]["compute_dtype"]
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return ""
+    except OSError as error:
+        raise unread(path, error) from error
+    return kept if kept in ("float32", "bfloat16") else ""
 
 
 class RunLog:

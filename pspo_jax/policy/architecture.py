@@ -131,9 +131,9 @@ def built_in(config: PolicyConfig, vocab_size: int, forbidden: tuple[int, ...] =
         qk_norm="head" if c.qk_norm else "none",
         forbidden=forbidden,
         param_dtype=c.param_dtype,
-        compute_dtype=c.compute_dtype,
+        compute_dtype=c.compute_dtype or "float32",
         scan_unroll=c.scan_unroll,
-        remat=c.remat,
+        remat=c.remat or "none",
     )
 
 

@@ -54,9 +54,9 @@ def architecture_of(hf: Any, policy: PolicyConfig, where: str) -> Architecture:
     return Architecture(
         **fields,
         param_dtype=policy.param_dtype,
-        compute_dtype=policy.compute_dtype,
+        compute_dtype=policy.compute_dtype or "float32",
         scan_unroll=policy.scan_unroll,
-        remat=policy.remat,
+        remat=policy.remat or "none",
     )
 
 

@@ -15,8 +15,10 @@ from pspo_jax.algorithms import build
 from pspo_jax.cold_start import make_sft_steps
 from pspo_jax.config import ConfigError
 from pspo_jax.config import replace as replace_fields
+from pspo_jax.export import rounding
 from pspo_jax.io.hf_folder import merged_tensors, write_adapter
-from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy import built_in
+from pspo_jax.policy.architecture import Lora, lora_of
 from pspo_jax.policy.base import Adapted, join
 from pspo_jax.policy.transformer import transformer
 from pspo_jax.policy.weights import lora_table
@@ -177,6 +179,15 @@ def test_supervised_steps_train_adapters_alone(tmp_path):
 def test_bad_settings_are_named(fields, words):
     with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
         validate(replace_fields(tiny_config(), fields))
+
+
+def test_merging_into_fewer_bits_is_said():
+    a = dataclasses.replace(built_in(tiny_config().policy, 16), lora=Lora(2, 4.0, 0.0, ("q", "down")))
+    assert rounding(a, lambda _: np.dtype("float32")) is None
+    line = rounding(a, lambda name: jnp.dtype("bfloat16" if "q_proj" in name else "float32"))
+    assert "merged into bfloat16" in line and "--dtype float32" in line and "--adapter-only" in line
+    # The base's other tensors keep their type whatever happens.
+    assert rounding(a, lambda name: jnp.dtype("bfloat16" if "up_proj" in name else "float32")) is None
 
 
 def test_peft_settings_are_written(tmp_path):

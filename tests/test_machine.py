@@ -1,0 +1,106 @@
+"""Defaults that follow from the machine: what a CPU or an accelerator is good at."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from pspo_jax import cli, machine
+from pspo_jax.config import Config, ConfigError, replace
+from pspo_jax.io.run_folder import check_config, with_type_of
+from pspo_jax.parallel.devices import host_bytes, native_bfloat16
+from pspo_jax.parallel.mesh import make_mesh
+from pspo_jax.policy import built_in
+from tests.helpers import tiny_config
+
+TEXT = ["--task.name", "math", "--task.train_data", "rows.jsonl", "--policy.source", "a/b"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "architecture", "native"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16", "x86_64", True),
+        ("flags : fpu amx_bf16 amx_tile", "x86_64", True),
+        ("flags : fpu avx2 avx512f", "x86_64", False),
+        ("model name : avx512_bf16", "x86_64", False),
+        ("Features : fp asimd bf16", "aarch64", True),
+        ("Features : fp asimd", "aarch64", False),
+        ("flags : bf16", "riscv64", False),
+    ],
+)
+def test_instructions_for_bfloat16_are_read_from_the_kernel(tmp_path, cpuinfo, architecture, native):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{cpuinfo}\n")
+    assert native_bfloat16(tmp_path / "cpuinfo", architecture) is native
+    assert not native_bfloat16(tmp_path / "nothing", architecture)
+
+
+def test_a_cpu_without_the_instructions_computes_in_float32():
+    assert machine.compute_dtype(on_cpu=True, native=False)[0] == "float32"
+    assert machine.compute_dtype(on_cpu=True, native=True)[0] == "bfloat16"
+    assert machine.compute_dtype(on_cpu=False, native=False)[0] == "bfloat16"
+
+
+def test_a_memory_limit_of_the_container_counts(tmp_path):
+    (tmp_path / "max").write_text("1073741824\n")
+    assert host_bytes(tmp_path / "max") == 2**30
+    (tmp_path / "max").write_text("max\n")
+    assert host_bytes(tmp_path / "max") == host_bytes(tmp_path / "nothing") > 2**30
+
+
+def text_config(*words):
+    return cli.parse([*TEXT, *words], "train", "")
+
+
+def test_text_leaves_to_the_machine_what_nobody_set():
+    config = text_config()
+    assert config.policy.compute_dtype is config.policy.remat is config.objective.packing is None
+    chosen, words = machine.with_type(config, on_cpu=False)
+    assert chosen.policy.compute_dtype == "bfloat16" and "accelerator" in words[0]
+    on_cpu, words = machine.with_type(config, on_cpu=True)
+    assert on_cpu.policy.compute_dtype == ("bfloat16" if native_bfloat16() else "float32")
+    assert len(words) == 1 and "this CPU has" in words[0]
+    config = text_config("--policy.compute_dtype", "float32", "--policy.remat", "dots", "--objective.packing", "false")
+    assert machine.with_type(config, on_cpu=False) == (config, [])
+    assert machine.with_memory(config, None, None, 8, on_cpu=True) == (config, [])
+
+
+def test_the_embedded_tasks_do_not_follow_the_machine():
+    config = tiny_config()
+    assert machine.with_type(config, on_cpu=True) == machine.with_memory(config, None, None, 8, True) == (config, [])
+    assert config.policy.compute_dtype == "float32" and config.policy.remat == "none"
+
+
+def test_a_cpu_computes_anew_no_more_than_its_memory_asks_for(monkeypatch):
+    config = text_config()
+    a = built_in(dataclasses.replace(config.policy, layers=24, width=1024, mlp_width=4096), 1000)
+    mesh = make_mesh(tiny_config(), tiny_config().policy, jax.devices()[:1])
+    kinds = {}
+    for kind in ("none", "dots", "full"):
+        kept, inside = machine.activations(config, a, kind, mesh, 512)
+        kinds[kind] = kept + inside
+    assert kinds["none"] > kinds["dots"] > kinds["full"]
+    for memory, wanted in ((kinds["none"], "none"), (kinds["dots"], "dots"), (kinds["full"], "full"), (0, "full")):
+        monkeypatch.setattr(machine, "host_bytes", lambda m=memory: 4 * m * jax.local_device_count() * 1.001)
+        chosen, words = machine.with_memory(config, a, mesh, 512, on_cpu=True)
+        assert chosen.policy.remat == wanted and chosen.objective.packing
+        assert f"policy.remat {wanted} (" in words[0] and "objective.packing true" in words[1]
+    chosen, words = machine.with_memory(config, a, mesh, 512, on_cpu=False)
+    assert chosen.policy.remat == "full" and chosen.objective.packing is None and len(words) == 1
+
+
+def test_a_run_keeps_its_type_on_another_machine(tmp_path):
+    began = replace(text_config(), {"policy.compute_dtype": "bfloat16"})
+    (tmp_path / "config.yaml").write_text(cli.to_yaml(began))
+    assert with_type_of(tmp_path, text_config()).policy.compute_dtype == "bfloat16"
+    assert with_type_of(tmp_path / "new", text_config()).policy.compute_dtype is None
+    other = text_config("--policy.compute_dtype", "float32")
+    assert with_type_of(tmp_path, other) == other
+    with pytest.raises(ConfigError, match=r"policy\.compute_dtype=bfloat16 there, float32 now"):
+        check_config(tmp_path, other)
+
+
+def test_a_config_without_types_still_has_an_architecture():
+    policy = dataclasses.replace(Config().policy, compute_dtype=None, remat=None)
+    assert (built_in(policy, 16).compute_dtype, built_in(policy, 16).remat) == ("float32", "none")
