@@ -148,7 +148,7 @@ def _loop(
 
     begun = hosts.leads() and bool((folder / "metrics.jsonl").read_text())
     if first == 0 and not hosts.any_says(begun):
-        scores = heldout_scores(setup, state, programs, totals)
+        scores = heldout_scores(setup, state, programs, totals, log)
         log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
         progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
     with progress.phase("step", c.run.steps, first) as bar:
@@ -160,7 +160,7 @@ def _loop(
             last = done == c.run.steps
             evaluated = last or (c.eval.every and done % c.eval.every == 0)
             if evaluated:
-                scores = heldout_scores(setup, state, programs, totals)
+                scores = heldout_scores(setup, state, programs, totals, log)
                 values |= _eval_names(scores)
             if last or (c.log.selection_every and done % c.log.selection_every == 0):
                 seen = hosts.whole(programs.survey(state.selector, state.step))
@@ -183,7 +183,7 @@ def _loop(
                 return 0
     checkpoints.wait()
     log.close()
-    scores = scores or heldout_scores(setup, state, programs, totals)
+    scores = scores or heldout_scores(setup, state, programs, totals, log)
     return _finish(setup, totals, folder, scores, progress)
 
 

@@ -191,6 +191,7 @@ def _scores(
         failed,
         {name: one.reasons for name, one in filled.items()},
         _together([one.metrics for one in filled.values()]),
+        {name: rows for one in filled.values() for name, rows in one.columns.items()},
     )
 
 
@@ -206,6 +207,8 @@ class _Filled(NamedTuple):
     """Why values are missing."""
     errors: list[str]
     metrics: dict[str, list[float]]
+    columns: dict[str, list[list[Any]]]
+    """What a function logged with each completion."""
 
 
 def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unasked: float = np.nan) -> _Filled:
@@ -213,6 +216,7 @@ def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unas
     value, failed = np.full(shape, unasked, np.float32), np.zeros(shape, bool)
     answers: list[list[str | None]] = [[None] * shape[1] for _ in range(shape[0])]
     reasons: Counter[str] = Counter()
+    columns: dict[str, list[list[Any]]] = {}
     for ask, reply in zip(asks, replies, strict=True):
         n = len(ask.columns)
         scores = reply.score if isinstance(reply.score, list) else [reply.score] * n
@@ -223,6 +227,10 @@ def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unas
             answers[ask.row][j] = reply.answer
             if score is None:
                 reasons[why or NO_OPINION] += 1
+        for name, logged in (reply.columns or {}).items():
+            rows = columns.setdefault(name, [[None] * shape[1] for _ in range(shape[0])])
+            for j, item in zip(ask.columns, logged, strict=True):
+                rows[ask.row][j] = item
     return _Filled(
         value,
         failed,
@@ -230,6 +238,7 @@ def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unas
         reasons,
         [reply.error for reply in replies if reply.error],
         _together([reply.metrics for reply in replies if reply.metrics]),
+        columns,
     )
 
 

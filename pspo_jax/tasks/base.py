@@ -122,6 +122,8 @@ class Scores(NamedTuple):
     """By term: why values are missing, and how many."""
     logged: Mapping[str, list[float]] = MappingProxyType({})
     """What users' functions gave to `log_metric`."""
+    columns: Mapping[str, list[list[Any]]] = MappingProxyType({})
+    """What users' functions gave to `log_extra`: a value for each completion [B][G], or None."""
 
 
 Judge = Callable[[Completions], Callable[[], Scores]]
