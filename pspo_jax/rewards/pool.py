@@ -130,7 +130,9 @@ class Pool:
         self._over: str | None = None
         """Why nothing is answered any more."""
         self.grouped: frozenset[str] = frozenset()
-        """User functions that take a list of completions; known once the pool is entered."""
+        """User functions that are given all completions of a prompt at once; known once the pool is entered."""
+        self.needs: dict[str, list[str]] = {}
+        """Columns that user functions cannot do without; known once the pool is entered."""
         self.replaced = 0
         """Workers that were killed or died."""
 
@@ -335,7 +337,7 @@ class Pool:
             worker.ready = True
             worker.start()
             self._stillborn = 0
-            self.grouped = frozenset(message["grouped"])
+            self.grouped, self.needs = frozenset(message["grouped"]), message["needs"]
         elif worker.job is None or message.pop("number", None) != worker.sent:
             self._lost(worker)  # something else has written to its channel
         else:

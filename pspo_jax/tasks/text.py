@@ -85,7 +85,10 @@ def text_task(
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
-    from pspo_jax.rewards.judge import text_judge  # it imports this package: at the top it could not be imported first
+    from pspo_jax.rewards.judge import (
+        judge_functions,
+        text_judge,
+    )  # it imports this package: at the top it could not be imported first
 
     parts = mixture(config) or [(config, 1.0)]
     encode = _encoder(tokenizer, config)
@@ -102,6 +105,9 @@ def text_task(
     train_pick = _mix(trains, weights, config.task.train_prompts if config.task.mixture else 0, config.task.seed)
     heldout_pick = _mix(heldouts, weights, config.task.heldout_prompts if config.task.mixture else 0, config.task.seed)
     _check_sizes(config, train_pick, heldout_pick)
+    _check_functions(
+        {} if pool is None else {name: pool.needs.get(name, []) for name in judge_functions(config)}, records
+    )
     width = _width(config, train_pick, heldout_pick)
     return Task(
         name="mixture" if config.task.mixture else config.task.name,
@@ -268,6 +274,17 @@ def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from the {len(train.keep)} "
             f"there are{' (left out: ' + why(train.left_out) + ')' if train.left_out else ''}; lower it"
         )
+
+
+def _check_functions(needs: dict[str, list[str]], sources: Sequence[Any]) -> None:
+    """Refuse a user's function that needs a column which no source has: it would fail on every completion."""
+    columns = {name for source in sources for name in source.column_names}
+    for function, needed in needs.items():
+        if missing := [name for name in needed if name not in columns]:
+            raise ConfigError(
+                f"task.function, reward.terms: {function} needs {', '.join(missing)}, which is no column of the data "
+                f"({', '.join(sorted(columns))}); give it a default, or name the result of a call in a module of yours"
+            )
 
 
 def why(left_out: Sequence[LeftOut]) -> str:

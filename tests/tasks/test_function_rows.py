@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
-from pspo_jax.config import VerifierConfig
+from pspo_jax.config import ConfigError, VerifierConfig
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks import make_task
 from pspo_jax.tasks.arithmetic import TOKENIZER
@@ -148,6 +148,19 @@ def test_a_function_that_hangs_or_raises_has_no_verdict_for_the_completion(tmp_p
     assert scores.missing["row_rewards:boom"] == {"ValueError: no": 3}
     (reason,) = scores.missing["row_rewards:penalty"]
     assert reason.startswith("deadline") and "verifier.wall_limit" in reason
+
+
+def test_a_function_that_needs_a_column_of_no_row_is_refused(tmp_path, config, pool):
+    rows = [{"problem": str(i), "answer": "1"} for i in range(3)]
+    c = config(
+        task__name="math",
+        task__train_data=jsonl(tmp_path / "rows.jsonl", rows),
+        reward__terms="accuracy, row_rewards:same",
+    )
+    with pytest.raises(ConfigError) as error:
+        make_task(c, load_tokenizer(c, None, None), pool)
+    text = str(error.value)
+    assert "row_rewards:same needs tag, which is no column of the data (answer, problem)" in text and "\n" not in text
 
 
 def test_special_tokens_of_the_answer_are_judged(tmp_path, folder, config):
