@@ -71,6 +71,11 @@ def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
         for name, tokens, limit in pairs:
             if not 0 < len(tokens) <= limit:
                 raise ConfigError(f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit}")
+            if max(tokens) >= task.vocab_size:
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} holds token {max(tokens)}, and the embedding has "
+                    f"{task.vocab_size} rows; take it out"
+                )
     pad = task.tokenizer.pad_token_id
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, max_completion, pad))
 
@@ -142,7 +147,7 @@ def cold_start(
 def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Any]:
     """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from."""
     stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
-    free = ("sft.share", "task.allow_change", "task.cache")
+    free = ("sft.share", "task.allow_change", "task.cache", "prompt.date")
     fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
     fields["run.seed"] = config.run.seed
     fields["rollout.prompt_bucket"] = config.rollout.prompt_bucket

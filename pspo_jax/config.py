@@ -95,13 +95,15 @@ class TaskConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
-    """Column of the question; None = the first there is of problem, question,
-    prompt."""
+    """Column of the question or conversation; None = the first there is of problem, question, prompt, messages,
+    conversations. Dots enter an object: extra_info.question."""
     answer_column: str | None = None
-    """Column of the gold answer; None = the first there is of answer, solution, target."""
+    """Column of the gold answer, such as answer or reward_model.ground_truth; None = the first there is of answer,
+    solution, target."""
     answer_transform: AnswerTransform | None = None
     """How the gold answer stands in its column: as it is (none), after `####` (gsm8k), the members of a list or of its
-    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the task's own."""
+    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, the
+    task's own for all else."""
     choices_column: str = "choices"
     """multiple_choice: column of the list of options; the answer is a letter, an index from 0, or an option's text."""
     function: str | None = None
@@ -131,15 +133,20 @@ class PromptConfig:
     """How a question becomes a prompt: the tokenizer's chat template, Qwen2.5-Math's or DeepSeek-R1-Zero's text, or the
     bare question after the tokenizer's BOS."""
     system: str | None = None
-    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the template's own."""
+    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the row's or the template's
+    own. Rows that have one of their own are refused beside it."""
     question: str = "{question}"
-    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed."""
+    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed. In a
+    conversation it is the last turn, if that is the user's."""
     prefill: str = ""
     """Beginning of the answer, given to the policy, such as "<think>\\n": part of the prompt, and rewards see it."""
     thinking: bool | None = None
     """Passed to the template as enable_thinking (Qwen3); None = not passed."""
     max_tokens: Annotated[int, Range(1)] = 512
     """Longer prompts are left out, counted and listed."""
+    date: str | None = None
+    """Day that the chat template writes where it asks for today's, as YYYY-MM-DD; None = the day on which the run
+    starts, which is kept in its config.yaml."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,9 @@ class RolloutConfig:
     length."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Longest completion, T, in tokens with its EOS."""
+    stop: str = ""
+    """Tokens that end a completion too, separated by commas or as a JSON list, such as "</answer>" where that is one
+    token; beside the tokenizer's EOS, the checkpoint's and the token that ends a turn in the template."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0
     """Divides the logits, in the sampler and in the trainer alike."""
     top_p: Annotated[float, Range(above=0.0, high=1.0)] = 1.0

@@ -31,11 +31,13 @@ from pspo_jax.io.stop import stop_requests
 from pspo_jax.parallel.mesh import make_mesh, params_shardings
 from pspo_jax.policy import transformer
 from pspo_jax.policy.base import join
+from pspo_jax.policy.context import context_line
 from pspo_jax.policy.pretrained import Source, load_params
 from pspo_jax.policy.weights import table
 from pspo_jax.rewards.judge import text_judge
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import architecture_for, configure_runtime, verifiers
 from pspo_jax.tasks import CharTokenizer, make_task
 from pspo_jax.tasks.text import benchmark_prompts, why
@@ -59,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     data = _data(args.data)
     steps = _steps(args)
     out: Path = args.out or args.run / "evaluation"
+    if args.model:
+        config = with_date(config, out / "settings.json", joined=False)
     _check_settings(out, config, args)
     progress = Progress(True)
     try:
@@ -91,7 +95,12 @@ def _run(
             works = [
                 _work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names
             ]
+            if not isinstance(tokenizer, CharTokenizer):
+                progress.say(tokenizer.stop_line())
             for work in works:
+                sizes = int(work.prompts.lengths.max()), longest
+                if source and (line := context_line(source.name, source.context, *sizes)):
+                    progress.say(f"{work.name}: {line}")
                 if work.prompts.left_out:
                     progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
             candidates = _candidates(args, steps, source, architecture, policy, mesh)

@@ -25,6 +25,7 @@ from pspo_jax.io.hf_folder import (
     merged_tensors,
     numpy_dtype,
     set_dtype,
+    set_stop_ids,
     whole_tensors,
     write_adapter,
     write_folder,
@@ -135,6 +136,7 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
             write_tensors(folder, whole_tensors(architecture, params, dtype_of))
         if source is not None and not adapter_only:
             copy_files(folder, source.folder, ("config.json", "generation_config.json"))
+            set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
             if dtype:
                 set_dtype(folder, dtype)
         elif source is None:
@@ -146,9 +148,14 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
     return write
 
 
+def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that ended completions in training."""
+    return tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+
+
 def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:
     """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
-    stop_ids = tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+    stop_ids = _stop_ids(tokenizer)
     hf = built_in_config(architecture, config.policy.rope_theta, stop_ids, tokenizer.pad_token_id)
     (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
     generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}

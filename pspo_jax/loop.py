@@ -21,6 +21,7 @@ from pspo_jax.parallel import hosts
 from pspo_jax.programs import Programs, compiling
 from pspo_jax.report import write_report
 from pspo_jax.resume import restore, save_content, source_fingerprint
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare, verifiers
 from pspo_jax.state import TrainState
 from pspo_jax.tasks.text import write_left_out
@@ -33,6 +34,7 @@ def train(config: Config) -> int:
     with verifiers(config, folder / "workers.log") as pool:
         hosts.initialize(config)
         configure_runtime(config)
+        config = with_date(config, folder / "config.yaml")
         progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
         with hosts.failing_together():
             return _train(config, prepare(config, pool=pool, say=progress.say), folder, progress)

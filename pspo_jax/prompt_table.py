@@ -62,7 +62,7 @@ def _columns(setup: Setup, run: Path, step: int) -> dict[str, Any]:
         texts = [_head(decode(list(prompts.tokens[i][: prompts.lengths[i]]))) for i in range(n)]
     else:
         texts = [_head(text) for text in prompts.texts[:]]
-    kinds = [str(setup.config.task.name)] * n if prompts.kinds is None else list(prompts.kinds[:])
+    kinds = [str(setup.config.task.name)] * n if prompts.labels is None else list(prompts.labels)
     columns = {"id": np.arange(n, dtype=np.int64), "text": texts, "task": kinds}
     return columns | {name: np.asarray(values)[:n] for name, values in found.items()}
 

@@ -33,6 +33,7 @@ from pspo_jax.parallel.mesh import (
 from pspo_jax.parallel.runtime import jit_once, keep_freed_memory
 from pspo_jax.policy import Architecture, Policy, built_in, transformer
 from pspo_jax.policy.architecture import lora_of
+from pspo_jax.policy.context import context_line
 from pspo_jax.policy.kernel_choice import with_kernels
 from pspo_jax.policy.pretrained import Source, load_params, read_source
 from pspo_jax.policy.weights import init_weights, table
@@ -123,6 +124,9 @@ def prepare(
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say)
     hosts.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
+    longest = max(int(prompts.lengths.max()) for prompts in (task.train, task.heldout))
+    if source and (line := context_line(source.name, source.context, longest, config.rollout.max_new_tokens)):
+        say(line)
     settings(config, task)  # reads sft.data: a missing file is found out here
     if task.vocab_size % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")

@@ -16,6 +16,7 @@ from pspo_jax import cli
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import open_folder
 from pspo_jax.io.stop import stop_requests
+from pspo_jax.run_date import with_date
 from pspo_jax.setup import configure_runtime, first_params, prepare, verifiers
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     folder = open_folder(config.run.dir)
     with verifiers(config, folder / "workers.log") as pool:
         configure_runtime(config)
+        config = with_date(config, folder / "config.yaml")
         setup = prepare(config, pool=pool, say=progress.say)
     with stop_requests() as stop, jax.set_mesh(setup.mesh):
         first = first_params(setup, folder, progress, stop)

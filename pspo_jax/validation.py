@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import typing
 from typing import Any, Literal
 
 from pspo_jax.algorithms import resolve
 from pspo_jax.config import PROJECTIONS, Config, ConfigError, PolicyConfig, Range, embedded, round_prompts
-from pspo_jax.mixture import mixture, options
+from pspo_jax.mixture import labels, mixture, options
 from pspo_jax.objective.ratios import gamma_shape
 from pspo_jax.rewards.terms import parse_terms
 from pspo_jax.selection import WEIGHTED
 from pspo_jax.selection.pools import parse_weights
 from pspo_jax.selection.quotas import parse_quotas
+from pspo_jax.tasks.stop_ids import stop_texts
 
 
 def validate(config: Config) -> None:
@@ -50,6 +52,7 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
 
 def _check_relations(c: Config) -> None:
     _check_policy(c)
+    _check_prompt(c)
     _check_task(c)
     parse_terms(c.reward)
     if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts:
@@ -216,6 +219,19 @@ def _check_policy(c: Config) -> None:
         )
 
 
+def _check_prompt(c: Config) -> None:
+    """Date and stop tokens can be read, and have something to act on."""
+    if c.prompt.date is not None:
+        try:
+            datetime.date.fromisoformat(c.prompt.date)
+        except ValueError as error:
+            raise ConfigError(f"prompt.date={c.prompt.date!r}: must be a day, such as 2026-01-31") from error
+    if stop_texts(c.rollout.stop) and embedded(c):
+        raise ConfigError(
+            f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} in its own alphabet ends with $ alone; drop it"
+        )
+
+
 def _check_task(c: Config) -> None:
     """Each task has what it needs."""
     t = c.task
@@ -223,6 +239,7 @@ def _check_task(c: Config) -> None:
         raise ConfigError(f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone")
     components = mixture(c)
     if components:
+        labels(c)
         for part, _ in components:
             try:
                 _check_fields("task", part.task)

@@ -50,7 +50,7 @@ def benchmark_source(name: str, data: str | None, config: Config) -> Source:
     if name not in BENCHMARKS:
         raise ConfigError(f"--benchmarks {name}: choose among {', '.join(NAMES)}")
     b = BENCHMARKS[name]
-    task = TaskConfig(name=b.name)
+    task = TaskConfig(name=b.name, cache=config.task.cache)
     if data is None:
         task = dataclasses.replace(
             task, subset=b.subset, answer_column=b.answer_column, answer_transform=b.answer_transform

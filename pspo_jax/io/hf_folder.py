@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,14 @@ def set_dtype(folder: Path, dtype: str) -> None:
     config = json.loads(path.read_text())
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     path.write_text(json.dumps({**config, key: dtype}, indent=2))
+
+
+def set_stop_ids(folder: Path, stop_ids: Sequence[int], pad_id: int) -> None:
+    """Name the ids that ended completions in training in a generation_config.json, beside what the source has there."""
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    config = {"pad_token_id": pad_id} | config | {"eos_token_id": list(stop_ids)}
+    path.write_text(json.dumps(config, indent=2))
 
 
 def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pad_id: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from pspo_jax.config import ConfigError, PolicyConfig
 from pspo_jax.policy.architecture import Architecture
+from pspo_jax.policy.context import context_length
 from pspo_jax.policy.families import FAMILIES, architecture_of, unknown_family
 from pspo_jax.policy.weights import Weight, entries, from_hf, is_weight, table
 
@@ -47,6 +48,8 @@ class Source(NamedTuple):
     architecture: Architecture
     """Without adapters and forbidden ids."""
     tensors: dict[str, Tensor]
+    context: int | None = None
+    """Positions that it was made for; None = its config does not say."""
 
     def fingerprint(self) -> str:
         """Hash of config.json and of every tensor's name, shape and type; contents are left to checksums."""
@@ -100,11 +103,12 @@ def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
     assert policy.source is not None
     name = policy.source
     folder = fetch(name, policy.revision, "policy.source", weights)
-    architecture = architecture_of(_read_config(folder, name), policy, name)
+    hf = _read_config(folder, name)
+    architecture = architecture_of(hf, policy, name)
     tensors = dict(_read_headers(folder, name)) if weights else {}
     if weights:
         _match(architecture, tensors, name)
-    return Source(name, folder, architecture, tensors)
+    return Source(name, folder, architecture, tensors, context_length(hf))
 
 
 def _read_config(folder: Path, name: str) -> Any:

@@ -17,8 +17,10 @@ from pspo_jax.mixture import mixture
 from pspo_jax.rewards.math import final_answer
 from pspo_jax.rewards.pool import Batch, Pool, Reply, Request
 from pspo_jax.rewards.terms import TERMS, Shape, functions, parse_terms, shaped, weighted_sum
-from pspo_jax.tasks.base import OWN_ANSWER, Completions, Judge, Scores
+from pspo_jax.tasks.base import Completions, Judge, Scores
+from pspo_jax.tasks.conversations import read_prompt
 from pspo_jax.tasks.data import PROMPT_COLUMNS
+from pspo_jax.tasks.files import value_at
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
 GRADED = ("python_function", "reasoning_gym")
@@ -132,7 +134,8 @@ def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool:
         "function": name,
         "prompt": _of(prompts.texts, row),
         "messages": _conversation(columns, config.task.prompt_column),
-        "answer": extra.get(OWN_ANSWER, prompts.answers[row]),
+        # The row's own value, where the config does not ask for another form of it.
+        "answer": value_at(columns, extra["answer_column"]) if "answer_column" in extra else prompts.answers[row],
         "step": batch.step,
         "steps": config.run.steps,
         "columns": columns,
@@ -150,11 +153,13 @@ def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool:
 
 def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str, Any]] | None:
     """The messages of a row whose prompt is a conversation; None = it is plain text."""
-    for name in [wanted] if wanted in columns else PROMPT_COLUMNS:
-        value = columns.get(str(name))
+    for name in [wanted] if wanted else PROMPT_COLUMNS:
+        value = value_at(columns, name)
         if value is not None:
-            chat = isinstance(value, list) and bool(value)
-            return value if chat and all(isinstance(m, dict) and "content" in m for m in value) else None
+            found = read_prompt(value)
+            if isinstance(found, str):  # plain text, or a single turn
+                return None if isinstance(value, str | int | float) else [{"role": "user", "content": found}]
+            return [dict(message) for message in found]
     return None
 
 

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
-OWN_ANSWER = "own_answer"
-"""Key of a row's extras: its answer as its source has it (a number, a list, an object, null), for users' functions."""
-
 
 class Tokenizer(Protocol):
     """Text to ids and back; transformers' tokenizers fit."""
@@ -48,7 +45,7 @@ class PromptSet(NamedTuple):
     texts: Sequence[str] | None = None
     """Questions as their source has them; None = the decoded tokens are all there is."""
     kinds: Sequence[str] | None = None
-    """Name of the task of each row."""
+    """Name of the task of each row, which says how it is verified."""
     extras: Sequence[str] | None = None
     """JSON: what else a row's verifier needs."""
     columns: Callable[[int], dict[str, Any]] | None = None
@@ -62,6 +59,8 @@ class PromptSet(NamedTuple):
     identity: str = ""
     """Hash of the tokenizer and template behind `tokens`; "" = the tokens themselves are hashed."""
     left_out: tuple[LeftOut, ...] = ()
+    labels: Sequence[str] | None = None
+    """What tells the tasks of a mixture apart, for each row: its kind, or another text where two are of one kind."""
 
     def content(self) -> UInt64[np.ndarray, "N"]:
         """A hash per row that does not depend on the other rows or their order."""

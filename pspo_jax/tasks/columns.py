@@ -27,7 +27,7 @@ def columns_of(config: Config, prompts: PromptSet) -> tuple[tuple[str, ...], Col
     kinds: tuple[str, ...] = ()
     kind: Any = np.zeros(len(prompts.lengths), np.int16)
     if s.quotas.strip():
-        names = [str(config.task.name)] * len(kind) if prompts.kinds is None else list(prompts.kinds[:])
+        names = [str(config.task.name)] * len(kind) if prompts.labels is None else list(prompts.labels)
         kinds, kind = _numbered(names)
         _check_quotas(s.quotas, kinds, kind, config.rollout.prompts)
     difficulty: Any = _difficulty(s.difficulty_column, prompts) if s.name == "curriculum" else None

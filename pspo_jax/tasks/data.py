@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pspo_jax.config import Config, ConfigError, TaskConfig
-from pspo_jax.rewards.math import ALTERNATIVES
-from pspo_jax.tasks.base import OWN_ANSWER, digest
+from pspo_jax.config import ConfigError, TaskConfig
+from pspo_jax.tasks.answers import PROSE, any_text, gold_text, is_prose, listed, missing
+from pspo_jax.tasks.answers import TRANSFORMS as TRANSFORMS
+from pspo_jax.tasks.base import digest
+from pspo_jax.tasks.conversations import Conversation, read_prompt, transcript
+from pspo_jax.tasks.files import Literal, Rows, heads, joined, read_files, rows_of, value_at
+from pspo_jax.tasks.rendering import PromptError
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-PROMPT_COLUMNS = ("problem", "question", "prompt")
+AS_TEXT = ("json", "csv")
+"""Formats that `files` reads."""
+PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "target")
-_LAYOUT = "2"
+_LAYOUT = "3"
 """Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
 _SAID_FROM = 20_000
+_LOOKED_AT = 1000
+"""Rows in which a dotted column is looked for."""
 _BAD_ANSWER = "gold answer cannot be read"
 
 
@@ -43,12 +50,15 @@ class Source(NamedTuple):
     kind: str
     """Name of the task that verifies it."""
     records: Any
-    """A datasets.Dataset."""
-    convert: Callable[[dict[str, Any]], Question]
+    """A datasets.Dataset, or `files.Rows`."""
+    convert: Callable[..., Question]
+    """(record, the same with exact numbers) -> its question."""
     settings: str
     """What `convert` depends on, for the cache."""
     field: str = "task"
     """The field that names it."""
+    prompt: Callable[[dict[str, Any], Question], str | Conversation] | None = None
+    """What the policy is given for a record; None = the question's text."""
 
 
 def quiet() -> Any:
@@ -60,8 +70,8 @@ def quiet() -> Any:
     return datasets
 
 
-def read(data: str, field: str, split: str, config: TaskConfig) -> Any:
-    """The datasets.Dataset that `data` names.
+def read(data: str, field: str, split: str, config: TaskConfig) -> Rows:
+    """The rows that `data` names.
 
     Raises:
       ConfigError: it is not there, cannot be read, or holds no rows.
@@ -71,17 +81,19 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Any:
     empty = f"{field}={data}: holds no rows; name another"
     try:
         if path.suffix in (*READERS, ".arrow") or path.is_file():
-            found = _read_file(datasets, path, field)
+            found = _read_file(datasets, path, field, config)
         elif path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(path))
         elif path.is_dir() or data.startswith((".", "/", "~")):
             if not path.is_dir():
                 raise FileNotFoundError("no such file or folder")
-            found = datasets.load_dataset(str(path), config.subset, split=split)
+            found = _load(datasets, str(path), split, config, None)
         else:
-            found = datasets.load_dataset(data, config.subset, split=split, revision=config.revision)
+            found = _load(datasets, data, split, config, config.revision)
     except ConfigError:
         raise
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{field}={data}: is not UTF-8 ({error}); convert it") from error
     except StopIteration as error:
         raise ConfigError(empty) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -93,17 +105,45 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Any:
         if split not in found:
             raise ConfigError(f"{field}={data}: has no split {split}; it has {', '.join(found)}")
         found = found[split]
-    if not len(found):
+    if found is None or not len(found):
         raise ConfigError(empty)
-    return found
+    return rows_of(found)
 
 
-def _read_file(datasets: Any, path: Path, field: str) -> Any:
+def _read_file(datasets: Any, path: Path, field: str, config: TaskConfig) -> Any:
     if path.suffix == ".arrow":
         return datasets.Dataset.from_file(str(path))
     if path.suffix not in READERS:
         raise ConfigError(f"{field}={path}: of what format? It must be {', '.join(READERS)} or .arrow, unpacked")
-    return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    if (form := READERS[path.suffix]) in AS_TEXT:
+        return read_files([path], form, cache_folder(config))
+    return datasets.load_dataset(form, data_files=str(path), split="train")
+
+
+def _load(datasets: Any, name: str, split: str, config: TaskConfig, revision: str | None) -> Any:
+    """A split of a folder or of the hub; its JSON and CSV files are read as they stand, and not by datasets."""
+    builder = datasets.load_dataset_builder(name, config.subset, revision=revision)
+    if builder.name not in AS_TEXT or getattr(builder.config, "field", None) is not None:
+        return datasets.load_dataset(name, config.subset, split=split, revision=revision)
+    files = {str(part): list(found) for part, found in builder.config.data_files.items()}
+    manager = datasets.DownloadManager(dataset_name=name, download_config=datasets.DownloadConfig())
+
+    def rows(part: str) -> Rows | None:
+        paths = [Path(file) for file in manager.iter_files(manager.download_and_extract(files[part]))]
+        return read_files(paths, builder.name, cache_folder(config))
+
+    if split in files:
+        return rows(split)
+    if names := [part for part in files if part in split]:  # such as train[:100], or train+test
+        found = {part: rows(part) for part in names}
+        sizes = {part: 0 if table is None else len(table) for part, table in found.items()}
+        pieces = [
+            table.select(range(piece.from_ or 0, sizes[piece.splitname] if piece.to is None else piece.to))
+            for piece in datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+            if (table := found[piece.splitname]) is not None
+        ]
+        return joined(pieces)
+    raise ValueError(f'Unknown split "{split}". Should be one of {list(files)}.')
 
 
 def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
@@ -113,122 +153,87 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     needs_answer = c.name != "python_function"
     assert prompt is not None
     answer = _column(records, c.answer_column, ANSWER_COLUMNS, "task.answer_column", data, optional=not needs_answer)
-    with _utf8(field, data):
-        transform = c.answer_transform or ("gsm8k" if c.name == "gsm8k" else _guess(records, answer))
+    transform = c.answer_transform or ("gsm8k" if c.name == "gsm8k" else None)
     choices = c.choices_column if c.name == "multiple_choice" else None
     if choices is not None:
         _column(records, choices, (), "task.choices_column", data)
-
     given = {"function": c.function} if c.name == "python_function" else {}
+    finds_prose = c.check_gold and c.name in ("math", "gsm8k")
 
-    def convert(record: dict[str, Any]) -> Question:
+    def convert(record: dict[str, Any], exact: dict[str, Any] | None = None) -> Question:
+        exact = record if exact is None else exact
         try:
-            text = _text(record[prompt])
-        except (TypeError, UnicodeDecodeError) as error:
+            text = transcript(_prompt(record, exact, prompt))
+        except (TypeError, UnicodeError) as error:
             return Question("", "", {}, f"column {prompt} is no text ({error})")
         if not text.strip():
             return Question(text, "", {}, "empty prompt")
         if answer is None:
             return Question(text, "", given)
-        own = _own_answer(record[answer], transform) if c.name != "multiple_choice" else {}
-        if own and not needs_answer:  # a function judges any value, also an object or null
-            return Question(text, json.dumps(record[answer]), given | own)
-        if record[answer] is None:
+        if c.name == "python_function":
+            return Question(text, any_text(value_at(exact, answer), transform), given | {"answer_column": answer})
+        value = value_at(exact, answer)
+        own = {"answer_column": answer} if transform in (None, "none") else {}
+        if missing(value):
             return Question(text, "", {}, "no gold answer")
         try:
-            gold = TRANSFORMS[transform](_gold_value(record[answer]))
-        except (ValueError, SyntaxError, TypeError):
-            return Question(text, str(record[answer])[:200], {}, f"{_BAD_ANSWER} by answer_transform {transform}")
+            gold = gold_text(value, transform)
+        except (ValueError, SyntaxError, TypeError) as error:
+            return Question(text, str(value)[:200], {}, _unreadable(transform, value, error))
         if not gold.strip():
             return Question(text, "", {}, "no gold answer")
-        return with_choices(text, gold, record[choices]) if choices else Question(text, gold, given | own)
+        if finds_prose and transform in (None, "none") and isinstance(value, str) and is_prose(gold):
+            return Question(text, gold[:200], {}, f"{PROSE}; name task.answer_transform or task.answer_column")
+        return with_choices(text, gold, value_at(exact, choices)) if choices else Question(text, gold, own)
 
-    settings = json.dumps([prompt, answer, transform, choices, given])
-    return Source(data, c.name, records, convert, settings, field)
+    def prompt_of(record: dict[str, Any], question: Question) -> str | Conversation:
+        """The conversation, with what has been added to its last turn's text, such as options."""
+        found = _prompt(record, record, prompt)
+        if isinstance(found, str):
+            return question.text
+        added = question.text.removeprefix(transcript(found))
+        return [*found[:-1], {**found[-1], "content": found[-1]["content"] + added}]
+
+    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose])
+    return Source(data, c.name, records, convert, settings, field, prompt_of)
 
 
-def _own_answer(value: Any, transform: str) -> dict[str, Any]:
-    """A row's answer as it stands, where JSON has that and its text alone would lose its type."""
-    if isinstance(value, str) or transform not in ("none", "stringified_list"):
-        return {}
-    try:
-        return {OWN_ANSWER: json.loads(json.dumps(value))}
-    except (TypeError, ValueError):
-        return {}
+def _prompt(record: dict[str, Any], exact: dict[str, Any], name: str) -> str | Conversation:
+    """A record's prompt; a number as the file writes it, and what stands in a conversation by its type."""
+    value = value_at(exact, name)
+    return read_prompt(value if isinstance(value, Literal) else value_at(record, name))
+
+
+def _unreadable(transform: str | None, value: Any, error: Exception) -> str:
+    what = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else ""
+    why = "half a surrogate pair" if isinstance(error, UnicodeError) else what
+    return f"{_BAD_ANSWER} by answer_transform {transform or 'none'}{f' ({why})' if why else ''}"
 
 
 def _column(
     records: Any, wanted: str | None, usual: Sequence[str], field: str, data: str, optional: bool = False
 ) -> str | None:
+    names = records.column_names
     if wanted is None:
-        found = [name for name in usual if name in records.column_names]
+        found = [name for name in usual if name in names]
         if found:
             return found[0]
         if optional:
             return None
         problem = f"there is none of {', '.join(usual)}"
-    elif wanted in records.column_names:
+    elif wanted in names or (any(head in names for head in heads(wanted)) and _somewhere(records, wanted)):
         return wanted
     else:
         problem = "there is no such column"
-    raise ConfigError(f"{field}={wanted}: {problem} in {data}; its columns are {', '.join(records.column_names)}")
+    inside = [f"{k}.{inner}" for k, v in records[0].items() if isinstance(v, dict) for inner in v]
+    columns = ", ".join([*names, *inside])
+    raise ConfigError(f"{field}={wanted}: {problem} in {data}; its columns are {columns}")
 
 
-def _guess(records: Any, answer: str | None) -> str:
-    """Lists are alternatives; all else stands as it is."""
-    first = next((r for r in records[:100][answer] if r is not None), None) if answer else None
-    return "stringified_list" if isinstance(first, list) else "none"
-
-
-def _text(value: Any) -> str:
-    """A prompt column as text: a string, or messages whose last user turn counts."""
-    if isinstance(value, bytes):
-        value = value.decode()
-    if isinstance(value, dict):
-        raise TypeError("an object, not text")
-    if isinstance(value, list):
-        turns = [m["content"] for m in value if isinstance(m, dict) and m.get("role") == "user"]
-        return str(turns[-1]) if turns else ""
-    return "" if value is None else str(value)
-
-
-def _gold_value(value: Any) -> Any:
-    """Bytes as text; ValueError for an object, whose text would be Python's."""
-    if isinstance(value, dict):
-        raise ValueError("an object is no answer")
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _after_hashes(value: Any) -> str:
-    head, mark, tail = str(value).rpartition("####")
-    if not mark:
-        raise ValueError(f"no #### in {head!r}")
-    return tail.strip().replace(",", "")
-
-
-def _members(value: Any) -> str:
-    found = value if isinstance(value, list) else ast.literal_eval(str(value))
-    if not isinstance(found, list | tuple):
-        raise ValueError(f"{value!r} is no list")
-    return ALTERNATIVES.join(dict.fromkeys(str(v).strip() for v in found if v is not None))
-
-
-def _in_box(value: Any) -> str:
-    head, box, tail = str(value).rpartition("\\boxed{")
-    depth = 1
-    for i, char in enumerate(tail if box else ""):
-        depth += {"{": 1, "}": -1}.get(char, 0)
-        if not depth:
-            return tail[:i].strip()
-    raise ValueError(f"no \\boxed{{}} in {head!r}")
-
-
-TRANSFORMS: dict[str, Callable[[Any], str]] = {
-    "none": lambda value: str(value).strip(),
-    "gsm8k": _after_hashes,
-    "stringified_list": _members,
-    "boxed": _in_box,
-}
+def _somewhere(records: Any, name: str) -> bool:
+    """Whether a dotted name leads to something in one of the first rows."""
+    first = range(min(len(records), _LOOKED_AT))
+    return any(value_at(records[i], name) is not None for i in first)
 
 
 def with_choices(text: str, gold: str, options: Any) -> Question:
@@ -239,7 +244,7 @@ def with_choices(text: str, gold: str, options: Any) -> Question:
             gold = str(labels.index(gold))
     if isinstance(options, str):  # as in a CSV file
         try:
-            options = ast.literal_eval(options)
+            options = listed(options)
         except (ValueError, SyntaxError):
             options = None
         if not isinstance(options, list | tuple):
@@ -262,14 +267,14 @@ def with_choices(text: str, gold: str, options: Any) -> Question:
 
 def tokenised(
     source: Source,
-    encode: Callable[[str], list[int]],
+    encode: Callable[[str | Conversation], list[int]],
     identity: str,
     folder: Path,
     part: int,
     say: Callable[[str], None] = lambda _: None,
 ) -> Any:
-    """`source` as a datasets.Dataset with columns text, answer, kind, extra, reason, ids, their length, part, row,
-    digest (hash of kind, text and answer) and question (of the text).
+    """`source` as a datasets.Dataset with columns text, answer, kind, extra, reason, ids, their length, the largest of
+    them, part, row, digest (hash of kind, prompt and answer) and question (of the prompt).
 
     It is kept in `folder` and found again when data, settings and tokenizer are the same.
     """
@@ -284,44 +289,66 @@ def tokenised(
         digest=value("uint64"),
         question=value("uint64"),
         length=value("int32"),
+        largest=value("int32"),
         ids=sequence(value("int32")),
         part=value("int32"),
         row=value("int64"),
     )
 
+    records = rows_of(source.records)
+
     def prepare(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         names = list(batch)
         out: dict[str, list[Any]] = {name: [] for name in features}
         for place, index in enumerate(indices):
-            q = source.convert({name: batch[name][place] for name in names})
-            content = f"{source.kind}\0{q.text}".encode()
-            ids = [] if q.reason else encode(q.text)
-            line = (q.text, q.answer, source.kind, json.dumps(q.extra), q.reason)
-            hashes = (digest(content, q.answer), digest(q.text.encode(), ""))
-            for name, item in zip(features, (*line, *hashes, len(ids), ids, part, index), strict=True):
+            row = {name: batch[name][place] for name in names}
+            q, prompt, ids = _encoded(source, records, row, encode)
+            written = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+            line = (q.text, q.answer, source.kind, json.dumps(q.extra, default=str), q.reason)
+            hashes = (digest(f"{source.kind}\0{written}".encode(), q.answer), digest(written.encode(), ""))
+            numbers = (len(ids), max(ids, default=-1), ids, part, index)
+            for name, item in zip(features, (*line, *hashes, *numbers), strict=True):
                 out[name].append(item)
         return out | {name: np.array(out[name], np.uint64) for name in ("digest", "question")}
 
     key = hashlib.sha256(
-        "\0".join([_LAYOUT, source.records._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
+        "\0".join([_LAYOUT, records.table._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
     ).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"prompts-{key}.arrow"
     if path.exists() and not _readable(datasets, path):
         path.unlink()
-    if not path.exists() and len(source.records) >= _SAID_FROM:
-        say(f"tokenising {len(source.records):,} prompts of {source.name} (once; they are kept in {folder})")
+    if not path.exists() and len(records) >= _SAID_FROM:
+        say(f"tokenising {len(records):,} prompts of {source.name} (once; they are kept in {folder})")
     with _utf8(source.field, source.name):
-        return source.records.map(
+        return records.table.map(
             prepare,
             batched=True,
             with_indices=True,
-            remove_columns=source.records.column_names,
+            remove_columns=records.table.column_names,
             features=features,
             new_fingerprint=key,
             cache_file_name=str(path),
             load_from_cache_file=True,
         )
+
+
+def _encoded(
+    source: Source, records: Rows, row: dict[str, Any], encode: Callable[[str | Conversation], list[int]]
+) -> tuple[Question, str | Conversation, list[int]]:
+    """A row's question, what the policy is given for it, and its ids; none of these if it is left out."""
+    try:
+        plain, exact = records.plain(row), records.exact(row)
+    except ValueError as error:
+        return Question("", "", {}, f"the row is ambiguous: {error}"), "", []
+    q = source.convert(plain, exact) if source.prompt else source.convert(plain)
+    if q.reason:
+        return q, q.text, []
+    prompt = source.prompt(plain, q) if source.prompt else q.text
+    try:
+        return q, prompt, encode(prompt)
+    except PromptError as error:
+        return q._replace(reason=str(error)), prompt, []
 
 
 @contextmanager
@@ -348,13 +375,13 @@ def numbers(rows: Any, name: str) -> np.ndarray:
     return np.asarray(rows.with_format("numpy")[name][:])
 
 
-def cache_folder(config: Config) -> Path:
-    """Where tokenised prompts are kept.
+def cache_folder(config: TaskConfig) -> Path:
+    """Where tokenised prompts, and the rows of files, are kept.
 
     Raises:
       ConfigError: it cannot be written.
     """
-    folder = Path(config.task.cache) if config.task.cache else Path.home() / ".cache" / "pspo_jax" / "data"
+    folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "pspo_jax" / "data"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"

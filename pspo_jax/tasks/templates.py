@@ -55,3 +55,6 @@ TEXTS = {
 
 BEGUN = {"r1": "<think>"}
 """What a template has already written of the answer."""
+
+TURN_ENDS = {"qwen_math": "<|im_end|>"}
+"""What ends a turn in a template that is text."""

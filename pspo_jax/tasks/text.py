@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from pspo_jax.config import Config, ConfigError
-from pspo_jax.mixture import mixture
+from pspo_jax.config import Config, ConfigError, replace
+from pspo_jax.mixture import labels, mixture
 from pspo_jax.rewards.pool import Pool
 from pspo_jax.tasks.base import Demonstrations, LeftOut, PromptSet, Task, pad_rows
+from pspo_jax.tasks.conversations import Conversation
 from pspo_jax.tasks.countdown import source as countdown_source
 from pspo_jax.tasks.data import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
+from pspo_jax.tasks.files import heads, rows_of
 from pspo_jax.tasks.gold import NO_VERDICT, REFUSED, check_gold
 from pspo_jax.tasks.gym import source as gym_source
+from pspo_jax.tasks.rendering import OWN_SYSTEM, SEVERAL_TURNS
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
 MADE = {"countdown": countdown_source, "reasoning_gym": gym_source}
@@ -85,29 +89,29 @@ def text_task(
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
-    from pspo_jax.rewards.judge import (
-        judge_functions,
-        text_judge,
-    )  # it imports this package: at the top it could not be imported first
+    # It imports this package, and could not be imported first if this stood at the top.
+    from pspo_jax.rewards.judge import judge_functions, text_judge
 
+    say(tokenizer.stop_line())
+    encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
     parts = mixture(config) or [(config, 1.0)]
-    encode = _encoder(tokenizer, config)
-    identity = _identity(tokenizer, config)
+    shares = np.array([weight for _, weight in parts]) / sum(weight for _, weight in parts)
     trains, heldouts, records = [], [], []
-    for number, (part, _) in enumerate(parts):
+    for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
+        if config.task.mixture:
+            part = _holding_out(part, config.task.heldout_prompts, share)
         train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
         records += sources
-    if config.task.mixture:
-        trains = _apart(trains, heldouts, [part for part, _ in parts])
-    weights = [weight for _, weight in parts]
-    train_pick = _mix(trains, weights, config.task.train_prompts if config.task.mixture else 0, config.task.seed)
-    heldout_pick = _mix(heldouts, weights, config.task.heldout_prompts if config.task.mixture else 0, config.task.seed)
+    if len(parts) == 1:
+        train_pick, heldout_pick = trains[0], heldouts[0]
+    else:
+        train_pick, heldout_pick = _mixed(config, [part for part, _ in parts], shares, trains, heldouts)
+    _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
-    _check_functions(
-        {} if pool is None else {name: pool.needs.get(name, []) for name in judge_functions(config)}, records
-    )
+    needs = {} if pool is None else pool.needs
+    _check_functions({name: needs.get(name, []) for name in judge_functions(config)}, records)
     width = _width(config, train_pick, heldout_pick)
     return Task(
         name="mixture" if config.task.mixture else config.task.name,
@@ -115,8 +119,8 @@ def text_task(
         vocab_size=tokenizer.vocab_size,
         forbidden=tokenizer.forbidden,
         stop_ids=tokenizer.stop_ids,
-        train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity),
-        heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity),
+        train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
+        heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
         judge=text_judge(pool, tokenizer, config),
         demonstrations=_none,
         encode_prompt=lambda question: tokenizer.prompt(question, config.prompt),
@@ -133,16 +137,17 @@ def benchmark_prompts(
 ) -> PromptSet:
     """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
     identity = _identity(tokenizer, config)
-    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config), 0, say)
+    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config.task), 0, say)
     pick = _filter(rows, source.name, config, pool, say, duplicates=True)
     pick = pick._replace(keep=pick.keep[: limit or None])
     if not len(pick.keep):
         raise ConfigError(f"{source.name}: holds no row that can be verified ({why(pick.left_out)})")
-    return prompt_set(pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity)
+    _check_ids(tokenizer, config, pick)
+    return prompt_set(pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity, (source.kind,))
 
 
-def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str], list[int]]:
-    return lambda text: tokenizer.prompt(text, config.prompt)
+def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str | Conversation], list[int]]:
+    return lambda prompt: tokenizer.prompt(prompt, config.prompt)
 
 
 def _identity(tokenizer: TextTokenizer, config: Config) -> str:
@@ -158,14 +163,14 @@ def _none(seed: int, count: int) -> Iterator[Demonstrations]:
 
 def _split(
     c: Config,
-    encode: Callable[[str], list[int]],
+    encode: Callable[[str | Conversation], list[int]],
     identity: str,
     pool: Pool | None,
     part: int,
     say: Callable[[str], None],
 ) -> tuple[_Pick, _Pick, list[Any]]:
     """Training and held-out rows of one task, and the records that `part` and `part + 1` stand for."""
-    t, folder = c.task, cache_folder(c)
+    t, folder = c.task, cache_folder(c.task)
     if t.name in MADE:
         count = (t.train_prompts or MADE_PROMPTS) + t.heldout_prompts
         source = MADE[t.name](c, t.seed, count)
@@ -204,6 +209,7 @@ def _filter(
 ) -> _Pick:
     """Rows that are prompts: converted, short enough, once each, and with a gold answer that verifies itself."""
     reason = np.array(rows["reason"], object)
+    _check_conversations(reason, name, c)
     lengths = numbers(rows, "length")
     reason[(reason == "") & (lengths > c.prompt.max_tokens)] = f"longer than prompt.max_tokens={c.prompt.max_tokens}"
     if not duplicates:
@@ -211,7 +217,7 @@ def _filter(
         reason[good[~first_of_each(numbers(rows, "question")[good])]] = "duplicate"
     if pool is not None and c.task.check_gold:
         good = np.flatnonzero(reason == "")
-        verdicts = check_gold(rows, good, pool, cache_folder(c), say)
+        verdicts = check_gold(rows, good, pool, cache_folder(c.task), say)
         reason[good[verdicts == REFUSED]] = "gold answer does not verify itself"
         reason[good[verdicts == NO_VERDICT]] = "gold answer not verified within verifier.deadline"
     keep = np.flatnonzero(reason == "")
@@ -221,12 +227,68 @@ def _filter(
     return _Pick(rows, keep, left_out)
 
 
-def _apart(trains: list[_Pick], heldouts: list[_Pick], parts: list[Config]) -> list[_Pick]:
+def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
+    """Refuse conversations that the config's own prompt leaves no place for."""
+    advice = {
+        OWN_SYSTEM: (f"prompt.system={c.prompt.system!r}", "drop prompt.system, or these messages"),
+        SEVERAL_TURNS: (f"prompt.template={c.prompt.template}", "choose chat"),
+    }
+    for why_not, (field, what) in advice.items():
+        rows = np.flatnonzero(reason == why_not)
+        if len(rows):
+            raise ConfigError(f"{field}: in {name} {len(rows)} rows, the first row {rows[0]}: {why_not}; {what}")
+
+
+def _holding_out(part: Config, total: int, share: float) -> Config:
+    """A task of a mixture that holds out no more rows than the mixture evaluates of it."""
+    return replace(part, {"task.heldout_prompts": min(part.task.heldout_prompts, math.ceil(total * share))})
+
+
+def _mixed(
+    c: Config, parts: list[Config], shares: Float[np.ndarray, "m"], trains: list[_Pick], heldouts: list[_Pick]
+) -> tuple[_Pick, _Pick]:
+    """Training and held-out rows of a mixture. A row that is neither is listed as left out."""
+    rng = np.random.default_rng([c.task.seed, 3])
+    names = [part.task.name if part.task.name in MADE else str(part.task.train_data) for part in parts]
+    chosen = _chosen(heldouts, shares, c.task.heldout_prompts, rng)
+    trains = [
+        _given_back(train, heldout, kept, part.task.train_prompts)
+        for train, heldout, kept, part in zip(trains, heldouts, chosen, parts, strict=True)
+    ]
+    heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
+    trains = _apart(trains, heldouts, names)
+    chosen = _chosen(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
+    trains = [
+        _listing(train, kept, name, "beyond its share of task.mixture", part.task.name not in MADE)
+        for train, kept, name, part in zip(trains, chosen, names, parts, strict=True)
+    ]
+    return _joined(trains, rng), _joined(heldouts, rng)
+
+
+def _chosen(
+    picks: list[_Pick], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
+) -> list[Int[np.ndarray, "n"]]:
+    """Rows of all tasks in proportion to their shares, as many as there are without repeating one, at most `total`."""
+    n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
+    n = min(n, total) if total else n
+    return [
+        np.sort(rng.permutation(pick.keep)[: max(1, int(n * share + 1e-9))])
+        for pick, share in zip(picks, shares, strict=True)
+    ]
+
+
+def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"], most: int) -> _Pick:
+    """Training rows, and those that were held out of them but that the mixture does not evaluate."""
+    if train.rows is not heldout.rows:
+        return train
+    keep = np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)]))
+    return train._replace(keep=keep[: most or None])
+
+
+def _apart(trains: list[_Pick], heldouts: list[_Pick], names: list[str]) -> list[_Pick]:
     """Training rows whose question no task of the mixture holds out, each with the first task that has it."""
     out: list[_Pick] = []
-    for train, part in zip(trains, parts, strict=True):
-        t = part.task
-        name = t.name if t.name in MADE else str(t.train_data)
+    for train, name in zip(trains, names, strict=True):
         for heldout in heldouts:
             train = _without(train, heldout, name)
         for other in out:
@@ -240,26 +302,36 @@ def _apart(trains: list[_Pick], heldouts: list[_Pick], parts: list[Config]) -> l
 def _without(train: _Pick, other: _Pick, name: str, reason: str = "also held out") -> _Pick:
     """Training rows whose question is not among others."""
     also = np.isin(numbers(train.rows, "question")[train.keep], numbers(other.rows, "question")[other.keep])
-    texts = train.rows.select(train.keep)["text"]
-    out = [LeftOut(name, int(i), reason, texts[j][:_HEAD]) for j, i in enumerate(train.keep) if also[j]]
-    return train._replace(keep=train.keep[~also], left_out=train.left_out + out)
+    return _listing(train, train.keep[~also], name, reason)
 
 
-def _mix(picks: list[_Pick], weights: list[float], total: int, seed: int) -> _Pick:
-    """Rows of all tasks in proportion to their weights, as many as there are without repeating one, at most `total`."""
-    if len(picks) == 1:
-        return picks[0]
-    shares = np.array(weights) / sum(weights)
-    n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
-    n = min(n, total) if total else n
-    rng = np.random.default_rng([seed, 3])
-    parts, left_out = [], []
-    for pick, share in zip(picks, shares, strict=True):
-        chosen = np.sort(rng.permutation(pick.keep)[: max(1, int(n * share + 1e-9))])
-        parts.append(pick.rows.select(chosen))
-        left_out += pick.left_out
-    rows = quiet().concatenate_datasets(parts)
-    return _Pick(rows, rng.permutation(len(rows)), left_out)
+def _listing(pick: _Pick, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Pick:
+    """`pick` with fewer rows; the others are left out for a reason, and listed."""
+    out = np.setdiff1d(pick.keep, keep) if listed else np.zeros(0, int)
+    texts = pick.rows.select(out)["text"] if len(out) else []
+    items = [LeftOut(name, int(i), reason, text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
+    return pick._replace(keep=keep, left_out=pick.left_out + items)
+
+
+def _joined(picks: list[_Pick], rng: np.random.Generator) -> _Pick:
+    """The rows of several tasks as one set, shuffled."""
+    rows = quiet().concatenate_datasets([pick.rows.select(pick.keep) for pick in picks])
+    return _Pick(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
+
+
+def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
+    """Refuse prompts with a token for which the embedding has no row."""
+    for pick in picks:
+        bad = pick.keep[numbers(pick.rows, "largest")[pick.keep] >= tokenizer.vocab_size]
+        if not len(bad):
+            continue
+        row = pick.rows[int(bad[0])]
+        token = max(row["ids"])
+        raise ConfigError(
+            f"policy.tokenizer={config.policy.tokenizer or config.policy.source}: {len(bad)} prompts hold tokens such "
+            f"as {tokenizer.decode([token])!r} ({token}), and the embedding has {tokenizer.vocab_size:,} rows; the "
+            f"first begins {row['text'][:40]!r}: take them out, or use the checkpoint's own tokenizer"
+        )
 
 
 def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
@@ -300,10 +372,17 @@ def _width(config: Config, *picks: _Pick) -> int:
     return -(-longest // bucket) * bucket
 
 
-def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: str) -> PromptSet:
-    """Rows as a PromptSet that reads them from disk through a grain.MapDataset."""
+def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: str, names: Sequence[str]) -> PromptSet:
+    """Rows as a PromptSet that reads them from disk through a grain.MapDataset.
+
+    Args:
+      sources: the records of each value of the column part.
+      names: labels of the tasks, of which each has two parts.
+    """
     rows = pick.rows.select(pick.keep)
     records = grain.MapDataset.source(rows)
+    sources = [rows_of(source) for source in sources]
+    parts = numbers(rows, "part")
 
     def columns(i: int) -> dict[str, Any]:
         record = rows[int(i)]
@@ -311,11 +390,11 @@ def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: 
 
     def column(name: str) -> list[Any]:
         values: np.ndarray = np.full(len(rows), None, object)
-        part, row = numbers(rows, "part"), numbers(rows, "row")
+        row = numbers(rows, "row")
         for i, source in enumerate(sources):
-            own = np.flatnonzero(part == i)
-            if name in source.column_names and len(own):
-                values[own] = np.array([*source.select(row[own])[name], None], object)[:-1]
+            own = np.flatnonzero(parts == i)
+            if len(own) and any(head in source.column_names for head in heads(name)):
+                values[own] = np.array([*source.select(row[own]).values(name), None], object)[:-1]
         return list(values)
 
     return PromptSet(
@@ -324,6 +403,7 @@ def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: 
         answers=_Column(records, rows, "answer"),
         texts=_Column(records, rows, "text"),
         kinds=_Column(records, rows, "kind"),
+        labels=[names[part // 2] for part in parts],
         extras=_Column(records, rows, "extra"),
         columns=columns,
         column=column,

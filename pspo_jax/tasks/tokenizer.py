@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -10,6 +11,9 @@ from typing import Any
 
 from pspo_jax.config import Config, ConfigError, PromptConfig
 from pspo_jax.policy.pretrained import fetch, import_transformers
+from pspo_jax.tasks.conversations import Conversation
+from pspo_jax.tasks.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
+from pspo_jax.tasks.stop_ids import describe, stop_ids
 from pspo_jax.tasks.templates import BEGUN, QUESTIONS, SYSTEM_PROMPTS, TEXTS
 
 
@@ -22,11 +26,12 @@ class TextTokenizer:
         hf.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.folder = folder
         self.stop_ids = stop_ids
-        """Ids that end a completion: those of the tokenizer, generation config and config together."""
+        """Ids that end a completion, as `stop_ids.stop_ids` finds them."""
         self.vocab_size = vocab_size
-        """Rows of the embedding; ids from len(hf) on belong to no token."""
+        """Rows of the embedding; the tokenizer may have fewer ids, or a few more, which are never drawn."""
         self.eos_token_id = stop_ids[0]
         self.pad_token_id = _filler(hf, stop_ids)
+        self._before = _before_text(hf)
 
     def identity(self) -> str:
         """Hash of what encoding depends on."""
@@ -37,7 +42,12 @@ class TextTokenizer:
     @property
     def forbidden(self) -> tuple[int, ...]:
         """Rows of the embedding that no token uses."""
-        return tuple(range(len(self.hf), self.vocab_size))
+        used = set(self.hf.get_vocab().values())
+        return tuple(i for i in range(self.vocab_size) if i not in used)
+
+    def stop_line(self) -> str:
+        """What ends a completion, for a reader."""
+        return f"a completion ends with {describe(self.hf, self.stop_ids)}"
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without BOS or EOS."""
@@ -65,24 +75,55 @@ class TextTokenizer:
         rendered = self.decode(self.prompt("?", config)).removesuffix(config.prefill)
         return next((tag for tag in ("<think>\n", "<think>") if rendered.endswith(tag)), "") + config.prefill
 
-    def prompt(self, question: str, config: PromptConfig) -> list[int]:
-        """Ids of a question as the policy sees it, ready for the answer to begin."""
-        question = QUESTIONS.get(config.question, config.question).replace("{question}", question)
-        if config.template in TEXTS:
-            text = TEXTS[config.template].replace("{question}", question)
-            return self.encode(text + config.prefill)
-        if config.template == "none":
-            ids = list(self.hf.encode(question, add_special_tokens=True))
-            if ids and ids[-1] in self.stop_ids:
-                ids.pop()
-            return ids + self.encode(config.prefill)
-        messages = [{"role": "user", "content": question}]
+    def prompt(self, prompt: str | Conversation, config: PromptConfig) -> list[int]:
+        """Ids of a question or conversation as the policy sees it, ready for the answer to begin.
+
+        BOS, or whatever else the tokenizer puts before a text, stands there once.
+
+        Raises:
+          PromptError: the template has no place for the conversation, or refuses it.
+        """
+        if config.template == "chat":
+            ids = self.encode(self.chat(prompt, config) + config.prefill)
+        elif isinstance(prompt, list):
+            raise PromptError(SEVERAL_TURNS)
+        elif config.template in TEXTS:
+            text = TEXTS[config.template].replace("{question}", _message(prompt, config))
+            ids = self.encode(text + config.prefill)
+        else:
+            ids = self.encode(_message(prompt, config)) + self.encode(config.prefill)
+        return ids if ids[: len(self._before)] == self._before else self._before + ids
+
+    def chat(self, prompt: str | Conversation, config: PromptConfig) -> str:
+        """A question or conversation in the chat template, with the config's messages.
+
+        Raises:
+          PromptError: the template refuses it or leaves out a turn, or it has a system message beside prompt.system.
+        """
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if messages[-1]["role"] == "user":
+            last = {**messages[-1], "content": _message(messages[-1]["content"], config)}
+            messages = [*messages[:-1], last]
         if config.system is not None:
+            if any(message["role"] == "system" for message in messages):
+                raise PromptError(OWN_SYSTEM)
             system = SYSTEM_PROMPTS.get(config.system, config.system)
-            messages.insert(0, {"role": "system", "content": system})
-        extra = {} if config.thinking is None else {"enable_thinking": config.thinking}
-        text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **extra)
-        return self.encode(text + config.prefill)
+            messages = [{"role": "system", "content": system}, *messages]
+        if isinstance(prompt, list):
+            return render_whole(self.hf, messages, config)
+        return render(self.hf, messages, config)
+
+
+def _message(question: str, config: PromptConfig) -> str:
+    """The user's message around a question."""
+    return QUESTIONS.get(config.question, config.question).replace("{question}", question)
+
+
+def _before_text(hf: Any) -> list[int]:
+    """What the tokenizer itself puts before a text, such as BOS."""
+    bare, whole = (list(hf.encode("a", add_special_tokens=special)) for special in (False, True))
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:place]
 
 
 def _filler(hf: Any, stop_ids: tuple[int, ...]) -> int:
@@ -102,32 +143,63 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
       source: the checkpoint's folder.
       embedding_rows: V of the checkpoint; None = as many as the tokenizer has entries.
     Raises:
-      ConfigError: it cannot be read, has no stop token or chat template, or is larger than the embedding.
+      ConfigError: it cannot be read, has no stop token in the embedding, no chat template or one that cannot render
+        the config's prompts, or rollout.stop names no token of it.
     """
     name = config.policy.tokenizer or config.policy.source
     field = "policy.tokenizer" if config.policy.tokenizer else "policy.source"
     assert name is not None
     folder = fetch(name, None, field, weights=False) if config.policy.tokenizer or source is None else source
     hf = _read(folder, f"{field}={name}")
-    if embedding_rows is not None and len(hf) > embedding_rows:
-        raise ConfigError(
-            f"{field}={name}: the tokenizer has {len(hf):,} entries, the embedding only {embedding_rows:,} rows; "
-            "use the checkpoint's own tokenizer"
-        )
-    rows = embedding_rows or len(hf)
-    stop = _stop_ids(hf, [folder, *([source] if source else [])])
+    # The tokenizer may have an id more than the embedding has rows, as Gemma 3 1B's; a prompt that holds it is refused.
+    rows = embedding_rows or max(hf.get_vocab().values()) + 1
+    stop = stop_ids(hf, [folder, *([source] if source else [])], config.prompt, config.rollout.stop)
     if not stop:
-        raise ConfigError(f"{field}={name}: neither tokenizer nor generation config names an EOS token")
+        raise ConfigError(f"{field}={name}: neither tokenizer, generation config nor template names an EOS token")
     if bad := [i for i in stop if i >= rows]:
-        raise ConfigError(f"{field}={name}: stop ids {bad} lie beyond the embedding's {rows:,} rows")
+        raise ConfigError(
+            f"{field}={name}: stop ids {bad} lie beyond the embedding: the tokenizer has {len(hf):,} entries, the "
+            f"embedding only {rows:,} rows; use the checkpoint's own tokenizer"
+        )
     tokenizer = TextTokenizer(hf, folder, stop, rows)
-    if config.prompt.template == "chat" and not hf.chat_template:
-        raise ConfigError(f"prompt.template=chat: the tokenizer of {name} has no chat template; use none")
-    if "{question}" not in QUESTIONS.get(config.prompt.question, config.prompt.question):
+    if "{question}" not in _message("{question}", config.prompt):
         raise ConfigError(
             f"prompt.question={config.prompt.question!r}: must hold {{question}}, or be one of {', '.join(QUESTIONS)}"
         )
+    if config.prompt.template == "chat":
+        _check_chat(tokenizer, config.prompt, name)
     return tokenizer
+
+
+def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> None:
+    """Refuse a chat template that cannot write this config's prompts."""
+    if not tokenizer.hf.chat_template:
+        raise ConfigError(f"prompt.template=chat: the tokenizer of {name} has no chat template; use none")
+    probe = "What is 2 + 2?"
+    try:
+        text = tokenizer.chat(probe, dataclasses.replace(prompt, system=None))
+    except PromptError as error:
+        raise ConfigError(
+            f"prompt.template=chat: {name} cannot render a question ({error}); choose another prompt.template, or "
+            "another policy.tokenizer"
+        ) from error
+    if probe not in text:
+        raise ConfigError(
+            f"prompt.template=chat: the chat template of {name} leaves the question out; choose another prompt.template"
+        )
+    if prompt.system is None:
+        return
+    system, advice = SYSTEM_PROMPTS.get(prompt.system, prompt.system), "drop it, and put its text into prompt.question"
+    try:
+        text = tokenizer.chat(probe, prompt)
+    except PromptError as error:
+        raise ConfigError(
+            f"prompt.system={prompt.system[:60]!r}: {name} cannot render a system message ({error}); {advice}"
+        ) from error
+    if system.strip() not in text:
+        raise ConfigError(
+            f"prompt.system={prompt.system[:60]!r}: the chat template of {name} leaves system messages out; {advice}"
+        )
 
 
 def _read(folder: Path, where: str) -> Any:
@@ -141,18 +213,3 @@ def _read(folder: Path, where: str) -> Any:
         raise ConfigError(f"{where}: its tokenizer cannot be read: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def _stop_ids(hf: Any, folders: list[Path]) -> tuple[int, ...]:
-    """The tokenizer's EOS first, then those of generation_config.json and config.json."""
-    found: list[int] = [] if hf.eos_token_id is None else [int(hf.eos_token_id)]
-    for folder in folders:
-        for name in ("generation_config.json", "config.json"):
-            path = folder / name
-            if path.exists():
-                try:
-                    value = json.loads(path.read_text()).get("eos_token_id")
-                except (json.JSONDecodeError, AttributeError) as error:
-                    raise ConfigError(f"policy.source={folder}: {name} is not a JSON object") from error
-                found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(int(i) for i in found))

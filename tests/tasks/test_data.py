@@ -123,13 +123,6 @@ def test_columns_are_mapped(tmp_path, config):
     assert [source.convert(r)[:2] for r in source.records] == [("yes 0", "0"), ("yes 1", "1"), ("yes 2", "2")]
 
 
-def test_messages_stand_for_their_last_question(tmp_path, config):
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": ""}]
-    path = jsonl(tmp_path / "x.jsonl", [{"prompt": [*turns, {"role": "user", "content": "2 + 2?"}], "solution": "4"}])
-    source = from_data(path, "f", "train", config().task)
-    assert source.convert(source.records[0])[:2] == ("2 + 2?", "4")
-
-
 def test_columns_may_have_the_names_of_the_tables_own(tmp_path, tokenizer, config):
     own = {"text": "t", "kind": 1, "extra": None, "reason": "r", "digest": "d", "ids": [1], "part": 9, "row": 9}
     rows = [{"question": f"q{i}", "answer": i} | own for i in range(8)]
