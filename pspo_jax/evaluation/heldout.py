@@ -52,7 +52,8 @@ def evaluate(
             tokens, lengths, ended = (
                 hosts.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            judged[name].append(task.judge(Completions(task.heldout, rows[own], tokens, lengths, ended, step=0)))
+            held = Completions(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
+            judged[name].append(task.judge(held))
     scores = {name: [wait() for wait in waits] for name, waits in judged.items()}
     for one in (one for found in scores.values() for one in found):
         told(one)

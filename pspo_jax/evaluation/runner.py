@@ -98,7 +98,9 @@ def run_benchmark(
             write(waiting)  # its verification has gone on while this batch is sampled
             tokens, lengths, ended = jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.ended))
             real = min(work.batch, total - start)
-            completions = Completions(work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], 0)
+            completions = Completions(
+                work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
+            )
             waiting = completions, real, work.judge(completions)
         write(waiting)
 

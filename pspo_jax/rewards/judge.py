@@ -55,12 +55,13 @@ def judge_functions(config: Config) -> tuple[str, ...]:
 
 def text_judge(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> Judge:
     """Judges completions of text tasks: `accuracy` by each row's verifier, then the terms of config.reward."""
-    weights = parse_terms(config.reward)
+    terms = parse_terms(config.reward)
     prefix = tokenizer.begun(config.prompt)
 
     def judge(batch: Completions) -> Callable[[], Scores]:
         if pool is None:
             raise RuntimeError("this task was made without verifiers")
+        weights = terms if batch.paid else {"accuracy": 1.0}
         kinds = [_of(batch.prompts.kinds, int(row)) for row in batch.rows]
         texts = [
             [prefix + tokenizer.answer(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]

@@ -98,6 +98,8 @@ class Completions(NamedTuple):
     ended: Bool[np.ndarray, "B G"]
     """False = cut off at the length limit."""
     step: int
+    paid: bool = True
+    """Whether rewards are wanted; False = the verdict alone, as in evaluation."""
 
 
 class Scores(NamedTuple):

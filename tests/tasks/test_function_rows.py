@@ -83,8 +83,8 @@ def config(folder, tmp_path):
     return make
 
 
-def judged(config, pool, rows, texts):
-    """Scores of the texts [B][G] as completions of the first rows."""
+def judged(config, pool, rows, texts, paid=True):
+    """Scores of the texts [B][G] as completions of the training rows."""
     tokenizer = load_tokenizer(config, None, None)
     task = make_task(config, tokenizer, pool)
     ids = [[[*tokenizer.encode(text), task.stop_ids[0]] for text in group] for group in texts]
@@ -92,7 +92,7 @@ def judged(config, pool, rows, texts):
     tokens = np.zeros((*lengths.shape, lengths.max()), np.int32)
     for place, one in ((place, one) for place, group in enumerate(ids) for one in enumerate(group)):
         tokens[place, one[0], : len(one[1])] = one[1]
-    return task.judge(Completions(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1))()
+    return task.judge(Completions(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1, paid))()
 
 
 @pytest.mark.parametrize("value", [4, True, ["red", "blue"], {"low": 1, "high": [2]}, None, 2.5, "text"], ids=str)
@@ -148,6 +148,7 @@ def test_a_function_that_hangs_or_raises_has_no_verdict_for_the_completion(tmp_p
     assert scores.missing["row_rewards:boom"] == {"ValueError: no": 3}
     (reason,) = scores.missing["row_rewards:penalty"]
     assert reason.startswith("deadline") and "verifier.wall_limit" in reason
+    assert list(judged(c, pool, [0], [["1", "2", "9"]], paid=False).failed) == ["accuracy"]  # as evaluation asks
 
 
 def test_a_function_that_needs_a_column_of_no_row_is_refused(tmp_path, config, pool):
