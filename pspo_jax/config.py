@@ -24,6 +24,7 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
 TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
+ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """The matrices of a transformer block."""
 
@@ -105,7 +106,11 @@ class TaskConfig:
     text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, the
     task's own for all else."""
     choices_column: str = "choices"
-    """multiple_choice: column of the list of options; the answer is a letter, an index from 0, or an option's text."""
+    """multiple_choice: column of the list of options."""
+    choices_answer: ChoicesAnswer | None = None
+    """multiple_choice: how the gold answer names an option: by the label that the data gives it (label), by its letter
+    A, B, ... (letter), by its text (text), or by its place, counted from 0 (index) or 1 (index_from_1). None = the one
+    way that fits the column."""
     function: str | None = None
     """python_function: module:function that scores a completion; see docs/tasks.md."""
     dataset: str | None = None

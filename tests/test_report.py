@@ -91,7 +91,8 @@ def _completions(rng: np.random.Generator, step: int) -> list[dict[str, Any]]:
         for is_right, advantage in zip(right, advantages, strict=True):
             text = f"{work}{answer if is_right else int(answer) - 10}$"
             facts = {
-                "reward": float(is_right),
+                "verdict": float(is_right),
+                "reward": float(is_right) / 2 + 0.75,
                 "advantage": advantage,
                 "length": len(text),
                 "ended": bool(is_right),
@@ -250,6 +251,56 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     )
 
 
+def test_a_dump_tells_the_verdict_apart_from_the_reward(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", "grpo", seed=0, steps=10)
+    head = {"step": 10, "prompt_id": 0, "prompt": "p", "answer": "a", "completion": "c", "advantage": 0.0}
+    lines = [
+        head | {"verdict": 0.0, "reward": 1.5},
+        head | {"verdict": None, "reward": None},
+        head | {"rewards/accuracy": 1.0, "reward": 0.2},
+        head | {"reward": 1.0},
+    ]
+    _write_lines(run / "completions" / "step_000010.jsonl", lines)
+    rows = payload(write_report([run], run / "report.html"))["runs"][0]["completions"][-1]["groups"][0]["rows"]
+    assert [(row["verdict"], row["reward"]) for row in rows] == [(0.0, 1.5), (None, None), (1.0, 0.2), (None, 1.0)]
+
+
+NODE = shutil.which("node")
+PROBE = """
+const show = (tag, attributes, ...children) => ({tag, ...attributes, children: children.flat()});
+const text = node => node == null ? "" : typeof node === "object" ? node.children.map(text).join("") : String(node);
+const el = show, rows = JSON.parse(process.argv[1]), most = Math.max(...rows.map(row => Math.abs(row.advantage)));
+const views = rows.map(row => answerView(row, most));
+const bar = view => view.children[2].children.find(child => child.class === "tilt").children[0]?.["data-width"] ?? null;
+console.log(JSON.stringify({tally: tally(rows), marks: views.map(v => v.children[0].children[0]),
+  kinds: views.map(v => v.class), bars: views.map(bar), facts: views.map(v => text(v.children[2]))}));
+"""
+
+
+@pytest.mark.skipif(NODE is None, reason="no node on PATH to run the page's script in")
+def test_marks_are_verdicts_and_bars_share_one_scale() -> None:
+    script = (Path(html.__file__).parent / "report_script.html").read_text()
+    constants = ("verdictOf", "MARKS", "isRight", "signed")
+    functions = ("tally", "answerView", "advantageBar", "number")
+    parts = [re.search(rf"^const {name} = .*$", script, re.M) for name in constants]
+    parts += [re.search(rf"^function {name}\(.*?^}}$", script, re.M | re.S) for name in functions]
+    rows = [
+        {"verdict": 0.0, "reward": 1.0, "advantage": 0.0, "length": 3, "ended": True, "completion": "short and wrong"},
+        {"verdict": 1.0, "reward": 0.3, "advantage": 0.004, "length": 3, "ended": True, "completion": "right"},
+        {"verdict": None, "reward": None, "advantage": 0.5, "length": 3, "ended": True, "completion": "?"},
+        {"verdict": 0.1, "reward": 0.1, "advantage": -2.0, "length": 3, "ended": False, "completion": "partly"},
+    ]
+    code = "\n".join(part[0] for part in parts if part) + PROBE
+    done = subprocess.run([str(NODE), "-e", code, json.dumps(rows)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tally"] == "1 of 3 right, 1 without a verdict"
+    assert found["marks"] == ["✗", "✓", "?", "✗"]
+    assert found["kinds"] == ["answer wrong", "answer right", "answer none", "answer wrong"]
+    assert found["bars"] == [None, None, "12.5", "50.0"], "what is written as 0.00 has no bar"
+    assert "reward none" in found["facts"][2] and "adv. 0.00" in found["facts"][1]
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 browser = pytest.mark.skipif(
     CHROMIUM is None,
@@ -292,8 +343,8 @@ def test_browser_draws_every_part(tmp_path: Path) -> None:
         for run in ("pspo", "grpo"):
             path = re.search(rf'<path [^>]*d="(M[^"]*)" data-run="{run}" data-metric="{metric}"', drawn)
             assert path and path.group(1).count("L") == (3 if "eval" in metric else 59) and "NaN" not in path.group(1)
-    assert "Not logged by these runs." in drawn, "kl is null throughout"
-    assert drawn.count("Zero at every step.") == 1, "nothing was clipped"
+    assert "No reference policy was held: objective.kl_coef is 0." in drawn, "kl is null throughout"
+    assert drawn.count("Zero at every step: there is one update a step") == 1, "nothing was clipped"
     assert drawn.count('class="column"') == 20 and "grpo: no priorities logged" in drawn
     assert '<div class="said">-4=23+8=31-3=28$' in drawn and "<code>64</code>" in drawn and "cut off" in drawn
     assert set(re.findall(r'class="differs" data-field="([^"]*)"', drawn)) >= {
@@ -340,6 +391,7 @@ def test_browser_reads_hostile_text_as_text(tmp_path: Path) -> None:
         "prompt": "1+1=",
         "answer": "2",
         "completion": HOSTILE,
+        "verdict": None,
         "reward": None,
     }
     _write_lines(run / "completions" / "step_000010.jsonl", [line])

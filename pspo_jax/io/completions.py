@@ -25,7 +25,10 @@ def completion_lines(
     weights: Float[np.ndarray, "B"],
     groups: int,
 ) -> list[Line]:
-    """One record per completion of the first `groups` groups."""
+    """One record per completion of the first `groups` groups.
+
+    `verdict` is accuracy in [0, 1], None without one; `reward` is what training pays, which terms shape.
+    """
     lines = []
     for i in range(min(groups, len(batch.rows))):
         row = int(batch.rows[i])
@@ -39,6 +42,7 @@ def completion_lines(
                     "answer": batch.prompts.answers[row],
                     "completion": task.tokenizer.decode(batch.tokens[i, j, : batch.lengths[i, j]].tolist()),
                     "found": scores.answers[i][j],
+                    "verdict": _number(scores.right[i, j]),
                     "reward": _number(scores.reward[i, j]),
                     **{f"rewards/{name}": _number(value[i, j]) for name, value in scores.terms.items()},
                     **{f"logged/{name}": rows[i][j] for name, rows in scores.columns.items()},
@@ -76,13 +80,17 @@ def print_completions(console: Console, lines: list[Line], most: int = 4, charac
         return
     first = shown[0]
     table = Table(title=Text(f"step {first['step']}, prompt {first['prompt_id']}: {_end(first['prompt'], 160)}"))
-    for name in ("completion", "found", "reward", "advantage", "end"):
+    for name in ("completion", "found", "verdict", "reward", "advantage", "end"):
         table.add_column(name, overflow="fold")
     for line in shown:
         reward = "none" if line["reward"] is None else f"{line['reward']:.2f}"
-        cells = (_end(line["completion"], characters), line["found"] or "", reward)
+        cells = (_end(line["completion"], characters), line["found"] or "", _verdict(line["verdict"]), reward)
         table.add_row(*(Text(cell) for cell in cells), f"{line['advantage']:.2f}", line["end"])
     console.print(table)
+
+
+def _verdict(value: float | None) -> str:
+    return "none" if value is None else "right" if value >= 1 else "wrong" if value <= 0 else f"{value:.2f}"
 
 
 def _end(text: str, characters: int) -> str:

@@ -206,6 +206,8 @@ def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
             groups.setdefault(key, head)["rows"].append(
                 {
                     "completion": _text(line.get("completion")),
+                    # A dump that has no verdict of its own may have accuracy, which is the same.
+                    "verdict": _number(line.get("verdict", line.get("rewards/accuracy"))),
                     **{key: _number(line.get(key)) for key in ("reward", "advantage", "length")},
                     "ended": line["end"] == "stop" if "end" in line else bool(line.get("ended")),
                 }

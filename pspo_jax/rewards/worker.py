@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
@@ -47,8 +47,8 @@ def verify_countdown(numbers: list[int], target: int, completion: str, tagged: b
     return countdown.score(expression, numbers, target), None if expression is None else expression.strip()[:200]
 
 
-def verify_choice(gold: str, completion: str, options: int) -> Verdict:
-    letter = choice.chosen(completion, options)
+def verify_choice(gold: str, completion: str, options: int, texts: Sequence[str] = ()) -> Verdict:
+    letter = choice.chosen(completion, options, texts)
     return float(letter == gold), letter
 
 

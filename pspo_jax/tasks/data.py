@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pspo_jax.config import ConfigError, TaskConfig
-from pspo_jax.tasks.answers import PROSE, any_text, gold_text, is_prose, listed, missing
+from pspo_jax.config import ChoicesAnswer, ConfigError, TaskConfig
+from pspo_jax.tasks.answers import PROSE, any_text, gold_text, is_prose, missing
 from pspo_jax.tasks.answers import TRANSFORMS as TRANSFORMS
 from pspo_jax.tasks.base import digest
+from pspo_jax.tasks.choices import letter_of, options_of, reading_of
 from pspo_jax.tasks.conversations import Conversation, read_prompt, transcript
 from pspo_jax.tasks.files import Literal, Rows, heads, joined, read_files, rows_of, value_at
 from pspo_jax.tasks.rendering import PromptError
@@ -59,6 +60,8 @@ class Source(NamedTuple):
     """The field that names it."""
     prompt: Callable[[dict[str, Any], Question], str | Conversation] | None = None
     """What the policy is given for a record; None = the question's text."""
+    note: str = ""
+    """A line to say at the start, such as how gold answers are read."""
 
 
 def quiet() -> Any:
@@ -157,6 +160,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     choices = c.choices_column if c.name == "multiple_choice" else None
     if choices is not None:
         _column(records, choices, (), "task.choices_column", data)
+    reading = _choices_reading(records, answer, c, data) if choices is not None and answer is not None else None
     given = {"function": c.function} if c.name == "python_function" else {}
     finds_prose = c.check_gold and c.name in ("math", "gsm8k")
 
@@ -184,7 +188,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "no gold answer")
         if finds_prose and transform in (None, "none") and isinstance(value, str) and is_prose(gold):
             return Question(text, gold[:200], {}, f"{PROSE}; name task.answer_transform or task.answer_column")
-        return with_choices(text, gold, value_at(exact, choices)) if choices else Question(text, gold, own)
+        return with_choices(text, gold, value_at(exact, choices), reading) if choices else Question(text, gold, own)
 
     def prompt_of(record: dict[str, Any], question: Question) -> str | Conversation:
         """The conversation, with what has been added to its last turn's text, such as options."""
@@ -194,8 +198,11 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
         added = question.text.removeprefix(transcript(found))
         return [*found[:-1], {**found[-1], "content": found[-1]["content"] + added}]
 
-    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose])
-    return Source(data, c.name, records, convert, settings, field, prompt_of)
+    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose, reading])
+    note = (
+        f"{data}: the answers in {answer} are read as the options' {reading} (task.choices_answer)" if reading else ""
+    )
+    return Source(data, c.name, records, convert, settings, field, prompt_of, note)
 
 
 def _prompt(record: dict[str, Any], exact: dict[str, Any], name: str) -> str | Conversation:
@@ -236,33 +243,26 @@ def _somewhere(records: Any, name: str) -> bool:
     return any(value_at(records[i], name) is not None for i in first)
 
 
-def with_choices(text: str, gold: str, options: Any) -> Question:
-    """A question with its lettered options; gold as letter, index or text becomes the letter."""
-    if isinstance(options, dict):  # as in ai2_arc: {"text": [...], "label": [...]}
-        labels, options = [str(x) for x in options.get("label", [])], options.get("text", [])
-        if gold in labels:
-            gold = str(labels.index(gold))
-    if isinstance(options, str):  # as in a CSV file
-        try:
-            options = listed(options)
-        except (ValueError, SyntaxError):
-            options = None
-        if not isinstance(options, list | tuple):
-            return Question(text, gold, {}, "options are no list")
-    options = [str(o) for o in options or []]
-    letters = [chr(ord("A") + i) for i in range(len(options))]
-    if not 2 <= len(options) <= 26:
-        return Question(text, gold, {}, f"{len(options)} options")
-    if gold in letters:
-        letter = gold
-    elif gold.isdecimal() and int(gold) < len(options):
-        letter = letters[int(gold)]
-    elif gold in options:
-        letter = letters[options.index(gold)]
-    else:
-        return Question(text, gold, {}, f"{_BAD_ANSWER}: neither letter, index nor option")
-    lines = [f"{name}. {option}" for name, option in zip(letters, options, strict=True)]
-    return Question("\n".join([text, *lines]), letter, {"options": len(options)})
+def with_choices(text: str, gold: str, cell: Any, reading: ChoicesAnswer | None) -> Question:
+    """A question with its lettered options; gold, which `reading` tells how to take, becomes the letter."""
+    options = options_of(cell)
+    if isinstance(options, str):
+        return Question(text, gold, {}, options)
+    letter = letter_of(gold, options, reading) if reading else None
+    if letter is None:
+        return Question(text, gold, {}, f"{_BAD_ANSWER}: names no one option by its {reading or 'letter'}")
+    lines = [f"{name}. {option}" for name, option in zip(options.letters, options.texts, strict=True)]
+    return Question("\n".join([text, *lines]), letter, {"options": len(options.texts), "texts": options.texts})
+
+
+def _choices_reading(records: Rows, answer: str, c: TaskConfig, data: str) -> ChoicesAnswer | None:
+    """How the gold answers of a column name options: as the config says, or the one way that fits them all."""
+    if c.choices_answer is not None:
+        return c.choices_answer
+    cells = zip(records.values(answer), records.values(c.choices_column), strict=True)
+    rows = [(str(gold).strip(), options_of(cell)) for gold, cell in cells if not missing(gold)]
+    found = [(gold, options) for gold, options in rows if not isinstance(options, str)]
+    return reading_of(found, f"task.answer_column={answer} of {data}")
 
 
 def tokenised(
@@ -296,6 +296,8 @@ def tokenised(
     )
 
     records = rows_of(source.records)
+    if source.note:
+        say(source.note)
 
     def prepare(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         names = list(batch)

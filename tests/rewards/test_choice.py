@@ -1,6 +1,8 @@
 """Multiple choice: which letter a completion settles on."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +10,21 @@ from hypothesis import strategies as st
 
 from pspo_jax.rewards.choice import chosen
 from pspo_jax.rewards.worker import verify_choice
+
+TEXTS = ("pear", "apple", "a plum", "42 cm")
+WRITINGS = [
+    json.loads(line) for line in (Path(__file__).parent / "graded_choices.jsonl").read_text("utf-8").splitlines()
+]
+
+
+def test_letters_are_found_in_all_usual_writings_and_hedges_settle_on_none():
+    found = [(w["completion"], chosen(w["completion"], len(TEXTS), TEXTS)) for w in WRITINGS]
+    assert found == [(w["completion"], w["letter"]) for w in WRITINGS]
+
+
+def test_a_text_of_two_options_settles_on_none():
+    assert chosen("\\boxed{one}", 3, ("one", "two", "one")) is None
+    assert chosen("\\boxed{3}", 4, ("4", "3", "2", "1")) == "B"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +56,7 @@ from pspo_jax.rewards.worker import verify_choice
         ("\\boxed{A, B}", None),
         ("\\boxed{AB}", None),
         ("\\boxed{E}", None),
-        ("\\boxed{E} or \\boxed{D}", "D"),
+        ("\\boxed{E} or \\boxed{D}", None),
         ("A and B are both good", None),
         ("", None),
     ],

@@ -12,6 +12,7 @@ import pytest
 from pspo_jax.config import ConfigError
 from pspo_jax.rewards.math import ALTERNATIVES
 from pspo_jax.tasks import make_task
+from pspo_jax.tasks.choices import options_of, reading_of
 from pspo_jax.tasks.data import TRANSFORMS, from_data, quiet, read, with_choices
 from pspo_jax.tasks.text import write_left_out
 from pspo_jax.tasks.tokenizer import TextTokenizer, load_tokenizer
@@ -309,38 +310,90 @@ OPTIONS = ["red", "green", "10"]
 
 
 @pytest.mark.parametrize(
-    ("gold", "options", "letter"),
+    ("gold", "options", "reading", "letter"),
     [
-        ("B", OPTIONS, "B"),
-        ("1", OPTIONS, "B"),
-        ("green", OPTIONS, "B"),
-        ("10", OPTIONS, "C"),
-        ("B", "['red', 'green', '10']", "B"),
-        ("2", {"text": OPTIONS, "label": ["1", "2", "3"]}, "B"),
-        ("C", {"text": OPTIONS, "label": ["A", "B", "C"]}, "C"),
-        ("green", {"text": OPTIONS}, "B"),
+        ("B", OPTIONS, "letter", "B"),
+        ("b", OPTIONS, "letter", "B"),
+        ("1", OPTIONS, "index", "B"),
+        ("1", OPTIONS, "index_from_1", "A"),
+        ("green", OPTIONS, "text", "B"),
+        ("10", OPTIONS, "text", "C"),
+        ("B", "['red', 'green', '10']", "letter", "B"),
+        ("2", {"text": OPTIONS, "label": ["1", "2", "3"]}, "label", "B"),
+        ("C", {"text": OPTIONS, "label": ["A", "B", "C"]}, "label", "C"),
+        ("green", {"text": OPTIONS}, "text", "B"),
     ],
 )
-def test_choices(gold, options, letter):
-    q = with_choices("Which?", gold, options)
-    assert q == ("Which?\nA. red\nB. green\nC. 10", letter, {"options": 3}, "")
+def test_choices(gold, options, reading, letter):
+    q = with_choices("Which?", gold, options, reading)
+    assert q == ("Which?\nA. red\nB. green\nC. 10", letter, {"options": 3, "texts": OPTIONS}, "")
 
 
 @pytest.mark.parametrize(
-    ("gold", "options", "reason"),
+    ("gold", "options", "reading", "reason"),
     [
-        ("D", OPTIONS, "neither letter, index nor option"),
-        ("3", OPTIONS, "neither letter, index nor option"),
-        ("²", OPTIONS, "neither letter, index nor option"),
-        ("A", ["one"], "1 options"),
-        ("A", None, "0 options"),
-        ("A", [str(i) for i in range(27)], "27 options"),
-        ("A", "red, green", "options are no list"),
-        ("A", "7", "options are no list"),
+        ("D", OPTIONS, "letter", "names no one option by its letter"),
+        ("3", OPTIONS, "index", "names no one option by its index"),
+        ("0", OPTIONS, "index_from_1", "names no one option by its index_from_1"),
+        ("²", OPTIONS, "index", "names no one option"),
+        ("x", ["x", "x"], "text", "names no one option by its text"),
+        ("A", OPTIONS, None, "names no one option"),
+        ("A", ["one"], "letter", "1 options"),
+        ("A", None, "letter", "0 options"),
+        ("A", [str(i) for i in range(27)], "letter", "27 options"),
+        ("A", "red, green", "letter", "options are no list"),
+        ("A", "7", "letter", "options are no list"),
     ],
 )
-def test_bad_choices_are_left_out(gold, options, reason):
-    assert reason in with_choices("Which?", gold, options).reason
+def test_bad_choices_are_left_out(gold, options, reading, reason):
+    assert reason in with_choices("Which?", gold, options, reading).reason
+
+
+@pytest.mark.parametrize(
+    ("golds", "options", "reading"),
+    [
+        ("ABC", OPTIONS, "letter"),
+        ("012", OPTIONS, "index"),
+        ("123", OPTIONS, "index_from_1"),
+        (("red", "green", "10"), OPTIONS, "text"),
+        ("1234", ["1", "2", "3", "4"], "text"),
+        ("0123", ["1", "2", "3", "4"], "index"),
+        (("10", "20", "30"), ["10", "20", "30"], "text"),
+        (("2", "3"), {"text": OPTIONS, "label": ["1", "2", "3"]}, "label"),
+        ("A" * 19 + "?", OPTIONS, "letter"),
+        ((), OPTIONS, None),
+    ],
+)
+def test_answers_of_a_column_are_read_in_one_way(golds, options, reading):
+    assert reading_of([(gold, options_of(options)) for gold in golds], "f") == reading
+
+
+@pytest.mark.parametrize(
+    ("golds", "options", "words"),
+    [
+        ("123", ["1", "2", "3", "4"], "fit as text and as index"),
+        ("12", OPTIONS, "fit as index and as index_from_1"),
+        ("AB", ["B", "A"], "fit as letter and as text"),
+        (("A", "green", "red", "B"), OPTIONS, "2 as letter, 2 as text"),
+    ],
+)
+def test_a_column_that_can_be_read_in_two_ways_is_refused(golds, options, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        reading_of([(gold, options_of(options)) for gold in golds], "task.answer_column=a")
+    assert "set task.choices_answer" in str(error.value) or "set\n" in str(error.value)
+
+
+def test_numbers_that_are_options_are_no_places(tmp_path, tokenizer, config):
+    """Options 1 to 4 with the answer given as an option's text: an index would be one letter off."""
+    rows = [{"question": f"q{i}", "choices": ["1", "2", "3", "4"], "answer": 1 + i % 4} for i in range(12)]
+    fields = {"task__name": "multiple_choice", "task__heldout_prompts": 2}
+    said = []
+    task = make_task(config(task__train_data=jsonl(tmp_path / "x.jsonl", rows), **fields), tokenizer, say=said.append)
+    assert list(task.train.answers)[:4] == list("ABCD")
+    assert any("are read as the options' text (task.choices_answer)" in line for line in said)
+    indices = config(task__train_data=jsonl(tmp_path / "y.jsonl", rows[:3] + rows[4:7]), **fields)
+    with pytest.raises(ConfigError, match=r"fit as text and as index.* set task.choices_answer"):
+        make_task(indices, tokenizer)
 
 
 def test_multiple_choice_of_a_file(tmp_path, tokenizer, config):
@@ -352,7 +405,7 @@ def test_multiple_choice_of_a_file(tmp_path, tokenizer, config):
     fields = {"task__name": "multiple_choice", "task__answer_column": "answerKey"}
     task = make_task(config(task__train_data=jsonl(tmp_path / "x.jsonl", labelled), **fields), tokenizer)
     assert list(task.train.answers) == list("ABCAB") and task.train.texts[0] == "q0\nA. a\nB. b\nC. c"
-    assert [json.loads(e) for e in task.train.extras] == [{"options": 3}] * 5
+    assert [json.loads(e) for e in task.train.extras] == [{"options": 3, "texts": ["a", "b", "c"]}] * 5
     assert [item.row for item in task.train.left_out] == [7] and task.train.columns(1) == labelled[1]
 
 
