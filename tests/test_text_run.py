@@ -132,7 +132,7 @@ def test_every_reward_is_logged_and_its_errors_are_kept(trained):
         assert len(dump) == 8 * 8
         for row in dump:
             accuracy, picky = row["rewards/accuracy"], row["rewards/my_rewards:picky"]
-            judged = row["completion"].strip("_$")  # without special tokens
+            judged = row["completion"].replace("$", "")  # without the stop token
             assert picky is None if judged.startswith(("3", "7")) else picky == 0.25
             total = accuracy + 2 * (picky or 0) + 0.1 * row["rewards/my_rewards:lengths"]
             assert row["reward"] == (None if judged.startswith("7") else pytest.approx(total))
