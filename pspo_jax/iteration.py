@@ -273,10 +273,8 @@ def _roll_out(
 def _joined(parts: list[Scores]) -> Scores:
     """The chunks' scores as one batch's."""
     first = parts[0]
-    logged: dict[str, list[float]] = {}
-    for part in parts:
-        for name, found in part.logged.items():
-            logged.setdefault(name, []).extend(found)
+    names = dict.fromkeys(name for p in parts for name in p.logged)
+    columns = dict.fromkeys(name for p in parts for name in p.columns)
     return Scores(
         np.concatenate([p.reward for p in parts]),
         {name: np.concatenate([p.terms[name] for p in parts]) for name in first.terms},
@@ -286,13 +284,25 @@ def _joined(parts: list[Scores]) -> Scores:
         tuple(dict.fromkeys(error for p in parts for error in p.errors)),
         {name: np.concatenate([p.failed[name] for p in parts]) for name in first.failed},
         {name: sum((p.missing[name] for p in parts), Counter()) for name in first.missing},
-        logged,
+        {name: [x for p in parts for x in p.logged.get(name, [])] for name in names},
+        {
+            name: [row for p in parts for row in p.columns.get(name) or [[None] * p.right.shape[1]] * len(p.right)]
+            for name in columns
+        },
     )
 
 
-def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: Totals) -> dict[str, float]:
+def heldout_scores(
+    setup: Setup, state: TrainState, programs: Programs, totals: Totals, log: RunLog
+) -> dict[str, float]:
     """Accuracy on the held-out prompts; the same random numbers at every step, so that curves compare."""
     c = setup.config
+    step = int(state.step)
+
+    def told(scores: Scores) -> None:
+        log.errors(step, scores.errors)
+        log.no_verdicts(step, scores.missing)
+
     rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
     zero = hosts.put(np.int32(0), whole)
 
@@ -309,4 +319,5 @@ def heldout_scores(setup: Setup, state: TrainState, programs: Programs, totals: 
             jax.random.fold_in(state.key, EVALUATE),
             batch=c.rollout.prompts * c.rollout.group_size,
             place=lambda prompts: hosts.put(prompts, rows),
+            told=told,
         )

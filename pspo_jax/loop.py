@@ -196,7 +196,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
             last = done == c.run.steps
             evaluated = last or (c.eval.every and done % c.eval.every == 0)
             if evaluated:
-                scores = heldout_scores(setup, state, programs, totals)
+                scores = heldout_scores(setup, state, programs, totals, log)
                 values |= _eval_names(scores)
             if last or (c.log.selection_every and done % c.log.selection_every == 0):
                 seen = hosts.whole(programs.survey(state.selector, state.step))
@@ -217,7 +217,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
             if stopping:
                 return _stopped(run, done)
     checkpoints.wait()
-    scores = scores or heldout_scores(setup, state, programs, totals)
+    scores = scores or heldout_scores(setup, state, programs, totals, log)
     return _finish(run, totals, scores)
 
 
@@ -249,7 +249,7 @@ def _before_training(
     save(state, 0)
     scores: dict[str, float] = {}
     if not run.stop() and not hosts.any_says(hosts.leads() and log.begun()):
-        scores = heldout_scores(run.setup, state, programs, totals)
+        scores = heldout_scores(run.setup, state, programs, totals, log)
         log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
         run.progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
     run.checkpoints.wait()

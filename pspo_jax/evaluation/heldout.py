@@ -23,6 +23,7 @@ def evaluate(
     key: Any,
     batch: int,
     place: Callable[[Any], Any],
+    told: Callable[[Scores], None] = lambda _: None,
 ) -> dict[str, float]:
     """Shares of the held-out prompts' completions: right ones, greedy and sampled, and those without a verdict.
 
@@ -32,6 +33,7 @@ def evaluate(
       sample: a sampler of one completion a prompt, for `batch` prompts.
       key: the sampled completions are a function of it.
       place: puts a batch of prompts on the devices.
+      told: gets the scores of this process's rows, batch by batch.
     """
     greedy = SamplingParams.of(config.rollout, task.stop_ids, temperature=0.0)
     sampled = SamplingParams.of(config.rollout, task.stop_ids)
@@ -50,8 +52,12 @@ def evaluate(
             tokens, lengths, ended = (
                 hosts.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            judged[name].append(task.judge(Completions(task.heldout, rows[own], tokens, lengths, ended, step=0)))
-    right = {name: np.concatenate([wait().right for wait in waits]) for name, waits in judged.items()}
+            held = Completions(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
+            judged[name].append(task.judge(held))
+    scores = {name: [wait() for wait in waits] for name, waits in judged.items()}
+    for one in (one for found in scores.values() for one in found):
+        told(one)
+    right = {name: np.concatenate([one.right for one in found]) for name, found in scores.items()}
     # (sum, verdicts, completions) of each, over all processes.
     sums = hosts.total(np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64))
     means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(right, sums, strict=True)}

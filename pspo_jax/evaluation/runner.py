@@ -107,7 +107,9 @@ def run_benchmark(
             write(waiting)  # its verification has gone on while this batch is sampled
             tokens, lengths, ended = hosts.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
             real = min(work.batch, total - start)
-            completions = Completions(work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], 0)
+            completions = Completions(
+                work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
+            )
             sampled += int(lengths[:real].sum())
             waiting = (completions, real, work.judge(completions)) if leads else None
         write(waiting)

@@ -45,6 +45,7 @@ def completion_lines(
                     "verdict": _number(scores.right[i, j]),
                     "reward": _number(scores.reward[i, j]),
                     **{f"rewards/{name}": _number(value[i, j]) for name, value in scores.terms.items()},
+                    **{f"logged/{name}": rows[i][j] for name, rows in scores.columns.items()},
                     "advantage": float(advantages[i, j]),
                     "weight": float(weights[i]),
                     "length": int(batch.lengths[i, j]),

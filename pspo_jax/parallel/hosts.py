@@ -219,7 +219,7 @@ def check_same(field: str, text: str) -> None:
     ]
     if differ:
         raise ConfigError(
-            f"{field}: the data on {', '.join(differ)} are not those of the other {kinds.count(usual)} processes; "
+            f"{field}: the data on {', '.join(differ)} differ from those of the others; "
             "give all hosts the same files and the same versions of the packages"
         )
 

@@ -90,6 +90,16 @@ def takes_lists(call: Callable[..., Any]) -> bool:
     return any(callable(value) and _has_signature(value) and takes_lists(value) for value in cells)
 
 
+def needs(call: Callable[..., Any]) -> list[str]:
+    """Parameters that a row's columns have to fill, as nothing else does and they have no default."""
+    given = {*LISTS, *SINGLE, "answer", "step", "trainer_state", "log_extra", "log_metric"}
+    return [
+        p.name
+        for p in inspect.signature(call).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given
+    ]
+
+
 def is_async(call: Callable[..., Any]) -> bool:
     """Whether calling a function gives something to be awaited."""
     inner = _unwrapped(call)

@@ -18,6 +18,7 @@ from pspo_jax.rewards.math import final_answer
 from pspo_jax.rewards.pool import Batch, Pool, Reply, Request
 from pspo_jax.rewards.terms import TERMS, Shape, functions, parse_terms, shaped, weighted_sum
 from pspo_jax.tasks.base import ANSWER_COLUMN, Completions, Judge, Scores
+from pspo_jax.tasks.conversations import read_prompt
 from pspo_jax.tasks.data import PROMPT_COLUMNS
 from pspo_jax.tasks.files import value_at
 from pspo_jax.tasks.tokenizer import TextTokenizer
@@ -54,12 +55,13 @@ def judge_functions(config: Config) -> tuple[str, ...]:
 
 def text_judge(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> Judge:
     """Judges completions of text tasks: `accuracy` by each row's verifier, then the terms of config.reward."""
-    weights = parse_terms(config.reward)
+    terms = parse_terms(config.reward)
     prefix = tokenizer.begun(config.prompt)
 
     def judge(batch: Completions) -> Callable[[], Scores]:
         if pool is None:
             raise RuntimeError("this task was made without verifiers")
+        weights = terms if batch.paid else {"accuracy": 1.0}
         kinds = [_of(batch.prompts.kinds, int(row)) for row in batch.rows]
         texts = [
             [prefix + tokenizer.answer(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
@@ -133,7 +135,8 @@ def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool:
         "function": name,
         "prompt": _of(prompts.texts, row),
         "messages": _conversation(columns, config.task.prompt_column),
-        "answer": _own_answer(columns, extra.get(ANSWER_COLUMN), prompts.answers[row]),
+        # The row's own value, where the config does not ask for another form of it.
+        "answer": value_at(columns, extra[ANSWER_COLUMN]) if ANSWER_COLUMN in extra else prompts.answers[row],
         "step": batch.step,
         "steps": config.run.steps,
         "columns": columns,
@@ -149,19 +152,15 @@ def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool:
     return asks
 
 
-def _own_answer(columns: dict[str, Any], column: str | None, gold: str) -> Any:
-    """A row's answer as its source has it: a number, a list, an object or null; text as the gold answer is."""
-    value = gold if column is None else value_at(columns, column)
-    return gold if isinstance(value, str) else value
-
-
 def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str, Any]] | None:
     """The messages of a row whose prompt is a conversation; None = it is plain text."""
-    for name in [wanted] if wanted in columns else PROMPT_COLUMNS:
-        value = columns.get(str(name))
+    for name in [wanted] if wanted else PROMPT_COLUMNS:
+        value = value_at(columns, name)
         if value is not None:
-            chat = isinstance(value, list) and bool(value)
-            return value if chat and all(isinstance(m, dict) and "content" in m for m in value) else None
+            found = read_prompt(value)
+            if isinstance(found, str):  # plain text, or a single turn
+                return None if isinstance(value, str | int | float) else [{"role": "user", "content": found}]
+            return [dict(message) for message in found]
     return None
 
 
@@ -198,6 +197,7 @@ def _scores(
         failed,
         {name: one.reasons for name, one in filled.items()},
         _together([one.metrics for one in filled.values()]),
+        {name: rows for one in filled.values() for name, rows in one.columns.items()},
     )
 
 
@@ -213,6 +213,8 @@ class _Filled(NamedTuple):
     """Why values are missing."""
     errors: list[str]
     metrics: dict[str, list[float]]
+    columns: dict[str, list[list[Any]]]
+    """What a function logged with each completion."""
 
 
 def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unasked: float = np.nan) -> _Filled:
@@ -220,6 +222,7 @@ def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unas
     value, failed = np.full(shape, unasked, np.float32), np.zeros(shape, bool)
     answers: list[list[str | None]] = [[None] * shape[1] for _ in range(shape[0])]
     reasons: Counter[str] = Counter()
+    columns: dict[str, list[list[Any]]] = {}
     for ask, reply in zip(asks, replies, strict=True):
         n = len(ask.columns)
         scores = reply.score if isinstance(reply.score, list) else [reply.score] * n
@@ -230,6 +233,10 @@ def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unas
             answers[ask.row][j] = reply.answer
             if score is None:
                 reasons[why or NO_OPINION] += 1
+        for name, logged in (reply.columns or {}).items():
+            rows = columns.setdefault(name, [[None] * shape[1] for _ in range(shape[0])])
+            for j, item in zip(ask.columns, logged, strict=True):
+                rows[ask.row][j] = item
     return _Filled(
         value,
         failed,
@@ -237,6 +244,7 @@ def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unas
         reasons,
         [reply.error for reply in replies if reply.error],
         _together([reply.metrics for reply in replies if reply.metrics]),
+        columns,
     )
 
 

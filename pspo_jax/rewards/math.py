@@ -424,7 +424,9 @@ def canonical(answer: str) -> str | None:
     if not statements:
         return None
     text = notation.respelled(statements[-1])
-    value = quantities.number(notation.plain(text))
+    bare = notation.plain(text)
+    one = quantities.quantity(bare)
+    value = quantities.number(one.core if one else bare)  # 20 cups are named 20, not as a product of letters
     if value is not None:
         from sympy import Rational
 

@@ -21,9 +21,9 @@ _LARGEST_FIXED = 1e15
 def name_of(value: Any) -> str:
     """A name of at most 200 characters for what math-verify read: a sympy object, or a text that is no mathematics.
 
-    Equal numbers get equal names: 1/2 and 0.5, 18 and 18.0. Whole numbers are named exactly, and `x = 5` is named 5,
-    as the check takes it. An integral, a limit, or a sum over a range is named as it is written; what sympy can
-    neither evaluate nor write is named by its kind.
+    Equal numbers get equal names: 1/2 and 0.5, 18 and 18.0. Whole numbers are named exactly; `x = 5` and `2 + 3 = 5`
+    are named 5, as the check takes them. An integral, a limit, or a sum over a range is named as it is written; what
+    sympy can neither evaluate nor write is named by its kind.
     """
     try:
         return _name(value)
@@ -38,7 +38,7 @@ def _name(value: Any) -> str:
         value = value.as_immutable()
     if not isinstance(value, sympy.Basic):
         return _shortened(str(value).strip())
-    if isinstance(value, sympy.Eq) and value.lhs.is_Symbol and value.rhs.is_number:
+    if isinstance(value, sympy.Eq) and (value.lhs.is_Symbol or value.lhs.is_number) and value.rhs.is_number:
         value = value.rhs
     if getattr(value, "is_number", False) and not value.is_Matrix and not value.has(*_unbounded()):
         return _number_name(value.xreplace({per: per.args[0] for per in value.atoms(sympy.UnevaluatedExpr)}))

@@ -112,6 +112,7 @@ class Pool:
     ):
         self._config = config
         self._wall_limit = config.wall_limit or _WALL * config.deadline
+        self._look = min(_SLOW, config.deadline, self._wall_limit)
         self._forked = 0
         self._size = config.workers or max(2, min(8, os.cpu_count() or 2))
         self._functions = tuple(dict.fromkeys(functions))
@@ -129,7 +130,9 @@ class Pool:
         self._over: str | None = None
         """Why nothing is answered any more."""
         self.grouped: frozenset[str] = frozenset()
-        """User functions that take a list of completions; known once the pool is entered."""
+        """User functions that are given all completions of a prompt at once; known once the pool is entered."""
+        self.needs: dict[str, list[str]] = {}
+        """Columns that user functions cannot do without; known once the pool is entered."""
         self.replaced = 0
         """Workers that were killed or died."""
 
@@ -334,7 +337,7 @@ class Pool:
             worker.ready = True
             worker.start()
             self._stillborn = 0
-            self.grouped = frozenset(message["grouped"])
+            self.grouped, self.needs = frozenset(message["grouped"]), message["needs"]
         elif worker.job is None or message.pop("number", None) != worker.sent:
             self._lost(worker)  # something else has written to its channel
         else:
@@ -398,7 +401,7 @@ class Pool:
         """Kill what is overdue; fork extra workers while some are slow and requests wait."""
         slow = 0
         for worker in list(self._workers):
-            if (worker.ready and worker.job is None) or time.monotonic() - worker.since <= _SLOW:
+            if (worker.ready and worker.job is None) or time.monotonic() - worker.since <= self._look:
                 continue
             if worker.channel.poll():
                 continue  # it has answered, and this thread has not come to read that
@@ -445,8 +448,8 @@ class Pool:
             if worker.ready and worker.job is None:
                 continue
             age = time.monotonic() - worker.since
-            if age <= _SLOW:
-                times.append(_SLOW - age + 0.01)
+            if age <= self._look:
+                times.append(self._look - age + 0.01)
             elif not worker.late:
                 times.append(_LOOK)
             else:

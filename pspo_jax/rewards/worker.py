@@ -111,16 +111,17 @@ def serve(channel: Connection, limits: dict[str, Any]) -> None:
     """Answer requests until the channel closes: (number, kind, arguments) in, a reply with the same number out."""
     _confine(limits)
     home, me = os.getcwd(), os.getpid()
-    grouped = []
+    grouped, needs = [], {}
     for name in limits["functions"]:
         try:
             call = functions.load_function(name)
+            needs[name] = functions.needs(call)
             if functions.takes_lists(call) or functions.is_async(call):
                 grouped.append(name)
         except BaseException as error:  # noqa: BLE001 - the user's module may raise anything; it is reported
             channel.send_bytes(json.dumps({"failed_import": name, "error": functions.line_of(error)}).encode())
             return
-    channel.send_bytes(json.dumps({"ready": True, "grouped": grouped}).encode())
+    channel.send_bytes(json.dumps({"ready": True, "grouped": grouped, "needs": needs}).encode())
     while True:
         try:
             number, kind, arguments = channel.recv()

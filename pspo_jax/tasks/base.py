@@ -101,6 +101,8 @@ class Completions(NamedTuple):
     ended: Bool[np.ndarray, "B G"]
     """False = cut off at the length limit."""
     step: int
+    paid: bool = True
+    """Whether rewards are wanted; False = the verdict alone, as in evaluation."""
 
 
 class Scores(NamedTuple):
@@ -124,6 +126,8 @@ class Scores(NamedTuple):
     """By term: why values are missing, and how many."""
     logged: Mapping[str, list[float]] = MappingProxyType({})
     """What users' functions gave to `log_metric`."""
+    columns: Mapping[str, list[list[Any]]] = MappingProxyType({})
+    """What users' functions gave to `log_extra`: a value for each completion [B][G], or None."""
 
 
 Judge = Callable[[Completions], Callable[[], Scores]]

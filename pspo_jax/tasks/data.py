@@ -25,7 +25,7 @@ AS_TEXT = ("json", "csv")
 """Formats that `files` reads."""
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "target")
-_LAYOUT = "2"
+_LAYOUT = "3"
 """Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
 _SAID_FROM = 20_000
 _LOOKED_AT = 1000
@@ -174,7 +174,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "empty prompt")
         if answer is None:
             return Question(text, "", given)
-        own = {ANSWER_COLUMN: answer}
+        own = {ANSWER_COLUMN: answer} if transform in (None, "none") else {}
         if c.name == "python_function":
             gold = any_text(value_at(exact, answer), value_at(record, answer), transform)
             return Question(text, gold, given | own)

@@ -79,10 +79,5 @@ def _remembered(path: Path, count: int) -> Int[np.ndarray, "n"]:
 
 
 def _block(golds: list[str], pool: Pool) -> Int[np.ndarray, "n"]:
-    requests = [Request("gold", {"gold": gold}) for gold in golds]
-    replies = pool.submit(requests).result()
-    again = [i for i, reply in enumerate(replies) if reply.score is None]
-    # Once more, as the machine may have been busy with the others.
-    for i, reply in zip(again, pool.submit([requests[i] for i in again]).result(), strict=True):
-        replies[i] = reply
+    replies = pool.submit([Request("gold", {"gold": gold}) for gold in golds]).result()
     return np.array([NO_VERDICT if r.score is None else int(r.score == 1) for r in replies], np.int8)

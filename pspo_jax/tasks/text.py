@@ -89,7 +89,8 @@ def text_task(
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
-    from pspo_jax.rewards.judge import text_judge  # it imports this package: at the top it could not be imported first
+    # It imports this package, and could not be imported first if this stood at the top.
+    from pspo_jax.rewards.judge import judge_functions, text_judge
 
     say(tokenizer.stop_line())
     encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
@@ -109,6 +110,8 @@ def text_task(
         train_pick, heldout_pick = _mixed(config, [part for part, _ in parts], shares, trains, heldouts)
     _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
+    needs = {} if pool is None else pool.needs
+    _check_functions({name: needs.get(name, []) for name in judge_functions(config)}, records)
     width = _width(config, train_pick, heldout_pick)
     return Task(
         name="mixture" if config.task.mixture else config.task.name,
@@ -346,6 +349,17 @@ def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
             f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from the {len(train.keep)} "
             f"there are{' (left out: ' + why(train.left_out) + ')' if train.left_out else ''}; lower it"
         )
+
+
+def _check_functions(needs: dict[str, list[str]], sources: Sequence[Any]) -> None:
+    """Refuse a user's function that needs a column which no source has: it would fail on every completion."""
+    columns = {name for source in sources for name in source.column_names}
+    for function, needed in needs.items():
+        if missing := [name for name in needed if name not in columns]:
+            raise ConfigError(
+                f"task.function, reward.terms: {function} needs {', '.join(missing)}, which is no column of the data "
+                f"({', '.join(sorted(columns))}); give it a default, or name the result of a call in a module of yours"
+            )
 
 
 def why(left_out: Sequence[LeftOut]) -> str:

@@ -42,7 +42,7 @@ def test_solutions_without_a_box_have_verdicts_and_numbers(gold):
     ("answers", "name"),
     [
         (("\\boxed{\\frac12}", "0.5", "\\boxed{\\frac{2}{4}}", "\\boxed{50\\%}"), "0.5"),
-        (("\\boxed{18}", "18.0", "\\boxed{x = 18}", "\\boxed{18\\text{ cm}}"), "18"),
+        (("\\boxed{18}", "18.0", "\\boxed{x = 18}", "\\boxed{18\\text{ cm}}", "18 cups", "9 * 2 = 18"), "18"),
         (("\\boxed{12345678901}", "12345678901.0"), "12345678901"),
         (("12345678902",), "12345678902"),
         (("\\boxed{-0.0}", "0"), "0"),
