@@ -20,6 +20,7 @@ from pspo_jax.report import main as report
 from pspo_jax.setup import place_state, prepare
 from tests import xla
 from tests.helpers import tiny_config
+from tests.parallel.processes import free_port
 
 TRAINED_ON = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2}
 
@@ -126,3 +127,28 @@ def test_what_belongs_to_the_training_machine_is_left_behind(run):
     assert config.mesh.context == config.mesh.data * -1 == config.distributed.processes == 1
     assert config.distributed.coordinator is config.run.compilation_cache is None
     assert read_config(run, ["--mesh.context", "4"]).mesh.context == 4
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_evaluation(run, evaluated, child_env, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    words = [
+        "--run",
+        str(run),
+        "--temperature",
+        "0",
+        "--out",
+        str(tmp_path / "two"),
+        "--distributed.coordinator",
+        address,
+    ]
+    words += ["--distributed.processes", "2", "--distributed.process"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pspo_jax.evaluate", *words, str(number)],
+            env=child_env | {"XLA_FLAGS": xla.flags(2)},
+        )
+        for number in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert lines(tmp_path / "two") == lines(evaluated)
