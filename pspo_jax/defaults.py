@@ -68,10 +68,13 @@ def defaults_of(config: Config) -> dict[str, Any]:
 
 def given_fields(config: Config) -> frozenset[str]:
     """Fields that somebody has set."""
-    if config.given is not None:
-        return config.given
-    plain = flatten(type(config)())
-    return frozenset(name for name, value in flatten(config).items() if value != plain[name])
+    values = flatten(config)
+    if config.given is None:
+        plain = flatten(type(config)())
+        return frozenset(name for name, value in values.items() if value != plain[name])
+    # What dataclasses.replace has changed is on no record.
+    defaults = defaults_of(config)
+    return config.given | {name for name in FOLLOWERS if values[name] != defaults[name]}
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -227,7 +227,9 @@ def _check_task(c: Config) -> None:
     """Each task has what it needs."""
     t = c.task
     if embedded(c) and c.reward.terms.strip() != "accuracy":
-        raise ConfigError(f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone")
+        raise ConfigError(
+            f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone; drop it"
+        )
     components = mixture(c)
     if components:
         labels(c)

@@ -1,5 +1,6 @@
 """Flags, files and `replace` give the same config and refuse the same values; files are read with care."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -71,6 +72,13 @@ def test_what_is_set_stays_and_the_rest_follows_when_the_task_changes():
     assert (text.rollout.prompts, text.optimizer.learning_rate, text.sft.steps) == (32, 8e-4, 0)
     back = replace(text, {"task.name": "arithmetic", "policy.source": None, "task.train_data": None})
     assert flatten(back) == flatten(config)
+
+
+def test_a_stage_that_is_replaced_by_hand_is_set():
+    config = replace(Config(), TEXT)
+    by_hand = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, prompts=32))
+    assert resolve(by_hand).rollout.prompts == replace(by_hand, {"run.steps": 3}).rollout.prompts == 32
+    assert resolve(by_hand).rollout.max_new_tokens == 1024
 
 
 def test_the_program_prints_the_defaults_of_the_task(capsys):
