@@ -1,13 +1,11 @@
-"""The day that a run's chat template writes, a checkpoint's context, and stop tokens in an export."""
+"""The day that a run's chat template writes, and stop tokens in an export."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from types import SimpleNamespace
 
 import pytest
-from pspo_jax.policy.context import context_length, context_line
 
 from pspo_jax import cli
 from pspo_jax.io.hf_folder import set_stop_ids
@@ -38,31 +36,6 @@ def test_an_evaluation_keeps_its_day_too(tmp_path):
 def test_prompts_without_a_chat_template_have_no_day(fields, tmp_path):
     config = tiny_config(**fields)
     assert with_date(config, tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize(
-    ("limit", "rotary", "length"),
-    [
-        (4096, None, 4096),
-        (4096, {"rope_type": "default"}, 4096),
-        (131_072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131_072),
-        (32_768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
-        (163_840, {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163_840),
-        (2048, {"rope_type": "linear", "factor": 2.0}, 4096),
-        (32_768, {"full_attention": {"rope_type": "linear", "factor": 8.0}}, 32_768),
-        (None, None, None),
-        ("4096", None, None),
-    ],
-)
-def test_positions_that_a_checkpoint_was_made_for(limit, rotary, length):
-    assert context_length(SimpleNamespace(max_position_embeddings=limit, rope_parameters=rotary)) == length
-    assert context_length(SimpleNamespace()) is None
-
-
-def test_rows_beyond_the_context_are_one_line():
-    assert context_line("m", 100, 60, 40) is None and context_line("m", None, 60, 4000) is None
-    line = context_line("m", 4096, 100, 4000)
-    assert "rollout.max_new_tokens=4000" in line and "4,100 positions" in line and "m was made for 4,096" in line
 
 
 def test_an_export_names_every_stop_token(tmp_path):

@@ -42,7 +42,7 @@ def architecture_of(hf: Any, policy: PolicyConfig, where: str) -> Architecture:
         "tied": bool(hf.tie_word_embeddings),
         "biases": _biases(hf),
         "windows": _windows(hf),
-        "max_positions": _max_positions(hf),
+        "max_positions": max_positions(hf),
     }
     try:
         if hf.model_type not in _ROTARY_PER_KIND:
@@ -110,6 +110,8 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "gemma3_text": _gemma3,
 }
 """model_type -> what the family adds to the common fields."""
+_STRETCHED = ("linear", "dynamic", "yarn")
+"""Rotary settings whose factor multiplies the positions; those of other types are counted already."""
 _WITH_WINDOWS = ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 _WITH_ATTENTION_BIAS = ("llama", "qwen2", "qwen3", "smollm3", "olmo2", "gemma3_text")
 _WITH_MLP_BIAS = ("llama", "smollm3")
@@ -133,13 +135,17 @@ def _windows(hf: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _max_positions(hf: Any) -> int | None:
-    """Places that the model was made for; scaled rotary embeddings reach further than what they were scaled from."""
+def max_positions(hf: Any) -> int | None:
+    """Places that the model was made for, prompt and completion together; None = its config does not say.
+
+    A factor of the rotary embedding counts, as vLLM has it, unless the config gives settings for each kind of layer.
+    """
     stated = getattr(hf, "max_position_embeddings", None)
     rope = getattr(hf, "rope_parameters", None) or {}
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    scaled = int(original * factor) if original and factor and rope.get("rope_type") == "yarn" else 0
-    return max(stated, scaled) if stated else None
+    if not stated or rope.get("rope_type") not in _STRETCHED:
+        return stated or None
+    base = rope.get("original_max_position_embeddings") or stated
+    return max(stated, int(base * rope.get("factor", 1)))
 
 
 def _refuse(hf: Any, where: str) -> None:
