@@ -239,10 +239,12 @@ def test_rows_of_a_mixture_keep_what_is_theirs(tokenizer, config, mixture):
         seen[kind, i < len(train.lengths) // 2] += 1
         match kind:
             case "math":
-                assert extra == {} and record == {"problem": text, "answer": answers[text]}
+                assert extra == {"answer_column": "answer"} and record == {"problem": text, "answer": answers[text]}
                 assert train.answers[i] == answers[text]
             case "multiple_choice":
-                assert extra == {"options": 3} and text == "\n".join([record["question"], "A. x", "B. y", "C. z"])
+                assert extra == {"options": 3, "texts": ["x", "y", "z"]} and text == "\n".join(
+                    [record["question"], "A. x", "B. y", "C. z"]
+                )
                 assert train.answers[i] == {"x": "A", "y": "B", "z": "C"}[record["answer"]]
             case "countdown":
                 assert extra == record and len(record["numbers"]) == 3 and record["target"] <= 50
