@@ -22,15 +22,13 @@ def with_date(config: Config, kept: Path, joined: bool = True) -> Config:
     """
     if embedded(config) or config.prompt.template != "chat" or config.prompt.date is not None:
         return config
-    if joined:
-        ordinal = int(hosts.total(np.array([_ordinal(kept) if hosts.leads() else 0]))[0])
-    else:
-        ordinal = _ordinal(kept)
+    own = _ordinal(kept) if not joined or hosts.leads() else 0
+    ordinal = int(hosts.total(np.array([own]))[0]) if joined else own
     return replace(config, {"prompt.date": datetime.date.fromordinal(ordinal).isoformat()}) if ordinal else config
 
 
 def _ordinal(kept: Path) -> int:
-    """The date in a file of settings as an ordinal, today's without the file; 0 for a run that was begun without one."""
+    """The date in a file of settings as an ordinal; today's without the file, 0 for a run that began without one."""
     try:
         saved: Any = yaml.safe_load(kept.read_text(encoding="utf-8"))
         date = saved["prompt"].get("date")
