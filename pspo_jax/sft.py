@@ -40,6 +40,7 @@ from pspo_jax.tasks.base import json_lines
 PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
 EPOCHS = 3
+_NO_DATA = "sft.data=None: a language model needs demonstrations; name a JSONL file"
 TEXT_DEFAULTS: dict[str, Any] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10, "steps": 1}
 """What fields of `sft` are for a language model if they are not set; the steps then follow from the file's lines."""
 
@@ -80,6 +81,9 @@ def read_config(argv: Sequence[str]) -> Config:
     Raises:
       ConfigError: as `cli.parse`, or there is nothing to learn from.
     """
+    typed = {word.partition("=")[0] for word in argv}
+    if typed & {"--policy.source", "--policy.tokenizer"} and not typed & {"--sft.data", "--config", "-h", "--help"}:
+        raise ConfigError(_NO_DATA)
     try:
         config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS}, argv)
     except ConfigError as error:
@@ -90,7 +94,7 @@ def read_config(argv: Sequence[str]) -> Config:
     if embedded(config):
         return _checked(cli.parse(argv, PROG, DESCRIPTION))
     if config.sft.data is None:
-        raise ConfigError("sft.data=None: a language model needs demonstrations; name a JSONL file")
+        raise ConfigError(_NO_DATA)
     lines = len(json_lines(read_text(Path(config.sft.data))))
     if not lines:
         raise ConfigError(f"sft.data={config.sft.data}: holds no rows; name another")
