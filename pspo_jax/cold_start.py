@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from pspo_jax import __version__
-from pspo_jax.config import Config, ConfigError, flatten
+from pspo_jax.config import Config, ConfigError, PromptConfig, flatten
 from pspo_jax.demonstrations import read_examples, read_text
 from pspo_jax.io.progress import Progress
 from pspo_jax.objective.log_probs import completion_log_probs
@@ -47,17 +47,21 @@ def dataset(config: Config, task: Task) -> grain.MapDataset:
         blocks = list(task.demonstrations(config.run.seed, s.steps * s.batch))
         whole = Demonstrations(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
         return grain.MapDataset.source(_Examples(whole))
-    examples = _Examples(read_jsonl(Path(s.data), task, config.rollout.max_new_tokens))
+    examples = _Examples(read_jsonl(Path(s.data), task, config.rollout.max_new_tokens, config.prompt))
     if len(examples) < s.batch:
         raise ConfigError(f"sft.batch={s.batch}: sft.data={s.data} has only {len(examples)} lines; lower it")
     return grain.MapDataset.source(examples).seed(config.run.seed).shuffle().repeat()
 
 
-def read_jsonl(path: Path, task: Task, max_completion: int) -> Demonstrations:
-    """Tokenised examples of a JSONL file; EOS is added to completions that lack it."""
+def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig | None = None) -> Demonstrations:
+    """Tokenised examples of a JSONL file; EOS is added to completions that lack it.
+
+    Args:
+      prompt: for rows of messages, the date and the mode of thinking that the chat template is given.
+    """
     prompts, completions = [], []
     width = task.train.tokens.shape[1]
-    examples = read_examples(path, task.tokenizer, task.encode_prompt, task.stop_ids)
+    examples = read_examples(path, task.tokenizer, task.encode_prompt, task.stop_ids, prompt or PromptConfig())
     for number, example in enumerate(examples, 1):
         prompts.append(example[0])
         completions.append(example[1])

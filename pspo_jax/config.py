@@ -173,7 +173,7 @@ class PolicyConfig:
     weight is lost, which learning rates of 1e-6 mostly are: choose float32 where all weights train."""
     compute_dtype: Dtype | None = "float32"
     """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always. None, a text task's
-    default = what the machine is fast with: bfloat16, but float32 on a CPU without instructions for it. It is said at
+    default = by the machine: bfloat16, but float32 on a CPU, most of which emulate bfloat16. It is said at
     the start and written to config.yaml, and a run that is resumed keeps it."""
     scan_unroll: Annotated[int, Range(1)] = 2
     """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.config import Config, ConfigError, PromptConfig
 from pspo_jax.tasks.base import Demonstrations, PromptSet, Task, json_lines
+from pspo_jax.tasks.rendering import PromptError, render
 from pspo_jax.tasks.tokenizer import TextTokenizer
 
 _FORMS = '{"prompt": ..., "completion": ...} or {"messages": [..., {"role": "assistant", "content": ...}]}'
@@ -31,7 +32,11 @@ def read_text(path: Path) -> str:
 
 
 def read_examples(
-    path: Path, tokenizer: Any, encode_prompt: Callable[[str], list[int]], stop_ids: tuple[int, ...]
+    path: Path,
+    tokenizer: Any,
+    encode_prompt: Callable[[str], list[int]],
+    stop_ids: tuple[int, ...],
+    config: PromptConfig,
 ) -> list[tuple[list[int], list[int]]]:
     """(ids of the prompt, ids of the completion) of each line; EOS is added to a completion that lacks a stop token.
 
@@ -52,7 +57,7 @@ def read_examples(
             if isinstance(prompt, str):
                 ids = encode_prompt(prompt), tokenizer.encode(completion)
             else:
-                ids = _turns(tokenizer, prompt, completion, stop_ids)
+                ids = _turns(tokenizer, prompt, completion, stop_ids, config)
         except ConfigError as error:
             raise ConfigError(f"sft.data={path} line {number}: {error}") from error
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
@@ -83,18 +88,17 @@ def _parts(record: dict[str, Any]) -> tuple[Any, Any]:
     return prompt, last["content"]
 
 
-def _turns(tokenizer: Any, messages: Any, completion: str, stop_ids: tuple[int, ...]) -> tuple[list[int], list[int]]:
+def _turns(
+    tokenizer: Any, messages: Any, completion: str, stop_ids: tuple[int, ...], config: PromptConfig
+) -> tuple[list[int], list[int]]:
     """Ids of a conversation up to the assistant's turn, and of that turn up to the token that ends it."""
-    import jinja2
-
     if not isinstance(tokenizer, TextTokenizer) or not tokenizer.hf.chat_template:
         raise ConfigError("has messages, and the tokenizer has no chat template; write prompt and completion as text")
-    render = tokenizer.hf.apply_chat_template
     try:
-        before = render(messages, tokenize=False, add_generation_prompt=True)
-        whole = render([*messages, {"role": "assistant", "content": completion}], tokenize=False)
-    except (jinja2.TemplateError, ValueError) as error:
-        raise ConfigError(f"the chat template refuses its messages ({' '.join(str(error).split())[:200]})") from error
+        before = render(tokenizer.hf, messages, config)
+        whole = render(tokenizer.hf, [*messages, {"role": "assistant", "content": completion}], config, generate=False)
+    except PromptError as error:
+        raise ConfigError(f"its messages: {error}") from error
     # A template may rewrite the assistant's turn, as by a block of thought; then the text stands as the row has it.
     ids = tokenizer.encode(whole.removeprefix(before) if whole.startswith(before) else completion)
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
@@ -108,7 +112,7 @@ def demonstration_task(config: Config, tokenizer: TextTokenizer) -> Task:
         return tokenizer.prompt(question, config.prompt)
 
     assert config.sft.data is not None
-    examples = read_examples(Path(config.sft.data), tokenizer, encode, tokenizer.stop_ids)
+    examples = read_examples(Path(config.sft.data), tokenizer, encode, tokenizer.stop_ids, config.prompt)
     bucket = config.rollout.prompt_bucket
     width = -(-min(max(len(prompt) for prompt, _ in examples), config.prompt.max_tokens) // bucket) * bucket
     rows = config.rollout.prompts

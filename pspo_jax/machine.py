@@ -1,8 +1,7 @@
 """Defaults of a task of text that follow from the machine: types, what the backward pass keeps, and packing.
 
-On a TPU or GPU products run in bfloat16, the backward pass computes blocks anew, and long rows are packed. A CPU is
-fast with bfloat16 only where it has instructions for it, its memory is large beside its speed, and rows of any length
-are worth packing there.
+On a TPU or GPU products run in bfloat16, the backward pass computes blocks anew, and long rows are packed. A CPU
+mostly emulates bfloat16, its memory is large beside its speed, and rows of any length are worth packing there.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from pspo_jax.config import Config, Dtype, Remat, embedded, replace
 from pspo_jax.parallel import hosts
-from pspo_jax.parallel.devices import host_bytes, native_bfloat16
+from pspo_jax.parallel.devices import host_bytes
 from pspo_jax.parallel.mesh import UPDATE_ROWS, microbatch_size, size_along
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import block_size
@@ -29,17 +28,19 @@ def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
     """`config` with policy.compute_dtype, where nobody set it, and words on what was chosen and why."""
     if config.policy.compute_dtype is not None:
         return config, []
-    chosen, why = compute_dtype(on_cpu, not on_cpu or not hosts.any_says(not native_bfloat16()))
+    chosen, why = compute_dtype(on_cpu)
     return replace(config, {"policy.compute_dtype": chosen}), [f"policy.compute_dtype {chosen} ({why})"]
 
 
-def compute_dtype(on_cpu: bool, native: bool) -> tuple[Dtype, str]:
-    """The type of products that a machine is fastest with, and why."""
-    if not on_cpu:
-        return "bfloat16", "an accelerator's own"
-    if native:
-        return "bfloat16", "this CPU has instructions for it"
-    return "float32", "this CPU has no instructions for bfloat16, which is slower there"
+def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
+    """The type of products that is the default of a machine, and why.
+
+    XLA emulates bfloat16 on most CPUs, and the processor's flags do not tell where it is faster: with them there is the
+    same program, which was slower on one processor and faster on another.
+    """
+    if on_cpu:
+        return "float32", "bfloat16 is emulated on most CPUs; set it where yours is faster with it"
+    return "bfloat16", "an accelerator's own"
 
 
 def with_memory(

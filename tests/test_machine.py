@@ -9,8 +9,9 @@ import pytest
 
 from pspo_jax import cli, machine
 from pspo_jax.config import Config, ConfigError, replace
-from pspo_jax.io.run_folder import check_config, with_type_of
-from pspo_jax.parallel.devices import host_bytes, native_bfloat16
+from pspo_jax.io.history import changes, settings
+from pspo_jax.io.run_folder import with_type_of
+from pspo_jax.parallel.devices import host_bytes
 from pspo_jax.parallel.mesh import make_mesh
 from pspo_jax.policy import built_in
 from tests.helpers import tiny_config
@@ -18,28 +19,9 @@ from tests.helpers import tiny_config
 TEXT = ["--task.name", "math", "--task.train_data", "rows.jsonl", "--policy.source", "a/b"]
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "architecture", "native"),
-    [
-        ("flags\t\t: fpu avx512f avx512_bf16", "x86_64", True),
-        ("flags : fpu amx_bf16 amx_tile", "x86_64", True),
-        ("flags : fpu avx2 avx512f", "x86_64", False),
-        ("model name : avx512_bf16", "x86_64", False),
-        ("Features : fp asimd bf16", "aarch64", True),
-        ("Features : fp asimd", "aarch64", False),
-        ("flags : bf16", "riscv64", False),
-    ],
-)
-def test_instructions_for_bfloat16_are_read_from_the_kernel(tmp_path, cpuinfo, architecture, native):
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{cpuinfo}\n")
-    assert native_bfloat16(tmp_path / "cpuinfo", architecture) is native
-    assert not native_bfloat16(tmp_path / "nothing", architecture)
-
-
-def test_a_cpu_without_the_instructions_computes_in_float32():
-    assert machine.compute_dtype(on_cpu=True, native=False)[0] == "float32"
-    assert machine.compute_dtype(on_cpu=True, native=True)[0] == "bfloat16"
-    assert machine.compute_dtype(on_cpu=False, native=False)[0] == "bfloat16"
+def test_a_cpu_computes_in_float32_unless_told_otherwise():
+    assert machine.compute_dtype(on_cpu=True)[0] == "float32"
+    assert machine.compute_dtype(on_cpu=False)[0] == "bfloat16"
 
 
 def test_a_memory_limit_of_the_container_counts(tmp_path):
@@ -59,8 +41,8 @@ def test_text_leaves_to_the_machine_what_nobody_set():
     chosen, words = machine.with_type(config, on_cpu=False)
     assert chosen.policy.compute_dtype == "bfloat16" and "accelerator" in words[0]
     on_cpu, words = machine.with_type(config, on_cpu=True)
-    assert on_cpu.policy.compute_dtype == ("bfloat16" if native_bfloat16() else "float32")
-    assert len(words) == 1 and "this CPU has" in words[0]
+    assert on_cpu.policy.compute_dtype == "float32"
+    assert len(words) == 1 and "emulated on most CPUs" in words[0]
     config = text_config("--policy.compute_dtype", "float32", "--policy.remat", "dots", "--objective.packing", "false")
     assert machine.with_type(config, on_cpu=False) == (config, [])
     assert machine.with_memory(config, None, None, 8, on_cpu=True) == (config, [])
@@ -98,7 +80,7 @@ def test_a_run_keeps_its_type_on_another_machine(tmp_path):
     other = text_config("--policy.compute_dtype", "float32")
     assert with_type_of(tmp_path, other) == other
     with pytest.raises(ConfigError, match=r"policy\.compute_dtype=bfloat16 there, float32 now"):
-        check_config(tmp_path, other)
+        changes(tmp_path, settings(began), other)
 
 
 def test_a_config_without_types_still_has_an_architecture():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,23 +59,6 @@ _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4
 """The smallest ones of v5p."""
 TOPOLOGIES = {"v5e": _SLICES, "v6e": _SLICES, "v5p": _CUBES}
 """TPUs that their compiler can compile for on any machine."""
-
-
-_BFLOAT16 = {"x86_64": {"avx512_bf16", "amx_bf16"}, "aarch64": {"bf16", "svebf16"}}
-"""What Linux calls instructions that multiply bfloat16 numbers, by architecture."""
-
-
-def native_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
-    """Whether this machine's CPU multiplies bfloat16 numbers itself; False where that is not known.
-
-    Without such instructions XLA converts every operand to float32 and every result back.
-    """
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return False
-    known = {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split()}
-    return bool(known & _BFLOAT16.get(machine or platform.machine(), set()))
 
 
 def host_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
