@@ -88,7 +88,7 @@ def read_config(argv: Sequence[str]) -> Config:
         config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS}, argv)
     except ConfigError as error:
         try:
-            return _checked(cli.parse(argv, PROG, DESCRIPTION))  # fields of another task that has its own alphabet
+            config = cli.parse(argv, PROG, DESCRIPTION)  # fields of another task that has its own alphabet
         except ConfigError:
             raise error from None
     if embedded(config):
