@@ -173,7 +173,8 @@ def few_files(trial: Trial, fault: Fault) -> None:
     if runs.wait_for(run, trial.folder, fault["moment"]):
         for pid in run.living():
             held = len(os.listdir(f"/proc/{pid}/fd"))
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (held + fault["more"], resource.RLIM_INFINITY))
+            _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (held + fault["more"], most))
     trial.end(run, {0, 1, 2, -signal.SIGABRT})
 
 

@@ -29,7 +29,7 @@ from pspo_jax.io import damage
 from pspo_jax.io.checksums import layout, named_checksums, verify
 from pspo_jax.io.damage import DamageError
 from pspo_jax.io.metadata import damaged_metadata, finite, mend_scores, read_metadata
-from pspo_jax.io.storage import LONGEST_PAUSE, StorageError, os_reason, pause, room, size, writing
+from pspo_jax.io.storage import LONGEST_PAUSE, LateError, StorageError, os_reason, pause, room, size, writing
 from pspo_jax.parallel import hosts
 
 RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
@@ -154,7 +154,7 @@ class Checkpoints:
         """
         before = self._settle()
         if before is not None:
-            if self._config.on_error == "stop":
+            if self._config.on_error == "stop" and not isinstance(before, LateError):
                 raise before
             self._say(f"{before}; step {step} is saved instead")
             self._reopen()
@@ -180,7 +180,8 @@ class Checkpoints:
         began, seconds = time.monotonic(), 1.0
         while (error := self._settle()) is not None:
             over = time.monotonic() - began > 60 * self._config.retry_minutes or not self._can_repeat()
-            if hosts.any_says(self._config.on_error == "stop" or over or self._stop()):
+            final = self._config.on_error == "stop" and not (isinstance(error, LateError) and seconds == 1.0)
+            if hosts.any_says(final or over or self._stop()):
                 raise error
             self._say(f"{error}; it is tried again in {seconds:.0f} s")
             pause(seconds, self._stop)
@@ -244,9 +245,11 @@ class Checkpoints:
     def _failure(self, error: BaseException) -> StorageError:
         """The error of a save in one line, or the error itself raised, if no disk was the reason."""
         reason = str(error) if isinstance(error, StorageError) else os_reason(error)
-        if reason is None or self._writing is None:
+        if self._writing is None or (reason is None and not isinstance(error, TimeoutError)):
             raise error
         step = self._writing[0].step
+        if reason is None:
+            return LateError(f"{self.folder}: checkpoint {step} was not written in time by the wall clock ({error})")
         whole = [s for s in saved_steps(self.folder) if s != step]
         needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
         return StorageError(
@@ -260,7 +263,7 @@ class Checkpoints:
         try:
             self._orbax.close()
         except RAISED as error:
-            if os_reason(error) is None:
+            if os_reason(error) is None and not isinstance(error, TimeoutError):
                 raise
         self._orbax = self._open()
 

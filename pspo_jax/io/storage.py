@@ -22,6 +22,10 @@ class StorageError(Exception):
     """A file cannot be read or written now, and nothing is wrong with it: one line; the exit code is 1."""
 
 
+class LateError(StorageError):
+    """Orbax has waited too long for a save by the wall clock, which may have jumped; the save is tried once more."""
+
+
 def os_reason(error: BaseException) -> str | None:
     """What the operating system said, if an error comes from it; None if it does not.
 
