@@ -79,8 +79,6 @@ def main(argv: Sequence[str]) -> int:
             with stop_requests() as stop, hosts.failing_together():
                 if args.model:
                     config = with_date(config, out / "settings.json")
-                if hosts.leads():
-                    _check_settings(out, config, args)
                 try:
                     return _run(args, config, names, data, steps, out, progress, stop, pool)
                 except StoppedError:  # on all processes at once
@@ -106,6 +104,8 @@ def _run(
     config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
     for words in chosen:
         progress.say(f"default of this machine: {words}")
+    if hosts.leads():
+        _check_settings(out, config, args)
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, len(jax.devices()))
     mesh = make_mesh(config, architecture)
