@@ -34,6 +34,7 @@ from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
+from pspo_jax.io.storage import write_whole
 from pspo_jax.machine import with_type
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
@@ -422,9 +423,7 @@ def _evaluate(
 def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[str, int]) -> None:
     results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
     write_json(out / "results.json", results)
-    unfinished = out / "table.md.partial"
-    unfinished.write_text(tables.markdown(rows, FIVE), encoding="utf-8")
-    unfinished.rename(out / "table.md")
+    write_whole(out / "table.md", tables.markdown(rows, FIVE).encode())
     tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
 
 

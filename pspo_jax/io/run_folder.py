@@ -141,12 +141,7 @@ class RunLog:
         """Sample completions of one step, to the folder and the screen."""
         if not self._writes:
             return
-
-        def write() -> None:
-            with writing(self._folder / "completions"):
-                write_completions(self._folder / "completions", step, lines, file_format)
-
-        self._persist(write)
+        self._persist(lambda: write_completions(self._folder / "completions", step, lines, file_format))
         if self._console is not None:
             print_completions(self._console, lines)
 

@@ -102,12 +102,13 @@ class Persist(NamedTuple):
     stop: Callable[[], bool] = lambda: False
     """Whether to give up."""
 
-    def __call__(self, write: Callable[[], None]) -> None:
+    def __call__(self, write: Callable[[], object]) -> None:
         """Call `write()`, which raises StorageError, until it succeeds or it is to be given up."""
         began, seconds = time.monotonic(), 1.0
         while True:
             try:
-                return write()
+                write()
+                return
             except StorageError as error:
                 over = time.monotonic() - began > 60 * self.minutes
                 if self.on_error == "stop" or over or self.stop():

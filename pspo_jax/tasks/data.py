@@ -280,22 +280,7 @@ def tokenised(
     It is kept in `folder` and found again when data, settings and tokenizer are the same.
     """
     datasets = quiet()
-    value, sequence = datasets.Value, datasets.Sequence
-    features = datasets.Features(
-        text=value("string"),
-        answer=value("string"),
-        kind=value("string"),
-        extra=value("string"),
-        reason=value("string"),
-        digest=value("uint64"),
-        question=value("uint64"),
-        length=value("int32"),
-        largest=value("int32"),
-        ids=sequence(value("int32")),
-        part=value("int32"),
-        row=value("int64"),
-    )
-
+    features = _features(datasets)
     records = rows_of(source.records)
     if source.note:
         say(source.note)
@@ -334,6 +319,16 @@ def tokenised(
             cache_file_name=str(path),
             load_from_cache_file=True,
         )
+
+
+def _features(datasets: Any) -> Any:
+    """The columns of `tokenised` and their types."""
+    texts = dict.fromkeys(("text", "answer", "kind", "extra", "reason"), "string")
+    hashes = dict.fromkeys(("digest", "question"), "uint64")
+    columns = {name: datasets.Value(dtype) for name, dtype in (texts | hashes).items()}
+    columns |= {name: datasets.Value("int32") for name in ("length", "largest")}
+    columns["ids"] = datasets.Sequence(datasets.Value("int32"))
+    return datasets.Features(**columns, part=datasets.Value("int32"), row=datasets.Value("int64"))
 
 
 def _encoded(
