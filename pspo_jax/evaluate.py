@@ -4,9 +4,9 @@
     python -m pspo_jax.evaluate --run RUN --benchmarks math500,mine --data mine=FILE [--task.answer_column NAME]
     python -m pspo_jax.evaluate --model FOLDER_OR_HUB_ID --out DIR
 
-It writes one JSONL file per checkpoint and benchmark, results.json, table.md and curve.png. Killed, the same command
-carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. The devices that are there are
-used, whatever the run was trained on, and started as several processes, as training is, they share the work.
+It writes one JSONL file per checkpoint and benchmark, results.json, table.md and curve.png. After a kill the same
+command carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. It uses the devices that
+are there, whatever the run was trained on; several processes, started as in training, share the work.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
                     "lower optimizer.learning_rate"
                 )
             stopping = not last and run.stop()
-            # A save that failed is told of at once; of several processes, at the next one that all of them make.
+            # One process reports a save that failed at once; several do at the next save, which all of them make.
             late = hosts.count() == 1 and checkpoints.failed()
             if evaluated or stopping or late or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)

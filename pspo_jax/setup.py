@@ -317,7 +317,7 @@ def first_params(
         return FirstParams(found[0], frozen, f"cold start of {found[1]}")
     kept = _Progress(setup, folder / "cold_start.progress", wanted, progress.say, stop)
     progress.say(
-        f"the cold start: {setup.config.sft.steps:,} supervised steps on examples, before the RL begins; "
+        f"the cold start takes {setup.config.sft.steps:,} supervised steps on examples before the RL begins; "
         "--sft.steps 0 leaves it out"
     )
     with phase("sft"):

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if config.run.start_over:
         raise ConfigError(
-            "run.start_over=true: is for pspo_jax.train; a cold start of other settings is set aside anyway"
+            "run.start_over=true: is for pspo_jax.train; drop it, as a cold start of other settings is set aside anyway"
         )
     folder = open_folder(config.run.dir)
     with started(config, folder) as (pool, asked):
@@ -104,7 +104,7 @@ def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
 
 
 def _prepare(config: Config, pool: Any, progress: Progress) -> Setup:
-    """What training needs; for a language model without a task of RL, whose fields its mesh must not depend on."""
+    """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
     if embedded(config):
         return prepare(config, pool=pool, say=progress.say)
     _, tokenizer, _ = architecture_for(config)

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,12 +39,22 @@ _DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|I
 
 
 def hush() -> None:
-    """Keep Orbax from logging what its threads raise: it reaches the caller too, who says it in a line.
+    """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
 
-    What TensorStore's own threads raise afterwards passes no logger; `cli.run` leaves it out.
+    TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
+    this hook or to `sys.excepthook`, which `cli.run` sets.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def without_late_answers(event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            before(event)
+
+    sys.unraisablehook = without_late_answers
 
 
 class _Save(NamedTuple):
@@ -223,9 +234,7 @@ class Checkpoints:
 
         What is no error of a disk is raised.
         """
-        error = None
-        if self._writing is not None:
-            error = self._writing[1].exception()
+        error = None if self._writing is None else self._writing[1].exception()
         failed = hosts.any_says(error is not None)
         if error is not None:
             return self._failure(error)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """Errors that the same command meets again: the folder is the wrong one. The others may pass."""
 LONGEST_PAUSE = 30.0
-"""Seconds between two tries to write."""
+"""Seconds between two tries to write, at most."""
 
 
 class StorageError(Exception):

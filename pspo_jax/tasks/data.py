@@ -26,7 +26,7 @@ AS_TEXT = ("json", "csv")
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "target")
 _LAYOUT = "3"
-"""Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
+"""Version of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
 _SAID_FROM = 20_000
 _LOOKED_AT = 1000
 """Rows in which a dotted column is looked for."""
