@@ -69,10 +69,11 @@ def size(count: float) -> str:
 
 
 def unwritten(path: Path, error: OSError, needed: int) -> StorageError:
-    """The error of a write that failed."""
+    """The error of a write of `needed` bytes that failed; 0 = nobody knows how many."""
+    wanted = f"{size(needed)} are needed and " if needed else ""
     return StorageError(
-        f"{path}: cannot be written ({error.strerror or error}); {size(needed)} are needed and {room(path.parent)}; "
-        "once it can, the same command carries on"
+        f"{path}: cannot be written ({error.strerror or error}); {wanted}{room(path.parent)}; once it can, the same "
+        "command carries on"
     )
 
 
