@@ -106,7 +106,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 def resolve(config: Config) -> Config:
     """`config` with every None that the algorithm, then selector and loss, decide filled from their presets.
 
-    What nothing would read stays None. The result follows nothing any more: all of its fields count as given.
+    Fields that nothing reads stay None. All fields of the result count as given: a later `replace` changes no other.
 
     Raises:
       ConfigError: a field names no entry of its table.
@@ -149,7 +149,7 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     Args:
       kinds: names of the run's tasks, for selection.quotas.
     Raises:
-      ConfigError: as `validation.validate`, which has seen a resolved config already.
+      ConfigError: as `validation.validate`; a config that is resolved has been validated, and is not checked again.
     """
     if config.given != frozenset(flatten(config)):
         from pspo_jax.validation import validate  # it imports this module

@@ -80,7 +80,8 @@ def run(main: Any, prog: str) -> None:
 def _is_late_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
     """Whether an error is that of a read or write which ends after Orbax has given up on the others beside it.
 
-    TensorStore then prints a traceback for each, from a thread of its own; what Orbax raised says why.
+    Orbax has closed the event loop then, and Python would print a traceback for each answer of TensorStore, from a
+    thread of TensorStore's own. What Orbax has raised already says why.
     """
     in_main = threading.current_thread() is threading.main_thread()
     return kind is RuntimeError and not in_main and str(error) == "Event loop is closed"

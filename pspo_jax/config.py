@@ -2,7 +2,7 @@
 
 Every field's docstring gives its meaning and unit and is what `--help` shows. Ranges stand in the type. A field whose
 default is `None` follows `algorithm.name` (see `algorithms.py`), the machine or another field, as its docstring says.
-What a task of text or adapters have instead of a default that stands here is in `defaults.py`.
+A task of text and adapters replace some of the defaults here by those in `defaults.py`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class RunConfig:
     print_config: bool = False
     """Print the resolved configuration as YAML and exit."""
     start_over: bool = False
-    """Begin at step 0 in a folder that holds a run already; its files are moved to set_aside/ inside the folder. It is
-    not kept in config.yaml."""
+    """Whether to begin at step 0 in a folder that holds a run already, whose files are then moved to set_aside/ inside
+    the folder. It is not kept in config.yaml."""
     compilation_cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
@@ -85,8 +85,8 @@ class TaskConfig:
     solution, target."""
     answer_transform: AnswerTransform | None = None
     """How the gold answer stands in its column: as it is (none), after `####` (gsm8k), the members of a list or of its
-    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, the
-    task's own for all else."""
+    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, and
+    the task's own form for all else."""
     choices_column: str = "choices"
     """multiple_choice: column of the list of options."""
     choices_answer: ChoicesAnswer | None = None
@@ -124,8 +124,8 @@ class PromptConfig:
     """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the row's or the template's
     own. Rows that have one of their own are refused beside it."""
     question: str = "{question}"
-    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed. In a
-    conversation it is the last turn, if that is the user's."""
+    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed. Of a
+    conversation it stands around the last turn, if that is the user's."""
     prefill: str = ""
     """Beginning of the answer, given to the policy, such as "<think>\\n": part of the prompt, and rewards see it."""
     thinking: bool | None = None
@@ -170,18 +170,18 @@ class PolicyConfig:
     """RMSNorm on the heads of q and k (Qwen3)."""
     param_dtype: Dtype = "float32"
     """Type in which weights are held. Optimizer state is float32 always. An update below about 1/512 of a bfloat16
-    weight is lost, which learning rates of 1e-6 mostly are: choose float32 where all weights train."""
+    weight is lost, as most updates are at a learning rate of 1e-6: choose float32 where all weights train."""
     compute_dtype: Dtype | None = "float32"
-    """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always. None, a text task's
-    default = by the machine: bfloat16, but float32 on a CPU, most of which emulate bfloat16. It is said at
-    the start and written to config.yaml, and a run that is resumed keeps it."""
+    """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always. None (the
+    default of a task of text) = what suits the machine: bfloat16, but float32 on a CPU, as most CPUs emulate bfloat16.
+    The choice is printed at the start and written to config.yaml, and a run that is resumed keeps it."""
     scan_unroll: Annotated[int, Range(1)] = 2
     """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""
     remat: Remat | None = "none"
     """What the backward pass computes anew instead of keeping it, by block: none; all but the results of projections
     (dots); all but the block's input (full; about a third more work); the same with the inputs in the host's memory
-    (offload). None, a text task's default = full; on a CPU the least for which activations fit in a quarter of its
-    memory."""
+    (offload). None (the default of a task of text) = full; on a CPU the least for which activations fit in a quarter
+    of its memory."""
 
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     """What computes attention over whole rows, in updates and prompts. auto = on a TPU or GPU and for rows of 512
@@ -355,7 +355,8 @@ class CheckpointConfig:
     keep: Annotated[int, Range(1)] = 3
     """Latest checkpoints kept."""
     keep_best: Annotated[int, Range(0)] = 1
-    """Checkpoints with the best greedy held-out accuracy kept beside them; without a finite one none is ranked."""
+    """Checkpoints with the best greedy held-out accuracy kept beside them; one whose accuracy is not finite
+    is not ranked."""
     on_error: Literal["stop", "retry"] = "stop"
     """What happens when the run folder cannot be written, as on a full disk: the run ends with one line (stop), or it
     waits and tries again with what it has in memory (retry)."""
@@ -414,7 +415,7 @@ class VerifierConfig:
     """Seconds of processor time for one completion (for one group, if a function takes a list); then its worker is
     killed and it has no verdict."""
     wall_limit: Annotated[float, Range(0.0)] = 0.0
-    """Seconds that a completion may take in all, as where its verifier sleeps or asks a service; time in which other
+    """Seconds that a completion may take in all, also while its verifier sleeps or asks a service; time in which other
     processes have the processors does not count. 0 = six times `deadline`."""
     memory_mib: Annotated[int, Range(256)] = 4096
     """Address space of a worker, MiB."""
@@ -449,8 +450,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     given: frozenset[str] | None = None
-    """Fields that are set, by their dotted names: the others follow the task (`defaults.py`). `replace` keeps it. None,
-    of a config made by hand, = those that differ from their defaults."""
+    """Dotted names of the fields that somebody has set; the others follow the task (`defaults.py`). `replace` keeps the
+    record. None, as in a config made by hand = the fields that differ from their defaults."""
 
 
 def round_prompts(config: Config) -> int:

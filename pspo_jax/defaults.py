@@ -38,7 +38,7 @@ COUNTDOWN_DEFAULTS: dict[str, Any] = {
 }
 """Defaults of countdown in its own alphabet."""
 LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "policy.param_dtype": "bfloat16"}
-"""Defaults with lora.rank > 0, before those of the task."""
+"""Defaults with lora.rank > 0; they win over those of the task."""
 FOLLOWERS = tuple(TEXT_DEFAULTS | COUNTDOWN_DEFAULTS | LORA_DEFAULTS)
 """Fields whose default follows the task or lora.rank."""
 

@@ -4,9 +4,9 @@
     python -m pspo_jax.evaluate --run RUN --benchmarks math500,mine --data mine=FILE [--task.answer_column NAME]
     python -m pspo_jax.evaluate --model FOLDER_OR_HUB_ID --out DIR
 
-It writes one JSONL file per checkpoint and benchmark, results.json, table.md and curve.png. Killed, the same command
-carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. The devices that are there are
-used, whatever the run was trained on, and started as several processes, as training is, they share the work.
+It writes one JSONL file per checkpoint and benchmark, results.json, table.md and curve.png. After a kill the same
+command carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. It uses the devices that
+are there, whatever the run was trained on; several processes, started as in training, share the work.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
+from pspo_jax.io.storage import write_whole
 from pspo_jax.machine import with_type
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
@@ -422,9 +423,7 @@ def _evaluate(
 def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[str, int]) -> None:
     results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
     write_json(out / "results.json", results)
-    unfinished = out / "table.md.partial"
-    unfinished.write_text(tables.markdown(rows, FIVE), encoding="utf-8")
-    unfinished.rename(out / "table.md")
+    write_whole(out / "table.md", tables.markdown(rows, FIVE).encode())
     tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
 
 

@@ -315,7 +315,7 @@ def heldout_scores(
             state.weights,
             setup.task,
             c,
-            # First of all, so that no batch's number makes it a key of another purpose.
+            # The purpose is folded in before a batch's number, which might equal the number of another purpose.
             jax.random.fold_in(state.key, EVALUATE),
             batch=c.rollout.prompts * c.rollout.group_size,
             place=lambda prompts: hosts.put(prompts, rows),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +14,8 @@ from pspo_jax.config import Config
 from pspo_jax.io import history
 from pspo_jax.io.checkpoint import Checkpoints, saved_steps, whole_ones
 from pspo_jax.io.checksums import named_checksums
-from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import RunLog, open_folder, read_summary, with_type_of, write_json
-from pspo_jax.io.stop import stop_requests
 from pspo_jax.io.storage import Persist, StorageError, writing
 from pspo_jax.iteration import heldout_scores, one_step, ring_to_device
 from pspo_jax.parallel import hosts
@@ -26,7 +23,7 @@ from pspo_jax.programs import Programs, compiling
 from pspo_jax.report import write_report
 from pspo_jax.resume import early_check, restore, save_content, source_fingerprint
 from pspo_jax.run_date import with_date
-from pspo_jax.setup import Setup, configure_runtime, first_params, place_state, prepare, verifiers
+from pspo_jax.setup import Setup, first_params, place_state, prepare, started
 from pspo_jax.state import TrainState
 from pspo_jax.tasks.text import write_left_out
 from pspo_jax.verdicts import NoVerdictError
@@ -37,7 +34,7 @@ class _Run(NamedTuple):
 
     setup: Setup
     config: Config
-    """As it was given: `setup.config` has the machine's choices in it."""
+    """What config.yaml keeps: `setup.config` with the mesh as it was given."""
     folder: Path
     checkpoints: Checkpoints
     progress: Progress
@@ -49,23 +46,12 @@ class _Run(NamedTuple):
 def train(config: Config) -> int:
     """Train as the config says, or carry on where its run folder stopped. Returns the exit code."""
     folder = open_folder(config.run.dir)
-    with ExitStack() as held, stop_requests() as asked:
-        progress = Progress(config.log.progress)
-        # Verifiers write to the folder too. Where only a cluster knows who leads, the lock waits until all have joined.
-        number = hosts.number_before_joining(config)
-        if number is not None:
-            held.enter_context(locked(folder, progress.say, number))
-        pool = held.enter_context(verifiers(config, folder / "workers.log"))
-        hosts.initialize(config)
-        with hosts.failing_together():
-            if number is None and hosts.leads():
-                held.enter_context(locked(folder, progress.say))
-            configure_runtime(config)
-            config = with_type_of(folder, with_date(config, folder / "config.yaml"))
-            progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
-            setup = prepare(config, pool=pool, say=progress.say)
-            # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
-            return _train(dataclasses.replace(setup.config, mesh=config.mesh), setup, folder, progress, asked)
+    with started(config, folder) as (pool, asked):
+        config = with_type_of(folder, with_date(config, folder / "config.yaml"))
+        progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
+        setup = prepare(config, pool=pool, say=progress.say)
+        # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
+        return _train(dataclasses.replace(setup.config, mesh=config.mesh), setup, folder, progress, asked)
 
 
 def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked: Callable[[], bool]) -> int:
@@ -209,7 +195,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
                     "lower optimizer.learning_rate"
                 )
             stopping = not last and run.stop()
-            # A save that failed is told of at once; of several processes, at the next one that all of them make.
+            # One process reports a save that failed at once; several do at the next save, which all of them make.
             late = hosts.count() == 1 and checkpoints.failed()
             if evaluated or stopping or late or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)

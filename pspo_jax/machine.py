@@ -21,7 +21,7 @@ from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.attention import block_size
 
 _MEMORY_SHARE = 0.25
-"""Of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
+"""Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
 
 
 def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
@@ -35,8 +35,8 @@ def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
 def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
     """The type of products that is the default of a machine, and why.
 
-    XLA emulates bfloat16 on most CPUs, and the processor's flags do not tell where it is faster: with them there is the
-    same program, which was slower on one processor and faster on another.
+    XLA emulates bfloat16 on most CPUs. Whether it is faster, a processor's flags do not tell: of two processors whose
+    flags name bfloat16, it was slower on one and faster on the other.
     """
     if on_cpu:
         return "float32", "bfloat16 is emulated on most CPUs; set it where yours is faster with it"

@@ -190,7 +190,7 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
 
 
 def _rollout_details(setup: Setup) -> dict[str, float]:
-    """Of one part of a round, with every completion at its longest."""
+    """Bytes per device that rolling out one part of a round needs, with every completion at its longest."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
@@ -212,7 +212,7 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
 
 
 def _update_details(setup: Setup) -> dict[str, float]:
-    """Of one microbatch, as its backward pass begins: sums of gradients so far, what is kept, and what is at work."""
+    """Bytes per device as a microbatch's backward pass begins: sums of gradients, what is kept, and what is at work."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
     new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.objective.minibatches

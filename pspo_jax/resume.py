@@ -59,8 +59,8 @@ def _check_settings(setup: Setup, folder: Path, metadata: dict[str, Any]) -> lis
     found = changes(folder, metadata["config"], setup.config)
     if metadata["step"] > setup.config.run.steps:
         raise ConfigError(
-            f"run.steps={setup.config.run.steps}: {folder} has done {metadata['step']} steps already; set at least so "
-            "many, or choose another --run.dir"
+            f"run.steps={setup.config.run.steps}: {folder} has done {metadata['step']} steps already; set at least "
+            "that many, or choose another --run.dir"
         )
     return found
 
@@ -208,7 +208,7 @@ def old_rows(before: np.ndarray, now: np.ndarray) -> Int[np.ndarray, "N"]:
 
 
 def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> SavedState:
-    """The saved state's shapes for another number of prompts, and another padded length of theirs."""
+    """The saved state's shapes for another number of prompts, and for stored prompts of another padded length."""
     columns = None if setup.columns is None else jax.tree.map(lambda x: np.zeros(prompts, x.dtype), setup.columns)
 
     def sized(init: Any, *known: Any) -> Any:

@@ -105,13 +105,16 @@ class _Work(NamedTuple):
     heads: float
     """Tokens whose logits are computed."""
     pairs: float
-    """Of a token and one that it attends to, itself included, without windows."""
+    """Pairs of a token and one that it attends to, itself included, as if there were no windows."""
     longest: float
     """Tokens that one may attend to at most."""
 
 
 def _update_work(setup: Setup) -> _Work:
-    """Of one pass over a step's rows; in bins, as if every prompt were the shortest, and there once where shared."""
+    """What one pass over a step's rows computes at least.
+
+    Packed prompts count as if all were as short as the shortest; a shared prompt counts once for its group.
+    """
     c, g = setup.config, setup.config.rollout.group_size
     new, rows = c.rollout.max_new_tokens, c.rollout.prompts * g
     longest = setup.task.train.tokens.shape[1] + new

@@ -237,10 +237,10 @@ def microbatches(rows: Rows, config: Config) -> int:
 
 
 def bins_at_a_time(rows: int, config: Config) -> int:
-    """Bins of so many packed rows that are computed together; as many times as there are bins that hold a row.
+    """How many bins of so many packed rows are computed together; bins that hold no row are left out.
 
-    Where objective.microbatch_rows allows all rows at once, they are an eighth of them: there are as many bins as rows,
-    and those that hold none are left out by whole microbatches.
+    Where objective.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
+    and empty ones can only be left out by whole microbatches.
     """
     at_most = config.objective.microbatch_rows
     return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))

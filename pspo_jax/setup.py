@@ -6,8 +6,8 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from pspo_jax import algorithms, flags
 from pspo_jax.cold_start import cold_start, settings
 from pspo_jax.config import Config, ConfigError, embedded, replace
 from pspo_jax.io.damage import DamageError
+from pspo_jax.io.lock import locked
 from pspo_jax.io.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
 from pspo_jax.io.progress import Progress
+from pspo_jax.io.stop import stop_requests
 from pspo_jax.io.storage import Persist, StorageError
 from pspo_jax.machine import with_memory, with_type
 from pspo_jax.optimizer import adamw, updates_per_step
@@ -103,6 +105,30 @@ def verifiers(config: Config, log: Path | None = None) -> AbstractContextManager
     return nullcontext() if embedded(config) else make_pool(config, log)
 
 
+@contextmanager
+def started(config: Config, folder: Path) -> Iterator[tuple[Pool | None, Callable[[], bool]]]:
+    """Hold the run folder, with the verifiers started, all processes of the run joined and JAX configured.
+
+    Yields the verifiers, and whether this process was asked to stop.
+
+    Raises:
+      ConfigError: another process holds the folder, or the verifiers cannot be started.
+    """
+    with ExitStack() as held, stop_requests() as asked:
+        say = Progress(config.log.progress).say
+        # Verifiers write to the folder too. Where only a cluster knows who leads, the lock waits until all have joined.
+        number = hosts.number_before_joining(config)
+        if number is not None:
+            held.enter_context(locked(folder, say, number))
+        pool = held.enter_context(verifiers(config, folder / "workers.log"))
+        hosts.initialize(config)
+        with hosts.failing_together():
+            if number is None and hosts.leads():
+                held.enter_context(locked(folder, say))
+            configure_runtime(config)
+            yield pool, asked
+
+
 def prepare(
     config: Config,
     weights: bool = True,
@@ -135,14 +161,7 @@ def prepare(
     for line in _remarks(config, source, architecture, task):
         say(line)
     settings(config, task)  # reads sft.data: a missing file is found out here
-    if task.vocab_size % config.mesh.tensor:
-        raise ConfigError(f"mesh.tensor={config.mesh.tensor}: does not divide the vocabulary of {task.vocab_size}")
-    split = (config.mesh.fsdp or 1) * config.mesh.tensor if architecture.split_decode else 1
-    if task.vocab_size % split:
-        raise ConfigError(
-            f"rollout.weights=split: mesh.fsdp x mesh.tensor = {split} does not divide the vocabulary of "
-            f"{task.vocab_size}; use gathered, or a smaller mesh.fsdp"
-        )
+    _check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,
         config.policy.attention,
@@ -169,6 +188,19 @@ def prepare(
     shardings = _state_shardings(setup, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return setup._replace(abstract=abstract)
+
+
+def _check_vocabulary(config: Config, rows: int) -> None:
+    """Raise ConfigError for a mesh that does not divide the `rows` of the embedding among its devices."""
+    m = config.mesh
+    if rows % m.tensor:
+        raise ConfigError(f"mesh.tensor={m.tensor}: does not divide the vocabulary of {rows}; choose a divisor")
+    split = (m.fsdp or 1) * m.tensor if config.rollout.weights == "split" else 1
+    if rows % split:
+        raise ConfigError(
+            f"rollout.weights=split: mesh.fsdp x mesh.tensor = {split} does not divide the vocabulary of {rows}; use "
+            "gathered, or a smaller mesh.fsdp"
+        )
 
 
 def _remarks(config: Config, source: Source | None, architecture: Architecture, task: Task) -> list[str]:
@@ -285,7 +317,7 @@ def first_params(
         return FirstParams(found[0], frozen, f"cold start of {found[1]}")
     kept = _Progress(setup, folder / "cold_start.progress", wanted, progress.say, stop)
     progress.say(
-        f"the cold start: {setup.config.sft.steps:,} supervised steps on examples, before the RL begins; "
+        f"the cold start takes {setup.config.sft.steps:,} supervised steps on examples before the RL begins; "
         "--sft.steps 0 leaves it out"
     )
     with phase("sft"):

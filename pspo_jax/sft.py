@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,11 @@ from pspo_jax.demonstrations import demonstration_task, read_text
 from pspo_jax.export import write_model
 from pspo_jax.io import history
 from pspo_jax.io.hf_folder import write_folder
-from pspo_jax.io.lock import locked
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import open_folder
-from pspo_jax.io.stop import stop_requests
 from pspo_jax.parallel import hosts
 from pspo_jax.run_date import with_date
-from pspo_jax.setup import FirstParams, Setup, architecture_for, configure_runtime, first_params, prepare, verifiers
+from pspo_jax.setup import FirstParams, Setup, architecture_for, first_params, prepare, started
 from pspo_jax.tasks import TextTokenizer
 from pspo_jax.tasks.base import json_lines
 
@@ -55,27 +52,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if config.run.start_over:
         raise ConfigError(
-            "run.start_over=true: is for pspo_jax.train; a cold start of other settings is set aside anyway"
+            "run.start_over=true: is for pspo_jax.train; drop it, as a cold start of other settings is set aside anyway"
         )
     folder = open_folder(config.run.dir)
-    with ExitStack() as held, stop_requests() as asked:
-        progress = Progress(config.log.progress)
-        # As in training: where only a cluster knows who leads, the lock waits until all have joined.
-        number = hosts.number_before_joining(config)
-        if number is not None:
-            held.enter_context(locked(folder, progress.say, number))
-        pool = held.enter_context(verifiers(config, folder / "workers.log"))
-        hosts.initialize(config)
-        with hosts.failing_together():
-            if number is None and hosts.leads():
-                held.enter_context(locked(folder, progress.say))
-            configure_runtime(config)
-            config = with_date(config, folder / "config.yaml")
-            progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
-            setup = _prepare(config, pool, progress)
-            with jax.set_mesh(setup.mesh):
-                first = first_params(setup, folder, progress, lambda: hosts.any_says(asked()))
-                return 0 if first.params is None else _finish(setup, first, folder, progress)
+    with started(config, folder) as (pool, asked):
+        config = with_date(config, folder / "config.yaml")
+        progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
+        setup = _prepare(config, pool, progress)
+        with jax.set_mesh(setup.mesh):
+            first = first_params(setup, folder, progress, lambda: hosts.any_says(asked()))
+            return 0 if first.params is None else _finish(setup, first, folder, progress)
 
 
 def read_config(argv: Sequence[str]) -> Config:
@@ -123,7 +109,7 @@ def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
 
 
 def _prepare(config: Config, pool: Any, progress: Progress) -> Setup:
-    """What training needs; for a language model without a task of RL, whose fields its mesh must not depend on."""
+    """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
     if embedded(config):
         return prepare(config, pool=pool, say=progress.say)
     _, tokenizer, _ = architecture_for(config)

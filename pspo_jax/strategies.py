@@ -52,7 +52,8 @@ class SelectionConfig:
     """What counts as a completion's success, for beliefs, pools and reports: its verdict (accuracy), or its reward,
     shaping included, within [0, 1]."""
     success_threshold: Annotated[float | None, Range()] = None
-    """Value of the verdict or reward from which on a completion is a success; None = the value itself is."""
+    """Value of the verdict or reward from which on a completion is a success; None = the value itself is
+    its degree of success."""
     exponent: Annotated[float, Range(0.0)] = 0.6
     """PPS: lambda, P(q) ~ priority^lambda; 0 = uniform draws."""
     exponent_end: Annotated[float | None, Range(0.0)] = None
@@ -230,7 +231,7 @@ class ObjectiveConfig:
     """log-ratio (k1), half its square (k2), or ratio - 1 - log-ratio (k3); + gives the gradient of k2, the KL's own."""
     kl_unbiased: bool = True
     """Multiply the KL term by the ratio of the policy to the one that drew the token, as TRL does by default: its
-    gradient is then unbiased off-policy, but where importance_cap cuts the ratio of an older policy."""
+    gradient is then unbiased off-policy, except where importance_cap cuts the ratio of an older policy."""
     off_policy: Literal["decoupled", "coupled", "ignored"] = "decoupled"
     """Groups of an older policy: decoupled clips around the policy at the start of the step and weighs by its ratio to
     the behaviour policy; coupled clips around the behaviour policy; ignored treats them as on-policy (ablations)."""
@@ -244,8 +245,8 @@ class ObjectiveConfig:
     """Optimizer updates a pass; whole prompts are dealt to minibatches in order."""
     microbatch_rows: Annotated[int, Range(0)] = 32
     """At most this many completions have their gradient computed at a time, accumulated over a minibatch; the largest
-    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch. Of packed rows, as many bins; where
-    all rows are allowed at a time, an eighth of them and at least 8."""
+    divisor of the minibatch that the mesh divides is used. 0 = a whole minibatch. With packed rows it counts bins;
+    where all rows are allowed at a time, the bins at a time are an eighth of them, and at least 8."""
     packing: bool | None = None
     """Pack whole completions into bins of the longest one's length, and compute no padding. None = where there are
     several microbatches and rollout.max_new_tokens is 256 or more, and for text on a CPU always. The loss is the same

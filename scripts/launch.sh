@@ -113,7 +113,7 @@ show() {
   printf '%s\n' "$line"
 }
 
-# alive PID: whether the process is there and not merely unburied.
+# alive PID: whether the process runs; one that has ended and was not waited for does not.
 alive() {
   local stat
   kill -0 "$1" 2>/dev/null || return 1

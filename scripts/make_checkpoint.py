@@ -1,6 +1,6 @@
 """A checkpoint of random weights in Hugging Face's format, written tensor by tensor: for tests, plans and benchmarks.
 
-scripts/make_checkpoint.py OUT --shape qwen2.5-1.5b [--tokenizer DIR] [--dtype bfloat16] [--config-only] [--force]
+python scripts/make_checkpoint.py OUT --shape NAME [--tokenizer DIR] [--dtype bfloat16] [--config-only] [--force]
 
 A folder that is there already is left alone. --force replaces one that this script made, and no other.
 """
@@ -76,7 +76,7 @@ def clear(out: Path, force: bool) -> None:
 
 
 def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | None, config_only: bool) -> None:
-    """Write the folder; weights are normal with standard deviation .02, norms one, biases zero."""
+    """Write the folder; weights are normal with standard deviation 0.02, norms one, biases zero."""
     out.mkdir(parents=True)
     (out / MARK).write_text("random weights, made by scripts/make_checkpoint.py\n")
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))

@@ -15,7 +15,7 @@ from pspo_jax.config import ConfigError
 from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
 from pspo_jax.io.params_folder import set_aside
-from pspo_jax.io.storage import writing
+from pspo_jax.io.storage import write_whole, writing
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import batch_sharding
 from pspo_jax.rollout.sampler import SamplingParams
@@ -143,7 +143,7 @@ def _recover(path: Path, header: dict[str, Any], say: Callable[[str], None] = la
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n")
+        write_whole(path, (json.dumps(header) + "\n").encode())
         return 0
     kept: list[str] = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -163,9 +163,7 @@ def _recover(path: Path, header: dict[str, Any], say: Callable[[str], None] = la
             kept.append(line if line.endswith("\n") else line + "\n")
     if not kept:
         kept = [json.dumps(header) + "\n"]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, "".join(kept).encode())
     return len(kept) - 1
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pspo_jax.evaluation.statistics import Summary, average
+from pspo_jax.io.storage import write_whole
 
 Rows = Mapping[str, Mapping[str, Summary]]
 """Checkpoint label -> benchmark name -> summary."""
@@ -83,9 +85,9 @@ def curve(path: Path, rows: Rows, steps: Mapping[str, int], title: str, five: Se
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
 
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
 
 
 def to_json(summary: Summary) -> dict[str, Any]:

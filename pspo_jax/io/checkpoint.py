@@ -41,7 +41,8 @@ _DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|I
 def hush() -> None:
     """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
 
-    TensorStore also answers event loops that Orbax closed when a first answer was an error.
+    TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
+    this hook or to `sys.excepthook`, which `cli.run` sets.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -233,9 +234,7 @@ class Checkpoints:
 
         What is no error of a disk is raised.
         """
-        error = None
-        if self._writing is not None:
-            error = self._writing[1].exception()
+        error = None if self._writing is None else self._writing[1].exception()
         failed = hosts.any_says(error is not None)
         if error is not None:
             return self._failure(error)

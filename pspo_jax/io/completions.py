@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pspo_jax.io.storage import write_whole, writing
 from pspo_jax.tasks.base import Completions, Scores, Task
 
 Line = dict[str, Any]
@@ -60,18 +62,23 @@ def _number(value: float) -> float | None:
 
 
 def write_completions(folder: Path, step: int, lines: list[Line], file_format: str) -> Path:
-    """`step_000010.jsonl`, or the same as parquet, in `folder`."""
-    folder.mkdir(exist_ok=True)
+    """Write `step_000010.jsonl`, or the same as parquet, in `folder`; returns its path.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:06d}.{file_format}"
-    partial = path.with_name(f"{path.name}.partial")
     if file_format == "parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), partial)
+        data = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), data)
+        write_whole(path, data.getvalue())
     else:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    partial.rename(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return path
 
 

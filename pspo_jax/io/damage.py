@@ -12,7 +12,8 @@ from pspo_jax.io.storage import unread, write_whole
 
 RECORD = "files.json"
 _LARGEST = 64 * 2**20
-"""Bytes up to which a file's checksum is in the record. Of larger ones their size is, and arrays have checksums."""
+"""Bytes up to which a file's checksum is in the record. Of a larger file the record has the size alone: the arrays in
+it have checksums of their own."""
 
 
 class DamageError(ValueError):
@@ -46,9 +47,8 @@ def complaint(folder: Path) -> tuple[str | None, bool]:
     found = _look(folder)
     recorded = _recorded(folder)
     if recorded is None:
-        return next((f"{name} is not JSON" for name in found if _is_json(name) and not _parses(folder / name)), None), (
-            False
-        )
+        broken = next((name for name in found if _is_json(name) and not _parses(folder / name)), None)
+        return None if broken is None else f"{broken} is not JSON", False
     for name, (length, crc) in recorded.items():
         if name not in found:
             return f"{name} is gone", True

@@ -29,7 +29,7 @@ class Events:
         append_whole(self._path, b"".join(map(_record, start)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of a step.
+        """Append the numbers of a step.
 
         Raises:
           StorageError: they cannot be written; nothing of them is.

@@ -16,9 +16,10 @@ from pspo_jax.io.run_folder import read_lines
 from pspo_jax.io.storage import append_whole, unread, write_whole, writing
 
 _NOT_KEPT = {"run.start_over": False, "run.print_config": False, "task.allow_change": False}
-"""Fields that are said once and never kept, with what the folder says instead."""
+"""Fields that hold for one command and are never kept, with the value that the folder keeps instead."""
 _UNSAID = ("run.dir", "run.fingerprint", "run.compilation_cache", "sft.share", "task.cache", *_NOT_KEPT)
-"""Fields of which nothing depends but where things are and what is shown, with every field of the stages below."""
+"""Fields that only say where things are and what is shown, with every field of the stages below; they change without a
+line."""
 _UNSAID_STAGES = ("distributed.", "runtime.", "log.")
 _DATA = (
     "task.train_data",
@@ -114,7 +115,7 @@ def _same_mixture(old: Any, new: Any) -> bool:
 
 
 def record(folder: Path, step: int, found: list[Change]) -> list[str]:
-    """Add changes to changes.jsonl, and say each in a line.
+    """Append changes to changes.jsonl; returns a line on each for the screen.
 
     Raises:
       StorageError: they cannot be written.

@@ -16,7 +16,7 @@ from pspo_jax.config import ConfigError
 from pspo_jax.io.storage import REFUSED, unwritten
 
 NAME = "run.lock"
-"""Of the leading process; another one that knows its number before it joins has run.<number>.lock."""
+"""Lock file of the leading process; another process that knows its number before it joins has run.<number>.lock."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """What file systems say that have no flock."""
 
@@ -80,4 +80,4 @@ def _holder(file: int) -> str:
         found = json.loads(os.pread(file, 4096, 0))
         return f"process {found['pid']} on {found['host']} since {found['since']}"
     except (ValueError, KeyError, TypeError):
-        return "another process, which has not said its name yet"
+        return "another process, which has not signed it yet"

@@ -42,7 +42,7 @@ def finite(scores: dict[str, float] | None) -> dict[str, float] | None:
 
 
 def damaged_metadata(folder: Path) -> list[tuple[int, str]]:
-    """Checkpoints whose metadata are not what was written, and in what."""
+    """(step, why) of each checkpoint whose metadata is not what was written."""
     found = []
     for path in sorted(folder.glob("*")):
         if path.name.isdigit() and path.is_dir():
@@ -54,7 +54,8 @@ def damaged_metadata(folder: Path) -> list[tuple[int, str]]:
 
 
 def mend_scores(folder: Path, steps: list[int]) -> list[str]:
-    """Write anew a checkpoint's scores, which its metadata holds too, where their file is damaged; what was done."""
+    """Write anew a checkpoint's scores, which its metadata holds too, where their file is damaged; returns
+    a line on each."""
     said = []
     for step in steps:
         path = folder / str(step) / "metrics" / "metrics"

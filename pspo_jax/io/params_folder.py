@@ -110,7 +110,7 @@ def load_folder(folder: Path, abstract: Any) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """settings.json, whole."""
+    """The contents of settings.json; DamageError unless it has the checksum that was written."""
     found = damage.read_json(folder / _SETTINGS)
     try:
         if damage.checksum({name: found[name] for name in ("settings", "checksums")}) == found["crc"]:

@@ -28,9 +28,9 @@ from pspo_jax.io.storage import REFUSED, Persist, append_whole, unread, unwritte
 from pspo_jax.parallel import hosts
 
 _ERRORS_BYTES = 2**20
-"""Size up to which reward_errors.log grows."""
+"""Bytes up to which reward_errors.log grows."""
 _ERROR_KINDS = 200
-"""Different tracebacks that are told apart; what they print beside their lines of code is not compared."""
+"""Kinds of traceback that are kept at most; tracebacks through the same lines of code are of one kind."""
 
 
 def open_folder(path: str) -> Path:
@@ -141,12 +141,7 @@ class RunLog:
         """Sample completions of one step, to the folder and the screen."""
         if not self._writes:
             return
-
-        def write() -> None:
-            with writing(self._folder / "completions"):
-                write_completions(self._folder / "completions", step, lines, file_format)
-
-        self._persist(write)
+        self._persist(lambda: write_completions(self._folder / "completions", step, lines, file_format))
         if self._console is not None:
             print_completions(self._console, lines)
 
@@ -167,7 +162,7 @@ class RunLog:
             there = path.stat().st_size if path.exists() else 0
             line = f"step {step}\n{text}\n".encode("utf-8", "backslashreplace")
             if there + len(line) > _ERRORS_BYTES:
-                line = f"step {step}\nwhat rewards raise is no longer kept: this file has reached its size\n".encode()
+                line = f"step {step}\nwhat rewards raise is no longer kept: this file has reached 1 MiB\n".encode()
             if there <= _ERRORS_BYTES:
                 self._persist(lambda line=line, path=path: append_whole(path, line))  # type: ignore[misc]
             if self._console is not None:

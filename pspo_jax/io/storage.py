@@ -15,7 +15,7 @@ from typing import NamedTuple
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """Errors that the same command meets again: the folder is the wrong one. The others may pass."""
 LONGEST_PAUSE = 30.0
-"""Seconds between two tries to write."""
+"""Seconds between two tries to write, at most."""
 
 
 class StorageError(Exception):
@@ -69,10 +69,11 @@ def size(count: float) -> str:
 
 
 def unwritten(path: Path, error: OSError, needed: int) -> StorageError:
-    """The error of a write that failed."""
+    """The error of a write of `needed` bytes that failed; 0 = nobody knows how many."""
+    wanted = f"{size(needed)} are needed and " if needed else ""
     return StorageError(
-        f"{path}: cannot be written ({error.strerror or error}); {size(needed)} are needed and {room(path.parent)}; "
-        "once it can, the same command carries on"
+        f"{path}: cannot be written ({error.strerror or error}); {wanted}{room(path.parent)}; once it can, the same "
+        "command carries on"
     )
 
 
@@ -102,12 +103,13 @@ class Persist(NamedTuple):
     stop: Callable[[], bool] = lambda: False
     """Whether to give up."""
 
-    def __call__(self, write: Callable[[], None]) -> None:
+    def __call__(self, write: Callable[[], object]) -> None:
         """Call `write()`, which raises StorageError, until it succeeds or it is to be given up."""
         began, seconds = time.monotonic(), 1.0
         while True:
             try:
-                return write()
+                write()
+                return
             except StorageError as error:
                 over = time.monotonic() - began > 60 * self.minutes
                 if self.on_error == "stop" or over or self.stop():

@@ -62,7 +62,7 @@ TOPOLOGIES = {"v5e": _SLICES, "v6e": _SLICES, "v5p": _CUBES}
 
 
 def host_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
-    """Memory of this machine, or what its container is allowed."""
+    """Bytes of memory of this machine, or of what its container is allowed."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     allowed = limit.read_text().strip() if limit.exists() else ""
     return min(memory, float(allowed)) if allowed.isdecimal() else memory

@@ -142,7 +142,7 @@ def microbatch_size(rows: int, at_most: int) -> int:
     if rows % shards:
         raise ConfigError(
             f"mesh.data x mesh.fsdp = {shards}: does not divide the {rows} completions that are computed together; "
-            "make prompts x rollout.group_size a multiple"
+            "make rollout.prompts x rollout.group_size a multiple of it, or choose another mesh"
         )
     limit = max(at_most or rows, shards)
     return max(d for d in range(1, rows + 1) if rows % d == 0 and d % shards == 0 and d <= limit)

@@ -158,7 +158,7 @@ def _refuse(hf: Any, where: str) -> None:
         "attn_logit_softcapping": getattr(hf, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(hf, "final_logit_softcapping", None),
         "use_bidirectional_attention": getattr(hf, "use_bidirectional_attention", None),
-        # Families without these options ignore them elsewhere: whether the model was meant so, nobody can say.
+        # transformers ignores these options for other families: nothing says whether the model was trained with them.
         "sliding_window": None if kind in _WITH_WINDOWS else getattr(hf, "sliding_window", None),
         "attention_bias": None if kind in _WITH_ATTENTION_BIAS else getattr(hf, "attention_bias", None),
         "mlp_bias": None if kind in _WITH_MLP_BIAS else getattr(hf, "mlp_bias", None),

@@ -30,7 +30,7 @@ from pspo_jax.policy.weights import Weight, entries, from_hf, is_weight, table
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _DTYPES = ("F32", "F16", "BF16")
 _ROWS = 4096
-"""Of a matrix that are compared at a time."""
+"""Rows of a matrix that are compared at a time."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

@@ -10,7 +10,7 @@ _TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Usage(NamedTuple):
-    """Of the main thread of a process, since it began."""
+    """What the main thread of a process has used since it began."""
 
     cpu: float
     """Seconds on a processor."""
@@ -39,7 +39,7 @@ def usage(pid: int) -> Usage | None:
 
 
 class Spent(NamedTuple):
-    """Of one request."""
+    """What a process has used for one request."""
 
     cpu: float
     """Seconds on a processor; 0 where the system does not say."""

@@ -35,6 +35,7 @@ class Graded(NamedTuple):
     scores: list[float | None]
     """None = no opinion, or a failure."""
     answer: None
+    """A function names no answer; verifiers do."""
     failed: list[str | None]
     """Why a completion has no score, in a line; None = it has one, or the function has no opinion."""
     metrics: dict[str, list[float]]
@@ -54,7 +55,7 @@ class Asked(NamedTuple):
     answer: Any
     step: int
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     columns: dict[str, Any]
 
 

@@ -18,7 +18,7 @@ from pspo_jax.rewards.naming import name_of
 ALTERNATIVES = "\x1e"
 """Between gold answers any of which is right."""
 RULES = 2
-"""Of this file; to be raised when a verdict may change."""
+"""Version of the rules in this file; to be raised when a verdict may change."""
 MAX_ANSWER = 2000
 """Characters; a longer answer is wrong unless the gold answer is as long."""
 _TAIL = 500
@@ -172,7 +172,7 @@ def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
 def same(gold: str, answer: str) -> bool:
     """Whether two expressions without a box are one answer. Lists are compared member by member, units are read.
 
-    Raises: nothing; math-verify may take for ever, and the pool has the deadline.
+    There is no time limit here: math-verify may take for ever, and the pool has the deadline.
     """
     gold, answer = notation.respelled(gold), notation.respelled(answer)
     bare = [notation.plain(text) for text in (gold, answer)]

@@ -31,6 +31,8 @@ from pspo_jax.rewards.clock import Spent, spent, usage
 from pspo_jax.rewards.requests import Batch, Reply, Request
 from pspo_jax.rewards.worker import KILL, PID, SPAWN
 
+__all__ = ["Batch", "Pool", "Reply", "Request"]
+
 _SLOW = 0.25
 """Seconds, without those of other processes, after which a worker counts as slow."""
 _LOOK = 0.1
@@ -41,11 +43,10 @@ _EXTRA = 4
 """At most this many workers per configured one while some are slow."""
 _LATE_NICE = 5
 """Priority of a slow worker. At 19 it would starve on a busy machine and easy answers would miss the deadline."""
-__all__ = ["Batch", "Pool", "Reply", "Request"]
 _START_LIMIT = 120.0
 _TRIES = 2
 _OUTSIDE_TRIES = 5
-"""If the workers were killed or stopped from outside, which says nothing about the request."""
+"""Tries of a request whose workers something outside kills or stops, which says nothing about the request."""
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _STILLBORN = 3
 """Workers per configured one that may end in a row before they are ready; then starting them is given up."""

@@ -19,7 +19,6 @@ _FRACTION = re.compile(
     rf"(?:\{{\s*([+-]?)({_DECIMAL})\s*\}}|()(\d))"
 )
 _MIXED = re.compile(r"([+-]?)\s*(\d+)(?:\s|\\ |\\,|~|-(?=\d+/))+(\d+)\s*/\s*(\d+)")
-_THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:,\d{3})+)(\.\d+)?")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
 _LITERAL = re.compile(
     r"\d+(?:-\d+)+|\d+(?:\.\d+){2,}|\d+(?:/\d+){2,}|\d+(?::\d+){2,}|\d{1,2}:[0-5]\d|\+?\(?\d+\)?(?:[ -]\d+){2,}"
@@ -184,12 +183,6 @@ def close(gold: Fraction, answer: Fraction, exact: bool) -> bool:
     while gold and abs(gold) * 10 ** (places - 3) < 1:
         places += 1
     return round(gold * 10**places) == round(answer * 10**places)
-
-
-def without_thousands(text: str) -> str | None:
-    """1,234,567.8 as 1234567.8; None for a text that is not one number with separators."""
-    found = _THOUSANDS.fullmatch(text.strip())
-    return found and found[1] + found[2].replace(",", "") + (found[3] or "")
 
 
 def literal(text: str) -> str | None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 
 class Request(NamedTuple):
+    """What a worker is asked."""
+
     kind: str
     """A key of worker.VERIFIERS."""
     arguments: dict[str, Any]
@@ -16,6 +18,8 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
+    """What a worker answers, or why there is no answer."""
+
     score: Any
     """A number, a list of them, or None = no verdict."""
     answer: str | None

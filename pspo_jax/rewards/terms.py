@@ -48,9 +48,9 @@ def parse_terms(config: RewardConfig) -> dict[str, float]:
         try:
             out[name] = float(weight or 1)
         except ValueError as error:
-            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight") from error
+            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight; write name=number") from error
         if not abs(out[name]) <= _MAX_WEIGHT:  # larger ones would leave the range of float32 where they are summed
-            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight")
+            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight; choose one from -1e6 to 1e6")
     interval(config.cosine_right, "reward.cosine_right")
     interval(config.cosine_wrong, "reward.cosine_wrong")
     return out

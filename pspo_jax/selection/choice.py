@@ -165,8 +165,8 @@ def _filled(
 def _chance(e: Engine, state: SelectorState, part: Part, ids: Int[Array, "k"]) -> Float[Array, "k"]:
     """P(q) of each prompt in the batch at the draw; 0 where it did not come by its weight, or nothing is corrected.
 
-    The first is so of prompts that fill a gap, and of those whose weight is the least there is, which are drawn where
-    no others are left.
+    Prompts that fill a gap did not come by their weight, nor did those whose weight is the least there is: they are
+    drawn where no others are left.
     """
     if e.scorer.mode != "draw" or not (e.config.correction or e.config.correction_end):
         return jnp.zeros(len(ids))

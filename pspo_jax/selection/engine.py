@@ -99,7 +99,7 @@ class SelectorState(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """The last fields of the state."""
+    """The fields of the state that say when it is: the last three of `SelectorState`."""
 
     now: Int[Array, ""]
     last_round: Int[Array, ""]

@@ -23,7 +23,7 @@ class Shares(NamedTuple):
     of_kind: tuple[int, ...]
     """Slot of each task; () = there is one slot."""
     parts: tuple[int, ...]
-    """Of the batch, by slot, in units of 1 / their sum."""
+    """Share of each slot in the batch, in units of 1 / their sum."""
 
     @property
     def slots(self) -> int:
@@ -35,7 +35,7 @@ class Shares(NamedTuple):
         return sum(self.parts)
 
     def share(self, slot: int) -> float:
-        """Of the batch."""
+        """Share of a slot in the batch, in [0, 1]."""
         return self.parts[slot] / self.whole
 
     def slot(self, kind: Int[Array, "m"]) -> Int[Array, "m"]:
@@ -45,7 +45,7 @@ class Shares(NamedTuple):
         return jnp.asarray(self.of_kind, jnp.int32)[jnp.maximum(kind, 0).astype(jnp.int32)]
 
     def most(self, batch: int, slot: int) -> int:
-        """No batch takes more prompts of a slot, if all batches are of this size.
+        """Most prompts that a batch takes of a slot, if all batches are of this size.
 
         Before and after each batch the slot is ahead or behind by less than 1, in whole multiples of
         gcd(batch x part, whole) / whole.

@@ -48,11 +48,8 @@ def letter_of(gold: str, options: Options, reading: ChoicesAnswer) -> str | None
         place = int(gold) - (reading == "index_from_1")
         return options.letters[place] if 0 <= place < len(options.texts) else None
     names = {"label": options.labels, "text": options.texts}.get(reading, [])
-    return (
-        options.letters[names.index(gold)]
-        if names.count(gold) == 1 and names.index(gold) < len(options.texts)
-        else None
-    )
+    place = names.index(gold) if names.count(gold) == 1 else len(options.texts)
+    return options.letters[place] if place < len(options.texts) else None
 
 
 def reading_of(rows: Iterable[tuple[str, Options]], field: str) -> ChoicesAnswer | None:

@@ -26,7 +26,7 @@ AS_TEXT = ("json", "csv")
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "target")
 _LAYOUT = "3"
-"""Of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
+"""Version of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
 _SAID_FROM = 20_000
 _LOOKED_AT = 1000
 """Rows in which a dotted column is looked for."""
@@ -280,22 +280,7 @@ def tokenised(
     It is kept in `folder` and found again when data, settings and tokenizer are the same.
     """
     datasets = quiet()
-    value, sequence = datasets.Value, datasets.Sequence
-    features = datasets.Features(
-        text=value("string"),
-        answer=value("string"),
-        kind=value("string"),
-        extra=value("string"),
-        reason=value("string"),
-        digest=value("uint64"),
-        question=value("uint64"),
-        length=value("int32"),
-        largest=value("int32"),
-        ids=sequence(value("int32")),
-        part=value("int32"),
-        row=value("int64"),
-    )
-
+    features = _features(datasets)
     records = rows_of(source.records)
     if source.note:
         say(source.note)
@@ -334,6 +319,16 @@ def tokenised(
             cache_file_name=str(path),
             load_from_cache_file=True,
         )
+
+
+def _features(datasets: Any) -> Any:
+    """The columns of `tokenised` and their types."""
+    texts = dict.fromkeys(("text", "answer", "kind", "extra", "reason"), "string")
+    hashes = dict.fromkeys(("digest", "question"), "uint64")
+    columns = {name: datasets.Value(dtype) for name, dtype in (texts | hashes).items()}
+    columns |= {name: datasets.Value("int32") for name in ("length", "largest")}
+    columns["ids"] = datasets.Sequence(datasets.Value("int32"))
+    return datasets.Features(**columns, part=datasets.Value("int32"), row=datasets.Value("int64"))
 
 
 def _encoded(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 _FORMAT = "1"
-"""Of the kept rows; to be raised when what a file's rows are changes."""
+"""Version of the kept rows; to be raised when what a file's rows are changes."""
 _COLUMN = "json"
 _BATCH_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"

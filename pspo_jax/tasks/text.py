@@ -89,7 +89,7 @@ def text_task(
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
-    # It imports this package, and could not be imported first if this stood at the top.
+    # The module imports this package: at the top of the file the import would be circular.
     from pspo_jax.rewards.judge import judge_functions, text_judge
 
     say(tokenizer.stop_line())
