@@ -41,8 +41,11 @@ PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
 EPOCHS = 3
 _NO_DATA = "sft.data=None: a language model needs demonstrations; name a JSONL file"
-TEXT_DEFAULTS: dict[str, Any] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10, "steps": 1}
-"""What fields of `sft` are for a language model if they are not set; the steps then follow from the file's lines."""
+TEXT_DEFAULTS: dict[str, Any] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10}
+"""What fields of `sft` are at most for a language model if they are not set: a file of few lines lowers batch and
+warm-up. Steps that are not set follow from the file's lines."""
+_UNSET = 2**30
+"""Steps that nobody sets."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,7 +88,7 @@ def read_config(argv: Sequence[str]) -> Config:
     if typed & {"--policy.source", "--policy.tokenizer"} and not typed & {"--sft.data", "--config", "-h", "--help"}:
         raise ConfigError(_NO_DATA)
     try:
-        config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS}, argv)
+        config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS | {"steps": _UNSET, "warmup": 0}}, argv)
     except ConfigError as error:
         try:
             config = cli.parse(argv, PROG, DESCRIPTION)  # fields of another task that has its own alphabet
@@ -99,7 +102,9 @@ def read_config(argv: Sequence[str]) -> Config:
     if not lines:
         raise ConfigError(f"sft.data={config.sft.data}: holds no rows; name another")
     batch = min(config.sft.batch, lines)
-    defaults = TEXT_DEFAULTS | {"batch": min(TEXT_DEFAULTS["batch"], lines), "steps": -(-EPOCHS * lines // batch)}
+    steps = -(-EPOCHS * lines // batch) if config.sft.steps == _UNSET else config.sft.steps
+    few = {"batch": min(TEXT_DEFAULTS["batch"], lines), "warmup": min(TEXT_DEFAULTS["warmup"], steps // 10)}
+    defaults = TEXT_DEFAULTS | few | {"steps": steps}
     return _checked(_parse({"task": {"name": "countdown"}, "sft": defaults}, argv))
 
 

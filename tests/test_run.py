@@ -293,7 +293,7 @@ def test_bad_yaml_gets_one_line(capsys, tmp_path):
     path.write_text("run: {stepz: 3}\n")
     assert "run.steps" in run_bad(capsys, ["--config", path])
     path.write_text("3: 4\n")
-    assert "--3" in run_bad(capsys, ["--config", path])
+    assert "3: there is no such stage" in run_bad(capsys, ["--config", path])
     path.write_text("run: [1\n")
     assert "not YAML" in run_bad(capsys, ["--config", path])
 

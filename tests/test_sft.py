@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from pspo_jax import cli
 from pspo_jax.cold_start import settings
-from pspo_jax.config import ConfigError
+from pspo_jax.config import ConfigError, PromptConfig
 from pspo_jax.demonstrations import demonstration_task, read_examples
 from pspo_jax.export import main as export
 from pspo_jax.setup import architecture_for
@@ -80,7 +80,7 @@ def test_a_language_model_needs_no_other_data(base, data, tmp_path, capsys):
 
 def test_training_with_the_same_settings_finds_it(base, data, tmp_path):
     """Its key does not hold the task of RL, whose data supervised fine-tuning does not read."""
-    same = ["--sft.steps", "3", "--sft.batch", "8", "--sft.learning_rate", "1e-5", "--sft.warmup", "10"]
+    same = ["--sft.steps", "3", "--sft.batch", "8", "--sft.learning_rate", "1e-5", "--sft.warmup", "0"]
     rl = write(tmp_path / "rl.jsonl", [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(40)])
     one = read_config(flags(base, data, tmp_path / "a"))
     other = cli.parse(
@@ -94,7 +94,9 @@ def test_training_with_the_same_settings_finds_it(base, data, tmp_path):
 def test_rows_of_every_form_become_the_template(base, data):
     config = read_config(flags(base, data, "x"))
     _, tokenizer, _ = architecture_for(config)
-    found = read_examples(data, tokenizer, lambda text: tokenizer.prompt(text, config.prompt), tokenizer.stop_ids)
+    found = read_examples(
+        data, tokenizer, lambda text: tokenizer.prompt(text, config.prompt), tokenizer.stop_ids, config.prompt
+    )
     texts = [(tokenizer.decode(prompt), tokenizer.decode(completion)) for prompt, completion in found[: len(ROWS)]]
     assert texts[0][0].endswith("<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n")
     assert texts[0][1].startswith("It is 2.") and found[0][1][-1] in tokenizer.stop_ids
@@ -122,7 +124,7 @@ def test_rows_of_every_form_become_the_template(base, data):
 def test_a_row_of_another_form_is_named(tmp_path, row):
     path = write(tmp_path / "d.jsonl", [{"prompt": "1", "completion": "2"}, row])
     with pytest.raises(ConfigError, match=r'line 2: needs \{"prompt"') as error:
-        read_examples(path, TOKENIZER, TOKENIZER.encode, (TOKENIZER.eos_token_id,))
+        read_examples(path, TOKENIZER, TOKENIZER.encode, (TOKENIZER.eos_token_id,), PromptConfig())
     assert "\n" not in str(error.value)
 
 

@@ -166,6 +166,7 @@ def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
         task__function="my_rewards:asleep",
         task__heldout_prompts=1,
         verifier__wall_limit=0.5,
+        reward__require_end=True,
         eval__samples=1,
         rollout__prompts=2,
     )
@@ -342,7 +343,7 @@ def test_interrupted_evaluation_says_so_in_a_line(trained, place, child_env, tmp
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--run", "nowhere"], "--run nowhere: holds no config.yaml"),
+        (["--run", "nowhere"], "--run nowhere: no such folder"),
         (["--model", "x"], "--out: --model needs a folder"),
         (["--model", "x", "--out", "o", "--benchmarks", "mathh"], "--benchmarks mathh: choose among gsm8k, math500"),
         (["--model", "x", "--out", "o", "--data", "mathh=f"], "--data mathh=f: must be NAME=FILE"),

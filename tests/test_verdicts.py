@@ -81,7 +81,6 @@ def test_each_kind_of_failure_is_said_once(tmp_path, capsys):
     missing = {"m:f": Counter({"KeyError: 'a'": 2, "KeyError: 'b'": 3, NONE: 1}), "m:g": Counter({NONE: 1})}
     for step in (1, 2):
         log.no_verdicts(step, missing)
-    log.close()
     assert capsys.readouterr().err.splitlines() == [
         "step 1: m:f has no value for 5 completions: KeyError: 'b'",
         f"step 1: m:f has no value for 1 completions: {NONE}",
@@ -92,5 +91,4 @@ def test_each_kind_of_failure_is_said_once(tmp_path, capsys):
 def test_errors_of_any_text_are_kept(tmp_path):
     log = RunLog(tmp_path, 0, tensorboard=False)
     log.errors(1, ["ValueError: half \ud83d of a pair \x00"])
-    log.close()
     assert "half \\ud83d of a pair" in (tmp_path / "reward_errors.log").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo_jax.algorithms import PRESETS
 from pspo_jax.config import CreditConfig
 from pspo_jax.credit import CREDITS, ers, group_advantages, opo
 from pspo_jax.credit.base import group_statistics

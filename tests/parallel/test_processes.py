@@ -98,13 +98,13 @@ def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
     breaks.write_text(
         "import sys\n"
         "if '--distributed.process' in sys.argv and sys.argv[sys.argv.index('--distributed.process') + 1] == '1':\n"
-        "    import pspo_jax.iteration as it\n"
-        "    plain = it._check_verdicts\n"
-        "    def check(scores, done, limit):\n"
+        "    from pspo_jax import verdicts\n"
+        "    plain = verdicts.check\n"
+        "    def check(scores, done, *rest):\n"
         "        if done == 3:\n"
         "            raise OSError('the disk of host 1 is gone')\n"
-        "        plain(scores, done, limit)\n"
-        "    it._check_verdicts = check\n"
+        "        plain(scores, done, *rest)\n"
+        "    verdicts.check = check\n"
     )
     env = child_env | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
     processes = launch(env, folder, 2, 4, run__steps=20, **MESHES["data"])

@@ -116,7 +116,7 @@ def test_completions_are_judged_by_their_dataset(tokenizer, config, pool):
     [
         ({"dataset": None}, ["task.dataset=None", "leg_counting"]),
         ({"dataset": "no_such"}, ["task.dataset=no_such: ", "it has ", "leg_counting"]),
-        ({"dataset": " ,"}, ["task.dataset=' ,': ", "leg_counting"]),
+        ({"dataset": " ,"}, ["task.dataset=' ,': has an empty entry"]),
         ({"options": "{"}, ["task.options='{': is not JSON", "max_animals"]),
         ({"options": "[]"}, ["task.options='[]': must be a JSON object"]),
         ({"options": '{"colour": 1}'}, ['task.options={"colour": 1}: leg_counting refuses', "'colour'", "change"]),

@@ -89,7 +89,7 @@ def test_ids_of_generation_config_and_config_are_added(load):
 @pytest.mark.parametrize("value", ["2", [1, None], True, {"id": 2}, 1.5])
 def test_an_eos_that_is_no_id_is_named(value, load):
     message = refused(lambda: load(CHATML, files={"generation_config.json": {"eos_token_id": value}}))
-    assert "generation_config.json: eos_token_id=" in message and "is no id" in message
+    assert "generation_config.json has eos_token_id=" in message and "must be" in message
 
 
 @pytest.mark.parametrize(
