@@ -60,6 +60,8 @@ def initialize(config: Config) -> None:
             # Else SLURM would give each process a single device.
             "cluster_detection_method": "deactivate",
         }
+    # JAX's own notice of a pre-emption would take the place of the handler of SIGTERM, and the run would not stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **explicit,
