@@ -34,7 +34,7 @@ from pspo_jax.io.checksums import files_identity, verify
 from pspo_jax.io.progress import Progress
 from pspo_jax.io.run_folder import write_json
 from pspo_jax.io.stop import stop_requests
-from pspo_jax.io.storage import write_whole
+from pspo_jax.io.storage import unread, write_whole, writing
 from pspo_jax.machine import with_type
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
@@ -263,7 +263,7 @@ def _steps(args: argparse.Namespace) -> list[int]:
     """Checkpoints of the run that --steps means."""
     if args.run is None:
         return []
-    wanted = args.steps.split(",") if args.steps[:1].isdigit() else [args.steps]
+    wanted = args.steps.split(",") if args.steps[:1].isdecimal() else [args.steps]
     return sorted({step for item in wanted for step in choose_steps(args.run, item, "--steps")})
 
 
@@ -386,9 +386,13 @@ def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None
     try:
         # Without results, as after a command that failed, any settings may begin.
         begun = path.exists() and any(out.glob("*/*.jsonl"))
-        before = json.loads(path.read_text()) if begun else settings
+        before = json.loads(path.read_text(encoding="utf-8")) if begun else settings
+        if not isinstance(before, dict):
+            raise ValueError("no mapping")
     except ValueError as error:
         raise ConfigError(f"--out {out}: its settings.json is damaged; name another folder") from error
+    except OSError as error:
+        raise unread(path, error) from error
     if before != settings:
         differs = [f"{k}={before.get(k)} there, {v} now" for k, v in settings.items() if before.get(k) != v]
         raise ConfigError(f"--out {out}: holds results of other settings ({'; '.join(differs)}); name another folder")
@@ -424,7 +428,8 @@ def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[st
     results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
     write_json(out / "results.json", results)
     write_whole(out / "table.md", tables.markdown(rows, FIVE).encode())
-    tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
+    with writing(out / "curve.png"):
+        tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from pspo_jax.io.hf_folder import (
     write_tensors,
 )
 from pspo_jax.io.run_folder import read_lines
+from pspo_jax.io.storage import writing
 from pspo_jax.policy.architecture import Architecture
 from pspo_jax.policy.weights import entries, table
 from pspo_jax.setup import architecture_for
@@ -46,6 +47,10 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     config = read_config(args.run)
     if args.base is not None:
+        if config.policy.source is None:
+            raise ConfigError(
+                f"--base {args.base}: this run began from random weights (policy.source=None); leave it out"
+            )
         config = replace(config, {"policy.source": args.base})
     if _copied(args):
         return 0
@@ -126,7 +131,8 @@ def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", p
         stages["run"].pop("compilation_cache", None)
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "config.yaml"
-        kept.write_text(yaml.safe_dump(stages), encoding="utf-8")
+        with writing(kept):
+            kept.write_text(yaml.safe_dump(stages), encoding="utf-8")
         try:
             return cli.parse(["--config", str(kept), *overrides], f"python -m pspo_jax.{prog}", "")
         except ConfigError as error:
@@ -152,7 +158,7 @@ def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
                 f"{flag} best: none of the checkpoints {steps} has been evaluated; name a step, or latest"
             )
         return [max(evaluated, key=lambda step: scores[step])]
-    if not wanted.isdigit() or int(wanted) not in steps:
+    if not wanted.isdecimal() or int(wanted) not in steps:
         raise ConfigError(
             f"{flag} {wanted}: no such checkpoint; there are {', '.join(map(str, steps))}, latest, best, all"
         )

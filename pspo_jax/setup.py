@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from pspo_jax import algorithms, flags
 from pspo_jax.cold_start import cold_start, settings
-from pspo_jax.config import Config, ConfigError, embedded, replace
+from pspo_jax.config import Config, ConfigError, embedded, flatten, replace
 from pspo_jax.io.damage import DamageError
 from pspo_jax.io.lock import locked
 from pspo_jax.io.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
@@ -81,8 +81,27 @@ class FirstParams(NamedTuple):
     origin: str
 
 
+_OWN_TO_A_PROCESS = (
+    "distributed.process",
+    "run.compilation_cache",
+    "log.progress",
+    "verifier.workers",
+    "task.cache",
+    "task.train_data",
+    "task.heldout_data",
+    "policy.source",
+    "policy.tokenizer",
+    "sft.data",
+)
+"""Fields that may differ between the processes of a run. Files are compared by what they hold, once they are read."""
+
+
 def configure_runtime(config: Config) -> None:
-    """Process-wide settings of JAX; call before the first array."""
+    """Process-wide settings of JAX; call before the first array.
+
+    Raises:
+      ConfigError: the processes of the run were started with different settings, or the cache cannot be written.
+    """
     flags.apply(config)
     cache = config.run.compilation_cache
     if cache != "off":
@@ -98,6 +117,7 @@ def configure_runtime(config: Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
+    hosts.check_settings({name: value for name, value in flatten(config).items() if name not in _OWN_TO_A_PROCESS})
 
 
 def verifiers(config: Config, log: Path | None = None) -> AbstractContextManager[Pool | None]:
@@ -157,10 +177,14 @@ def prepare(
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say) if task is None else task
+    if source is not None:
+        hosts.check_same("policy.source", source.fingerprint())
     hosts.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
     for line in _remarks(config, source, architecture, task):
         say(line)
-    settings(config, task)  # reads sft.data: a missing file is found out here
+    learnt = settings(config, task)  # reads sft.data: a missing file is found out here
+    if config.sft.steps and config.sft.data is not None:
+        hosts.check_same("sft.data", learnt["sft.data"])
     _check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from pspo_jax.config import ConfigError
 from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
 from pspo_jax.io.params_folder import set_aside
-from pspo_jax.io.storage import write_whole, writing
+from pspo_jax.io.storage import append_whole, write_whole, writing
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import batch_sharding
 from pspo_jax.rollout.sampler import SamplingParams
@@ -78,6 +77,7 @@ def run_benchmark(
       say: told if results are set aside.
     Raises:
       StoppedError: stop() became true.
+      StorageError: the file cannot be written; what it holds stays.
     """
     total, leads = len(work.prompts.lengths), hosts.leads()
     done = int(hosts.total(np.array(_recover(path, work.header(identity), say) if leads else 0)))
@@ -86,33 +86,30 @@ def run_benchmark(
         return 0
     loaded, sampled = weights(), 0
     waiting: tuple[Completions, int, Callable[[], Scores]] | None = None
-    with path.open("a", encoding="utf-8") if leads else nullcontext() as file:
 
-        def write(item: tuple[Completions, int, Callable[[], Scores]] | None) -> None:
-            if item is None or file is None:
-                return
-            lines = problem_lines(work, item[0], item[2]())
-            with writing(path):
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-                file.flush()
-            tick(item[1], work.name)
+    def write(item: tuple[Completions, int, Callable[[], Scores]] | None) -> None:
+        if item is None:
+            return
+        lines = problem_lines(work, item[0], item[2]())
+        append_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        tick(item[1], work.name)
 
-        for start in range(done, total, work.batch):
-            if hosts.any_says(stop()):
-                write(waiting)
-                raise StoppedError
-            rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
-            prompts = hosts.put(gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh))
-            rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
-            write(waiting)  # its verification has gone on while this batch is sampled
-            tokens, lengths, ended = hosts.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
-            real = min(work.batch, total - start)
-            completions = Completions(
-                work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
-            )
-            sampled += int(lengths[:real].sum())
-            waiting = (completions, real, work.judge(completions)) if leads else None
-        write(waiting)
+    for start in range(done, total, work.batch):
+        if hosts.any_says(stop()):
+            write(waiting)
+            raise StoppedError
+        rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
+        prompts = hosts.put(gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh))
+        rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
+        write(waiting)  # its verification has gone on while this batch is sampled
+        tokens, lengths, ended = hosts.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
+        real = min(work.batch, total - start)
+        completions = Completions(
+            work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
+        )
+        sampled += int(lengths[:real].sum())
+        waiting = (completions, real, work.judge(completions)) if leads else None
+    write(waiting)
     return sampled
 
 
@@ -142,8 +139,9 @@ def _recover(path: Path, header: dict[str, Any], say: Callable[[str], None] = la
     Results of other weights, or of weights that they do not name, are set aside.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(header) + "\n").encode())
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{json.dumps(header)}\n".encode())
         return 0
     kept: list[str] = []
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,8 @@ def initialize(config: Config) -> None:
             # Else SLURM would give each process a single device.
             "cluster_detection_method": "deactivate",
         }
+    # JAX's own notice of a pre-emption would take the place of the handler of SIGTERM, and the run would not stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **explicit,
@@ -222,6 +224,29 @@ def check_same(field: str, text: str) -> None:
             f"{field}: the data on {', '.join(differ)} differ from those of the others; "
             "give all hosts the same files and the same versions of the packages"
         )
+
+
+def check_settings(values: Mapping[str, Any]) -> None:
+    """Make sure that settings, name -> value, are the same on all processes; all must ask.
+
+    Raises:
+      ConfigError: one is not; the line names it, its value here, and the processes where it is another.
+    """
+    if count() == 1:
+        return
+    digests = b"".join(hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in values.items())
+    every = np.asarray(multihost_utils.process_allgather(np.frombuffer(digests, np.uint8).reshape(-1, 8)))
+    differ = (every != every[0]).any(axis=2)
+    if not differ.any():
+        return
+    first = int(np.flatnonzero(differ.any(axis=0))[0])
+    name, value = list(values.items())[first]
+    others = np.flatnonzero((every[:, first] != every[jax.process_index(), first]).any(axis=1))
+    numbers = ", ".join(map(str, others))
+    raise ConfigError(
+        f"{name}={value}: of the run's processes, {numbers} {'has' if len(others) == 1 else 'have'} another value; "
+        "start all of them with the same settings"
+    )
 
 
 def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:

@@ -1,4 +1,4 @@
-"""Several processes of one run have the same data: one decides which rows are kept, and a host that differs is said."""
+"""Processes of one run have the same data and settings: one decides which rows are kept, and who differs is said."""
 
 import subprocess
 import sys
@@ -30,6 +30,18 @@ try:
     hosts.check_same("task.train_data", "other" if number == 1 else "equal")
 except ConfigError as error:
     print(error)
+
+from pspo_jax.config import Config, replace
+from pspo_jax.setup import configure_runtime
+
+own = {"distributed.coordinator": address, "distributed.processes": 2, "distributed.process": number}
+own |= {"run.compilation_cache": "off", "verifier.workers": 1 + number, "task.train_data": f"/disk{number}/rows.jsonl"}
+for rate in (0.25, 0.25 + number):
+    try:
+        configure_runtime(replace(Config(), own | {"optimizer.learning_rate": rate}))
+        print("equal")
+    except ConfigError as error:
+        print(error)
 """
 
 
@@ -47,10 +59,15 @@ def test_processes_hear_what_the_leader_decided_and_who_differs(child_env):
         )
         for number in range(2)
     ]
-    for process in started:
+    for number, process in enumerate(started):
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert lines[:2] == ["[1, 0, -1, 1]"] * 2
         assert lines[2].startswith("task.train_data: the data on ") and "(process 1)" in lines[2]
         assert "differ from those of the others" in lines[2] and "(process 0)" not in lines[2]
+        assert lines[3:] == [
+            "equal",
+            f"optimizer.learning_rate={0.25 + number}: of the run's processes, {1 - number} has another value; "
+            "start all of them with the same settings",
+        ]
