@@ -8,7 +8,9 @@ field's docstring, type and default.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import sys
 import threading
 from collections.abc import Hashable, Iterator, Sequence
@@ -74,7 +76,10 @@ def run(main: Any, prog: str) -> None:
         sys.exit(2)
     except StorageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        # Orbax's threads may wait for minutes on a file system that takes nothing, and an ordinary end waits for them.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(1)
 
 
 def _is_late_callback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:

@@ -110,16 +110,18 @@ class Run:
 def _fork(words: list[str], env: dict[str, str], cwd: Path, output: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
+    # Opened here: the run may be forbidden to open files before it comes to it.
+    out, null = os.open(output, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
     pid = os.fork()
     if pid:
+        os.close(out)
+        os.close(null)
         return pid
     code: Any = 1
     try:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        out = os.open(output, os.O_WRONLY | os.O_APPEND)
-        null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.dup2(out, 1)
         os.dup2(out, 2)

@@ -18,8 +18,8 @@ _STATEMENT = re.compile(
     re.IGNORECASE,
 )
 _PREFIX = re.compile(
-    r"(?:[\s*_\"'`]|\b(?:the|answer|correct|right|best|final|is|it|option|choice|letter|therefore|so|thus|hence|"
-    r"i choose|i pick|my|i would go with|i select|go with)\b\s*:?)*+",
+    r"(?:[\s*_\"'`#,]|\b(?:it['’]s|the|answer|correct|right|best|final|is|it|option|choice|letter|therefore|so|thus|hence|"
+    r"must be|(?:i )?(?:choose|pick)|my|i would go with|i select|go with)\b\s*:?)*+",
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"([(\[]?)\s*([A-Za-z])\s*([)\].:]?)(?![\w'’])")
@@ -104,13 +104,22 @@ def _may_follow(letter: re.Match[str], rest: str) -> bool:
 
 
 _MORE = re.compile(
-    r"(?:[,;/&+|\s]|\b(?:and|or|then|also|maybe|perhaps|option|choice)\b)*+[(\[]?([A-Za-z])[)\]]?(?![\w'’])"
+    r"(?:[,;/&+|\s(]|\b(?:and|or|but|then|also|maybe|perhaps|possibly|as well as|along with|option|"
+    r"choice)\b)*+[(\[]?([A-Za-z])[)\]]?(?![\w'’])"
 )
+
+
+_HEDGE = re.compile(
+    r"[,;\s]*(?:or\b|/)|\\(?:lor|vee|cup)|\?|[-–=]\s*[(\[]?[A-Z][)\]]?$|"
+    r"(?:\(|is |was )(?:wrong|incorrect|not)\b",
+    re.IGNORECASE,
+)
+"""Behind a letter: another one, a range, a question, a denial."""
 
 
 def _offers_more(rest: str, letters: Sequence[str]) -> bool:
     """Whether the text behind a letter goes on with another one: "or B", ", B", "and C"."""
-    if re.match(r"[,;\s]*(?:or\b|/)|\\(?:lor|vee|cup)", rest):
+    if _HEDGE.match(rest):
         return True
     found = _MORE.match(rest)
     return bool(found and found[1].upper() in letters and (found[1].isupper() or len(rest) <= found.end()))

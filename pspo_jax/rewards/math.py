@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from pspo_jax.rewards.naming import name_of
 
 ALTERNATIVES = "\x1e"
 """Between gold answers any of which is right."""
-RULES = 2
+RULES = 3
 """Version of the rules in this file; to be raised when a verdict may change."""
 MAX_ANSWER = 2000
 """Characters; a longer answer is wrong unless the gold answer is as long."""
@@ -31,7 +32,9 @@ _BETWEEN_BOXES = re.compile(
     rf"{_GAP}(?:[,;/|]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
 )
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
-_IN_BASE = re.compile(r"\s*([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?\s*")
+_IN_BASE = re.compile(r"(?<![A-Za-z\d])\(?[0-9A-Z]*\d[0-9A-Z]*\)?\s*_\s*(?:\{\s*\(?\s*(\d+)\s*\)?\s*\}|(\d))")
+_ONE_LETTER_UNIT = re.compile(r"(\S.{0,60}?)(\s*)[mslghLJNWVKCF]")
+"""Behind a number without letters: 5 m, and 5m beside a plain number."""
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z_])")
 _RATIO = re.compile(r"\s*([\d.]+)\s*(?::|to)\s*([\d.]+)\s*")
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])")
@@ -184,8 +187,8 @@ def same(gold: str, answer: str) -> bool:
         joined = [_THOUSANDS.sub(lambda m: m[1] + m[2].replace(",", ""), text) for text in (gold, answer)]
         if same(*joined):
             return True
-        if any(re.search(r"(?<!\d)0\d\d", text) for text in bare):
-            return False  # 1,000 is no list of 1 and 0
+        if any(re.search(r"(?<!\d)0\d\d", text) or quantities.quantity(text) for text in bare):
+            return False  # 1,000 is no list of 1 and 0, and $1,200 none of $1 and 200
     for rule in (_as_numbers, _as_literals, _as_amounts, _as_lists, _as_quantities, _as_words):
         verdict = rule((gold, answer), (bare[0], bare[1]))
         if verdict is not None:
@@ -301,7 +304,7 @@ def _as_quantities(texts: Pair, bare: Pair) -> bool | None:
     """Numbers with units: these must agree where both are given; 500 cm is 5 m."""
     gold, answer = (_quantity(*both) for both in zip(texts, bare, strict=True))
     if gold is None and answer is None:
-        return None
+        return _without_letter(bare)
     if gold is None or answer is None:
         # A single letter is a unit beside a unit, as in 5 m; elsewhere it is a variable.
         if gold is None:
@@ -313,6 +316,19 @@ def _as_quantities(texts: Pair, bare: Pair) -> bool | None:
         totals = [_in_base(q) for q in (gold, answer)]
         return totals[0] is not None and totals[0] == totals[1]
     return same(cores[0], cores[1])
+
+
+def _without_letter(bare: Pair) -> bool | None:
+    """5 m beside 5: the letter is a unit where the other side has no letters at all."""
+    matches = [_ONE_LETTER_UNIT.fullmatch(text) for text in bare]
+    found = [match if match and quantities.number(match[1]) is not None else None for match in matches]
+    if bool(found[0]) == bool(found[1]) or any(
+        re.search("[A-Za-z]", t) for t, m in zip(bare, found, strict=True) if not m
+    ):
+        return None
+    if found[0] and not found[0][2]:
+        return None  # 5m as a gold answer is a product
+    return same(*(match[1] if match else text for match, text in zip(found, bare, strict=True)))
 
 
 def _quantity(text: str, bare: str) -> quantities.Quantity | None:
@@ -370,15 +386,15 @@ def _boxed(text: str) -> str:
 
 def _differs(gold: str, answer: str) -> bool:
     """What math-verify overlooks: the base of a number (52_8, 52_5), a wrong equation (8=7)."""
-    bases = [_IN_BASE.fullmatch(text.strip("$ ")) for text in (gold, answer)]
-    if any(bases) and len({base and base[2] for base in bases}) == 2:
+    bases = [{match[1] or match[2] for match in _IN_BASE.finditer(text)} for text in (gold, answer)]
+    if bases[0] != bases[1]:
         return True
     return _false_equation(answer)
 
 
 def _false_equation(text: str) -> bool:
     """True for `a = b`, or `a = x = b`, with two numbers that are not equal, not even rounded."""
-    sides = text.split("=")
+    sides = re.split(r"=|\\approx(?![A-Za-z])", text)
     if not 2 <= len(sides) <= 8:
         return False
     values = [value for side in sides if (value := _float_of(side)) is not None]
@@ -398,8 +414,11 @@ def _without_solutions(gold: Any, answer: Any) -> bool:
 
     if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)) or gold == answer:
         return False
-    if sympy.solve(gold, list(gold.free_symbols)):
-        return False
+    try:
+        if sympy.solve(gold, list(gold.free_symbols)):
+            return False
+    except NotImplementedError:
+        pass  # sympy cannot solve for f and x at once
     sides = [equation.lhs - equation.rhs for equation in (gold, answer)]
     return not sympy.simplify(sides[0] / sides[1]).is_number
 
@@ -410,7 +429,9 @@ def _parse(text: str) -> tuple[Any, ...]:
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
     # A box that is no LaTeX it can read must be matched as text: the other reader would take its last number for all.
-    latex = LatexExtractionConfig(boxed_match_priority=0)
+    # Units are read here, as math-verify would take a last letter for one: 1 + s, 1 + m and 1 would be the same.
+    spelling = replace(LatexExtractionConfig().normalization_config, units=False)
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)
     targets = (latex,) if _BOX in text else (latex, ExprExtractionConfig())
     return tuple(parse(text, extraction_config=targets, parsing_timeout=None))
 

@@ -19,6 +19,7 @@ _TEXT_COMMAND = re.compile(rf"\\(?:{_TEXT})\s*\{{([^{{}}]*)\}}")
 _WRAPPER = re.compile(r"\\(?:boxed|fbox|framebox|underline|bm|boldsymbol)\s*\{")
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align|gathered|equation|split|displaymath|center)\*?\}")
+_MATRIX = re.compile(r"\\(?:begin|end)\s*\{(?:[bpvBV]?matrix|array|cases)\*?\}(?:\s*\{[clr|]*\})?")
 _SIZES = re.compile(
     r"(?<!\\)\\(?:left|right|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr|displaystyle|textstyle|limits|"
     r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|checkmark|!)(?![A-Za-z])\.?"
@@ -38,7 +39,7 @@ _SIGNS = str.maketrans(
         "≤": r" \le ", "≥": r" \ge ", "≠": r" \ne ", "π": r"\pi ", "∞": r"\infty ", "∅": r"\emptyset ", "±": r"\pm ",
         "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
         "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "′": "'", "’": "'",
-        "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ", "º": "°", "∘": "°",
+        "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ", "º": "°", "∘": "°", "⁄": "/", "⋃": r"\cup ",
     }
 )  # fmt: skip
 _NAMES = (
@@ -55,6 +56,12 @@ _NAMES = (
     (re.compile(r"\\pounds(?![A-Za-z])"), "£"),
     (re.compile(r"\\euro(?![A-Za-z])"), "€"),
     (re.compile(r"\\mp(?![A-Za-z])"), r"\\pm"),
+    (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup"),
+    (re.compile(r"\{([^{}\\]{1,40})\\choose(?![A-Za-z])([^{}\\]{1,40})\}"), r"\\binom{\1}{\2}"),
+    (
+        re.compile(r"\\\{\s*([a-z])(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid(?![A-Za-z])|\||:)([^{}|:]{3,80})\\\}"),
+        r"\2",
+    ),
 )
 _ALL_REALS = re.compile(r"\s*(?:\\mathbb\s*\{?R\}?|\\R|\\text\{\s*all real numbers\s*\}|all real numbers)\s*")
 _BRACED_COMMA = re.compile(r"(?<=\d)\s*(?:\{,\}|,?\\[,!;:])\s*(?=\d{3}(?!\d))")
@@ -63,12 +70,13 @@ _BRACED_POINT = re.compile(r"(?<=\d)\{\.\}(?=\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,/])")
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|is|are|it|this|we|get|have|the|my|our|final|correct|answers?|result|value|solution|"
-    r"equals|about|approximately|exactly|only|just|either|both|simply)\b(?=[\s:]+\S)|\\approx|\\therefore|≈|→|⇒|∴|=|:|"
+    r"equals|about|approximately|exactly|only|just|either|both|simply)\b(?=[\s:]+\S)|\\approx|\\therefore|≈|→|⇒|∴|=>|->|=|:|a:(?=\s+[-$\\\d])|"
     r"\+(?=\s?[\d.])|,|(?:\\to|\\Rightarrow|\\implies|\\rightarrow)(?![A-Za-z]))\s*",
     re.IGNORECASE,
 )
 _PERCENT = re.compile(r"(?<=[\d}.)])\s*(?:\\?%|percent(?:age)?(?![a-z])|pct(?![a-z]))", re.IGNORECASE)
 _SCALED = re.compile(rf"(?<=\d)\s*({'|'.join(SCALES)})(?![a-z])s?", re.IGNORECASE)
+_MINUS = re.compile(r"(?<![\d)}]\s)\b(?:negative|minus)\s+(?=[\d\\])", re.IGNORECASE)
 _NUMBER_WORD = re.compile(rf"({'|'.join(NUMBER_WORDS)})(?=\s|$|[.,])", re.IGNORECASE)
 _STATEMENT = re.compile(
     r"\b(?:answers?|results?|solutions?|roots?)\b\**(?:[^\n.:=?]{0,60}?\b(?:is|are|was|equals|be)\b"
@@ -76,9 +84,11 @@ _STATEMENT = re.compile(
     r"[^\n.:=?]{0,20}?[:=])\s*",
     re.IGNORECASE,
 )
+_QUESTION = re.compile(r"(?:[^\n.;!?]|\.(?=\d)){0,80}\?")
+"""Behind "Answer:" that is asked and not given."""
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _DOLLARS = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")
-_MARKUP = re.compile(r"\*\*|__|`+|(?<!\\)\$\$|^#+\s*|^>\s*")
+_MARKUP = re.compile(r"\*\*|__|`+|(?<!\\)\$\$|^#+\s*|^>(?!\s*[-$\d])\s*")
 _SENTENCE = re.compile(
     r"(?:[.;?]|(?<!\d)!)(?=\s|$)|,(?=\s+(?:so|not|because|since|which|as|where|but)\b)|\s(?=(?:because|since|which)\b)"
 )
@@ -93,12 +103,16 @@ _BOUND = (
 _DENIED = re.compile(r"\b(?:not|never|cannot|neither)\b|n['’]t\b", re.IGNORECASE)
 _HEDGE = re.compile(rf"\b(?:or|{_BOUND})\b|n['’]t\b|≠|\\neq?(?![a-z])", re.IGNORECASE)
 _BEFORE = re.compile(
-    rf"(?:\bor\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}}|\b(?:between\s+\S+\s+and|from\s+\S+\s+to)\s|"
-    r"\b(?:step|part|question|case|problem|equation|figure)\s)[\s$]*$",
+    rf"(?:\bor\s|\b(?:half|third|quarter|twice|thrice|double|triple|square|cube|root|log|ln|reciprocal|anything but|"
+    rf"all but)(?:\s+(?:of|the))*\s|(?:\b(?:{_BOUND})|n['’]t)\b[^\d=]{{0,20}}|"
+    r"\b(?:between\s+\S+\s+and|from\s+\S+\s+to)\s|\b(?:step|part|question|case|problem|equation|figure)\s)[\s$]*$",
     re.IGNORECASE,
 )
 _AFTER = re.compile(
-    r"\s*(?:[^\W\d]+\s+)?(?:or\b|nor\b|(?:to|through)\s+[$\d])|\s*(?:is|are|was)\s+(?:not|wrong|incorrect|false|impossible)\b|"
+    r"\s*(?:[^\W\d]+\s+)?(?:or\b|nor\b|(?:to|through|times|plus|minus|over|divided by|multiplied by|modulo|mod|choose|"
+    r"vs\.?|versus|(?:less|more|fewer) than)\s+[$\d])|\s*(?:squared|cubed|factorial)\b|"
+    r"\s*,\s*(?:maybe|perhaps|possibly)\b|\s*(?:if|when|unless)\b[^.]*(?:\botherwise\b|,\s*(?:and\s+)?\d)|"
+    r"\s*(?:is|are|was)(?:n['’]t|\s+(?:not|wrong|incorrect|false|impossible|(?:also )?possible))\b|"
     r"\s*-\s*\d|\s*/\s*[$\d]",
     re.IGNORECASE,
 )
@@ -168,6 +182,7 @@ def plain(text: str) -> str:
     """A respelled text with the words of its text commands bare, and scales, percents and number words as symbols."""
     text = _TEXT_COMMAND.sub(r" \1 ", _TEXT_COMMAND.sub(r" \1 ", text)).replace("\\$", "$")
     text = _PERCENT.sub(r"\\%", text)
+    text = _MINUS.sub("-", text)
     text = _SPACED_THOUSANDS.sub(lambda m: m[1] + m[2].replace(" ", ""), text)
     text = _SCALED.sub(lambda m: f" \\times 10^{{{SCALES[m[1].lower()]}}}", text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -265,7 +280,9 @@ def stated(text: str) -> tuple[str, bool]:
 
     The last one that says so counts; without any, the last sentence of the last line that holds a letter or digit.
     """
-    statements = [m for m in _STATEMENT.finditer(text) if not _DENIED.search(m[0])]
+    statements = [
+        m for m in _STATEMENT.finditer(text) if not _DENIED.search(m[0]) and not _QUESTION.match(text, m.end())
+    ]
     found = statements[-1] if statements else None
     lines = [line for line in (text[found.end() :] if found else text).split("\n") if re.search(r"\w", line)]
     if not lines:
@@ -307,6 +324,5 @@ def qualified(text: str, begin: int, end: int) -> bool:
 
 def is_bare(text: str) -> bool:
     """Whether a text is an expression or a list of expressions alone, without words of prose."""
-    return not re.search(
-        r"(?<![\\A-Za-z])[^\W\d_]{2,}", re.sub(r"\b(?:and|or)\b|\\[A-Za-z]+", "", plain(respelled(text)))
-    )
+    symbols = _MATRIX.sub("", plain(respelled(text)))
+    return not re.search(r"(?<![\\A-Za-z])[^\W\d_]{2,}", re.sub(r"\b(?:and|or)\b|\\[A-Za-z]+", "", symbols))

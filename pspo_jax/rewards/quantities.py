@@ -127,10 +127,27 @@ _NO_NOUNS = frozenset(
         "if",
         "when",
         "but",
+        "over",
+        "squared",
+        "cubed",
+        "factorial",
+        "modulo",
+        "mod",
+        "divided",
+        "multiplied",
+        "versus",
+        "vs",
+        "isn",
+        "wasn",
+        "wrong",
+        "incorrect",
+        "otherwise",
     ]
 )
 """Words that say more than which unit: "5 or more" is not 5."""
 _NO_UNIT = frozenset(["the", "a", "an", "of", "in", "total", "is", "each", "exactly", "about", "approximately"])
+_ADJECTIVES = frozenset(["long", "tall", "wide", "high", "deep", "old", "away", "altogether"])
+"""Words behind a unit that say what was measured: 5 cm long."""
 
 
 class Quantity(NamedTuple):
@@ -298,7 +315,7 @@ def _words(unit: str) -> list[str]:
         if word in ("square", "sq", "cubic", "cu"):
             power = "^2" if word[0] == "s" else "^3"
             continue
-        if not word or (word in _NO_UNIT and " " in unit.strip()):
+        if not word or (word in _NO_UNIT | _ADJECTIVES and " " in unit.strip() and not (power and word == "in")):
             continue
         name, mark, exponent = word.partition("^")
         out.append(_singular(name) + (mark + exponent if mark else power))
