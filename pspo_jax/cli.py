@@ -25,7 +25,7 @@ from pspo_jax import fields
 from pspo_jax.algorithms import CHOICES, resolve
 from pspo_jax.config import Config, ConfigError, flatten
 from pspo_jax.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, check_name, with_given
-from pspo_jax.io.storage import StorageError
+from pspo_jax.io.storage import StorageError, exhausted
 from pspo_jax.io.terminal import terminal
 from pspo_jax.validation import validate
 
@@ -74,6 +74,11 @@ def run(main: Any, prog: str) -> None:
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if (told := exhausted(error)) is None:
+            raise
+        print(f"{prog}: error: {told}", file=sys.stderr)
+        sys.exit(1)
     except StorageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         # Orbax's threads may wait for minutes on a file system that takes nothing, and an ordinary end waits for them.

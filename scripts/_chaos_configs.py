@@ -116,7 +116,7 @@ def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None])
     """
     fields = {"algorithm.name": rng.choice(_ALGORITHMS)}
     fields |= {name: rng.choice(values) for name, values in _CHOICES.items() if rng.random() < 0.15}
-    family = rng.choice(("made", "made", "supervised", "text", "lora"))
+    family = rng.choice(("made", "made", "made", "supervised", "text", "lora"))
     if family == "supervised":
         fields |= {"sft.steps": 20}
     elif family == "text":

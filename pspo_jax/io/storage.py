@@ -14,12 +14,33 @@ from typing import NamedTuple
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """Errors that the same command meets again: the folder is the wrong one. The others may pass."""
+EXHAUSTED = {
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs' files",
+    errno.ENOMEM: "free memory",
+    errno.EAGAIN: "raise the limit on processes (ulimit -u)",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room under the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EIO: "look after the disk",
+    errno.ESTALE: "mount the file system anew",
+}
+"""What a machine may run out of, and what to do about it."""
 LONGEST_PAUSE = 30.0
 """Seconds between two tries to write, at most."""
 
 
 class StorageError(Exception):
     """A file cannot be read or written now, and nothing is wrong with it: one line; the exit code is 1."""
+
+
+def exhausted(error: OSError) -> StorageError | None:
+    """The error of a machine that has run out of something, in one line; None for any other error."""
+    number = error.errno
+    if number is None or number not in EXHAUSTED:
+        return None
+    what = f"{error.filename}: {os.strerror(number)}" if error.filename else os.strerror(number)
+    return StorageError(f"{what}; {EXHAUSTED[number]}, and the same command carries on")
 
 
 class LateError(StorageError):

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from pspo_jax import cli
 from pspo_jax.config import CheckpointConfig
 from pspo_jax.io.checkpoint import Checkpoints
 from pspo_jax.io.run_folder import RunLog, read_lines
@@ -151,3 +152,23 @@ def test_the_system_says_why(code):
     assert os_reason(OSError(code, os.strerror(code))) == os.strerror(code)
     assert os_reason(ValueError(f"RESOURCE_EXHAUSTED: Failed [os_error_code='{code}']")) == os.strerror(code)
     assert os_reason(ValueError("DATA_LOSS: checksum")) is None
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO])
+def test_a_machine_that_runs_out_of_something_is_one_line(number, capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, "pspo_jax.train")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1
+    assert f"some/file: {os.strerror(number)}" in said and "the same command carries on" in said
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    def main(argv):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "some/file")
+
+    with pytest.raises(FileNotFoundError):
+        cli.run(main, "pspo_jax.train")
