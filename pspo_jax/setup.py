@@ -29,6 +29,7 @@ from pspo_jax.machine import with_memory, with_type
 from pspo_jax.optimizer import adamw, updates_per_step
 from pspo_jax.parallel import hosts
 from pspo_jax.parallel.mesh import (
+    check_vocabulary,
     groups_shardings,
     make_mesh,
     params_shardings,
@@ -185,7 +186,7 @@ def prepare(
     learnt = settings(config, task)  # reads sft.data: a missing file is found out here
     if config.sft.steps and config.sft.data is not None:
         hosts.check_same("sft.data", learnt["sft.data"])
-    _check_vocabulary(config, task.vocab_size)
+    check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,
         config.policy.attention,
@@ -212,19 +213,6 @@ def prepare(
     shardings = _state_shardings(setup, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return setup._replace(abstract=abstract)
-
-
-def _check_vocabulary(config: Config, rows: int) -> None:
-    """Raise ConfigError for a mesh that does not divide the `rows` of the embedding among its devices."""
-    m = config.mesh
-    if rows % m.tensor:
-        raise ConfigError(f"mesh.tensor={m.tensor}: does not divide the vocabulary of {rows}; choose a divisor")
-    split = (m.fsdp or 1) * m.tensor if config.rollout.weights == "split" else 1
-    if rows % split:
-        raise ConfigError(
-            f"rollout.weights=split: mesh.fsdp x mesh.tensor = {split} does not divide the vocabulary of {rows}; use "
-            "gathered, or a smaller mesh.fsdp"
-        )
 
 
 def _remarks(config: Config, source: Source | None, architecture: Architecture, task: Task) -> list[str]:

@@ -208,3 +208,16 @@ def groups_shardings(mesh: Mesh, tree: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)))
+
+
+def check_vocabulary(config: Config, rows: int) -> None:
+    """Raise ConfigError for a mesh that does not divide the `rows` of the embedding among its devices."""
+    m = config.mesh
+    if rows % m.tensor:
+        raise ConfigError(f"mesh.tensor={m.tensor}: does not divide the vocabulary of {rows}; choose a divisor")
+    split = (m.fsdp or 1) * m.tensor if config.rollout.weights == "split" else 1
+    if rows % split:
+        raise ConfigError(
+            f"rollout.weights=split: mesh.fsdp x mesh.tensor = {split} does not divide the vocabulary of {rows}; use "
+            "gathered, or a smaller mesh.fsdp"
+        )
