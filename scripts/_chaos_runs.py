@@ -146,7 +146,9 @@ def _fork(words: list[str], env: dict[str, str], cwd: Path, output: Path) -> int
 
 
 def _place(number: int, count: int, port: int) -> list[str]:
-    words = {"coordinator": f"127.0.0.1:{port}", "processes": count, "process": number, "heartbeat_timeout": 10}
+    words = {"coordinator": f"127.0.0.1:{port}", "processes": count, "process": number}
+    # A process whose partner was killed before it joined waits this long for it.
+    words |= {"join_timeout": 60, "heartbeat_timeout": 10}
     return [word for k, v in words.items() for word in (f"--distributed.{k}", str(v))]
 
 
