@@ -35,8 +35,8 @@ def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
 def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
     """The type of products that is the default of a machine, and why.
 
-    XLA emulates bfloat16 on most CPUs. Whether it is faster, a processor's flags do not tell: of two processors whose
-    flags name bfloat16, it was slower on one and faster on the other.
+    XLA emulates bfloat16 on most CPUs. Where the processor's flags name bfloat16, measurements have disagreed on which
+    type is faster, so the flags do not decide.
     """
     if on_cpu:
         return "float32", "bfloat16 is emulated on most CPUs; set it where yours is faster with it"
