@@ -58,7 +58,11 @@ class Trial:
         return runs.Run(self.fields, self.folder, self.world, self.place / f"output-{self.starts}.txt", extra)
 
     def end(self, run: runs.Run, allowed: set[int], limit: float = runs.LIMIT_SECONDS) -> int:
-        """Wait for the run's end; its exit code must be an allowed one, and its output must hold no traceback."""
+        """Wait for the run's end; its exit code must be an allowed one, and its output must hold no traceback.
+
+        A run that has lost its only checkpoint, or its config, to an earlier fault may always be refused.
+        """
+        allowed = allowed | {2} if self.damaged else allowed
         code = run.wait(limit)
         text = run.text()
         if code is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from pspo_jax.io import damage
 from pspo_jax.io.checksums import layout, named_checksums, verify
 from pspo_jax.io.damage import DamageError
 from pspo_jax.io.metadata import damaged_metadata, finite, mend_scores, read_metadata
-from pspo_jax.io.storage import LONGEST_PAUSE, LateError, StorageError, os_reason, pause, room, size, writing
+from pspo_jax.io.storage import LONGEST_PAUSE, LateError, StorageError, os_number, os_reason, pause, room, size, writing
 from pspo_jax.parallel import hosts
 
 RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
@@ -247,8 +248,8 @@ class Checkpoints:
         if self._writing is None or (reason is None and not isinstance(error, TimeoutError)):
             raise error
         step = self._writing[0].step
-        if reason is None:
-            return LateError(f"{self.folder}: checkpoint {step} was not written in time by the wall clock ({error})")
+        if reason is None or os_number(error) == errno.ENOTEMPTY:  # the latter while an earlier late save still writes
+            return LateError(f"{self.folder}: checkpoint {step} was not written in time ({reason or error})")
         whole = [s for s in saved_steps(self.folder) if s != step]
         needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
         return StorageError(

@@ -44,11 +44,17 @@ def exhausted(error: OSError) -> StorageError | None:
 
 
 class LateError(StorageError):
-    """Orbax has waited too long for a save by the wall clock, which may have jumped; the save is tried once more."""
+    """A save took too long by the wall clock, which may have jumped, or met one that did; it is tried once more."""
 
 
 def os_reason(error: BaseException) -> str | None:
-    """What the operating system said, if an error comes from it; None if it does not.
+    """What the operating system said, if an error comes from it; None if it does not."""
+    number = os_number(error)
+    return None if number is None else os.strerror(number)
+
+
+def os_number(error: BaseException) -> int | None:
+    """The operating system's errno behind an error; None if there is none.
 
     TensorStore raises ValueError whose text ends in [os_error_code='28'].
     """
@@ -56,9 +62,9 @@ def os_reason(error: BaseException) -> str | None:
         if isinstance(one, FileNotFoundError):
             continue
         if isinstance(one, OSError) and one.errno is not None:
-            return os.strerror(one.errno)
+            return one.errno
         if code := re.search(r"os_error_code='(\d+)'", str(one)):
-            return os.strerror(int(code[1]))
+            return int(code[1])
     return None
 
 
