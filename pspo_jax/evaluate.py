@@ -23,33 +23,33 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError, embedded, replace
+from pspo_jax.checkpoint.checksums import files_identity, verify
+from pspo_jax.checkpoint.store import params_identity, read_params
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import Config, ConfigError, embedded, replace
+from pspo_jax.data import CharTokenizer, make_task
+from pspo_jax.data.text import benchmark_prompts, why
+from pspo_jax.distributed import processes
+from pspo_jax.distributed.mesh import make_mesh, params_shardings, smallest_fsdp
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, NAMES, benchmark_source
 from pspo_jax.evaluation.runner import StoppedError, Work, read_summary, run_benchmark
 from pspo_jax.export import choose_steps, read_config
-from pspo_jax.io.checkpoint import params_identity, read_params
-from pspo_jax.io.checksums import files_identity, verify
-from pspo_jax.io.progress import Progress
-from pspo_jax.io.run_folder import write_json
-from pspo_jax.io.stop import stop_requests
-from pspo_jax.io.storage import unread, write_whole, writing
-from pspo_jax.machine import with_type
-from pspo_jax.parallel import hosts
-from pspo_jax.parallel.mesh import make_mesh, params_shardings, smallest_fsdp
-from pspo_jax.policy import Architecture, transformer
-from pspo_jax.policy.architecture import beyond_context
-from pspo_jax.policy.base import join
-from pspo_jax.policy.pretrained import Source, load_params
-from pspo_jax.policy.weights import table
-from pspo_jax.rewards.judge import text_judge
-from pspo_jax.rewards.pool import Pool
+from pspo_jax.model import Architecture, transformer
+from pspo_jax.model.architecture import beyond_context
+from pspo_jax.model.huggingface.load import Source, load_params
+from pspo_jax.model.interface import join
+from pspo_jax.model.weights import table
+from pspo_jax.rewards.text_reward import text_judge
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
-from pspo_jax.run_date import with_date
-from pspo_jax.setup import architecture_for, configure_runtime, device_bytes, verifiers
-from pspo_jax.tasks import CharTokenizer, make_task
-from pspo_jax.tasks.text import benchmark_prompts, why
+from pspo_jax.runs.run_date import with_date
+from pspo_jax.runs.run_folder import write_json
+from pspo_jax.system.interrupts import stop_requests
+from pspo_jax.system.progress import Progress
+from pspo_jax.system.storage import unread, write_whole, writing
+from pspo_jax.training.machine import with_type
+from pspo_jax.training.setup import architecture_for, configure_runtime, device_bytes, verifiers
+from pspo_jax.verifiers.workers.pool import Pool
 
 LONGEST_PROMPT = 8192
 """Tokens; a benchmark is evaluated whole, whatever training left out."""
@@ -73,11 +73,11 @@ def main(argv: Sequence[str]) -> int:
     steps = _steps(args)
     out: Path = args.out or args.run / "evaluation"
     with verifiers(config) as pool:
-        hosts.initialize(config)
-        progress = Progress(hosts.leads(), quiet=not hosts.leads())
+        processes.initialize(config)
+        progress = Progress(processes.leads(), quiet=not processes.leads())
         interrupted = f"interrupted; what is done is in {out}, and the same command carries on"
         try:
-            with stop_requests() as stop, hosts.failing_together():
+            with stop_requests() as stop, processes.failing_together():
                 if args.model:
                     config = with_date(config, out / "settings.json")
                 try:
@@ -105,7 +105,7 @@ def _run(
     config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
     for words in chosen:
         progress.say(f"default of this machine: {words}")
-    if hosts.leads():
+    if processes.leads():
         _check_settings(out, config, args)
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, len(jax.devices()))
@@ -127,9 +127,9 @@ def _run(
         rows: dict[str, dict[str, tables.Summary]] = {}
         for candidate in candidates:
             rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
-            if hosts.leads():
+            if processes.leads():
                 _write(out, rows, {c.label: c.step for c in candidates})
-    if hosts.leads():
+    if processes.leads():
         progress.say((out / "table.md").read_text(encoding="utf-8"))
         progress.say(f"written to {out}")
     return 0
@@ -150,7 +150,7 @@ def _on_devices(config: Config, architecture: Architecture, devices: int) -> Con
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = cli.Parser(
+    parser = command_line.Parser(
         prog="python -m pspo_jax.evaluate",
         description="Evaluate checkpoints on benchmarks. Fields of the config, such as --prompt.template, may follow.",
     )
@@ -215,7 +215,9 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
         # The task reads a set of one's own, if there is one, and is else one that needs no data.
         own = next((where for name, where in data.items() if name not in NAMES), None)
         task = ["--task.name=countdown"] if own is None else ["--task.name=math", f"--task.train_data={own}"]
-        config = cli.parse([*task, f"--policy.source={args.model}", *overrides], "python -m pspo_jax.evaluate", "")
+        config = command_line.parse(
+            [*task, f"--policy.source={args.model}", *overrides], "python -m pspo_jax.evaluate", ""
+        )
         longest = args.max_new_tokens or 4096
     return replace(
         config,
@@ -419,7 +421,7 @@ def _evaluate(
         seconds = time.monotonic() - began
         rate = f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens else f"was in {path}"
         progress.say(f"{candidate.label} {work.name}: {rate}")
-        if hosts.leads():
+        if processes.leads():
             found[work.name] = read_summary(path, ks)
     return found
 
@@ -433,4 +435,4 @@ def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[st
 
 
 if __name__ == "__main__":
-    cli.run(main, "pspo_jax.evaluate")
+    command_line.run(main, "pspo_jax.evaluate")

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import yaml
 
-from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError, replace
-from pspo_jax.io.checkpoint import read_params, saved_steps
-from pspo_jax.io.hf_folder import (
+from pspo_jax.checkpoint.store import read_params, saved_steps
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.huggingface.save import (
     TOKENIZER_FILES,
     built_in_config,
     copy_files,
@@ -35,11 +36,10 @@ from pspo_jax.io.hf_folder import (
     write_folder,
     write_tensors,
 )
-from pspo_jax.io.run_folder import read_lines
-from pspo_jax.io.storage import writing
-from pspo_jax.policy.architecture import Architecture
-from pspo_jax.policy.weights import entries, table
-from pspo_jax.setup import architecture_for
+from pspo_jax.model.weights import entries, table
+from pspo_jax.runs.run_folder import read_lines
+from pspo_jax.system.storage import writing
+from pspo_jax.training.setup import architecture_for
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +87,9 @@ def _copied(args: argparse.Namespace) -> bool:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint.")
+    parser = command_line.Parser(
+        prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint."
+    )
     parser.add_argument("--run", metavar="RUN", type=Path, required=True, help="run folder, as run.dir in training")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="new folder; of folders, with --step all"
@@ -134,7 +136,7 @@ def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", p
         with writing(kept):
             kept.write_text(yaml.safe_dump(stages), encoding="utf-8")
         try:
-            return cli.parse(["--config", str(kept), *overrides], f"python -m pspo_jax.{prog}", "")
+            return command_line.parse(["--config", str(kept), *overrides], f"python -m pspo_jax.{prog}", "")
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(kept), str(path))) from error
 
@@ -289,7 +291,7 @@ def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
         f"{f' ({config.task.train_data})' if config.task.train_data else ''}, from {base}"
         f"{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}.\n\n"
         f"## Metrics\n\nLatest values up to this step.\n\n| Metric | Value |\n|---|---|\n{table}\n"
-        f"## Config\n\n```yaml\n{cli.to_yaml(config)}```\n"
+        f"## Config\n\n```yaml\n{command_line.to_yaml(config)}```\n"
     )
 
 
@@ -308,4 +310,4 @@ def _push(folder: Path, repo: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "pspo_jax.export")
+    command_line.run(main, "pspo_jax.export")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import jax
 
-from pspo_jax.cli import Parser, run
-from pspo_jax.config import ConfigError
-from pspo_jax.io.html import read_runs, render
-from pspo_jax.io.storage import REFUSED, StorageError, write_whole
+from pspo_jax.config.command_line import Parser, run
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.reporting.page import read_runs, render
+from pspo_jax.system.storage import REFUSED, StorageError, write_whole
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     # A report is made beside a training job, whose accelerators are not to be touched.
     jax.config.update("jax_platforms", "cpu")
     if args.prompts:
-        from pspo_jax.prompt_table import write_prompts
+        from pspo_jax.training.prompt_table import write_prompts
 
         if args.out is not None:
             raise ConfigError(f"--out {args.out}: --prompts writes to the run's folder; drop it")

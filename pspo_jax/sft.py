@@ -20,19 +20,19 @@ from typing import Any
 import jax
 import yaml
 
-from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError, embedded, replace
-from pspo_jax.demonstrations import demonstration_task, read_text
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import Config, ConfigError, embedded, replace
+from pspo_jax.data import TextTokenizer
+from pspo_jax.data.demonstrations import demonstration_task, read_text
+from pspo_jax.data.task import json_lines
+from pspo_jax.distributed import processes
 from pspo_jax.export import write_model
-from pspo_jax.io import history
-from pspo_jax.io.hf_folder import write_folder
-from pspo_jax.io.progress import Progress
-from pspo_jax.io.run_folder import open_folder
-from pspo_jax.parallel import hosts
-from pspo_jax.run_date import with_date
-from pspo_jax.setup import FirstParams, Setup, architecture_for, first_params, prepare, started
-from pspo_jax.tasks import TextTokenizer
-from pspo_jax.tasks.base import json_lines
+from pspo_jax.model.huggingface.save import write_folder
+from pspo_jax.runs import history
+from pspo_jax.runs.run_date import with_date
+from pspo_jax.runs.run_folder import open_folder
+from pspo_jax.system.progress import Progress
+from pspo_jax.training.setup import FirstParams, Setup, architecture_for, first_params, prepare, started
 
 PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
@@ -48,7 +48,7 @@ _UNSET = 2**30
 def main(argv: Sequence[str]) -> int:
     config = read_config(argv)
     if config.run.print_config:
-        print(cli.to_yaml(config), end="")
+        print(command_line.to_yaml(config), end="")
         return 0
     if config.run.start_over:
         raise ConfigError(
@@ -57,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     folder = open_folder(config.run.dir)
     with started(config, folder) as (pool, asked):
         config = with_date(config, folder / "config.yaml")
-        progress = Progress(config.log.progress and hosts.leads(), quiet=not hosts.leads())
+        progress = Progress(config.log.progress and processes.leads(), quiet=not processes.leads())
         setup = _prepare(config, pool, progress)
         with jax.set_mesh(setup.mesh):
-            first = first_params(setup, folder, progress, lambda: hosts.any_says(asked()))
+            first = first_params(setup, folder, progress, lambda: processes.any_says(asked()))
             return 0 if first.params is None else _finish(setup, first, folder, progress)
 
 
@@ -68,7 +68,7 @@ def read_config(argv: Sequence[str]) -> Config:
     """The config of a command line. A policy of text that is to learn from sft.data needs no task.
 
     Raises:
-      ConfigError: as `cli.parse`, or there is nothing to learn from.
+      ConfigError: as `command_line.parse`, or there is nothing to learn from.
     """
     typed = {word.partition("=")[0] for word in argv}
     if typed & {"--policy.source", "--policy.tokenizer"} and not typed & {"--sft.data", "--config", "-h", "--help"}:
@@ -77,11 +77,11 @@ def read_config(argv: Sequence[str]) -> Config:
         config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS | {"steps": _UNSET, "warmup": 0}}, argv)
     except ConfigError as error:
         try:
-            config = cli.parse(argv, PROG, DESCRIPTION)  # fields of another task that has its own alphabet
+            config = command_line.parse(argv, PROG, DESCRIPTION)  # fields of another task that has its own alphabet
         except ConfigError:
             raise error from None
     if embedded(config):
-        return _checked(cli.parse(argv, PROG, DESCRIPTION))
+        return _checked(command_line.parse(argv, PROG, DESCRIPTION))
     if config.sft.data is None:
         raise ConfigError(_NO_DATA)
     lines = len(json_lines(read_text(Path(config.sft.data))))
@@ -101,11 +101,11 @@ def _checked(config: Config) -> Config:
 
 
 def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
-    """`cli.parse` with a file of defaults before all others."""
+    """`command_line.parse` with a file of defaults before all others."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defaults.yaml"
         path.write_text(yaml.safe_dump(defaults))
-        return cli.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
+        return command_line.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
 
 
 def _prepare(config: Config, pool: Any, progress: Progress) -> Setup:
@@ -135,15 +135,15 @@ def _finish(setup: Setup, first: FirstParams, folder: Path, progress: Progress) 
     if embedded(c):
         progress.say(same)
         return 0
-    params = hosts.whole(first.params)
-    if hosts.leads():
+    params = processes.whole(first.params)
+    if processes.leads():
         history.write_config(folder, c)
         out = folder / "model"
         write_folder(out, lambda place: write_model(place, c, params), replace=True)
         progress.say(f"{out} is the model in Hugging Face's format: train it with --policy.source {out}, or {same}")
-    hosts.wait_for_all("model")
+    processes.wait_for_all("model")
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main, "pspo_jax.sft")
+    command_line.run(main, "pspo_jax.sft")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pspo_jax import cli, plan
-from pspo_jax.loop import train
+from pspo_jax.config import command_line
+from pspo_jax.planning import memory as plan
+from pspo_jax.training.loop import train
 
 DESCRIPTION = """RL post-training with verifiable rewards, in JAX.
 
@@ -19,9 +20,9 @@ run nothing; without TARGET, on this machine."""
 
 def main(argv: Sequence[str]) -> int:
     argv, target = plan.take_target(argv)
-    config = cli.parse(argv, "python -m pspo_jax.train", DESCRIPTION)
+    config = command_line.parse(argv, "python -m pspo_jax.train", DESCRIPTION)
     if config.run.print_config:
-        print(cli.to_yaml(config), end="")
+        print(command_line.to_yaml(config), end="")
         return 0
     if target is not None:
         return plan.show(config, target)
@@ -29,4 +30,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, "pspo_jax.train")
+    command_line.run(main, "pspo_jax.train")

@@ -19,9 +19,9 @@ from _arithmetic import cache_bytes, decode_flops, train_flops, weight_bytes
 from _bench import Shape, Work
 
 if TYPE_CHECKING:
-    from pspo_jax.config import Config
-    from pspo_jax.policy.base import Policy
-    from pspo_jax.state import Prompts, Rollouts
+    from pspo_jax.arrays.state import Prompts, Rollouts
+    from pspo_jax.config.schema import Config
+    from pspo_jax.model.interface import Policy
 
 BEGAN = time.perf_counter()
 OURS = "pspo_jax"
@@ -144,7 +144,9 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
 
     policy.attention is what was found right here.
     """
-    from pspo_jax import algorithms, config, flags
+    from pspo_jax.config import presets as algorithms
+    from pspo_jax.config import schema as config
+    from pspo_jax.distributed import xla_flags
 
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
     fields = {f"policy.{k}": v for k, v in shape.items()} | {
@@ -161,12 +163,12 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
         "optimizer.learning_rate": 1e-6,
     }
     settings = algorithms.resolve(config.replace(config.Config(), fields | job.fields))
-    flags.apply(settings)
+    xla_flags.apply(settings)
     import jax
 
-    from pspo_jax.policy import built_in, transformer
-    from pspo_jax.policy.kernel_choice import with_kernels
-    from pspo_jax.validation import validate
+    from pspo_jax.config.validation import validate
+    from pspo_jax.model import built_in, transformer
+    from pspo_jax.model.attention.probe import with_kernels
 
     check_platform(job)
     validate(settings)
@@ -201,9 +203,9 @@ def our_training(settings: Config, policy: Policy, num_prompts: int, prompt_toke
     """Algorithm, first state and step; nothing but the state holds its arrays, which the step donates."""
     import jax
 
-    from pspo_jax import algorithms
-    from pspo_jax.optimizer import adamw
-    from pspo_jax.step import init_state, make_train_step
+    from pspo_jax.config import presets as algorithms
+    from pspo_jax.training.optimizer import adamw
+    from pspo_jax.training.step import init_state, make_train_step
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
     algorithm = algorithms.build(settings)
@@ -215,7 +217,7 @@ def our_training(settings: Config, policy: Policy, num_prompts: int, prompt_toke
 def our_prompts(work: Work) -> Prompts:
     import jax.numpy as jnp
 
-    from pspo_jax.state import Prompts
+    from pspo_jax.arrays.state import Prompts
 
     n = work.prompts
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
@@ -312,8 +314,8 @@ def serve_step(job: Job) -> None:
     import jax.numpy as jnp
     import numpy as np
 
+    from pspo_jax.arrays.state import ROLLOUT, SELECT, Prompts, purpose_key
     from pspo_jax.rollout import SamplingParams
-    from pspo_jax.state import ROLLOUT, SELECT, Prompts, purpose_key
 
     n, p, b = job.dataset, work.prompt_tokens, work.prompts
     data = jax.random.randint(jax.random.key(2), (n, p), 0, work.shape.vocab)
@@ -364,7 +366,7 @@ def full_rollouts(work: Work) -> Rollouts:
     import jax
     import jax.numpy as jnp
 
-    from pspo_jax.state import Rollouts
+    from pspo_jax.arrays.state import Rollouts
 
     b, g, t = work.prompts, work.group_size, work.new_tokens
     log_probs = jnp.full((b, g, t), -jnp.log(work.shape.vocab))
@@ -411,7 +413,7 @@ def serve_gap(job: Job) -> None:
     import jax
     import jax.numpy as jnp
 
-    from pspo_jax.objective.log_probs import completion_log_probs
+    from pspo_jax.losses.log_probs import completion_log_probs
     from pspo_jax.rollout import SamplingParams
 
     params = jax.jit(policy.init)(jax.random.key(0))

@@ -352,7 +352,9 @@ def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, 
 
 def options(description: str, peers: bool = True, tunix: bool = False) -> argparse.ArgumentParser:
     """The options that the benchmarks have in common."""
-    from pspo_jax.arguments import OneLineParser  # a peer's interpreter, which imports this file too, may not have it
+    from pspo_jax.system.one_line_parser import (
+        OneLineParser,  # a peer's interpreter, which imports this file too, may not have it
+    )
 
     parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")

@@ -10,9 +10,9 @@ from typing import Any
 
 from make_checkpoint import QWEN2, make
 
-from pspo_jax import cli
-from pspo_jax.config import ConfigError
-from pspo_jax.tasks.arithmetic import TOKENIZER
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 
 Fields = dict[str, Any]
 """Dotted field -> value, as on the command line; `devices` and `distributed.processes` say how the run is started."""
@@ -142,7 +142,7 @@ def accepted(fields: Fields, world: Path, start: Callable[[Fields], str | None])
 def _refused(words: list[str]) -> str | None:
     """Name of the field that the command line refuses; None = it accepts all."""
     try:
-        cli.parse(words, "chaos", "")
+        command_line.parse(words, "chaos", "")
     except ConfigError as error:
         return refused_field(str(error))
     return None

@@ -25,8 +25,8 @@ from typing import Any
 
 from _chaos_configs import Fields, flags
 
-from pspo_jax import cli
-from pspo_jax.io.checkpoint import saved_steps
+from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.config import command_line
 from pspo_jax.train import main
 
 LIMIT_SECONDS = 240.0
@@ -130,7 +130,7 @@ def _fork(words: list[str], env: dict[str, str], cwd: Path, output: Path) -> int
         os.chdir(cwd)
         sys.path.insert(0, str(cwd))
         sys.argv = ["pspo_jax.train", *words]
-        cli.run(main, "pspo_jax.train")
+        command_line.run(main, "pspo_jax.train")
     except SystemExit as stop:
         code = stop.code
     finally:

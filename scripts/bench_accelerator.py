@@ -30,7 +30,7 @@ import bench_tables
 from _accelerator import Job
 from _bench import Shape, Work
 
-from pspo_jax.arguments import OneLineParser
+from pspo_jax.system.one_line_parser import OneLineParser
 
 QWEN = Shape(28, 1536, 8960, 12, 2, 128, 151_936)
 SMALL = Shape(2, 64, 128, 4, 2, 16, 512)

@@ -14,12 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pspo_jax.arguments import OneLineParser
-from pspo_jax.config import Config, PolicyConfig
-from pspo_jax.parallel.mesh import make_mesh, params_shardings
-from pspo_jax.parallel.runtime import keep_freed_memory
-from pspo_jax.policy.pretrained import load_params, read_source
-from pspo_jax.policy.weights import is_weight, table, weight_axes
+from pspo_jax.config.schema import Config, PolicyConfig
+from pspo_jax.distributed.mesh import make_mesh, params_shardings
+from pspo_jax.distributed.runtime import keep_freed_memory
+from pspo_jax.model.huggingface.load import load_params, read_source
+from pspo_jax.model.weights import is_weight, table, weight_axes
+from pspo_jax.system.one_line_parser import OneLineParser
 
 
 def main() -> None:

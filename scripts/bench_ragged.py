@@ -55,10 +55,10 @@ def serve_update(work: Work) -> None:
     import jax
     import jax.numpy as jnp
 
-    from pspo_jax import algorithms
-    from pspo_jax.optimizer import adamw
+    from pspo_jax.config import presets as algorithms
     from pspo_jax.rollout import SamplingParams, make_sampler
-    from pspo_jax.step import init_state, make_train_step
+    from pspo_jax.training.optimizer import adamw
+    from pspo_jax.training.step import init_state, make_train_step
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
     algorithm = algorithms.build(settings)

@@ -22,25 +22,26 @@ from _tunix import NAME as TUNIX
 from _tunix import serve_rollout as serve_tunix
 
 if TYPE_CHECKING:
-    from pspo_jax.config import Config
-    from pspo_jax.policy.base import Policy
-    from pspo_jax.state import Prompts
+    from pspo_jax.arrays.state import Prompts
+    from pspo_jax.config.schema import Config
+    from pspo_jax.model.interface import Policy
 
 OURS, PEER = "pspo_jax", "Hugging Face generate"
 
 
 def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
     """Config, policy and prompts of a piece of work, after the process settings that entry points apply."""
-    from pspo_jax.parallel.runtime import keep_freed_memory
+    from pspo_jax.distributed.runtime import keep_freed_memory
 
     keep_freed_memory()
     import jax
     import jax.numpy as jnp
 
-    from pspo_jax import algorithms, config
-    from pspo_jax.policy import built_in, transformer
-    from pspo_jax.state import Prompts
-    from pspo_jax.validation import validate
+    from pspo_jax.arrays.state import Prompts
+    from pspo_jax.config import presets as algorithms
+    from pspo_jax.config import schema as config
+    from pspo_jax.config.validation import validate
+    from pspo_jax.model import built_in, transformer
 
     if work.cache:
         jax.config.update("jax_compilation_cache_dir", work.cache)

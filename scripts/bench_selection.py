@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.algorithms import resolve
-from pspo_jax.arguments import OneLineParser
-from pspo_jax.config import Config, replace
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.presets import resolve
+from pspo_jax.config.schema import Config, replace
 from pspo_jax.selection import SCORERS, Columns, Sizes, selector
-from pspo_jax.state import Outcome
+from pspo_jax.system.one_line_parser import OneLineParser
 
 GROUP = 8
 Timed = dict[str, Callable[[], Any]]

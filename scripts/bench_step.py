@@ -36,12 +36,12 @@ def serve_ours(work: Work) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from pspo_jax import algorithms
-    from pspo_jax.optimizer import adamw
-    from pspo_jax.parallel.runtime import jit_once
+    from pspo_jax.arrays.state import ROLLOUT, purpose_key
+    from pspo_jax.config import presets as algorithms
+    from pspo_jax.distributed.runtime import jit_once
     from pspo_jax.rollout.sampler import SamplingParams, make_sampler
-    from pspo_jax.state import ROLLOUT, purpose_key
-    from pspo_jax.step import init_state, make_train_step
+    from pspo_jax.training.optimizer import adamw
+    from pspo_jax.training.step import init_state, make_train_step
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
     algorithm = algorithms.build(settings)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pspo_jax.arguments import OneLineParser
+from pspo_jax.system.one_line_parser import OneLineParser
 
 Line = dict[str, Any]
 

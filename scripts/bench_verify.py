@@ -13,11 +13,11 @@ import json
 import time
 from pathlib import Path
 
-from pspo_jax.arguments import OneLineParser
-from pspo_jax.config import VerifierConfig
-from pspo_jax.rewards.math import final_answer
-from pspo_jax.rewards.pool import Pool, Request
-from pspo_jax.tasks.base import json_lines
+from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.data.task import json_lines
+from pspo_jax.system.one_line_parser import OneLineParser
+from pspo_jax.verifiers.math_answer import final_answer
+from pspo_jax.verifiers.workers.pool import Pool, Request
 
 HANGING = (
     "$9^{9^{9^{9}}}$",

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import random
 
-from pspo_jax.arguments import OneLineParser
-from pspo_jax.config import ConfigError, TaskConfig, VerifierConfig
-from pspo_jax.rewards.math import ALTERNATIVES
-from pspo_jax.rewards.pool import Pool, Reply, Request
-from pspo_jax.tasks.data import from_data
+from pspo_jax.config.schema import ConfigError, TaskConfig, VerifierConfig
+from pspo_jax.data.loading import from_data
+from pspo_jax.system.one_line_parser import OneLineParser
+from pspo_jax.verifiers.math_answer import ALTERNATIVES
+from pspo_jax.verifiers.workers.pool import Pool, Reply, Request
 
 
 def perturbed(gold: str, rng: random.Random) -> str:

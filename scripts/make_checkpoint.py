@@ -16,11 +16,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax import cli
-from pspo_jax.config import ConfigError, PolicyConfig
-from pspo_jax.io.hf_folder import TOKENIZER_FILES, copy_files, write_tensors
-from pspo_jax.policy.pretrained import read_source
-from pspo_jax.policy.weights import entries, table
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.model.huggingface.load import read_source
+from pspo_jax.model.huggingface.save import TOKENIZER_FILES, copy_files, write_tensors
+from pspo_jax.model.weights import entries, table
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -101,7 +101,7 @@ def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | Non
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
@@ -121,4 +121,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, "make_checkpoint.py")
+    command_line.run(main, "make_checkpoint.py")

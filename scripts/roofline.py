@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import jax
 
-from pspo_jax import cli
-from pspo_jax.config import ConfigError
-from pspo_jax.parallel.devices import KINDS, parse_target
-from pspo_jax.roofline import Floor, rollout_floor, traffic, update_floor
-from pspo_jax.setup import prepare
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.distributed.devices import KINDS, parse_target
+from pspo_jax.planning.roofline import Floor, rollout_floor, traffic, update_floor
+from pspo_jax.training.setup import prepare
 
 _COLUMNS = (
     "Devices",
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     targets = [parse_target(name) for name in names]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(t.devices for t in targets))
-    config = cli.parse(flags, "scripts/roofline.py", __doc__ or "")
+    config = command_line.parse(flags, "scripts/roofline.py", __doc__ or "")
     print("| " + " | ".join(_COLUMNS) + " |")
     print("|---" * len(_COLUMNS) + "|")
     for target in targets:
@@ -52,4 +52,4 @@ def _bound(floor: Floor) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, "scripts/roofline.py")
+    command_line.run(main, "scripts/roofline.py")

@@ -18,9 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pspo_jax import cli
-from pspo_jax.arguments import OneLineParser
-from pspo_jax.config import ConfigError
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.system.one_line_parser import OneLineParser
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
@@ -115,7 +115,7 @@ def main() -> None:
         if not arm.strip():
             parser.error("--arm '': needs an algorithm")
         try:
-            cli.parse(flags(folder_of(args.out, arm, 0), arm, 0, args.steps), parser.prog, "")
+            command_line.parse(flags(folder_of(args.out, arm, 0), arm, 0, args.steps), parser.prog, "")
         except ConfigError as error:
             parser.error(f"--arm {arm!r}: {error}")
     if len(set(args.seeds)) < len(args.seeds) or len(set(args.arm)) < len(args.arm):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.algorithms import resolve
-from pspo_jax.config import Config, flatten, replace
-from pspo_jax.defaults import FOLLOWERS
-from pspo_jax.policy import built_in, transformer
-from pspo_jax.state import Prompts
+from pspo_jax.arrays.state import Prompts
+from pspo_jax.config.defaults import FOLLOWERS
+from pspo_jax.config.presets import resolve
+from pspo_jax.config.schema import Config, flatten, replace
+from pspo_jax.model import built_in, transformer
 
 TINY = {
     "policy.layers": 2,

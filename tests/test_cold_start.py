@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from pspo_jax import __version__
-from pspo_jax.cold_start import cold_start, dataset, read_jsonl, settings, sft_loss
-from pspo_jax.config import ConfigError, replace
-from pspo_jax.io.damage import DamageError
-from pspo_jax.io.params_folder import load_folder, save_folder
-from pspo_jax.io.progress import Progress
-from pspo_jax.setup import _find_start
-from pspo_jax.tasks import arithmetic
+from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.checkpoint.params_folder import load_folder, save_folder
+from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.data.synthetic import arithmetic
+from pspo_jax.system.progress import Progress
+from pspo_jax.training.setup import _find_start
+from pspo_jax.training.supervised import cold_start, dataset, read_jsonl, settings, sft_loss
 from tests.helpers import tiny_config, tiny_policy
 
 GOOD = [{"prompt": f"{10 + i}+1=", "completion": f"+1={11 + i}$"} for i in range(40)]

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from pspo_jax.config import ConfigError, PolicyConfig
-from pspo_jax.io.hf_folder import write_folder
-from pspo_jax.io.stop import stop_requests
-from pspo_jax.policy.pretrained import fetch, read_source
+from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.model.huggingface.load import fetch, read_source
+from pspo_jax.model.huggingface.save import write_folder
+from pspo_jax.system.interrupts import stop_requests
 from scripts.make_checkpoint import MARK
 from scripts.make_checkpoint import main as make_checkpoint
 from tests.conftest import REPO

@@ -6,20 +6,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax import cli
-from pspo_jax.algorithms import PRESETS, build, resolve
-from pspo_jax.config import Config, ConfigError, flatten, replace
-from pspo_jax.mixture import mixture
-from pspo_jax.optimizer import schedule
-from pspo_jax.parallel.mesh import microbatch_size
+from pspo_jax.config import command_line
+from pspo_jax.config.json_fields import mixture
+from pspo_jax.config.presets import PRESETS, build, resolve
+from pspo_jax.config.schema import Config, ConfigError, flatten, replace
+from pspo_jax.config.validation import validate
+from pspo_jax.distributed.mesh import microbatch_size
 from pspo_jax.selection import Columns
 from pspo_jax.train import main
-from pspo_jax.validation import validate
+from pspo_jax.training.optimizer import schedule
 from tests.conftest import REPO
 
 
 def parse(*argv):
-    return cli.parse(argv, "train", "")
+    return command_line.parse(argv, "train", "")
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -49,7 +49,7 @@ def test_flags_override_files_and_presets(tmp_path):
 def test_saved_yaml_reads_back_as_itself(tmp_path):
     config = parse("--rollout.top_p", "0.9", "--run.fingerprint", "true")
     path = tmp_path / "config.yaml"
-    path.write_text(cli.to_yaml(config))
+    path.write_text(command_line.to_yaml(config))
     assert parse("--config", str(path)) == config
     assert yaml.safe_load(path.read_text())["rollout"]["top_p"] == 0.9
 
@@ -115,7 +115,7 @@ def test_a_mixture_is_a_list_in_yaml(tmp_path):
     parts = mixture(config)
     assert [(part.task.name, weight) for part, weight in parts] == [("countdown", 0.25), ("math", 1.0)]
     assert parts[1][0].task.heldout_prompts == 7 and config.rollout.max_new_tokens == 1024
-    path.write_text(cli.to_yaml(config))
+    path.write_text(command_line.to_yaml(config))
     assert parse("--config", str(path)) == config
 
 

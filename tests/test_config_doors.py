@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax import cli
-from pspo_jax.algorithms import resolve
-from pspo_jax.config import (
+from pspo_jax.config import command_line
+from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS
+from pspo_jax.config.presets import resolve
+from pspo_jax.config.schema import (
     Config,
     ConfigError,
     OptimizerConfig,
@@ -20,15 +21,14 @@ from pspo_jax.config import (
     flatten,
     replace,
 )
-from pspo_jax.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS
+from pspo_jax.config.validation import validate
 from pspo_jax.train import main
-from pspo_jax.validation import validate
 
 TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "policy.source": "org/model"}
 
 
 def parse(*argv):
-    return cli.parse(argv, "train", "")
+    return command_line.parse(argv, "train", "")
 
 
 def read(tmp_path, text):

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from pspo_jax import flags
-from pspo_jax.cli import parse
-from pspo_jax.config import ConfigError
+from pspo_jax.config.command_line import parse
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.distributed import xla_flags
 from tests.conftest import REPO
 
 
@@ -18,39 +18,39 @@ def config(*words):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As if the CUDA plugin were installed."""
-    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: "cuda12" in name or None)
+    monkeypatch.setattr(xla_flags.importlib.util, "find_spec", lambda name: "cuda12" in name or None)
 
 
 def test_nothing_is_set_where_no_accelerator_is_installed(monkeypatch):
-    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(xla_flags.importlib.util, "find_spec", lambda name: None)
     environment = {"XLA_FLAGS": "--a=1"}
-    assert flags.apply(config(), environment) == {} and environment == {"XLA_FLAGS": "--a=1"}
+    assert xla_flags.apply(config(), environment) == {} and environment == {"XLA_FLAGS": "--a=1"}
 
 
 def test_the_environment_wins_and_the_config_overrides_the_table(on_gpu):
     name = "--xla_gpu_enable_latency_hiding_scheduler"
     environment = {"XLA_FLAGS": f"{name}=false"}
-    flags.apply(config(), environment)
+    xla_flags.apply(config(), environment)
     assert environment["XLA_FLAGS"].split()[0] == f"{name}=false"
     assert environment["XLA_FLAGS"].count(name) == 1
     assert "LIBTPU_INIT_ARGS" not in environment
     environment = {}
-    flags.apply(config(f"--runtime.xla_flags={name}=false --xla_dump_to=x"), environment)
+    xla_flags.apply(config(f"--runtime.xla_flags={name}=false --xla_dump_to=x"), environment)
     assert environment["XLA_FLAGS"].count(name) == 1 and f"{name}=false" in environment["XLA_FLAGS"]
     assert environment["XLA_FLAGS"].endswith("--xla_dump_to=x")
     environment = {}
-    flags.apply(config("--runtime.flags=false", "--runtime.libtpu_flags=--b=2"), environment)
+    xla_flags.apply(config("--runtime.flags=false", "--runtime.libtpu_flags=--b=2"), environment)
     assert environment == {"LIBTPU_INIT_ARGS": "--b=2"}
 
 
 def test_words_that_are_no_flags_are_refused():
     with pytest.raises(ConfigError, match=r"runtime.xla_flags=fast: write flags as --name=value"):
-        flags.apply(config("--runtime.xla_flags=fast"), {})
+        xla_flags.apply(config("--runtime.xla_flags=fast"), {})
 
 
 def test_xla_knows_every_flag_of_the_table(child_env):
     """One that it does not know would end the process; and the config's own reach it before its devices exist."""
-    words = " ".join(f"--{f.name}={f.value}" for f in flags.TABLE if f.platform == "gpu")
+    words = " ".join(f"--{f.name}={f.value}" for f in xla_flags.TABLE if f.platform == "gpu")
     program = """
 import sys
 from pspo_jax.cli import parse
@@ -72,5 +72,5 @@ print(jax.device_count(), float(jax.jit(lambda x: x + 1)(1.0)))
 
 def test_the_documented_table_is_the_one_in_the_code():
     text = (REPO / "docs" / "distributed.md").read_text()
-    for flag in flags.TABLE:
+    for flag in xla_flags.TABLE:
         assert f"| `{flag.name}` | {flag.value} | {flag.reason} |" in text, flag.name

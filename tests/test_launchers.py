@@ -12,7 +12,7 @@ import yaml
 
 from tests import xla
 from tests.conftest import REPO
-from tests.parallel.processes import finish_all, free_port, output
+from tests.distributed.processes import finish_all, free_port, output
 from tests.test_run import flags
 
 SCRIPTS = REPO / "scripts"

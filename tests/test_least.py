@@ -9,17 +9,18 @@ import jax
 import numpy as np
 import pytest
 
-from pspo_jax import plan, roofline
-from pspo_jax.algorithms import resolve
-from pspo_jax.cli import parse
-from pspo_jax.optimizer import adamw
-from pspo_jax.parallel.devices import Kind
-from pspo_jax.parallel.mesh import make_mesh, params_shardings
-from pspo_jax.policy import built_in, transformer
-from pspo_jax.policy.architecture import Lora
-from pspo_jax.policy.weights import init_weights, table, weight_axes
-from pspo_jax.setup import prepare
-from pspo_jax.state import TrainState
+from pspo_jax.arrays.state import TrainState
+from pspo_jax.config.command_line import parse
+from pspo_jax.config.presets import resolve
+from pspo_jax.distributed.devices import Kind
+from pspo_jax.distributed.mesh import make_mesh, params_shardings
+from pspo_jax.model import built_in, transformer
+from pspo_jax.model.architecture import Lora
+from pspo_jax.model.weights import init_weights, table, weight_axes
+from pspo_jax.planning import memory as plan
+from pspo_jax.planning import roofline
+from pspo_jax.training.optimizer import adamw
+from pspo_jax.training.setup import prepare
 
 L, D, H, K, F, V, P, T, B, G = 3, 32, 4, 2, 48, 50, 20, 300, 8, 4
 WIDTH = 8  # of a head

@@ -7,13 +7,14 @@ import dataclasses
 import jax
 import pytest
 
-from pspo_jax import cli, machine
-from pspo_jax.config import Config, ConfigError, replace
-from pspo_jax.io.history import changes, settings
-from pspo_jax.io.run_folder import with_type_of
-from pspo_jax.parallel.devices import host_bytes
-from pspo_jax.parallel.mesh import make_mesh
-from pspo_jax.policy import built_in
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.distributed.devices import host_bytes
+from pspo_jax.distributed.mesh import make_mesh
+from pspo_jax.model import built_in
+from pspo_jax.runs.history import changes, settings
+from pspo_jax.runs.run_folder import with_type_of
+from pspo_jax.training import machine
 from tests.helpers import tiny_config
 
 TEXT = ["--task.name", "math", "--task.train_data", "rows.jsonl", "--policy.source", "a/b"]
@@ -32,7 +33,7 @@ def test_a_memory_limit_of_the_container_counts(tmp_path):
 
 
 def text_config(*words):
-    return cli.parse([*TEXT, *words], "train", "")
+    return command_line.parse([*TEXT, *words], "train", "")
 
 
 def test_text_leaves_to_the_machine_what_nobody_set():
@@ -74,7 +75,7 @@ def test_a_cpu_computes_anew_no_more_than_its_memory_asks_for(monkeypatch):
 
 def test_a_run_keeps_its_type_on_another_machine(tmp_path):
     began = replace(text_config(), {"policy.compute_dtype": "bfloat16"})
-    (tmp_path / "config.yaml").write_text(cli.to_yaml(began))
+    (tmp_path / "config.yaml").write_text(command_line.to_yaml(began))
     assert with_type_of(tmp_path, text_config()).policy.compute_dtype == "bfloat16"
     assert with_type_of(tmp_path / "new", text_config()).policy.compute_dtype is None
     other = text_config("--policy.compute_dtype", "float32")

@@ -9,8 +9,8 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
-from pspo_jax.accounting import PHASES
-from pspo_jax.config import Config
+from pspo_jax.config.schema import Config
+from pspo_jax.runs.accounting import PHASES
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

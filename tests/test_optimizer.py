@@ -11,9 +11,9 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from pspo_jax.config import PROJECTIONS, OptimizerConfig
-from pspo_jax.optimizer import adamw, decays, in_float32
-from pspo_jax.policy import built_in, transformer
+from pspo_jax.config.schema import PROJECTIONS, OptimizerConfig
+from pspo_jax.model import built_in, transformer
+from pspo_jax.training.optimizer import adamw, decays, in_float32
 from tests.helpers import tiny_config
 
 RATE = 1e-2

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pspo_jax import cli
-from pspo_jax import credit as credits
-from pspo_jax import selection as selectors
-from pspo_jax.algorithms import LOSSES, PRESETS, build, resolve
-from pspo_jax.config import Config, ConfigError, embedded, flatten, replace
-from pspo_jax.credit import CREDITS
-from pspo_jax.ownership import _BY_CREDIT, _BY_SELECTOR, OWNERS
+from pspo_jax import advantages, selection
+from pspo_jax.advantages import CREDITS
+from pspo_jax.config import command_line
+from pspo_jax.config.ownership import _BY_CREDIT, _BY_SELECTOR, OWNERS
+from pspo_jax.config.presets import LOSSES, PRESETS, build, resolve
+from pspo_jax.config.schema import Config, ConfigError, embedded, flatten, replace
+from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
-from pspo_jax.validation import validate
 
 TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "policy.tokenizer": "x"}
 UNREAD = [
@@ -125,11 +124,11 @@ def test_a_field_that_nothing_reads_is_refused_through_every_door(values, owner,
     for door in ("flags", "file", "python"):
         with pytest.raises(ConfigError) as error:
             if door == "flags":
-                cli.parse(words_of(values), "train", "")
+                command_line.parse(words_of(values), "train", "")
             elif door == "file":
                 path = tmp_path / "c.yaml"
                 path.write_text(yaml.safe_dump(values))
-                cli.parse(["--config", str(path)], "train", "")
+                command_line.parse(["--config", str(path)], "train", "")
             else:
                 validate(replace(Config(), values))
         messages.append(str(error.value))
@@ -161,9 +160,9 @@ def test_presets_set_nothing_that_is_not_read(name, loss):
 def test_the_config_of_a_run_reads_back_as_itself(name, tmp_path):
     path = tmp_path / "config.yaml"
     for values in ({}, TEXT, {"objective.loss": "reinforce"}, {"task.name": "countdown"}):
-        config = cli.parse(words_of({"algorithm.name": name, **values}), "train", "")
-        path.write_text(cli.to_yaml(config))
-        assert cli.parse(["--config", str(path)], "train", "") == config
+        config = command_line.parse(words_of({"algorithm.name": name, **values}), "train", "")
+        path.write_text(command_line.to_yaml(config))
+        assert command_line.parse(["--config", str(path)], "train", "") == config
         assert resolve(replace(Config(), flatten(config))) == config
 
 
@@ -186,20 +185,20 @@ def test_a_task_of_a_mixture_is_held_to_what_it_reads():
 
 def test_a_new_selector_credit_and_algorithm_are_one_line_each(monkeypatch):
     """The tables alone say which names there are; what a new strategy reads is its own affair."""
-    monkeypatch.setitem(selectors.SCORERS, "mine", SCORERS["pps"])
-    monkeypatch.setitem(credits.CREDITS, "own", CREDITS["group"])
+    monkeypatch.setitem(selection.SCORERS, "mine", SCORERS["pps"])
+    monkeypatch.setitem(advantages.CREDITS, "own", CREDITS["group"])
     monkeypatch.setitem(PRESETS, "ours", {"selection.name": "mine", "credit.name": "own", "objective.loss": "dapo"})
     words = ["--algorithm.name", "ours", "--selection.exponent", "0.9", "--selection.replacement", "true"]
-    config = cli.parse([*words, "--credit.scale", "none"], "train", "")
+    config = command_line.parse([*words, "--credit.scale", "none"], "train", "")
     assert (config.selection.name, config.credit.name, config.selection.exponent) == ("mine", "own", 0.9)
     assert build(config).selector.init(40) is not None
     with pytest.raises(ConfigError, match="did you mean ours"):
-        cli.parse(["--algorithm.name", "our"], "train", "")
+        command_line.parse(["--algorithm.name", "our"], "train", "")
 
 
 def test_help_lists_what_the_tables_hold(monkeypatch, capsys):
-    monkeypatch.setitem(selectors.SCORERS, "mine", SCORERS["pps"])
+    monkeypatch.setitem(selection.SCORERS, "mine", SCORERS["pps"])
     with pytest.raises(SystemExit):
-        cli.parse(["--help"], "train", "")
+        command_line.parse(["--help"], "train", "")
     text = capsys.readouterr().out
     assert "mine" in text and "tracked_baseline" in text and str(Path("FILE.yaml")) in text

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.algorithms import LOSSES
-from pspo_jax.config import replace
-from pspo_jax.objective.log_probs import pack_rows
-from pspo_jax.objective.losses import denominators
-from pspo_jax.packing import ROWS_PER_BIN, answers_of, bin_length, plan_bins, plan_shared_bins
-from pspo_jax.parallel.mesh import batch_sharding, make_mesh, params_shardings
-from pspo_jax.policy import transformer
-from pspo_jax.rows import Rows, bins_at_a_time, deal, packs, plan, score, score_some, sharing
-from pspo_jax.update import _gradient, padded_places
+from pspo_jax.config.presets import LOSSES
+from pspo_jax.config.schema import replace
+from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
+from pspo_jax.losses.log_probs import pack_rows
+from pspo_jax.losses.losses import denominators
+from pspo_jax.losses.packing import ROWS_PER_BIN, answers_of, bin_length, plan_bins, plan_shared_bins
+from pspo_jax.model import transformer
+from pspo_jax.training.scoring import Rows, bins_at_a_time, deal, packs, plan, score, score_some, sharing
+from pspo_jax.training.update import _gradient, padded_places
 from tests.helpers import relative, tiny_config, tiny_policy
 
 R, P, T, G = 24, 9, 20, 4

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from pspo_jax import plan
-from pspo_jax.cli import parse
-from pspo_jax.config import ConfigError
-from pspo_jax.parallel.devices import THIS_MACHINE, Target
+from pspo_jax.config.command_line import parse
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.distributed.devices import THIS_MACHINE, Target
+from pspo_jax.planning import memory as plan
 from scripts.make_checkpoint import SHAPES, make
 from tests.conftest import DATA
 

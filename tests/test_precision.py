@@ -12,15 +12,15 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax.algorithms import build
-from pspo_jax.cold_start import make_sft_steps
-from pspo_jax.optimizer import adamw, in_float32
-from pspo_jax.policy import built_in, transformer
-from pspo_jax.policy.architecture import lora_of
-from pspo_jax.policy.block import embed
-from pspo_jax.policy.weights import init_weights, table
+from pspo_jax.config.presets import build
+from pspo_jax.model import built_in, transformer
+from pspo_jax.model.architecture import lora_of
+from pspo_jax.model.block import embed
+from pspo_jax.model.weights import init_weights, table
 from pspo_jax.rollout import SamplingParams, make_sampler
-from pspo_jax.step import init_state, make_train_step
+from pspo_jax.training.optimizer import adamw, in_float32
+from pspo_jax.training.step import init_state, make_train_step
+from pspo_jax.training.supervised import make_sft_steps
 from tests.helpers import random_prompts, relative, tiny_config
 from tests.test_run import finish, metrics, start
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.policy.base import join
-from pspo_jax.policy.transformer import transformer
+from pspo_jax.model.interface import join
+from pspo_jax.model.transformer import transformer
 from tests import xla
 from tests.conftest import DATA
-from tests.policy.checkpoints import torch_logits, transformers, write_talker
-from tests.policy.test_pretrained import load
+from tests.model.checkpoints import torch_logits, transformers, write_talker
+from tests.model.test_pretrained import load
 from tests.test_run import TIMES, finish, metrics
 
 TOKENIZER = DATA / "tokenizers" / "qwen2.5"

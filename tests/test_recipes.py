@@ -6,13 +6,13 @@ import jax
 import pytest
 import yaml
 
-from pspo_jax.accounting import Totals
-from pspo_jax.algorithms import PRESETS
-from pspo_jax.cli import parse
-from pspo_jax.io.run_folder import RunLog
-from pspo_jax.iteration import one_step
-from pspo_jax.programs import Programs, lower_programs
-from pspo_jax.setup import place_state, prepare
+from pspo_jax.config.command_line import parse
+from pspo_jax.config.presets import PRESETS
+from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.run_folder import RunLog
+from pspo_jax.training.compile import Programs, lower_programs
+from pspo_jax.training.host_step import one_step
+from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import TINY
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax import algorithms
-from pspo_jax.objective.log_probs import completion_log_probs
-from pspo_jax.replay.base import groups_of
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config import presets as algorithms
+from pspo_jax.losses.log_probs import completion_log_probs
+from pspo_jax.replay.interface import groups_of
 from pspo_jax.rollout import SamplingParams, make_sampler
-from pspo_jax.rows import rows_of, score, score_some
-from pspo_jax.state import Outcome
-from pspo_jax.step import init_state, make_collect, make_train_step, make_update
+from pspo_jax.training.scoring import rows_of, score, score_some
+from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 from tests import xla
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 

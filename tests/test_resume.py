@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pspo_jax.per_prompt import follow_rows
-from pspo_jax.resume import difference, old_rows
+from pspo_jax.arrays.per_prompt import follow_rows
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection import Sizes, selector
-from pspo_jax.state import Outcome
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.training.resume import difference, old_rows
 
 hashes = st.one_of(st.integers(0, 9), st.integers(2**64 - 4, 2**64 - 1), st.integers(0, 2**64 - 1))
 prompts = st.lists(hashes, min_size=1, max_size=20)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax import resume
-from pspo_jax.accounting import Totals
-from pspo_jax.config import replace
-from pspo_jax.io import history
-from pspo_jax.io.checkpoint import Checkpoints
-from pspo_jax.io.progress import Progress
-from pspo_jax.replay.queue import Queue
-from pspo_jax.setup import place_state, prepare
+from pspo_jax.checkpoint.store import Checkpoints
+from pspo_jax.config.schema import replace
+from pspo_jax.replay.dynamic_sampling import Queue
+from pspo_jax.runs import history
+from pspo_jax.runs.accounting import Totals
+from pspo_jax.system.progress import Progress
+from pspo_jax.training import resume
+from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import tiny_config
 
 FIELDS = {"algorithm__name": "dapo", "replay__name": "fill", "rollout__oversampling": 2.0}

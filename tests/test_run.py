@@ -19,10 +19,10 @@ import pytest
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from pspo_jax import cli
-from pspo_jax.config import Config, ConfigError, replace
-from pspo_jax.io.checkpoint import saved_steps
-from pspo_jax.policy import built_in, transformer
+from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.model import built_in, transformer
 from pspo_jax.report import main as report
 from pspo_jax.train import main
 from tests import xla
@@ -251,7 +251,7 @@ def run_bad(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         argv_before, sys.argv = sys.argv, ["train", *map(str, argv)]
         try:
-            cli.run(main, "pspo_jax.train")
+            command_line.run(main, "pspo_jax.train")
         finally:
             sys.argv = argv_before
     captured = capsys.readouterr()

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from pspo_jax import cli
-from pspo_jax.io.hf_folder import set_stop_ids
-from pspo_jax.run_date import with_date
+from pspo_jax.config import command_line
+from pspo_jax.model.huggingface.save import set_stop_ids
+from pspo_jax.runs.run_date import with_date
 from tests.helpers import tiny_config
 
 TEXT = {"task__name": "math", "task__train_data": "x", "policy__tokenizer": "t"}
@@ -19,10 +19,10 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path):
     kept, config = tmp_path / "config.yaml", tiny_config(**TEXT)
     today = with_date(config, kept)
     assert today.prompt.date == datetime.date.today().isoformat()
-    kept.write_text(cli.to_yaml(with_date(tiny_config(**TEXT, prompt__date="2020-02-29"), kept)))
+    kept.write_text(command_line.to_yaml(with_date(tiny_config(**TEXT, prompt__date="2020-02-29"), kept)))
     assert with_date(config, kept).prompt.date == "2020-02-29"  # the same command on another day
     assert with_date(tiny_config(**TEXT, prompt__date="2021-01-01"), kept).prompt.date == "2021-01-01"
-    kept.write_text(cli.to_yaml(config))  # of a run that began without one
+    kept.write_text(command_line.to_yaml(config))  # of a run that began without one
     assert with_date(config, kept) == config
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import jax
 import pytest
 
-from pspo_jax.config import PolicyConfig
-from pspo_jax.policy import built_in, transformer
+from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.model import built_in, transformer
 from scripts import bench_tables
 from scripts._bench import SHAPES, Work
 from tests.conftest import REPO

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pspo_jax import cli
-from pspo_jax.cold_start import settings
-from pspo_jax.config import ConfigError, PromptConfig
-from pspo_jax.demonstrations import demonstration_task, read_examples
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.data.demonstrations import demonstration_task, read_examples
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.export import main as export
-from pspo_jax.setup import architecture_for
 from pspo_jax.sft import main as sft
 from pspo_jax.sft import read_config
-from pspo_jax.tasks.arithmetic import TOKENIZER
+from pspo_jax.training.setup import architecture_for
+from pspo_jax.training.supervised import settings
 from tests.conftest import DATA
 
 QWEN = DATA / "tokenizers" / "qwen2.5"
@@ -83,7 +83,7 @@ def test_training_with_the_same_settings_finds_it(base, data, tmp_path):
     same = ["--sft.steps", "3", "--sft.batch", "8", "--sft.learning_rate", "1e-5", "--sft.warmup", "0"]
     rl = write(tmp_path / "rl.jsonl", [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(40)])
     one = read_config(flags(base, data, tmp_path / "a"))
-    other = cli.parse(
+    other = command_line.parse(
         flags(base, data, tmp_path / "b", "--task.name", "math", "--task.train_data", str(rl), *same), "train", ""
     )
     source, tokenizer, _ = architecture_for(one)

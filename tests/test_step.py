@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax import algorithms
-from pspo_jax.policy.base import MASKED
+from pspo_jax.config import presets as algorithms
+from pspo_jax.model.interface import MASKED
 from pspo_jax.rollout import SamplingParams, make_sampler
-from pspo_jax.step import init_state, make_train_step
+from pspo_jax.training.step import init_state, make_train_step
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 
 P, PAD, EOS = 9, 14, 13

@@ -9,26 +9,20 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from pspo_jax import algorithms, credit
-from pspo_jax.config import Config, ConfigError, replace
-from pspo_jax.objective.losses import LossInputs, denominators, objective_loss
-from pspo_jax.parallel.mesh import AXES, microbatch_size
-from pspo_jax.policy.base import Adapted
-from pspo_jax.replay.base import empty_groups
+from pspo_jax import advantages
+from pspo_jax.arrays.state import DROPOUT, EVALUATE, REPLAY, ROLLOUT, SELECT, purpose_key, run_key
+from pspo_jax.config import presets as algorithms
+from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.config.validation import validate
+from pspo_jax.distributed.mesh import AXES, microbatch_size
+from pspo_jax.losses.losses import LossInputs, denominators, objective_loss
+from pspo_jax.model.interface import Adapted
+from pspo_jax.replay.interface import empty_groups
 from pspo_jax.rollout import SamplingParams, make_sampler
-from pspo_jax.rows import reference_weights
-from pspo_jax.state import DROPOUT, EVALUATE, REPLAY, ROLLOUT, SELECT, purpose_key, run_key
-from pspo_jax.step import (
-    _divergence,
-    estimate,
-    init_state,
-    make_collect,
-    make_train_step,
-    make_update,
-)
-from pspo_jax.step_metrics import rollout_metrics
-from pspo_jax.strategies import CreditConfig, ForgettingConfig
-from pspo_jax.validation import validate
+from pspo_jax.training.metrics import rollout_metrics
+from pspo_jax.training.scoring import reference_weights
+from pspo_jax.training.step import _divergence, estimate, init_state, make_collect, make_train_step, make_update
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 
 P, PAD, EOS, B, G = 9, 14, 13, 8, 4
@@ -169,7 +163,7 @@ def test_a_scale_left_to_the_batch_is_the_scale_of_the_batch(name):
     rewards = np.random.default_rng(0).random((6, G)).astype(np.float32)
     rewards[1, 2] = NAN
     lengths, ids = np.full((6, G), 3), np.arange(6)
-    at_once, later = credit.make(config, forgetting), credit.make(config, forgetting, batch_differs=True)
+    at_once, later = advantages.make(config, forgetting), advantages.make(config, forgetting, batch_differs=True)
     want, _ = at_once.estimate(at_once.init(6), ids, rewards, lengths)
     unscaled, _ = later.estimate(later.init(6), ids, rewards, lengths)
     assert at_once.over_batch is None and later.over_batch is not None

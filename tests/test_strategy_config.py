@@ -6,19 +6,19 @@ import typing
 
 import pytest
 
-from pspo_jax import cli
-from pspo_jax.algorithms import PRESETS, build, needs_movement, resolve
-from pspo_jax.config import Config, ConfigError, flatten, replace
-from pspo_jax.credit import CREDITS
-from pspo_jax.ownership import BELIEFS, OWNERS
+from pspo_jax.advantages import CREDITS
+from pspo_jax.config import command_line
+from pspo_jax.config.ownership import BELIEFS, OWNERS
+from pspo_jax.config.presets import PRESETS, build, needs_movement, resolve
+from pspo_jax.config.schema import Config, ConfigError, flatten, replace
+from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
-from pspo_jax.validation import validate
 
 SECTIONS = ("selection", "credit", "forgetting")
 
 
 def parse(*argv):
-    return cli.parse(argv, "train", "")
+    return command_line.parse(argv, "train", "")
 
 
 def flags(values):

@@ -14,16 +14,16 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from pspo_jax import resume
-from pspo_jax.accounting import Totals
-from pspo_jax.config import ConfigError, replace
+from pspo_jax.checkpoint.store import Checkpoints
+from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.evaluation.statistics import summarise
-from pspo_jax.io import history
-from pspo_jax.io.checkpoint import Checkpoints
-from pspo_jax.io.progress import Progress
-from pspo_jax.setup import place_state, prepare
-from pspo_jax.tasks.arithmetic import TOKENIZER
+from pspo_jax.runs import history
+from pspo_jax.runs.accounting import Totals
+from pspo_jax.system.progress import Progress
+from pspo_jax.training import resume
+from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import tiny_config
 from tests.test_run import metrics
 
@@ -358,11 +358,11 @@ def test_interrupted_evaluation_says_so_in_a_line(trained, place, child_env, tmp
     ],
 )
 def test_bad_arguments_of_evaluate_get_one_line(argv, words, capsys, monkeypatch):
-    from pspo_jax import cli
+    from pspo_jax.config import command_line
     from pspo_jax.evaluate import main
 
     monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, "pspo_jax.evaluate")
+        command_line.run(main, "pspo_jax.evaluate")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err

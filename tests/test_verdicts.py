@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pspo_jax import verdicts
-from pspo_jax.io.run_folder import RunLog
+from pspo_jax.data.task import Scores
 from pspo_jax.rewards.terms import weighted_sum
-from pspo_jax.tasks.base import Scores
+from pspo_jax.runs import verdicts
+from pspo_jax.runs.run_folder import RunLog
 from tests.helpers import tiny_config
 
 NAN = np.nan

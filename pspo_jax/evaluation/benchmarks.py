@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from pspo_jax.config import AnswerTransform, Config, ConfigError, TaskConfig, TaskName
-from pspo_jax.tasks.countdown import source as countdown_source
-from pspo_jax.tasks.data import Source, from_data
+from pspo_jax.config.schema import AnswerTransform, Config, ConfigError, TaskConfig, TaskName
+from pspo_jax.data.loading import Source, from_data
+from pspo_jax.data.synthetic.countdown import source as countdown_source
 
 
 class Benchmark(NamedTuple):

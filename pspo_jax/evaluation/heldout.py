@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from pspo_jax.config import Config
-from pspo_jax.parallel import hosts
+from pspo_jax.arrays.state import Prompts
+from pspo_jax.config.schema import Config
+from pspo_jax.data.task import Completions, PromptSet, Scores, Task
+from pspo_jax.distributed import processes
 from pspo_jax.rollout.sampler import SamplingParams
-from pspo_jax.state import Prompts
-from pspo_jax.tasks.base import Completions, PromptSet, Scores, Task
 
 
 def evaluate(
@@ -47,10 +47,10 @@ def evaluate(
         draws = [("greedy", greedy)] + [("sampled", sampled)] * config.eval.samples
         for i, (name, settings) in enumerate(draws):
             rollouts = sample(params, prompts, jax.random.fold_in(jax.random.fold_in(key, start), i), settings)
-            own = hosts.owned_rows(rollouts.lengths)
+            own = processes.owned_rows(rollouts.lengths)
             own = own[real[own]]
             tokens, lengths, ended = (
-                hosts.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
+                processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
             held = Completions(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
             judged[name].append(task.judge(held))
@@ -59,7 +59,7 @@ def evaluate(
         told(one)
     right = {name: np.concatenate([one.right for one in found]) for name, found in scores.items()}
     # (sum, verdicts, completions) of each, over all processes.
-    sums = hosts.total(np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64))
+    sums = processes.total(np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64))
     means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(right, sums, strict=True)}
     return means | {"no_verdict": float(1 - sums[:, 1].sum() / sums[:, 2].sum())}
 

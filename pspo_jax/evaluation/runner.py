@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.config import ConfigError
+from pspo_jax.checkpoint.params_folder import set_aside
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.data.task import Completions, Judge, PromptSet, Scores, Tokenizer
+from pspo_jax.distributed import processes
+from pspo_jax.distributed.mesh import batch_sharding
 from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
-from pspo_jax.io.params_folder import set_aside
-from pspo_jax.io.storage import append_whole, write_whole, writing
-from pspo_jax.parallel import hosts
-from pspo_jax.parallel.mesh import batch_sharding
 from pspo_jax.rollout.sampler import SamplingParams
-from pspo_jax.tasks.base import Completions, Judge, PromptSet, Scores, Tokenizer
+from pspo_jax.system.storage import append_whole, write_whole, writing
 
 
 class Work(NamedTuple):
@@ -79,8 +79,8 @@ def run_benchmark(
       StoppedError: stop() became true.
       StorageError: the file cannot be written; what it holds stays.
     """
-    total, leads = len(work.prompts.lengths), hosts.leads()
-    done = int(hosts.total(np.array(_recover(path, work.header(identity), say) if leads else 0)))
+    total, leads = len(work.prompts.lengths), processes.leads()
+    done = int(processes.total(np.array(_recover(path, work.header(identity), say) if leads else 0)))
     tick(done, "")
     if done == total:
         return 0
@@ -95,14 +95,14 @@ def run_benchmark(
         tick(item[1], work.name)
 
     for start in range(done, total, work.batch):
-        if hosts.any_says(stop()):
+        if processes.any_says(stop()):
             write(waiting)
             raise StoppedError
         rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
-        prompts = hosts.put(gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh))
+        prompts = processes.put(gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh))
         rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
         write(waiting)  # its verification has gone on while this batch is sampled
-        tokens, lengths, ended = hosts.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
+        tokens, lengths, ended = processes.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
         real = min(work.batch, total - start)
         completions = Completions(
             work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pspo_jax.evaluation.statistics import Summary, average
-from pspo_jax.io.storage import write_whole
+from pspo_jax.system.storage import write_whole
 
 Rows = Mapping[str, Mapping[str, Summary]]
 """Checkpoint label -> benchmark name -> summary."""

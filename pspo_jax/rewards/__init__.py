@@ -1,4 +1,1 @@
-"""What a completion is worth: verifiers in killable worker processes, and rewards that shape.
-
-Nothing here imports JAX: `worker.py` and what it imports run in processes that must never see the accelerator.
-"""
+"""What a completion is worth: the verdict on its answer, and the terms that shape a reward."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pspo_jax.config import ConfigError, RewardConfig
+from pspo_jax.config.schema import ConfigError, RewardConfig
 from pspo_jax.rewards import shaping
 
 TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pspo_jax.config import RolloutConfig
-from pspo_jax.parallel.mesh import constrain
-from pspo_jax.policy.base import Policy
-from pspo_jax.rollout.draw import draw_tokens
-from pspo_jax.rollout.slots import Drawn, decode
-from pspo_jax.state import Params, Prompts, Rollouts
+from pspo_jax.arrays.state import Params, Prompts, Rollouts
+from pspo_jax.config.schema import RolloutConfig
+from pspo_jax.distributed.mesh import constrain
+from pspo_jax.model.interface import Policy
+from pspo_jax.rollout.continuous import Drawn, decode
+from pspo_jax.rollout.token_sampling import draw_tokens
 
 SMALLEST = 128
 """Tokens that a cache has room for at least, if completions may be so long."""

@@ -7,18 +7,18 @@ cooldown, quotas, exploration, and a choice that does not pass over all prompts.
 from collections.abc import Callable
 from functools import partial
 
-from pspo_jax.selection.base import Columns, Look, News, Ranked, Scorer, Selector, Sizes
-from pspo_jax.selection.choice import select
-from pspo_jax.selection.engine import SelectorState, engine, follow, init, observe
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.engine.draw import select
+from pspo_jax.selection.engine.longest_first import longest_first
+from pspo_jax.selection.engine.selector import SelectorState, engine, follow, init, observe
+from pspo_jax.selection.engine.summary import describe, survey, table
 from pspo_jax.selection.greso import greso
-from pspo_jax.selection.longest_first import longest_first
+from pspo_jax.selection.interface import Columns, Look, News, Ranked, Scorer, Selector, Sizes
 from pspo_jax.selection.pools import curriculum, difficulty_pools
 from pspo_jax.selection.posterior import mopps, posterior_mixed, spo
 from pspo_jax.selection.pps import pps
 from pspo_jax.selection.prioritized_replay import prioritized_replay
-from pspo_jax.selection.survey import describe, survey, table
 from pspo_jax.selection.uniform import uniform
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 SCORERS: dict[str, Callable[[SelectionConfig, ForgettingConfig, Sizes], Scorer]] = {
     "uniform": uniform,

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.selection.base import Columns, Look, News, Scorer, Sizes
-from pspo_jax.selection.book import scrambled
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.engine.stats import scrambled
+from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 from pspo_jax.selection.uniform import shuffled
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 
 class GresoState(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.fields import ConfigError
-from pspo_jax.selection.base import Columns, Look, News, Scorer, Sizes
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 
 EASY, NORMAL, HARD = 0, 1, 2
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from pspo_jax.beliefs import Beliefs, Population, counted, current, init_beliefs, learned, mean, p_mixed
-from pspo_jax.selection.base import Columns, Look, News, Scorer, Sizes
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.beliefs import Beliefs, Population, counted, current, init_beliefs, learned, mean, p_mixed
+from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 
 
 def tracker(forgetting: ForgettingConfig, toward_prior: bool = True) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pspo_jax.selection.base import Columns, Look, News, Scorer, Sizes
-from pspo_jax.selection.choice import annealed
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.engine.draw import annealed
+from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 
 
 def pps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:

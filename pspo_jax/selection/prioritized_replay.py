@@ -15,11 +15,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.beliefs import Beliefs, Population, current, init_beliefs, mean
-from pspo_jax.selection.base import Columns, Look, News, Ranked, Scorer, Sizes
-from pspo_jax.selection.engine import ABLE
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.beliefs import Beliefs, Population, current, init_beliefs, mean
+from pspo_jax.selection.engine.selector import ABLE
+from pspo_jax.selection.interface import Columns, Look, News, Ranked, Scorer, Sizes
 from pspo_jax.selection.posterior import tracker
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 RANKED, SOLVED, UNSOLVED = 0, 1, 2
 MAX_WAIT = 2**20

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.selection.base import Columns, Look, News, Scorer, Sizes
-from pspo_jax.selection.book import ordered, scrambled
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.engine.stats import ordered, scrambled
+from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 
 
 def shuffled(rounds: Int[Array, "m"], look: Look, seed: int) -> Float[Array, "m"]:

@@ -9,18 +9,18 @@ import sys
 import jax
 import pytest
 
-from pspo_jax import cli
-from pspo_jax.accounting import Totals
-from pspo_jax.config import ConfigError, replace
+from pspo_jax.checkpoint.store import Checkpoints
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import ConfigError, replace
 from pspo_jax.evaluate import main as evaluate
 from pspo_jax.export import choose_steps, read_config
 from pspo_jax.export import main as export
-from pspo_jax.io.checkpoint import Checkpoints
 from pspo_jax.report import main as report
-from pspo_jax.setup import place_state, prepare
+from pspo_jax.runs.accounting import Totals
+from pspo_jax.training.setup import place_state, prepare
 from tests import xla
+from tests.distributed.processes import free_port
 from tests.helpers import tiny_config
-from tests.parallel.processes import free_port
 
 TRAINED_ON = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 2}
 
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
         "distributed.processes": 2,
         "run.compilation_cache": "/proc/no-such-folder",
     }
-    (folder / "config.yaml").write_text(cli.to_yaml(replace(config, elsewhere)))
+    (folder / "config.yaml").write_text(command_line.to_yaml(replace(config, elsewhere)))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
     return folder
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pspo_jax.cli import to_yaml
-from pspo_jax.config import Config, ConfigError
+from pspo_jax.config.command_line import to_yaml
+from pspo_jax.config.schema import Config, ConfigError
 from pspo_jax.evaluate import _check_settings, _steps
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.export import main as export
-from pspo_jax.io.storage import StorageError
+from pspo_jax.system.storage import StorageError
 
 ARGUMENTS = Namespace(run=Path("runs/a"), model=None, temperature=0.6, top_p=0.95, samples=1, seed=0)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.rewards.choice import chosen
-from pspo_jax.rewards.worker import verify_choice
+from pspo_jax.verifiers.multiple_choice import chosen
+from pspo_jax.verifiers.workers.process import verify_choice
 
 TEXTS = ("pear", "apple", "a plum", "42 cm")
 WRITINGS = [

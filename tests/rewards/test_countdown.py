@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.rewards.countdown import MAX_CHARS, answer_of, expression_value, score
+from pspo_jax.verifiers.countdown import MAX_CHARS, answer_of, expression_value, score
 
 MEGABYTE = 1_000_000
 

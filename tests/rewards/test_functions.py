@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from pspo_jax.rewards.functions import Asked, escaped, grade, is_async, line_of, takes_lists
+from pspo_jax.verifiers.workers.functions import Asked, escaped, grade, is_async, line_of, takes_lists
 
 TEXTS = ["<think>\nso\n</think>\nIt is 4", "five"]
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2?"}]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pspo_jax.rewards import notation, quantities
-from pspo_jax.rewards.math import canonical, final_answer
-from pspo_jax.rewards.worker import verify_math
+from pspo_jax.verifiers import notation, quantities
+from pspo_jax.verifiers.math_answer import canonical, final_answer
+from pspo_jax.verifiers.workers.process import verify_math
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "graded_answers.jsonl").read_text("utf-8").splitlines()]
 ALLOWED_REFUSALS = 0.03

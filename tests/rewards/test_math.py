@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config import VerifierConfig
-from pspo_jax.rewards.math import ALTERNATIVES, canonical, final_answer
-from pspo_jax.rewards.pool import Pool, Request
-from pspo_jax.rewards.worker import verify_gold, verify_math
+from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.verifiers.math_answer import ALTERNATIVES, canonical, final_answer
+from pspo_jax.verifiers.workers.pool import Pool, Request
+from pspo_jax.verifiers.workers.process import verify_gold, verify_math
 from tests.conftest import DATA
 
 MEGABYTE = 1_000_000

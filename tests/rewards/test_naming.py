@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pspo_jax.config import VerifierConfig
-from pspo_jax.rewards.math import canonical, final_answer, score
-from pspo_jax.rewards.pool import Pool, Request
+from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.verifiers.math_answer import canonical, final_answer, score
+from pspo_jax.verifiers.workers.pool import Pool, Request
 from tests.conftest import DATA
 
 PROSE = (

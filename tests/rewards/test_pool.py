@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pspo_jax.config import ConfigError, VerifierConfig
-from pspo_jax.rewards.pool import Pool, Request
+from pspo_jax.config.schema import ConfigError, VerifierConfig
+from pspo_jax.verifiers.workers.pool import Pool, Request
 from tests.conftest import REPO
 
 pytestmark = [

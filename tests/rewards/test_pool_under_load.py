@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from pspo_jax.config import VerifierConfig
-from pspo_jax.rewards.clock import spent, usage
-from pspo_jax.rewards.pool import Pool
+from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.verifiers.workers.clock import spent, usage
+from pspo_jax.verifiers.workers.pool import Pool
 from tests.rewards.test_pool import asked, entered, maths, until
 
 pytestmark = [

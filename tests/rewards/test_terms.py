@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config import ConfigError, RewardConfig
+from pspo_jax.config.schema import ConfigError, RewardConfig
 from pspo_jax.rewards import shaping
 from pspo_jax.rewards.terms import TERMS, Shape, functions, interval, parse_terms, shaped, weighted_sum
 

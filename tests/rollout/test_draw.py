@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pspo_jax.policy.base import MASKED
-from pspo_jax.rollout.draw import draw_tokens
+from pspo_jax.model.interface import MASKED
+from pspo_jax.rollout.token_sampling import draw_tokens
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.3, -0.5, -1.0, MASKED, 0.9, 0.2, -3.0], np.float32)
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.config import Config, replace
-from pspo_jax.objective.log_probs import completion_log_probs
-from pspo_jax.parallel.mesh import make_mesh, params_shardings
-from pspo_jax.policy import from_logits
+from pspo_jax.config.schema import Config, replace
+from pspo_jax.distributed.mesh import make_mesh, params_shardings
+from pspo_jax.losses.log_probs import completion_log_probs
+from pspo_jax.model import from_logits
 from pspo_jax.rollout import SamplingParams, counting_sampler, make_sampler, sampler
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 

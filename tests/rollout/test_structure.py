@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from pspo_jax.rollout import SamplingParams, make_sampler
-from pspo_jax.rollout import sampler as sampler_module
 from tests.helpers import random_prompts, tiny_policy
 
 SETTINGS = SamplingParams(jnp.float32(1.0), jnp.float32(1.0), jnp.int32(0), jnp.asarray([13], jnp.int32), jnp.int32(17))

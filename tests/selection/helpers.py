@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection import Columns, Selector, Sizes, selector
-from pspo_jax.state import Outcome
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 GROUP = 4
 Rewards = Callable[[Any, int], np.ndarray]

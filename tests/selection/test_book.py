@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pspo_jax.selection.book import (
+from pspo_jax.config.strategies import SelectionConfig
+from pspo_jax.selection.engine.stats import (
     ELIGIBLE,
     EXCLUDED,
     PADDING,
@@ -23,7 +24,6 @@ from pspo_jax.selection.book import (
     tier,
     visited,
 )
-from pspo_jax.strategies import SelectionConfig
 
 SEEDS = st.integers(0, 2**31 - 1)
 STEPS = st.integers(0, 2**20 - 1)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax import algorithms
-from pspo_jax.cli import parse
-from pspo_jax.config import Config, ConfigError, replace
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config import presets as algorithms
+from pspo_jax.config.command_line import parse
+from pspo_jax.config.schema import Config, ConfigError, replace
 from pspo_jax.rollout import SamplingParams, counting_sampler
-from pspo_jax.selection.longest_first import dealt
-from pspo_jax.state import Outcome
+from pspo_jax.selection.engine.longest_first import dealt
 from tests.helpers import random_prompts, tiny_policy
 
 N, B, G = 40, 8, 2

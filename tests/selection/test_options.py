@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pspo_jax.beliefs import Beliefs
 from pspo_jax.selection import SCORERS, Columns
+from pspo_jax.selection.beliefs import Beliefs
 from tests.selection.helpers import (
     GROUP,
     alike,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pspo_jax.fields import ConfigError
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.selection import Columns
-from pspo_jax.selection.engine import evaluate_all
-from pspo_jax.selection.quotas import check_prompts
-from pspo_jax.state import Outcome
+from pspo_jax.selection.engine.quotas import check_prompts
+from pspo_jax.selection.engine.selector import evaluate_all
 from tests.selection.helpers import GROUP, alike, assert_valid, counted, make, only, play, random_rewards, wrong
 
 KINDS = ("a", "b")

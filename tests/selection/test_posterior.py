@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection import Sizes, selector
-from pspo_jax.selection.book import by_age
-from pspo_jax.state import Outcome
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.selection.engine.stats import by_age
 from tests.selection.test_prioritized_replay import GROUP, SEED, STEPS, batches, random_rewards
 
 FIXED = ForgettingConfig(mode="fixed", discount=1.0)

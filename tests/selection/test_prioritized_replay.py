@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection import Sizes, selector
-from pspo_jax.selection.book import by_age
+from pspo_jax.selection.engine.stats import by_age
 from pspo_jax.selection.prioritized_replay import MAX_WAIT
-from pspo_jax.state import Outcome
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 
 STEPS, GROUP, SEED = 60, 4, 17
 RANKED, SOLVED, UNSOLVED = 0, 1, 2

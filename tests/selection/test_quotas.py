@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pspo_jax.fields import ConfigError
-from pspo_jax.selection.quotas import Shares, parse_quotas, shares_of
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.selection.engine.quotas import Shares, parse_quotas, shares_of
 
 KINDS = ("math", "gsm8k", "logic")
 KINDS_9 = tuple("abcdefghi")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.fields import ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection import SCORERS, Columns, Sizes, selector
-from pspo_jax.strategies import ForgettingConfig, SelectionConfig
 from tests.selection.helpers import (
     GROUP,
     alike,

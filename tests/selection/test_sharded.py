@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pspo_jax.algorithms import resolve
-from pspo_jax.config import CheckpointConfig, Config, replace
-from pspo_jax.io.checkpoint import Checkpoints
-from pspo_jax.parallel.mesh import make_mesh, prompts_shardings
-from pspo_jax.per_prompt import padded_rows
+from pspo_jax.arrays.per_prompt import padded_rows
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.checkpoint.store import Checkpoints
+from pspo_jax.config.presets import resolve
+from pspo_jax.config.schema import CheckpointConfig, Config, replace
+from pspo_jax.distributed.mesh import make_mesh, prompts_shardings
 from pspo_jax.selection import SCORERS, Columns, Sizes, selector
-from pspo_jax.state import Outcome
 
 N, B, G = 20_000, 16, 4
 

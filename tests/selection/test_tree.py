@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pspo_jax.per_prompt import FANOUT, padded_rows
-from pspo_jax.selection import tree
+from pspo_jax.arrays.per_prompt import FANOUT, padded_rows
+from pspo_jax.selection.engine import tree
 
 PROMPTS = {"one block": 100, "blocks": 1000, "superblocks": 40_000}
 CLASSES = 4

@@ -1,0 +1,141 @@
+"""Experience-weighted reward smoothing (ERS), the credit half of PSPO (Zhu et al., AAAI-26).
+
+Per prompt, with mu and s2 the mean and variance of the current group and alpha the weight of the current group:
+
+    m <- m + alpha (mu - m_old)
+    v <- (1 - alpha) v_old + alpha s2 + alpha (1 - alpha) (mu - m_old)^2
+    A_i = (r_i - m) / (sqrt(v) + eps)
+
+The second line is the exact variance of the mixture of both groups. The first visit takes m = mu, v = s2. Unlike the
+published code, history belongs to the prompt, not to a slot of the batch, and it is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.advantages.interface import Credit, group_statistics
+from pspo_jax.arrays.per_prompt import padded_rows
+from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.selection.beliefs import discount
+from pspo_jax.selection.engine.stats import last_of_each
+
+
+class ErsState(NamedTuple):
+    mean: Float[Array, "N"]
+    """Smoothed mean reward m of each prompt."""
+    spread: Float[Array, "N"]
+    """Smoothed variance v; for stat_mode linear_std and released_head, what those modes smooth in its place."""
+    visits: Int[Array, "N"]
+    """Groups with a usable verdict seen so far; 0 = no history."""
+    moved: Float[Array, "N"] | None
+    """The policy's movement up to the last of them; None = alpha does not depend on it."""
+
+
+def ers(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """Advantages against a prompt's smoothed statistics.
+
+    stat_mode="linear_std" smooths standard deviations linearly. "released_head" stores the variance in the slot of the
+    standard deviation, squares it at the next visit and divides by it without a root, as the published code's last
+    commit does; it exists for parity studies. A group with fewer than two verdicts updates nothing and gets A = 0.
+    alpha_mode="count" takes 1/n at the n-th visit, so that m is the plain mean of all groups; "movement" forgets as
+    much as the policy has moved.
+    """
+    by_movement = config.alpha_mode == "movement"
+    forgetting = dataclasses.replace(forgetting, mode="movement")
+
+    def init(num_prompts: int) -> ErsState:
+        # One buffer each: the training step donates its state.
+        rows = padded_rows(num_prompts)
+        return ErsState(
+            mean=jnp.zeros(rows, jnp.float32),
+            spread=jnp.zeros(rows, jnp.float32),
+            visits=jnp.zeros(rows, jnp.int32),
+            moved=jnp.zeros(rows, jnp.float32) if by_movement else None,
+        )
+
+    def weight(state: ErsState, ids: Int[Array, "B"], movement: Array | float) -> Float[Array, "B"]:
+        """alpha of each prompt."""
+        match config.alpha_mode:
+            case "count":
+                return 1 / (state.visits[ids] + 1).astype(jnp.float32)
+            case "movement":
+                assert state.moved is not None
+                return 1 - discount(forgetting, movement - state.moved[ids])
+        return jnp.full(ids.shape, config.alpha, jnp.float32)
+
+    def estimate(
+        state: ErsState,
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
+    ) -> tuple[Float[Array, "B G"], ErsState]:
+        del lengths
+        stats = group_statistics(rewards, config.ddof)
+        mean_old, spread_old = state.mean[ids], state.spread[ids]
+        seen = state.visits[ids] > 0
+        usable = stats.verdicts > 1
+        alpha = weight(state, ids, movement)
+
+        def smooth(old: Float[Array, "B"], new: Float[Array, "B"]) -> Float[Array, "B"]:
+            return (1 - alpha) * old + alpha * new
+
+        mean = jnp.where(seen, mean_old + alpha * (stats.mean - mean_old), stats.mean)
+        mixing = alpha * (1 - alpha) * (stats.mean - mean_old) ** 2
+        match config.stat_mode:
+            case "variance":
+                spread = jnp.where(seen, smooth(spread_old, stats.variance) + mixing, stats.variance)
+                scale = jnp.sqrt(spread)
+            case "linear_std":
+                std = jnp.sqrt(stats.variance)
+                spread = jnp.where(seen, smooth(spread_old, std), std)
+                scale = spread
+            case "released_head":
+                spread = jnp.where(seen, smooth(spread_old**2, stats.variance) + mixing, stats.variance)
+                scale = spread
+
+        advantages = (rewards - mean[:, None]) / (scale + config.eps)[:, None]
+        known = ~jnp.isnan(rewards) & usable[:, None]
+        nowhere = state.mean.shape[0]
+        place = jnp.where(usable & last_of_each(jnp.where(usable, ids, nowhere))[0], ids, nowhere)
+        state = ErsState(
+            mean=state.mean.at[place].set(mean, mode="drop"),
+            spread=state.spread.at[place].set(spread, mode="drop"),
+            visits=state.visits.at[ids].add(usable.astype(jnp.int32)),
+            moved=None if state.moved is None else state.moved.at[place].set(movement, mode="drop"),
+        )
+        return jnp.where(known, advantages, 0.0), state
+
+    return Credit(init, estimate)
+
+
+def released(
+    config: CreditConfig, forgetting: ForgettingConfig, batch: int, weight_exponent: float, floor: float
+) -> Credit:
+    """ERS and loss weights with the defects of PSPO's published code, for parity studies.
+
+    Statistics belong to the slot of a batch, so a prompt's history is another's; the variance is kept in the standard
+    deviation's place (stat_mode released_head); each sample is weighted by its own new advantage, (|A_i| + floor)^-x
+    with x = lambda beta and no maximum, so that a group's advantages no longer sum to 0. The weight is put on the
+    advantage; a KL term stays unweighted.
+    """
+    inner = ers(dataclasses.replace(config, stat_mode="released_head", alpha_mode="fixed"), forgetting)
+
+    def estimate(
+        state: ErsState,
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
+    ) -> tuple[Float[Array, "B G"], ErsState]:
+        slots = jnp.arange(ids.shape[0], dtype=jnp.int32)
+        advantages, state = inner.estimate(state, slots, rewards, lengths, movement)
+        return advantages * (jnp.abs(advantages) + floor) ** -weight_exponent, state
+
+    # Slots do not follow prompts.
+    return Credit(lambda num_prompts: inner.init(batch), estimate, lambda old, fresh, places: old)

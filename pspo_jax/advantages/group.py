@@ -1,0 +1,87 @@
+"""Advantages against the group: GRPO and Dr.GRPO, leave-one-out (RLOO), and the length-weighted baseline of OPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.advantages.interface import Credit, group_statistics, scaled
+from pspo_jax.config.strategies import CreditConfig, ForgettingConfig, Scale
+
+
+def group_advantages(
+    rewards: Float[Array, "B G"], scale: Scale | None = "group", ddof: int = 1, eps: float = 1e-4
+) -> Float[Array, "B G"]:
+    """(r - group mean) / (std + eps); the std is the group's, the whole batch's, or 1 with no eps.
+
+    NaN rewards are left out of mean and std and get advantage 0; so does a group's only verdict. These are TRL 1.16's
+    conventions, to which the golden values belong. Dr.GRPO is scale="none".
+    """
+    stats = group_statistics(rewards, ddof)
+    known = ~jnp.isnan(rewards) & (stats.verdicts > 1)[:, None]
+    return scaled(rewards - stats.mean[:, None], rewards, known, scale, ddof, eps)
+
+
+def rloo_advantages(
+    rewards: Float[Array, "B G"], scale: Scale | None = "none", ddof: int = 1, eps: float = 1e-4
+) -> Float[Array, "B G"]:
+    """r_i less the mean of the group's other rewards, n / (n - 1) (r_i - mean) (Ahmadian et al., arXiv 2402.14740)."""
+    n = group_statistics(rewards, ddof).verdicts
+    return group_advantages(rewards, scale, ddof, eps) * (n / jnp.maximum(n - 1, 1))[:, None]
+
+
+def opo_advantages(
+    rewards: Float[Array, "B G"],
+    lengths: Int[Array, "B G"],
+    scale: Scale | None = "none",
+    ddof: int = 1,
+    eps: float = 1e-4,
+) -> Float[Array, "B G"]:
+    """r_i less the length-weighted mean sum(l r) / sum(l), the optimal baseline if a gradient's square norm grows with
+    the completion's length (OPO, arXiv 2505.23585)."""
+    stats = group_statistics(rewards, ddof)
+    valid = ~jnp.isnan(rewards)
+    weight = jnp.where(valid, jnp.maximum(lengths, 1), 0).astype(jnp.float32)
+    baseline = (weight * jnp.where(valid, rewards, 0)).sum(1) / jnp.maximum(weight.sum(1), 1)
+    known = valid & (stats.verdicts > 1)[:, None]
+    return scaled(rewards - baseline[:, None], rewards, known, scale, ddof, eps)
+
+
+def group(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """GRPO, Dr.GRPO."""
+    del forgetting
+    return _stateless(lambda rewards, lengths: group_advantages(rewards, config.scale, config.ddof, config.eps))
+
+
+def rloo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """RLOO."""
+    del forgetting
+    return _stateless(lambda rewards, lengths: rloo_advantages(rewards, config.scale, config.ddof, config.eps))
+
+
+def opo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """OPO; `estimate` needs lengths."""
+    del forgetting
+
+    def advantages(rewards: Array, lengths: Array | None) -> Array:
+        if lengths is None:
+            raise ValueError("lengths=None: credit opo weighs rewards by the tokens of each completion; pass them")
+        return opo_advantages(rewards, lengths, config.scale, config.ddof, config.eps)
+
+    return _stateless(advantages)
+
+
+def _stateless(advantages: Callable[[Array, Array | None], Array]) -> Credit:
+    def estimate(
+        state: tuple[()],
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
+    ) -> tuple[Float[Array, "B G"], tuple[()]]:
+        del ids, movement
+        return advantages(rewards, lengths), state
+
+    return Credit(init=lambda num_prompts: (), estimate=estimate)

@@ -1,0 +1,90 @@
+"""A baseline that is tracked per prompt, so that groups that are all right or all wrong still teach.
+
+    A_i = (r_i - v) / scale,   v the mean of the prompt's Beta belief before this group
+
+SPO (arXiv 2509.13232) and KRPO (arXiv 2505.07527) take a tracked value for the baseline. A group whose rewards are all
+equal has no advantage within itself, but has one against what was expected of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pspo_jax.advantages.interface import Credit, group_statistics
+from pspo_jax.arrays.per_prompt import padded_rows
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.selection.beliefs import Beliefs, init_beliefs, learned, mean
+from pspo_jax.selection.engine.stats import last_of_each
+
+
+class TrackedState(NamedTuple):
+    beliefs: Beliefs
+    seen: Bool[Array, "R"]
+
+
+def tracked_baseline(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+    """The first visit has no history and takes the group's own mean. Rewards are taken within [0, 1] for the belief.
+
+    scale="batch" divides by the root mean square of the batch's advantages plus eps; "none" does not divide. A group's
+    own standard deviation is no scale here: where its rewards are equal it is 0.
+    """
+    if config.scale == "group":
+        raise ConfigError(
+            "credit.scale=group: credit.name=tracked_baseline divides by nothing of a group; choose batch or none"
+        )
+
+    def init(num_prompts: int) -> TrackedState:
+        rows = padded_rows(num_prompts)
+        return TrackedState(init_beliefs(forgetting, rows)[0], jnp.zeros(rows, bool))
+
+    def estimate(
+        state: TrackedState,
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        movement: Float[Array, ""] | float = 0.0,
+    ) -> tuple[Float[Array, "B G"], TrackedState]:
+        del lengths
+        stats, valid = group_statistics(rewards, config.ddof), ~jnp.isnan(rewards)
+        before, seen = Beliefs(*(x[ids] for x in state.beliefs)), state.seen[ids]
+        baseline = jnp.where(seen, mean(before), stats.mean)
+        # A single verdict says something against a history, and nothing against itself.
+        known = valid & (seen | (stats.verdicts > 1))[:, None]
+        centred = jnp.where(known, rewards - baseline[:, None], 0.0)
+        if config.scale == "batch":
+            # The size of the advantages, not the rewards' deviation: a batch of equal rewards has none to divide by.
+            centred = centred / (jnp.sqrt((centred**2).sum() / jnp.maximum(known.sum(), 1)) + config.eps)
+        success = jnp.where(valid, jnp.clip(rewards, 0, 1), 0).sum(1)
+        after = learned(
+            forgetting,
+            before,
+            None,
+            success,
+            valid.sum(1) - success,
+            jnp.asarray(movement, jnp.float32),
+            toward_prior=False,
+        )
+        judged, nowhere = valid.any(1), state.seen.shape[0]
+        place = jnp.where(judged & last_of_each(jnp.where(judged, ids, nowhere))[0], ids, nowhere)
+        put = [x.at[place].set(v, mode="drop") for x, v in zip(state.beliefs, after, strict=True)]
+        return centred, TrackedState(Beliefs(*put), state.seen.at[place].set(True, mode="drop"))
+
+    return Credit(init, estimate)
+
+
+def over_size(config: CreditConfig) -> Callable[..., Float[Array, "B G"]]:
+    """`Credit.over_batch`: over the root mean square of the batch's advantages plus eps."""
+
+    def over_batch(
+        advantages: Float[Array, "B G"], rewards: Float[Array, "B G"], counted: Bool[Array, "B"]
+    ) -> Float[Array, "B G"]:
+        known = ~jnp.isnan(rewards) & counted[:, None]
+        squares = jnp.where(known, advantages**2, 0).sum()
+        return advantages / (jnp.sqrt(squares / jnp.maximum(known.sum(), 1)) + config.eps)
+
+    return over_batch

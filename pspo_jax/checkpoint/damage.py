@@ -1,0 +1,148 @@
+"""Which files of a folder are no longer what was written, told by a record of their sizes and checksums."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from pspo_jax.system.storage import unread, write_whole
+
+RECORD = "files.json"
+_LARGEST = 64 * 2**20
+"""Bytes up to which a file's checksum is in the record. Of a larger file the record has the size alone: the arrays in
+it have checksums of their own."""
+
+
+class DamageError(ValueError):
+    """Files of a checkpoint are not what was written; the message says which."""
+
+
+def checksum(value: Any) -> int:
+    """CRC-32 of a JSON value."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def record(folder: Path) -> None:
+    """Keep size and CRC-32 of every file under `folder`, in `folder`/files.json.
+
+    Raises:
+      StorageError: a file cannot be read, or the record not be written.
+    """
+    files = _look(folder)
+    write_whole(folder / RECORD, json.dumps({"files": files, "crc": checksum(files)}).encode())
+
+
+def complaint(folder: Path) -> tuple[str | None, bool]:
+    """What is wrong with the files under `folder` (None = nothing that shows), and whether that is certain.
+
+    Every file is read. Without a record, such as of a checkpoint whose writer was killed in that moment, files of JSON
+    must at least be JSON.
+
+    Raises:
+      StorageError: a file is there and cannot be read, which is no damage.
+    """
+    found = _look(folder)
+    recorded = _recorded(folder)
+    if recorded is None:
+        broken = next((name for name in found if _is_json(name) and not _parses(folder / name)), None)
+        return None if broken is None else f"{broken} is not JSON", False
+    for name, (length, crc) in recorded.items():
+        if name not in found:
+            return f"{name} is gone", True
+        if found[name][0] != length:
+            return f"{name} has {found[name][0]:,} of {length:,} bytes", True
+        if found[name][1] != crc:
+            return f"{name} is not what was written: its checksum differs", True
+    return None, all(crc is not None for _, crc in recorded.values())
+
+
+def complaint_of(folder: Path, name: str) -> str | None:
+    """What is wrong with one small file under `folder` by the record; None = nothing, or there is no record.
+
+    Raises:
+      StorageError: it cannot be read now.
+    """
+    recorded = (_recorded(folder) or {}).get(name)
+    if recorded is None:
+        return None
+    try:
+        found = _measure(folder / name)
+    except OSError as error:
+        raise unread(folder / name, error) from error
+    return None if tuple(found) == recorded else f"{name} is not what was written: its checksum differs"
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      DamageError: it is gone or no JSON.
+      StorageError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DamageError(f"{path.name} is gone") from error
+    except OSError as error:
+        raise unread(path, error) from error
+    except ValueError as error:
+        raise DamageError(f"{path.name} is not JSON") from error
+
+
+def _recorded(folder: Path) -> dict[str, tuple[int, int | None]] | None:
+    """The record; None if there is none, or it is damaged itself."""
+    try:
+        value = read_json(folder / RECORD)
+        files = value["files"]
+        if checksum(files) != value["crc"]:
+            return None
+    except (DamageError, KeyError, TypeError):
+        return None
+    return {name: (length, crc) for name, (length, crc) in files.items()}
+
+
+def _look(folder: Path) -> dict[str, list[int | None]]:
+    """Size and checksum of each file, by its path inside the folder."""
+    found: dict[str, list[int | None]] = {}
+    for place, _, names in os.walk(folder, onerror=_raise):
+        for name in sorted(names):
+            path = Path(place) / name
+            if path == folder / RECORD:
+                continue
+            try:
+                found[str(path.relative_to(folder))] = _measure(path)
+            except OSError as error:
+                raise unread(path, error) from error
+    return found
+
+
+def _measure(path: Path) -> list[int | None]:
+    """[bytes, CRC-32]; the second is None for a large file, which is read all the same."""
+    crc, length = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            length += len(block)
+            if length <= _LARGEST:
+                crc = zlib.crc32(block, crc)
+    return [length, crc if length <= _LARGEST else None]
+
+
+def _raise(error: OSError) -> None:
+    raise unread(Path(error.filename), error) from error
+
+
+def _is_json(name: str) -> bool:
+    """Whether Orbax writes JSON to this file."""
+    path = Path(name)
+    return path.name in ("_METADATA", "_CHECKPOINT_METADATA") or path.parent.name == "array_metadatas"
+
+
+def _parses(path: Path) -> bool:
+    try:
+        read_json(path)
+    except DamageError:
+        return False
+    return True

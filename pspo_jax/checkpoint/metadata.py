@@ -1,0 +1,76 @@
+"""What a checkpoint holds beside its arrays: its metadata and scores, read without Orbax, and mended."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pspo_jax.checkpoint import damage
+from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.system.storage import write_whole
+
+_METADATA = "_CHECKPOINT_METADATA"
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint was given, without Orbax, which takes a file that it cannot read for an empty one."""
+    found = damage.read_json(path / _METADATA)
+    if (reason := damage.complaint_of(path, _METADATA)) is not None:
+        raise DamageError(reason)
+    custom = found.get("custom_metadata") if isinstance(found, dict) else None
+    if not isinstance(custom, dict) or not custom:
+        raise DamageError(f"{_METADATA} lacks what was written")
+    if "crc" not in custom:
+        raise ConfigError(
+            f"{path}: is of another version of this program; choose another --run.dir, or carry on with the version "
+            "that wrote it"
+        )
+    crc = custom.pop("crc")
+    if damage.checksum(custom) != crc:
+        raise DamageError(f"{_METADATA} is not what was written: its checksum differs")
+    return custom
+
+
+def finite(scores: dict[str, float] | None) -> dict[str, float] | None:
+    """Scores that can rank a checkpoint; None if the greedy one has no value, as when nothing was judged."""
+    if scores is None or not math.isfinite(scores.get("greedy", math.nan)):
+        return None
+    return {name: float(value) for name, value in scores.items() if math.isfinite(value)}
+
+
+def damaged_metadata(folder: Path) -> list[tuple[int, str]]:
+    """(step, why) of each checkpoint whose metadata is not what was written."""
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.name.isdigit() and path.is_dir():
+            try:
+                read_metadata(path)
+            except DamageError as error:
+                found.append((int(path.name), str(error)))
+    return found
+
+
+def mend_scores(folder: Path, steps: list[int]) -> list[str]:
+    """Write anew a checkpoint's scores, which its metadata holds too, where their file is damaged; returns
+    a line on each."""
+    said = []
+    for step in steps:
+        path = folder / str(step) / "metrics" / "metrics"
+        try:
+            found = damage.read_json(path) if path.exists() else None
+            if found is None or math.isfinite(found["greedy"]):
+                continue
+        except (DamageError, KeyError, TypeError):
+            said.append(f"{path}: is damaged; it is written anew")
+        try:
+            scores = read_metadata(folder / str(step))["scores"]
+        except DamageError:
+            scores = None  # `restore` will tell
+        if scores is None:
+            path.unlink()
+        else:
+            write_whole(path, json.dumps(scores).encode())
+    return said

@@ -1,0 +1,120 @@
+"""A folder of params alone, such as a cold start's, that belongs to the settings that it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from pspo_jax.checkpoint import damage
+from pspo_jax.checkpoint.checksums import named_checksums, verify
+from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.checkpoint.store import RAISED, hush, judged
+from pspo_jax.distributed import processes
+from pspo_jax.system.storage import StorageError, os_reason, room, write_whole
+
+_SETTINGS = "settings.json"
+
+
+def save_folder(folder: Path, params: Any, settings: dict[str, Any], supersedes: bool = False) -> None:
+    """Write params and their settings to a folder, which appears when it is whole; one that was there is set aside.
+
+    Args:
+      supersedes: the one that was there is an earlier state of the same, and is removed afterwards.
+    Raises:
+      StorageError: it cannot be written.
+    """
+    hush()
+    partial = folder.with_name(folder.name + ".partial")
+    checksums = named_checksums(params)
+    try:
+        if processes.leads():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        processes.wait_for_all(f"partial {folder}")
+        ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
+        if processes.leads():
+            words = {"settings": settings, "checksums": checksums}
+            write_whole(partial / _SETTINGS, json.dumps({**words, "crc": damage.checksum(words)}, indent=1).encode())
+            damage.record(partial)
+            before = set_aside(folder)
+            partial.rename(folder)
+            if supersedes and before is not None:
+                shutil.rmtree(before)
+    except RAISED as error:
+        if reason := os_reason(error):
+            told = f"{folder}: cannot be written ({reason}; {room(folder.parent)})"
+            raise StorageError(f"{told}; once it can, the same command carries on") from error
+        raise
+    processes.wait_for_all(f"whole {folder}")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder to <name>.before, <name>.before2, ...; None if it is not there."""
+    if not folder.exists():
+        return None
+    target, number = folder.with_name(f"{folder.name}.before"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.before{number}")
+    folder.rename(target)
+    return target
+
+
+def belongs(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder's params came from these settings.
+
+    Raises:
+      DamageError: its settings.json is not what was written.
+      StorageError: it cannot be read now.
+    """
+    return folder_settings(folder) == settings
+
+
+def folder_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a folder's params came from; raises as `belongs`."""
+    return dict(_read(folder)["settings"])
+
+
+def load_folder(folder: Path, abstract: Any) -> Any:
+    """Params of a folder that `save_folder` wrote.
+
+    Raises:
+      DamageError: its files are not what was written, on this or another process.
+      StorageError: they cannot be read now.
+    """
+    hush()
+    params, reason, checksums = None, "", {}
+    try:
+        checksums = _read(folder)["checksums"]
+        params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
+    except DamageError as error:
+        reason = str(error)
+    except RAISED as error:
+        found = judged(error, folder)
+        if found is error:
+            raise
+        if not isinstance(found, DamageError):
+            raise found from error
+        reason = str(found)
+    if processes.any_says(params is None):
+        raise DamageError(reason or "on another host")
+    try:
+        verify(params, checksums)
+    except ValueError as error:
+        raise DamageError(str(error)) from error
+    return params
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The contents of settings.json; DamageError unless it has the checksum that was written."""
+    found = damage.read_json(folder / _SETTINGS)
+    try:
+        if damage.checksum({name: found[name] for name in ("settings", "checksums")}) == found["crc"]:
+            return dict(found)
+    except (KeyError, TypeError):
+        pass
+    raise DamageError(f"{_SETTINGS} is not what was written")

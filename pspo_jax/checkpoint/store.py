@@ -1,0 +1,510 @@
+"""Checkpoints: asynchronous, atomic, kept by policy, verified when read.
+
+Everything Orbax is in this file. A checkpoint is a TrainState and metadata (config, dataset fingerprint, accounting).
+Its metadata also holds a checksum of every array, and a record of its files lies beside them, so that damage is found
+out instead of trained on, and that an error which passes, such as too little memory, is not taken for damage.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from pspo_jax.checkpoint import damage
+from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
+from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.checkpoint.metadata import damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.config.schema import CheckpointConfig, ConfigError
+from pspo_jax.distributed import processes
+from pspo_jax.system.storage import (
+    LONGEST_PAUSE,
+    LateError,
+    StorageError,
+    os_number,
+    os_reason,
+    pause,
+    room,
+    size,
+    writing,
+)
+
+RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
+"""What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
+_DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
+"""What TensorStore says where the bytes that it read make no sense."""
+
+
+def hush() -> None:
+    """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
+
+    TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
+    this hook or to `sys.excepthook`, which `cli.run` sets.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def without_late_answers(event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            before(event)
+
+    sys.unraisablehook = without_late_answers
+
+
+class _Save(NamedTuple):
+    """A checkpoint to be written."""
+
+    step: int
+    state: Any
+    metadata: dict[str, Any]
+    scores: dict[str, float] | None
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last save.
+
+    Args:
+      say: told of what is mended, and of writes that failed and are tried again.
+      stop: whether to give up trying again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.folder = folder
+        self._config = config
+        self._say = say
+        self._stop = stop
+        hush()
+        self._saver = ThreadPoolExecutor(1, "save")
+        self._writing: tuple[_Save, Future[None]] | None = None
+        self._last: _Save | None = None
+        self._opened = 0
+        self._orbax = self._open()
+
+    def _open(self) -> Any:
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(self._config.keep)]
+        if self._config.keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["greedy"],
+                    n=self._config.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        if processes.leads():
+            # Orbax reads these files of every checkpoint at once, and raises on what it does not know.
+            for number, reason in damaged_metadata(self.folder):
+                self._say(self._told(number, reason, self._move(number)))
+            for line in mend_scores(self.folder, saved_steps(self.folder)):
+                self._say(line)
+        self._opened += 1
+        processes.wait_for_all(f"scores {self._opened}")
+        try:
+            return ocp.training.Checkpointer(
+                self.folder.absolute(),
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            )
+        except RAISED as error:
+            if why := os_reason(error):
+                raise StorageError(
+                    f"{self.folder}: cannot be opened now ({why}; {room(self.folder)}); nothing in it was changed, "
+                    "and once it can be the same command carries on"
+                ) from error
+            raise
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._saver.shutdown()
+        late = None if self._writing is None else self._writing[1].exception()
+        try:
+            self._orbax.close()
+        except RAISED as again:
+            late = late or again
+        if late is not None and error[0] is None:
+            raise self._failure(late) from late
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return sorted(c.step for c in self._orbax.checkpoints)
+
+    def failed(self) -> bool:
+        """Whether the last save has failed already; the next `save` or `wait` says why."""
+        return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any], scores: dict[str, float] | None = None) -> None:
+        """Start saving; the write to disk goes on in the background. A finite `scores["greedy"]` ranks keep_best.
+
+        Raises:
+          StorageError: the save before this one could not be written, and checkpoint.on_error is stop, or
+            checkpoint.retry_minutes are over.
+        """
+        before = self._settle()
+        if before is not None:
+            if self._config.on_error == "stop" and not isinstance(before, LateError):
+                raise before
+            self._say(f"{before}; step {step} is saved instead")
+            self._reopen()
+        if step in self.steps():
+            return
+        # A copy: metadata is written in the background, while the caller's counters go on.
+        metadata = {
+            **copy.deepcopy(metadata),
+            "scores": finite(scores),
+            "checksums": named_checksums(state),
+            "layout": layout(state),
+        }
+        self._start(_Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores)))
+        if before is not None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is on disk.
+
+        Raises:
+          StorageError: it cannot be written, and checkpoint.on_error is stop, or checkpoint.retry_minutes are over.
+        """
+        began, seconds = time.monotonic(), 1.0
+        while (error := self._settle()) is not None:
+            over = time.monotonic() - began > 60 * self._config.retry_minutes or not self._can_repeat()
+            final = self._config.on_error == "stop" and not (isinstance(error, LateError) and seconds == 1.0)
+            if processes.any_says(final or over or self._stop()):
+                raise error
+            self._say(f"{error}; it is tried again in {seconds:.0f} s")
+            pause(seconds, self._stop)
+            seconds = min(2 * seconds, LONGEST_PAUSE)
+            self._reopen()
+            assert self._last is not None
+            if self._last.step not in self.steps():
+                self._start(self._last)
+
+    def _can_repeat(self) -> bool:
+        """Whether the arrays of the last save are still there, or training that went on has taken over their memory."""
+        if self._last is None:
+            return False
+        return not any(x.is_deleted() for x in jax.tree.leaves(self._last.state) if isinstance(x, jax.Array))
+
+    def _start(self, save: _Save) -> None:
+        """Hand a save to the background."""
+        self._last = save
+        try:
+            response = self._orbax.save_checkpointables_async(
+                save.step, {"state": _present(save.state)}, metrics=save.scores, custom_metadata=save.metadata
+            )
+        except RAISED as error:
+            future: Future[None] = Future()
+            future.set_exception(error)
+            self._writing = save._replace(state=None), future
+            return
+        self._writing = save._replace(state=None), self._saver.submit(self._finish, save, response)
+
+    def _finish(self, save: _Save, response: Any) -> None:
+        """Wait until a checkpoint is there, and record its files."""
+        response.result()
+        path = self.folder / str(save.step)
+        if processes.leads() and path.exists():
+            try:
+                read_metadata(path)
+            except DamageError as error:
+                # A disk that was full for a moment may take the arrays and not what belongs to them.
+                shutil.rmtree(path)
+                raise StorageError(f"{path}: was not written whole ({error})") from error
+            try:
+                damage.record(path)
+            except StorageError as error:
+                self._say(f"{error}; the checkpoint itself is whole")
+        self._last = None
+
+    def _settle(self) -> StorageError | None:
+        """Wait for the last save; what kept it from being written, if something did.
+
+        What is no error of a disk is raised.
+        """
+        error = None if self._writing is None else self._writing[1].exception()
+        failed = processes.any_says(error is not None)
+        if error is not None:
+            return self._failure(error)
+        self._writing = None
+        return StorageError(f"{self.folder}: another process could not write its part") if failed else None
+
+    def _failure(self, error: BaseException) -> StorageError:
+        """The error of a save in one line, or the error itself raised, if no disk was the reason."""
+        reason = str(error) if isinstance(error, StorageError) else os_reason(error)
+        if self._writing is None or (reason is None and not isinstance(error, TimeoutError)):
+            raise error
+        step = self._writing[0].step
+        if reason is None or os_number(error) == errno.ENOTEMPTY:  # the latter while an earlier late save still writes
+            return LateError(f"{self.folder}: checkpoint {step} was not written in time ({reason or error})")
+        whole = [s for s in saved_steps(self.folder) if s != step]
+        needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
+        return StorageError(
+            f"{self.folder}: checkpoint {step} could not be written ({reason}); it needs up to {size(needed)} and "
+            f"{room(self.folder)}; {whole_ones(whole)}; once there is room the same command carries on"
+        )
+
+    def _reopen(self) -> None:
+        """A fresh Orbax, which removes what was half written: one that failed once raises it again."""
+        self._writing = None
+        try:
+            self._orbax.close()
+        except RAISED as error:
+            if os_reason(error) is None and not isinstance(error, TimeoutError):
+                raise
+        self._orbax = self._open()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given for this step.
+
+        Raises:
+          DamageError: it is not what was written.
+          StorageError: it cannot be read now.
+        """
+        return read_metadata(self.folder / str(step))
+
+    def restore(
+        self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], Any | None] = lambda _: None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, or None if there is none at all.
+
+        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again. Damaged is what
+        a checksum, or the layout of its files, says is so. Any other error is raised, and nothing is moved.
+
+        Args:
+          abstract: pytree of ShapeDtypeStruct with shardings, like the state.
+          check: raises ConfigError for metadata of a run that these settings cannot carry on; nothing is moved then.
+            May return another abstract, if the checkpoint's shapes follow from its metadata.
+        Raises:
+          ConfigError: checkpoints exist and all of them are damaged.
+          StorageError: a file cannot be read now.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            found: tuple[Any, dict[str, Any]] | None = None
+            metadata = None
+            reason = ""
+            try:
+                metadata = self.metadata(step)
+            except DamageError as error:
+                reason = str(error)
+            # What is damaged for one process, no process takes.
+            if not processes.any_says(metadata is None):
+                assert metadata is not None
+                wanted = check(metadata) or abstract
+                _check_layout(step, wanted, metadata)
+                try:
+                    found = self._load(step, wanted), metadata
+                except DamageError as error:
+                    reason = str(error)
+            if not processes.any_says(found is None):
+                assert found is not None
+                try:
+                    verify(found[0], found[1]["checksums"])
+                    return found
+                except ValueError as error:
+                    reason = str(error)
+            warn(self._told(step, reason or "on another host", self._set_aside(step)))
+        if steps:
+            raise ConfigError(
+                f"run.dir: all checkpoints {steps} in {self.folder} are damaged, and none of them can be read; they "
+                f"were moved to {self._damaged}; put back whole ones, choose another --run.dir, or begin anew here "
+                "with --run.start_over true"
+            )
+        return None
+
+    def _load(self, step: int, wanted: Any) -> Any:
+        with _partial_load():
+            try:
+                found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
+            except RAISED as error:
+                told = judged(error, self.folder / str(step))
+                if told is error:
+                    raise
+                raise told from error
+        return {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found)
+
+    @property
+    def _damaged(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".damaged")
+
+    def _set_aside(self, step: int) -> Path:
+        target = self._aside(step)
+        processes.wait_for_all(f"damaged {step}")
+        if processes.leads():
+            self._move(step)
+        processes.wait_for_all(f"moved {step}")
+        self._orbax.reload()
+        return target
+
+    def _aside(self, step: int) -> Path:
+        """Where a damaged checkpoint goes."""
+        target = self._damaged / str(step)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        return target
+
+    def _move(self, step: int) -> Path:
+        target = self._aside(step)
+        with writing(target):
+            self._damaged.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        return target
+
+    @staticmethod
+    def _told(step: int, reason: str, moved: Path) -> str:
+        return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
+
+
+def whole_ones(steps: list[int]) -> str:
+    """Which checkpoints are there, in words."""
+    if not steps:
+        return "no whole checkpoint is there"
+    return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
+
+
+def judged(error: Exception, path: Path) -> Exception:
+    """What to raise where Orbax raised: DamageError if files are damaged, else the error itself."""
+    reason, certain = damage.complaint(path)
+    if reason is not None:
+        return DamageError(reason)
+    if os_reason(error) is not None:
+        return StorageError(f"{path}: cannot be read now ({os_reason(error)}); it is left as it is")
+    last: BaseException = error
+    while last.__cause__ is not None:
+        last = last.__cause__
+    if not certain and (isinstance(last, FileNotFoundError) or _DECODING.search(str(last))):
+        return DamageError(" ".join(str(last).split())[:200])
+    return error
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoint is complete, ascending; only looks, so a run that is going on is not disturbed."""
+    done = [p for p in folder.glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
+    return sorted(int(p.name) for p in done)
+
+
+def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
+
+    Args:
+      place: a tree of shapes -> shardings; None = the default device.
+    Raises:
+      ConfigError: the checkpoint is damaged.
+      StorageError: it cannot be read now.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(saved: Any) -> Any:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+        shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    return read_part(folder, step, "params", abstract)
+
+
+def params_identity(folder: Path, step: int) -> str:
+    """Hash of the checksums of a checkpoint's params, and of the base under them.
+
+    Raises:
+      ConfigError: the checkpoint's metadata is damaged.
+      StorageError: it cannot be read now.
+    """
+    try:
+        found = read_metadata(folder / str(step))
+    except DamageError as error:
+        raise _unusable(folder / str(step), error) from error
+    own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
+    words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def _unusable(path: Path, error: ValueError) -> ConfigError:
+    """What a reader is told of a damaged checkpoint, or of one that a run has removed meanwhile."""
+    if not path.exists():
+        return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
+    return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
+
+
+def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
+    """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
+
+    Args:
+      part: name of the field, such as params or selector.
+      abstract: the shapes on disk -> pytree of ShapeDtypeStruct with shardings.
+    Raises:
+      ConfigError: the checkpoint is damaged.
+      StorageError: it cannot be read now.
+    """
+    path = (folder / str(step)).absolute()
+    hush()
+    try:
+        metadata = read_metadata(path)
+    except DamageError as error:
+        raise _unusable(path, error) from error
+    try:
+        wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
+        with _partial_load():
+            value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
+    except RAISED as error:
+        told = judged(error, path)
+        if isinstance(told, DamageError):
+            raise _unusable(path, told) from error
+        if told is error:
+            raise
+        raise told from error
+    try:
+        saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
+        verify(value, saved)
+    except ValueError as error:
+        raise _unusable(path, error) from error
+    return value, metadata
+
+
+def _present(state: Any) -> dict[str, Any]:
+    """The fields that hold something: one that is younger than a checkpoint and empty need not be in it."""
+    fields = state if isinstance(state, dict) else {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+
+
+def _partial_load() -> ocp.Context:
+    """Load what is asked for, whatever else is there."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:
+    """Raise ConfigError if a checkpoint is of a state of another make: it is whole, and must not pass as damaged."""
+    now, before = layout(wanted), metadata["layout"]
+    differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differs:
+        name = differs[0]
+        raise ConfigError(
+            f"run.dir: checkpoint {step} is of another version of this program, or of other settings: state{name} is "
+            f"{before.get(name, 'not there')} in it and {now.get(name, 'not there')} now ({len(differs)} differ); "
+            "choose another --run.dir, or carry on with the version that wrote it"
+        )

@@ -1,0 +1,426 @@
+"""Who reads each field of the configuration; a field that is set and that nothing reads is refused.
+
+`OWNERS` names every field with the conditions under which a run reads it; an empty tuple = always. A new field belongs
+in this table, and a test finds it missing. What selectors and credits read stands by their names; one that is not named
+here may read every field of its stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pspo_jax.config.defaults import defaults_of
+from pspo_jax.config.json_fields import mixture
+from pspo_jax.config.schema import Config, ConfigError, PolicyConfig, embedded, flatten, round_prompts
+from pspo_jax.rewards.terms import parse_terms
+
+FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
+"""Tasks that read task.train_data."""
+BELIEFS = ("prioritized_replay", "mopps", "posterior_mixed", "spo")
+"""Selectors that keep a belief of each prompt."""
+_DRAWN = ("correction", "correction_end", "replacement")
+_BY_SELECTOR: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "pps": (*_DRAWN, "floor", "exponent", "exponent_end", "initial", "statistic", "signal"),
+    "prioritized_replay": ("estimate", "retest_every", "retest_share"),
+    "mopps": ("candidates",),
+    "posterior_mixed": ("draw", "candidates"),
+    "spo": (*_DRAWN, "floor"),
+    "greso": ("greso_base", "greso_floor"),
+    "difficulty_pools": (*_DRAWN, "pool_weights", "easy_from", "hard_to"),
+    "curriculum": (*_DRAWN, "difficulty_column", "curriculum_start", "curriculum_steps"),
+}
+_BY_CREDIT: dict[str, tuple[str, ...]] = {
+    "group": ("scale",),
+    "rloo": ("scale",),
+    "opo": ("scale",),
+    "tracked_baseline": ("scale",),
+    "ers": ("alpha", "alpha_mode", "stat_mode"),
+}
+
+
+class Condition(NamedTuple):
+    """One thing that must hold for a field to be read; configs are resolved."""
+
+    holds: Callable[[Config], bool]
+    why: Callable[[Config], str]
+    """Why the field is not read where it does not hold."""
+    choose: str
+    """What to choose for the field to be read."""
+
+
+Owner = tuple[Condition, ...]
+ALWAYS: Owner = ()
+
+
+def when(field: str, *values: Any) -> Condition:
+    """Another field has one of these values."""
+    return Condition(lambda c: _get(c, field) in values, _unread(field), f"set {field} to {_any_of(values)}")
+
+
+def unless(field: str, value: Any, choose: str) -> Condition:
+    """Another field does not have this value."""
+    return Condition(lambda c: _get(c, field) != value, _unread(field), choose)
+
+
+def by_name(field: str, table: dict[str, tuple[str, ...]], name: str) -> Condition:
+    """The strategy that `field` names reads `name`."""
+    readers = [strategy for strategy, reads in table.items() if name in reads]
+
+    def holds(c: Config) -> bool:
+        chosen = _get(c, field)
+        return chosen not in table or chosen in readers
+
+    return Condition(holds, _unread(field), f"set {field} to {_any_of(readers)}")
+
+
+def term(name: str) -> Condition:
+    """The reward has a term of this name."""
+    return Condition(lambda c: name in parse_terms(c.reward), _unread("reward.terms"), f"add {name} to reward.terms")
+
+
+def task(*names: str) -> Condition:
+    """The task has one of these names."""
+    return when("task.name", *names)
+
+
+def _any_of(values: Sequence[Any]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value) if value == "" else str(value)[:80]
+
+
+def _get(c: Config, field: str) -> Any:
+    stage, _, name = field.partition(".")
+    return getattr(getattr(c, stage), name)
+
+
+def _unread(*fields: str) -> Callable[[Config], str]:
+    verb = "does not" if len(fields) == 1 else "do not"
+    return lambda c: f"{' and '.join(f'{field}={_shown(_get(c, field))}' for field in fields)} {verb} read it"
+
+
+def _at_once(c: Config) -> int:
+    return round_prompts(c) * c.rollout.group_size // c.rollout.chunks
+
+
+def _local(data: str | None) -> bool:
+    return data is not None and Path(data).expanduser().exists()
+
+
+def _has_stale(c: Config) -> bool:
+    return c.replay.name == "fill" or c.rollout.max_rounds != 1
+
+
+def _ratio_is_read(c: Config) -> bool:
+    o = c.objective
+    return o.surrogate in ("clip", "cispo", "sapo") or (o.kl_coef > 0 and o.kl_in == "loss" and o.kl_unbiased)
+
+
+def _deviation_is_read(c: Config) -> bool:
+    by_credit = c.credit.scale != "none" if c.credit.name in ("group", "rloo", "opo") else c.credit.name == "ers"
+    return by_credit or (c.selection.name == "pps" and c.selection.signal == "raw") or c.credit.name not in _BY_CREDIT
+
+
+def _eps_is_read(c: Config) -> bool:
+    return _deviation_is_read(c) or (c.credit.name == "tracked_baseline" and c.credit.scale == "batch")
+
+
+def _selector_believes(c: Config) -> bool:
+    s = c.selection
+    by_name = s.name in BELIEFS or s.name not in _BY_SELECTOR
+    return by_name and not (s.name == "prioritized_replay" and s.estimate == "last")
+
+
+def believes(c: Config) -> bool:
+    """Whether a strategy of a resolved config keeps beliefs of prompts, which age as `forgetting` says."""
+    return _selector_believes(c) or c.credit.name == "tracked_baseline" or c.credit.name not in _BY_CREDIT
+
+
+def _moves(c: Config) -> bool:
+    by_credit = c.credit.name == "ers" and c.credit.alpha_mode == "movement" and c.algorithm.compat == "none"
+    return by_credit or (believes(c) and c.forgetting.mode == "movement")
+
+
+TEXT = Condition(
+    lambda c: not embedded(c),
+    lambda c: f"task.name={c.task.name} has an alphabet of its own and does not read it",
+    "choose a task of text, such as --task.name gsm8k --task.train_data FILE.jsonl",
+)
+COLD_START = unless("sft.steps", 0, "set sft.steps")
+OWN_SHAPE = Condition(
+    lambda c: c.policy.source is None,
+    lambda c: f"it follows from the checkpoint policy.source={c.policy.source}",
+    "leave policy.source out",
+)
+ADAPTERS = unless("lora.rank", 0, "set lora.rank")
+FILL = when("replay.name", "fill")
+DYNAMIC = unless("rollout.max_rounds", 1, "raise rollout.max_rounds")
+CLIP = when("objective.surrogate", "clip")
+KL = unless("objective.kl_coef", 0.0, "set objective.kl_coef")
+NOT_RELEASED = when("algorithm.compat", "none")
+COORDINATED = unless("distributed.coordinator", None, "set distributed.coordinator")
+JOINED = Condition(
+    lambda c: c.distributed.auto or c.distributed.coordinator is not None,
+    _unread("distributed.auto", "distributed.coordinator"),
+    "set distributed.coordinator",
+)
+DUMPED = unless("log.completions_every", 0, "set log.completions_every")
+BELIEVED = Condition(
+    believes,
+    _unread("selection.name", "credit.name"),
+    "choose a strategy that keeps beliefs, such as selection.name mopps or credit.name tracked_baseline",
+)
+SELECTOR_BELIEVED = Condition(
+    _selector_believes, _unread("selection.name", "selection.estimate"), f"set selection.name to {_any_of(BELIEFS)}"
+)
+MOVEMENT = Condition(
+    _moves,
+    _unread("forgetting.mode", "selection.name", "credit.name", "credit.alpha_mode"),
+    "set forgetting.mode to movement for a strategy that keeps beliefs, or credit.alpha_mode for ers",
+)
+STALE = Condition(
+    lambda c: _has_stale(c) or c.objective.old_log_probs == "trainer",
+    _unread("replay.name", "rollout.max_rounds", "objective.old_log_probs"),
+    "set replay.name to fill, raise rollout.max_rounds, or set objective.old_log_probs to trainer",
+)
+_SPREAD = _unread("credit.name", "credit.scale", "selection.name")
+_SPREAD_CHOICE = "choose credit.name ers, a credit.scale, or selection.name pps"
+_SPLIT_CHOICE = "name a dataset of the hub, or a folder that has it"
+
+
+def _of_data(field: str) -> Condition:
+    return Condition(
+        lambda c: _get(c, field) is not None and not Path(_get(c, field)).expanduser().is_file(),
+        _unread(field),
+        f"{_SPLIT_CHOICE}, in {field}",
+    )
+
+
+def _selection(name: str, *more: Condition) -> Owner:
+    return (by_name("selection.name", _BY_SELECTOR, name), *more)
+
+
+def _credit(name: str, *more: Condition) -> Owner:
+    return (by_name("credit.name", _BY_CREDIT, name), *more)
+
+
+_RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
+_DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform")
+_POLICY = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
+_SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
+_ROLLOUT = ("prompts", "group_size", "chunks", "max_new_tokens", "temperature", "top_p", "top_k", "max_rounds")
+_SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success", "success_threshold")
+_REPLAY = ("capacity", "max_age", "min_age", "max_uses", "max_share", "order", "ess_floor", "memory")
+_OBJECTIVE = (
+    *("loss", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated", "off_policy_threshold"),
+    *("kl_coef", "num_iterations", "minibatches", "microbatch_rows", "packing", "old_log_probs", "logits_mib"),
+)
+_OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_decay", "clip_norm", "max_skipped")
+_LOG = ("progress", "tensorboard", "completions_every", "selection_every", "report")
+
+
+def _all(stage: str, names: tuple[str, ...], *owner: Condition) -> dict[str, Owner]:
+    return {f"{stage}.{name}": owner for name in names}
+
+
+OWNERS: dict[str, Owner] = {
+    **_all("run", _RUN),
+    "algorithm.name": ALWAYS,
+    "algorithm.compat": (when("credit.name", "ers"),),
+    "task.name": (when("task.mixture", None),),
+    **_all("task", ("train_prompts", "heldout_prompts", "mixture", "allow_change")),
+    "task.seed": (
+        Condition(
+            lambda c: c.task.mixture is not None or c.task.name not in FROM_DATA,
+            _unread("task.name"),
+            "choose a task that makes its prompts, or a task.mixture",
+        ),
+    ),
+    **_all("task", _DATA, task(*FROM_DATA)),
+    "task.subset": (task(*FROM_DATA), _of_data("task.train_data")),
+    "task.train_split": (task(*FROM_DATA), _of_data("task.train_data")),
+    "task.heldout_split": (task(*FROM_DATA), _of_data("task.heldout_data")),
+    "task.revision": (
+        task(*FROM_DATA),
+        Condition(
+            lambda c: any(data and not _local(data) for data in (c.task.train_data, c.task.heldout_data)),
+            _unread("task.train_data"),
+            "name a dataset of the hub",
+        ),
+    ),
+    **_all("task", ("choices_column", "choices_answer"), task("multiple_choice")),
+    "task.function": (task("python_function"),),
+    **_all("task", ("dataset", "options"), task("reasoning_gym")),
+    **_all("task", ("numbers", "max_target"), task("countdown")),
+    "task.check_gold": (task("math", "gsm8k"),),
+    "task.cache": (TEXT,),
+    **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
+    **_all("prompt", ("system", "thinking", "date"), TEXT, when("prompt.template", "chat")),
+    **_all("policy", ("source", "tokenizer"), TEXT),
+    "policy.revision": (
+        Condition(
+            lambda c: c.policy.source is not None and not _local(c.policy.source),
+            _unread("policy.source"),
+            "set policy.source to an id of the hub",
+        ),
+    ),
+    **_all("policy", tuple(PolicyConfig().shape_fields()), OWN_SHAPE),
+    **_all("policy", _POLICY),
+    "lora.rank": ALWAYS,
+    **_all("lora", ("alpha", "dropout", "targets"), ADAPTERS),
+    "sft.steps": ALWAYS,
+    **_all("sft", _SFT, COLD_START),
+    **_all("rollout", _ROLLOUT),
+    "rollout.weights": (unless("mesh.fsdp", 1, "raise mesh.fsdp"),),
+    "rollout.slots": (
+        Condition(
+            lambda c: c.rollout.slots is None or c.rollout.slots < _at_once(c),
+            lambda c: f"no more than {_at_once(c)} completions are rolled out at a time",
+            "choose fewer",
+        ),
+    ),
+    "rollout.longest_first": (unless("rollout.slots", None, "set rollout.slots"),),
+    "rollout.oversampling": (DYNAMIC,),
+    "rollout.prompt_bucket": ALWAYS,
+    "rollout.stop": (TEXT,),
+    "reward.terms": ALWAYS,
+    "reward.format": (term("format"),),
+    "reward.cosine_length": (term("cosine"), when("reward.compat", "none")),
+    **_all("reward", ("cosine_right", "cosine_wrong", "compat"), term("cosine")),
+    "reward.overlong_cache": (term("overlong"),),
+    **_all("reward", ("repetition_ngram", "repetition_penalty"), term("repetition")),
+    "reward.require_end": (
+        TEXT,
+        Condition(
+            lambda c: c.task.mixture is not None or c.task.name != "python_function",
+            _unread("task.name"),
+            "choose another task",
+        ),
+    ),
+    **_all("verifier", ("workers", "deadline", "wall_limit", "memory_mib", "network", "max_no_verdict"), TEXT),
+    **_all("selection", _SELECTION),
+    "selection.exponent": _selection("exponent"),
+    "selection.exponent_end": _selection("exponent_end", NOT_RELEASED),
+    "selection.correction": _selection("correction"),
+    "selection.correction_end": _selection("correction_end", NOT_RELEASED),
+    **{f"selection.{name}": _selection(name) for name in ("replacement", "floor", "initial", "statistic", "signal")},
+    **{f"selection.{name}": _selection(name) for name in ("estimate", "retest_share", "draw", "pool_weights")},
+    "selection.retest_every": _selection("retest_every", unless("selection.retest_share", 0.0, "set it")),
+    "selection.candidates": _selection(
+        "candidates",
+        Condition(
+            lambda c: c.selection.name != "posterior_mixed" or c.selection.draw == "thompson",
+            _unread("selection.draw"),
+            "set selection.draw to thompson",
+        ),
+    ),
+    **{f"selection.{name}": _selection(name) for name in ("greso_base", "greso_floor", "easy_from", "hard_to")},
+    **{f"selection.{name}": _selection(name) for name in ("difficulty_column", "curriculum_start")},
+    "selection.curriculum_steps": _selection("curriculum_steps", unless("selection.curriculum_start", 1.0, "lower it")),
+    "credit.name": ALWAYS,
+    "credit.scale": _credit("scale"),
+    "credit.ddof": (Condition(_deviation_is_read, _SPREAD, _SPREAD_CHOICE),),
+    "credit.eps": (Condition(_eps_is_read, _SPREAD, _SPREAD_CHOICE),),
+    "credit.alpha": _credit(
+        "alpha",
+        Condition(
+            lambda c: c.credit.alpha_mode == "fixed" or c.algorithm.compat == "released",
+            _unread("credit.alpha_mode"),
+            "set credit.alpha_mode to fixed",
+        ),
+    ),
+    "credit.alpha_mode": _credit("alpha_mode", NOT_RELEASED),
+    "credit.stat_mode": _credit("stat_mode", NOT_RELEASED),
+    "forgetting.mode": (BELIEVED,),
+    "forgetting.discount": (BELIEVED, when("forgetting.mode", "fixed")),
+    **_all("forgetting", ("half_life", "low", "high"), MOVEMENT),
+    "forgetting.drift": (SELECTOR_BELIEVED,),
+    **_all("forgetting", ("prior_successes", "prior_failures"), BELIEVED),
+    "replay.name": ALWAYS,
+    **_all("replay", _REPLAY, FILL),
+    "replay.tau": (FILL, when("replay.order", "fresh_priority")),
+    "replay.effective": (
+        Condition(
+            lambda c: c.replay.name != "none" or c.rollout.max_rounds != 1,
+            _unread("replay.name", "rollout.max_rounds"),
+            "set replay.name to filter or fill, or raise rollout.max_rounds",
+        ),
+    ),
+    **_all("objective", _OBJECTIVE),
+    "objective.ratio": (
+        Condition(_ratio_is_read, _unread("objective.surrogate"), "set objective.surrogate to clip, cispo or sapo"),
+    ),
+    "objective.count_masked": (when("objective.aggregation", "grpo", "dr_grpo", "luspo"),),
+    "objective.clip_low": (CLIP,),
+    "objective.clip_high": (when("objective.surrogate", "clip", "cispo"),),
+    **_all("objective", ("delta", "dual_clip"), CLIP),
+    **_all("objective", ("sapo_positive", "sapo_negative"), when("objective.surrogate", "sapo")),
+    **_all("objective", ("vespo_positive", "vespo_negative"), when("objective.surrogate", "vespo")),
+    **_all("objective", ("kl_in", "kl_estimator"), KL),
+    "objective.kl_unbiased": (KL, when("objective.kl_in", "loss")),
+    "objective.off_policy": (STALE,),
+    "objective.importance": (STALE, when("objective.off_policy", "decoupled")),
+    "objective.importance_cap": (
+        STALE,
+        when("objective.off_policy", "decoupled"),
+        unless("objective.surrogate", "vespo", "set objective.surrogate to another"),
+    ),
+    "objective.share_prompts": (unless("objective.packing", False, "leave objective.packing out"),),
+    **_all("optimizer", _OPTIMIZER),
+    "optimizer.final_fraction": (when("optimizer.schedule", "cosine"),),
+    **_all("mesh", ("data", "fsdp", "tensor", "context")),
+    **_all("distributed", ("auto", "coordinator")),
+    **_all("distributed", ("processes", "process"), COORDINATED),
+    **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINED),
+    **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
+    **_all("eval", ("every", "samples")),
+    **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
+    "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
+    **_all("log", _LOG),
+    **_all("log", ("completions", "completions_format"), DUMPED),
+}
+"""Field -> the conditions under which a run reads it, all of which must hold."""
+_OF_THE_WHOLE = ("task.name", "task.seed", "task.cache")
+"""Fields of the task that a mixture reads itself, and not its parts."""
+
+
+def check_owners(config: Config, resolved: Config) -> None:
+    """Raise ConfigError for the first field that is set, to another value than its default, and that nothing reads.
+
+    Args:
+      resolved: `config` after `algorithms.resolve`.
+    """
+    defaults = defaults_of(config)
+    parts = [part for part, _ in mixture(config)]
+    for name, value in flatten(config).items():
+        if value == defaults[name]:
+            continue
+        of_parts = parts and name.startswith("task.") and name not in _OF_THE_WHOLE
+        missing = [_missing(name, reader) for reader in (parts if of_parts else [resolved])]
+        if all(missing):
+            raise ConfigError(f"{name}={_shown(value)}: {missing[0]}")
+    for part in parts:
+        for field, value in vars(part.task).items():
+            name = f"task.{field}"
+            own = value != getattr(config.task, field) and name not in (*_OF_THE_WHOLE, "task.mixture")
+            if own and (why := _missing(name, part)):
+                raise ConfigError(f"task.mixture: {name}={_shown(value)}: {why}")
+
+
+def is_read(name: str, config: Config) -> bool:
+    """Whether a run of this config, resolved but for this field, reads a field."""
+    return all(condition.holds(config) for condition in OWNERS[name])
+
+
+def _missing(name: str, config: Config) -> str | None:
+    """Why nothing reads the field, and what to do; None if something does."""
+    for condition in OWNERS[name]:
+        if not condition.holds(config):
+            return f"{condition.why(config)}; drop it, or {condition.choose}"
+    return None

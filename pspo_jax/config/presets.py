@@ -1,0 +1,185 @@
+"""An algorithm is a composition: a selector, a credit, a replay and loss settings.
+
+`PRESETS` says what each name stands for; a field that the user sets wins over its preset. `build` turns a resolved
+config into the strategies themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pspo_jax import advantages, replay, selection
+from pspo_jax.config.fields import nearest
+from pspo_jax.config.ownership import believes, is_read
+from pspo_jax.config.schema import Config, ConfigError, flatten, round_prompts
+from pspo_jax.config.schema import replace as replace_fields
+from pspo_jax.config.strategies import AlgorithmName, LossName
+
+_GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}
+_CENTRED = {"credit.scale": "none", "objective.loss": "dapo"}
+
+PRESETS: dict[AlgorithmName, dict[str, Any]] = {
+    "grpo": {"selection.name": "uniform", **_GRPO},
+    "dr_grpo": {
+        "selection.name": "uniform",
+        "credit.name": "group",
+        "credit.scale": "none",
+        "objective.loss": "dr_grpo",
+    },
+    "rloo": {"selection.name": "uniform", "credit.name": "rloo", **_CENTRED},
+    "opo": {"selection.name": "uniform", "credit.name": "opo", **_CENTRED},
+    "ers": {**_GRPO, "selection.name": "uniform", "credit.name": "ers"},
+    "pps": {"selection.name": "pps", **_GRPO},
+    "pspo": {**_GRPO, "selection.name": "pps", "credit.name": "ers"},
+    "prioritized_replay": {"selection.name": "prioritized_replay", "credit.name": "group", **_CENTRED},
+    "mopps": {"selection.name": "mopps", **_GRPO},
+    "posterior_mixed": {"selection.name": "posterior_mixed", **_GRPO},
+    "spo": {
+        "selection.name": "spo",
+        "credit.name": "tracked_baseline",
+        "credit.scale": "batch",
+        "objective.loss": "dapo",
+    },
+    "greso": {"selection.name": "greso", **_GRPO},
+    "difficulty_pools": {"selection.name": "difficulty_pools", **_GRPO},
+    "curriculum": {"selection.name": "curriculum", **_GRPO},
+    "dapo": {"selection.name": "uniform", "rollout.max_rounds": 10, **_GRPO},
+    "grpo_filter": {"selection.name": "uniform", "replay.name": "filter", **_GRPO},
+    "popo": {"selection.name": "uniform", "replay.name": "fill", **_GRPO},
+}
+_REST = {"replay.name": "none", "rollout.max_rounds": 1}
+"""What an algorithm that does not say otherwise stands for."""
+
+_CLIP = {
+    "objective.surrogate": "clip",
+    "objective.ratio": "token",
+    "objective.clip_low": 0.2,
+    "objective.clip_high": 0.28,
+}
+_SEQUENCE = {**_CLIP, "objective.clip_low": 3e-4, "objective.clip_high": 4e-4}
+LOSSES: dict[LossName, dict[str, Any]] = {
+    "grpo": {**_CLIP, "objective.aggregation": "grpo"},
+    "bnpo": {**_CLIP, "objective.aggregation": "bnpo"},
+    "dr_grpo": {**_CLIP, "objective.aggregation": "dr_grpo"},
+    "dapo": {**_CLIP, "objective.aggregation": "dapo"},
+    "cispo": {**_CLIP, "objective.surrogate": "cispo", "objective.clip_high": 4.0, "objective.aggregation": "dapo"},
+    "gspo": {**_SEQUENCE, "objective.ratio": "sequence", "objective.aggregation": "grpo"},
+    "gspo_token": {**_SEQUENCE, "objective.ratio": "sequence_token", "objective.aggregation": "grpo"},
+    "sapo": {**_CLIP, "objective.surrogate": "sapo", "objective.aggregation": "grpo"},
+    "vespo": {**_CLIP, "objective.surrogate": "vespo", "objective.aggregation": "dapo"},
+    "luspo": {**_SEQUENCE, "objective.ratio": "sequence", "objective.aggregation": "luspo"},
+    "reinforce": {**_CLIP, "objective.surrogate": "reinforce", "objective.aggregation": "dapo"},
+}
+"""Fields that the loss decides."""
+
+_SELECTION = {"selection.cooldown": 0, "selection.correction": 0.0, "selection.floor": 0.1, "forgetting.mode": "fixed"}
+SELECTION_PRESETS: dict[str, dict[str, Any]] = {
+    "pps": {**_SELECTION, "selection.correction": 0.4},
+    # The best of a ranking would be drawn again and again, and others never tried.
+    "prioritized_replay": {**_SELECTION, "selection.cooldown": 5},
+    "posterior_mixed": {**_SELECTION, "selection.cooldown": 5},
+    "spo": {**_SELECTION, "selection.floor": 0.05, "forgetting.mode": "movement"},
+}
+"""Fields that the selector decides, whatever the algorithm; `_SELECTION` for all others."""
+
+
+class Algorithm(NamedTuple):
+    """The strategies of one algorithm; each is pure functions over its own state."""
+
+    selector: selection.Selector
+    credit: advantages.Credit
+    replay: replay.Replay
+
+
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "algorithm.name": PRESETS,
+    "selection.name": selection.SCORERS,
+    "credit.name": advantages.CREDITS,
+    "replay.name": replay.REPLAYS,
+    "objective.loss": LOSSES,
+}
+"""Fields that name an entry of a table; a new entry is a new choice."""
+
+
+def resolve(config: Config) -> Config:
+    """`config` with every None that the algorithm, then selector and loss, decide filled from their presets.
+
+    Fields that nothing reads stay None. All fields of the result count as given: a later `replace` changes no other.
+
+    Raises:
+      ConfigError: a field names no entry of its table.
+    """
+    config = replace_fields(config, {})
+    filled: set[str] = set()
+    for decide in (
+        _of_algorithm,
+        lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
+        lambda c: LOSSES[c.objective.loss or ""],
+    ):
+        check_choices(config)
+        current = flatten(config)
+        values = {k: v for k, v in decide(config).items() if current[k] is None}
+        filled |= values.keys()
+        config = replace_fields(config, values)
+    config = replace_fields(config, {name: None for name in sorted(filled) if not is_read(name, config)})
+    return dataclasses.replace(config, given=frozenset(flatten(config)))
+
+
+def _of_algorithm(c: Config) -> dict[str, Any]:
+    preset = _REST | PRESETS[c.algorithm.name]
+    if c.credit.name == "tracked_baseline" and preset.get("credit.scale") == "group":
+        preset["credit.scale"] = "batch"  # it has no deviation of a group to divide by
+    return preset
+
+
+def check_choices(config: Config) -> None:
+    """Raise ConfigError for a name that its table does not have."""
+    values = flatten(config)
+    for field, table in CHOICES.items():
+        name = values[field]
+        if name is not None and name not in table:
+            raise ConfigError(f"{field}={name!r}: choose one of {', '.join(table)}{nearest(name, table)}")
+
+
+def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
+    """The strategies that a config names; fields left at None follow `algorithm.name`.
+
+    Args:
+      kinds: names of the run's tasks, for selection.quotas.
+    Raises:
+      ConfigError: as `validation.validate`; a config that is resolved has been validated, and is not checked again.
+    """
+    if config.given != frozenset(flatten(config)):
+        from pspo_jax.config.validation import validate  # it imports this module
+
+        validate(config)
+    config = resolve(config)
+    r = config.rollout
+    rounds = r.max_rounds or 1
+    sizes = selection.Sizes(round_prompts(config), r.group_size, config.run.steps, config.run.seed, kinds, rounds)
+    chosen = config.selection
+    if rounds > 1:
+        # A prompt is not rolled out twice in a step.
+        chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
+    batch_differs = rounds > 1 or config.replay.name != "none"
+    made = advantages.make(config.credit, config.forgetting, batch_differs)
+    if config.algorithm.compat == "released":
+        exponent = chosen.exponent * (chosen.correction or 0.0)
+        made = advantages.released(
+            config.credit, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0
+        )
+        chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
+    replays = replay.REPLAYS[config.replay.name or "none"](config)
+    selector = selection.selector(chosen, config.forgetting, sizes)
+    if r.longest_first:
+        selector = selection.longest_first(selector, r.chunks)
+    return Algorithm(selector, made, replays)
+
+
+def needs_movement(config: Config) -> bool:
+    """Whether a strategy asks how far the policy moves in a step, which costs two passes over a microbatch."""
+    config = resolve(config)
+    by_alpha = config.credit.name == "ers" and config.credit.alpha_mode == "movement"
+    return by_alpha or (believes(config) and config.forgetting.mode == "movement")

@@ -1,0 +1,1 @@
+"""Problems that are generated: arithmetic, countdown, and those of reasoning-gym."""

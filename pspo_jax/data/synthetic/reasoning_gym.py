@@ -1,0 +1,61 @@
+"""reasoning-gym's procedural datasets as a task (`pip install 'pspo-jax[gym]'`)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pspo_jax.config.json_fields import options
+from pspo_jax.config.schema import Config, ConfigError
+from pspo_jax.data.loading import Question, Source, quiet
+
+
+def source(config: Config, seed: int, count: int) -> Source:
+    """`count` questions, dealt to task.dataset's names in turn. The verifier makes an entry anew from its index."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ConfigError(
+            "task.name=reasoning_gym: the package is not installed; pip install 'pspo-jax[gym]'"
+        ) from error
+    names = [name.strip() for name in (config.task.dataset or "").split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"task.dataset={config.task.dataset!r}: needs names of datasets, such as leg_counting")
+    settings = options(config.task.options)
+    size = -(-count // len(names))
+    made: dict[str, Any] = {}
+    for name in names:
+        if name not in DATASETS:
+            raise ConfigError(f"task.dataset={name}: reasoning-gym has no such dataset; it has {', '.join(DATASETS)}")
+        try:
+            made[name] = reasoning_gym.create_dataset(name, **{**settings, "size": size, "seed": seed})
+        except (TypeError, AssertionError, ValueError) as error:
+            raise _refused(config, name, error) from error
+    rows = [(names[i % len(names)], i // len(names)) for i in range(count)]
+    entries = []
+    for name, index in rows:
+        try:
+            entries.append(made[name][index])
+        except (TypeError, AssertionError, ValueError, IndexError) as error:  # some are only read here
+            raise _refused(config, name, error) from error
+    records = quiet().Dataset.from_dict(
+        {
+            "question": [str(e["question"]) for e in entries],
+            "answer": [str(e["answer"]) for e in entries],
+            "dataset": [name for name, _ in rows],
+            "index": [index for _, index in rows],
+        }
+    )
+    given = {**settings, "size": size, "seed": seed}
+
+    def convert(record: dict[str, Any]) -> Question:
+        extra = {"dataset": record["dataset"], "options": given, "index": record["index"]}
+        return Question(record["question"], record["answer"], extra)
+
+    return Source("reasoning_gym", "reasoning_gym", records, convert, json.dumps([names, given, count]))
+
+
+def _refused(config: Config, name: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"task.options={config.task.options}: {name} refuses them ({reason}); change them")

@@ -1,0 +1,425 @@
+"""Tasks in a checkpoint's language: prompts from data or a generator, filtered, tokenised, cached; one or a mixture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Float, Int
+
+from pspo_jax.config.json_fields import labels, mixture
+from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.data.conversations import Conversation, read_prompt
+from pspo_jax.data.files import heads, rows_of
+from pspo_jax.data.gold_check import NO_VERDICT, REFUSED, check_gold
+from pspo_jax.data.loading import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
+from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
+from pspo_jax.data.synthetic.countdown import source as countdown_source
+from pspo_jax.data.synthetic.reasoning_gym import source as gym_source
+from pspo_jax.data.task import Demonstrations, LeftOut, PromptSet, Task, pad_rows
+from pspo_jax.data.tokenizer import TextTokenizer
+from pspo_jax.verifiers.workers.pool import Pool
+
+MADE = {"countdown": countdown_source, "reasoning_gym": gym_source}
+"""Tasks that make their prompts: (config, seed, count) -> Source."""
+MADE_PROMPTS = 10_000
+_HEAD = 200
+
+
+class _Pick(NamedTuple):
+    """Rows of a tokenised dataset that are prompts, and those that are not."""
+
+    rows: Any
+    """datasets.Dataset"""
+    keep: Int[np.ndarray, "n"]
+    left_out: list[LeftOut]
+
+
+class PaddedTokens:
+    """Token rows of a map-style dataset as an array [N, P] that is read from disk where it is indexed."""
+
+    def __init__(self, records: grain.MapDataset, width: int, pad: int):
+        self._records = records
+        self._pad = pad
+        self.shape = (len(records), width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Int[np.ndarray, "*n P"]:
+        rows, *within = index if isinstance(index, tuple) else (index,)
+        wanted = np.arange(len(self))[rows]
+        found = [self._records[int(i)]["ids"] for i in np.atleast_1d(wanted)]
+        tokens, _ = pad_rows(found, self.shape[1], self._pad)
+        return (tokens if np.ndim(wanted) else tokens[0])[..., *within]
+
+
+class _Column(Sequence[str]):
+    """One field of all records, read where it is indexed, or at once for a slice."""
+
+    def __init__(self, records: grain.MapDataset, rows: Any, name: str):
+        self._records = records
+        self._rows = rows
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return list(self._rows[self._name][i])
+        # grain counts rows past the end anew from the first, and iteration would never end.
+        return self._records[range(len(self))[int(i)]][self._name]
+
+
+def text_task(
+    config: Config, tokenizer: TextTokenizer, pool: Pool | None, say: Callable[[str], None] = lambda _: None
+) -> Task:
+    """The task, or the mixture of tasks, of a config.
+
+    Args:
+      pool: checks gold answers and judges completions; None = neither, for plans and exports.
+      say: told of what takes long.
+    Raises:
+      ConfigError: data that cannot be read, or that leaves too few prompts.
+    """
+    # The module imports this package: at the top of the file the import would be circular.
+    from pspo_jax.rewards.text_reward import judge_functions, text_judge
+
+    say(tokenizer.stop_line())
+    encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
+    parts = mixture(config) or [(config, 1.0)]
+    shares = np.array([weight for _, weight in parts]) / sum(weight for _, weight in parts)
+    trains, heldouts, records = [], [], []
+    for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
+        if config.task.mixture:
+            part = _whole_part(part, config.task.heldout_prompts, share)
+        train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
+        trains.append(train)
+        heldouts.append(heldout)
+        records += sources
+    if len(parts) == 1:
+        train_pick, heldout_pick = trains[0], heldouts[0]
+    else:
+        train_pick, heldout_pick = _mixed(config, [part for part, _ in parts], shares, trains, heldouts)
+    _check_ids(tokenizer, config, train_pick, heldout_pick)
+    _check_sizes(config, train_pick, heldout_pick)
+    needs = {} if pool is None else pool.needs
+    _check_functions({name: needs.get(name, []) for name in judge_functions(config)}, records)
+    width = _width(config, train_pick, heldout_pick)
+    return Task(
+        name="mixture" if config.task.mixture else config.task.name,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        forbidden=tokenizer.forbidden,
+        stop_ids=tokenizer.stop_ids,
+        train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
+        heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
+        judge=text_judge(pool, tokenizer, config),
+        demonstrations=_none,
+        encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
+    )
+
+
+def benchmark_prompts(
+    source: Source,
+    config: Config,
+    tokenizer: TextTokenizer,
+    pool: Pool | None,
+    limit: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> PromptSet:
+    """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
+    identity = _identity(tokenizer, config)
+    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config.task), 0, say)
+    pick = _filter(rows, source.name, config, pool, say, duplicates=True)
+    pick = pick._replace(keep=pick.keep[: limit or None])
+    if not len(pick.keep):
+        raise ConfigError(f"{source.name}: holds no row that can be verified ({why(pick.left_out)})")
+    _check_ids(tokenizer, config, pick)
+    return prompt_set(pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity, (source.kind,))
+
+
+def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str | Conversation], list[int]]:
+    return lambda prompt: tokenizer.prompt(prompt, config.prompt)
+
+
+def _identity(tokenizer: TextTokenizer, config: Config) -> str:
+    p = config.prompt
+    # The probe tells a template whose text has changed under its name.
+    probe = tokenizer.prompt("{?}", p)
+    return json.dumps([tokenizer.identity(), p.template, p.system, p.question, p.prefill, p.thinking, probe])
+
+
+def _none(seed: int, count: int) -> Iterator[Demonstrations]:
+    raise ConfigError("sft.data=None: this task has no demonstrations of its own; set sft.data, or sft.steps 0")
+
+
+def _split(
+    c: Config,
+    encode: Callable[[str | Conversation], list[int]],
+    identity: str,
+    pool: Pool | None,
+    part: int,
+    say: Callable[[str], None],
+) -> tuple[_Pick, _Pick, list[Any]]:
+    """Training and held-out rows of one task, and the records that `part` and `part + 1` stand for."""
+    t, folder = c.task, cache_folder(c.task)
+    if t.name in MADE:
+        count = (t.train_prompts or MADE_PROMPTS) + t.heldout_prompts
+        source = MADE[t.name](c, t.seed, count)
+        pick = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, None, say)
+        return (*_cut(pick, c), [source.records, source.records])
+    assert t.train_data is not None
+    source = from_data(t.train_data, "task.train_data", t.train_split, t)
+    train = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, pool, say)
+    if t.heldout_data is None:
+        return (*_cut(train, c), [source.records, source.records])
+    other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
+    heldout = _filter(tokenised(other, encode, identity, folder, part + 1, say), other.name, c, pool, say)
+    heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
+    train = _without(train, heldout, source.name)
+    return (
+        train._replace(keep=train.keep[: t.train_prompts or None]),
+        heldout,
+        [source.records, other.records],
+    )
+
+
+def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
+    """The last rows are held out."""
+    n = c.task.heldout_prompts
+    if len(pick.keep) <= n:
+        raise ConfigError(
+            f"task.heldout_prompts={n}: the data has {len(pick.keep)} usable rows"
+            f"{' (' + why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
+        )
+    train = pick._replace(keep=pick.keep[:-n][: c.task.train_prompts or None])
+    return train, _Pick(pick.rows, pick.keep[-n:], [])
+
+
+def _filter(
+    rows: Any, name: str, c: Config, pool: Pool | None, say: Callable[[str], None], duplicates: bool = False
+) -> _Pick:
+    """Rows that are prompts: converted, short enough, once each, and with a gold answer that verifies itself."""
+    reason = np.array(rows["reason"], object)
+    _check_conversations(reason, name, c)
+    lengths = numbers(rows, "length")
+    reason[(reason == "") & (lengths > c.prompt.max_tokens)] = f"longer than prompt.max_tokens={c.prompt.max_tokens}"
+    if not duplicates:
+        good = np.flatnonzero(reason == "")
+        reason[good[~first_of_each(numbers(rows, "question")[good])]] = "duplicate"
+    if pool is not None and c.task.check_gold:
+        good = np.flatnonzero(reason == "")
+        verdicts = check_gold(rows, good, pool, cache_folder(c.task), say)
+        reason[good[verdicts == REFUSED]] = "gold answer does not verify itself"
+        reason[good[verdicts == NO_VERDICT]] = "gold answer not verified within verifier.deadline"
+    keep = np.flatnonzero(reason == "")
+    out = np.flatnonzero(reason != "")
+    texts = rows.select(out)["text"] if len(out) else []
+    left_out = [LeftOut(name, int(i), str(reason[i]), text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
+    return _Pick(rows, keep, left_out)
+
+
+def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
+    """Refuse conversations that the config's own prompt leaves no place for."""
+    advice = {
+        OWN_SYSTEM: (f"prompt.system={c.prompt.system!r}", "drop prompt.system, or these messages"),
+        SEVERAL_TURNS: (f"prompt.template={c.prompt.template}", "choose chat"),
+    }
+    for why_not, (field, what) in advice.items():
+        rows = np.flatnonzero(reason == why_not)
+        if len(rows):
+            raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
+
+
+def _whole_part(part: Config, total: int, share: float) -> Config:
+    """A task of a mixture that holds out no more rows than the mixture evaluates of it, and keeps all the others."""
+    most = part.task.train_prompts if part.task.name in MADE else 0
+    held_out = min(part.task.heldout_prompts, math.ceil(total * share))
+    return replace(part, {"task.heldout_prompts": held_out, "task.train_prompts": most})
+
+
+def _mixed(
+    c: Config, parts: list[Config], shares: Float[np.ndarray, "m"], trains: list[_Pick], heldouts: list[_Pick]
+) -> tuple[_Pick, _Pick]:
+    """Training and held-out rows of a mixture. A row that is neither is listed as left out."""
+    rng = np.random.default_rng([c.task.seed, 3])
+    names = [part.task.name if part.task.name in MADE else str(part.task.train_data) for part in parts]
+    chosen = _chosen(heldouts, shares, c.task.heldout_prompts, rng)
+    trains = [_given_back(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
+    heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
+    trains = _apart(trains, heldouts, names)
+    limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
+    trains = [
+        _listing(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
+        for train, limit, name in zip(trains, limits, names, strict=True)
+    ]
+    chosen = _chosen(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
+    trains = [
+        _listing(train, kept, name, "beyond its share of task.mixture", part.task.name not in MADE)
+        for train, kept, name, part in zip(trains, chosen, names, parts, strict=True)
+    ]
+    return _joined(trains, rng), _joined(heldouts, rng)
+
+
+def _chosen(
+    picks: list[_Pick], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
+) -> list[Int[np.ndarray, "n"]]:
+    """Rows of all tasks in proportion to their shares, as many as there are without repeating one, at most `total`."""
+    n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
+    n = min(n, total) if total else n
+    return [
+        np.sort(rng.permutation(pick.keep)[: max(1, int(n * share + 1e-9))])
+        for pick, share in zip(picks, shares, strict=True)
+    ]
+
+
+def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"]) -> _Pick:
+    """Training rows, and those that were held out of them but that the mixture does not evaluate."""
+    if train.rows is not heldout.rows:
+        return train
+    return train._replace(keep=np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)])))
+
+
+def _apart(trains: list[_Pick], heldouts: list[_Pick], names: list[str]) -> list[_Pick]:
+    """Training rows whose question no task of the mixture holds out, each with the first task that has it."""
+    out: list[_Pick] = []
+    for train, name in zip(trains, names, strict=True):
+        for heldout in heldouts:
+            train = _without(train, heldout, name)
+        for other in out:
+            train = _without(train, other, name, "duplicate")
+        if not len(train.keep):
+            raise ConfigError(f"task.mixture: {name} leaves no prompt ({why(train.left_out)}); change it or drop it")
+        out.append(train)
+    return out
+
+
+def _without(train: _Pick, other: _Pick, name: str, reason: str = "also held out") -> _Pick:
+    """Training rows whose question is not among others."""
+    also = np.isin(numbers(train.rows, "question")[train.keep], numbers(other.rows, "question")[other.keep])
+    return _listing(train, train.keep[~also], name, reason)
+
+
+def _listing(pick: _Pick, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Pick:
+    """`pick` with fewer rows; the others are left out for a reason, and listed."""
+    out = np.setdiff1d(pick.keep, keep) if listed else np.zeros(0, int)
+    texts = pick.rows.select(out)["text"] if len(out) else []
+    items = [LeftOut(name, int(i), reason, text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
+    return pick._replace(keep=keep, left_out=pick.left_out + items)
+
+
+def _joined(picks: list[_Pick], rng: np.random.Generator) -> _Pick:
+    """The rows of several tasks as one set, shuffled."""
+    rows = quiet().concatenate_datasets([pick.rows.select(pick.keep) for pick in picks])
+    return _Pick(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
+
+
+def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
+    """Refuse prompts with a token for which the embedding has no row."""
+    for pick in picks:
+        bad = pick.keep[numbers(pick.rows, "largest")[pick.keep] >= tokenizer.vocab_size]
+        if not len(bad):
+            continue
+        row = pick.rows[int(bad[0])]
+        token = max(row["ids"])
+        raise ConfigError(
+            f"policy.tokenizer={config.policy.tokenizer or config.policy.source}: {len(bad)} prompts hold tokens such "
+            f"as {tokenizer.decode([token])!r} ({token}), and the embedding has {tokenizer.vocab_size:,} rows; the "
+            f"first begins {row['text'][:40]!r}: take them out, or use the checkpoint's own tokenizer"
+        )
+
+
+def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
+    for pick, name in ((train, "train_data"), (heldout, "heldout_data")):
+        if not len(pick.keep):
+            raise ConfigError(
+                f"task.{name}={getattr(c.task, name)}: leaves no prompt ({why(pick.left_out)}); change the data, "
+                "task.answer_transform or prompt.max_tokens"
+            )
+    if len(train.keep) < c.rollout.prompts and not c.selection.replacement:
+        raise ConfigError(
+            f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from the {len(train.keep)} "
+            f"there are{' (left out: ' + why(train.left_out) + ')' if train.left_out else ''}; lower it"
+        )
+
+
+def _check_functions(needs: dict[str, list[str]], sources: Sequence[Any]) -> None:
+    """Refuse a user's function that needs a column which no source has: it would fail on every completion."""
+    columns = {name for source in sources for name in source.column_names}
+    for function, needed in needs.items():
+        if missing := [name for name in needed if name not in columns]:
+            raise ConfigError(
+                f"task.function, reward.terms: {function} needs {', '.join(missing)}, which is no column of the data "
+                f"({', '.join(sorted(columns))}); give it a default, or name the result of a call in a module of yours"
+            )
+
+
+def why(left_out: Sequence[LeftOut]) -> str:
+    """How many rows were left out for which reason, in words."""
+    counts = Counter(item.reason for item in left_out)
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "it has no rows"
+
+
+def _width(config: Config, *picks: _Pick) -> int:
+    """Padded length of the prompts: a multiple of rollout.prompt_bucket."""
+    longest = max(int(numbers(pick.rows, "length")[pick.keep].max()) for pick in picks)
+    bucket = config.rollout.prompt_bucket
+    return -(-longest // bucket) * bucket
+
+
+def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: str, names: Sequence[str]) -> PromptSet:
+    """Rows as a PromptSet that reads them from disk through a grain.MapDataset.
+
+    Args:
+      sources: the records of each value of the column part.
+      names: labels of the tasks, of which each has two parts.
+    """
+    rows = pick.rows.select(pick.keep)
+    records = grain.MapDataset.source(rows)
+    sources = [rows_of(source) for source in sources]
+    parts = numbers(rows, "part")
+
+    def columns(i: int) -> dict[str, Any]:
+        record = rows[int(i)]
+        return dict(sources[record["part"]][record["row"]])
+
+    def column(name: str) -> list[Any]:
+        values: np.ndarray = np.full(len(rows), None, object)
+        row = numbers(rows, "row")
+        for i, source in enumerate(sources):
+            own = np.flatnonzero(parts == i)
+            if len(own) and any(head in source.column_names for head in heads(name)):
+                values[own] = np.array([*source.select(row[own]).values(name), None], object)[:-1]
+        return list(values)
+
+    return PromptSet(
+        tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
+        lengths=numbers(rows, "length").astype(np.int32),
+        answers=_Column(records, rows, "answer"),
+        texts=_Column(records, rows, "text"),
+        kinds=_Column(records, rows, "kind"),
+        labels=[names[part // 2] for part in parts],
+        extras=_Column(records, rows, "extra"),
+        columns=columns,
+        column=column,
+        digests=numbers(rows, "digest").astype(np.uint64),
+        identity=identity,
+        left_out=tuple(pick.left_out),
+    )
+
+
+def write_left_out(task: Task, path: Path) -> str | None:
+    """List the rows that were left out in a JSONL file; a line of counts, or None if there are none."""
+    items = [*task.train.left_out, *task.heldout.left_out]
+    if not items:
+        return None
+    path.write_text("".join(json.dumps(item._asdict()) + "\n" for item in items))
+    return f"left out: {why(items)}; listed in {path}"

@@ -1,0 +1,217 @@
+"""Tokenizer and chat template of a checkpoint, and how a question becomes a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pspo_jax.config.schema import Config, ConfigError, PromptConfig
+from pspo_jax.data.conversations import Conversation
+from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
+from pspo_jax.data.stop_ids import describe, stop_ids
+from pspo_jax.data.templates import BEGUN, QUESTIONS, SYSTEM_PROMPTS, TEXTS
+from pspo_jax.model.huggingface.json_files import check_side_files
+from pspo_jax.model.huggingface.load import fetch, import_transformers
+
+
+class TextTokenizer:
+    """A transformers tokenizer as tasks use it, with the ids that a run needs to know."""
+
+    def __init__(self, hf: Any, folder: Path, stop_ids: tuple[int, ...], vocab_size: int):
+        self.hf = hf
+        # Prompts that are too long are counted and listed; a warning per tokenizer would add nothing.
+        hf.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        self.folder = folder
+        self.stop_ids = stop_ids
+        """Ids that end a completion, as `stop_ids.stop_ids` finds them."""
+        self.vocab_size = vocab_size
+        """Rows of the embedding; the tokenizer may have fewer ids, or a few more, which are never drawn."""
+        self.eos_token_id = stop_ids[0]
+        self.pad_token_id = _filler(hf, stop_ids)
+        self._before = _before_text(hf)
+
+    def identity(self) -> str:
+        """Hash of what encoding depends on."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        model = backend.to_str() if backend is not None else json.dumps(self.hf.get_vocab(), sort_keys=True)
+        return hashlib.sha256(f"{model}\0{self.hf.chat_template}\0{self.stop_ids}".encode()).hexdigest()[:16]
+
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """Rows of the embedding that no token uses."""
+        used = set(self.hf.get_vocab().values())
+        return tuple(i for i in range(self.vocab_size) if i not in used)
+
+    def stop_line(self) -> str:
+        """What ends a completion, for a reader."""
+        return f"a completion ends with {describe(self.hf, self.stop_ids)}"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without BOS or EOS."""
+        return list(self.hf.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text with its special tokens, so that what was drawn can be read."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=False))
+
+    def answer(self, ids: list[int]) -> str:
+        """Text of a completion without stop and padding tokens, for a verifier.
+
+        Other special tokens stay: some checkpoints have `<think>` and `<answer>` among them.
+        """
+        ends = {*self.stop_ids, self.pad_token_id}
+        return self.decode(i for i in ids if i not in ends)
+
+    def begun(self, config: PromptConfig) -> str:
+        """The part of the answer that the prompt already holds; rewards see it before the completion.
+
+        Some chat templates, such as DeepSeek-R1-Distill's, write the opening <think> themselves.
+        """
+        if config.template in BEGUN:
+            return BEGUN[config.template] + config.prefill
+        rendered = self.decode(self.prompt("?", config)).removesuffix(config.prefill)
+        return next((tag for tag in ("<think>\n", "<think>") if rendered.endswith(tag)), "") + config.prefill
+
+    def prompt(self, prompt: str | Conversation, config: PromptConfig) -> list[int]:
+        """Ids of a question or conversation as the policy sees it, ready for the answer to begin.
+
+        BOS, or whatever else the tokenizer puts before a text, stands there once.
+
+        Raises:
+          PromptError: the template has no place for the conversation, or refuses it.
+        """
+        if config.template == "chat":
+            ids = self.encode(self.chat(prompt, config) + config.prefill)
+        elif isinstance(prompt, list):
+            raise PromptError(SEVERAL_TURNS)
+        elif config.template in TEXTS:
+            text = TEXTS[config.template].replace("{question}", _message(prompt, config))
+            ids = self.encode(text + config.prefill)
+        else:
+            ids = self.encode(_message(prompt, config)) + self.encode(config.prefill)
+        return ids if ids[: len(self._before)] == self._before else self._before + ids
+
+    def chat(self, prompt: str | Conversation, config: PromptConfig) -> str:
+        """A question or conversation in the chat template, with the config's messages.
+
+        Raises:
+          PromptError: the template refuses it or leaves out a turn, or it has a system message beside prompt.system.
+        """
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if messages[-1]["role"] == "user":
+            last = {**messages[-1], "content": _message(messages[-1]["content"], config)}
+            messages = [*messages[:-1], last]
+        if config.system is not None:
+            if any(message["role"] == "system" for message in messages):
+                raise PromptError(OWN_SYSTEM)
+            system = SYSTEM_PROMPTS.get(config.system, config.system)
+            messages = [{"role": "system", "content": system}, *messages]
+        if isinstance(prompt, list):
+            return render_whole(self.hf, messages, config)
+        return render(self.hf, messages, config)
+
+
+def _message(question: str, config: PromptConfig) -> str:
+    """The user's message around a question."""
+    return QUESTIONS.get(config.question, config.question).replace("{question}", question)
+
+
+def _before_text(hf: Any) -> list[int]:
+    """What the tokenizer itself puts before a text, such as BOS."""
+    bare, whole = (list(hf.encode("a", add_special_tokens=special)) for special in (False, True))
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:place]
+
+
+def _filler(hf: Any, stop_ids: tuple[int, ...]) -> int:
+    """The id that fills padding. Masks come from lengths, so it may be a stop id, but never an ordinary token."""
+    pad, backend = hf.pad_token_id, getattr(hf, "backend_tokenizer", None)
+    if pad is None or backend is None:
+        return stop_ids[0]
+    # Naming an ordinary token as padding makes it "special"; that it comes from the vocabulary proper gives it away.
+    ordinary = hf.convert_ids_to_tokens(pad) in backend.get_vocab(with_added_tokens=False)
+    return stop_ids[0] if ordinary else int(pad)
+
+
+def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | None) -> TextTokenizer:
+    """The tokenizer of `policy.tokenizer` or, without one, of the checkpoint.
+
+    Args:
+      source: the checkpoint's folder.
+      embedding_rows: V of the checkpoint; None = as many as the tokenizer has entries.
+    Raises:
+      ConfigError: it cannot be read, has no stop token in the embedding, no chat template or one that cannot render
+        the config's prompts, or rollout.stop names no token of it.
+    """
+    name = config.policy.tokenizer or config.policy.source
+    field = "policy.tokenizer" if config.policy.tokenizer else "policy.source"
+    assert name is not None
+    folder = fetch(name, None, field, weights=False) if config.policy.tokenizer or source is None else source
+    check_side_files(folder, f"{field}={name}")
+    hf = _read(folder, f"{field}={name}")
+    # The tokenizer may have an id more than the embedding has rows, as Gemma 3 1B's; a prompt that holds it is refused.
+    rows = embedding_rows or max(hf.get_vocab().values()) + 1
+    stop = stop_ids(hf, [folder, *([source] if source else [])], config.prompt, config.rollout.stop)
+    if not stop:
+        raise ConfigError(f"{field}={name}: neither tokenizer, generation config nor template names an EOS token")
+    if bad := [i for i in stop if i >= rows]:
+        raise ConfigError(
+            f"{field}={name}: stop ids {bad} lie beyond the embedding: the tokenizer has {len(hf):,} entries, the "
+            f"embedding only {rows:,} rows; use the checkpoint's own tokenizer"
+        )
+    tokenizer = TextTokenizer(hf, folder, stop, rows)
+    if "{question}" not in _message("{question}", config.prompt):
+        raise ConfigError(
+            f"prompt.question={config.prompt.question!r}: must hold {{question}}, or be one of {', '.join(QUESTIONS)}"
+        )
+    if config.prompt.template == "chat":
+        _check_chat(tokenizer, config.prompt, name)
+    return tokenizer
+
+
+def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> None:
+    """Refuse a chat template that cannot write this config's prompts."""
+    if not tokenizer.hf.chat_template:
+        raise ConfigError(f"prompt.template=chat: the tokenizer of {name} has no chat template; use none")
+    probe = "What is 2 + 2?"
+    try:
+        text = tokenizer.chat(probe, dataclasses.replace(prompt, system=None))
+    except PromptError as error:
+        raise ConfigError(
+            f"prompt.template=chat: {name} cannot render a question ({error}); choose another prompt.template, or "
+            "another policy.tokenizer"
+        ) from error
+    if probe not in text:
+        raise ConfigError(
+            f"prompt.template=chat: the chat template of {name} leaves the question out; choose another prompt.template"
+        )
+    if prompt.system is None:
+        return
+    system, advice = SYSTEM_PROMPTS.get(prompt.system, prompt.system), "drop it, and put its text into prompt.question"
+    try:
+        text = tokenizer.chat(probe, prompt)
+    except PromptError as error:
+        raise ConfigError(
+            f"prompt.system={prompt.system[:60]!r}: {name} cannot render a system message ({error}); {advice}"
+        ) from error
+    if system.strip() not in text:
+        raise ConfigError(
+            f"prompt.system={prompt.system[:60]!r}: the chat template of {name} leaves system messages out; {advice}"
+        )
+
+
+def _read(folder: Path, where: str) -> Any:
+    transformers = import_transformers()
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: its tokenizer cannot be read: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,133 @@
+"""Accelerators that a plan can be made for, and the devices to compile for when they are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from pspo_jax.config.schema import ConfigError
+
+
+class Kind(NamedTuple):
+    """One device, as its maker states it."""
+
+    memory: float
+    """Bytes."""
+    flops: float
+    """bfloat16 products with float32 sums, FLOP/s, without sparsity."""
+    bandwidth: float
+    """Of its memory, bytes/s."""
+    link: float
+    """To the other devices of a slice or a machine, bytes/s in one direction, all its links together: half of what is
+    stated for both."""
+    cores: int = 1
+    """By how many a slice's name counts a device: v5p-8 has four."""
+
+
+_GIB = 2**30
+KINDS = {
+    "v4": Kind(32 * _GIB, 275e12, 1.20e12, 150e9, 2),
+    "v5e": Kind(16 * _GIB, 197e12, 0.82e12, 100e9),
+    "v5p": Kind(95 * _GIB, 459e12, 2.77e12, 300e9, 2),
+    "v6e": Kind(32 * _GIB, 918e12, 1.64e12, 224e9),
+    "a100": Kind(80e9, 312e12, 2.04e12, 300e9),
+    "h100": Kind(80e9, 989e12, 3.35e12, 450e9),
+    "h200": Kind(141e9, 989e12, 4.80e12, 450e9),
+    "b200": Kind(180e9, 2250e12, 8.00e12, 900e9),
+    "l4": Kind(24e9, 121e12, 0.30e12, 32e9),
+    "l40s": Kind(48e9, 362e12, 0.86e12, 32e9),
+}
+
+_SLICES = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+"""Topologies of v5e and v6e by their number of chips."""
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+"""The smallest ones of v5p."""
+TOPOLOGIES = {"v5e": _SLICES, "v6e": _SLICES, "v5p": _CUBES}
+"""TPUs that their compiler can compile for on any machine."""
+
+
+def host_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """Bytes of memory of this machine, or of what its container is allowed."""
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    allowed = limit.read_text().strip() if limit.exists() else ""
+    return min(memory, float(allowed)) if allowed.isdecimal() else memory
+
+
+class Target(NamedTuple):
+    """Where a plan is for."""
+
+    name: str
+    kind: str | None
+    """A key of KINDS; None = this machine."""
+    devices: int
+
+
+THIS_MACHINE = Target("this machine", None, 0)
+
+
+def parse_target(text: str) -> Target:
+    """`v5e-64`, `h100x8` or `h200` as a Target.
+
+    Raises:
+      ConfigError: the kind is not known, or there is no slice of this size.
+    """
+    match = re.fullmatch(r"([a-z]\w*?)(?:[x-](\d+))?", text.lower())
+    if match is None or match[1] not in KINDS or match[2] == "0":
+        raise ConfigError(
+            f"--plan {text}: name a device and a count, such as v5e-8 or h100x8; known: {', '.join(KINDS)}"
+        )
+    kind, cores = match[1], KINDS[match[1]].cores
+    number = int(match[2] or cores)
+    sizes = TOPOLOGIES.get(kind)
+    if number % cores or (sizes is not None and match[2] and number // cores not in sizes):
+        known = ", ".join(f"{kind}-{n * cores}" for n in sizes or (2, 4, 8))
+        raise ConfigError(f"--plan {text}: there is no such slice; there are {known}")
+    return Target(text, kind, number // cores)
+
+
+def has_tpu_compiler(target: Target) -> bool:
+    """Whether the TPU's own compiler is installed (`pip install libtpu`) and knows the target."""
+    sizes = TOPOLOGIES.get(target.kind or "", {})
+    return target.devices in sizes and importlib.util.find_spec("libtpu") is not None
+
+
+def devices_for(target: Target) -> Sequence[Any] | None:
+    """Devices to compile for; before JAX's first array. They hold no array and run nothing.
+
+    A TPU slice's own where its compiler is installed, else as many CPU devices; None = this machine's.
+    """
+    if target.kind is None:
+        return None
+    jax.config.update("jax_platforms", "cpu")
+    if not has_tpu_compiler(target):
+        jax.config.update("jax_num_cpu_devices", target.devices)
+        return jax.devices()
+    # There is no TPU to ask: without these, libtpu wants to be alone, looks for its metadata server, and complains.
+    for name, value in (
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+        ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    assert target.kind is not None
+    shape = TOPOLOGIES[target.kind][target.devices]
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.kind}:{shape}").devices

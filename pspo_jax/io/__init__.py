@@ -1,1 +1,0 @@
-"""Checkpoints, metrics, progress and reports."""

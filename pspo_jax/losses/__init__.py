@@ -1,0 +1,13 @@
+"""Log-probs of completions, and losses composed of a ratio, a surrogate, an aggregation, a KL term and extras."""
+
+from pspo_jax.losses.log_probs import completion_log_probs, pack_rows
+from pspo_jax.losses.losses import Denominators, LossInputs, denominators, objective_loss
+
+__all__ = [
+    "Denominators",
+    "LossInputs",
+    "completion_log_probs",
+    "denominators",
+    "objective_loss",
+    "pack_rows",
+]

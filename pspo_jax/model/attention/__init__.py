@@ -1,0 +1,1 @@
+"""Attention: the reference in plain JAX, kernels, and their trial at the start of a run."""

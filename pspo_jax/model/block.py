@@ -1,0 +1,176 @@
+"""Blocks of the transformer, and its forward pass over whole rows.
+
+A block does what its weights say: a bias, a norm or an adapter that is in the table is applied, and no other switch
+exists for it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.config.schema import Remat
+from pspo_jax.distributed.mesh import constrain
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.attention.xla import attend
+from pspo_jax.model.interface import Packed, mask_logits
+from pspo_jax.model.mixed_precision import lookup, product
+from pspo_jax.model.rotary import Rotation, rope, rotation
+
+_FAR = np.iinfo(np.int32).max
+"""A window that sees everything."""
+
+_INPUT, _PROJECTION = "block_input", "projection"
+"""Names of values that a backward pass may keep; see `_remat`."""
+
+_SPECS = {
+    "q": ("rsd,dgh->rsgh", "rsd,dk->rsk", "rsk,kgh->rsgh"),
+    "o": ("rsgh,ghd->rsd", "rsgh,ghk->rsk", "rsk,kd->rsd"),
+    "gate": ("rsd,df->rsf", "rsd,dk->rsk", "rsk,kf->rsf"),
+    "down": ("rsf,fd->rsd", "rsf,fk->rsk", "rsk,kd->rsd"),
+}
+"""Products of a projection: with its weight, with its adapter's A, with its adapter's B.
+
+einsum contracts in alphabetical order: heads need a letter before their width's, or both operands are transposed.
+"""
+_SPECS |= {"k": _SPECS["q"], "v": _SPECS["q"], "up": _SPECS["gate"]}
+
+
+def rms_norm(
+    x: Float[Array, "*n D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*n D"]:
+    """x / rms(x) * (scale + offset); the mean is over as many trailing axes as `scale` has."""
+    axes = tuple(range(-scale.ndim, 0))
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+    gain = scale.astype(jnp.float32)
+    return (x32 * inverse * (gain + offset if offset else gain)).astype(x.dtype)
+
+
+def norm(a: Architecture, w: dict[str, Array], name: str, x: Array) -> Array:
+    """x normalised, if the block has this norm."""
+    return rms_norm(x, w[name], a.norm_eps, a.norm_offset) if name in w else x
+
+
+def project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Array | None) -> Array:
+    """A projection with its bias and its adapter, where the block has them."""
+    dtype = jnp.dtype(a.compute_dtype)
+    full, down, up = _SPECS[name]
+    y = product(full, x, w[name], dtype, dtype)
+    if f"{name}_bias" in w:
+        y = y + w[f"{name}_bias"].astype(dtype)
+    if f"{name}_lora_a" in w:
+        assert a.lora is not None
+        if key is not None and a.lora.dropout:
+            mine = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+            kept = jax.random.bernoulli(mine, 1 - a.lora.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - a.lora.dropout), 0).astype(x.dtype)
+        low = product(down, x, w[f"{name}_lora_a"], dtype, dtype)
+        y = y + a.lora.scale * product(up, low, w[f"{name}_lora_b"], dtype, dtype)
+    return checkpoint_name(y.astype(dtype), _PROJECTION)
+
+
+def qkv(
+    a: Architecture, w: dict[str, Array], x: Float[Array, "R S D"], at: Rotation, key: Array | None = None
+) -> tuple[Array, Array, Array]:
+    y = norm(a, w, "attn_norm", x)
+    q, k, v = (project(a, w, name, y, key) for name in "qkv")
+    return rope(norm(a, w, "q_norm", q), at), rope(norm(a, w, "k_norm", k), at), v
+
+
+def finish_block(
+    a: Architecture,
+    w: dict[str, Array],
+    x: Float[Array, "R S D"],
+    mixed: Float[Array, "R S H h"],
+    key: Array | None = None,
+    split: bool = False,
+) -> Float[Array, "R S D"]:
+    """Output projection and MLP, each added to the residual stream; split = the MLP's weights are along fsdp too."""
+    x = x + norm(a, w, "attn_post_norm", project(a, w, "o", mixed, key))
+    y = norm(a, w, "mlp_norm", x)
+    y = constrain(y, "outer_batch", None, None) if split else y
+    gate, up = (project(a, w, name, y, key) for name in ("gate", "up"))
+    gate = jax.nn.silu(gate) if a.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    inner = constrain(gate * up, "outer_batch", None, "split_mlp") if split else gate * up
+    y = project(a, w, "down", inner, key)
+    return x + norm(a, w, "mlp_post_norm", constrain(y, "batch", None, None) if split else y)
+
+
+def embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+    x = lookup(embed, tokens, jnp.dtype(a.compute_dtype))
+    return x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
+
+
+def forward(
+    a: Architecture,
+    params: Any,
+    key: Array | None,
+    tokens: Int[Array, "R S"],
+    keep_cache: bool = False,
+    packed: Packed | None = None,
+) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
+    """Hidden states after the final norm and, if asked for, every layer's keys and values [L, R, S, K, h]."""
+    # One axis of the mesh after the other, from rows along data and width along the rest, which is how the table is
+    # split: at once, the compiler would make every row's whole width on every device.
+    rows, length = ("batch", None) if keep_cache else ("rows", "length")
+    x = constrain(embed(a, params["embed"], tokens), "outer_batch", None, "embed")
+    x = constrain(constrain(x, rows, None, length), rows, length, None)
+    positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.places
+    tables = [rotation(positions, rotary) for rotary in a.rotaries]
+    # Per-layer facts travel with the scan; those that all layers share are constants instead.
+    extra: dict[str, Any] = {}
+    if len(tables) > 1:
+        extra["rotary"] = jnp.asarray(a.layer_rotary)
+    if any(a.windows):
+        extra["window"] = jnp.asarray([w or _FAR for w in a.windows], jnp.int32)
+    if key is not None:
+        extra["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(a.layers))
+    stacked = [jnp.stack(t) for t in zip(*tables, strict=True)]
+
+    def block(x: Array, xs: Any) -> tuple[Array, Any]:
+        x = checkpoint_name(x, _INPUT)
+        w, own = xs
+        at = tables[0] if "rotary" not in own else (stacked[0][own["rotary"]], stacked[1][own["rotary"]])
+        q, k, v = qkv(a, w, x, at, own.get("key"))
+        # Each device's places attend to all: along context, keys and values are gathered.
+        k, v = (constrain(y, rows, None, "kv_heads", None) for y in (k, v))
+        kernel = a.attention if packed is None else a.packed_attention
+        mixed = attend(q, k, v, a.attention_scale, own.get("window"), packed, kernel)
+        x = finish_block(a, w, x, mixed, own.get("key"))
+        return constrain(x, rows, length, None), (k, v) if keep_cache else None
+
+    x, cache = jax.lax.scan(_remat(a.remat, block), x, (params["layers"], extra), unroll=min(a.scan_unroll, a.layers))
+    return norm(a, params, "final_norm", x), cache
+
+
+def _remat(kind: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
+    """The block, with what its backward pass is to find in memory."""
+    policies = jax.checkpoint_policies
+    if kind == "none":
+        return block
+    if kind == "dots":
+        return jax.checkpoint(block, policy=policies.save_only_these_names(_PROJECTION))
+    if kind == "full":
+        return jax.checkpoint(block)
+    offload = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(block, policy=offload)
+
+
+def logits_of(a: Architecture, params: Any, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    spec, head = ("nd,vd->nv", params["embed"]) if a.tied else ("nd,dv->nv", params["head"])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = product(spec, flat, head, jnp.dtype(a.compute_dtype), jnp.float32)
+    return mask_logits(logits.reshape(*hidden.shape[:-1], -1), a.forbidden)

@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face: reading their configs and tensors, and writing them."""

@@ -1,0 +1,297 @@
+"""Checkpoints in: a Hugging Face folder or hub id -> architecture, and weights straight into their device buffers.
+
+Nothing is loaded before everything is known to fit: the config, every tensor's name and shape, every file's length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.huggingface.families import FAMILIES, architecture_of, unknown_family
+from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config
+from pspo_jax.model.huggingface.not_a_checkpoint import what_it_is
+from pspo_jax.model.weights import Weight, entries, from_hf, is_weight, table
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_DTYPES = ("F32", "F16", "BF16")
+_ROWS = 4096
+"""Rows of a matrix that are compared at a time."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source(NamedTuple):
+    """A checkpoint whose config and tensor headers have been read, and found to fit."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    architecture: Architecture
+    """Without adapters and forbidden ids."""
+    tensors: dict[str, Tensor]
+    untied: bool = False
+    """config.json ties the head to the embedding, but another head is stored; `architecture` has that one."""
+
+    def fingerprint(self) -> str:
+        """Hash of config.json and of every tensor's name, shape and type; contents are left to checksums."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(f"{name}{tensor.shape}{tensor.dtype}".encode())
+        return digest.hexdigest()[:16]
+
+
+def import_transformers() -> Any:
+    """The library, without its advice to install PyTorch: only its configs and tokenizers are used."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> Path:
+    """The local folder of a folder's name or a hub id; a hub id is downloaded, or found in huggingface_hub's cache.
+
+    Args:
+      weights: whether the safetensors files are wanted too.
+    Raises:
+      ConfigError: neither exists.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.suffix == ".gguf":
+        raise ConfigError(f"{field}={name}: {what_it_is(folder)}")
+    if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
+        raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
+    patterns = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{field}={name}: no such folder, and the hub did not give it: {reason}; without a network, download it "
+            "elsewhere (hf download ID --local-dir DIR) and name DIR"
+        ) from error
+
+
+def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
+    """Everything about `policy.source` but its weights.
+
+    Args:
+      weights: False = the config alone, for a plan: neither needs the tensors to be there.
+    Raises:
+      ConfigError: names what is missing, extra, misshapen, truncated or unsupported.
+    """
+    assert policy.source is not None
+    name = policy.source
+    folder = fetch(name, policy.revision, "policy.source", weights)
+    architecture = architecture_of(_read_config(folder, name), policy, name)
+    check_side_files(folder, f"policy.source={name}", ("generation_config.json",))
+    tensors = _read_headers(folder, name) if weights else {}
+    untied = architecture.tied and _has_own_head(tensors)
+    architecture = dataclasses.replace(architecture, tied=architecture.tied and not untied)
+    if weights:
+        _match(architecture, tensors, name)
+    return Source(name, folder, architecture, tensors, untied)
+
+
+def _has_own_head(tensors: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint that claims to tie its head stores another one than its embedding."""
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    if not all(name in tensors for name in names):
+        return False
+    head, embedding = (tensors[name] for name in names)
+    if head.shape != embedding.shape or len(head.shape) != 2 or not {head.dtype, embedding.dtype} <= set(_DTYPES):
+        return True
+    parts = (_rows_of(tensors[name], name) for name in names)
+    return any(not np.array_equal(x, y) for x, y in zip(*parts, strict=True))
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    where = f"policy.source={name}"
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{where}: {what_it_is(folder)}")
+    model_type = read_model_config(folder, where)["model_type"]
+    if model_type not in FAMILIES:
+        raise ConfigError(unknown_family(model_type, name))
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return import_transformers().AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: config.json cannot be read: {reason}") from error
+
+
+def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, from its files' headers."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in _weight_files(folder, name):
+        path = folder / file
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    part = opened.get_slice(key)
+                    if key in found:
+                        raise ConfigError(
+                            f"policy.source={name}: {key} stands in {found[key].file.name} and in {file}; remove the "
+                            "file that is not the model's"
+                        )
+                    found[key] = Tensor(path, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"policy.source={name}: {file} is damaged or cut off ({' '.join(str(error).split())}); fetch it again"
+            ) from error
+    return found
+
+
+def _weight_files(folder: Path, name: str) -> list[str]:
+    """Names of the files that hold a checkpoint's tensors: its only one, those of its index, or all there are."""
+    index, whole = folder / "model.safetensors.index.json", "model.safetensors"
+    if not index.exists():
+        files = [whole] if (folder / whole).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"policy.source={name}: {what_it_is(folder)}")
+        return files
+    weight_map = read_json(index, f"policy.source={name}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ConfigError(f"policy.source={name}: {index.name} has no weight_map from tensors to files; fetch it again")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if not (folder / file).exists():
+            raise ConfigError(f"policy.source={name}: {file} is missing; {index.name} names it")
+    if (folder / whole).exists() and whole not in files:
+        raise ConfigError(
+            f"policy.source={name}: holds {whole} and {index.name}, which names other files; remove the one that is "
+            "not the model's"
+        )
+    return files
+
+
+def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
+    """Every tensor of the table is there with its shape and a known type, and there is no other."""
+    wanted = {name: w.hf_shape for _, name, w, _ in entries(table(a))}
+    missing = [name for name in wanted if name not in tensors]
+    # Old checkpoints store the rotary frequencies, and some that tie their head store it nevertheless.
+    ignored = {"lm_head.weight"} if a.tied else set()
+    extra = [n for n in tensors if n not in wanted and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    for kind, names in (("lacks", missing), ("has, and the architecture does not,", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"policy.source={where}: the checkpoint {kind} {', '.join(names[:3])}{more}")
+    for name, shape in wanted.items():
+        found = tensors[name]
+        if found.shape != shape:
+            raise ConfigError(
+                f"policy.source={where}: {name} has shape {list(found.shape)}, config.json implies {list(shape)}"
+            )
+        if found.dtype not in _DTYPES:
+            raise ConfigError(f"policy.source={where}: {name} is {found.dtype}; supported: {', '.join(_DTYPES)}")
+
+
+def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
+    """A tensor as it lies on disk. The file is mapped for this call alone, or the whole model would become resident."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, framework="numpy") as opened:
+        return opened.get_tensor(name)
+
+
+def _rows_of(tensor: Tensor, name: str) -> Iterator[np.ndarray]:
+    """A matrix in parts of some rows, float32."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, framework="numpy") as opened:
+        rows = opened.get_slice(name)
+        for start in range(0, tensor.shape[0], _ROWS):
+            yield np.asarray(rows[start : min(start + _ROWS, tensor.shape[0])]).astype(np.float32)
+
+
+def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any:
+    """The weights of `table(architecture)`, each read, turned, cast and placed before the next one is read.
+
+    Host memory beyond the params is a small multiple of the largest tensor. Whole tensors come first, largest first,
+    while little else is resident; stacked ones are filled layer by layer in place.
+
+    Args:
+      shardings: a NamedSharding for each weight.
+    Raises:
+      ConfigError: a tensor has numbers that are not finite, in its file or in `dtype`.
+    """
+    leaves, structure = jax.tree.flatten(weights, is_leaf=is_weight)
+    places = jax.tree.leaves(shardings)
+    order = sorted(range(len(leaves)), key=lambda i: (leaves[i].stacked, -int(np.prod(leaves[i].shape))))
+    out: list[Any] = [None] * len(leaves)
+    finite: dict[str, Array] = {}
+    for i in order:
+        out[i] = _load_leaf(source, leaves[i], places[i], jnp.dtype(dtype), finite)
+    # Asked for at the end: a question for each tensor would wait for it.
+    bad = [name for name, good in jax.device_get(finite).items() if not good]
+    if bad:
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        raise ConfigError(
+            f"policy.source={source.name}: NaN or infinity in {', '.join(sorted(bad)[:3])}{more}, read as {dtype}; "
+            "fetch the checkpoint again, or one from before it diverged"
+        )
+    return jax.tree.unflatten(structure, out)
+
+
+def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, finite: dict[str, Array]) -> Array:
+    """A weight on its devices. `finite` gets an entry for each of its tensors: whether all numbers are finite."""
+
+    def read(name: str, sharding: NamedSharding) -> Array:
+        x = _place(from_hf(w, read_tensor(source.tensors[name], name)), sharding)
+        finite[name] = _all_finite(x, dtype)
+        return x
+
+    if not w.stacked:
+        return read(w.hf, sharding).astype(dtype)
+    leaf = jax.jit(functools.partial(jnp.zeros, w.shape, dtype), out_shardings=sharding)()
+    one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    put = jax.jit(
+        lambda leaf, part, i: jax.lax.dynamic_update_index_in_dim(leaf, part.astype(leaf.dtype), i, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    for i in range(w.shape[0]):
+        leaf = put(leaf, read(w.hf.format(i), one), i)
+    return leaf
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(x: Array, dtype: Any) -> Array:
+    """Whether all numbers are, once they are of this type."""
+    return jnp.isfinite(x.astype(dtype)).all()
+
+
+def _place(x: np.ndarray, sharding: NamedSharding) -> Array:
+    """A host array on its devices; each gets its own part only."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.ascontiguousarray(x[part]))

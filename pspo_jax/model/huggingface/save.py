@@ -1,0 +1,223 @@
+"""Checkpoints out: folders that transformers, PEFT, vLLM and lighteval load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.huggingface.load import Source, read_tensor
+from pspo_jax.model.weights import entries, lora_table, projections, table, to_hf
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHARD_BYTES = 4 * 2**30
+
+Tensors = Iterator[tuple[str, np.ndarray]]
+"""(Hugging Face name, value), made one by one: only a shard is ever held."""
+
+
+def write_folder(out: Path, fill: Callable[[Path], Any], replace: bool = False) -> None:
+    """Make a folder atomically: `fill` writes beside it, and it takes its name when it is whole.
+
+    What a failure leaves half done is removed, so that a full disk has its room back.
+
+    Args:
+      replace: whether `out` may be there already, as this function's earlier work.
+    Raises:
+      ConfigError: `out` is there already, or cannot be written.
+    """
+    if out.is_symlink() or (out.exists() and not replace):
+        raise ConfigError(f"--out {out}: exists already; name a new folder")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        partial.mkdir(parents=True)
+        fill(partial)
+        if replace:
+            shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: {error.strerror or error}; nothing was kept, name a folder that can be written and has room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def whole_tensors(a: Architecture, params: Any, dtype: Callable[[str], Any]) -> Tensors:
+    """Trained params as a checkpoint's tensors, each cast once to `dtype(name)`."""
+    values = dict(_paths(params))
+    for path, name, w, layer in entries(table(a)):
+        value = np.asarray(values[path] if layer is None else values[path][layer])
+        yield name, to_hf(w, value).astype(dtype(name))
+
+
+def merged_tensors(a: Architecture, source: Source, adapter: Any, dtype: Callable[[str], Any]) -> Tensors:
+    """The source's tensors with the adapters added: W + alpha / rank B A in float32, cast once."""
+    assert a.lora is not None
+    low = dict(adapter_tensors(a, adapter))
+    module = "base_model.model."
+    for _, name, _, _ in entries(table(a)):
+        value = read_tensor(source.tensors[name], name)
+        stem = module + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" in low:
+            down, up = low[f"{stem}.lora_A.weight"], low[f"{stem}.lora_B.weight"]
+            value = value.astype(np.float32) + np.float32(a.lora.scale) * (up @ down)
+        yield name, np.ascontiguousarray(value.astype(dtype(name)))
+
+
+def adapter_tensors(a: Architecture, adapter: Any) -> Tensors:
+    """Adapters in PEFT's names and layout, float32."""
+    values = dict(_paths(adapter))
+    for path, name, w, layer in entries(lora_table(a)):
+        yield name, to_hf(w, np.asarray(values[path][layer], np.float32))
+
+
+def _paths(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
+    """`model.safetensors`, or shards of at most `shard_bytes` (one tensor at least) and their index."""
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        _save(held, folder / f"shard-{len(shards)}")
+        shards.append(list(held))
+        held.clear()
+
+    for name, value in tensors:
+        if held and sum(x.nbytes for x in held.values()) + value.nbytes > shard_bytes:
+            flush()
+        held[name] = value
+        total += value.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_adapter(folder: Path, a: Architecture, adapter: Any, base: str) -> None:
+    """PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+    assert a.lora is not None
+    modules = projections(a)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": a.lora.rank,
+        "lora_alpha": a.lora.alpha,
+        "lora_dropout": a.lora.dropout,
+        "target_modules": [modules[name][0].rpartition(".")[2] for name in a.lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    _save(dict(adapter_tensors(a, adapter)), folder / "adapter_model.safetensors")
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file, as readable as its folder; the library makes it private to its owner."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(" ".join(str(error).split())) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def copy_files(folder: Path, source: Path, names: tuple[str, ...]) -> None:
+    """Those of the files that exist, byte for byte."""
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def set_dtype(folder: Path, dtype: str) -> None:
+    """Name the tensors' type in a config.json, in the key that it uses."""
+    config = json.loads((folder / "config.json").read_text())
+    set_config(folder, {"torch_dtype" if "torch_dtype" in config else "dtype": dtype})
+
+
+def set_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Change fields of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
+
+
+def set_stop_ids(folder: Path, stop_ids: Sequence[int], pad_id: int) -> None:
+    """Name the ids that ended completions in training in a generation_config.json, beside what the source has there."""
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    config = {"pad_token_id": pad_id} | config | {"eos_token_id": list(stop_ids)}
+    path.write_text(json.dumps(config, indent=2))
+
+
+def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pad_id: int) -> dict[str, Any]:
+    """The config.json of a policy that came from no checkpoint.
+
+    Raises:
+      ConfigError: no family has its combination of options.
+    """
+    family = {((), "none"): "Llama", (("q", "k", "v"), "none"): "Qwen2", ((), "head"): "Qwen3"}.get(
+        (a.biases, a.qk_norm)
+    )
+    if family is None:
+        raise ConfigError(
+            "policy.qkv_bias with policy.qk_norm: no family of checkpoints has both; it cannot be exported"
+        )
+    return {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.width,
+        "intermediate_size": a.mlp_width,
+        "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": a.norm_eps,
+        "rope_theta": theta,
+        "tie_word_embeddings": a.tied,
+        "attention_bias": False,
+        "eos_token_id": list(stop_ids),
+        "pad_token_id": pad_id,
+        "bos_token_id": None,
+        "dtype": a.param_dtype,
+    }
+
+
+def numpy_dtype(name: str) -> Any:
+    """The dtype of a safetensors ("BF16") or config ("bfloat16") name."""
+    return jnp.dtype({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(name, name))

@@ -1,0 +1,51 @@
+"""The policy: a decoder-only transformer (RMSNorm, rotary positions, grouped-query attention, gated MLP).
+
+A block does what its weights say: a bias, a norm or an adapter that is in the table is applied, and no other switch
+exists for it (block.py). Training scans over stacked layers; decoding runs them unrolled (decoding.py).
+
+Precision: products run in `compute_dtype` with float32 accumulation. Float32 always: softmax and its scores (sums of
+many terms of one sign), norms (a mean of squares), rotary angles (positions beyond 256 have no bfloat16), logits and
+log-probs (a ratio of two policies is the exponential of a small difference), gradients that are added up, adapters
+(updates of 1e-6 vanish in bfloat16) and all optimizer state (a decay of 0.999 is 1 in bfloat16).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.block import forward, logits_of
+from pspo_jax.model.decoding import group_decoder, resize, slot_decoder
+from pspo_jax.model.interface import Adapted, Policy
+from pspo_jax.model.weights import init_weights, lora_table, merge_adapter, table, weight_axes
+
+
+def transformer(a: Architecture) -> Policy:
+    """The policy of an architecture; with `a.lora`, its params are the adapters and its functions take `Adapted`."""
+    base, adapted = table(a), a.lora is not None
+    trained = lora_table(a) if adapted else base
+    return Policy(
+        init=lambda key: init_weights(trained, key, jnp.dtype("float32" if adapted else a.param_dtype)),
+        hidden=lambda params, tokens, packed=None: forward(a, *_unwrap(params), tokens, packed=packed)[0],
+        logits=lambda params, hidden: logits_of(a, _unwrap(params)[0], hidden),
+        decoder=lambda params, *args: group_decoder(a, _unwrap(params)[0], *args),
+        axes=weight_axes(trained),
+        vocab_size=a.vocab_size,
+        frozen_axes=weight_axes(base) if adapted else None,
+        resize=resize,
+        packs=True,
+        slots=lambda params, *args: slot_decoder(a, _unwrap(params)[0], *args),
+        shares=a.packed_attention == "xla",
+    )
+
+
+def _unwrap(params: Any) -> tuple[Any, Array | None]:
+    """One tree of all weights, and the dropout key if there is to be dropout."""
+    if not isinstance(params, Adapted):
+        return params, None
+    if params.adapter is None:
+        return params.base, None
+    return merge_adapter(params.base, params.adapter), params.key

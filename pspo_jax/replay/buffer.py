@@ -1,0 +1,150 @@
+"""POPO's replay: ineffective groups are replaced by recent effective ones from a ring.
+
+Only fresh effective groups enter, whole, with their own advantages and the log-probs of the policy that drew them; the
+oldest leaves first. Inside one step the group of larger reward variance counts as the newer one. A stored group comes
+back while it is young enough and has not come back too often, and never beside another group of its prompt. Slots for
+which nothing is stored leave the batch. (Mao et al., arXiv 2606.01281; capacity, age and uses are ours.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key, Num
+
+from pspo_jax.advantages.interface import group_statistics
+from pspo_jax.config.schema import Config
+from pspo_jax.config.strategies import ReplayConfig
+from pspo_jax.replay.interface import Groups, Replay, effective, empty_groups, keep, put, take
+
+Distance = Callable[[Groups], Float[Array, "C"]]
+
+
+@struct.dataclass
+class Ring:
+    """Stored groups, C of them."""
+
+    groups: Groups
+    uses: Int[Array, "C"]
+    """How often each group has come back."""
+    place: Int[Array, ""]
+    """Slot that the next group goes to: the oldest one's."""
+    share: Float[Array, ""]
+    """Largest share of a batch that is replayed now."""
+
+
+def fill(config: Config) -> Replay:
+    """The ring as a replay."""
+    settings = config.replay
+
+    def init(prompts: int, group_size: int, prompt_length: int, max_new_tokens: int) -> Ring:
+        capacity = settings.capacity or prompts
+        return Ring(
+            groups=empty_groups(capacity, group_size, prompt_length, max_new_tokens),
+            uses=jnp.zeros(capacity, jnp.int32),
+            place=jnp.zeros((), jnp.int32),
+            share=jnp.full((), settings.max_share, jnp.float32),
+        )
+
+    def exchange(
+        ring: Ring, groups: Groups, step: Int[Array, ""], key: Key[Array, ""], distance: Distance | None = None
+    ) -> tuple[Groups, Ring]:
+        fresh = effective(groups, settings.effective)
+        order, usable = ranked(settings, ring, groups, fresh, step, key, distance)
+        # The k-th ineffective slot takes the k-th stored group.
+        turn = jnp.cumsum(~fresh) - 1
+        limit = jnp.floor(ring.share * fresh.shape[0] + 1e-4).astype(jnp.int32)
+        replaced = ~fresh & (turn < jnp.minimum(usable, limit))
+        source = order[jnp.clip(turn, 0, order.shape[0] - 1)]
+        stored = take(ring.groups, source)
+        mixed = jax.tree.map(
+            lambda old, new: jnp.where(replaced.reshape(-1, *[1] * (new.ndim - 1)), old, new), stored, groups
+        )
+        capacity = ring.uses.shape[0]
+        uses = ring.uses.at[jnp.where(replaced, source, capacity)].add(1, mode="drop")
+        return keep(mixed, fresh | replaced), enter(dataclasses.replace(ring, uses=uses), groups, fresh)
+
+    def settle(ring: Ring, ess: Float[Array, ""]) -> Ring:
+        if not settings.ess_floor:
+            return ring
+        # At least one group, without which nothing would be measured any more.
+        least = jnp.float32(min(settings.max_share, 1 / config.rollout.prompts))
+        grown = jnp.minimum(ring.share * 1.25, settings.max_share)
+        return dataclasses.replace(
+            ring, share=jnp.where(ess < settings.ess_floor, jnp.maximum(ring.share / 2, least), grown)
+        )
+
+    return Replay(init, exchange, settle)
+
+
+def ranked(
+    settings: ReplayConfig,
+    ring: Ring,
+    groups: Groups,
+    fresh: Bool[Array, "B"],
+    step: Int[Array, ""],
+    key: Key[Array, ""],
+    distance: Distance | None = None,
+) -> tuple[Int[Array, "C"], Int[Array, ""]]:
+    """Slots of the ring in the order in which they come back, and how many of them may.
+
+    Args:
+      fresh: the groups of the batch that stay, whose prompts are taken.
+    """
+    stored = ring.groups
+    capacity = ring.uses.shape[0]
+    age = step - stored.step
+    able = stored.counted & (age >= settings.min_age) & (age <= settings.max_age) & (ring.uses < settings.max_uses)
+    able &= ~jnp.isin(stored.prompts.ids, jnp.where(fresh, groups.prompts.ids, -1))
+    newness = (jnp.arange(capacity, dtype=jnp.int32) - ring.place) % capacity
+    preferred = _preference(settings, stored, age, key, distance)
+    order = jnp.lexsort((-newness, -preferred, ~able))
+    # Of a prompt's groups the first one in this order may come back.
+    ids = stored.prompts.ids[order]
+    by_prompt = jnp.lexsort((jnp.arange(capacity), ids, ~able[order]))
+    sorted_ids = ids[by_prompt]
+    again = jnp.concatenate([jnp.zeros(1, bool), sorted_ids[1:] == sorted_ids[:-1]])
+    first = able[order] & ~jnp.zeros(capacity, bool).at[by_prompt].set(again)
+    return order[jnp.argsort(~first, stable=True)].astype(jnp.int32), first.sum()
+
+
+def _preference(
+    settings: ReplayConfig, stored: Groups, age: Int[Array, "C"], key: Key[Array, ""], distance: Distance | None
+) -> Num[Array, "C"]:
+    """Larger comes first; equals by when they were stored, the last one first."""
+    variance = group_statistics(stored.rewards, ddof=1).variance
+    match settings.order:
+        case "newest":
+            return stored.step
+        case "variance":
+            return variance
+        case "fresh_priority":
+            return variance * jnp.exp(-age / settings.tau)
+        case "random":
+            return jax.random.uniform(key, variance.shape)
+        case "kl":
+            if distance is None:
+                raise ValueError("replay.order=kl: exchange needs distance, which measures the policy's")
+            return -distance(stored)
+
+
+def enter(ring: Ring, groups: Groups, fresh: Bool[Array, "B"]) -> Ring:
+    """The ring with the effective groups of a batch in it, the largest variance last."""
+    capacity, batch = ring.uses.shape[0], fresh.shape[0]
+    variance = group_statistics(groups.rewards, ddof=1).variance
+    # Ascending variance; of equals the first of the batch is last. Those that are not effective lead.
+    order = jnp.lexsort((-jnp.arange(batch), variance, fresh))
+    entering = fresh.sum()
+    rank = jnp.arange(batch) - (batch - entering)
+    kept = (rank >= 0) & (rank >= entering - capacity)
+    slot = jnp.where(kept, (ring.place + rank) % capacity, capacity)
+    return dataclasses.replace(
+        ring,
+        groups=put(ring.groups, slot, take(groups, order)),
+        uses=ring.uses.at[slot].set(0, mode="drop"),
+        place=((ring.place + entering) % capacity).astype(jnp.int32),
+    )

@@ -1,0 +1,302 @@
+"""Run folders -> the data of a report -> one HTML page.
+
+A report is often asked for while a run is still going or after it died, so only metrics.jsonl is required;
+what else is missing, cut off or unreadable becomes a note on the page. The page is report.html (structure and
+style) with the data put in as JSON and report_script.html behind it; the reader's browser does the drawing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pspo_jax.config.schema import ConfigError
+
+MAX_POINTS = 2000
+"""Points kept of one curve."""
+MAX_HISTOGRAMS = 200
+"""Priority histograms kept of one run."""
+MAX_DUMPS = 60
+"""Completion dumps kept of one run."""
+MAX_TEXT = 8000
+"""Characters kept of one prompt or completion."""
+
+_AXES = {"step": "step", "rollouts": "rollouts/total", "tokens": "num_tokens"}
+_PHASES = ("select", "rollout", "verify", "update")
+T = TypeVar("T")
+
+
+def read_runs(folders: Sequence[Path]) -> dict[str, Any]:
+    """The report's data. A folder that is named twice counts once.
+
+    Raises:
+      ConfigError: a folder does not exist or holds no metrics.jsonl.
+    """
+    unique = list({folder.resolve(): folder for folder in folders}.values())
+    names = _names([folder.resolve() for folder in unique])
+    return {
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "runs": [_read_run(folder, name) for folder, name in zip(unique, names, strict=True)],
+    }
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page. Data can hold any text, so `<`, `>` and `&` are written as JSON escapes: no completion can
+    end the script element that holds it."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    page, script = (
+        resources.files("pspo_jax.reporting").joinpath(name).read_text(encoding="utf-8")
+        for name in ("report.html", "report_script.html")
+    )
+    # The data goes in last: it may spell the other marker.
+    return page.replace("__PSPO_SCRIPT__", script, 1).replace("__PSPO_DATA__", text, 1)
+
+
+def thin(values: Sequence[float], limit: int) -> list[int]:
+    """Indices of at most `limit` values: the ends, and both extremes of each of equal stretches, so that a
+    spike of one step stays in sight however long the run was."""
+    n = len(values)
+    if n <= limit:
+        return list(range(n))
+    stretches = limit // 2 - 1
+    kept = {0, n - 1}
+    for i in range(stretches):
+        stretch = range(i * n // stretches, (i + 1) * n // stretches)
+        kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
+    return sorted(kept)
+
+
+def _read_run(folder: Path, name: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name the run.dir of a training run")
+    if not (folder / "metrics.jsonl").is_file():
+        raise ConfigError(f"{folder}: holds no metrics.jsonl; name the run.dir of a run whose training has begun")
+    notes: list[str] = []
+    lines = _read_metrics(folder, notes)
+    rows, metrics = _columns(lines)
+    return {
+        "name": name,
+        "config": _read_config(folder, notes),
+        "rows": rows,
+        "metrics": metrics,
+        "summary": _read_summary(folder, lines, notes),
+        "priorities": _read_histograms(folder, "priority", notes),
+        "visits": _read_histograms(folder, "visits", []),
+        "completions": _read_completions(folder, notes),
+        "notes": notes,
+    }
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's shortest trailing path that no other folder shares."""
+    for depth in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read_metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Lines in the order of their steps; of a step that a resumed run repeated, the last one."""
+    by_step = {
+        line["step"]: line for line in _lines(folder / "metrics.jsonl", notes) if _number(line.get("step")) is not None
+    }
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _columns(lines: list[dict[str, Any]]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The x axes of the rows in use, and every metric as values with the rows they stand in.
+
+    Metrics are thinned one by one, as each has its own extremes; fingerprints (crc/...) are no quantities.
+    """
+    picked: dict[str, tuple[list[int], list[float]]] = {}
+    for key in dict.fromkeys(key for line in lines for key in line):
+        if key == "step" or key.startswith("crc/"):
+            continue
+        found = [(i, v) for i, line in enumerate(lines) if (v := _number(line.get(key))) is not None]
+        kept = [found[i] for i in thin([v for _, v in found], MAX_POINTS)]
+        if kept:
+            picked[key] = ([i for i, _ in kept], [_rounded(v) for _, v in kept])
+    used = sorted({i for indices, _ in picked.values() for i in indices})
+    place = {row: i for i, row in enumerate(used)}
+    rows = {axis: [_number(lines[i].get(key)) for i in used] for axis, key in _AXES.items()}
+    return rows, {key: {"at": [place[i] for i in at], "values": values} for key, (at, values) in picked.items()}
+
+
+def _read_config(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        config = None
+    except (OSError, ValueError, yaml.YAMLError):
+        config = "unreadable"
+    if not isinstance(config, dict):
+        notes.append(f"config.yaml is {'missing' if config is None else 'not readable'}.")
+        return {}
+    return {
+        str(stage): {str(field): _plain(value) for field, value in fields.items()}
+        for stage, fields in config.items()
+        if isinstance(fields, dict)
+    }
+
+
+def _read_summary(folder: Path, lines: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """summary.json; of a run that has not written one, what its metrics tell so far."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = None
+    reached = _last(lines, "step")
+    # A finished run that was resumed with more steps leaves its old summary until the new end.
+    if isinstance(summary, dict) and (_number(summary.get("steps")) or 0) < (reached or 0):
+        summary = None
+    if not isinstance(summary, dict):
+        notes.append("No current summary.json: the run is still going or was stopped. Its numbers are those so far.")
+        summary = {
+            "eval": {kind: _last(lines, f"eval/{kind}") for kind in ("greedy", "sampled")},
+            "steps": reached,
+            "rollouts": _last(lines, "rollouts/total"),
+            "tokens": _last(lines, "num_tokens"),
+            "seconds": {p: sum(_number(line.get(f"time/{p}")) or 0 for line in lines) for p in _PHASES},
+        }
+        finished = False
+    else:
+        finished = True
+    return {
+        "finished": finished,
+        "eval": _numbers(summary.get("eval")),
+        "seconds": _numbers(summary.get("seconds")),
+        **{key: _number(summary.get(key)) for key in ("steps", "rollouts", "tokens")},
+    }
+
+
+def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str, Any]]:
+    """Histograms over all prompts, of the selector's priorities or of visits; none if it keeps none."""
+    path = folder / "strategy.jsonl"
+    found: dict[float, dict[str, Any]] = {}
+    for line in _lines(path, notes) if path.is_file() else []:
+        step, found_here = _number(line.get("step")), line.get(name)
+        if step is None or not isinstance(found_here, dict):
+            continue
+        edges, counts = _list(found_here.get("edges")), _list(found_here.get("counts"))
+        if counts and len(edges) == len(counts) + 1 and None not in edges + counts:
+            found[step] = {"step": step, "edges": edges, "counts": counts}
+    return _evenly([found[step] for step in sorted(found)], MAX_HISTOGRAMS, f"{name} histograms", notes)
+
+
+def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """One entry a dump: its step, and its groups of completions in the order of the file."""
+    dumps = []
+    paths = sorted(p for p in (folder / "completions").glob("step_*") if p.suffix in (".jsonl", ".parquet"))
+    for path in _evenly(paths, MAX_DUMPS, "completion dumps", notes):
+        groups: dict[str, dict[str, Any]] = {}
+        for i, line in enumerate(_parquet(path, notes) if path.suffix == ".parquet" else _lines(path, notes)):
+            key = str(line.get("prompt_id", i))
+            head = {"prompt": _text(line.get("prompt")), "answer": _text(line.get("answer")), "rows": []}
+            groups.setdefault(key, head)["rows"].append(
+                {
+                    "completion": _text(line.get("completion")),
+                    # A dump that has no verdict of its own may have accuracy, which is the same.
+                    "verdict": _number(line.get("verdict", line.get("rewards/accuracy"))),
+                    **{key: _number(line.get(key)) for key in ("reward", "advantage", "length")},
+                    "ended": line["end"] == "stop" if "end" in line else bool(line.get("ended")),
+                }
+            )
+        step = re.search(r"\d+", path.stem)
+        if groups and step:
+            dumps.append({"step": int(step.group()), "groups": list(groups.values())})
+    return dumps
+
+
+def _parquet(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        notes.append(f"{path.name} could not be read: {' '.join(str(error).split())[:100]}.")
+        return []
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file; a line that is none, as when a writer was cut off, becomes a note."""
+    objects, broken = [], 0
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{path.name} could not be read: {error.strerror}.")
+        return []
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            broken += 1
+    if broken:
+        notes.append(f"{path.name}: {broken} unreadable line{'s'[: broken > 1]} left out, as when a writer is cut off.")
+    return objects
+
+
+def _evenly(items: list[T], limit: int, what: str, notes: list[str]) -> list[T]:
+    """At most `limit` items, the first and the last among them."""
+    if len(items) <= limit:
+        return items
+    notes.append(f"{limit} of {len(items)} {what} are shown, evenly spaced.")
+    return [items[i * (len(items) - 1) // (limit - 1)] for i in range(limit)]
+
+
+def _number(value: Any) -> int | float | None:
+    """`value` if it is a finite number: JSON in a page has no NaN, and a chart no place for it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _numbers(values: Any) -> dict[str, int | float]:
+    items = values.items() if isinstance(values, dict) else ()
+    return {str(key): number for key, value in items if (number := _number(value)) is not None}
+
+
+def _list(values: Any) -> list[int | float | None]:
+    return [_number(value) for value in values] if isinstance(values, list) else []
+
+
+def _rounded(value: float) -> int | float:
+    """Six digits are more than a chart can show, and floats are most of the page's bytes."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _last(lines: list[dict[str, Any]], key: str) -> int | float | None:
+    return next((v for line in reversed(lines) if (v := _number(line.get(key))) is not None), None)
+
+
+def _text(value: Any) -> str:
+    """`value` as text; of a very long one the beginning and the end, where question and answer stand."""
+    text = "" if value is None else str(value)
+    # Half an emoji, as a tokenizer can leave behind, is a lone surrogate: no text that UTF-8 can carry on.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if len(text) <= MAX_TEXT:
+        return text
+    half = MAX_TEXT // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"
+
+
+def _plain(value: Any) -> Any:
+    """A config value as JSON can hold it: YAML also has dates, NaN and nested values."""
+    if value is None or isinstance(value, bool | str) or _number(value) is not None:
+        return value
+    return str(value)

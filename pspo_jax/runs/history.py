@@ -1,0 +1,180 @@
+"""What a run folder says of the run in it: which settings it had, how they changed, and how far it came."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pspo_jax.config import command_line
+from pspo_jax.config.schema import Config, ConfigError, flatten, replace
+from pspo_jax.runs.lock import NAME as LOCK
+from pspo_jax.runs.run_folder import read_lines
+from pspo_jax.system.storage import append_whole, unread, write_whole, writing
+
+_NOT_KEPT = {"run.start_over": False, "run.print_config": False, "task.allow_change": False}
+"""Fields that hold for one command and are never kept, with the value that the folder keeps instead."""
+_UNSAID = ("run.dir", "run.fingerprint", "run.compilation_cache", "sft.share", "task.cache", *_NOT_KEPT)
+"""Fields that only say where things are and what is shown, with every field of the stages below; they change without a
+line."""
+_UNSAID_STAGES = ("distributed.", "runtime.", "log.")
+_DATA = (
+    "task.train_data",
+    "task.heldout_data",
+    "task.subset",
+    "task.train_split",
+    "task.heldout_split",
+    "task.revision",
+)
+"""Where data are; what they hold decides whether the run can be carried on."""
+MAY_CHANGE = (
+    "run.steps",
+    "optimizer.learning_rate",
+    "optimizer.warmup",
+    "optimizer.schedule",
+    "optimizer.final_fraction",
+    "optimizer.max_skipped",
+    "policy.source",
+    "policy.revision",
+    "policy.tokenizer",
+    "policy.remat",
+    "policy.scan_unroll",
+    "policy.attention",
+    "sft.data",
+    "rollout.chunks",
+    "rollout.weights",
+    "rollout.slots",
+    "objective.microbatch_rows",
+    "objective.logits_mib",
+    "objective.packing",
+    "objective.share_prompts",
+    *_DATA,
+)
+"""Fields that a resumed run may change, each with a line and a record, with every field of the stages below."""
+_FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "verifier.")
+
+
+class Change(NamedTuple):
+    """A setting that a resumed run has changed."""
+
+    field: str
+    old: Any
+    new: Any
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The config as a folder and its checkpoints keep it: dotted field -> value."""
+    return dict(json.loads(json.dumps(flatten(replace(config, _NOT_KEPT)))))
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write config.yaml, atomically.
+
+    Raises:
+      StorageError: it cannot be written; the one before is still there.
+    """
+    write_whole(folder / "config.yaml", command_line.to_yaml(replace(config, _NOT_KEPT)).encode())
+
+
+def changes(folder: Path, saved: dict[str, Any], config: Config) -> list[Change]:
+    """What differs from the settings that a checkpoint was saved under and may differ.
+
+    Raises:
+      ConfigError: something else differs, which would make it another run.
+    """
+    now = settings(config)
+    free = (*_FREE_STAGES, "task.") if config.task.allow_change else _FREE_STAGES
+    found, refused = [], []
+    for key in {**saved, **now}:
+        old, new = saved.get(key), now.get(key)
+        if old == new or key in _UNSAID or key.startswith(_UNSAID_STAGES):
+            continue
+        if key in MAY_CHANGE or key.startswith(free) or (key == "task.mixture" and _same_mixture(old, new)):
+            found.append(Change(key, old, new))
+        else:
+            refused.append(f"{key}={old} there, {new} now")
+    if refused:
+        raise ConfigError(
+            f"run.dir={folder}: holds a run of another config ({'; '.join(refused)}); choose another --run.dir or "
+            "restore these values"
+        )
+    return found
+
+
+def _same_mixture(old: Any, new: Any) -> bool:
+    """Whether two mixtures differ in where their data are alone."""
+    places = {name.removeprefix("task.") for name in _DATA}
+
+    def bare(text: Any) -> Any:
+        return [{name: value for name, value in part.items() if name not in places} for part in json.loads(text)]
+
+    return bool(old and new and bare(old) == bare(new))
+
+
+def record(folder: Path, step: int, found: list[Change]) -> list[str]:
+    """Append changes to changes.jsonl; returns a line on each for the screen.
+
+    Raises:
+      StorageError: they cannot be written.
+    """
+    when = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    lines = [json.dumps({"step": step, "time": when, "field": c.field, "old": c.old, "new": c.new}) for c in found]
+    if lines:
+        append_whole(folder / "changes.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    return [f"{c.field}: {c.old} up to step {step}, {c.new} from here on (noted in changes.jsonl)" for c in found]
+
+
+def refuse_lost(folder: Path) -> None:
+    """Raise ConfigError where a run has left traces and there is no checkpoint of it."""
+    traces = []
+    damaged = sorted(p.name for p in (folder / "checkpoints.damaged").glob("*"))
+    if damaged:
+        traces.append(f"checkpoints.damaged holds {', '.join(damaged)}")
+    for name in ("metrics.jsonl", "strategy.jsonl"):
+        last = max((line["step"] for line in read_lines(folder / name)[0]), default=0)
+        if last > 0:
+            traces.append(f"{name} reaches step {last}")
+    if (folder / "summary.json").exists():
+        traces.append("summary.json is there")
+    if traces:
+        raise ConfigError(
+            f"run.dir={folder}: a run was here ({'; '.join(traces)}), and there is no checkpoint to carry it on from; "
+            "put its checkpoints back, choose another --run.dir, or begin anew here with --run.start_over true, which "
+            "moves these files to set_aside/"
+        )
+
+
+def start_over(folder: Path) -> Path | None:
+    """Move a run's files to set_aside/<number> inside its folder; None if there are none.
+
+    The cold start stays: it says itself which settings it belongs to.
+
+    Raises:
+      StorageError: they cannot be moved.
+    """
+    keep = ("set_aside", "cold_start", "cold_start.progress", "workers.log")
+    found = sorted(p for p in folder.iterdir() if p.name not in keep and p.suffix != Path(LOCK).suffix)
+    if not found:
+        return None
+    number = 1
+    while (target := folder / "set_aside" / str(number)).exists():
+        number += 1
+    with writing(target):
+        target.mkdir(parents=True)
+        for path in found:
+            path.rename(target / path.name)
+    return target
+
+
+def config_is_whole(folder: Path) -> bool:
+    """Whether config.yaml is a mapping; true if there is none."""
+    path = folder / "config.yaml"
+    try:
+        return not path.exists() or isinstance(yaml.safe_load(path.read_bytes()), dict)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    except OSError as error:
+        raise unread(path, error) from error

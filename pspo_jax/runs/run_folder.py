@@ -1,0 +1,278 @@
+"""The run folder: config.yaml, metrics.jsonl, strategy.jsonl, completions/, summary.json, TensorBoard events."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import socket
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+
+from pspo_jax.runs import verdicts
+from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.runs.completions import print_completions, write_completions
+from pspo_jax.runs.events import Events
+from pspo_jax.system.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing
+from pspo_jax.distributed import processes
+
+_ERRORS_BYTES = 2**20
+"""Bytes up to which reward_errors.log grows."""
+_ERROR_KINDS = 200
+"""Kinds of traceback that are kept at most; tracebacks through the same lines of code are of one kind."""
+
+
+def open_folder(path: str) -> Path:
+    """The folder, made and writable.
+
+    Raises:
+      ConfigError: it is no folder that this process may write to.
+      StorageError: it cannot be written now, as on a full disk.
+    """
+    if not path.strip():
+        raise ConfigError("run.dir='': must name a folder")
+    folder = Path(path)
+    probe = folder / f".write-test-{socket.gethostname()}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (*REFUSED, errno.EEXIST):
+            raise ConfigError(f"run.dir={path}: {error.strerror}; choose a folder that can be written") from error
+        raise unwritten(folder / "config.yaml", error, 4096) from error
+    return folder
+
+
+def with_type_of(folder: Path, config: Config) -> Config:
+    """`config` with the policy.compute_dtype that the folder's run began with, where nobody set it.
+
+    A run that goes on must not change its rounding because another machine is fast with another type.
+    """
+    if config.policy.compute_dtype is not None:
+        return config
+    kept = processes.text_from_leader(_kept_type(folder / "config.yaml") if processes.leads() else "")
+    return replace(config, {"policy.compute_dtype": kept}) if kept else config
+
+
+def _kept_type(path: Path) -> str:
+    """policy.compute_dtype in a run's config.yaml; "" where no run has begun, or the file is damaged."""
+    try:
+        kept = yaml.safe_load(path.read_bytes())["policy"]["compute_dtype"]
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return ""
+    except OSError as error:
+        raise unread(path, error) from error
+    return kept if kept in ("float32", "bfloat16") else ""
+
+
+class RunLog:
+    """Appends to the run folder's logs. After a resume, lines beyond the restored step are dropped first.
+
+    Of several processes the leading one writes: `writes=False` makes all of it nothing. A line is written whole or not
+    at all; `persist` says what follows on a write that fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        tensorboard: bool,
+        console: Console | None = None,
+        writes: bool = True,
+        persist: Persist | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ):
+        self._writes = writes
+        self._seen: set[str] = set()
+        self._persist = persist or Persist()
+        self._events: Events | None = None
+        self._said: set[tuple[str, str]] = set()
+        if not writes:
+            return
+        self._folder = folder
+        self._console = console
+        self._metrics = folder / "metrics.jsonl"
+        self._strategy = folder / "strategy.jsonl"
+        for path in (self._metrics, self._strategy):
+            self._persist(lambda path=path: _truncate(path, resume_step, say))  # type: ignore[misc]
+        reached = max((record["step"] for record in read_lines(self._metrics)[0]), default=-1)
+        if 0 < resume_step != reached:
+            say(f"{self._metrics}: ends at step {reached}, and the checkpoint is of step {resume_step}; lines are lost")
+        if tensorboard:
+            self._persist(lambda: setattr(self, "_events", Events(folder, resume_step + 1)))
+
+    def begun(self) -> bool:
+        """Whether metrics.jsonl has a line already."""
+        return self._writes and bool(read_lines(self._metrics)[0])
+
+    def metrics(self, step: int, values: dict[str, float | int]) -> None:
+        """One line of metrics.jsonl, and the same numbers as TensorBoard scalars."""
+        if not self._writes:
+            return
+        clean = {k: _number(v) for k, v in values.items()}
+        line = (json.dumps({"step": step, **clean}) + "\n").encode()
+        self._persist(lambda: append_whole(self._metrics, line))
+        if (events := self._events) is not None:
+            shown = {k: v for k, v in clean.items() if v is not None and not k.startswith("crc/")}
+            self._persist(lambda: events.scalars(step, shown))
+
+    def strategy(self, step: int, histograms: dict[str, dict[str, Any]]) -> None:
+        """Histograms over all prompts, each with counts and edges, such as of priorities."""
+        if not histograms or not self._writes:
+            return
+        line = {name: {k: np.asarray(v).tolist() for k, v in h.items()} for name, h in histograms.items()}
+        self._persist(lambda: append_whole(self._strategy, (json.dumps({"step": step, **line}) + "\n").encode()))
+
+    def completions(self, step: int, lines: list[dict[str, Any]], file_format: str) -> None:
+        """Sample completions of one step, to the folder and the screen."""
+        if not self._writes:
+            return
+        self._persist(lambda: write_completions(self._folder / "completions", step, lines, file_format))
+        if self._console is not None:
+            print_completions(self._console, lines)
+
+    def errors(self, step: int, tracebacks: Sequence[str]) -> None:
+        """Keep what rewards raised, each place in the code once; its last line goes to the screen.
+
+        Texts that differ in what they print alone count as one. The log ends at a megabyte, with a line that says so.
+        """
+        for text in tracebacks:
+            kind = _kind(text)
+            if kind in self._seen or len(self._seen) >= _ERROR_KINDS:
+                continue
+            self._seen.add(kind)
+            if not self._writes:
+                print(f"step {step}: a reward raised\n{_printable(text)}", file=sys.stderr)
+                continue
+            path = self._folder / "reward_errors.log"
+            there = path.stat().st_size if path.exists() else 0
+            line = f"step {step}\n{text}\n".encode("utf-8", "backslashreplace")
+            if there + len(line) > _ERRORS_BYTES:
+                line = f"step {step}\nwhat rewards raise is no longer kept: this file has reached 1 MiB\n".encode()
+            if there <= _ERRORS_BYTES:
+                self._persist(lambda line=line, path=path: append_whole(path, line))  # type: ignore[misc]
+            if self._console is not None:
+                last = _printable(text).strip().rpartition("\n")[2]
+                self._console.print(f"a reward raised {last} (whole in reward_errors.log)", markup=False)
+
+    def no_verdicts(self, step: int, missing: Mapping[str, Counter[str]]) -> None:
+        """Say for each reward term and each kind of reason, once, that values are missing."""
+        for kind, line in verdicts.lines(missing):
+            if kind in self._said:
+                continue
+            self._said.add(kind)
+            if not self._writes or self._console is None:
+                print(f"step {step}: {line}", file=sys.stderr)
+            else:
+                self._console.print(f"step {step}: {line}", markup=False)
+
+
+def _kind(traceback: str) -> str:
+    """What tells one traceback from another: its lines of code and the name of the exception."""
+    lines = traceback.strip().split("\n")
+    places = [line for line in lines if re.match(r'\s*File "', line)]
+    return "\n".join([*places, re.split(r"[:\s]", lines[-1], maxsplit=1)[0]])
+
+
+def _printable(text: str) -> str:
+    """Text that any terminal takes: half a surrogate pair is written as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records of a JSONL log that have a step, and how many lines are none; a last one that was cut off is not counted.
+
+    Raises:
+      StorageError: it cannot be read now.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise unread(path, error) from error
+    records, broken = [], 0
+    for line in data.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no record of a step")
+            records.append(record)
+        except ValueError:
+            broken += 1
+    return records, broken
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json; None if it is not there or is damaged."""
+    path = folder / "summary.json"
+    try:
+        found = json.loads(path.read_bytes())
+        whole = {"steps", "eval", "rollouts", "tokens", "seconds"} <= set(found)
+        return found if whole and {"greedy", "sampled"} <= set(found["eval"]) else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    except OSError as error:
+        raise unread(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    write_whole(path, json.dumps(value, indent=1).encode())
+
+
+def crc(tree: Any) -> int:
+    """CRC-32 over the bytes of every array of a tree, in order."""
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        value = zlib.crc32(np.ascontiguousarray(processes.whole(leaf)).tobytes(), value)
+    return value
+
+
+def _number(value: Any) -> float | int | None:
+    """A JSON number; None for what is not finite, as JSON has no word for it."""
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _truncate(path: Path, last_step: int, say: Callable[[str], None]) -> None:
+    """Drop records after `last_step` and a line that was cut off. A log with other lines that are no records is kept
+    aside as it is."""
+    records, broken = read_lines(path)
+    if not path.exists():
+        return
+    if broken:
+        aside, number = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{path.name}.damaged{number}")
+        with writing(aside):
+            aside.write_bytes(path.read_bytes())
+        say(f"{path}: {broken} lines are damaged and left out; the file as it was is {aside.name}")
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        if record["step"] <= last_step and (not kept or record["step"] > kept[-1]["step"]):
+            kept.append(record)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

@@ -1,0 +1,92 @@
+"""Defaults of a task of text that follow from the machine: types, what the backward pass keeps, and packing.
+
+On a TPU or GPU products run in bfloat16, the backward pass computes blocks anew, and long rows are packed. A CPU
+mostly emulates bfloat16, its memory is large beside its speed, and rows of any length are worth packing there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pspo_jax.config.schema import Config, Dtype, Remat, embedded, replace
+from pspo_jax.distributed import processes
+from pspo_jax.distributed.devices import host_bytes
+from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.attention.xla import block_size
+
+_MEMORY_SHARE = 0.25
+"""Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
+
+
+def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
+    """`config` with policy.compute_dtype, where nobody set it, and words on what was chosen and why."""
+    if config.policy.compute_dtype is not None:
+        return config, []
+    chosen, why = compute_dtype(on_cpu)
+    return replace(config, {"policy.compute_dtype": chosen}), [f"policy.compute_dtype {chosen} ({why})"]
+
+
+def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
+    """The type of products that is the default of a machine, and why.
+
+    XLA emulates bfloat16 on most CPUs. Where the processor's flags name bfloat16, measurements have disagreed on which
+    type is faster, so the flags do not decide.
+    """
+    if on_cpu:
+        return "float32", "bfloat16 is emulated on most CPUs; set it where yours is faster with it"
+    return "bfloat16", "an accelerator's own"
+
+
+def with_memory(
+    config: Config, a: Architecture, mesh: Any, prompt_length: int, on_cpu: bool
+) -> tuple[Config, list[str]]:
+    """`config` with policy.remat and objective.packing, where nobody set them, and words on what was chosen and why."""
+    values: dict[str, Any] = {}
+    words = []
+    if config.policy.remat is None:
+        values["policy.remat"], why = _remat(config, a, mesh, prompt_length) if on_cpu else ("full", "memory is scarce")
+        words.append(f"policy.remat {values['policy.remat']} ({why})")
+    if config.objective.packing is None and on_cpu and not embedded(config):
+        values["objective.packing"] = True
+        words.append("objective.packing true (padding would be computed)")
+    return replace(config, values), words
+
+
+def _remat(config: Config, a: Architecture, mesh: Any, prompt_length: int) -> tuple[Remat, str]:
+    """The least that the backward pass need compute anew with a share of this machine's memory for activations."""
+    allowed = host_bytes() * _MEMORY_SHARE / max(jax.local_device_count(), 1)
+    kinds: tuple[Remat, ...] = ("none", "dots")
+    for kind in kinds:
+        size = sum(activations(config, a, kind, mesh, prompt_length))
+        if not processes.any_says(size > allowed):
+            return kind, f"activations of {size / 2**30:.2f} GiB fit"
+    return "full", "activations would not fit"
+
+
+def activations(config: Config, a: Architecture, remat: Remat, mesh: Any, prompt_length: int) -> tuple[float, float]:
+    """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
+    shape: Mapping[str, int] = mesh.shape
+    tensor, width = shape["tensor"], jnp.dtype(a.compute_dtype).itemsize
+    rows = config.rollout.prompts * config.rollout.group_size // config.objective.minibatches
+    with jax.set_mesh(mesh):
+        rows = microbatch_size(rows, config.objective.microbatch_rows) // size_along(shape, UPDATE_ROWS)
+    length = prompt_length + config.rollout.max_new_tokens
+    places = rows * length / shape["context"]
+    projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width
+    block = block_size(length, shape["context"]) / length
+    by_kernel = "xla" not in (a.attention, a.packed_attention)
+    scores = 0 if by_kernel else places * block * a.heads / tensor * length * (4 + width)
+    inside = places * width * (projections + 2 * a.mlp_width / tensor + 2 * a.width) + scores
+    kept: dict[Remat, float] = {
+        "none": inside if math.isclose(block, 1) else inside - scores,
+        "dots": places * width * (projections + a.width),
+        "full": places * width * a.width,
+        "offload": 0,
+    }
+    return a.layers * kept[remat], inside

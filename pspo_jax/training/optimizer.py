@@ -1,0 +1,99 @@
+"""optax chains from a config, and the learning rate of an update."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pspo_jax.config.schema import Config, OptimizerConfig, SftConfig
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer updates in a training step."""
+    return config.objective.num_iterations * config.objective.minibatches
+
+
+def schedule(config: OptimizerConfig | SftConfig, updates: int) -> optax.Schedule:
+    """Linear warm-up, then cosine to final_fraction of the peak (or constant), over `updates` updates."""
+    peak = config.learning_rate
+    if isinstance(config, OptimizerConfig) and config.schedule == "constant":
+        return optax.schedules.warmup_constant_schedule(peak / (config.warmup + 1), peak, config.warmup)
+    # The first update would have rate 0 if the ramp began there.
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=peak / (config.warmup + 1),
+        peak_value=peak,
+        warmup_steps=config.warmup,
+        decay_steps=max(updates, config.warmup + 1),
+        end_value=peak * config.final_fraction,
+    )
+
+
+def adamw(config: OptimizerConfig | SftConfig, updates: int) -> optax.GradientTransformation:
+    """Clipped AdamW, in float32 whatever the weights are; weight decay on matrices only, see `decays`."""
+    b1, eps = (config.b1, config.eps) if isinstance(config, OptimizerConfig) else (0.9, 1e-8)
+    return in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.adamw(
+                schedule(config, updates),
+                b1=b1,
+                b2=config.b2,
+                eps=eps,
+                weight_decay=config.weight_decay,
+                mask=decays,
+            ),
+        )
+    )
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with its state, its arithmetic and its updates in float32, whatever type the weights have.
+
+    In bfloat16 a decay of 0.999 is 1, so that a second moment would never decay. `optax.apply_updates` adds in float32
+    then and rounds once, to the weights' type. A second application changes nothing.
+    """
+
+    def init(params: Any) -> Any:
+        return optimizer.init(float32(params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return optimizer.update(float32(grads), state, float32(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def float32(tree: Any) -> Any:
+    """The tree with floating-point numbers that are shorter than float32 as float32."""
+
+    def one(x: Any) -> Any:
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)
+
+
+_NORM = re.compile(r"(\w*norm|ln)(_?[a-z])?(_?\d+)?")
+"""Names of norms: attn_norm, LayerNorm_0, input_layernorm, ln_1, ln_f."""
+_VECTOR = re.compile(rf"{_NORM.pattern}|(\w*_)?(bias|scale|gamma|beta)")
+"""Names of their scales, and of biases."""
+
+
+def decays(params: Any) -> Any:
+    """Which leaves weight decay is for: matrices. A pytree of bools like `params`, a mask for optax.
+
+    A leaf with fewer than two dimensions is a norm's scale or a bias. One with more is too where layers are stacked,
+    so that names decide about it: its own, or that of the module right above it. Indices, and the attributes in which a
+    framework wraps an array, are no names.
+    """
+
+    def one(path: Any, x: Any) -> bool:
+        found = [str(getattr(key, "key", getattr(key, "name", ""))).lower() for key in path]
+        names = [name for name in found if name and not name.isdecimal() and name not in ("value", "raw_value")]
+        own, module = (names or [""])[-1], (names[-2:-1] or [""])[0]
+        return np.ndim(x) >= 2 and not _VECTOR.fullmatch(own) and not _NORM.fullmatch(module)
+
+    return jax.tree_util.tree_map_with_path(one, params)

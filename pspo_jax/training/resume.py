@@ -1,0 +1,312 @@
+"""Carrying a run on: the checkpoint, and what must not have changed since it was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from pspo_jax.arrays.state import SavedState, TrainState
+from pspo_jax.checkpoint.checksums import verify
+from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.checkpoint.store import Checkpoints
+from pspo_jax.config.schema import ConfigError
+from pspo_jax.distributed import processes
+from pspo_jax.distributed.mesh import prompts_shardings
+from pspo_jax.replay.interface import keep, take
+from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.history import Change, changes
+from pspo_jax.system.progress import Progress
+from pspo_jax.system.storage import unread, write_whole
+from pspo_jax.training.setup import Setup, load_base
+
+
+class Restored(NamedTuple):
+    """A run as its newest checkpoint has it."""
+
+    state: TrainState
+    totals: Totals
+    changes: list[Change]
+    """Settings that differ from those it was saved under."""
+
+
+def early_check(setup: Setup, folder: Path, checkpoints: Checkpoints) -> None:
+    """Raise ConfigError for settings that the newest checkpoint cannot carry on, before anything is compiled."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            metadata = checkpoints.metadata(step)
+        except DamageError:
+            continue  # `restore` moves it
+        _check_settings(setup, folder, metadata)
+        return
+
+
+def _check_settings(setup: Setup, folder: Path, metadata: dict[str, Any]) -> list[Change]:
+    """What has changed of the settings, or ConfigError."""
+    if "config" not in metadata or "step" not in metadata:
+        raise ConfigError(
+            f"run.dir={folder}: its checkpoints are of another version of this program, which did not keep their "
+            "settings; choose another --run.dir, or carry on with the version that wrote them"
+        )
+    found = changes(folder, metadata["config"], setup.config)
+    if metadata["step"] > setup.config.run.steps:
+        raise ConfigError(
+            f"run.steps={setup.config.run.steps}: {folder} has done {metadata['step']} steps already; set at least "
+            "that many, or choose another --run.dir"
+        )
+    return found
+
+
+def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Progress) -> Restored | None:
+    """The newest checkpoint's state and accounting, or None if there is none.
+
+    Raises:
+      ConfigError: settings, data or weights are not those of the checkpoint.
+      StorageError: it cannot be read now.
+    """
+    places: list[tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]] = []
+    changed: list[Change] = []
+
+    def check(metadata: dict[str, Any]) -> SavedState | None:
+        places.clear()
+        changed[:] = _check_settings(setup, folder, metadata)
+        if metadata.get("source") != source_fingerprint(setup):
+            raise ConfigError(
+                f"policy.source={setup.config.policy.source}: is not the checkpoint that this run began from "
+                "(another config, or other tensors); restore it or choose another --run.dir"
+            )
+        changed.extend(_check_heldout(setup, metadata))
+        if metadata["dataset"] == setup.task.train.fingerprint():
+            return None
+        before = _before(setup, folder, metadata["dataset"])
+        now = setup.task.train.content()
+        progress.say(f"the data has changed: {difference(before, now)}; each prompt keeps its own statistics")
+        changed.append(Change("training prompts", metadata["dataset"], setup.task.train.fingerprint()))
+        places.append((old_rows(before, now), old_rows(now, before)))
+        return _abstract_of(setup, len(before), metadata["layout"])
+
+    found = checkpoints.restore(setup.abstract.to_save(), progress.say, check)
+    if found is None:
+        return None
+    saved, metadata = found
+    if places:
+        saved = _follow(setup, saved, *places[-1], progress.say)
+    frozen = None
+    if setup.architecture.lora is not None:
+        frozen = load_base(setup)
+        try:
+            verify(frozen, metadata["base"])
+        except ValueError as error:
+            raise ConfigError(
+                f"policy.source={setup.config.policy.source}: its weights differ from those this run's adapters were "
+                f"trained on ({error}); restore them or choose another --run.dir"
+            ) from error
+    state = saved.joined(frozen)
+    progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
+    return Restored(state, Totals(metadata["totals"]), changed)
+
+
+def _check_heldout(setup: Setup, metadata: dict[str, Any]) -> list[Change]:
+    """The change of the held-out prompts, which curves are measured on; ConfigError if it is not allowed."""
+    before, now = metadata["heldout"], setup.task.heldout.fingerprint()
+    if before == now:
+        return []
+    if not setup.config.task.allow_change:
+        raise ConfigError(
+            f"task.heldout_data={setup.config.task.heldout_data}: the held-out prompts differ from those of the "
+            "checkpoint, so evaluations would not compare; restore them, choose another --run.dir, or add "
+            "--allow-data-change"
+        )
+    return [Change("held-out prompts", before, now)]
+
+
+def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
+    """Hashes of the checkpoint's prompts; ConfigError if a change of data cannot be followed or is not allowed."""
+    before = saved_content(folder, fingerprint)
+    if before is None:
+        raise ConfigError(
+            f"task.name={setup.task.name}: the prompts differ from those of the checkpoint, and what these were is "
+            f"not on record ({_content_path(folder, fingerprint)} is not there or is damaged); restore the data or "
+            "choose another --run.dir"
+        )
+    if not setup.config.task.allow_change:
+        raise ConfigError(
+            f"task.name={setup.task.name}: the prompts differ from those of the checkpoint "
+            f"({difference(before, setup.task.train.content())}); restore the data, choose another --run.dir, or add "
+            "--allow-data-change, with which each prompt keeps its own statistics"
+        )
+    return before
+
+
+def source_fingerprint(setup: Setup) -> str | None:
+    """Which checkpoint the run began from."""
+    return None if setup.source is None else setup.source.fingerprint()
+
+
+def save_content(setup: Setup, folder: Path) -> None:
+    """Keep a hash of every prompt beside the checkpoints, 8 bytes each, to tell later what has changed."""
+    fingerprint = setup.task.train.fingerprint()
+    content = setup.task.train.content()
+    path, before = _content_path(folder, fingerprint), saved_content(folder, fingerprint)
+    if before is not None and np.array_equal(before, content):
+        return
+    path.parent.mkdir(exist_ok=True)
+    data = io.BytesIO()
+    np.save(data, content)
+    write_whole(path, data.getvalue())
+
+
+def saved_content(folder: Path, fingerprint: str) -> np.ndarray | None:
+    """What `save_content` kept; None if it is gone or damaged.
+
+    Raises:
+      StorageError: it cannot be read now.
+    """
+    path = _content_path(folder, fingerprint)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unread(path, error) from error
+    try:
+        found = np.load(io.BytesIO(data))
+    except (ValueError, EOFError, KeyError, SyntaxError):
+        return None
+    return found if isinstance(found, np.ndarray) and found.dtype == np.uint64 and found.ndim == 1 else None
+
+
+def _content_path(folder: Path, fingerprint: str) -> Path:
+    return folder / "prompts" / f"{fingerprint}.npy"
+
+
+def difference(before: np.ndarray, now: np.ndarray) -> str:
+    """How two sets of prompts differ, in words."""
+    added, removed = np.setdiff1d(now, before), np.setdiff1d(before, now)
+    parts = [f"{len(before):,} then, {len(now):,} now", f"{len(added):,} new", f"{len(removed):,} gone"]
+    if len(added):
+        parts.append(f"the first new one is row {int(np.flatnonzero(np.isin(now, added))[0])}")
+    elif not len(removed):
+        parts.append("the same in another order or template")
+    return ", ".join(parts)
+
+
+def old_rows(before: np.ndarray, now: np.ndarray) -> Int[np.ndarray, "N"]:
+    """For each prompt, its row in the old data; -1 = it was not there."""
+    order = np.argsort(before, kind="stable")
+    place = np.minimum(np.searchsorted(before[order], now), len(before) - 1)
+    found = order[place]
+    return np.where(before[found] == now, found, -1).astype(np.int32)
+
+
+def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> SavedState:
+    """The saved state's shapes for another number of prompts, and for stored prompts of another padded length."""
+    columns = None if setup.columns is None else jax.tree.map(lambda x: np.zeros(prompts, x.dtype), setup.columns)
+
+    def sized(init: Any, *known: Any) -> Any:
+        shapes = jax.eval_shape(lambda *args: init(prompts, *args), *known)
+        shardings = prompts_shardings(setup.mesh, shapes, prompts)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    saved = setup.abstract.to_save()
+    algorithm = setup.algorithm
+    stored = {}
+    for name in ("replay", "queue"):
+        old = saved_layout.get(f".{name}.groups.prompts.tokens")
+        if old is not None and hasattr(getattr(saved, name), "groups"):
+            shape = tuple(json.loads(old.removeprefix("int32")))
+            tokens = getattr(saved, name).groups.prompts.tokens
+            wide = jax.ShapeDtypeStruct((tokens.shape[0], shape[-1]), tokens.dtype, sharding=tokens.sharding)
+            stored[name] = _with_tokens(getattr(saved, name), wide)
+    return dataclasses.replace(
+        saved, selector=sized(algorithm.selector.init, columns), credit=sized(algorithm.credit.init), **stored
+    )
+
+
+def _with_tokens(holder: Any, tokens: Any) -> Any:
+    """A ring or queue whose groups have these prompt tokens."""
+    prompts = dataclasses.replace(holder.groups.prompts, tokens=tokens)
+    return dataclasses.replace(holder, groups=dataclasses.replace(holder.groups, prompts=prompts))
+
+
+def _follow(
+    setup: Setup,
+    saved: SavedState,
+    places: Int[np.ndarray, "N"],
+    new_rows: Int[np.ndarray, "M"],
+    say: Callable[[str], None],
+) -> SavedState:
+    """The saved state with per-prompt state and stored groups moved to the prompts' new rows.
+
+    New prompts start as in a new run.
+
+    Args:
+      places: each new prompt's old row; -1 = it was not there.
+      new_rows: each old prompt's new row; -1 = it is gone.
+    """
+    n = len(places)
+    algorithm, shardings = setup.algorithm, setup.shardings
+
+    def moved(strategy: Any, old: Any, where: Any, *known: Any) -> Any:
+        def move(state: Any, *args: Any) -> Any:
+            return strategy.follow(state, strategy.init(n, *args), jnp.asarray(places))
+
+        return jax.jit(move, out_shardings=where)(old, *known)
+
+    stored = {}
+    for name in ("replay", "queue"):
+        holder = getattr(saved, name)
+        if hasattr(holder, "groups"):
+            stored[name] = _stored(setup, name, holder, new_rows, say)
+    return dataclasses.replace(
+        saved,
+        selector=moved(algorithm.selector, saved.selector, shardings.selector, setup.columns),
+        credit=moved(algorithm.credit, saved.credit, shardings.credit),
+        **stored,
+    )
+
+
+def _stored(setup: Setup, name: str, holder: Any, new_rows: Int[np.ndarray, "M"], say: Callable[[str], None]) -> Any:
+    """A ring or queue whose groups have their prompts' new rows and padded length.
+
+    Groups whose prompt is gone, or no longer consists of the same tokens, are dropped.
+    """
+    prompts = processes.whole(holder.groups.prompts)
+    there = processes.whole(holder.groups.step) >= 0
+    if name == "queue":
+        there &= np.arange(len(there)) < int(processes.whole(holder.held))
+    rows = np.where(there, new_rows[np.clip(prompts.ids, 0, len(new_rows) - 1)], -1)
+    train, width = setup.task.train, setup.task.train.tokens.shape[1]
+    tokens = np.full((len(rows), width), setup.task.tokenizer.pad_token_id, np.int32)
+    for i, row in enumerate(rows):
+        if row < 0:
+            continue
+        length = int(train.lengths[row])
+        tokens[i] = train.tokens[row]
+        seen = name == "queue" and row in rows[:i]
+        if seen or length != prompts.lengths[i] or (tokens[i, :length] != prompts.tokens[i, :length]).any():
+            rows[i] = -1
+    kept = rows >= 0
+    order = np.argsort(~kept, kind="stable") if name == "queue" else np.arange(len(rows))
+    say(
+        f"{'waiting' if name == 'queue' else 'stored'} groups: {kept.sum()} follow their prompts, "
+        f"{there.sum() - kept.sum()} are dropped, as their prompts are gone"
+    )
+
+    def move(old: Any, ids: Any, tokens: Any, kept: Any, order: Any) -> Any:
+        groups = _with_tokens(old, tokens).groups
+        groups = keep(dataclasses.replace(groups, prompts=dataclasses.replace(groups.prompts, ids=ids)), kept)
+        groups = take(dataclasses.replace(groups, step=jnp.where(kept, groups.step, -1)), order)
+        new = dataclasses.replace(old, groups=groups)
+        return dataclasses.replace(new, held=kept.sum(dtype=jnp.int32)) if name == "queue" else new
+
+    program = jax.jit(move, out_shardings=getattr(setup.shardings, name))
+    return program(holder, np.maximum(rows, 0).astype(np.int32), tokens, kept, order)

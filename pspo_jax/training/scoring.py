@@ -1,0 +1,266 @@
+"""A batch of groups as independent rows, how rows are dealt to minibatches and microbatches, and their log-probs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from pspo_jax.arrays.state import TrainState
+from pspo_jax.config.schema import Config
+from pspo_jax.distributed.mesh import constrain, microbatch_size
+from pspo_jax.losses.log_probs import completion_log_probs
+from pspo_jax.losses.losses import LossInputs
+from pspo_jax.losses.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, plan_shared_bins, rows_in
+from pspo_jax.model.interface import Adapted, Policy, join
+from pspo_jax.replay import Groups
+
+LONG = 256
+"""Completions that may be so long are packed, unless the config says otherwise."""
+
+
+FEWEST_BINS = 8
+"""Bins of packed rows that are computed together at least, where the config does not bound them: products of fewer rows
+are slow."""
+
+
+@struct.dataclass(kw_only=True)
+class Rows(LossInputs):
+    """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
+
+    group: Int[Array, "R"]
+    """Of the batch; rows of one have the same prompt."""
+    prompts: Int[Array, "R P"]
+    lengths: Int[Array, "R"]
+    tokens: Int[Array, "R T"]
+    stale: Bool[Array, "R"]
+    """Sampled by an older policy."""
+    sampling_log_probs: Float[Array, "R T"]
+    """Under the distribution drawn from, top-k and top-p included; of rows that are not stale."""
+
+
+def rows_of(
+    groups: Groups, step: Int[Array, ""], config: Config, sampling_log_probs: Float[Array, "B G T"] | None = None
+) -> Rows:
+    """Groups as rows, the old policy's log-probs those of the behaviour policy for now."""
+    b, g = groups.rewards.shape
+
+    def per_prompt(x: Array) -> Array:
+        return jnp.repeat(x, g, axis=0)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(b * g, *x.shape[2:])
+
+    mask = groups.mask & groups.ended[..., None] if config.objective.mask_truncated else groups.mask
+    return Rows(
+        group=per_prompt(jnp.arange(b)),
+        prompts=per_prompt(groups.prompts.tokens),
+        lengths=per_prompt(groups.prompts.lengths),
+        tokens=flat(groups.tokens),
+        mask=flat(mask),
+        counted=per_prompt(groups.counted),
+        advantages=flat(groups.advantages),
+        loss_weight=per_prompt(groups.prompts.loss_weight),
+        old_log_probs=flat(groups.log_probs),
+        behaviour_log_probs=flat(groups.log_probs),
+        stale=per_prompt(stale_groups(groups, step)),
+        sampling_log_probs=flat(groups.log_probs if sampling_log_probs is None else sampling_log_probs),
+    )
+
+
+def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
+    """Groups in the batch that an older policy sampled."""
+    return groups.counted & (groups.step < step)
+
+
+def score(
+    policy: Policy, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
+
+    Outside the mask they may hold anything.
+    """
+    if packs(policy, rows, config):
+        found = score_packed(policy, weights, rows, answers_of(rows), temperature, config)
+        return jax.lax.stop_gradient(found)
+
+    def one(part: Rows) -> tuple[Array, Array]:
+        return completion_log_probs(
+            policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+        )
+
+    found = jax.lax.map(one, deal(rows, microbatches(rows, config)))
+    return jax.lax.stop_gradient(jax.tree.map(undeal, found))
+
+
+def score_some(
+    policy: Policy,
+    weights: Any,
+    rows: Rows,
+    wanted: Bool[Array, "B"],
+    temperature: Float[Array, ""],
+    config: Config,
+) -> Float[Array, "R T"]:
+    """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing.
+
+    Wanted groups are gathered in front, and as many microbatches run as hold any.
+    """
+    groups = wanted.shape[0]
+    if packs(policy, rows, config):
+        stale = jnp.repeat(wanted, rows.tokens.shape[0] // groups)
+        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, answers_of(rows), 0), temperature, config)
+        return jax.lax.stop_gradient(jnp.where(stale[:, None], log_probs, rows.old_log_probs))
+    order = jnp.argsort(~wanted, stable=True)
+    group_size = rows.tokens.shape[0] // groups
+    index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
+    parts = microbatches(rows, config)
+    size = rows.tokens.shape[0] // parts
+    in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
+
+    def one(i: Array, found: Array) -> Array:
+        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
+        return found.at[i].set(
+            completion_log_probs(
+                policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+            )[0]
+        )
+
+    needed = -(-wanted.sum() * group_size // size)
+    found = jax.lax.fori_loop(0, needed, one, in_front.old_log_probs)
+    back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
+    found = found.reshape(rows.tokens.shape)[back]
+    return jax.lax.stop_gradient(jnp.where(jnp.repeat(wanted, group_size)[:, None], found, rows.old_log_probs))
+
+
+def packs(policy: Policy, rows: Rows, config: Config) -> bool:
+    """Whether the rows are computed in bins; see `packing`.
+
+    Raises:
+      ValueError: objective.packing=true for a policy that cannot.
+    """
+    wanted = config.objective.packing
+    if wanted and not policy.packs:
+        raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
+    return policy.packs and packed_by(rows.tokens.shape[0], rows.tokens.shape[1], config)
+
+
+def packed_by(rows: int, longest: int, config: Config) -> bool:
+    """Whether so many rows are computed in bins.
+
+    Args:
+      longest: places of a completion, T.
+    """
+    wanted = config.objective.packing
+    several = microbatch_size(rows, config.objective.microbatch_rows) < rows
+    return several and longest >= LONG if wanted is None else wanted
+
+
+def sharing(policy: Policy, config: Config) -> bool:
+    """Whether packed rows may share their prompt.
+
+    Raises:
+      ValueError: objective.share_prompts=true for a policy that cannot.
+    """
+    wanted = config.objective.share_prompts
+    if wanted and not policy.shares:
+        raise ValueError("objective.share_prompts=true: this policy's `hidden` cannot; leave it out, or false")
+    return policy.shares and wanted is not False
+
+
+def plan(policy: Policy, rows: Rows, answers: Int[Array, "R"], config: Config) -> Plan:
+    """Bins for the rows with answers, as many as there are rows."""
+    r = rows.tokens.shape[0]
+    if sharing(policy, config):
+        return plan_shared_bins(rows.lengths, answers, rows.group, bin_length(rows), r)
+    return plan_bins(rows.lengths, answers, jnp.arange(r), bin_length(rows), r)
+
+
+def score_packed(
+    policy: Policy, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
+    bins = bins_at_a_time(rows.tokens.shape[0], config)
+    planned = plan(policy, rows, answers, config)
+
+    def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
+        part = rows_in(rows, ids)
+        new = packed_log_probs(
+            policy, weights, part, leads, temperature, config.objective.logits_mib, shares=sharing(policy, config)
+        )
+        return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
+
+    zeros = jnp.zeros(rows.tokens.shape)
+    return jax.lax.fori_loop(0, -(-planned.bins // bins), one, (zeros, zeros))
+
+
+def with_log_probs(
+    policy: Policy,
+    state: TrainState,
+    rows: Rows,
+    stale: Bool[Array, "B"] | None,
+    temperature: Float[Array, ""],
+    config: Config,
+) -> Rows:
+    """`rows` with the log-probs that do not change during the step.
+
+    Args:
+      stale: groups that an older policy sampled; None = there are none.
+    """
+    o = config.objective
+    if o.old_log_probs == "trainer":
+        rows = dataclasses.replace(rows, old_log_probs=score(policy, state.weights, rows, temperature, config)[0])
+    elif stale is not None and o.off_policy != "coupled":
+        found = score_some(policy, state.weights, rows, stale, temperature, config)
+        rows = dataclasses.replace(rows, old_log_probs=found)
+    if o.kl_coef > 0 and o.kl_in == "loss":
+        found = score(policy, reference_weights(state), rows, temperature, config)[0]
+        rows = dataclasses.replace(rows, reference_log_probs=found)
+    return rows
+
+
+def reference_weights(state: TrainState) -> Any:
+    """The KL reference, the policy that RL begins from: its own weights, or the frozen base of untrained adapters."""
+    if state.reference is None:
+        return Adapted(state.frozen, None)
+    return join(state.reference, state.frozen)
+
+
+def microbatches(rows: Rows, config: Config) -> int:
+    """Parts that the rows are computed in."""
+    n = rows.tokens.shape[0]
+    return n // microbatch_size(n, config.objective.microbatch_rows)
+
+
+def bins_at_a_time(rows: int, config: Config) -> int:
+    """How many bins of so many packed rows are computed together; bins that hold no row are left out.
+
+    Where objective.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
+    and empty ones can only be left out by whole microbatches.
+    """
+    at_most = config.objective.microbatch_rows
+    return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
+
+
+def deal(rows: Any, parts: int) -> Any:
+    """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+
+
+def undeal(x: Array) -> Array:
+    """The inverse of `deal` for one array."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def deal_prompts(rows: Rows, parts: int, group_size: int) -> Rows:
+    """`deal` that keeps the rows of a prompt together."""
+
+    def one(x: Array) -> Array:
+        groups = x.reshape(-1, group_size, *x.shape[1:])
+        return deal(groups, parts).reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(one, rows)

@@ -1,0 +1,184 @@
+"""Supervised fine-tuning before RL: data through grain, loss on completions only, many steps in one jitted call."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from pspo_jax import __version__
+from pspo_jax.config.schema import Config, ConfigError, PromptConfig, flatten
+from pspo_jax.data.demonstrations import read_examples, read_text
+from pspo_jax.data.task import Demonstrations, Task, pad_rows
+from pspo_jax.losses.log_probs import completion_log_probs
+from pspo_jax.model.interface import Policy, join
+from pspo_jax.system.progress import Progress
+from pspo_jax.training.optimizer import adamw, in_float32
+
+_MAX_STEPS_A_CALL = 60
+
+
+class _Examples:
+    """Random access over demonstrations, as grain wants a source."""
+
+    def __init__(self, data: Demonstrations):
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data.prompts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {name: column[i] for name, column in self._data._asdict().items()}
+
+
+def dataset(config: Config, task: Task) -> grain.MapDataset:
+    """Demonstrations by index: the task's, each used once, or a JSONL file's, reshuffled each epoch."""
+    s = config.sft
+    if s.data is None:
+        blocks = list(task.demonstrations(config.run.seed, s.steps * s.batch))
+        whole = Demonstrations(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
+        return grain.MapDataset.source(_Examples(whole))
+    examples = _Examples(read_jsonl(Path(s.data), task, config.rollout.max_new_tokens, config.prompt))
+    if len(examples) < s.batch:
+        raise ConfigError(f"sft.batch={s.batch}: sft.data={s.data} has only {len(examples)} lines; lower it")
+    return grain.MapDataset.source(examples).seed(config.run.seed).shuffle().repeat()
+
+
+def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig | None = None) -> Demonstrations:
+    """Tokenised examples of a JSONL file; EOS is added to completions that lack it.
+
+    Args:
+      prompt: for rows of messages, the date and the mode of thinking that the chat template is given.
+    """
+    prompts, completions = [], []
+    width = task.train.tokens.shape[1]
+    examples = read_examples(path, task.tokenizer, task.encode_prompt, task.stop_ids, prompt or PromptConfig())
+    for number, example in enumerate(examples, 1):
+        prompts.append(example[0])
+        completions.append(example[1])
+        pairs = (
+            ("prompt", prompts[-1], width, "the longest prompt of the task and prompt.max_tokens"),
+            ("completion", completions[-1], max_completion, "rollout.max_new_tokens"),
+        )
+        for name, tokens, limit, field in pairs:
+            if not 0 < len(tokens) <= limit:
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit} ({field})"
+                )
+            if max(tokens) >= task.vocab_size:
+                raise ConfigError(
+                    f"sft.data={path} line {number}: {name} has the token {max(tokens)}, and the embedding only "
+                    f"{task.vocab_size:,} rows; remove the line"
+                )
+    pad = task.tokenizer.pad_token_id
+    longest = max(map(len, completions))
+    return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
+
+
+def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
+    """Mean negative log-prob of the completions' tokens."""
+    log_probs, _ = completion_log_probs(
+        policy, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
+    )
+    mask = jnp.arange(log_probs.shape[1]) < batch["completion_lengths"][:, None]
+    return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def make_sft_steps(
+    policy: Policy, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
+) -> Callable[..., Any]:
+    """`steps(params, opt_state, batches [K, ...], frozen=None) -> (params, opt_state, losses [K])`, jitted: K steps."""
+
+    def steps(params: Any, opt_state: Any, batches: dict[str, Array], frozen: Any = None) -> tuple[Any, Any, Array]:
+        def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
+            params, opt_state = carry
+            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, join(p, frozen), batch, logits_mib))(params)
+            updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), batches)
+        return params, opt_state, losses
+
+    return jax.jit(steps, donate_argnums=(0, 1), out_shardings=shardings)
+
+
+class Kept(Protocol):
+    """Where a cold start that is stopped is kept."""
+
+    def load(self, template: Any) -> tuple[Any, int]:
+        """Params and optimizer state like the template's, and how many calls of the jitted steps led to them."""
+
+    def save(self, tree: Any, calls: int) -> None:
+        """Keep them."""
+
+
+def cold_start(
+    config: Config,
+    task: Task,
+    policy: Policy,
+    params: Any,
+    progress: Progress,
+    stop: Callable[[], bool],
+    frozen: Any = None,
+    kept: Kept | None = None,
+) -> Any | None:
+    """Train `params` (donated), on top of `frozen`, for sft.steps; None if `stop()` became true on the way.
+
+    With `kept`, what was reached then is saved, and the next call carries on from it to the bit.
+    """
+    s = config.sft
+    per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
+    optimizer = adamw(s, s.steps)
+    source = dataset(config, task)
+    batches = source.batch(s.batch * per_call)
+    steps = make_sft_steps(policy, optimizer, config.objective.logits_mib)
+    opt_state = jax.jit(optimizer.init)(params)
+    tree, begun = {"params": params, "opt_state": opt_state}, 0
+    if kept is not None:
+        tree, begun = kept.load(tree)
+    params, opt_state = tree["params"], tree["opt_state"]
+    del tree
+    with progress.phase("cold start", s.steps, begun * per_call) as bar:
+        for i in range(begun, s.steps // per_call):
+            block = {k: v.reshape(per_call, s.batch, *v.shape[1:]) for k, v in batches[i].items()}
+            params, opt_state, losses = steps(params, opt_state, block, frozen)
+            loss = float(losses.mean())
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"cold start: loss {loss} at step {i * per_call}; lower sft.learning_rate")
+            bar(per_call, f"loss {loss:.4f}")
+            if stop() and (i + 1) * per_call < s.steps:
+                if kept is not None:
+                    kept.save({"params": params, "opt_state": opt_state}, i + 1)
+                return None
+    return params
+
+
+def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Any]:
+    """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from.
+
+    Data, tokenizer and checkpoint stand in it by what they hold, and not by where they are.
+    """
+    stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
+    places = ("task.train_data", "task.heldout_data", "policy.source", "policy.revision", "policy.tokenizer")
+    free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
+    fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
+    for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "objective.logits_mib"):
+        fields[name] = flatten(config)[name]
+    fields["version"] = __version__
+    fields["train"] = task.train.fingerprint()
+    fields["heldout"] = task.heldout.fingerprint()
+    fields["source"] = source
+    if config.sft.data is not None:
+        # The file's rows are all that is learnt: the task has no part in it.
+        fields = {k: v for k, v in fields.items() if not k.startswith("task.") and k not in ("heldout", "train")}
+        fields["sft.data"] = hashlib.sha256(read_text(Path(config.sft.data)).encode()).hexdigest()
+    return fields

@@ -1,0 +1,456 @@
+"""Mathematical answers: where a completion gives one, and whether it equals the gold answer (math-verify).
+
+Runs in worker processes, as math-verify can hang on hostile input; only `final_answer` runs in the main one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from pspo_jax.verifiers import notation, quantities
+from pspo_jax.verifiers.variable_names import name_of
+
+ALTERNATIVES = "\x1e"
+"""Between gold answers any of which is right."""
+RULES = 3
+"""Version of the rules in this file; to be raised when a verdict may change."""
+MAX_ANSWER = 2000
+"""Characters; a longer answer is wrong unless the gold answer is as long."""
+_TAIL = 500
+_BOX = "\\boxed{"
+_MOST_BOXES = 20
+_DENIED = re.compile(r"(?:\bnot|n['’]t|\brather than|\binstead of|\\neq?)[\s($:be]*$", re.IGNORECASE)
+"""Right before a box that is no answer."""
+_GAP = r"(?:[\s$~]|\\[,;: ]|\\q?quad(?![a-z])|\\text\{\s*\})*"
+_BETWEEN_BOXES = re.compile(
+    rf"{_GAP}(?:[,;/|]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
+)
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
+_IN_BASE = re.compile(r"(?<![A-Za-z\d])\(?[0-9A-Z]*\d[0-9A-Z]*\)?\s*_\s*(?:\{\s*\(?\s*(\d+)\s*\)?\s*\}|(\d))")
+_ONE_LETTER_UNIT = re.compile(r"(\S.{0,60}?)(\s*)[mslghLJNWVKCF]")
+"""Behind a number without letters: 5 m, and 5m beside a plain number."""
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z_])")
+_RATIO = re.compile(r"\s*([\d.]+)\s*(?::|to)\s*([\d.]+)\s*")
+_THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])")
+_NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*(?=\()|[A-Za-z]\s*\\in\s*(?=[(\[\\])")
+_LAST_TEXT = re.compile(
+    r"(.*[^\s,])\s*\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d+\s*\}?)?"
+)
+_NO_UNITS = ("in", "am", "a", "d", "k", "j", "n", "w", "v", "A")
+"""Units that are also words or names in prose."""
+_ONE_NUMBER = re.compile(
+    r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?"
+)
+
+
+def final_answer(completion: str) -> str | None:
+    """The part of a completion that states its answer, or None if nothing is there. Linear in the text's length.
+
+    Reasoning up to the last `</think>` is dropped. Of what is left: the last `\\boxed{}` with those joined to it ("3
+    and 5"), else the last `<answer>` block, else the last 500 characters, of which the worker takes what "the answer
+    is" states, or math-verify the last number or formula.
+    """
+    text = completion.rpartition("</think>")[2]
+    if boxes := _last_boxes(text):
+        return boxes
+    _, tag, tail = text.rpartition("<answer>")
+    if tag and "</answer>" in tail:
+        text = tail.partition("</answer>")[0]
+    return text[-_TAIL:].strip() or None
+
+
+def _last_boxes(text: str) -> str | None:
+    begin = end = None
+    start = len(text)
+    for _ in range(_MOST_BOXES):
+        start = text.rfind(_BOX, 0, start)
+        if start < 0:
+            break
+        close = _closing_brace(text, start + len(_BOX), len(text) if begin is None else begin)
+        if begin is None and (close is None or _DENIED.search(text, max(0, start - 20), start)):
+            continue  # cut off, or denied: an earlier one may be whole
+        if close is None:
+            break
+        if begin is not None and not (begin - close <= _TAIL and _BETWEEN_BOXES.fullmatch(text, close, begin)):
+            break
+        begin, end = start, end or close
+    return None if begin is None else text[begin:end]
+
+
+def _closing_brace(text: str, begin: int, stop: int) -> int | None:
+    """Index after the brace that closes the one before `begin`; a box that opens at or after `stop` is not entered."""
+    depth = 1
+    for i in range(begin, min(stop, begin + 4 * MAX_ANSWER)):
+        if text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+            if not depth:
+                return i + 1
+    return None
+
+
+def score(gold: str, answer: str) -> tuple[float | None, str | None]:
+    """1 if the answer equals a gold alternative, 0 if none, None if no gold can be read; and the answer, canonical.
+
+    Args:
+      gold: LaTeX or plain, alternatives separated by ALTERNATIVES.
+      answer: what `final_answer` gave.
+    """
+    golds = [g.strip() for g in gold.split(ALTERNATIVES)]
+    if len(answer) > max(MAX_ANSWER, 2 * max(map(len, golds))):
+        return 0.0, None
+    answers = _statements(answer)
+    # What is spelled as the answer is comes first: comparing it with the other alternatives may take for ever.
+    spelled = {_spelling(text) for text in answers}
+    golds.sort(key=lambda gold: _spelling(unboxed(gold)) not in spelled)
+    readable = False
+    for alternative in golds:
+        wanted = unboxed(alternative)
+        readable |= _readable(wanted)
+        if readable and any(same(wanted, statement) for statement in answers):
+            return 1.0, canonical(_BOX + wanted + "}")
+    return (0.0 if readable else None), canonical(answer)
+
+
+def _spelling(text: str) -> str:
+    return notation.plain(notation.respelled(text))
+
+
+def _readable(gold: str) -> bool:
+    text = notation.respelled(gold)
+    return bool(text) and (quantities.number(text) is not None or bool(_parse(_boxed(text))))
+
+
+def unboxed(text: str) -> str:
+    """The contents of a text's boxes, joined by commas; a text without a box as it is."""
+    inner: list[str] = []
+    at = text.find(_BOX)
+    while at >= 0 and len(inner) < _MOST_BOXES:
+        close = _closing_brace(text, at + len(_BOX), len(text))
+        if close is None:
+            break
+        inner.append(text[at + len(_BOX) : close - 1])
+        at = text.find(_BOX, close)
+    return ", ".join(inner) if inner else text
+
+
+def _statements(answer: str) -> list[str]:
+    """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
+    if _BOX in answer:
+        return [] if _DENIED.search(answer, 0, answer.index(_BOX)) else [unboxed(answer)]
+    sentence, explicit = notation.stated(answer)
+    bare = notation.plain(notation.respelled(sentence))
+    one = quantities.quantity(bare)
+    if notation.is_bare(one.core if one else sentence) or quantities.amounts(bare):
+        return [sentence] if sentence else []
+    value = _value_in(bare, answer, explicit)
+    return [text for text, given in ((sentence, explicit), (value, value)) if given and text]
+
+
+def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
+    """The value that a sentence with words gives: behind its last "=", else the first number behind "the answer is",
+    else the last number; math-verify's choice where there are formulas. None where the sentence hedges or denies it."""
+    _, equals, right = bare.rpartition("=")
+    numbers = list(_ONE_NUMBER.finditer(right))
+    behind = bool(equals and numbers and not right[: numbers[0].start()].strip(" $"))
+    if not behind and (re.search(r"\\(?!%)|[\^_]|\d[A-Za-z]", bare) or not numbers):
+        found = _parse(bare if explicit or (numbers and "\\end" not in bare) else answer)
+        return str(found[-1]) if found and not notation.hedged(bare) else None
+    number = numbers[0] if explicit or behind else numbers[-1]
+    if notation.qualified(right, number.start(), number.end()):
+        return None
+    word = re.match(r"\s*([A-Za-z]+)\b", right[number.end() :])
+    unit = word[1] if word and word[1] not in _NO_UNITS and quantities.converted(Fraction(1), word[1]) else ""
+    scale = re.match(r" \\times [\d^{}]+", right[number.end() :])
+    return f"{number[0]}{scale[0] if scale else ''} {unit}"
+
+
+def same(gold: str, answer: str) -> bool:
+    """Whether two expressions without a box are one answer. Lists are compared member by member, units are read.
+
+    There is no time limit here: math-verify may take for ever, and the pool has the deadline.
+    """
+    gold, answer = notation.respelled(gold), notation.respelled(answer)
+    bare = [notation.plain(text) for text in (gold, answer)]
+    if not bare[1] or not bare[0]:
+        return False
+    if bare[0] == bare[1]:
+        return True
+    if any(map(_THOUSANDS.search, bare)):
+        joined = [_THOUSANDS.sub(lambda m: m[1] + m[2].replace(",", ""), text) for text in (gold, answer)]
+        if same(*joined):
+            return True
+        if any(re.search(r"(?<!\d)0\d\d", text) or quantities.quantity(text) for text in bare):
+            return False  # 1,000 is no list of 1 and 0, and $1,200 none of $1 and 200
+    for rule in (_as_numbers, _as_literals, _as_amounts, _as_lists, _as_quantities, _as_words):
+        verdict = rule((gold, answer), (bare[0], bare[1]))
+        if verdict is not None:
+            return verdict
+    return _verified(gold, answer)
+
+
+Pair = tuple[str, str]
+
+
+def _as_numbers(_: Pair, bare: Pair) -> bool | None:
+    """Numbers with or without a percent sign; a bare share and its percentage are one, 0.5 and 0.5 % are not."""
+    gold, answer = (quantities.number(text.rstrip("%\\ ")) for text in bare)
+    if gold is None or answer is None:
+        ratios = [_RATIO.fullmatch(text) for text in bare]
+        return None if not all(ratios) or any(map(quantities.literal, bare)) else _equal_ratios(*ratios)
+    percent = [text.endswith("%") for text in bare]
+    exact = not any("." in text and "\\" not in text for text in bare)
+    if percent[0] == percent[1]:
+        return quantities.close(gold, answer, exact)
+    if abs(gold) > 1 and quantities.close(gold, answer, exact):
+        return True  # the sign is left out
+    return quantities.close(gold / (100 if percent[0] else 1), answer / (100 if percent[1] else 1), exact)
+
+
+def _equal_ratios(gold: Any, answer: Any) -> bool:
+    (a, b), (c, d) = ([quantities.number(side) or 0 for side in ratio.groups()] for ratio in (gold, answer))
+    return a * d == b * c and (a, b) != (0, 0) != (c, d)
+
+
+def _as_literals(_: Pair, bare: Pair) -> bool | None:
+    """Dates, times, versions and telephone numbers, which arithmetic would read as differences and quotients."""
+    gold, answer = map(quantities.literal, bare)
+    if gold or answer:
+        difference = gold is None and answer and re.fullmatch(r"\d+-\d+", answer)
+        return None if difference or any(quantities.quantity(text) for text in bare) else gold == answer
+    return None
+
+
+def _as_amounts(_: Pair, bare: Pair) -> bool | None:
+    """2 hours 30 minutes: every part counts."""
+    parts = [quantities.amounts(text) for text in bare]
+    if parts[0] is None and parts[1] is None:
+        return None
+    totals = [_total(text, part) for text, part in zip(bare, parts, strict=True)]
+    if totals[0] and totals[1]:
+        return totals[0] == totals[1]
+    if parts[0] and parts[1]:
+        return _matched(parts[0], parts[1], lambda g, a: g[0] == a[0] and quantities.same_unit(g[1], a[1]))
+    amounts, other = (parts[0], bare[1]) if parts[0] else (parts[1] or [], bare[0])
+    values = [quantities.number(member) for member in notation.group(other).members]
+    return values == [value for value, _ in amounts]
+
+
+def _total(text: str, parts: list[tuple[Any, str]] | None) -> tuple[str, Any] | None:
+    if parts is not None:
+        return quantities.total(parts)
+    one = quantities.quantity(text)
+    return _in_base(one) if one else None
+
+
+def _in_base(one: quantities.Quantity) -> tuple[str, Any] | None:
+    value = quantities.number(one.core)
+    return None if value is None else quantities.converted(value, one.unit)
+
+
+def _as_lists(_: Pair, bare: Pair) -> bool | None:
+    """Members in any order; in the same one within ( ) and [ ], where also the brackets must agree."""
+    gold, answer = (notation.group(_NAMES_BEFORE.sub("", text, count=1)) for text in bare)
+    single = [len(each.members) == 1 for each in (gold, answer)]
+    if any("\\cup" in text for text in bare):
+        return True if _matched(gold.members, answer.members, same) else None
+    if all(single):
+        return False if "\\{" in (gold.opening, answer.opening) and "(" in (gold.opening, answer.opening) else None
+    if any(single):
+        one = bare[0] if single[0] else bare[1]
+        return None if re.search(r"[<>]|\\(?:le|ge|lt|gt|cup|begin|in|mid)(?![A-Za-z])", one) else False
+    if len(gold.members) != len(answer.members):
+        return _equal_sets(gold, answer) if gold.opening == answer.opening == "\\{" else False
+    if gold.opening and answer.opening and (gold.opening, gold.closing) != (answer.opening, answer.closing):
+        return False
+    ordered = "\\{" not in (gold.opening, answer.opening) and (gold.opening or answer.opening)
+    if ordered:
+        bracket = answer.opening if not gold.opening else gold.opening if not answer.opening else ""
+        if bracket == "[" and len(gold.members) == 2:
+            return False  # an interval is no list
+        return all(map(same, gold.members, answer.members))
+    if gold.opening == answer.opening == "\\{":
+        return _equal_sets(gold, answer)
+    return _matched(gold.members, answer.members, same)
+
+
+def _equal_sets(gold: notation.Group, answer: notation.Group) -> bool:
+    pairs = ((gold.members, answer.members, False), (answer.members, gold.members, True))
+    return all(
+        all(any(same(b, a) if swap else same(a, b) for b in second) for a in first) for first, second, swap in pairs
+    )
+
+
+def _matched(gold: Sequence[Any], answer: Sequence[Any], equal: Any) -> bool:
+    """Whether each member has a partner of its own. Equality is close to transitive, so that the first one will do."""
+    left = list(answer)
+    for place, wanted in enumerate(gold):
+        order = sorted(range(len(left)), key=lambda i: i != place - (len(gold) - len(left)))
+        found = next((i for i in order if equal(wanted, left[i])), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
+
+
+def _as_quantities(texts: Pair, bare: Pair) -> bool | None:
+    """Numbers with units: these must agree where both are given; 500 cm is 5 m."""
+    gold, answer = (_quantity(*both) for both in zip(texts, bare, strict=True))
+    if gold is None and answer is None:
+        return _without_letter(bare)
+    if gold is None or answer is None:
+        # A single letter is a unit beside a unit, as in 5 m; elsewhere it is a variable.
+        if gold is None:
+            gold = quantities.quantity(bare[0], marked=True)
+        elif answer is None:
+            answer = quantities.quantity(bare[1], marked=True)
+    cores = [q.core if q else text for q, text in zip((gold, answer), bare, strict=True)]
+    if gold and answer and not quantities.same_unit(gold.unit, answer.unit):
+        totals = [_in_base(q) for q in (gold, answer)]
+        return totals[0] is not None and totals[0] == totals[1]
+    return same(cores[0], cores[1])
+
+
+def _without_letter(bare: Pair) -> bool | None:
+    """5 m beside 5: the letter is a unit where the other side has no letters at all."""
+    matches = [_ONE_LETTER_UNIT.fullmatch(text) for text in bare]
+    found = [match if match and quantities.number(match[1]) is not None else None for match in matches]
+    if bool(found[0]) == bool(found[1]) or any(
+        re.search("[A-Za-z]", t) for t, m in zip(bare, found, strict=True) if not m
+    ):
+        return None
+    if found[0] and not found[0][2]:
+        return None  # 5m as a gold answer is a product
+    return same(*(match[1] if match else text for match, text in zip(found, bare, strict=True)))
+
+
+def _quantity(text: str, bare: str) -> quantities.Quantity | None:
+    last = _LAST_TEXT.fullmatch(text)
+    if last and "\\text" not in last[1] and "\\mbox" not in last[1] and quantities.is_noun(last[2].strip()):
+        return quantities.Quantity(notation.plain(last[1]), last[2].strip() + (last[3] or ""))
+    return quantities.quantity(bare, marked=bool(last))
+
+
+def _as_words(texts: Pair, bare: Pair) -> bool | None:
+    """Monday, even, CBA: texts are compared as texts, not as products of their letters."""
+    found = [notation.words(text) for text in texts]
+    if not any(found):
+        return None
+    keys = [(word or text).casefold() for word, text in zip(found, bare, strict=True)]
+    return re.sub(r"[\W_]", "", keys[0]) == re.sub(r"[\W_]", "", keys[1])
+
+
+def _verified(gold: str, answer: str) -> bool:
+    from math_verify import verify
+
+    gold, answer = _distinct_cases(gold, answer)
+    wanted, parsed = _parse(_boxed(gold)), _parse(_boxed(answer))
+    if not wanted or not parsed or _differs(gold, answer):
+        return False
+    # No time limit here: the pool has the deadline, and signals would be lost in C code.
+    options: dict[str, Any] = {**_places(wanted), "allow_set_relation_comp": True, "timeout_seconds": None}
+    return bool(verify(list(wanted), list(parsed), **options)) and not _without_solutions(wanted[0], parsed[0])
+
+
+def _distinct_cases(gold: str, answer: str) -> Pair:
+    """math-verify takes N for n; where both are there, N gets an index. Letters within words and commands stay."""
+    letters = set(_VARIABLE.findall(gold + " " + answer))
+    both = {letter for letter in letters if letter.isupper() and letter.lower() in letters}
+    if not both:
+        return gold, answer
+    return tuple(_VARIABLE.sub(lambda m: m[1] + ("_{9}" if m[1] in both else ""), t) for t in (gold, answer))  # type: ignore[return-value]
+
+
+def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
+    """More decimals for a small gold answer: math-verify compares 6, so 8.2e-19 and 4.2e-19 would be equal."""
+    try:
+        size = abs(float(wanted[0]))
+    except (TypeError, ValueError, OverflowError):
+        return {}  # no number
+    places = -math.floor(math.log10(size)) if 0 < size < 1e-3 else 3
+    return {"float_rounding": 3 + places, "numeric_precision": 12 + places}
+
+
+def _boxed(text: str) -> str:
+    """A respelled expression as math-verify reads it best; 1e-5 would be a product with e."""
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text.replace("°", "^\\circ "))
+    return _BOX + text + "}"
+
+
+def _differs(gold: str, answer: str) -> bool:
+    """What math-verify overlooks: the base of a number (52_8, 52_5), a wrong equation (8=7)."""
+    bases = [{match[1] or match[2] for match in _IN_BASE.finditer(text)} for text in (gold, answer)]
+    if bases[0] != bases[1]:
+        return True
+    return _false_equation(answer)
+
+
+def _false_equation(text: str) -> bool:
+    """True for `a = b`, or `a = x = b`, with two numbers that are not equal, not even rounded."""
+    sides = re.split(r"=|\\approx(?![A-Za-z])", text)
+    if not 2 <= len(sides) <= 8:
+        return False
+    values = [value for side in sides if (value := _float_of(side)) is not None]
+    return any(abs(one - values[0]) > 0.01 * max(abs(one), abs(values[0])) for one in values[1:])
+
+
+def _float_of(text: str) -> float | None:
+    try:
+        return float(_parse(_boxed(text.strip()))[0])
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return None  # x
+
+
+def _without_solutions(gold: Any, answer: Any) -> bool:
+    """Whether two equations are called equal as neither has a real solution, and are not multiples of each other."""
+    import sympy
+
+    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)) or gold == answer:
+        return False
+    try:
+        if sympy.solve(gold, list(gold.free_symbols)):
+            return False
+    except NotImplementedError:
+        pass  # sympy cannot solve for f and x at once
+    sides = [equation.lhs - equation.rhs for equation in (gold, answer)]
+    return not sympy.simplify(sides[0] / sides[1]).is_number
+
+
+@lru_cache(4096)
+def _parse(text: str) -> tuple[Any, ...]:
+    from math_verify import parse
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
+
+    # A box that is no LaTeX it can read must be matched as text: the other reader would take its last number for all.
+    # Units are read here, as math-verify would take a last letter for one: 1 + s, 1 + m and 1 would be the same.
+    spelling = replace(LatexExtractionConfig().normalization_config, units=False)
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)
+    targets = (latex,) if _BOX in text else (latex, ExprExtractionConfig())
+    return tuple(parse(text, extraction_config=targets, parsing_timeout=None))
+
+
+def canonical(answer: str) -> str | None:
+    """A short name of an answer's value, for majority votes: equal numbers get equal names. None = nothing was read.
+
+    It names the expression that the check has parsed, whose parse is remembered, so that a name costs next to nothing.
+    """
+    statements = _statements(answer)
+    if not statements:
+        return None
+    text = notation.respelled(statements[-1])
+    bare = notation.plain(text)
+    one = quantities.quantity(bare)
+    value = quantities.number(one.core if one else bare)  # 20 cups are named 20, not as a product of letters
+    if value is not None:
+        from sympy import Rational
+
+        return name_of(Rational(value.numerator, value.denominator))
+    parsed = _parse(_boxed(text)) if text else ()
+    return name_of(parsed[0]) if parsed else None

@@ -1,0 +1,1 @@
+"""Killable processes that run verifiers and reward functions, each with a deadline."""

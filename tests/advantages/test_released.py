@@ -1,0 +1,139 @@
+"""PSPO's published code, defects included: slots in place of prompts, its recursion, and weights of its own making."""
+
+import math
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pspo_jax.arrays.state import Outcome
+from pspo_jax.config import command_line
+from pspo_jax.config.presets import PRESETS, build, resolve
+from pspo_jax.config.schema import Config, ConfigError, replace
+
+ALPHA, EPS, EXPONENT, BETA, FLOOR = 0.3, 0.05, 0.6, 0.4, 1e-6
+
+
+def released(compat="released", **fields):
+    """The algorithm pspo on batches of three groups of four."""
+    values = {
+        "algorithm.name": "pspo",
+        "algorithm.compat": compat,
+        "rollout.prompts": 3,
+        "rollout.group_size": 4,
+        "selection.exponent": EXPONENT,
+        "selection.correction": BETA,
+        "selection.floor": FLOOR,
+        "credit.alpha": ALPHA,
+        "credit.eps": EPS,
+    }
+    return build(replace(Config(), values | {k.replace("__", "."): v for k, v in fields.items()}))
+
+
+class PlainReleased:
+    """The published code as its formulas read, by slot of the batch."""
+
+    def __init__(self):
+        self.slots = {}
+
+    def estimate(self, groups):
+        return [self.visit(slot, rewards) for slot, rewards in enumerate(groups)]
+
+    def visit(self, slot, rewards):
+        values = [r for r in rewards if not math.isnan(r)]
+        if len(values) < 2:
+            return [0.0] * len(rewards)
+        m, std = statistics.fmean(values), statistics.variance(values)
+        if slot in self.slots:
+            m_old, std_old = self.slots[slot]
+            std = (1 - ALPHA) * std_old**2 + ALPHA * std + ALPHA * (1 - ALPHA) * (m - m_old) ** 2
+            m = m_old + ALPHA * (m - m_old)
+        self.slots[slot] = m, std
+        a = [0.0 if math.isnan(r) else (r - m) / (std + EPS) for r in rewards]
+        return [x * (abs(x) + FLOOR) ** -(EXPONENT * BETA) for x in a]
+
+
+GROUPS = st.lists(
+    st.lists(st.sampled_from([0.0, 0.25, 1.0, 1.5, math.nan]), min_size=4, max_size=4), min_size=3, max_size=3
+)
+IDS = st.lists(st.integers(0, 8), min_size=3, max_size=3)
+CREDIT = released().credit
+ESTIMATE = jax.jit(CREDIT.estimate)
+
+
+@given(st.lists(st.tuples(IDS, GROUPS), min_size=1, max_size=6))
+def test_released_equals_plain_python_by_slot(steps):
+    state, plain = CREDIT.init(9), PlainReleased()
+    for ids, groups in steps:
+        got, state = ESTIMATE(state, jnp.asarray(ids), jnp.asarray(groups, jnp.float32))
+        np.testing.assert_allclose(got, plain.estimate(groups), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"credit__stat_mode": "linear_std"}, {"credit__alpha_mode": "count"}])
+def test_modes_of_ers_are_refused_beside_the_published_recursion(setting):
+    with pytest.raises(ConfigError, match=r"algorithm\.compat=released does not read it"):
+        released(**setting)
+
+
+def test_the_history_of_a_prompt_is_that_of_its_slot():
+    rewards = jnp.array([[0.0, 0, 0, 1], [1.0, 1, 0, 1], [0.0, 1, 0, 1]])
+    _, state = CREDIT.estimate(CREDIT.init(9), jnp.array([3, 4, 5]), rewards)
+    same, _ = CREDIT.estimate(state, jnp.array([5, 3, 4]), rewards)
+    other, _ = CREDIT.estimate(state, jnp.array([6, 7, 8]), rewards)
+    np.testing.assert_array_equal(same, other)
+
+
+def test_slots_stay_where_they_are_when_the_data_changes():
+    _, state = CREDIT.estimate(CREDIT.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
+    followed = CREDIT.follow(state, CREDIT.init(500), jnp.full(500, -1))
+    jax.tree.map(np.testing.assert_array_equal, followed, state)
+
+
+@pytest.mark.parametrize(("compat", "centred"), [("none", True), ("released", False)])
+def test_advantages_of_a_group_sum_to_zero_without_the_defects_alone(compat, centred):
+    credit = released(compat).credit
+    got, _ = credit.estimate(credit.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
+    assert (np.abs(got.sum(1)) < 1e-4).all() == centred
+
+
+def test_without_a_correction_advantages_are_not_weighted():
+    credit = released(selection__correction=0.0).credit
+    got, _ = credit.estimate(credit.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
+    np.testing.assert_allclose(got, [[-0.25 / 0.3] * 3 + [0.75 / 0.3]] * 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("compat", "alike"), [("none", False), ("released", True)])
+def test_loss_weights_are_one(compat, alike):
+    selector = released(compat).selector
+    state, ids = jax.jit(selector.init, static_argnums=0)(9), jnp.arange(3)
+    advantages = jnp.array([[0.1] * 4, [1.0] * 4, [9.0] * 4])
+    outcome = Outcome(jnp.tile(jnp.arange(4.0), (3, 1)), advantages, advantages)
+    state = jax.jit(selector.observe)(state, ids, outcome, jnp.int32(0))
+    select = jax.jit(selector.select, static_argnums=3)
+    weights = [np.asarray(select(state, jax.random.key(i), jnp.int32(1), 3)[1]).tolist() for i in range(8)]
+    assert all(weight == [1.0] * 3 for weight in weights) == alike
+
+
+REFUSED = sorted(name for name in PRESETS if PRESETS[name]["credit.name"] != "ers")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_released_is_refused_for_algorithms_without_ers(name):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.compat=released: credit\.name=\w+ does not read it.* set credit\.name to ers$"
+    ):
+        command_line.parse(["--algorithm.name", name, "--algorithm.compat", "released"], "train", "")
+
+
+@pytest.mark.parametrize("name", ["ers", "pspo"])
+def test_released_is_taken_for_ers(name):
+    config = command_line.parse(["--algorithm.name", name, "--algorithm.compat", "released"], "train", "")
+    assert resolve(config).algorithm.compat == "released" and build(config) is not None
+    with pytest.raises(ConfigError, match=r"credit\.name=rloo"):
+        command_line.parse(
+            ["--algorithm.name", name, "--algorithm.compat", "released", "--credit.name", "rloo"], "train", ""
+        )

@@ -1,0 +1,52 @@
+"""What the package takes from JAX's private modules is still there; a failure names what has moved."""
+
+import importlib
+import importlib.resources
+import inspect
+
+import jax
+import pytest
+
+from pspo_jax.distributed import private
+
+SAYS = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/private.py"
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        ("jax._src.clusters", "ClusterEnv._cluster_types"),
+        ("jax._src.clusters", "ClusterEnv.opt_in_only_method"),
+        ("jax._src.clusters", "ClusterEnv.is_env_present"),
+        ("jax._src.clusters", "ClusterEnv.get_process_count"),
+        ("jax._src.distributed", "global_state.client"),
+        ("jax._src.lib", "_jax.DistributedRuntimeClient.wait_at_barrier"),
+        ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_set"),
+        ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_dir_get"),
+        ("jax._src.lib", "_jax.DistributedRuntimeClient.blocking_key_value_get"),
+    ],
+)
+def test_every_private_name_of_jax_is_where_it_was(module, path):
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        pytest.fail(f"{module} {SAYS}")
+    for name in path.split("."):
+        assert hasattr(found, name), f"{module}.{path} {SAYS}"
+        found = getattr(found, name)
+
+
+def test_one_machine_is_no_cluster_and_has_no_coordination_service(monkeypatch):
+    for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "JOBSET_NAME", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    assert private.cluster_processes() == 1
+    assert private.coordination_client() is None
+
+
+def test_private_modules_are_named_in_one_file_alone():
+    import pspo_jax
+
+    package = importlib.resources.files(pspo_jax)
+    named = [path for path in package.rglob("*.py") if "jax._src" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in named] == ["private.py"]
+    assert inspect.getdoc(private)

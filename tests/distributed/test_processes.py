@@ -1,0 +1,194 @@
+"""One run as several real processes: the same results, one failure for all, a stop at one step, another topology."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPO
+from tests.distributed.processes import finish_all, free_port, launch, output
+from tests.helpers import relative
+from tests.test_run import _wait_for_step, finish, metrics, params, start
+
+pytestmark = pytest.mark.xdist_group("resume")
+MESHES = {"data": {"mesh__data": 8}, "mixed": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}
+EQUAL = (
+    "crc/prompt_ids",
+    "crc/tokens",
+    "reward",
+    "rewards/accuracy/mean",
+    "rollouts/total",
+    "num_tokens",
+    "replay/share",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of run folders: siblings share their cold start."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def alone(child_env, runs):
+    """Runs on one process with one device, by algorithm."""
+    done = {}
+
+    def get(algorithm):
+        if algorithm not in done:
+            done[algorithm] = runs / f"alone-{algorithm}"
+            finish(start(child_env, done[algorithm], run__steps=20, algorithm__name=algorithm))
+        return done[algorithm]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "processes", "mesh"),
+    [
+        ("popo", 2, "mixed"),
+        pytest.param("pspo", 2, "data", marks=pytest.mark.slow),
+        pytest.param("pspo", 2, "mixed", marks=pytest.mark.slow),
+        pytest.param("popo", 2, "data", marks=pytest.mark.slow),
+        pytest.param("pspo", 4, "data", marks=pytest.mark.slow),
+        pytest.param("popo", 4, "mixed", marks=pytest.mark.slow),
+        pytest.param("dapo", 2, "mixed", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_do_what_one_does(child_env, runs, alone, algorithm, processes, mesh):
+    folder = runs / f"{algorithm}-{processes}-{mesh}"
+    one = alone(algorithm)
+    finish_all(
+        folder,
+        launch(child_env, folder, processes, 8 // processes, run__steps=20, algorithm__name=algorithm, **MESHES[mesh]),
+    )
+    for a, b in zip(metrics(one), metrics(folder), strict=True):
+        for key in EQUAL:
+            assert a.get(key) == b.get(key), (a["step"], key)
+    assert relative(params(folder)["params"], params(one)["params"]) < 1e-5
+    # One process writes.
+    assert "held-out greedy" in output(folder, 0) and "held-out" not in output(folder, 1)
+    assert len(list((folder / "completions").iterdir())) == len(list((one / "completions").iterdir()))
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(child_env, runs, alone):
+    folder = runs / "killed"
+    fields = {"run__steps": 20, "checkpoint__every": 2, **MESHES["data"]}
+    processes = launch(child_env, folder, 2, 4, **fields)
+    assert _wait_for_step(processes[0], folder, at_least=5)
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert processes[0].wait(timeout=60) != 0
+    assert time.monotonic() - began < 60
+    assert output(folder, 0).strip()
+    processes[1].wait()
+    finish_all(folder, launch(child_env, folder, 2, 4, **fields))
+    assert "resuming at step" in output(folder, 0)
+    for a, b in zip(metrics(alone("pspo")), metrics(folder), strict=True):
+        assert [a.get(key) for key in EQUAL] == [b.get(key) for key in EQUAL]
+
+
+def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
+    """Process 1 cannot read what the others can: all end within a minute, each with its traceback."""
+    folder = runs / "raised"
+    breaks = tmp_path / "sitecustomize.py"
+    breaks.write_text(
+        "import sys\n"
+        "if '--distributed.process' in sys.argv and sys.argv[sys.argv.index('--distributed.process') + 1] == '1':\n"
+        "    from pspo_jax import verdicts\n"
+        "    plain = verdicts.check\n"
+        "    def check(scores, done, *rest):\n"
+        "        if done == 3:\n"
+        "            raise OSError('the disk of host 1 is gone')\n"
+        "        plain(scores, done, *rest)\n"
+        "    verdicts.check = check\n"
+    )
+    env = child_env | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
+    processes = launch(env, folder, 2, 4, run__steps=20, **MESHES["data"])
+    assert _wait_for_step(processes[0], folder, at_least=2)
+    assert all(process.wait(timeout=60) != 0 for process in processes)
+    for number in (0, 1):
+        assert "the disk of host 1 is gone" in output(folder, number), output(folder, number)
+
+
+@pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))])
+def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, runs, trial):
+    """SIGTERM to all at a random moment; the resumed run equals one that was not stopped, on the same topology."""
+    fields = {"run__steps": 20, "checkpoint__every": 1000, **MESHES["data"]}
+    whole, folder = runs / "whole", runs / f"stopped-{trial}"
+    if not whole.exists():
+        finish_all(whole, launch(child_env, whole, 2, 4, **fields))
+    processes = launch(child_env, folder, 2, 4, **fields)
+    rng = np.random.default_rng(trial)
+    assert _wait_for_step(processes[0], folder, at_least=int(rng.integers(1, 12)))
+    time.sleep(rng.random() * 0.2)
+    order = rng.permutation(2)
+    processes[order[0]].terminate()
+    time.sleep(rng.random() * 0.3)
+    processes[order[1]].terminate()
+    finish_all(folder, processes)
+    if "stopped after step" in output(folder, 0):
+        finish_all(folder, launch(child_env, folder, 2, 4, **fields))
+    assert metrics(folder) == metrics(whole)
+
+
+WAITS = """
+import sys, time, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pspo_jax.parallel import hosts
+hosts.wait_for_all("here")
+if sys.argv[2] == "1":
+    time.sleep(4)
+else:
+    try:
+        hosts.wait_for_all("there", 1)
+    except TimeoutError as error:
+        print(error)
+"""
+
+
+def test_a_barrier_ends_when_a_process_does_not_come(child_env):
+    address = f"127.0.0.1:{free_port()}"
+    env = child_env | {"PYTHONPATH": str(REPO)}
+    late, waits = (
+        subprocess.Popen([sys.executable, "-c", WAITS, address, number], env=env, stdout=subprocess.PIPE, text=True)
+        for number in ("1", "0")
+    )
+    assert "process 0 waited 1 s for the others at 'there'" in waits.communicate(timeout=60)[0]
+    late.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_topologies(child_env, runs):
+    """Saved on 2 x 4, resumed on 1 x 8, 1 x 1 and 4 x 2: as the run that stayed on one device."""
+    fields = {"algorithm__name": "popo", "checkpoint__every": 4, "optimizer__schedule": "constant"}
+    one, folder = runs / "elastic-one", runs / "elastic"
+    finish(start(child_env, one, run__steps=16, **fields))
+    finish_all(folder, launch(child_env, folder, 2, 4, run__steps=16, **fields, **MESHES["mixed"]))
+    _cut(folder, 4)
+    for steps, go in (
+        (8, lambda **f: finish(start(child_env, folder, devices=8, **f, **MESHES["data"]))),
+        (12, lambda **f: finish(start(child_env, folder, **f))),
+        (16, lambda **f: finish_all(folder, launch(child_env, folder, 4, 2, **f, **MESHES["mixed"]))),
+    ):
+        go(run__steps=16, **fields)
+        if steps < 16:
+            _cut(folder, steps)
+    for a, b in zip(metrics(one), metrics(folder), strict=True):
+        for name, value in a.items():
+            if name not in ("crc/params", "crc/credit", "crc/selector", "crc/replay"):
+                assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["step"], name)
+    assert relative(params(folder)["params"], params(one)["params"]) < 1e-5
+
+
+def _cut(folder, step):
+    """As if the run had been killed after its checkpoint of this step."""
+    import shutil
+
+    for path in (folder / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
+    (folder / "summary.json").unlink(missing_ok=True)
