@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pspo_jax.arrays.state import Outcome, Prompts, Rollouts, TrainState
-    from pspo_jax.config.presets import Algorithm, build
     from pspo_jax.config.schema import Config, ConfigError, replace
     from pspo_jax.config.validation import validate
     from pspo_jax.model import Architecture, Policy, built_in, from_logits, from_nnx, transformer
     from pspo_jax.rollout import SamplingParams, make_sampler
     from pspo_jax.selection import Columns, Scorer, Selector, Sizes
+    from pspo_jax.training.algorithm import Algorithm, build
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config.presets": ("Algorithm", "build"),
+    "training.algorithm": ("Algorithm", "build"),
     "config.schema": ("Config", "ConfigError", "replace"),
     "training.optimizer": ("adamw",),
     "model": ("Architecture", "Policy", "built_in", "from_logits", "from_nnx", "transformer"),

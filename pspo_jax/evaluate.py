@@ -23,25 +23,26 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pspo_jax.arrays.lora import join
 from pspo_jax.checkpoint.checksums import files_identity, verify
 from pspo_jax.checkpoint.store import params_identity, read_params
 from pspo_jax.config import command_line
 from pspo_jax.config.schema import Config, ConfigError, embedded, replace
-from pspo_jax.data import CharTokenizer, make_task
+from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import make_mesh, params_shardings, smallest_fsdp
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, NAMES, benchmark_source
 from pspo_jax.evaluation.runner import StoppedError, Work, read_summary, run_benchmark
-from pspo_jax.export import choose_steps, read_config
 from pspo_jax.model import Architecture, transformer
 from pspo_jax.model.architecture import beyond_context
 from pspo_jax.model.huggingface.load import Source, load_params
-from pspo_jax.model.interface import join
 from pspo_jax.model.weights import table
+from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import text_judge
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.runs.access import choose_steps, read_config
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.interrupts import stop_requests

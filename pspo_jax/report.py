@@ -7,8 +7,6 @@ prompt instead.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,29 +14,7 @@ import jax
 
 from pspo_jax.config.command_line import Parser, run
 from pspo_jax.config.schema import ConfigError
-from pspo_jax.reporting.page import read_runs, render
-from pspo_jax.system.storage import REFUSED, StorageError, write_whole
-
-
-def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the report on `runs` to `out`, whose folder is made if need be, and return `out`.
-
-    Raises:
-      ConfigError: a folder is no run folder, or `out` is no file that may be written.
-      StorageError: `out` cannot be written now, as on a full disk.
-    """
-    page = render(read_runs(runs))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        write_whole(out, page.encode())
-    except (OSError, StorageError) as error:
-        reason = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(reason, OSError) and reason.errno in (*REFUSED, errno.EEXIST):
-            raise ConfigError(f"--out {out}: {reason.strerror}; name a file that can be written") from error
-        raise
-    return out
+from pspo_jax.reporting.page import write_report
 
 
 def main(argv: Sequence[str]) -> int:

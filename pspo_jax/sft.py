@@ -22,9 +22,9 @@ import yaml
 
 from pspo_jax.config import command_line
 from pspo_jax.config.schema import Config, ConfigError, embedded, replace
-from pspo_jax.data import TextTokenizer
 from pspo_jax.data.demonstrations import demonstration_task, read_text
 from pspo_jax.data.task import json_lines
+from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
 from pspo_jax.export import write_model
 from pspo_jax.model.huggingface.save import write_folder

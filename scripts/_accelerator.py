@@ -144,8 +144,8 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
 
     policy.attention is what was found right here.
     """
-    from pspo_jax.config import presets as algorithms
-    from pspo_jax.config import schema as config
+    from pspo_jax.config import schema
+    from pspo_jax.config.presets import resolve
     from pspo_jax.distributed import xla_flags
 
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
@@ -162,7 +162,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
         "objective.microbatch_rows": work.microbatch_rows,
         "optimizer.learning_rate": 1e-6,
     }
-    settings = algorithms.resolve(config.replace(config.Config(), fields | job.fields))
+    settings = resolve(schema.replace(schema.Config(), fields | job.fields))
     xla_flags.apply(settings)
     import jax
 
@@ -188,7 +188,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
         say=lambda s: print(s, file=sys.stderr),
         share_prompts=settings.objective.share_prompts,
     )
-    return config.replace(settings, {"policy.attention": a.attention}), transformer(a)
+    return schema.replace(settings, {"policy.attention": a.attention}), transformer(a)
 
 
 def our_sampler(settings: Config, policy: Policy, work: Work, platform: str) -> Callable[..., Rollouts]:
@@ -203,12 +203,12 @@ def our_training(settings: Config, policy: Policy, num_prompts: int, prompt_toke
     """Algorithm, first state and step; nothing but the state holds its arrays, which the step donates."""
     import jax
 
-    from pspo_jax.config import presets as algorithms
+    from pspo_jax.training.algorithm import build
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.step import init_state, make_train_step
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
-    algorithm = algorithms.build(settings)
+    algorithm = build(settings)
     params = jax.jit(policy.init)(jax.random.key(0))
     state = init_state(params, optimizer, algorithm, settings, num_prompts, prompt_tokens, jax.random.key(1))
     return algorithm, state, make_train_step(policy, optimizer, algorithm, settings)

@@ -55,13 +55,13 @@ def serve_update(work: Work) -> None:
     import jax
     import jax.numpy as jnp
 
-    from pspo_jax.config import presets as algorithms
     from pspo_jax.rollout import SamplingParams, make_sampler
+    from pspo_jax.training.algorithm import build
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.step import init_state, make_train_step
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
-    algorithm = algorithms.build(settings)
+    algorithm = build(settings)
     params = policy.init(jax.random.key(0))
     state = init_state(
         params, optimizer, algorithm, settings, settings.task.train_prompts, work.prompt_tokens, jax.random.key(1)

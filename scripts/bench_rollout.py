@@ -38,8 +38,8 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
     import jax.numpy as jnp
 
     from pspo_jax.arrays.state import Prompts
-    from pspo_jax.config import presets as algorithms
-    from pspo_jax.config import schema as config
+    from pspo_jax.config import schema
+    from pspo_jax.config.presets import resolve
     from pspo_jax.config.validation import validate
     from pspo_jax.model import built_in, transformer
 
@@ -59,7 +59,7 @@ def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
         "objective.packing": work.packing,
         "objective.share_prompts": work.share_prompts if work.packing else None,
     }
-    settings = algorithms.resolve(config.replace(config.Config(), fields))
+    settings = resolve(schema.replace(schema.Config(), fields))
     validate(settings)
     policy = transformer(built_in(settings.policy, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)

@@ -37,14 +37,14 @@ def serve_ours(work: Work) -> None:
     import numpy as np
 
     from pspo_jax.arrays.state import ROLLOUT, purpose_key
-    from pspo_jax.config import presets as algorithms
     from pspo_jax.distributed.runtime import jit_once
     from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+    from pspo_jax.training.algorithm import build
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.step import init_state, make_train_step
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
-    algorithm = algorithms.build(settings)
+    algorithm = build(settings)
     n, length = settings.task.train_prompts, work.prompt_tokens
 
     def new_state() -> Any:

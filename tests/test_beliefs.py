@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pspo_jax.arrays.per_prompt import last_of_each
 from pspo_jax.config.strategies import ForgettingConfig
 from pspo_jax.selection.beliefs import Beliefs, Population, counted, current, discount, init_beliefs, learned, p_mixed
-from pspo_jax.selection.engine.stats import last_of_each
 
 FIXED = ForgettingConfig(mode="fixed", discount=0.9)
 MOVEMENT = ForgettingConfig(mode="movement")

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from pspo_jax.config import command_line
 from pspo_jax.config.json_fields import mixture
-from pspo_jax.config.presets import PRESETS, build, resolve
+from pspo_jax.config.presets import PRESETS, resolve
 from pspo_jax.config.schema import Config, ConfigError, flatten, replace
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import microbatch_size
 from pspo_jax.selection import Columns
 from pspo_jax.train import main
+from pspo_jax.training.algorithm import build
 from pspo_jax.training.optimizer import schedule
 from tests.conftest import REPO
 

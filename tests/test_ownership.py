@@ -5,14 +5,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pspo_jax import advantages, selection
 from pspo_jax.advantages import CREDITS
 from pspo_jax.config import command_line
 from pspo_jax.config.ownership import _BY_CREDIT, _BY_SELECTOR, OWNERS
-from pspo_jax.config.presets import LOSSES, PRESETS, build, resolve
+from pspo_jax.config.presets import LOSSES, PRESETS, resolve
 from pspo_jax.config.schema import Config, ConfigError, embedded, flatten, replace
+from pspo_jax.config.strategies import CREDITS as STRATEGY_CREDITS
+from pspo_jax.config.strategies import REPLAYS as STRATEGY_REPLAYS
+from pspo_jax.config.strategies import SELECTORS
 from pspo_jax.config.validation import validate
+from pspo_jax.replay import REPLAYS
 from pspo_jax.selection import SCORERS
+from pspo_jax.training.algorithm import build
 
 TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "policy.tokenizer": "x"}
 UNREAD = [
@@ -183,22 +187,30 @@ def test_a_task_of_a_mixture_is_held_to_what_it_reads():
         parsed(countdown, **{"task.name": "math"})
 
 
-def test_a_new_selector_credit_and_algorithm_are_one_line_each(monkeypatch):
-    """The tables alone say which names there are; what a new strategy reads is its own affair."""
-    monkeypatch.setitem(selection.SCORERS, "mine", SCORERS["pps"])
-    monkeypatch.setitem(advantages.CREDITS, "own", CREDITS["group"])
-    monkeypatch.setitem(PRESETS, "ours", {"selection.name": "mine", "credit.name": "own", "objective.loss": "dapo"})
+MINE = "pspo_jax.selection.pps:pps"
+OWN = "pspo_jax.advantages.group:group"
+
+
+def test_a_new_selector_credit_and_algorithm_need_no_edit_of_the_package(monkeypatch):
+    """A field names a function of any module; what a new strategy reads is its own affair."""
+    monkeypatch.setitem(PRESETS, "ours", {"selection.name": MINE, "credit.name": OWN, "objective.loss": "dapo"})
     words = ["--algorithm.name", "ours", "--selection.exponent", "0.9", "--selection.replacement", "true"]
     config = command_line.parse([*words, "--credit.scale", "none"], "train", "")
-    assert (config.selection.name, config.credit.name, config.selection.exponent) == ("mine", "own", 0.9)
+    assert (config.selection.name, config.credit.name, config.selection.exponent) == (MINE, OWN, 0.9)
     assert build(config).selector.init(40) is not None
     with pytest.raises(ConfigError, match="did you mean ours"):
         command_line.parse(["--algorithm.name", "our"], "train", "")
+    with pytest.raises(ConfigError, match=r"selection\.name=nowhere:f: No module named 'nowhere'"):
+        build(command_line.parse(["--selection.name", "nowhere:f"], "train", ""))
 
 
-def test_help_lists_what_the_tables_hold(monkeypatch, capsys):
-    monkeypatch.setitem(selection.SCORERS, "mine", SCORERS["pps"])
+def test_the_names_that_fields_take_are_those_of_the_tables():
+    assert (set(SELECTORS), set(STRATEGY_CREDITS)) == (set(SCORERS), set(CREDITS))
+    assert set(STRATEGY_REPLAYS) == set(REPLAYS)
+
+
+def test_help_lists_what_the_tables_hold(capsys):
     with pytest.raises(SystemExit):
         command_line.parse(["--help"], "train", "")
     text = capsys.readouterr().out
-    assert "mine" in text and "tracked_baseline" in text and str(Path("FILE.yaml")) in text
+    assert "posterior_mixed" in text and "tracked_baseline" in text and str(Path("FILE.yaml")) in text

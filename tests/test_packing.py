@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo_jax.arrays.rows import Rows
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.config.schema import replace
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
@@ -16,7 +17,7 @@ from pspo_jax.losses.log_probs import pack_rows
 from pspo_jax.losses.losses import denominators
 from pspo_jax.losses.packing import ROWS_PER_BIN, answers_of, bin_length, plan_bins, plan_shared_bins
 from pspo_jax.model import transformer
-from pspo_jax.training.scoring import Rows, bins_at_a_time, deal, packs, plan, score, score_some, sharing
+from pspo_jax.training.scoring import bins_at_a_time, deal, packs, plan, score, score_some, sharing
 from pspo_jax.training.update import _gradient, padded_places
 from tests.helpers import relative, tiny_config, tiny_policy
 

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax.config.presets import build
 from pspo_jax.model import built_in, transformer
 from pspo_jax.model.architecture import lora_of
 from pspo_jax.model.block import embed
 from pspo_jax.model.weights import init_weights, table
 from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.training.algorithm import build
 from pspo_jax.training.optimizer import adamw, in_float32
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.supervised import make_sft_steps

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.model.interface import join
+from pspo_jax.arrays.lora import join
 from pspo_jax.model.transformer import transformer
 from tests import xla
 from tests.conftest import DATA

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from pspo_jax.arrays.groups import groups_of
 from pspo_jax.arrays.state import Outcome
-from pspo_jax.config import presets as algorithms
 from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.replay.interface import groups_of
 from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.training.algorithm import build
 from pspo_jax.training.scoring import rows_of, score, score_some
 from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 from tests import xla
@@ -24,7 +24,7 @@ P, PAD, EOS, B, G = 9, 14, 13, 8, 4
 def setup(optimizer=None, **fields):
     config = tiny_config(**fields)
     policy, params, _ = tiny_policy(config)
-    algorithm = algorithms.build(config)
+    algorithm = build(config)
     optimizer = optimizer or optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
     sample = make_sampler(policy, G, config.rollout.max_new_tokens, PAD)
@@ -283,7 +283,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopp
 def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
     config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
-    selector = algorithms.build(config).selector
+    selector = build(config).selector
     select, observe = jax.jit(selector.select, static_argnums=3), jax.jit(selector.observe)
     nothing = Outcome(*[jnp.zeros((B, G))] * 3)
     state, everyone = selector.init(40), set()

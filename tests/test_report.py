@@ -18,8 +18,9 @@ import yaml
 from pspo_jax.config.command_line import to_yaml
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, ConfigError, replace
-from pspo_jax.report import main, write_report
-from pspo_jax.reporting import page
+from pspo_jax.report import main
+from pspo_jax.reporting import page as report_page
+from pspo_jax.reporting.page import write_report
 
 HOSTILE = '</script><script>document.body.dataset.pwned=1</script><img src=x onerror="fail(1)"> \u2028 \ud800 &amp;'
 
@@ -180,11 +181,11 @@ def test_a_repeated_step_counts_once_and_non_finite_values_are_gaps(tmp_path: Pa
 def test_thin_keeps_ends_and_spikes() -> None:
     values = np.random.default_rng(0).normal(size=50_001)
     values[31_234], values[7] = 99, -99
-    kept = page.thin(values.tolist(), page.MAX_POINTS)
-    assert len(kept) <= page.MAX_POINTS and kept == sorted(set(kept))
+    kept = report_page.thin(values.tolist(), report_page.MAX_POINTS)
+    assert len(kept) <= report_page.MAX_POINTS and kept == sorted(set(kept))
     assert {0, 7, 31_234, 50_000} <= set(kept)
-    assert np.diff(kept).max() < 2 * 2 * 50_001 / page.MAX_POINTS + 2
-    assert page.thin([3.0, 1.0], page.MAX_POINTS) == [0, 1]
+    assert np.diff(kept).max() < 2 * 2 * 50_001 / report_page.MAX_POINTS + 2
+    assert report_page.thin([3.0, 1.0], report_page.MAX_POINTS) == [0, 1]
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:
@@ -203,8 +204,10 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
     page = write_report([run], run / "report.html")
     data = payload(page)["runs"][0]
     assert page.stat().st_size < 1_500_000
-    assert len(data["metrics"]["reward"]["values"]) <= page.MAX_POINTS
-    assert [data["completions"][i]["step"] for i in (0, -1)] == [0, 199] and len(data["completions"]) == page.MAX_DUMPS
+    assert len(data["metrics"]["reward"]["values"]) <= report_page.MAX_POINTS
+    assert [data["completions"][i]["step"] for i in (0, -1)] == [0, 199] and len(
+        data["completions"]
+    ) == report_page.MAX_DUMPS
     text = data["completions"][0]["groups"][0]["rows"][0]["completion"]
     assert text.startswith("first") and text.endswith("last") and "42009 characters left out" in text
     assert any("60 of 200 completion dumps" in line for line in data["notes"])
@@ -279,7 +282,7 @@ console.log(JSON.stringify({tally: tally(rows), marks: views.map(v => v.children
 
 @pytest.mark.skipif(NODE is None, reason="no node on PATH to run the page's script in")
 def test_marks_are_verdicts_and_bars_share_one_scale() -> None:
-    script = (Path(page.__file__).parent / "report_script.html").read_text()
+    script = (Path(report_page.__file__).parent / "report_script.html").read_text()
     constants = ("verdictOf", "MARKS", "isRight", "signed")
     functions = ("tally", "answerView", "advantageBar", "number")
     parts = [re.search(rf"^const {name} = .*$", script, re.M) for name in constants]

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax.config import presets as algorithms
 from pspo_jax.model.interface import MASKED
 from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.training.algorithm import build
 from pspo_jax.training.step import init_state, make_train_step
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 
@@ -20,7 +20,7 @@ P, PAD, EOS = 9, 14, 13
 def setup(optimizer=None, **fields):
     config = tiny_config(**fields)
     policy, params, _ = tiny_policy(config)
-    algorithm = algorithms.build(config)
+    algorithm = build(config)
     optimizer = optimizer or optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
     step = make_train_step(policy, optimizer, algorithm, config)

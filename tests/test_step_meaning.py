@@ -10,16 +10,18 @@ import pytest
 from jax.sharding import Mesh
 
 from pspo_jax import advantages
+from pspo_jax.arrays.groups import empty_groups
+from pspo_jax.arrays.lora import Adapted
+from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.arrays.state import DROPOUT, EVALUATE, REPLAY, ROLLOUT, SELECT, purpose_key, run_key
-from pspo_jax.config import presets as algorithms
+from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, ConfigError, replace
 from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import AXES, microbatch_size
-from pspo_jax.losses.losses import LossInputs, denominators, objective_loss
-from pspo_jax.model.interface import Adapted
-from pspo_jax.replay.interface import empty_groups
+from pspo_jax.losses.losses import denominators, objective_loss
 from pspo_jax.rollout import SamplingParams, make_sampler
+from pspo_jax.training.algorithm import build
 from pspo_jax.training.metrics import rollout_metrics
 from pspo_jax.training.scoring import reference_weights
 from pspo_jax.training.step import _divergence, estimate, init_state, make_collect, make_train_step, make_update
@@ -32,7 +34,7 @@ NAN = np.nan
 def setup(**fields):
     config = tiny_config(**fields)
     policy, params, _ = tiny_policy(config)
-    algorithm, optimizer = algorithms.build(config), optax.sgd(0.5)
+    algorithm, optimizer = build(config), optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
     sample = make_sampler(policy, G, config.rollout.max_new_tokens, PAD)
     rollouts = sample(params, random_prompts(B, P), jax.random.key(3), SamplingParams.of(config.rollout, [EOS]))
@@ -197,7 +199,7 @@ def test_the_unbiased_kl_of_replayed_tokens_has_the_gradient_of_the_kl(estimator
     mu, pi, old, reference = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=5))) for _ in range(4))
     fields = {"objective.kl_coef": 1.0, "objective.kl_estimator": estimator, "objective.importance_cap": 1e6}
     fields["objective.off_policy"] = off_policy
-    config = algorithms.resolve(replace(Config(), fields)).objective
+    config = resolve(replace(Config(), fields)).objective
     old = mu if off_policy == "coupled" else old
 
     def expected(logits, config):
@@ -232,7 +234,7 @@ def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
 def test_released_credit_has_a_slot_for_each_prompt_of_a_round():
     fields = {"algorithm.name": "pspo", "algorithm.compat": "released", "rollout.max_rounds": 3}
     fields |= {"rollout.prompts": 100, "rollout.oversampling": 4.0}
-    made = algorithms.build(replace(Config(), fields)).credit
+    made = build(replace(Config(), fields)).credit
     rewards = np.random.default_rng(0).integers(0, 2, (400, 4)).astype(np.float32)
     _, after = made.estimate(made.init(1000), np.arange(400), rewards)
     assert int(after.visits.sum()) == 400 and after.visits[:400].tolist() == [1] * 400
@@ -243,7 +245,7 @@ def test_the_reference_of_adapters_is_the_policy_that_rl_begins_from():
     found = {}
     for steps in (0, 5):
         config = tiny_config(objective__kl_coef=0.1, lora__rank=4, sft__steps=steps)
-        algorithm = algorithms.build(config)
+        algorithm = build(config)
         state = init_state(adapters, optax.sgd(1.0), algorithm, config, 40, P, jax.random.key(0), frozen)
         found[steps] = reference_weights(dataclasses.replace(state, params={"a": jnp.zeros(2)}))
     assert isinstance(found[0], Adapted) and found[0].adapter is None

@@ -9,10 +9,11 @@ import pytest
 from pspo_jax.advantages import CREDITS
 from pspo_jax.config import command_line
 from pspo_jax.config.ownership import BELIEFS, OWNERS
-from pspo_jax.config.presets import PRESETS, build, needs_movement, resolve
+from pspo_jax.config.presets import PRESETS, resolve
 from pspo_jax.config.schema import Config, ConfigError, flatten, replace
 from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
+from pspo_jax.training.algorithm import build, needs_movement
 
 SECTIONS = ("selection", "credit", "forgetting")
 

@@ -8,6 +8,7 @@ from pspo_jax.advantages.ers import ers, released
 from pspo_jax.advantages.group import group, group_advantages, opo, opo_advantages, rloo, rloo_advantages
 from pspo_jax.advantages.interface import Credit, over_deviation
 from pspo_jax.advantages.tracked import over_size, tracked_baseline
+from pspo_jax.config.plugins import load_plugin
 from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
 
 CREDITS: dict[str, Callable[[CreditConfig, ForgettingConfig], Credit]] = {
@@ -35,6 +36,8 @@ def make(config: CreditConfig, forgetting: ForgettingConfig, batch_differs: bool
         sampling and replay. A scale of the batch is then left to `Credit.over_batch`.
     """
     assert config.name is not None
+    if config.name not in CREDITS:
+        return load_plugin("credit.name", config.name)(config, forgetting)
     if not batch_differs or config.scale != "batch" or config.name not in BATCH_SCALES:
         return CREDITS[config.name](config, forgetting)
     unscaled = CREDITS[config.name](dataclasses.replace(config, scale="none"), forgetting)

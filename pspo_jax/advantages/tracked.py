@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.advantages.interface import Credit, group_statistics
-from pspo_jax.arrays.per_prompt import padded_rows
+from pspo_jax.arrays.per_prompt import last_of_each, padded_rows
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
 from pspo_jax.selection.beliefs import Beliefs, init_beliefs, learned, mean
-from pspo_jax.selection.engine.stats import last_of_each
 
 
 class TrackedState(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 FANOUT = 128
 """Per-prompt arrays are padded to whole blocks of this many rows."""
@@ -37,3 +37,15 @@ def follow_rows(old: Any, fresh: Any, places: Int[Array, "N"]) -> Any:
         return jnp.where(known, before[jnp.maximum(old_row, 0)], new)
 
     return jax.tree.map(one, old, fresh)
+
+
+def last_of_each(ids: Int[Array, "B"]) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
+    """Whether no later entry is the same prompt, and a number for each distinct prompt, for segment sums."""
+    _, group = jnp.unique(ids, size=ids.shape[0], return_inverse=True)
+    place = jnp.arange(ids.shape[0])
+    return jax.ops.segment_max(place, group, ids.shape[0])[group] == place, group
+
+
+def summed(values: Array, group: Int[Array, "B"]) -> Array:
+    """For each entry, the sum over all entries of its prompt."""
+    return jax.ops.segment_sum(values, group, values.shape[0])[group]

@@ -12,7 +12,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pspo_jax.model.interface import join
+from pspo_jax.arrays.lora import join
 
 Params = Any
 """The policy's weights: any pytree of arrays."""

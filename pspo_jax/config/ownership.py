@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pspo_jax.config.defaults import defaults_of
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ConfigError, PolicyConfig, embedded, flatten, round_prompts
-from pspo_jax.rewards.terms import parse_terms
+from pspo_jax.config.text_fields import parse_terms
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
 """Tasks that read task.train_data."""

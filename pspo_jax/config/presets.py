@@ -1,21 +1,21 @@
 """An algorithm is a composition: a selector, a credit, a replay and loss settings.
 
-`PRESETS` says what each name stands for; a field that the user sets wins over its preset. `build` turns a resolved
-config into the strategies themselves.
+`PRESETS` says what each name stands for; a field that the user sets wins over its preset. `training/algorithm.py` turns
+a resolved config into the strategies themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any
 
-from pspo_jax import advantages, replay, selection
 from pspo_jax.config.fields import nearest
-from pspo_jax.config.ownership import believes, is_read
-from pspo_jax.config.schema import Config, ConfigError, flatten, round_prompts
+from pspo_jax.config.ownership import is_read
+from pspo_jax.config.plugins import is_plugin
+from pspo_jax.config.schema import Config, ConfigError, flatten
 from pspo_jax.config.schema import replace as replace_fields
-from pspo_jax.config.strategies import AlgorithmName, LossName
+from pspo_jax.config.strategies import CREDITS, REPLAYS, SELECTORS, AlgorithmName, LossName
 
 _GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}
 _CENTRED = {"credit.scale": "none", "objective.loss": "dapo"}
@@ -85,22 +85,16 @@ SELECTION_PRESETS: dict[str, dict[str, Any]] = {
 """Fields that the selector decides, whatever the algorithm; `_SELECTION` for all others."""
 
 
-class Algorithm(NamedTuple):
-    """The strategies of one algorithm; each is pure functions over its own state."""
-
-    selector: selection.Selector
-    credit: advantages.Credit
-    replay: replay.Replay
-
-
-CHOICES: dict[str, Mapping[str, Any]] = {
+CHOICES: dict[str, Collection[str]] = {
     "algorithm.name": PRESETS,
-    "selection.name": selection.SCORERS,
-    "credit.name": advantages.CREDITS,
-    "replay.name": replay.REPLAYS,
+    "selection.name": SELECTORS,
+    "credit.name": CREDITS,
+    "replay.name": REPLAYS,
     "objective.loss": LOSSES,
 }
-"""Fields that name an entry of a table; a new entry is a new choice."""
+"""Fields that choose by name."""
+PLUGINS = ("selection.name", "credit.name")
+"""Those that also take a user's own function as module:function."""
 
 
 def resolve(config: Config) -> Config:
@@ -139,47 +133,6 @@ def check_choices(config: Config) -> None:
     values = flatten(config)
     for field, table in CHOICES.items():
         name = values[field]
-        if name is not None and name not in table:
+        plugin = field in PLUGINS and name is not None and is_plugin(name)
+        if name is not None and name not in table and not plugin:
             raise ConfigError(f"{field}={name!r}: choose one of {', '.join(table)}{nearest(name, table)}")
-
-
-def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
-    """The strategies that a config names; fields left at None follow `algorithm.name`.
-
-    Args:
-      kinds: names of the run's tasks, for selection.quotas.
-    Raises:
-      ConfigError: as `validation.validate`; a config that is resolved has been validated, and is not checked again.
-    """
-    if config.given != frozenset(flatten(config)):
-        from pspo_jax.config.validation import validate  # it imports this module
-
-        validate(config)
-    config = resolve(config)
-    r = config.rollout
-    rounds = r.max_rounds or 1
-    sizes = selection.Sizes(round_prompts(config), r.group_size, config.run.steps, config.run.seed, kinds, rounds)
-    chosen = config.selection
-    if rounds > 1:
-        # A prompt is not rolled out twice in a step.
-        chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
-    batch_differs = rounds > 1 or config.replay.name != "none"
-    made = advantages.make(config.credit, config.forgetting, batch_differs)
-    if config.algorithm.compat == "released":
-        exponent = chosen.exponent * (chosen.correction or 0.0)
-        made = advantages.released(
-            config.credit, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0
-        )
-        chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
-    replays = replay.REPLAYS[config.replay.name or "none"](config)
-    selector = selection.selector(chosen, config.forgetting, sizes)
-    if r.longest_first:
-        selector = selection.longest_first(selector, r.chunks)
-    return Algorithm(selector, made, replays)
-
-
-def needs_movement(config: Config) -> bool:
-    """Whether a strategy asks how far the policy moves in a step, which costs two passes over a microbatch."""
-    config = resolve(config)
-    by_alpha = config.credit.name == "ers" and config.credit.alpha_mode == "movement"
-    return by_alpha or (believes(config) and config.forgetting.mode == "movement")

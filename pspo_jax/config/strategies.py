@@ -8,15 +8,28 @@ from typing import Annotated, Literal
 from pspo_jax.config.fields import Range
 
 AlgorithmName = str
-"""A key of `algorithms.PRESETS`."""
+"""A key of `presets.PRESETS`."""
 SelectorName = str
-"""A key of `selection.SCORERS`."""
+SELECTORS = (
+    "uniform",
+    "pps",
+    "prioritized_replay",
+    "mopps",
+    "posterior_mixed",
+    "spo",
+    "greso",
+    "difficulty_pools",
+    "curriculum",
+)
+"""Names of the selectors that `selection.SCORERS` holds."""
 CreditName = str
-"""A key of `credit.CREDITS`."""
+CREDITS = ("group", "ers", "rloo", "tracked_baseline", "opo")
+"""Names of the advantage estimators that `advantages.CREDITS` holds."""
 ReplayName = str
-"""A key of `replay.REPLAYS`."""
+REPLAYS = ("none", "filter", "fill")
+"""Names of what `replay.REPLAYS` holds."""
 LossName = str
-"""A key of `algorithms.LOSSES`."""
+"""A key of `presets.LOSSES`."""
 Scale = Literal["group", "batch", "none"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "reinforce"]
 Ratio = Literal["token", "sequence", "sequence_token"]

@@ -12,11 +12,7 @@ from pspo_jax.config.json_fields import labels, mixture, options
 from pspo_jax.config.ownership import check_owners
 from pspo_jax.config.presets import check_choices, resolve
 from pspo_jax.config.schema import PROJECTIONS, Config, ConfigError, embedded, replace, round_prompts
-from pspo_jax.data.stop_ids import stop_texts
-from pspo_jax.losses.ratios import gamma_shape
-from pspo_jax.rewards.terms import interval, parse_terms
-from pspo_jax.selection.engine.quotas import parse_quotas
-from pspo_jax.selection.pools import parse_weights
+from pspo_jax.config.text_fields import gamma_shape, interval, parse_quotas, parse_terms, parse_weights, stop_texts
 
 MAX_DEADLINE = 86_400
 

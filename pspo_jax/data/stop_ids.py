@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.config.text_fields import stop_texts
 from pspo_jax.data.rendering import PromptError, chat_template, render
 from pspo_jax.data.templates import TURN_ENDS
 
@@ -80,27 +81,6 @@ def _wanted(hf: Any, stop: str) -> list[int]:
             )
         out.append(token)
     return out
-
-
-def stop_texts(stop: str) -> list[str]:
-    """The tokens that rollout.stop names.
-
-    Raises:
-      ConfigError: it begins like a JSON list and is none of texts, or names nothing between two commas.
-    """
-    if not stop.strip():
-        return []
-    texts: Any = [text.strip() for text in stop.split(",")]
-    if stop.lstrip().startswith("["):
-        try:
-            texts = json.loads(stop)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"rollout.stop={stop!r}: is no JSON list ({error}); such as '[\"<|im_end|>\"]'"
-            ) from error
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise ConfigError(f"rollout.stop={stop!r}: must be tokens separated by commas, or a JSON list of them")
-    return texts
 
 
 def _token_id(hf: Any, text: str) -> int | None:

@@ -22,7 +22,7 @@ from pspo_jax.data.loading import Source, cache_folder, first_of_each, from_data
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
 from pspo_jax.data.synthetic.countdown import source as countdown_source
 from pspo_jax.data.synthetic.reasoning_gym import source as gym_source
-from pspo_jax.data.task import Demonstrations, LeftOut, PromptSet, Task, pad_rows
+from pspo_jax.data.task import Demonstrations, Judge, LeftOut, PromptSet, Task, pad_rows
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.verifiers.workers.pool import Pool
 
@@ -79,19 +79,23 @@ class _Column(Sequence[str]):
 
 
 def text_task(
-    config: Config, tokenizer: TextTokenizer, pool: Pool | None, say: Callable[[str], None] = lambda _: None
+    config: Config,
+    tokenizer: TextTokenizer,
+    judge: Judge,
+    pool: Pool | None,
+    functions: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> Task:
     """The task, or the mixture of tasks, of a config.
 
     Args:
-      pool: checks gold answers and judges completions; None = neither, for plans and exports.
+      judge: judges completions.
+      pool: checks gold answers; None = they are not checked, for plans and exports.
+      functions: names of the users' functions that judge, whose columns the data must have.
       say: told of what takes long.
     Raises:
       ConfigError: data that cannot be read, or that leaves too few prompts.
     """
-    # The module imports this package: at the top of the file the import would be circular.
-    from pspo_jax.rewards.text_reward import judge_functions, text_judge
-
     say(tokenizer.stop_line())
     encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
     parts = mixture(config) or [(config, 1.0)]
@@ -111,7 +115,7 @@ def text_task(
     _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
     needs = {} if pool is None else pool.needs
-    _check_functions({name: needs.get(name, []) for name in judge_functions(config)}, records)
+    _check_functions({name: needs.get(name, []) for name in functions}, records)
     width = _width(config, train_pick, heldout_pick)
     return Task(
         name="mixture" if config.task.mixture else config.task.name,
@@ -121,7 +125,7 @@ def text_task(
         stop_ids=tokenizer.stop_ids,
         train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
         heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
-        judge=text_judge(pool, tokenizer, config),
+        judge=judge,
         demonstrations=_none,
         encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
     )

@@ -1,7 +1,8 @@
 """Log-probs of completions, and losses composed of a ratio, a surrogate, an aggregation, a KL term and extras."""
 
+from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.losses.log_probs import completion_log_probs, pack_rows
-from pspo_jax.losses.losses import Denominators, LossInputs, denominators, objective_loss
+from pspo_jax.losses.losses import Denominators, denominators, objective_loss
 
 __all__ = [
     "Denominators",

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.config.strategies import Aggregation, ObjectiveConfig
 from pspo_jax.losses.ratios import (
     importance_ratio,
@@ -22,26 +22,6 @@ from pspo_jax.losses.ratios import (
     low_divergence,
     surrogate,
 )
-
-
-@struct.dataclass(kw_only=True)
-class LossInputs:
-    """What a loss knows of completions before the update, as independent rows."""
-
-    mask: Bool[Array, "R T"]
-    """Tokens in the loss."""
-    counted: Bool[Array, "R"]
-    """Whether the row is in the batch: no mean counts the others, whose mask is empty."""
-    advantages: Float[Array, "R"]
-    loss_weight: Float[Array, "R"]
-    """The selector's importance weight."""
-    old_log_probs: Float[Array, "R T"]
-    """Of the policy that ratios are against: the one at the start of the step."""
-    behaviour_log_probs: Float[Array, "R T"]
-    """Of the policy that drew the tokens."""
-    reference_log_probs: Float[Array, "R T"] | None = None
-    top_entropy: Bool[Array, "R T"] | None = None
-    """Tokens that the surrogate and the entropy bonus are taken from; None = all."""
 
 
 class Denominators(NamedTuple):

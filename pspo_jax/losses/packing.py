@@ -22,7 +22,7 @@ from pspo_jax.model.attention.xla import LONG
 from pspo_jax.model.interface import Packed, Policy
 
 if TYPE_CHECKING:
-    from pspo_jax.training.scoring import Rows
+    from pspo_jax.arrays.rows import Rows
 
 _TILE = 128
 ROWS_PER_BIN = 16

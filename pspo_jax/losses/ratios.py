@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pspo_jax.config.strategies import ObjectiveConfig
+from pspo_jax.config.text_fields import gamma_shape
 
 ENTROPY_ROUNDING = 1e-5
 LOG_LIMIT = 20.0
@@ -103,14 +104,6 @@ def _gamma(
     positive, negative = gamma_shape(config.vespo_positive), gamma_shape(config.vespo_negative)
     k, rate = (jnp.where(advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True))
     return jax.lax.stop_gradient(jnp.exp(rate + k * log_w - rate * jnp.exp(log_w)))
-
-
-def gamma_shape(text: str) -> tuple[float, float]:
-    """(k, lambda) of "2,3"; raises ValueError for anything else."""
-    k, rate = (float(part) for part in text.split(","))
-    if not (k >= 0 and rate > 0):
-        raise ValueError(f"{text}: k must be at least 0 and lambda greater than 0")
-    return k, rate
 
 
 def log_importance_weight(

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
@@ -71,22 +70,6 @@ class Packed(NamedTuple):
     """The row that holds the prompt of each place's row; None = every row holds its own."""
     prompt: Int[Array, "R S"] | None = None
     """The row whose prompt each place is part of; -1 = of none."""
-
-
-@struct.dataclass
-class Adapted:
-    """Frozen weights and what is trained on top of them."""
-
-    base: Any
-    adapter: Any | None
-    """None = the base alone, which is the reference policy of a KL term."""
-    key: Key[Array, ""] | None = None
-    """Key of the adapters' dropout; None = no dropout, as in sampling and scoring."""
-
-
-def join(params: Any, frozen: Any | None, key: Key[Array, ""] | None = None) -> Any:
-    """What a policy's functions take, from the trained and the frozen weights of a `TrainState`."""
-    return params if frozen is None else Adapted(frozen, params, key)
 
 
 def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float[Array, "*n V"]:

@@ -16,10 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pspo_jax.arrays.lora import Adapted
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.block import forward, logits_of
 from pspo_jax.model.decoding import group_decoder, resize, slot_decoder
-from pspo_jax.model.interface import Adapted, Policy
+from pspo_jax.model.interface import Policy
 from pspo_jax.model.weights import init_weights, lora_table, merge_adapter, table, weight_axes
 
 

@@ -1,7 +1,8 @@
 """Which old groups come back. A replay is pure functions over its own state of stored groups."""
 
+from pspo_jax.arrays.groups import Groups
 from pspo_jax.replay.buffer import fill
-from pspo_jax.replay.interface import Groups, Replay, effective, filtered, none
+from pspo_jax.replay.interface import Replay, effective, filtered, none
 
 REPLAYS = {"none": none, "filter": filtered, "fill": fill}
 """Constructor of each replay, from a Config."""

@@ -17,9 +17,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from pspo_jax.advantages.interface import group_statistics
+from pspo_jax.arrays.groups import Groups, empty_groups, keep, put, take
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ReplayConfig
-from pspo_jax.replay.interface import Groups, Replay, effective, empty_groups, keep, put, take
+from pspo_jax.replay.interface import Replay, effective
 
 Distance = Callable[[Groups], Float[Array, "C"]]
 

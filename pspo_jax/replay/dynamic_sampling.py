@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from pspo_jax.replay.interface import Groups, empty_groups, keep, put, take
+from pspo_jax.arrays.groups import Groups, empty_groups, keep, put, take
 
 
 @struct.dataclass

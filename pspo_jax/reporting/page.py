@@ -7,8 +7,10 @@ style) with the data put in as JSON and report_script.html behind it; the reader
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pspo_jax.config.schema import ConfigError
+from pspo_jax.system.storage import REFUSED, StorageError, write_whole
 
 MAX_POINTS = 2000
 """Points kept of one curve."""
@@ -300,3 +303,24 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | str) or _number(value) is not None:
         return value
     return str(value)
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report on `runs` to `out`, whose folder is made if need be, and return `out`.
+
+    Raises:
+      ConfigError: a folder is no run folder, or `out` is no file that may be written.
+      StorageError: `out` cannot be written now, as on a full disk.
+    """
+    page = render(read_runs(runs))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        write_whole(out, page.encode())
+    except (OSError, StorageError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(reason, OSError) and reason.errno in (*REFUSED, errno.EEXIST):
+            raise ConfigError(f"--out {out}: {reason.strerror}; name a file that can be written") from error
+        raise
+    return out

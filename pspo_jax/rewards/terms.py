@@ -9,16 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pspo_jax.config.schema import ConfigError, RewardConfig
+from pspo_jax.config.schema import RewardConfig
+from pspo_jax.config.text_fields import TERMS, TEXT_TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
 
-TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")
-"""Functions of the completion's text."""
-LENGTH_TERMS = ("cosine", "length", "overlong")
-"""Functions of the verdict and the completion's length."""
-TERMS = ("accuracy", *TEXT_TERMS, *LENGTH_TERMS)
 RELEASED_LENGTH = 1000
-_MAX_WEIGHT = 1e6
 
 
 class Shape(NamedTuple):
@@ -32,37 +27,6 @@ class Shape(NamedTuple):
     """Completions, with what the prompt began of them."""
     max_length: int
     """rollout.max_new_tokens."""
-
-
-def parse_terms(config: RewardConfig) -> dict[str, float]:
-    """Name -> weight of reward.terms: "format=1, cosine=2"; a weight that is left out is 1."""
-    out: dict[str, float] = {}
-    for item in config.terms.split(","):
-        name, _, weight = (part.strip() for part in item.partition("="))
-        if name not in TERMS and (":" not in name or name.startswith(":") or name.endswith(":")):
-            raise ConfigError(
-                f"reward.terms={config.terms!r}: no reward {name!r}; choose among {', '.join(TERMS)}, module:function"
-            )
-        if name in out:
-            raise ConfigError(f"reward.terms={config.terms!r}: {name} stands there twice")
-        try:
-            out[name] = float(weight or 1)
-        except ValueError as error:
-            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight; write name=number") from error
-        if not abs(out[name]) <= _MAX_WEIGHT:  # larger ones would leave the range of float32 where they are summed
-            raise ConfigError(f"reward.terms={config.terms!r}: {weight!r} is no weight; choose one from -1e6 to 1e6")
-    interval(config.cosine_right, "reward.cosine_right")
-    interval(config.cosine_wrong, "reward.cosine_wrong")
-    return out
-
-
-def interval(text: str, field: str) -> tuple[float, float]:
-    """Two numbers, separated by a comma."""
-    try:
-        low, high = (float(x) for x in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{field}={text!r}: must be two numbers, such as 0.5,1.0") from error
-    return low, high
 
 
 def functions(config: RewardConfig) -> tuple[str, ...]:

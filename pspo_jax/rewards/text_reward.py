@@ -14,12 +14,13 @@ from jaxtyping import Bool, Float
 
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config
+from pspo_jax.config.text_fields import TERMS, parse_terms
 from pspo_jax.data.conversations import read_prompt
 from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import PROMPT_COLUMNS
 from pspo_jax.data.task import ANSWER_COLUMN, Completions, Judge, Scores
 from pspo_jax.data.tokenizer import TextTokenizer
-from pspo_jax.rewards.terms import TERMS, Shape, functions, parse_terms, shaped, weighted_sum
+from pspo_jax.rewards.terms import Shape, functions, shaped, weighted_sum
 from pspo_jax.verifiers.math_answer import final_answer
 from pspo_jax.verifiers.workers.pool import Batch, Pool, Reply, Request
 

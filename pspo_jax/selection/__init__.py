@@ -7,6 +7,7 @@ cooldown, quotas, exploration, and a choice that does not pass over all prompts.
 from collections.abc import Callable
 from functools import partial
 
+from pspo_jax.config.plugins import load_plugin
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.engine.draw import select
 from pspo_jax.selection.engine.longest_first import longest_first
@@ -36,7 +37,7 @@ SCORERS: dict[str, Callable[[SelectionConfig, ForgettingConfig, Sizes], Scorer]]
 def draws_by_weight(config: SelectionConfig) -> bool:
     """Whether the selector that `config.name` names draws in proportion to weights."""
     assert config.name is not None
-    return SCORERS[config.name](config, ForgettingConfig(mode="fixed"), Sizes(1, 2, 1, 0)).mode == "draw"
+    return _maker(config.name)(config, ForgettingConfig(mode="fixed"), Sizes(1, 2, 1, 0)).mode == "draw"
 
 
 def make(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Selector:
@@ -60,7 +61,11 @@ def make(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Selector:
 def selector(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Selector:
     """The selector that `config.name` names."""
     assert config.name is not None
-    return make(SCORERS[config.name](config, forgetting, sizes), config, sizes)
+    return make(_maker(config.name)(config, forgetting, sizes), config, sizes)
+
+
+def _maker(name: str) -> Callable[[SelectionConfig, ForgettingConfig, Sizes], Scorer]:
+    return load_plugin("selection.name", name) if name not in SCORERS else SCORERS[name]
 
 
 __all__ = [

@@ -9,26 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.config.text_fields import parse_weights
 from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 
 EASY, NORMAL, HARD = 0, 1, 2
-
-
-def parse_weights(text: str) -> tuple[float, float, float]:
-    """Weights of easy, normal and hard prompts.
-
-    Raises:
-      ConfigError: not three numbers, of at least 0 and not all 0.
-    """
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3 or not all(0 <= v < 1e6 for v in values) or not sum(values):
-        raise ConfigError(
-            f"selection.pool_weights={text!r}: must be three numbers from 0, for easy, normal and hard, not all 0"
-        )
-    return values[0], values[1], values[2]
 
 
 def difficulty_pools(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:

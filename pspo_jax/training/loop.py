@@ -15,7 +15,7 @@ from pspo_jax.checkpoint.store import Checkpoints, saved_steps, whole_ones
 from pspo_jax.config.schema import Config
 from pspo_jax.data.text import write_left_out
 from pspo_jax.distributed import processes
-from pspo_jax.report import write_report
+from pspo_jax.reporting.page import write_report
 from pspo_jax.runs import history
 from pspo_jax.runs.accounting import Totals
 from pspo_jax.runs.run_date import with_date

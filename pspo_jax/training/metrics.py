@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pspo_jax.advantages.interface import group_statistics
+from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Rollouts
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.ratios import log_importance_weight
 from pspo_jax.replay import Groups
-from pspo_jax.training.scoring import Rows
 
 Metrics = dict[str, Float[Array, ""]]
 AGES = 8

@@ -14,7 +14,7 @@ import numpy as np
 
 from pspo_jax.checkpoint.store import read_part
 from pspo_jax.config.schema import ConfigError, replace
-from pspo_jax.export import choose_steps, read_config
+from pspo_jax.runs.access import choose_steps, read_config
 from pspo_jax.training.setup import Setup, prepare, verifiers
 
 HEAD = 120

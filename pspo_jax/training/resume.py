@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from pspo_jax.arrays.groups import keep, take
 from pspo_jax.arrays.state import SavedState, TrainState
 from pspo_jax.checkpoint.checksums import verify
 from pspo_jax.checkpoint.damage import DamageError
@@ -21,7 +22,6 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.schema import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import prompts_shardings
-from pspo_jax.replay.interface import keep, take
 from pspo_jax.runs.accounting import Totals
 from pspo_jax.runs.history import Change, changes
 from pspo_jax.system.progress import Progress

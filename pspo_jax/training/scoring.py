@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from pspo_jax.arrays.lora import Adapted, join
+from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import TrainState
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed.mesh import constrain, microbatch_size
 from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.losses.losses import LossInputs
 from pspo_jax.losses.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, plan_shared_bins, rows_in
-from pspo_jax.model.interface import Adapted, Policy, join
+from pspo_jax.model.interface import Policy
 from pspo_jax.replay import Groups
 
 LONG = 256
@@ -26,21 +26,6 @@ LONG = 256
 FEWEST_BINS = 8
 """Bins of packed rows that are computed together at least, where the config does not bound them: products of fewer rows
 are slow."""
-
-
-@struct.dataclass(kw_only=True)
-class Rows(LossInputs):
-    """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
-
-    group: Int[Array, "R"]
-    """Of the batch; rows of one have the same prompt."""
-    prompts: Int[Array, "R P"]
-    lengths: Int[Array, "R"]
-    tokens: Int[Array, "R T"]
-    stale: Bool[Array, "R"]
-    """Sampled by an older policy."""
-    sampling_log_probs: Float[Array, "R T"]
-    """Under the distribution drawn from, top-k and top-p included; of rows that are not stale."""
 
 
 def rows_of(

@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 from pspo_jax.arrays.state import TrainState, run_key
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
-from pspo_jax.config import presets as algorithms
 from pspo_jax.config.schema import Config, ConfigError, embedded, flatten, replace
-from pspo_jax.data import CharTokenizer, Task, TextTokenizer, load_tokenizer, make_task, own_tokenizer
+from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.task import Task
+from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
 from pspo_jax.distributed.mesh import (
     check_vocabulary,
@@ -38,6 +39,7 @@ from pspo_jax.model.architecture import beyond_context, lora_of
 from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
 from pspo_jax.model.weights import init_weights, table
+from pspo_jax.rewards.task import make_task, own_tokenizer
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import Columns
@@ -45,6 +47,7 @@ from pspo_jax.selection.columns import columns_of
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
+from pspo_jax.training.algorithm import Algorithm, build
 from pspo_jax.training.machine import with_memory, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
 from pspo_jax.training.step import init_state
@@ -60,7 +63,7 @@ class Setup(NamedTuple):
     """The checkpoint that the weights come from; None = they are drawn."""
     architecture: Architecture
     policy: Policy
-    algorithm: algorithms.Algorithm
+    algorithm: Algorithm
     optimizer: optax.GradientTransformation
     columns: Columns | None
     """What the selector may know of the training prompts beforehand, on the host."""
@@ -203,7 +206,7 @@ def prepare(
     architecture = dataclasses.replace(architecture, remat=config.policy.remat or "none")
     policy = transformer(architecture)
     kinds, columns = columns_of(config, task.train)
-    algorithm = algorithms.build(config, kinds)
+    algorithm = build(config, kinds)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     nothing: Any = None
     setup = Setup(config, mesh, task, source, architecture, policy, algorithm, optimizer, columns, abstract=nothing)

@@ -17,20 +17,22 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from pspo_jax.advantages import group_advantages
+from pspo_jax.arrays.groups import groups_of, take
+from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import REPLAY, Outcome, Params, Rollouts, TrainState, purpose_key
-from pspo_jax.config.presets import Algorithm, needs_movement, resolve
+from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.distributed.mesh import UPDATE_ROWS, size_along
 from pspo_jax.losses.ratios import kl_estimate
-from pspo_jax.model.interface import Policy, join
+from pspo_jax.model.interface import Policy
 from pspo_jax.replay import Groups, effective
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
-from pspo_jax.replay.interface import groups_of, take
 from pspo_jax.selection import Columns
+from pspo_jax.training.algorithm import Algorithm, needs_movement
 from pspo_jax.training.metrics import Metrics, replay_metrics, rollout_metrics
 from pspo_jax.training.optimizer import in_float32
 from pspo_jax.training.scoring import (
-    Rows,
     deal,
     microbatches,
     reference_weights,

@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Array, Float
 
 from pspo_jax import __version__
+from pspo_jax.arrays.lora import join
 from pspo_jax.config.schema import Config, ConfigError, PromptConfig, flatten
 from pspo_jax.data.demonstrations import read_examples, read_text
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
 from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.model.interface import Policy, join
+from pspo_jax.model.interface import Policy
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
 

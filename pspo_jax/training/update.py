@@ -11,25 +11,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.losses.losses import Denominators, LossMetrics, combine, denominators, objective_loss, zero_metrics
 from pspo_jax.losses.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
 from pspo_jax.losses.ratios import top_entropy
-from pspo_jax.model.interface import Policy, join
+from pspo_jax.model.interface import Policy
 from pspo_jax.training.optimizer import float32, in_float32
-from pspo_jax.training.scoring import (
-    Rows,
-    bins_at_a_time,
-    deal,
-    deal_prompts,
-    microbatches,
-    packs,
-    plan,
-    score,
-    sharing,
-)
+from pspo_jax.training.scoring import bins_at_a_time, deal, deal_prompts, microbatches, packs, plan, score, sharing
 
 Metrics = dict[str, Float[Array, ""]]
 

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from pspo_jax.config.schema import ConfigError, PromptConfig
-from pspo_jax.data import make_task
 from pspo_jax.data.conversations import read_prompt, transcript
 from pspo_jax.data.loading import quiet
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
 from tests.data.small_tokenizer import CHATML, GEMMA, write_tokenizer
 from tests.helpers import tiny_config
 

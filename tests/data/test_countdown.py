@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.schema import ConfigError
 from pspo_jax.config.validation import validate
-from pspo_jax.data import make_task, own_tokenizer
 from pspo_jax.data.synthetic.countdown import MAX_VALUE, Problem, generate, question, source, write_prompt
 from pspo_jax.data.task import Completions
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task, own_tokenizer
 from pspo_jax.verifiers.countdown import answer_of, expression_value, score
 from tests.conftest import DATA
 from tests.helpers import tiny_config

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pspo_jax.config.schema import ConfigError
-from pspo_jax.data import make_task
 from pspo_jax.data.loading import TRANSFORMS, from_data, quiet, read
 from pspo_jax.data.text import write_left_out
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.math_answer import ALTERNATIVES
 from tests.conftest import DATA
 from tests.helpers import tiny_config

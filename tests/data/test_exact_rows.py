@@ -10,11 +10,11 @@ import math
 import pytest
 
 from pspo_jax.config.schema import ConfigError
-from pspo_jax.data import make_task
 from pspo_jax.data.answers import is_prose
 from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import from_data, quiet, read, tokenised
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.math_answer import ALTERNATIVES
 from tests.data.small_tokenizer import CHATML, write_tokenizer
 from tests.helpers import tiny_config

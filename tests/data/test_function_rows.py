@@ -7,11 +7,11 @@ import pytest
 import transformers
 
 from pspo_jax.config.schema import ConfigError, VerifierConfig
-from pspo_jax.data import make_task
 from pspo_jax.data.gold_check import ACCEPTED, NO_VERDICT, REFUSED
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.data.task import Completions
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.data.test_text import jsonl
 from tests.helpers import tiny_config

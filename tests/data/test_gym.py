@@ -9,9 +9,9 @@ import pytest
 
 from pspo_jax.config.schema import ConfigError, VerifierConfig
 from pspo_jax.config.validation import validate
-from pspo_jax.data import make_task
 from pspo_jax.data.task import Completions
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.conftest import DATA
 from tests.helpers import tiny_config

@@ -11,9 +11,9 @@ import pytest
 from pspo_jax.config.json_fields import labels
 from pspo_jax.config.schema import ConfigError
 from pspo_jax.config.validation import validate
-from pspo_jax.data import make_task
 from pspo_jax.data.loading import quiet
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
 from pspo_jax.selection.columns import columns_of
 from tests.data.small_tokenizer import CHATML, SPECIAL, write_tokenizer
 from tests.helpers import tiny_config

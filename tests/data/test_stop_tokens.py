@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pspo_jax.config.schema import ConfigError, PromptConfig, RolloutConfig
+from pspo_jax.config.text_fields import stop_texts
 from pspo_jax.config.validation import validate
 from pspo_jax.data.rendering import date_directives
-from pspo_jax.data.stop_ids import stop_texts
 from pspo_jax.data.tokenizer import load_tokenizer
 from tests.data.small_tokenizer import CHATML, GEMMA, LLAMA, MISTRAL, PHI, SPECIAL, write_tokenizer
 from tests.helpers import tiny_config

@@ -12,12 +12,12 @@ import pytest
 
 from pspo_jax.config.schema import ConfigError, VerifierConfig, replace
 from pspo_jax.config.validation import validate
-from pspo_jax.data import make_task
 from pspo_jax.data.loading import from_data, quiet
 from pspo_jax.data.synthetic.countdown import generate
 from pspo_jax.data.task import Completions
 from pspo_jax.data.text import benchmark_prompts
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.conftest import DATA, REPO
 from tests.helpers import tiny_config

@@ -13,9 +13,9 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config import command_line
 from pspo_jax.config.schema import ConfigError, replace
 from pspo_jax.evaluate import main as evaluate
-from pspo_jax.export import choose_steps, read_config
 from pspo_jax.export import main as export
 from pspo_jax.report import main as report
+from pspo_jax.runs.access import choose_steps, read_config
 from pspo_jax.runs.accounting import Totals
 from pspo_jax.training.setup import place_state, prepare
 from tests import xla

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax.config.presets import build
+from pspo_jax.arrays.lora import Adapted, join
 from pspo_jax.config.schema import ConfigError
 from pspo_jax.config.schema import replace as replace_fields
 from pspo_jax.config.validation import validate
@@ -19,10 +19,10 @@ from pspo_jax.export import rounding
 from pspo_jax.model import built_in
 from pspo_jax.model.architecture import Lora, lora_of
 from pspo_jax.model.huggingface.save import merged_tensors, write_adapter
-from pspo_jax.model.interface import Adapted, join
 from pspo_jax.model.transformer import transformer
 from pspo_jax.model.weights import lora_table
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.training.algorithm import build
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.supervised import make_sft_steps
 from tests.helpers import random_prompts, relative, tiny_config

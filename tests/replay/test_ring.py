@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pspo_jax.arrays.groups import empty_groups, keep
 from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.schema import Config, replace
 from pspo_jax.replay import Groups, effective, fill, filtered
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
-from pspo_jax.replay.interface import empty_groups, keep
 from tests.replay.oracle import PlainReplay, Stored
 
 B, G, P, T = 5, 4, 3, 2

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.config.schema import ConfigError, RewardConfig
+from pspo_jax.config.text_fields import TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
-from pspo_jax.rewards.terms import TERMS, Shape, functions, interval, parse_terms, shaped, weighted_sum
+from pspo_jax.rewards.terms import Shape, functions, shaped, weighted_sum
 
 NAN = math.nan
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from pspo_jax.arrays.per_prompt import last_of_each, summed
 from pspo_jax.config.strategies import SelectionConfig
 from pspo_jax.selection.engine.stats import (
     ELIGIBLE,
@@ -16,11 +17,9 @@ from pspo_jax.selection.engine.stats import (
     RESTING,
     Book,
     by_age,
-    last_of_each,
     new_book,
     ordered,
     scrambled,
-    summed,
     tier,
     visited,
 )

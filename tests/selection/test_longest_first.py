@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.arrays.state import Outcome
-from pspo_jax.config import presets as algorithms
 from pspo_jax.config.command_line import parse
 from pspo_jax.config.schema import Config, ConfigError, replace
 from pspo_jax.rollout import SamplingParams, counting_sampler
 from pspo_jax.selection.engine.longest_first import dealt
+from pspo_jax.training.algorithm import build
 from tests.helpers import random_prompts, tiny_policy
 
 N, B, G = 40, 8, 2
@@ -22,7 +22,7 @@ def selectors(chunks=1, **fields):
     """A selector, plain and with its batches ordered."""
     config = replace(Config(), {"rollout.prompts": B, "rollout.group_size": G, "rollout.chunks": chunks, **fields})
     ordered = replace(config, {"rollout.slots": 4, "rollout.longest_first": True})
-    return algorithms.build(config).selector, algorithms.build(ordered).selector
+    return build(config).selector, build(ordered).selector
 
 
 def outcome(lengths):

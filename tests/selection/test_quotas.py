@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.selection.engine.quotas import Shares, parse_quotas, shares_of
+from pspo_jax.config.text_fields import parse_quotas
+from pspo_jax.selection.engine.quotas import Shares, shares_of
 
 KINDS = ("math", "gsm8k", "logic")
 KINDS_9 = tuple("abcdefghi")

@@ -1,1 +1,1 @@
-"""What all selectors share: visits, eligibility, quotas, exploration, and a draw that does not pass over all prompts."""
+"""What all selectors share: visits, eligibility, quotas, exploration, and a draw that passes over few prompts."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.text_fields import parse_quotas
 
 _FINEST = 2**28
 """Largest denominator of a share; sums and differences of two such numbers stay within int32."""
@@ -158,27 +159,3 @@ def check_prompts(quotas: str, kinds: tuple[str, ...], kind: Int[np.ndarray, "N"
                 f"selection.quotas={quotas!r}: takes up to {need} of the {batch} prompts of a round from {names}, and "
                 f"there are {have[slot]}; lower the share, rollout.prompts or rollout.oversampling"
             )
-
-
-def parse_quotas(quotas: str) -> dict[str, float]:
-    """Task -> share.
-
-    Raises:
-      ConfigError: it cannot be read as "task=share, ...", with shares above 0 that sum to at most 1.
-    """
-    named: dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in quotas.split(","))):
-        name, equals, text = (x.strip() for x in part.partition("="))
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not (name and equals and 0 < value <= 1) or name in named:
-            raise ConfigError(
-                f"selection.quotas={quotas!r}: {part!r} is no task=share with a share in (0, 1], each task once, "
-                'such as "math=0.5, gsm8k=0.5"'
-            )
-        named[name] = value
-    if sum(named.values()) > 1 + 1e-9:
-        raise ConfigError(f"selection.quotas={quotas!r}: sums to more than 1; lower a share")
-    return named

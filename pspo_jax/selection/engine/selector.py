@@ -12,24 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.arrays.per_prompt import FANOUT, follow_rows, padded_rows
+from pspo_jax.arrays.per_prompt import FANOUT, follow_rows, last_of_each, padded_rows, summed
 from pspo_jax.arrays.state import Outcome
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import SelectionConfig
 from pspo_jax.selection.engine import tree
 from pspo_jax.selection.engine.quotas import Shares, shares_of
-from pspo_jax.selection.engine.stats import (
-    ELIGIBLE,
-    EXCLUDED,
-    RESTING,
-    Book,
-    by_age,
-    last_of_each,
-    new_book,
-    summed,
-    tier,
-    visited,
-)
+from pspo_jax.selection.engine.stats import ELIGIBLE, EXCLUDED, RESTING, Book, by_age, new_book, tier, visited
 from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
 
 REFRESH_STEPS = 256

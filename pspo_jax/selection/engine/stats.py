@@ -96,15 +96,3 @@ def _mix(x: Array) -> Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
-
-
-def last_of_each(ids: Int[Array, "B"]) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
-    """Whether no later entry is the same prompt, and a number for each distinct prompt, for segment sums."""
-    _, group = jnp.unique(ids, size=ids.shape[0], return_inverse=True)
-    place = jnp.arange(ids.shape[0])
-    return jax.ops.segment_max(place, group, ids.shape[0])[group] == place, group
-
-
-def summed(values: Array, group: Int[Array, "B"]) -> Array:
-    """For each entry, the sum over all entries of its prompt."""
-    return jax.ops.segment_sum(values, group, values.shape[0])[group]

@@ -1,0 +1,35 @@
+"""The task that a config names: its prompts together with the reward on their completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pspo_jax.config.schema import Config
+from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER, arithmetic
+from pspo_jax.data.synthetic.countdown import CHARACTERS, VOCAB, countdown_task
+from pspo_jax.data.task import Task
+from pspo_jax.data.text import text_task
+from pspo_jax.data.tokenizer import TextTokenizer
+from pspo_jax.rewards.text_reward import judge_functions, text_judge
+from pspo_jax.verifiers.workers.pool import Pool
+
+
+def own_tokenizer(config: Config) -> CharTokenizer:
+    """The tokenizer of a task that has an alphabet of its own."""
+    return TOKENIZER if config.task.name == "arithmetic" else CharTokenizer(CHARACTERS, VOCAB)
+
+
+def make_task(
+    config: Config,
+    tokenizer: TextTokenizer | CharTokenizer,
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Task:
+    """The task that a config names. `pool` judges text; None = nothing is judged, as in a plan."""
+    if not isinstance(tokenizer, CharTokenizer):
+        judge = text_judge(pool, tokenizer, config)
+        return text_task(config, tokenizer, judge, pool, judge_functions(config), say)
+    if config.task.name == "arithmetic":
+        return arithmetic(config.task, config.rollout.prompt_bucket)
+    return countdown_task(config.task, config.rollout.prompt_bucket, config.rollout.max_new_tokens)
