@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pspo_jax.arrays.state import Outcome, Prompts, Rollouts, TrainState
-    from pspo_jax.config.schema import Config, ConfigError, replace
+    from pspo_jax.config.defaults import replace
+    from pspo_jax.config.fields import ConfigError
+    from pspo_jax.config.schema import Config
     from pspo_jax.config.validation import validate
     from pspo_jax.model import Architecture, Policy, built_in, from_logits, from_nnx, transformer
     from pspo_jax.rollout import SamplingParams, make_sampler
@@ -21,7 +23,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "training.algorithm": ("Algorithm", "build"),
-    "config.schema": ("Config", "ConfigError", "replace"),
+    "config.defaults": ("replace",),
+    "config.fields": ("ConfigError",),
+    "config.schema": ("Config",),
     "training.optimizer": ("adamw",),
     "model": ("Architecture", "Policy", "built_in", "from_logits", "from_nnx", "transformer"),
     "rollout": ("SamplingParams", "make_sampler"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from pspo_jax.config.command_line import Parser, run
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.reporting.page import write_report
 
 

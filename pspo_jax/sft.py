@@ -20,19 +20,18 @@ from typing import Any
 import jax
 import yaml
 
+from pspo_jax.commands.sft import prepare_supervised, write_supervised
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import Config, ConfigError, embedded, replace
-from pspo_jax.data.demonstrations import demonstration_task, read_text
+from pspo_jax.config.defaults import embedded
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
+from pspo_jax.data.demonstrations import read_text
 from pspo_jax.data.task import json_lines
-from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
-from pspo_jax.export import write_model
-from pspo_jax.model.huggingface.save import write_folder
-from pspo_jax.runs import history
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import open_folder
 from pspo_jax.system.progress import Progress
-from pspo_jax.training.setup import FirstParams, Setup, architecture_for, first_params, prepare, started
+from pspo_jax.training.setup import first_params, started
 
 PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
@@ -58,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     with started(config, folder) as (pool, asked):
         config = with_date(config, folder / "config.yaml")
         progress = Progress(config.log.progress and processes.leads(), quiet=not processes.leads())
-        setup = _prepare(config, pool, progress)
+        setup = prepare_supervised(config, pool, progress)
         with jax.set_mesh(setup.mesh):
             first = first_params(setup, folder, progress, lambda: processes.any_says(asked()))
-            return 0 if first.params is None else _finish(setup, first, folder, progress)
+            return 0 if first.params is None else write_supervised(setup, first, folder, progress)
 
 
 def read_config(argv: Sequence[str]) -> Config:
@@ -106,43 +105,6 @@ def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
         path = Path(folder) / "defaults.yaml"
         path.write_text(yaml.safe_dump(defaults))
         return command_line.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
-
-
-def _prepare(config: Config, pool: Any, progress: Progress) -> Setup:
-    """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
-    if embedded(config):
-        return prepare(config, pool=pool, say=progress.say)
-    _, tokenizer, _ = architecture_for(config)
-    assert isinstance(tokenizer, TextTokenizer)
-    idle = {
-        "rollout.prompts": len(jax.devices()),
-        "rollout.chunks": 1,
-        "rollout.slots": None,
-        "rollout.max_rounds": 1,
-        "rollout.oversampling": 1.0,
-        "objective.minibatches": 1,
-    }
-    config = replace(config, idle)
-    return prepare(config, pool=pool, say=progress.say, task=demonstration_task(config, tokenizer))
-
-
-def _finish(setup: Setup, first: FirstParams, folder: Path, progress: Progress) -> int:
-    """Write a language model as a checkpoint, and say what can be done with what was learnt."""
-    c = setup.config
-    progress.say(f"{first.origin} in {folder / 'cold_start'}")
-    fields = [f"--sft.{name} {getattr(c.sft, name)}" for name in ("steps", "batch", "learning_rate", "warmup")]
-    same = f"train with the same settings ({' '.join(fields)}) and a --run.dir beside it"
-    if embedded(c):
-        progress.say(same)
-        return 0
-    params = processes.whole(first.params)
-    if processes.leads():
-        history.write_config(folder, c)
-        out = folder / "model"
-        write_folder(out, lambda place: write_model(place, c, params), replace=True)
-        progress.say(f"{out} is the model in Hugging Face's format: train it with --policy.source {out}, or {same}")
-    processes.wait_for_all("model")
-    return 0
 
 
 if __name__ == "__main__":

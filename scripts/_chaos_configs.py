@@ -11,7 +11,7 @@ from typing import Any
 from make_checkpoint import QWEN2, make
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 
 Fields = dict[str, Any]

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.arrays.state import Outcome
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.selection import SCORERS, Columns, Sizes, selector
 from pspo_jax.system.one_line_parser import OneLineParser
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PolicyConfig
 from pspo_jax.model.huggingface.load import read_source
 from pspo_jax.model.huggingface.save import TOKENIZER_FILES, copy_files, write_tensors
 from pspo_jax.model.weights import entries, table

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed.devices import KINDS, parse_target
 from pspo_jax.planning.roofline import Floor, rollout_floor, traffic, update_floor
 from pspo_jax.training.setup import prepare

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.system.one_line_parser import OneLineParser
 
 

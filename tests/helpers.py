@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.arrays.state import Prompts
-from pspo_jax.config.defaults import FOLLOWERS
+from pspo_jax.config.defaults import FOLLOWERS, flatten, replace
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, flatten, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.model import built_in, transformer
 
 TINY = {

@@ -10,7 +10,8 @@ import pytest
 from pspo_jax import __version__
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.params_folder import load_folder, save_folder
-from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.synthetic import arithmetic
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.setup import _find_start

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PolicyConfig
 from pspo_jax.model.huggingface.load import fetch, read_source
 from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.system.interrupts import stop_requests

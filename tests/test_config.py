@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.config import command_line
+from pspo_jax.config.defaults import flatten, replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.presets import PRESETS, resolve
-from pspo_jax.config.schema import Config, ConfigError, flatten, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import microbatch_size
 from pspo_jax.selection import Columns

@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 
 from pspo_jax.config import command_line
-from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS
+from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, flatten, replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import (
-    Config,
-    ConfigError,
-    OptimizerConfig,
-    PolicyConfig,
-    RolloutConfig,
-    TaskConfig,
-    flatten,
-    replace,
-)
+from pspo_jax.config.schema import Config, OptimizerConfig, PolicyConfig, RolloutConfig, TaskConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.train import main
 

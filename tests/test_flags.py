@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from pspo_jax.config.command_line import parse
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import xla_flags
 from tests.conftest import REPO
 

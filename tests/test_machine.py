@@ -8,7 +8,9 @@ import jax
 import pytest
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.distributed.devices import host_bytes
 from pspo_jax.distributed.mesh import make_mesh
 from pspo_jax.model import built_in

@@ -7,9 +7,11 @@ import yaml
 
 from pspo_jax.advantages import CREDITS
 from pspo_jax.config import command_line
+from pspo_jax.config.defaults import embedded, flatten, replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.ownership import _BY_CREDIT, _BY_SELECTOR, OWNERS
 from pspo_jax.config.presets import LOSSES, PRESETS, resolve
-from pspo_jax.config.schema import Config, ConfigError, embedded, flatten, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import CREDITS as STRATEGY_CREDITS
 from pspo_jax.config.strategies import REPLAYS as STRATEGY_REPLAYS
 from pspo_jax.config.strategies import SELECTORS

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import LOSSES
-from pspo_jax.config.schema import replace
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
 from pspo_jax.losses.log_probs import pack_rows
 from pspo_jax.losses.losses import denominators

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pspo_jax.config.command_line import parse
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed.devices import THIS_MACHINE, Target
 from pspo_jax.planning import memory as plan
 from scripts.make_checkpoint import SHAPES, make

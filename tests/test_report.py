@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 from pspo_jax.config.command_line import to_yaml
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.report import main
 from pspo_jax.reporting import page as report_page
 from pspo_jax.reporting.page import write_report

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.checkpoint.store import Checkpoints
-from pspo_jax.config.schema import replace
+from pspo_jax.config.defaults import replace
 from pspo_jax.replay.dynamic_sampling import Queue
 from pspo_jax.runs import history
 from pspo_jax.runs.accounting import Totals

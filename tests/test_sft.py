@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PromptConfig
 from pspo_jax.data.demonstrations import demonstration_task, read_examples
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.export import main as export

@@ -14,8 +14,10 @@ from pspo_jax.arrays.groups import empty_groups
 from pspo_jax.arrays.lora import Adapted
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.arrays.state import DROPOUT, EVALUATE, REPLAY, ROLLOUT, SELECT, purpose_key, run_key
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import AXES, microbatch_size

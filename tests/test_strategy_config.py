@@ -8,9 +8,11 @@ import pytest
 
 from pspo_jax.advantages import CREDITS
 from pspo_jax.config import command_line
+from pspo_jax.config.defaults import flatten, replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.ownership import BELIEFS, OWNERS
 from pspo_jax.config.presets import PRESETS, resolve
-from pspo_jax.config.schema import Config, ConfigError, flatten, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
 from pspo_jax.training.algorithm import build, needs_movement

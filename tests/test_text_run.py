@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from pspo_jax.checkpoint.store import Checkpoints
-from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.evaluation.statistics import summarise

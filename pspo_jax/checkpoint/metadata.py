@@ -9,7 +9,7 @@ from typing import Any
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.system.storage import write_whole
 
 _METADATA = "_CHECKPOINT_METADATA"

@@ -29,7 +29,8 @@ from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.metadata import damaged_metadata, finite, mend_scores, read_metadata
-from pspo_jax.config.schema import CheckpointConfig, ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.distributed import processes
 from pspo_jax.system.storage import (
     LONGEST_PAUSE,

@@ -22,9 +22,10 @@ import tyro
 import yaml
 
 from pspo_jax.config import fields
-from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, check_name, with_given
+from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, check_name, flatten, with_given
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import CHOICES, resolve
-from pspo_jax.config.schema import Config, ConfigError, flatten
+from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.system.storage import StorageError, exhausted
 from pspo_jax.system.terminal import terminal

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pspo_jax.config.fields import ConfigError, convert, kinds, nearest
-
-if TYPE_CHECKING:
-    from pspo_jax.config.schema import Config
+from pspo_jax.config.schema import Config
 
 TEXT_DEFAULTS: dict[str, Any] = {
     "task.train_prompts": 0,

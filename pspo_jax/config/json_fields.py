@@ -7,7 +7,9 @@ import math
 import typing
 from typing import Any
 
-from pspo_jax.config.schema import Config, ConfigError, TaskName, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config, TaskName
 
 
 def options(text: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pspo_jax.config.defaults import defaults_of
+from pspo_jax.config.defaults import defaults_of, embedded, flatten
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
-from pspo_jax.config.schema import Config, ConfigError, PolicyConfig, embedded, flatten, round_prompts
+from pspo_jax.config.schema import Config, PolicyConfig, round_prompts
 from pspo_jax.config.text_fields import parse_terms
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")

@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from pspo_jax.config.fields import nearest
+from pspo_jax.config.defaults import flatten
+from pspo_jax.config.defaults import replace as replace_fields
+from pspo_jax.config.fields import ConfigError, nearest
 from pspo_jax.config.ownership import is_read
 from pspo_jax.config.plugins import is_plugin
-from pspo_jax.config.schema import Config, ConfigError, flatten
-from pspo_jax.config.schema import replace as replace_fields
+from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import CREDITS, REPLAYS, SELECTORS, AlgorithmName, LossName
 
 _GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}

@@ -11,11 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pspo_jax.config.defaults import embedded as embedded
-from pspo_jax.config.defaults import flatten as flatten
-from pspo_jax.config.defaults import replace as replace
-from pspo_jax.config.fields import ConfigError as ConfigError
-from pspo_jax.config.fields import Range as Range
+from pspo_jax.config.fields import Range
 from pspo_jax.config.strategies import (
     AlgorithmConfig,
     CreditConfig,

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pspo_jax.config.fields import check_range, convert, kinds
+from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.fields import ConfigError, check_range, convert, kinds
 from pspo_jax.config.json_fields import labels, mixture, options
 from pspo_jax.config.ownership import check_owners
 from pspo_jax.config.presets import check_choices, resolve
-from pspo_jax.config.schema import PROJECTIONS, Config, ConfigError, embedded, replace, round_prompts
+from pspo_jax.config.schema import PROJECTIONS, Config, round_prompts
 from pspo_jax.config.text_fields import gamma_shape, interval, parse_quotas, parse_terms, parse_weights, stop_texts
 
 MAX_DEADLINE = 86_400

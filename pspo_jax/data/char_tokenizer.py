@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 
 
 class CharTokenizer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple, get_args
 
-from pspo_jax.config.schema import ChoicesAnswer, ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import ChoicesAnswer
 from pspo_jax.data.answers import listed
 
 READINGS: tuple[ChoicesAnswer, ...] = get_args(ChoicesAnswer)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pspo_jax.config.schema import Config, ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.rendering import PromptError, render
 from pspo_jax.data.task import Demonstrations, PromptSet, Task, json_lines
 from pspo_jax.data.tokenizer import TextTokenizer

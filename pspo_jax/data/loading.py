@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pspo_jax.config.schema import ChoicesAnswer, ConfigError, TaskConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import ChoicesAnswer, TaskConfig
 from pspo_jax.data.answers import PROSE, any_text, gold_text, is_prose, missing
 from pspo_jax.data.answers import TRANSFORMS as TRANSFORMS
 from pspo_jax.data.choices import letter_of, options_of, reading_of

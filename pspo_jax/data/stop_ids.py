@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PromptConfig
 from pspo_jax.config.text_fields import stop_texts
 from pspo_jax.data.rendering import PromptError, chat_template, render
 from pspo_jax.data.templates import TURN_ENDS

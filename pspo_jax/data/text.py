@@ -13,8 +13,10 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels, mixture
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.data.conversations import Conversation, read_prompt
 from pspo_jax.data.files import heads, rows_of
 from pspo_jax.data.gold_check import NO_VERDICT, REFUSED, check_gold

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pspo_jax.config.schema import Config, ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.conversations import Conversation
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
 from pspo_jax.data.stop_ids import describe, stop_ids

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 
 
 class Kind(NamedTuple):

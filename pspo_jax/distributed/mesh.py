@@ -15,7 +15,8 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspo_jax.arrays.per_prompt import FANOUT, padded_rows
-from pspo_jax.config.schema import Config, ConfigError, round_prompts
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config, round_prompts
 
 AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp", "context")

@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from pspo_jax.config.schema import Config, ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.distributed.private import cluster_processes, coordination_client
 from pspo_jax.system.storage import StorageError
 

@@ -10,7 +10,8 @@ import os
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
-from pspo_jax.config.schema import Config, ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 
 VARIABLES = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 """Where each backend reads its flags. The GPU's are XLA's own, which every backend must know: one that it does not know

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from pspo_jax.config.schema import AnswerTransform, Config, ConfigError, TaskConfig, TaskName
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import AnswerTransform, Config, TaskConfig, TaskName
 from pspo_jax.data.loading import Source, from_data
 from pspo_jax.data.synthetic.countdown import source as countdown_source
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.checkpoint.params_folder import set_aside
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.task import Completions, Judge, PromptSet, Scores, Tokenizer
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.system.storage import REFUSED, StorageError, write_whole
 
 MAX_POINTS = 2000

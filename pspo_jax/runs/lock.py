@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.system.storage import REFUSED, unwritten
 
 NAME = "run.lock"

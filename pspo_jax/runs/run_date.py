@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pspo_jax.config.schema import Config, embedded, replace
+from pspo_jax.config.schema import Config
+from pspo_jax.config.defaults import embedded, replace
 from pspo_jax.distributed import processes
 
 

@@ -21,7 +21,9 @@ import yaml
 from rich.console import Console
 
 from pspo_jax.runs import verdicts
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.schema import Config
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.defaults import replace
 from pspo_jax.runs.completions import print_completions, write_completions
 from pspo_jax.runs.events import Events
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing

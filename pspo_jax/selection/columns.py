@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, ConfigError, round_prompts
+from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.task import PromptSet
 from pspo_jax.selection import Columns
 from pspo_jax.selection.engine.quotas import check_prompts

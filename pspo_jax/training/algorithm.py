@@ -6,9 +6,10 @@ import dataclasses
 from typing import NamedTuple
 
 from pspo_jax import advantages, replay, selection
+from pspo_jax.config.defaults import flatten
 from pspo_jax.config.ownership import believes
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, flatten, round_prompts
+from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.config.validation import validate
 
 

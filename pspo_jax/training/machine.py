@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pspo_jax.config.schema import Config, Dtype, Remat, embedded, replace
+from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.schema import Config, Dtype, Remat
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
 from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.checkpoint.store import read_part
-from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs.access import choose_steps, read_config
 from pspo_jax.training.setup import Setup, prepare, verifiers
 

@@ -19,7 +19,7 @@ from pspo_jax.arrays.state import SavedState, TrainState
 from pspo_jax.checkpoint.checksums import verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.store import Checkpoints
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import prompts_shardings
 from pspo_jax.runs.accounting import Totals

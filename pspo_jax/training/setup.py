@@ -19,7 +19,9 @@ from jax.sharding import Mesh
 from pspo_jax.arrays.state import TrainState, run_key
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
-from pspo_jax.config.schema import Config, ConfigError, embedded, flatten, replace
+from pspo_jax.config.defaults import embedded, flatten, replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer

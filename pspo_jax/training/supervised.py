@@ -17,7 +17,9 @@ from jaxtyping import Array, Float
 
 from pspo_jax import __version__
 from pspo_jax.arrays.lora import join
-from pspo_jax.config.schema import Config, ConfigError, PromptConfig, flatten
+from pspo_jax.config.defaults import flatten
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.demonstrations import read_examples, read_text
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
 from pspo_jax.losses.log_probs import completion_log_probs

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from pspo_jax.arrays.state import Outcome
 from pspo_jax.config import command_line
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import PRESETS, resolve
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.schema import Config
 from pspo_jax.training.algorithm import build
 
 ALPHA, EPS, EXPONENT, BETA, FLOOR = 0.3, 0.05, 0.6, 0.4, 1e-6

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pspo_jax.checkpoint.checksums import checksums
 from pspo_jax.checkpoint.params_folder import belongs, load_folder, save_folder
 from pspo_jax.checkpoint.store import Checkpoints
-from pspo_jax.config.schema import CheckpointConfig, ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.runs.run_folder import RunLog
 
 

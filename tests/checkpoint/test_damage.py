@@ -11,7 +11,8 @@ import pytest
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.store import Checkpoints, read_params
-from pspo_jax.config.schema import CheckpointConfig, ConfigError
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.system.storage import StorageError
 from tests.checkpoint.trees import abstract, tree
 

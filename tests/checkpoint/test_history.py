@@ -7,7 +7,8 @@ import json
 import pytest
 import yaml
 
-from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs import history
 from pspo_jax.runs.run_folder import RunLog, read_lines, read_summary, write_json
 from tests.helpers import tiny_config

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs.lock import NAME, locked
 
 HOLD = """

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config.schema import ConfigError, TaskConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import TaskConfig
 from pspo_jax.data.synthetic import arithmetic
 from pspo_jax.data.synthetic.arithmetic import (
     EOS,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.choices import options_of, reading_of
 from pspo_jax.data.loading import with_choices
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PromptConfig
 from pspo_jax.data.conversations import read_prompt, transcript
 from pspo_jax.data.loading import quiet
 from pspo_jax.data.tokenizer import load_tokenizer

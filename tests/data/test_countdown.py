@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.validation import validate
 from pspo_jax.data.synthetic.countdown import MAX_VALUE, Problem, generate, question, source, write_prompt
 from pspo_jax.data.task import Completions

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.loading import TRANSFORMS, from_data, quiet, read
 from pspo_jax.data.text import write_left_out
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer

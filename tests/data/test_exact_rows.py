@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.answers import is_prose
 from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import from_data, quiet, read, tokenised

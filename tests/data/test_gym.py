@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import ConfigError, VerifierConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.task import Completions
 from pspo_jax.data.tokenizer import load_tokenizer

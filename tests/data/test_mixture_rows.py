@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels
-from pspo_jax.config.schema import ConfigError
 from pspo_jax.config.validation import validate
 from pspo_jax.data.loading import quiet
 from pspo_jax.data.tokenizer import load_tokenizer

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError, PromptConfig, RolloutConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PromptConfig, RolloutConfig
 from pspo_jax.config.text_fields import stop_texts
 from pspo_jax.config.validation import validate
 from pspo_jax.data.rendering import date_directives

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PromptConfig
 from pspo_jax.data.templates import QUESTIONS, SYSTEM_PROMPTS, TEXTS
 from pspo_jax.data.tokenizer import load_tokenizer
 from tests.conftest import DATA

@@ -10,7 +10,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import ConfigError, VerifierConfig, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.loading import from_data, quiet
 from pspo_jax.data.synthetic.countdown import generate

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pspo_jax.config.schema import ConfigError, PromptConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PromptConfig
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 from tests.conftest import DATA

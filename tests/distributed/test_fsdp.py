@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.planning.memory import bytes_per_device
 from pspo_jax.planning.roofline import traffic
 from pspo_jax.rollout import SamplingParams, make_sampler

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pspo_jax.config.command_line import parse
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import smallest_fsdp
 from pspo_jax.training.host_step import _over_rounds

@@ -11,7 +11,8 @@ import pytest
 
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.evaluate import main as evaluate
 from pspo_jax.export import main as export
 from pspo_jax.report import main as report

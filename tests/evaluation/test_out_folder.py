@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pspo_jax.commands.evaluate import _check_settings
 from pspo_jax.config.command_line import to_yaml
-from pspo_jax.config.schema import Config, ConfigError
-from pspo_jax.evaluate import _check_settings, _steps
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
+from pspo_jax.evaluate import _steps
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.export import main as export
 from pspo_jax.system.storage import StorageError

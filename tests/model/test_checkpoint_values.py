@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PolicyConfig
 from pspo_jax.model.architecture import beyond_context
 from pspo_jax.model.huggingface.json_files import check_side_files
 from pspo_jax.model.huggingface.load import read_source

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.model.huggingface.save import copy_files, numpy_dtype, whole_tensors, write_folder, write_tensors
 from tests.model.checkpoints import torch, transformers, write_checkpoint
 from tests.model.test_pretrained import load

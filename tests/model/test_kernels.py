@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PolicyConfig
 from pspo_jax.distributed.mesh import AXES
 from pspo_jax.model import built_in, transformer
 from pspo_jax.model.attention.kernels import run_kernel

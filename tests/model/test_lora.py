@@ -12,10 +12,10 @@ import optax
 import pytest
 
 from pspo_jax.arrays.lora import Adapted, join
-from pspo_jax.config.schema import ConfigError
-from pspo_jax.config.schema import replace as replace_fields
+from pspo_jax.commands.export import rounding
+from pspo_jax.config.defaults import replace as replace_fields
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.validation import validate
-from pspo_jax.export import rounding
 from pspo_jax.model import built_in
 from pspo_jax.model.architecture import Lora, lora_of
 from pspo_jax.model.huggingface.save import merged_tensors, write_adapter

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import Config, PolicyConfig, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.schema import Config, PolicyConfig
 from pspo_jax.distributed.mesh import constrain, make_mesh
 from pspo_jax.model.architecture import Rotary, plain_frequencies
 from pspo_jax.model.attention import xla

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pspo_jax.arrays.groups import empty_groups, keep
 from pspo_jax.arrays.state import Prompts
-from pspo_jax.config.schema import Config, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.schema import Config
 from pspo_jax.replay import Groups, effective, fill, filtered
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
 from tests.replay.oracle import PlainReplay, Stored

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pspo_jax.config.schema import ConfigError, VerifierConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.verifiers.workers.pool import Pool, Request
 from tests.conftest import REPO
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.config.schema import Config, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.schema import Config
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.model import from_logits

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from pspo_jax.arrays.state import Outcome
 from pspo_jax.config.command_line import parse
-from pspo_jax.config.schema import Config, ConfigError, replace
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.rollout import SamplingParams, counting_sampler
 from pspo_jax.selection.engine.longest_first import dealt
 from pspo_jax.training.algorithm import build

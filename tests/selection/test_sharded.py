@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pspo_jax.arrays.per_prompt import padded_rows
 from pspo_jax.arrays.state import Outcome
 from pspo_jax.checkpoint.store import Checkpoints
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import CheckpointConfig, Config, replace
+from pspo_jax.config.schema import CheckpointConfig, Config
 from pspo_jax.distributed.mesh import make_mesh, prompts_shardings
 from pspo_jax.selection import SCORERS, Columns, Sizes, selector
 

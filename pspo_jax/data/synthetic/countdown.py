@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pspo_jax.config.schema import Config, ConfigError, TaskConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config, TaskConfig
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.loading import Question, Source, quiet
 from pspo_jax.data.task import Completions, Demonstrations, PromptSet, Scores, Task, digest, pad_rows

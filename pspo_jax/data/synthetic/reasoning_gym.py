@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import options
-from pspo_jax.config.schema import Config, ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.data.loading import Question, Source, quiet
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.kernels import KERNELS, obstacle, run_kernel

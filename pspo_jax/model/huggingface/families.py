@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PolicyConfig
 from pspo_jax.model.architecture import Architecture, Rotary, plain_frequencies
 
 

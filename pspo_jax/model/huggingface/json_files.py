@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 
 SIDE_FILES = (
     "generation_config.json",

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from pspo_jax.config.schema import ConfigError, PolicyConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import PolicyConfig
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.families import FAMILIES, architecture_of, unknown_family
 from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.config.schema import ConfigError
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.load import Source, read_tensor
 from pspo_jax.model.weights import entries, lora_table, projections, table, to_hf

@@ -26,7 +26,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pspo_jax.config.schema import ConfigError, VerifierConfig
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.verifiers.workers.clock import Spent, spent, usage
 from pspo_jax.verifiers.workers.process import KILL, PID, SPAWN
 from pspo_jax.verifiers.workers.requests import Batch, Reply, Request

@@ -1,0 +1,261 @@
+"""Benchmarks over the checkpoints of a run, or over one model, on the devices that are there."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from pspo_jax.arrays.lora import join
+from pspo_jax.checkpoint.checksums import files_identity, verify
+from pspo_jax.checkpoint.store import params_identity, read_params
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
+from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.text import benchmark_prompts, why
+from pspo_jax.distributed import processes
+from pspo_jax.distributed.mesh import make_mesh, params_shardings, smallest_fsdp
+from pspo_jax.evaluation import tables
+from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, benchmark_source
+from pspo_jax.evaluation.runner import Work, read_summary, run_benchmark
+from pspo_jax.model import transformer
+from pspo_jax.model.architecture import Architecture, beyond_context
+from pspo_jax.model.huggingface.load import Source, load_params
+from pspo_jax.model.weights import table
+from pspo_jax.rewards.task import make_task
+from pspo_jax.rewards.text_reward import text_judge
+from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.runs.run_folder import write_json
+from pspo_jax.system.progress import Progress
+from pspo_jax.system.storage import unread, write_whole, writing
+from pspo_jax.training.machine import with_type
+from pspo_jax.training.setup import architecture_for, configure_runtime, device_bytes
+from pspo_jax.verifiers.workers.pool import Pool
+
+LONGEST_PROMPT = 8192
+"""Tokens; a benchmark is evaluated whole, whatever training left out."""
+
+
+class Candidate(NamedTuple):
+    """Weights to be evaluated."""
+
+    label: str
+    step: int
+    identity: str
+    """Hash of the weights, which results belong to."""
+    load: Callable[[], Any]
+
+
+def evaluate_checkpoints(
+    args: argparse.Namespace,
+    config: Config,
+    names: list[str],
+    data: dict[str, str],
+    steps: list[int],
+    out: Path,
+    progress: Progress,
+    stop: Callable[[], bool],
+    pool: Pool | None,
+) -> int:
+    configure_runtime(config)
+    config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
+    for words in chosen:
+        progress.say(f"default of this machine: {words}")
+    if processes.leads():
+        _check_settings(out, config, args)
+    source, tokenizer, architecture = architecture_for(config)
+    config = _on_devices(config, architecture, len(jax.devices()))
+    mesh = make_mesh(config, architecture)
+    with jax.set_mesh(mesh):
+        policy = transformer(architecture)
+        longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
+        chunk = tokens_per_test(platform, longest)
+        sample = make_sampler(policy, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
+        works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names]
+        if not isinstance(tokenizer, CharTokenizer):
+            progress.say(tokenizer.stop_line())
+        for work in works:
+            if line := beyond_context(architecture, int(work.prompts.lengths.max()), longest):
+                progress.say(f"{work.name}: {line}")
+            if work.prompts.left_out:
+                progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
+        candidates = _candidates(args, steps, source, architecture, policy, mesh)
+        rows: dict[str, dict[str, tables.Summary]] = {}
+        for candidate in candidates:
+            rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
+            if processes.leads():
+                _write(out, rows, {c.label: c.step for c in candidates})
+    if processes.leads():
+        progress.say((out / "table.md").read_text(encoding="utf-8"))
+        progress.say(f"written to {out}")
+    return 0
+
+
+def _on_devices(config: Config, architecture: Architecture, devices: int) -> Config:
+    """`config` with weights split as far as these devices' memory needs, and a batch that they divide.
+
+    The last batch is filled up anyway, and a completion does not depend on its batch.
+    """
+    m = config.mesh
+    weights = jax.eval_shape(transformer(dataclasses.replace(architecture, lora=None)).init, jax.random.key(0))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    fsdp = m.fsdp or smallest_fsdp(held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.width)
+    shards = (devices // m.tensor) if m.data == -1 else m.data * fsdp * m.context
+    batch = -(-config.rollout.prompts // max(shards, 1)) * max(shards, 1)
+    return replace(config, {"mesh.fsdp": fsdp, "rollout.prompts": batch})
+
+
+def _work(
+    name: str,
+    data: str | None,
+    config: Config,
+    args: argparse.Namespace,
+    tokenizer: Any,
+    pool: Pool | None,
+    sample: Any,
+    mesh: Any,
+    progress: Progress,
+) -> Work:
+    if isinstance(tokenizer, CharTokenizer):
+        task = make_task(config, tokenizer)
+        prompts, judge = task.heldout, task.judge
+        stop_ids: tuple[int, ...] = task.stop_ids
+        if args.limit:
+            raise ConfigError("--limit: an embedded task has task.heldout_prompts problems; leave it out")
+    elif name == HELDOUT:
+        few = args.limit or config.task.heldout_prompts
+        # As training splits the data; how many prompts it draws does not matter here.
+        fields = {"task.heldout_prompts": min(few, config.task.heldout_prompts), "rollout.prompts": 1}
+        task = make_task(replace(config, fields), tokenizer, pool, progress.say)
+        prompts, judge, stop_ids = task.heldout, task.judge, task.stop_ids
+    else:
+        whole = replace(config, {"prompt.max_tokens": max(config.prompt.max_tokens, LONGEST_PROMPT)})
+        source = benchmark_source(name, data, whole)
+        prompts = benchmark_prompts(source, whole, tokenizer, pool, args.limit, progress.say)
+        judge, stop_ids = text_judge(pool, tokenizer, config), tokenizer.stop_ids
+    return Work(
+        name=name,
+        prompts=prompts,
+        judge=judge,
+        tokenizer=tokenizer,
+        samples=args.samples,
+        batch=config.rollout.prompts,
+        sample=sample,
+        settings=SamplingParams.of(config.rollout, stop_ids, temperature=args.temperature),
+        key=jax.random.key(args.seed),
+        mesh=mesh,
+    )
+
+
+def _candidates(
+    args: argparse.Namespace, steps: list[int], source: Source | None, architecture: Any, policy: Any, mesh: Any
+) -> list[Candidate]:
+    """The checkpoints that the arguments name."""
+    base: list[Any] = []
+
+    def load_source() -> Any:
+        assert source is not None
+        if not base:
+            plain = transformer(dataclasses.replace(architecture, lora=None))
+            shapes = jax.eval_shape(plain.init, jax.random.key(0))
+            shardings = params_shardings(mesh, shapes, plain.axes)
+            base.append(load_params(source, table(architecture), shardings, architecture.param_dtype))
+        return base[0]
+
+    def load_step(step: int) -> Any:
+        params, metadata = read_params(
+            args.run / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, policy.axes)
+        )
+        if source is not None and metadata.get("source") != source.fingerprint():
+            raise ConfigError(f"policy.source={source.name}: is not the checkpoint that this run began from")
+        if architecture.lora is None:
+            return join(params, None)
+        try:
+            verify(load_source(), metadata["base"])
+        except ValueError as error:
+            raise ConfigError(
+                f"policy.source={source.name if source else None}: its weights differ from those this run's adapters "
+                f"were trained on ({error})"
+            ) from error
+        return join(params, load_source())
+
+    if args.run is None:
+        assert source is not None
+        name = Path(args.model).name if Path(args.model).is_dir() else args.model
+        return [Candidate(name, 0, files_identity(source.folder), load_source)]
+    folder = args.run / "checkpoints"
+    return [Candidate(f"step {s}", s, params_identity(folder, s), partial(load_step, s)) for s in steps]
+
+
+def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None:
+    """Refuse to mix results of different settings in one folder."""
+    settings = {
+        "policy": str(args.run or args.model),
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "samples": args.samples,
+        "seed": args.seed,
+        "prompt": dataclasses.asdict(config.prompt),
+        "compute_dtype": config.policy.compute_dtype,
+    }
+    path = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
+    try:
+        # Without results, as after a command that failed, any settings may begin.
+        begun = path.exists() and any(out.glob("*/*.jsonl"))
+        before = json.loads(path.read_text(encoding="utf-8")) if begun else settings
+        if not isinstance(before, dict):
+            raise ValueError("no mapping")
+    except ValueError as error:
+        raise ConfigError(f"--out {out}: its settings.json is damaged; name another folder") from error
+    except OSError as error:
+        raise unread(path, error) from error
+    if before != settings:
+        differs = [f"{k}={before.get(k)} there, {v} now" for k, v in settings.items() if before.get(k) != v]
+        raise ConfigError(f"--out {out}: holds results of other settings ({'; '.join(differs)}); name another folder")
+    write_json(path, settings)
+
+
+def _evaluate(
+    candidate: Candidate, works: list[Work], out: Path, ks: list[int], progress: Progress, stop: Callable[[], bool]
+) -> dict[str, tables.Summary]:
+    loaded: list[Any] = []
+
+    def weights() -> Any:
+        if not loaded:
+            loaded.append(candidate.load())
+        return loaded[0]
+
+    folder = out / candidate.label.replace(" ", "_").replace("/", "--")
+    found = {}
+    for work in works:
+        path = folder / f"{work.name}.jsonl"
+        began = time.monotonic()
+        with progress.phase(f"{candidate.label} {work.name}", len(work.prompts.lengths)) as bar:
+            tokens = run_benchmark(work, weights, candidate.identity, path, bar, stop, progress.say)
+        seconds = time.monotonic() - began
+        rate = f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens else f"was in {path}"
+        progress.say(f"{candidate.label} {work.name}: {rate}")
+        if processes.leads():
+            found[work.name] = read_summary(path, ks)
+    return found
+
+
+def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[str, int]) -> None:
+    results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
+    write_json(out / "results.json", results)
+    write_whole(out / "table.md", tables.markdown(rows, FIVE).encode())
+    with writing(out / "curve.png"):
+        tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)

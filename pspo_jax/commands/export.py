@@ -1,0 +1,190 @@
+"""Writing a run, or one of its checkpoints, as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pspo_jax.checkpoint.store import read_params, saved_steps
+from pspo_jax.config import command_line
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.huggingface.save import (
+    TOKENIZER_FILES,
+    built_in_config,
+    copy_files,
+    merged_tensors,
+    numpy_dtype,
+    set_config,
+    set_dtype,
+    set_stop_ids,
+    whole_tensors,
+    write_adapter,
+    write_folder,
+    write_tensors,
+)
+from pspo_jax.model.weights import entries, table
+from pspo_jax.runs.access import metrics_of
+from pspo_jax.training.setup import architecture_for
+
+
+def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:
+    """`write(folder, step)` for the checkpoints of a run; what cannot be exported is refused here."""
+    _, _, architecture = architecture_for(config)
+    if adapter_only and architecture.lora is None:
+        raise ConfigError("--adapter-only: this run trained all weights (lora.rank=0); leave it out")
+
+    def write(folder: Path, step: int) -> None:
+        params, metadata = read_params(run / "checkpoints", step)
+        write_model(folder, config, params, dtype, adapter_only, metadata.get("source"))
+        card = model_card(config, run, step, adapter_only)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    return write
+
+
+def write_model(
+    folder: Path,
+    config: Config,
+    params: Any,
+    dtype: str | None = None,
+    adapter_only: bool = False,
+    began_from: str | None = None,
+) -> None:
+    """Write trained params to a folder in Hugging Face's format, with config and tokenizer.
+
+    Args:
+      params: on the host or one device.
+      dtype: of the tensors; None = each tensor's in the source.
+      adapter_only: adapters in PEFT's layout, not merged.
+      began_from: fingerprint of the checkpoint that training began from; None = the config's is known to be it.
+    Raises:
+      ConfigError: policy.source is another checkpoint.
+    """
+    source, tokenizer, architecture = architecture_for(config)
+    if source is not None and began_from not in (None, source.fingerprint()):
+        raise ConfigError(
+            f"policy.source={source.name}: is not the checkpoint that this run began from (another config, or "
+            "other tensors); name the right one with --base"
+        )
+
+    def dtype_of(name: str) -> Any:
+        stored = source.tensors[name].dtype if source else architecture.param_dtype
+        return numpy_dtype(dtype or stored)
+
+    if architecture.lora is not None and not adapter_only and (line := rounding(architecture, dtype_of)):
+        print(line, file=sys.stderr)
+    if adapter_only:
+        assert source is not None
+        write_adapter(folder, architecture, params, source.name)
+    elif source is not None and architecture.lora is not None:
+        write_tensors(folder, merged_tensors(architecture, source, params, dtype_of))
+    else:
+        write_tensors(folder, whole_tensors(architecture, params, dtype_of))
+    if source is not None and not adapter_only:
+        copy_files(folder, source.folder, ("config.json", "generation_config.json"))
+        set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
+        if dtype:
+            set_dtype(folder, dtype)
+        if source.untied:  # config.json claims otherwise, and loaders that believe it would drop the head
+            set_config(folder, {"tie_word_embeddings": False})
+    elif source is None:
+        _write_built_in(folder, config, architecture, tokenizer, dtype)
+    if hasattr(tokenizer, "folder"):
+        copy_files(folder, tokenizer.folder, TOKENIZER_FILES)
+
+
+def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that ended completions in training."""
+    return tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+
+
+def rounding(a: Architecture, dtype_of: Callable[[str], Any]) -> str | None:
+    """A line on merged weights that are written in fewer bits than they are trained in; None if none are.
+
+    Args:
+      dtype_of: type in which the tensor of a name is written.
+    """
+    assert a.lora is not None
+    merged = [name for path, name, _, _ in entries(table(a)) if path.split("'")[-2] in a.lora.targets]
+    types = sorted({str(dtype_of(name)) for name in merged} - {"float32"})
+    if not types:
+        return None
+    return (
+        f"adapters are merged into {' and '.join(types)}, whose rounding changes some greedy texts after short runs; "
+        "--dtype float32 keeps all of them, and --adapter-only leaves the base as it is"
+    )
+
+
+def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:
+    """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
+    stop_ids = _stop_ids(tokenizer)
+    hf = built_in_config(architecture, config.policy.rope_theta, stop_ids, tokenizer.pad_token_id)
+    (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
+    generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    if hasattr(tokenizer, "to_hf"):
+        tokenizer.to_hf().save_pretrained(folder)
+
+
+def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
+    """README.md of an export: base, data, algorithm, metrics, config."""
+    lines = [line for line in metrics_of(run) if line["step"] <= step]
+    shown: dict[str, float] = {}
+    for line in lines:
+        shown |= {
+            k: v for k, v in line.items() if v is not None and k.startswith(("eval/", "reward", "rollouts/total"))
+        }
+    library = "peft" if adapter_only else "transformers"
+    head: dict[str, Any] = {"library_name": library, "tags": ["pspo_jax", config.algorithm.name]}
+    if config.policy.source is not None:
+        head["base_model"] = config.policy.source
+    table = "".join(f"| {k} | {v:.4g} |\n" for k, v in sorted(shown.items()))
+    base = config.policy.source or "random weights"
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.resolve().name}, step {step}\n\n"
+        f"Trained with pspo_jax: {config.algorithm.name} on {config.task.name}"
+        f"{f' ({config.task.train_data})' if config.task.train_data else ''}, from {base}"
+        f"{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}.\n\n"
+        f"## Metrics\n\nLatest values up to this step.\n\n| Metric | Value |\n|---|---|\n{table}\n"
+        f"## Config\n\n```yaml\n{command_line.to_yaml(config)}```\n"
+    )
+
+
+def push(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--push-to {repo}: {reason}; the export itself is in {folder}") from error
+    print(f"https://huggingface.co/{repo}")
+
+
+def copy_finished_model(args: argparse.Namespace) -> bool:
+    """Whether the run is one of supervised fine-tuning alone, whose only model has been copied."""
+    model = args.run / "model"
+    if not model.is_dir() or saved_steps(args.run / "checkpoints"):
+        return False
+    for flag, value in (("--dtype", args.dtype), ("--adapter-only", args.adapter_only), ("--base", args.base)):
+        if value:
+            raise ConfigError(f"{flag}: {args.run} holds one finished model, which is copied as it is; leave it out")
+    if args.step not in ("latest", "best"):
+        raise ConfigError(f"--step {args.step}: {args.run} holds one finished model and no steps; leave it out")
+    write_folder(args.out, lambda folder: shutil.copytree(model, folder, dirs_exist_ok=True))
+    print(args.out)
+    if args.push_to:
+        push(args.out, args.push_to)
+    return True

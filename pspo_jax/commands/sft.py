@@ -1,0 +1,56 @@
+"""Supervised fine-tuning alone: what it prepares, and the model that it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pspo_jax.commands.export import write_model
+from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.schema import Config
+from pspo_jax.data.demonstrations import demonstration_task
+from pspo_jax.data.tokenizer import TextTokenizer
+from pspo_jax.distributed import processes
+from pspo_jax.model.huggingface.save import write_folder
+from pspo_jax.runs import history
+from pspo_jax.system.progress import Progress
+from pspo_jax.training.setup import FirstParams, Setup, architecture_for, prepare
+
+
+def prepare_supervised(config: Config, pool: Any, progress: Progress) -> Setup:
+    """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
+    if embedded(config):
+        return prepare(config, pool=pool, say=progress.say)
+    _, tokenizer, _ = architecture_for(config)
+    assert isinstance(tokenizer, TextTokenizer)
+    idle = {
+        "rollout.prompts": len(jax.devices()),
+        "rollout.chunks": 1,
+        "rollout.slots": None,
+        "rollout.max_rounds": 1,
+        "rollout.oversampling": 1.0,
+        "objective.minibatches": 1,
+    }
+    config = replace(config, idle)
+    return prepare(config, pool=pool, say=progress.say, task=demonstration_task(config, tokenizer))
+
+
+def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: Progress) -> int:
+    """Write a language model as a checkpoint, and say what can be done with what was learnt."""
+    c = setup.config
+    progress.say(f"{first.origin} in {folder / 'cold_start'}")
+    fields = [f"--sft.{name} {getattr(c.sft, name)}" for name in ("steps", "batch", "learning_rate", "warmup")]
+    same = f"train with the same settings ({' '.join(fields)}) and a --run.dir beside it"
+    if embedded(c):
+        progress.say(same)
+        return 0
+    params = processes.whole(first.params)
+    if processes.leads():
+        history.write_config(folder, c)
+        out = folder / "model"
+        write_folder(out, lambda place: write_model(place, c, params), replace=True)
+        progress.say(f"{out} is the model in Hugging Face's format: train it with --policy.source {out}, or {same}")
+    processes.wait_for_all("model")
+    return 0
