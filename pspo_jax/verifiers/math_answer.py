@@ -18,7 +18,7 @@ from pspo_jax.verifiers.variable_names import name_of
 
 ALTERNATIVES = "\x1e"
 """Between gold answers any of which is right."""
-RULES = 3
+RULES = 4
 """Version of the rules in this file; to be raised when a verdict may change."""
 MAX_ANSWER = 2000
 """Characters; a longer answer is wrong unless the gold answer is as long."""
@@ -35,13 +35,11 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _IN_BASE = re.compile(r"(?<![A-Za-z\d])\(?[0-9A-Z]*\d[0-9A-Z]*\)?\s*_\s*(?:\{\s*\(?\s*(\d+)\s*\)?\s*\}|(\d))")
 _ONE_LETTER_UNIT = re.compile(r"(\S.{0,60}?)(\s*)[mslghLJNWVKCF]")
 """Behind a number without letters: 5 m, and 5m beside a plain number."""
+_TAGS = ("<answer>", "</answer>")
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z_])")
 _RATIO = re.compile(r"\s*([\d.]+)\s*(?::|to)\s*([\d.]+)\s*")
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])")
 _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*(?=\()|[A-Za-z]\s*\\in\s*(?=[(\[\\])")
-_LAST_TEXT = re.compile(
-    r"(.*[^\s,])\s*\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*-?\d+\s*\}?)?"
-)
 _NO_UNITS = ("in", "am", "a", "d", "k", "j", "n", "w", "v", "A")
 """Units that are also words or names in prose."""
 _ONE_NUMBER = re.compile(
@@ -53,15 +51,18 @@ def final_answer(completion: str) -> str | None:
     """The part of a completion that states its answer, or None if nothing is there. Linear in the text's length.
 
     Reasoning up to the last `</think>` is dropped. Of what is left: the last `\\boxed{}` with those joined to it ("3
-    and 5"), else the last `<answer>` block, else the last 500 characters, of which the worker takes what "the answer
-    is" states, or math-verify the last number or formula.
+    and 5"), else the last `<answer>` block with its tags, else the last 500 characters, of which the worker takes what
+    "the answer is" states, or math-verify the last number or formula.
     """
     text = completion.rpartition("</think>")[2]
     if boxes := _last_boxes(text):
         return boxes
-    _, tag, tail = text.rpartition("<answer>")
-    if tag and "</answer>" in tail:
-        text = tail.partition("</answer>")[0]
+    before, tag, tail = text.rpartition(_TAGS[0])
+    if tag and _TAGS[1] in tail and not _DENIED.search(before, max(0, len(before) - 20)):
+        inner = tail.partition(_TAGS[1])[0]
+        if inner.strip() and len(inner) <= _TAIL:
+            return f"{tag}{inner}{_TAGS[1]}"
+        text = inner
     return text[-_TAIL:].strip() or None
 
 
@@ -106,7 +107,7 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     golds = [g.strip() for g in gold.split(ALTERNATIVES)]
     if len(answer) > max(MAX_ANSWER, 2 * max(map(len, golds))):
         return 0.0, None
-    answers = _statements(answer)
+    answers, named = _statements(answer), _tagged(answer)
     # What is spelled as the answer is comes first: comparing it with the other alternatives may take for ever.
     spelled = {_spelling(text) for text in answers}
     golds.sort(key=lambda gold: _spelling(unboxed(gold)) not in spelled)
@@ -114,9 +115,29 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
     for alternative in golds:
         wanted = unboxed(alternative)
         readable |= _readable(wanted)
-        if readable and any(same(wanted, statement) for statement in answers):
+        if readable and (_named(wanted, named) or any(same(wanted, text) for text in answers)):
             return 1.0, canonical(_BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
+
+
+def _tagged(answer: str) -> str | None:
+    """The one line within the tags of an answer, unless it asks or negates: words are answers there, not in prose."""
+    if not answer.startswith(_TAGS[0]) or not answer.endswith(_TAGS[1]) or _BOX in answer:
+        return None
+    text = answer[len(_TAGS[0]) : -len(_TAGS[1])].strip()
+    return None if not text or re.search(r"[\n?]|[!~¬≠](?=.)", text) else text
+
+
+def _named(gold: str, answer: str | None) -> bool:
+    """Whether an answer in tags has the words of gold: March, May 5. Values are compared elsewhere."""
+    if not answer:
+        return False
+    gold, answer = notation.respelled(gold), notation.respelled(notation.unmarked(answer))
+    word = notation.words(gold)
+    if word:
+        return word == notation.words(answer)
+    gold, answer = (notation.plain(text).casefold() for text in (gold, answer))
+    return gold == answer and bool(re.fullmatch(r"(?=.*[^\W\d_]{3})[\w\s,.'-]+", gold))
 
 
 def _spelling(text: str) -> str:
@@ -145,10 +166,12 @@ def _statements(answer: str) -> list[str]:
     """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
     if _BOX in answer:
         return [] if _DENIED.search(answer, 0, answer.index(_BOX)) else [unboxed(answer)]
+    answer = answer.removeprefix(_TAGS[0]).removesuffix(_TAGS[1]) if answer.endswith(_TAGS[1]) else answer
     sentence, explicit = notation.stated(answer)
     bare = notation.plain(notation.respelled(sentence))
     one = quantities.quantity(bare)
-    if notation.is_bare(one.core if one else sentence) or quantities.amounts(bare):
+    told = not explicit and notation.tells(bare)
+    if notation.is_bare(one.core if one else sentence) or (quantities.amounts(bare) and not told):
         return [sentence] if sentence else []
     value = _value_in(bare, answer, explicit)
     return [text for text, given in ((sentence, explicit), (value, value)) if given and text]
@@ -169,6 +192,10 @@ def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
     word = re.match(r"\s*([A-Za-z]+)\b", right[number.end() :])
     unit = word[1] if word and word[1] not in _NO_UNITS and quantities.converted(Fraction(1), word[1]) else ""
     scale = re.match(r" \\times [\d^{}]+", right[number.end() :])
+    if unit and (larger := notation.larger_part(right[: number.start()])):
+        sizes = [quantities.converted(Fraction(1), name) for name in (larger[1], unit)]
+        if sizes[0] and sizes[1] and sizes[0][0] == sizes[1][0] and sizes[0][1] > sizes[1][1]:
+            return f"{larger[0]} {larger[1]} {number[0]} {unit}"  # 20 is not all of "three hours and 20 minutes"
     return f"{number[0]}{scale[0] if scale else ''} {unit}"
 
 
@@ -204,7 +231,8 @@ def _as_numbers(_: Pair, bare: Pair) -> bool | None:
     gold, answer = (quantities.number(text.rstrip("%\\ ")) for text in bare)
     if gold is None or answer is None:
         ratios = [_RATIO.fullmatch(text) for text in bare]
-        return None if not all(ratios) or any(map(quantities.literal, bare)) else _equal_ratios(*ratios)
+        # 3:5 is no time of a day, so that 9:15 beside it is a ratio; beside a gold 9:15 nothing but 9:15 is right.
+        return None if not all(ratios) or quantities.literal(bare[0]) else _equal_ratios(*ratios)
     percent = [text.endswith("%") for text in bare]
     exact = not any("." in text and "\\" not in text for text in bare)
     if percent[0] == percent[1]:
@@ -319,8 +347,8 @@ def _as_quantities(texts: Pair, bare: Pair) -> bool | None:
 
 
 def _without_letter(bare: Pair) -> bool | None:
-    """5 m beside 5: the letter is a unit where the other side has no letters at all."""
-    matches = [_ONE_LETTER_UNIT.fullmatch(text) for text in bare]
+    """5 m and 5 m/s beside 5: letters are units where the other side has no letters at all."""
+    matches = [_ONE_LETTER_UNIT.fullmatch(text) or quantities.PER.fullmatch(text) for text in bare]
     found = [match if match and quantities.number(match[1]) is not None else None for match in matches]
     if bool(found[0]) == bool(found[1]) or any(
         re.search("[A-Za-z]", t) for t, m in zip(bare, found, strict=True) if not m
@@ -332,10 +360,13 @@ def _without_letter(bare: Pair) -> bool | None:
 
 
 def _quantity(text: str, bare: str) -> quantities.Quantity | None:
-    last = _LAST_TEXT.fullmatch(text)
-    if last and "\\text" not in last[1] and "\\mbox" not in last[1] and quantities.is_noun(last[2].strip()):
-        return quantities.Quantity(notation.plain(last[1]), last[2].strip() + (last[3] or ""))
-    return quantities.quantity(bare, marked=bool(last))
+    last = notation.marked_unit(text)
+    if last is None:
+        return quantities.quantity(bare)
+    core, unit = last
+    if "\\text" not in core and "\\mbox" not in core and quantities.is_noun(unit):
+        return quantities.Quantity(notation.plain(core), unit) if quantities.may_be_unit(unit) else None
+    return quantities.quantity(bare, marked=True)
 
 
 def _as_words(texts: Pair, bare: Pair) -> bool | None:
@@ -441,7 +472,7 @@ def canonical(answer: str) -> str | None:
 
     It names the expression that the check has parsed, whose parse is remembered, so that a name costs next to nothing.
     """
-    statements = _statements(answer)
+    statements = _statements(answer) or [named for named in [_tagged(answer)] if named]
     if not statements:
         return None
     text = notation.respelled(statements[-1])
@@ -452,5 +483,7 @@ def canonical(answer: str) -> str | None:
         from sympy import Rational
 
         return name_of(Rational(value.numerator, value.denominator))
+    if word := notation.words(text):
+        return name_of(word)  # March is no product of its letters
     parsed = _parse(_boxed(text)) if text else ()
     return name_of(parsed[0]) if parsed else None

@@ -66,7 +66,8 @@ _NAMES = (
 _ALL_REALS = re.compile(r"\s*(?:\\mathbb\s*\{?R\}?|\\R|\\text\{\s*all real numbers\s*\}|all real numbers)\s*")
 _BRACED_COMMA = re.compile(r"(?<=\d)\s*(?:\{,\}|,?\\[,!;:])\s*(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
-_BRACED_POINT = re.compile(r"(?<=\d)\{\.\}(?=\d)")
+_BRACED_SIGN = re.compile(r"(?<=\d)\s*(?:\\math(?:bin|rel|ord|punct|op)\s*)?\{\s*([.:/-])\s*\}\s*(?=\d)")
+"""9{:}45, where the braces take the spaces of a relation away."""
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,/])")
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|is|are|it|this|we|get|have|the|my|our|final|correct|answers?|result|value|solution|"
@@ -119,6 +120,24 @@ _AFTER = re.compile(
 _SEPARATOR = re.compile(
     r"\s*(?:[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|\\(?:lor|vee|land|wedge|cup)(?![A-Za-z])|\\\\)\s*"
 )
+_MARKED = re.compile(
+    r"\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d))?"
+)
+_JOINT = re.compile(r"\s*(?:(?:/|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|\*|\.)\s*)?(\(?)\s*")
+"""Between the parts of a unit: kg \\cdot m / s^2, J / (mol \\cdot K)."""
+_INNER = r"((?:[^{}]|\{[^{}]*\})*)"
+_UPRIGHT = rf"\{{(?=\s*\\(?:text|mathrm|mbox)){_INNER}\}}"
+_UNIT_FRACTION = re.compile(rf"\\frac\s*{_UPRIGHT}\s*{_UPRIGHT}")
+_VERB = (
+    r"(?:(?:will|can|could|would|must|should|did)\s+\w+|have|has|had|are|were|is|was|gets?|got|makes?|made|sells?|sold|buys?|"
+    r"bought|bakes?|eats?|ate|owns?|weighs?|takes?|took|earns?|pays?|paid|spends?|spent|gives?|gave|collects?|receives?|"
+    r"contains?|produces?|wins?|won|finds?|found|catch|caught|\w{3,}ed)"
+)
+_TOLD = re.compile(
+    rf"\d+\s+(?:[^\W\d]+\s+){{1,6}}?{_VERB}\s+(?:(?:a|an|in|total|of|all|altogether|together|about|exactly|only|just|up|out)\s+)*"
+    r"[$€£]?\d[\d,.]*[^\d]*"
+)
+_PART = re.compile(rf"(\d+|\b(?:{'|'.join(NUMBER_WORDS)}))[\s-]([A-Za-z]+)(?:\s*,)?(?:\s+and)?\s+$", re.IGNORECASE)
 _OPEN, _CLOSE = "([{", ")]}"
 MOST_PARTS = 64
 """Members of a list; a longer one is compared as one text."""
@@ -140,7 +159,7 @@ def respelled(text: str) -> str:
     text = _COLOUR.sub(
         "", _ENVIRONMENT.sub("", text).replace("&", "") if "matrix" not in text and "array" not in text else text
     )
-    text = _BRACED_POINT.sub(".", _DECIMAL_COMMA.sub(".", _BRACED_COMMA.sub("", text)))
+    text = _BRACED_SIGN.sub(r"\1", _DECIMAL_COMMA.sub(".", _BRACED_COMMA.sub("", text)))
     text = _SPACES.sub(" ", _SIZES.sub("", text))
     for pattern, name in _NAMES:
         text = pattern.sub(name, text)
@@ -298,6 +317,44 @@ def stated(text: str) -> tuple[str, bool]:
     if said and (is_bare(behind) or (behind.isalpha() and not re.search(r"\d", sentence))) and not hedged(behind):
         return behind, True
     return sentence, False
+
+
+def tells(text: str) -> bool:
+    """Whether a plain sentence only says how many did what: "3 of them baked 84 cookies" is no list of two amounts."""
+    return bool(_TOLD.fullmatch(text)) and not hedged(text)
+
+
+def larger_part(text: str) -> tuple[str, str] | None:
+    """The number and the unit right before what follows a text: "it takes three hours and"."""
+    found = _PART.search(text[-60:])
+    return (str(NUMBER_WORDS.get(found[1].lower(), found[1])), found[2]) if found else None
+
+
+def unmarked(line: str) -> str:
+    """A line without the markup around what it says."""
+    return _MARKUP.sub("", line.strip(" \t*_:"))
+
+
+def marked_unit(text: str) -> tuple[str, str] | None:
+    """What stands before the unit at the end of a respelled text, and the unit, whose every part is in a text command:
+    9.8 \\mathrm{ m} / \\mathrm{s}^2. None for a text that ends otherwise."""
+    text = _UNIT_FRACTION.sub(r" \1/(\2)", text).rstrip()
+    parts = list(_MARKED.finditer(text))[-8:]
+    end = len(text.rstrip(" )"))
+    closed = text.count(")", end)
+    if not parts or parts[-1].end() != end or closed > 1:
+        return None
+    opened, start = 0, parts[-1].start()
+    for before, part in zip(parts[-2::-1], parts[:0:-1], strict=True):
+        joint = _JOINT.fullmatch(text, before.end(), part.start())
+        if not joint:
+            break
+        opened += len(joint[1])
+        start = before.start()
+    core, unit = text[:start].rstrip(), text[start:]
+    if opened != closed or not core or core[-1] in ",/*^_=(+-":
+        return None
+    return core, " ".join(_TEXT_COMMAND.sub(r" \1 ", unit).split())
 
 
 def _sentence(line: str, explicit: bool = True) -> str:

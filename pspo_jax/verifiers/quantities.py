@@ -27,6 +27,13 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _WORD = r"[^\W\d_](?:[^\W\d_]|['.-](?=[^\W\d_]))*\.?"
 _UNIT = rf"(?:{_WORD}|°\s?[CFcf]?(?!\w)|[€£¥₹¢]|\\%)(?:\s*(?:\^\s*\{{?\s*-?\d\s*\}}?|²|³))?"
 _UNITS = rf"{_UNIT}(?:[\s/·]{{1,3}}{_UNIT}){{0,5}}"
+_SYMBOL = (
+    r"(?:[mckn]?m|[mk]?g|[mk]?s|mi|ft|in|min|hr?|[mM]?[lL]|mol|rad|k?J|k?W|k?Pa|Hz|[NVKCA])"
+    r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
+)
+PER = re.compile(rf"(\S.{{0,60}}?)(\s+){_SYMBOL}(?:\s*/\s*{_SYMBOL}){{1,2}}")
+"""A number, a space, and a quotient of units: 9.8 m/s^2."""
+_PER_GROUP = re.compile(r"(?:/|\bper\b)\s*\(([^()]*)\)")
 _SEQUENCE = re.compile(rf"({_DECIMAL})\s*({_UNITS})(?:\s*,\s*|\s+)?(?:and\s+)?")
 
 NUMBER_WORDS = dict(
@@ -239,6 +246,12 @@ def is_noun(unit: str) -> bool:
     return bool(unit) and not digits and not words & (_NO_NOUNS | set(SCALES) | {"percent", "percentage"})
 
 
+def may_be_unit(unit: str) -> bool:
+    """Whether what a text command holds may be a unit: i, e and x are numbers and variables, however they are set."""
+    names = re.findall(r"[A-Za-z]+", re.sub(r"\\[a-z]+", "", unit))
+    return any(len(name) > 1 for name in names) or all(name in "msglhdLJNWVKCFATHMGΩ" for name in names)
+
+
 def _is_unit(core: str, unit: str) -> bool:
     first = re.split(r"[\s^/.]", unit, maxsplit=1)[0]
     return (
@@ -266,7 +279,7 @@ def same_unit(gold: str, answer: str) -> bool:
         return _power(first) == _power(second)
     known = [any(word.partition("^")[0] in _KNOWN for word in words) for words in (first, second)]
     if any(known):
-        return [_key(word) for word in first] == [_key(word) for word in second]
+        return _factors(first) == _factors(second)
     return set(first) <= set(second) or set(second) <= set(first)
 
 
@@ -305,7 +318,9 @@ def total(parts: list[tuple[Fraction, str]]) -> tuple[str, Fraction] | None:
 
 def _words(unit: str) -> list[str]:
     """A unit's words in one spelling: singular, without articles, `square inches` as `inch^2`."""
-    unit = unit.lower().replace("²", "^2").replace("³", "^3").replace("/", " per ")
+    unit = re.sub(r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|[*·]", " ", unit.lower())
+    unit = _PER_GROUP.sub(lambda m: " per " + " per ".join(re.sub(r"\s*\^\s*", "^", m[1]).split()), unit)
+    unit = unit.replace("²", "^2").replace("³", "^3").replace("/", " per ")
     unit = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", unit)
     unit = re.sub(r"\bmiles? per hour\b|\bmi per hr?\b", "mph", unit)
     out: list[str] = []
@@ -334,10 +349,20 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
-def _key(word: str) -> tuple[str, Fraction, str]:
-    name, _, exponent = word.partition("^")
-    dimension, size = _KNOWN.get(name, (name, Fraction(1)))
-    return dimension, size, exponent
+def _factors(words: list[str]) -> dict[tuple[str, Fraction], int]:
+    """The exponent of every part of a unit: m/s^2 and s^-2 m are one."""
+    out: dict[tuple[str, Fraction], int] = {}
+    sign = 1
+    for word in words:
+        if word == "per":
+            sign = -1
+            continue
+        name, _, exponent = word.partition("^")
+        readable = not exponent or re.fullmatch(r"-?[0-9]", exponent)
+        key = _KNOWN.get(name, (name, Fraction(1))) if readable else (word, Fraction(1))
+        out[key] = out.get(key, 0) + sign * (int(exponent) if exponent and readable else 1)
+        sign = 1
+    return {key: exponent for key, exponent in out.items() if exponent}
 
 
 def _power(words: list[str]) -> list[str]:

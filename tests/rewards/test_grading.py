@@ -78,6 +78,10 @@ def test_there_are_enough_pairs_of_either_verdict():
             "a^2 ",
             "between 1 and ",
             "a ",
+            "\\mathrm{m}/",
+            "\\frac{\\text{a}}{\\text{b}",
+            "3 have ",
+            "/(m",
         ),
     ],
 )
@@ -91,6 +95,12 @@ def test_hostile_texts_are_read_at_once(head, piece):
         notation.stated(spelled)
         notation.hedged(spelled)
         notation.is_bare(spelled)
+        notation.marked_unit(spelled)
+        notation.tells(spelled)
+        notation.larger_part(spelled)
+        quantities.may_be_unit(spelled)
+        quantities.same_unit(spelled, "m/s")
+        quantities.PER.fullmatch(spelled)
         for read in (quantities.quantity, quantities.amounts, quantities.literal, quantities.number):
             read(spelled)
 
@@ -99,6 +109,7 @@ def test_hostile_texts_are_read_at_once(head, piece):
     "answers",
     [
         ("\\boxed{\\frac12}", "0.5", "\\boxed{\\dfrac{1}{2}}", "1/2", "The answer is $\\frac{2}{4}$."),
+        ("\\boxed{\\text{March}}", "<answer>March</answer>", "<answer> **March** </answer>"),
         ("\\boxed{42}", "Answer: 42", "It is 42.", "42 apples", "\\boxed{42\\text{ cm}}"),
     ],
 )
