@@ -75,13 +75,11 @@ def run(main: Any, prog: str) -> None:
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if (told := exhausted(error)) is None:
+    except (OSError, StorageError) as error:
+        told = exhausted(error) if isinstance(error, OSError) else error
+        if told is None:
             raise
         print(f"{prog}: error: {told}", file=sys.stderr)
-        sys.exit(1)
-    except StorageError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
         # Orbax's threads may wait for minutes on a file system that takes nothing, and an ordinary end waits for them.
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -22,6 +22,7 @@ class Totals:
             "effective": 0,
             "generated": 0,
             "tokens": 0,
+            "strategy_lines": 0,
             **saved.get("counts", {}),
         }
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0) | saved.get("seconds", {})

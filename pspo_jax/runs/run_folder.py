@@ -86,6 +86,9 @@ class RunLog:
 
     Of several processes the leading one writes: `writes=False` makes all of it nothing. A line is written whole or not
     at all; `persist` says what follows on a write that fails.
+
+    Args:
+      strategy_lines: lines that strategy.jsonl had when the restored step was saved.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class RunLog:
         writes: bool = True,
         persist: Persist | None = None,
         say: Callable[[str], None] = lambda _: None,
+        strategy_lines: int = 0,
     ):
         self._writes = writes
         self._seen: set[str] = set()
@@ -114,6 +118,8 @@ class RunLog:
         reached = max((record["step"] for record in read_lines(self._metrics)[0]), default=-1)
         if 0 < resume_step != reached:
             say(f"{self._metrics}: ends at step {reached}, and the checkpoint is of step {resume_step}; lines are lost")
+        if (there := len(read_lines(self._strategy)[0])) < strategy_lines:
+            say(f"{self._strategy}: {strategy_lines - there} of its {strategy_lines} lines are lost")
         if tensorboard:
             self._persist(lambda: setattr(self, "_events", Events(folder, resume_step + 1)))
 

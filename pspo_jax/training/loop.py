@@ -159,7 +159,16 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
     setup, folder, checkpoints, progress, c = run.setup, run.folder, run.checkpoints, run.progress, run.setup.config
     first = int(state.step)
     console = progress.console if c.log.progress else None
-    log = RunLog(folder, first, c.log.tensorboard, console, processes.leads(), run.persist, progress.say)
+    log = RunLog(
+        folder,
+        first,
+        c.log.tensorboard,
+        console,
+        processes.leads(),
+        run.persist,
+        progress.say,
+        totals.counts["strategy_lines"],
+    )
     base = named_checksums(state.frozen)
 
     def save(state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
@@ -187,7 +196,9 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
             if last or (c.log.selection_every and done % c.log.selection_every == 0):
                 seen = processes.whole(programs.survey(state.selector, state.step))
                 values |= {name: float(value) for name, value in seen.items() if not isinstance(value, dict)}
-                log.strategy(done, {name: value for name, value in seen.items() if isinstance(value, dict)})
+                histograms = {name: value for name, value in seen.items() if isinstance(value, dict)}
+                log.strategy(done, histograms)
+                totals.counts["strategy_lines"] += bool(histograms)
             log.metrics(done, values)
             if values["skipped_updates"] >= c.optimizer.max_skipped:
                 return stopped(

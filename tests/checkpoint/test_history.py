@@ -101,6 +101,10 @@ def test_a_log_that_is_gone_is_said_to_be(tmp_path):
     said = []
     RunLog(tmp_path, 5, tensorboard=False, say=said.append)
     assert "ends at step -1, and the checkpoint is of step 5" in said[0]
+    (tmp_path / "strategy.jsonl").write_text('{"step": 3}\n')
+    said.clear()
+    RunLog(tmp_path, 5, tensorboard=False, say=said.append, strategy_lines=2)
+    assert said[1] == f"{tmp_path / 'strategy.jsonl'}: 1 of its 2 lines are lost"
 
 
 def test_a_damaged_summary_counts_as_none(tmp_path):
