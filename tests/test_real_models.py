@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.lora import merge_params
 from pspo_jax.model.transformer import transformer
 from tests import xla
 from tests.conftest import DATA
@@ -181,4 +181,4 @@ def test_sampler_and_trainer_agree(trained, talker):
     for line in metrics(folder)[1:]:
         assert line["sampling/sampling_logp_difference/max"] <= 1e-4
     policy = transformer(load(talker)[2].architecture)
-    assert policy.frozen_axes is None and join({"a": 1}, None) == {"a": 1}
+    assert policy.frozen_axes is None and merge_params({"a": 1}, None) == {"a": 1}

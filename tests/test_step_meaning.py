@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pspo_jax import advantages
 from pspo_jax.arrays.groups import empty_groups
-from pspo_jax.arrays.lora import Adapted
+from pspo_jax.arrays.lora import LoraParams
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.arrays.state import DROPOUT, EVALUATE, REPLAY, ROLLOUT, SELECT, purpose_key, run_key
 from pspo_jax.config.defaults import replace
@@ -250,7 +250,7 @@ def test_the_reference_of_adapters_is_the_policy_that_rl_begins_from():
         algorithm = build(config)
         state = init_state(adapters, optax.sgd(1.0), algorithm, config, 40, P, jax.random.key(0), frozen)
         found[steps] = reference_weights(dataclasses.replace(state, params={"a": jnp.zeros(2)}))
-    assert isinstance(found[0], Adapted) and found[0].adapter is None
+    assert isinstance(found[0], LoraParams) and found[0].adapter is None
     np.testing.assert_array_equal(found[5].adapter["a"], adapters["a"])
     assert found[5].base is frozen
 

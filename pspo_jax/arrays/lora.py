@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 
 @struct.dataclass
-class Adapted:
+class LoraParams:
     """Frozen weights and what is trained on top of them."""
 
     base: Any
@@ -19,6 +19,6 @@ class Adapted:
     """Key of the adapters' dropout; None = no dropout, as in sampling and scoring."""
 
 
-def join(params: Any, frozen: Any | None, key: Key[Array, ""] | None = None) -> Any:
+def merge_params(params: Any, frozen: Any | None, key: Key[Array, ""] | None = None) -> Any:
     """What a policy's functions take, from the trained and the frozen weights of a `TrainState`."""
-    return params if frozen is None else Adapted(frozen, params, key)
+    return params if frozen is None else LoraParams(frozen, params, key)

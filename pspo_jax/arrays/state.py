@@ -12,7 +12,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.lora import merge_params
 
 Params = Any
 """The policy's weights: any pytree of arrays."""
@@ -62,7 +62,7 @@ class TrainState(SavedState):
     @property
     def weights(self) -> Any:
         """What the policy's functions take."""
-        return join(self.params, self.frozen)
+        return merge_params(self.params, self.frozen)
 
     def to_save(self) -> SavedState:
         """The part that a checkpoint holds."""

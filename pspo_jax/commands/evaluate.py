@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.lora import merge_params
 from pspo_jax.checkpoint.checksums import files_identity, verify
 from pspo_jax.checkpoint.store import params_identity, read_params
 from pspo_jax.config.defaults import replace
@@ -177,7 +177,7 @@ def _candidates(
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"policy.source={source.name}: is not the checkpoint that this run began from")
         if architecture.lora is None:
-            return join(params, None)
+            return merge_params(params, None)
         try:
             verify(load_source(), metadata["base"])
         except ValueError as error:
@@ -185,7 +185,7 @@ def _candidates(
                 f"policy.source={source.name if source else None}: its weights differ from those this run's adapters "
                 f"were trained on ({error})"
             ) from error
-        return join(params, load_source())
+        return merge_params(params, load_source())
 
     if args.run is None:
         assert source is not None

@@ -1,6 +1,6 @@
 """The language model: what the sampler and the trainer need of it, the built-in transformer, and a user's own model."""
 
-from pspo_jax.arrays.lora import Adapted, join
+from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.model.architecture import Architecture, built_in
 from pspo_jax.model.custom import from_logits, from_nnx
 from pspo_jax.model.interface import Policy

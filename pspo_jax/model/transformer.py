@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pspo_jax.arrays.lora import Adapted
+from pspo_jax.arrays.lora import LoraParams
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.block import forward, logits_of
 from pspo_jax.model.decoding import group_decoder, resize, slot_decoder
@@ -45,7 +45,7 @@ def transformer(a: Architecture) -> Policy:
 
 def _unwrap(params: Any) -> tuple[Any, Array | None]:
     """One tree of all weights, and the dropout key if there is to be dropout."""
-    if not isinstance(params, Adapted):
+    if not isinstance(params, LoraParams):
         return params, None
     if params.adapter is None:
         return params.base, None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pspo_jax.arrays.lora import Adapted, join
+from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import TrainState
 from pspo_jax.config.schema import Config
@@ -211,8 +211,8 @@ def with_log_probs(
 def reference_weights(state: TrainState) -> Any:
     """The KL reference, the policy that RL begins from: its own weights, or the frozen base of untrained adapters."""
     if state.reference is None:
-        return Adapted(state.frozen, None)
-    return join(state.reference, state.frozen)
+        return LoraParams(state.frozen, None)
+    return merge_params(state.reference, state.frozen)
 
 
 def microbatches(rows: Rows, config: Config) -> int:

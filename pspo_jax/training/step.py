@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from pspo_jax.advantages import group_advantages
 from pspo_jax.arrays.groups import groups_of, take
-from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import REPLAY, Outcome, Params, Rollouts, TrainState, purpose_key
 from pspo_jax.config.presets import resolve
@@ -308,7 +308,7 @@ def _movement(
     """Mean |change of log-prob| per token of one microbatch by the step's updates."""
     part = jax.tree.map(lambda x: x[0], deal(rows, microbatches(rows, config)))
     before = score(policy, state.weights, part, temperature, config)[0]
-    after = score(policy, join(params, state.frozen), part, temperature, config)[0]
+    after = score(policy, merge_params(params, state.frozen), part, temperature, config)[0]
     return jnp.where(part.mask, jnp.abs(after - before), 0).sum() / jnp.maximum(part.mask.sum(), 1)
 
 

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from pspo_jax import __version__
-from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.lora import merge_params
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
@@ -104,7 +104,7 @@ def make_sft_steps(
     def steps(params: Any, opt_state: Any, batches: dict[str, Array], frozen: Any = None) -> tuple[Any, Any, Array]:
         def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
             params, opt_state = carry
-            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, join(p, frozen), batch, logits_mib))(params)
+            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, merge_params(p, frozen), batch, logits_mib))(params)
             updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from pspo_jax.arrays.lora import join
+from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config
@@ -76,10 +76,10 @@ def optimize(
         key = None if step_key is None else jax.random.fold_in(step_key, done)
 
         def weights(params: Params, microbatch: Array | int) -> Any:
-            return join(params, state.frozen, None if key is None else jax.random.fold_in(key, microbatch))
+            return merge_params(params, state.frozen, None if key is None else jax.random.fold_in(key, microbatch))
 
         if o.top_entropy < 1:
-            _, entropy = score(policy, join(params, state.frozen), minibatch, temperature, config)
+            _, entropy = score(policy, merge_params(params, state.frozen), minibatch, temperature, config)
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax.arrays.lora import Adapted, join
+from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.commands.export import rounding
 from pspo_jax.config.defaults import replace as replace_fields
 from pspo_jax.config.fields import ConfigError
@@ -60,9 +60,9 @@ def test_merge_and_logits_are_pefts(tmp_path, family, targets):
     write_adapter(tmp_path / "adapter", source.architecture, adapters, str(tmp_path / "base"))
     other = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
 
-    ours = logits(policy, Adapted(base, adapters))
+    ours = logits(policy, LoraParams(base, adapters))
     assert np.abs(ours - torch_logits(other, TOKENS)).max() <= 1e-4
-    assert np.abs(ours - logits(policy, Adapted(base, None))).max() > 0.1
+    assert np.abs(ours - logits(policy, LoraParams(base, None))).max() > 0.1
 
     merged = dict(merged_tensors(source.architecture, source, adapters, lambda name: np.float32))
     wanted = other.merge_and_unload().state_dict()
@@ -76,7 +76,7 @@ def test_new_adapters_change_nothing_and_are_float32(tmp_path):
     base16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
     fresh = policy.init(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
-    np.testing.assert_array_equal(logits(policy, Adapted(base16, fresh)), logits(policy, Adapted(base16, None)))
+    np.testing.assert_array_equal(logits(policy, LoraParams(base16, fresh)), logits(policy, LoraParams(base16, None)))
     names = set(lora_table(source.architecture)["layers"])
     assert names == {f"{n}_lora_{x}" for n in ("q", "k", "v", "o", "gate", "up", "down") for x in "ab"}
 
@@ -125,9 +125,9 @@ def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
 
 def test_dropout_acts_in_the_gradient_alone(tmp_path):
     _, _, policy, base, adapters = adapted(tmp_path, dropout=0.5)
-    with_dropout = logits(policy, Adapted(base, adapters, jax.random.key(0)))
-    assert np.abs(with_dropout - logits(policy, join(adapters, base))).max() > 0.1
-    again = logits(policy, Adapted(base, adapters, jax.random.key(0)))
+    with_dropout = logits(policy, LoraParams(base, adapters, jax.random.key(0)))
+    assert np.abs(with_dropout - logits(policy, merge_params(adapters, base))).max() > 0.1
+    again = logits(policy, LoraParams(base, adapters, jax.random.key(0)))
     np.testing.assert_array_equal(with_dropout, again)
     config = tiny_config(lora__rank=4, lora__dropout=0.5, objective__microbatch_rows=8)
     _, _, metrics, _ = train_once(policy, base, adapters, config, steps=1)
@@ -142,10 +142,10 @@ def test_dropout_keeps_the_mean(tmp_path):
     _, _, policy, base, adapters = adapted(tmp_path, targets="down", dropout=0.3, num_hidden_layers=1)
     # The final norm is not linear: small adapters make it nearly so.
     small = jax.tree.map(lambda x: x * 0.1, adapters)
-    one = jax.jit(lambda key: policy.hidden(Adapted(base, small, key), jnp.asarray(TOKENS)))
+    one = jax.jit(lambda key: policy.hidden(LoraParams(base, small, key), jnp.asarray(TOKENS)))
     mean = np.mean([np.asarray(one(jax.random.key(i))) for i in range(300)], axis=0)
-    exact = np.asarray(policy.hidden(Adapted(base, small), jnp.asarray(TOKENS)))
-    nothing = np.asarray(policy.hidden(Adapted(base, None), jnp.asarray(TOKENS)))
+    exact = np.asarray(policy.hidden(LoraParams(base, small), jnp.asarray(TOKENS)))
+    nothing = np.asarray(policy.hidden(LoraParams(base, None), jnp.asarray(TOKENS)))
     assert np.abs(mean - exact).mean() < 0.15 * np.abs(nothing - exact).mean()
 
 
