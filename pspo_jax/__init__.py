@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pspo_jax.arrays.state import Outcome, Prompts, Rollouts, TrainState
+    from pspo_jax.arrays.state import Prompts, RolloutOutcome, Rollouts, TrainState
     from pspo_jax.config.defaults import replace
     from pspo_jax.config.fields import ConfigError
     from pspo_jax.config.schema import Config
     from pspo_jax.config.validation import validate
-    from pspo_jax.model import Architecture, Policy, built_in, from_logits, from_nnx, transformer
+    from pspo_jax.model import Architecture, Model, built_in, from_logits, from_nnx, transformer
     from pspo_jax.rollout import SamplingParams, make_sampler
-    from pspo_jax.selection import Columns, Scorer, Selector, Sizes
+    from pspo_jax.selection import PromptMetadata, Scorer, Selector, SelectorContext
     from pspo_jax.training.algorithm import Algorithm, build
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update

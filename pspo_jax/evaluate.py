@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pspo_jax.commands.evaluate import evaluate_checkpoints
 from pspo_jax.config import command_line
-from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed import processes
@@ -40,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
     out: Path = args.out or args.run / "evaluation"
     with verifiers(config) as pool:
         processes.initialize(config)
-        progress = Progress(processes.leads(), quiet=not processes.leads())
+        progress = Progress(processes.is_primary(), quiet=not processes.is_primary())
         interrupted = f"interrupted; what is done is in {out}, and the same command carries on"
         try:
-            with stop_requests() as stop, processes.failing_together():
+            with stop_requests() as stop, processes.fail_together():
                 if args.model:
                     config = with_date(config, out / "settings.json")
                 try:
@@ -148,7 +148,7 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
 
 
 def _benchmarks(args: argparse.Namespace, config: Config, data: dict[str, str]) -> list[str]:
-    if embedded(config):
+    if uses_char_tokenizer(config):
         wanted = args.benchmarks or config.task.name
         if wanted not in (config.task.name, HELDOUT):
             raise ConfigError(f"--benchmarks {wanted}: this policy speaks the alphabet of {config.task.name} alone")

@@ -22,7 +22,7 @@ import yaml
 
 from pspo_jax.commands.sft import prepare_supervised, write_supervised
 from pspo_jax.config import command_line
-from pspo_jax.config.defaults import embedded
+from pspo_jax.config.defaults import uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.demonstrations import read_text
@@ -56,10 +56,10 @@ def main(argv: Sequence[str]) -> int:
     folder = open_folder(config.run.dir)
     with started(config, folder) as (pool, asked):
         config = with_date(config, folder / "config.yaml")
-        progress = Progress(config.log.progress and processes.leads(), quiet=not processes.leads())
+        progress = Progress(config.log.progress and processes.is_primary(), quiet=not processes.is_primary())
         setup = prepare_supervised(config, pool, progress)
         with jax.set_mesh(setup.mesh):
-            first = first_params(setup, folder, progress, lambda: processes.any_says(asked()))
+            first = first_params(setup, folder, progress, lambda: processes.any_process(asked()))
             return 0 if first.params is None else write_supervised(setup, first, folder, progress)
 
 
@@ -79,7 +79,7 @@ def read_config(argv: Sequence[str]) -> Config:
             config = command_line.parse(argv, PROG, DESCRIPTION)  # fields of another task that has its own alphabet
         except ConfigError:
             raise error from None
-    if embedded(config):
+    if uses_char_tokenizer(config):
         return _checked(command_line.parse(argv, PROG, DESCRIPTION))
     if config.sft.data is None:
         raise ConfigError(_NO_DATA)

@@ -21,7 +21,7 @@ from _bench import Shape, Work
 if TYPE_CHECKING:
     from pspo_jax.arrays.state import Prompts, Rollouts
     from pspo_jax.config.schema import Config
-    from pspo_jax.model.interface import Policy
+    from pspo_jax.model.interface import Model
 
 BEGAN = time.perf_counter()
 OURS = "pspo_jax"
@@ -139,7 +139,7 @@ def check_platform(job: Job) -> None:
         raise SystemExit(f"JAX runs on {jax.default_backend()} here, not on {job.platform}")
 
 
-def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
+def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
     """Config and policy; as entry points do it, the compiler's flags are set before JAX touches the device.
 
     policy.attention is what was found right here.
@@ -191,7 +191,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Policy]:
     return schema.replace(settings, {"policy.attention": a.attention}), transformer(a)
 
 
-def our_sampler(settings: Config, policy: Policy, work: Work, platform: str) -> Callable[..., Rollouts]:
+def our_sampler(settings: Config, policy: Model, work: Work, platform: str) -> Callable[..., Rollouts]:
     from pspo_jax.rollout import make_sampler
     from pspo_jax.rollout.sampler import tokens_per_test
 
@@ -199,7 +199,7 @@ def our_sampler(settings: Config, policy: Policy, work: Work, platform: str) -> 
     return make_sampler(policy, work.group_size, work.new_tokens, 0, settings.rollout.slots, chunk)
 
 
-def our_training(settings: Config, policy: Policy, num_prompts: int, prompt_tokens: int) -> tuple[Any, Any, Any]:
+def our_training(settings: Config, policy: Model, num_prompts: int, prompt_tokens: int) -> tuple[Any, Any, Any]:
     """Algorithm, first state and step; nothing but the state holds its arrays, which the step donates."""
     import jax
 

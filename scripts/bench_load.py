@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pspo_jax.config.schema import Config, PolicyConfig
+from pspo_jax.config.schema import Config, ModelConfig
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.distributed.runtime import keep_freed_memory
 from pspo_jax.model.huggingface.load import load_params, read_source
@@ -30,7 +30,7 @@ def main() -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     began = time.monotonic()
-    source = read_source(PolicyConfig(source=str(args.folder), param_dtype=args.dtype))
+    source = read_source(ModelConfig(source=str(args.folder), param_dtype=args.dtype))
     weights = table(source.architecture)
     mesh = make_mesh(Config(), source.architecture)
     params = load_params(source, weights, params_shardings(mesh, weights, weight_axes(weights)), args.dtype)

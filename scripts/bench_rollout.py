@@ -24,12 +24,12 @@ from _tunix import serve_rollout as serve_tunix
 if TYPE_CHECKING:
     from pspo_jax.arrays.state import Prompts
     from pspo_jax.config.schema import Config
-    from pspo_jax.model.interface import Policy
+    from pspo_jax.model.interface import Model
 
 OURS, PEER = "pspo_jax", "Hugging Face generate"
 
 
-def our_setup(work: Work) -> tuple[Config, Policy, Prompts]:
+def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     """Config, policy and prompts of a piece of work, after the process settings that entry points apply."""
     from pspo_jax.distributed.runtime import keep_freed_memory
 

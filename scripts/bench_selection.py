@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
-from pspo_jax.selection import SCORERS, Columns, Sizes, selector
+from pspo_jax.selection import SCORERS, PromptMetadata, SelectorContext, selector
 from pspo_jax.system.one_line_parser import OneLineParser
 
 GROUP = 8
@@ -80,15 +80,15 @@ class Ours:
 
     def __init__(self, name: str, size: int, batch: int):
         config = resolve(replace(Config(), {"selection.name": name}))
-        self.strategy = selector(config.selection, config.forgetting, Sizes(batch, GROUP, 1000, 0))
-        columns = Columns(np.zeros(size, np.int8), np.random.default_rng(0).random(size, np.float32))  # type: ignore[arg-type]
+        self.strategy = selector(config.selection, config.forgetting, SelectorContext(batch, GROUP, 1000, 0))
+        columns = PromptMetadata(np.zeros(size, np.int8), np.random.default_rng(0).random(size, np.float32))  # type: ignore[arg-type]
         self.state = jax.jit(lambda known: self.strategy.init(size, known))(columns)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
         step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
         ids = jax.ShapeDtypeStruct((batch,), jnp.int32)
         groups = jax.ShapeDtypeStruct((batch, GROUP), jnp.float32)
-        outcome = Outcome(groups, groups, groups, 0.0)
+        outcome = RolloutOutcome(groups, groups, groups, 0.0)
         self._select = jax.jit(self._choose, donate_argnums=0, static_argnums=3).lower(spec, key, step, batch).compile()
         self._observe = jax.jit(self.strategy.observe, donate_argnums=0).lower(spec, ids, outcome, step).compile()
         self.temporary = {"select": _temporary(self._select), "observe": _temporary(self._observe)}
@@ -103,7 +103,7 @@ class Ours:
         chance = self.rng.random((self.batch, 1))
         rewards = (self.rng.random((self.batch, GROUP)) < chance).astype(np.float32)
         advantages = rewards - rewards.mean(1, keepdims=True)
-        self.outcome = jax.device_put(Outcome(rewards, advantages, advantages, np.float32(0)))
+        self.outcome = jax.device_put(RolloutOutcome(rewards, advantages, advantages, np.float32(0)))
 
     def select(self) -> Any:
         self.ids, weight, self.state = self._select(self.state, jax.random.key(self.step), jnp.int32(self.step))

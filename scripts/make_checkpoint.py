@@ -18,7 +18,7 @@ import numpy as np
 
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.huggingface.load import read_source
 from pspo_jax.model.huggingface.save import TOKENIZER_FILES, copy_files, write_tensors
 from pspo_jax.model.weights import entries, table
@@ -88,7 +88,7 @@ def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | Non
         copy_files(out, tokenizer, TOKENIZER_FILES)
     if config_only:
         return
-    source = read_source(PolicyConfig(source=str(out)), weights=False)
+    source = read_source(ModelConfig(source=str(out)), weights=False)
     rng = np.random.default_rng(0)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:

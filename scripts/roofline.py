@@ -11,8 +11,8 @@ import jax
 
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.distributed.devices import KINDS, parse_target
-from pspo_jax.planning.roofline import Floor, rollout_floor, traffic, update_floor
+from pspo_jax.distributed.devices import DEVICES, parse_target
+from pspo_jax.planning.roofline import LowerBound, rollout_lower_bound, traffic, update_lower_bound
 from pspo_jax.training.setup import prepare
 
 _COLUMNS = (
@@ -37,17 +37,17 @@ def main(argv: Sequence[str]) -> int:
     print("| " + " | ".join(_COLUMNS) + " |")
     print("|---" * len(_COLUMNS) + "|")
     for target in targets:
-        kind = KINDS[target.kind or ""]
+        kind = DEVICES[target.kind or ""]
         setup = prepare(config, weights=False, capacity=kind.memory, devices=jax.devices()[: target.devices])
         mesh = " x ".join(str(n) for n in setup.mesh.shape.values())
         cells = [target.name, mesh]
-        for floor in (rollout_floor(setup, kind), update_floor(setup, kind)):
+        for floor in (rollout_lower_bound(setup, kind), update_lower_bound(setup, kind)):
             cells += [f"{floor.seconds:.2g}", _bound(floor)]
         print("| " + " | ".join([*cells, f"{sum(traffic(setup)) / 1e9:.1f}"]) + " |")
     return 0
 
 
-def _bound(floor: Floor) -> str:
+def _bound(floor: LowerBound) -> str:
     return max(floor._fields, key=lambda name: getattr(floor, name))
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.huggingface.load import fetch, read_source
 from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.system.interrupts import stop_requests
@@ -175,7 +175,7 @@ def test_what_is_no_checkpoint_is_told_by_what_it_is(tmp_path, names, says):
     if "config.json" in names:
         (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(ConfigError) as error:
-        read_source(PolicyConfig(source=str(folder)))
+        read_source(ModelConfig(source=str(folder)))
     text = str(error.value)
     assert text.startswith(f"policy.source={folder}: ") and says in text and ";" in text and "\n" not in text
 

@@ -14,7 +14,7 @@ from pspo_jax.config.presets import PRESETS, resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import microbatch_size
-from pspo_jax.selection import Columns
+from pspo_jax.selection import PromptMetadata
 from pspo_jax.train import main
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.optimizer import schedule
@@ -30,7 +30,7 @@ def test_every_algorithm_has_a_recipe_that_builds(name):
     config = parse("--config", str(REPO / "configs" / f"{name}.yaml"))
     assert config.algorithm.name == name
     assert None not in (config.selection.name, config.credit.name, config.objective.loss, config.objective.aggregation)
-    columns = Columns(np.zeros(40, np.int8), np.zeros(40, np.float32))
+    columns = PromptMetadata(np.zeros(40, np.int8), np.zeros(40, np.float32))
     assert build(config).selector.init(40, columns) is not None
     assert config.run.steps == 150
 

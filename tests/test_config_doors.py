@@ -12,7 +12,7 @@ from pspo_jax.config import command_line
 from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, flatten, replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config, OptimizerConfig, PolicyConfig, RolloutConfig, TaskConfig
+from pspo_jax.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig, TaskConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.train import main
 
@@ -52,7 +52,7 @@ def test_defaults_are_the_same_through_every_door(values, defaults, tmp_path):
 
 
 def test_a_config_made_by_hand_follows_its_task_too():
-    made = Config(task=TaskConfig("math", train_data="x"), policy=PolicyConfig(source="y"), rollout=RolloutConfig(4))
+    made = Config(task=TaskConfig("math", train_data="x"), policy=ModelConfig(source="y"), rollout=RolloutConfig(4))
     found = resolve(made)
     assert (found.rollout.prompts, found.rollout.max_new_tokens, found.optimizer.learning_rate) == (4, 1024, 1e-6)
     assert resolve(Config(optimizer=OptimizerConfig(b2=0.5))).optimizer.b2 == 0.5

@@ -12,7 +12,7 @@ import pytest
 from pspo_jax.arrays.state import TrainState
 from pspo_jax.config.command_line import parse
 from pspo_jax.config.presets import resolve
-from pspo_jax.distributed.devices import Kind
+from pspo_jax.distributed.devices import DeviceSpec
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.model import built_in, transformer
 from pspo_jax.model.architecture import Lora
@@ -24,7 +24,7 @@ from pspo_jax.training.setup import prepare
 
 L, D, H, K, F, V, P, T, B, G = 3, 32, 4, 2, 48, 50, 20, 300, 8, 4
 WIDTH = 8  # of a head
-ONE = Kind(memory=1e9, flops=1.0, bandwidth=1.0, link=1.0)
+ONE = DeviceSpec(memory=1e9, flops=1.0, bandwidth=1.0, link=1.0)
 """A device of one operation and one byte a second: its times are counts."""
 BLOCK = D * (H + 2 * K) * WIDTH + H * WIDTH * D + 3 * D * F
 """Numbers in a block's matrices."""
@@ -57,7 +57,7 @@ def setup_of(lora=None, **fields):
 
 
 def test_an_update_of_all_weights_takes_three_products_a_matrix():
-    floor = roofline.update_floor(setup_of(objective__packing=False), ONE)
+    floor = roofline.update_lower_bound(setup_of(objective__packing=False), ONE)
     rows, length = B * G, P + T
     attention = L * 3 * 4 * H * WIDTH * length * (length + 1) / 2
     assert floor.products == pytest.approx(rows * (6 * L * BLOCK * length + attention + 6 * V * D * T))
@@ -66,19 +66,19 @@ def test_an_update_of_all_weights_takes_three_products_a_matrix():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_an_update_of_adapters_takes_two_products_a_frozen_matrix(remat):
     lora = Lora(2, 4.0, 0.0, ("q", "down"))
-    floor = roofline.update_floor(setup_of(lora, objective__packing=False, policy__remat=remat), ONE)
+    floor = roofline.update_lower_bound(setup_of(lora, objective__packing=False, policy__remat=remat), ONE)
     rows, length, again = B * G, P + T, remat == "full"
     adapters = L * (2 * (D + H * WIDTH) + 2 * (F + D))
     first = D * (H + 2 * K) * WIDTH  # below them nothing trains
     blocks = 2 * length * ((2 + again) * L * BLOCK - first + (3 + again) * adapters)
     attention = L * (3 + again) * 4 * H * WIDTH * length * (length + 1) / 2
     assert floor.products == pytest.approx(rows * (blocks + attention + 4 * V * D * T))
-    whole = roofline.update_floor(setup_of(objective__packing=False, policy__remat=remat), ONE)
+    whole = roofline.update_lower_bound(setup_of(objective__packing=False, policy__remat=remat), ONE)
     assert floor.products < whole.products and floor.memory < whole.memory
 
 
 def test_packed_updates_take_less_than_padded_ones():
-    packed, padded = (roofline.update_floor(setup_of(objective__packing=x), ONE) for x in (True, False))
+    packed, padded = (roofline.update_lower_bound(setup_of(objective__packing=x), ONE) for x in (True, False))
     places = B * G * (T - 1) + B * 5  # of the shortest prompt, once a group
     pairs = B * G * (T - 1) * (5 + T / 2)
     wanted = 6 * L * BLOCK * places + 3 * 4 * L * H * WIDTH * pairs + 6 * V * D * B * G * T
@@ -87,7 +87,7 @@ def test_packed_updates_take_less_than_padded_ones():
 
 
 def test_a_rollout_computes_logits_of_what_is_drawn_alone():
-    floor = roofline.rollout_floor(setup_of(), ONE)
+    floor = roofline.rollout_lower_bound(setup_of(), ONE)
     decoded = B * G * (T - 1)
     pairs = B * P * (P + 1) / 2 + decoded * (5 + T / 2)
     wanted = 2 * L * BLOCK * (B * P + decoded) + 2 * V * D * (B + decoded) + 4 * L * H * WIDTH * pairs

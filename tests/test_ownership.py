@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pspo_jax.advantages import CREDITS
+from pspo_jax.advantages import ESTIMATORS
 from pspo_jax.config import command_line
-from pspo_jax.config.defaults import embedded, flatten, replace
+from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.ownership import _BY_CREDIT, _BY_SELECTOR, OWNERS
+from pspo_jax.config.ownership import _BY_ESTIMATOR, _BY_SELECTOR, OWNERS
 from pspo_jax.config.presets import LOSSES, PRESETS, resolve
 from pspo_jax.config.schema import Config
-from pspo_jax.config.strategies import CREDITS as STRATEGY_CREDITS
+from pspo_jax.config.strategies import ESTIMATORS as STRATEGY_CREDITS
 from pspo_jax.config.strategies import REPLAYS as STRATEGY_REPLAYS
 from pspo_jax.config.strategies import SELECTORS
 from pspo_jax.config.validation import validate
@@ -119,7 +119,7 @@ def test_every_field_has_an_owner():
 
 
 def test_what_selectors_and_credits_read_are_fields_of_theirs():
-    for table, stage, strategies in ((_BY_SELECTOR, "selection", SCORERS), (_BY_CREDIT, "credit", CREDITS)):
+    for table, stage, strategies in ((_BY_SELECTOR, "selection", SCORERS), (_BY_ESTIMATOR, "credit", ESTIMATORS)):
         assert set(table) == set(strategies)
         assert {f"{stage}.{name}" for reads in table.values() for name in reads} <= set(flatten(Config()))
 
@@ -179,7 +179,7 @@ def test_a_task_of_a_mixture_is_held_to_what_it_reads():
         return config
 
     math, countdown = {"name": "math", "train_data": "x.jsonl"}, {"name": "countdown", "numbers": "3"}
-    assert not embedded(parsed(math, countdown))
+    assert not uses_char_tokenizer(parsed(math, countdown))
     parsed(math, countdown, **{"task.max_target": 50, "task.answer_column": "gold", "task.seed": 3})
     with pytest.raises(ConfigError, match=r"task\.mixture: task\.numbers=3: task\.name=math does not read it"):
         parsed({**math, "numbers": "3"}, countdown)
@@ -207,7 +207,7 @@ def test_a_new_selector_credit_and_algorithm_need_no_edit_of_the_package(monkeyp
 
 
 def test_the_names_that_fields_take_are_those_of_the_tables():
-    assert (set(SELECTORS), set(STRATEGY_CREDITS)) == (set(SCORERS), set(CREDITS))
+    assert (set(SELECTORS), set(STRATEGY_CREDITS)) == (set(SCORERS), set(ESTIMATORS))
     assert set(STRATEGY_REPLAYS) == set(REPLAYS)
 
 

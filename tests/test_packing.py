@@ -15,9 +15,17 @@ from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
 from pspo_jax.losses.log_probs import pack_rows
 from pspo_jax.losses.losses import denominators
-from pspo_jax.losses.packing import ROWS_PER_BIN, answers_of, bin_length, plan_bins, plan_shared_bins
+from pspo_jax.losses.packing import ROWS_PER_BIN, assign_bins, assign_shared_bins, bin_length, loss_lengths
 from pspo_jax.model import transformer
-from pspo_jax.training.scoring import bins_at_a_time, deal, packs, plan, score, score_some, sharing
+from pspo_jax.training.scoring import (
+    assign,
+    bins_at_a_time,
+    score,
+    score_some,
+    shares_prompts,
+    split_microbatches,
+    uses_packing,
+)
 from pspo_jax.training.update import _gradient, padded_places
 from tests.helpers import relative, tiny_config, tiny_policy
 
@@ -58,7 +66,7 @@ def rows_with(seed=0, masked=(), r=R):
 def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
     needs = np.asarray(needs)
-    plan = plan_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
+    plan = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
     assert int(plan.used) == sum(needs) and plan.leads.all()
     rows = np.asarray(plan.rows)
     placed = rows[rows < r]
@@ -88,7 +96,7 @@ def test_groups_share_a_prompt_in_a_bin(groups):
     answers = np.array([c for _, cs in groups for c in cs])
     r, length = len(prompts), 17
     args = jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32)
-    plan = plan_bins(*args, jnp.arange(r) // 3, length, r)
+    plan = assign_bins(*args, jnp.arange(r) // 3, length, r)
     rows, leads = np.asarray(plan.rows), np.asarray(plan.leads)
     assert sorted(rows[rows < r]) == [i for i in range(r) if answers[i]]
     used = 0
@@ -101,9 +109,9 @@ def test_groups_share_a_prompt_in_a_bin(groups):
         assert places <= length
         used += places
     assert int(plan.used) == used
-    alone = plan_bins(*args, jnp.arange(r), length, r)
+    alone = assign_bins(*args, jnp.arange(r), length, r)
     assert used <= int(alone.used)
-    assert int(plan_shared_bins(*args, jnp.arange(r) // 3, length, r).bins) == min(int(plan.bins), int(alone.bins))
+    assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).bins) == min(int(plan.bins), int(alone.bins))
 
 
 def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
@@ -180,9 +188,9 @@ def test_rows_dealt_over_parts_share_with_their_own_group_alone():
     """Rows of a group need not stand side by side, nor be whole groups."""
     policy, params, _ = tiny_policy()
     config = tiny_config(objective__microbatch_rows=2)
-    part = jax.tree.map(lambda x: x[1], deal(rows_with(3), 3))
+    part = jax.tree.map(lambda x: x[1], split_microbatches(rows_with(3), 3))
     on = replace(config, {"objective.packing": True})
-    assert not plan(policy, part, answers_of(part), on).leads.all()
+    assert not assign(policy, part, loss_lengths(part), on).leads.all()
     packed, padded = (score(policy, params, part, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(jnp.where(part.mask, packed, 0), jnp.where(part.mask, padded, 0), atol=1e-5)
 
@@ -203,7 +211,7 @@ def test_a_row_sees_only_itself():
     policy, params, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(objective__microbatch_rows=8, objective__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
-    assert int(plan_bins(rows.lengths, answers_of(rows), rows.group, P + T - 1, R).bins) < 10
+    assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).bins) < 10
     a, b = (score(policy, params, x, jnp.float32(1), config)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
@@ -222,7 +230,7 @@ def test_many_short_completions_of_a_short_prompt():
     policy, params, _ = tiny_policy()
     config = tiny_config(objective__microbatch_rows=4)
     on = replace(config, {"objective.packing": True})
-    planned = plan(policy, rows, answers_of(rows), on)
+    planned = assign(policy, rows, loss_lengths(rows), on)
     assert (int(planned.bins), int(planned.used)) == (1, 1 + r) and 2 * r > P + T - 1
     packed, padded = (score(policy, params, rows, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(packed[:, :2], padded[:, :2], atol=1e-5)
@@ -232,14 +240,14 @@ def test_packing_is_chosen_for_long_completions():
     policy, _, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(objective__microbatch_rows=4)
     long = dataclasses.replace(rows, tokens=jnp.zeros((R, 256), jnp.int32))
-    assert not packs(policy, rows, config) and packs(policy, long, config)
-    assert not packs(policy, long, replace(config, {"objective.packing": False}))
-    assert not packs(policy, long, replace(config, {"objective.microbatch_rows": 0}))
-    assert not packs(policy._replace(packs=False), long, config)
+    assert not uses_packing(policy, rows, config) and uses_packing(policy, long, config)
+    assert not uses_packing(policy, long, replace(config, {"objective.packing": False}))
+    assert not uses_packing(policy, long, replace(config, {"objective.microbatch_rows": 0}))
+    assert not uses_packing(policy._replace(uses_packing=False), long, config)
     with pytest.raises(ValueError, match=r"objective.packing=true: this policy's `hidden` takes no packed rows"):
-        packs(policy._replace(packs=False), rows, replace(config, {"objective.packing": True}))
+        uses_packing(policy._replace(uses_packing=False), rows, replace(config, {"objective.packing": True}))
     with pytest.raises(ValueError, match=r"objective.share_prompts=true: this policy's `hidden` cannot"):
-        sharing(policy._replace(shares=False), replace(config, {"objective.share_prompts": True}))
+        shares_prompts(policy._replace(shares=False), replace(config, {"objective.share_prompts": True}))
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)], ids=str)
@@ -277,7 +285,7 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
 
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
-    needed = int(plan(policy, rows, answers_of(rows), config).bins)
+    needed = int(assign(policy, rows, loss_lengths(rows), config).bins)
     assert needed < 40 and bins_at_a_time(64, config) == 8
     assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
     assert int(padded[3].computed) == 64 * (P + T)

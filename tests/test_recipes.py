@@ -8,7 +8,7 @@ import yaml
 
 from pspo_jax.config.command_line import parse
 from pspo_jax.config.presets import PRESETS
-from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.run_folder import RunLog
 from pspo_jax.training.compile import Programs, lower_programs
 from pspo_jax.training.host_step import one_step
@@ -53,7 +53,7 @@ def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
         parts = {name: low.compile() for name, low in lowered.items() if name != "eval_sample"}
         programs = Programs(**parts, eval_sample=lowered["eval_sample"])
         state = place_state(setup, setup.policy.init(jax.random.key(0)))
-        log, totals = RunLog(tmp_path, 0, False), Totals()
+        log, totals = RunLog(tmp_path, 0, False), RunAccounting()
         jax.monitoring.register_event_duration_secs_listener(
             lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
         )

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pspo_jax.arrays.groups import groups_of
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
@@ -285,7 +285,7 @@ def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
     selector = build(config).selector
     select, observe = jax.jit(selector.select, static_argnums=3), jax.jit(selector.observe)
-    nothing = Outcome(*[jnp.zeros((B, G))] * 3)
+    nothing = RolloutOutcome(*[jnp.zeros((B, G))] * 3)
     state, everyone = selector.init(40), set()
     for step in range(4):
         seen = []

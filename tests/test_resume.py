@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pspo_jax.arrays.per_prompt import follow_rows
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection import Sizes, selector
+from pspo_jax.selection import SelectorContext, selector
 from pspo_jax.training.resume import difference, old_rows
 
 hashes = st.one_of(st.integers(0, 9), st.integers(2**64 - 4, 2**64 - 1), st.integers(0, 2**64 - 1))
@@ -66,8 +66,8 @@ def test_follow_rows(data, old_n, new_n):
 
 
 def test_uniform_begins_a_new_epoch():
-    chosen = selector(SelectionConfig("uniform"), ForgettingConfig("fixed"), Sizes(4, 2, 10, 0))
-    nothing = Outcome(jnp.zeros((4, 2)), jnp.zeros((4, 2)), jnp.zeros((4, 2)))
+    chosen = selector(SelectionConfig("uniform"), ForgettingConfig("fixed"), SelectorContext(4, 2, 10, 0))
+    nothing = RolloutOutcome(jnp.zeros((4, 2)), jnp.zeros((4, 2)), jnp.zeros((4, 2)))
     state = chosen.init(6)
     for step in range(2):
         ids, _, state = chosen.select(state, jax.random.key(0), jnp.int32(step), 4)

@@ -12,7 +12,7 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.replay.dynamic_sampling import Queue
 from pspo_jax.runs import history
-from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.system.progress import Progress
 from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
@@ -69,7 +69,7 @@ def test_groups_follow_their_prompts_into_another_padded_length(tmp_path, capsys
                 "heldout": before.task.heldout.fingerprint(),
                 "source": None,
                 "base": {},
-                "totals": Totals().save(),
+                "totals": RunAccounting().save(),
             }
             checkpoints.save(3, state.to_save(), metadata)
             checkpoints.wait()

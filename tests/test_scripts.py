@@ -9,7 +9,7 @@ from dataclasses import asdict
 import jax
 import pytest
 
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model import built_in, transformer
 from scripts import bench_tables
 from scripts._bench import SHAPES, Work
@@ -128,7 +128,7 @@ def test_shares_of_the_accelerators_floor(script):
 def test_arithmetic_counts_the_weights_that_there_are(script):
     shape = asdict(SHAPES["tiny"])
     vocab = shape.pop("vocab")
-    policy = transformer(built_in(PolicyConfig(**shape, tied=True), vocab))
+    policy = transformer(built_in(ModelConfig(**shape, tied=True), vocab))
     weights = jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0)))
     norms = (2 * shape["layers"] + 1) * shape["width"]
     arithmetic = script("_arithmetic")

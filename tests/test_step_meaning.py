@@ -18,15 +18,22 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
-from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import AXES, microbatch_size
-from pspo_jax.losses.losses import denominators, objective_loss
+from pspo_jax.losses.losses import compute_loss, denominators
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.metrics import rollout_metrics
 from pspo_jax.training.scoring import reference_weights
-from pspo_jax.training.step import _divergence, estimate, init_state, make_collect, make_train_step, make_update
+from pspo_jax.training.step import (
+    behaviour_divergence,
+    compute_advantages,
+    init_state,
+    make_collect,
+    make_train_step,
+    make_update,
+)
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 
 P, PAD, EOS, B, G = 9, 14, 13, 8, 4
@@ -82,7 +89,9 @@ def penalised():
     right[0], right[1] = 1, [1, 0, 1, 0]
     # Every shaped reward is the same: only the KL tells completions apart.
     rewards = np.full((B, G), 0.8, np.float32)
-    advantages, _, kl = jax.jit(lambda *args: estimate(policy, algorithm, config, *args))(state, rollouts, rewards)
+    advantages, _, kl = jax.jit(lambda *args: compute_advantages(policy, algorithm, config, *args))(
+        state, rollouts, rewards
+    )
     after, metrics = make_train_step(policy, optimizer, algorithm, config)(state, rollouts, rewards, right)
     table = algorithm.selector.table(after.selector, jnp.int32(1))
     return rollouts, np.asarray(advantages), np.asarray(kl).reshape(B, G, -1), metrics, table
@@ -162,7 +171,7 @@ def test_a_scale_of_the_batch_is_that_of_the_batch_that_trains(sampled_dynamical
 @pytest.mark.parametrize("name", ["group", "rloo", "opo", "tracked_baseline"])
 def test_a_scale_left_to_the_batch_is_the_scale_of_the_batch(name):
     """Where nothing is left out, dividing afterwards is dividing at once."""
-    config = CreditConfig(name=name, scale="batch")
+    config = AdvantageConfig(name=name, scale="batch")
     forgetting = ForgettingConfig(mode="fixed")
     rewards = np.random.default_rng(0).random((6, G)).astype(np.float32)
     rewards[1, 2] = NAN
@@ -188,7 +197,7 @@ def of_policy(logits, actions, config, mu, old, reference):
             reference_log_probs=reference[action][None, None],
         )
         log_probs = jax.nn.log_softmax(logits)[action][None, None]
-        return objective_loss(log_probs, jnp.zeros((1, 1)), rows, config, denominators(rows), 1)[0]
+        return compute_loss(log_probs, jnp.zeros((1, 1)), rows, config, denominators(rows), 1)[0]
 
     return jax.vmap(one)(actions)
 
@@ -224,7 +233,7 @@ def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
     stored = empty_groups(5, G, P, config.rollout.max_new_tokens)
 
     def divergence(state):
-        return _divergence(policy, state, stored, jnp.float32(1), config)
+        return behaviour_divergence(policy, state, stored, jnp.float32(1), config)
 
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(8, 1, 1, 1), AXES)
     with jax.set_mesh(mesh):

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from pspo_jax.advantages import CREDITS
+from pspo_jax.advantages import ESTIMATORS
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import flatten, replace
 from pspo_jax.config.fields import ConfigError
@@ -15,7 +15,7 @@ from pspo_jax.config.presets import PRESETS, resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
-from pspo_jax.training.algorithm import build, needs_movement
+from pspo_jax.training.algorithm import build, needs_policy_drift
 
 SECTIONS = ("selection", "credit", "forgetting")
 
@@ -166,7 +166,7 @@ def test_options_of_selectors_that_draw_by_weight_are_taken(name):
 
 def test_every_name_has_its_preset_and_its_selector():
     assert {preset["selection.name"] for preset in PRESETS.values()} == set(SCORERS)
-    assert {preset["credit.name"] for preset in PRESETS.values()} == set(CREDITS)
+    assert {preset["credit.name"] for preset in PRESETS.values()} == set(ESTIMATORS)
 
 
 FILLED = (
@@ -275,4 +275,4 @@ def test_defaults_of_a_selector_reach_the_command_line():
     ],
 )
 def test_movement_is_measured_only_where_a_strategy_asks_for_it(values, needed):
-    assert needs_movement(replace(Config(), values)) == needed
+    assert needs_policy_drift(replace(Config(), values)) == needed

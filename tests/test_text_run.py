@@ -21,7 +21,7 @@ from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.evaluation.statistics import summarise
 from pspo_jax.runs import history
-from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.system.progress import Progress
 from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
@@ -213,7 +213,7 @@ def test_statistics_follow_their_prompts(tmp_path):
                 "dataset": before.task.train.fingerprint(),
                 "source": None,
                 "base": {},
-                "totals": Totals().save(),
+                "totals": RunAccounting().save(),
             }
             checkpoints.save(3, state.to_save(), metadata)
             checkpoints.wait()

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pspo_jax.data.task import Scores
+from pspo_jax.data.task import RewardResult
 from pspo_jax.rewards.terms import weighted_sum
 from pspo_jax.runs import verdicts
 from pspo_jax.runs.run_folder import RunLog
@@ -21,7 +21,7 @@ def scores(accuracy, slow=None, failed=None, missing=None):
     bad = {"accuracy": np.isnan(right), "m:slow": np.array([failed or [False] * 4])}
     terms = {"accuracy": right, "m:slow": slow}
     reward = weighted_sum(terms, {"accuracy": 1.0, "m:slow": 1.0}, right, bad)
-    return Scores(reward, terms, right, [[None] * 4], Counter(), (), bad, {"m:slow": Counter(missing or {})})
+    return RewardResult(reward, terms, right, [[None] * 4], Counter(), (), bad, {"m:slow": Counter(missing or {})})
 
 
 def test_nobody_gains_by_hanging():

@@ -6,12 +6,12 @@ from typing import Any
 
 from pspo_jax.advantages.ers import ers, released
 from pspo_jax.advantages.group import group, group_advantages, opo, opo_advantages, rloo, rloo_advantages
-from pspo_jax.advantages.interface import Credit, over_deviation
+from pspo_jax.advantages.interface import AdvantageEstimator, over_deviation
 from pspo_jax.advantages.tracked import over_size, tracked_baseline
 from pspo_jax.config.plugins import load_plugin
-from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 
-CREDITS: dict[str, Callable[[CreditConfig, ForgettingConfig], Credit]] = {
+ESTIMATORS: dict[str, Callable[[AdvantageConfig, ForgettingConfig], AdvantageEstimator]] = {
     "group": group,
     "ers": ers,
     "rloo": rloo,
@@ -19,7 +19,7 @@ CREDITS: dict[str, Callable[[CreditConfig, ForgettingConfig], Credit]] = {
     "opo": opo,
 }
 
-BATCH_SCALES: dict[str, Callable[[CreditConfig], Callable[..., Any]]] = {
+BATCH_SCALES: dict[str, Callable[[AdvantageConfig], Callable[..., Any]]] = {
     "group": over_deviation,
     "rloo": over_deviation,
     "opo": over_deviation,
@@ -28,7 +28,7 @@ BATCH_SCALES: dict[str, Callable[[CreditConfig], Callable[..., Any]]] = {
 """How the credits that credit.scale=batch is for divide by a scale of the batch."""
 
 
-def make(config: CreditConfig, forgetting: ForgettingConfig, batch_differs: bool = False) -> Credit:
+def make(config: AdvantageConfig, forgetting: ForgettingConfig, batch_differs: bool = False) -> AdvantageEstimator:
     """The credit that `config.name` names.
 
     Args:
@@ -36,11 +36,11 @@ def make(config: CreditConfig, forgetting: ForgettingConfig, batch_differs: bool
         sampling and replay. A scale of the batch is then left to `Credit.over_batch`.
     """
     assert config.name is not None
-    if config.name not in CREDITS:
+    if config.name not in ESTIMATORS:
         return load_plugin("credit.name", config.name)(config, forgetting)
     if not batch_differs or config.scale != "batch" or config.name not in BATCH_SCALES:
-        return CREDITS[config.name](config, forgetting)
-    unscaled = CREDITS[config.name](dataclasses.replace(config, scale="none"), forgetting)
+        return ESTIMATORS[config.name](config, forgetting)
+    unscaled = ESTIMATORS[config.name](dataclasses.replace(config, scale="none"), forgetting)
     return unscaled._replace(over_batch=BATCH_SCALES[config.name](config))
 
 

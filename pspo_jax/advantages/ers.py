@@ -18,9 +18,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.advantages.interface import Credit, group_statistics
+from pspo_jax.advantages.interface import AdvantageEstimator, group_statistics
 from pspo_jax.arrays.per_prompt import last_of_each, padded_rows
-from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 from pspo_jax.selection.beliefs import discount
 
 
@@ -35,7 +35,7 @@ class ErsState(NamedTuple):
     """The policy's movement up to the last of them; None = alpha does not depend on it."""
 
 
-def ers(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+def ers(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """Advantages against a prompt's smoothed statistics.
 
     stat_mode="linear_std" smooths standard deviations linearly. "released_head" stores the variance in the slot of the
@@ -110,12 +110,12 @@ def ers(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
         )
         return jnp.where(known, advantages, 0.0), state
 
-    return Credit(init, estimate)
+    return AdvantageEstimator(init, estimate)
 
 
 def released(
-    config: CreditConfig, forgetting: ForgettingConfig, batch: int, weight_exponent: float, floor: float
-) -> Credit:
+    config: AdvantageConfig, forgetting: ForgettingConfig, batch: int, weight_exponent: float, floor: float
+) -> AdvantageEstimator:
     """ERS and loss weights with the defects of PSPO's published code, for parity studies.
 
     Statistics belong to the slot of a batch, so a prompt's history is another's; the variance is kept in the standard
@@ -137,4 +137,4 @@ def released(
         return advantages * (jnp.abs(advantages) + floor) ** -weight_exponent, state
 
     # Slots do not follow prompts.
-    return Credit(lambda num_prompts: inner.init(batch), estimate, lambda old, fresh, places: old)
+    return AdvantageEstimator(lambda num_prompts: inner.init(batch), estimate, lambda old, fresh, places: old)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.advantages.interface import Credit, group_statistics, scaled
-from pspo_jax.config.strategies import CreditConfig, ForgettingConfig, Scale
+from pspo_jax.advantages.interface import AdvantageEstimator, group_statistics, scaled
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig, Scale
 
 
 def group_advantages(
@@ -49,19 +49,19 @@ def opo_advantages(
     return scaled(rewards - baseline[:, None], rewards, known, scale, ddof, eps)
 
 
-def group(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+def group(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """GRPO, Dr.GRPO."""
     del forgetting
     return _stateless(lambda rewards, lengths: group_advantages(rewards, config.scale, config.ddof, config.eps))
 
 
-def rloo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+def rloo(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """RLOO."""
     del forgetting
     return _stateless(lambda rewards, lengths: rloo_advantages(rewards, config.scale, config.ddof, config.eps))
 
 
-def opo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+def opo(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """OPO; `estimate` needs lengths."""
     del forgetting
 
@@ -73,7 +73,7 @@ def opo(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
     return _stateless(advantages)
 
 
-def _stateless(advantages: Callable[[Array, Array | None], Array]) -> Credit:
+def _stateless(advantages: Callable[[Array, Array | None], Array]) -> AdvantageEstimator:
     def estimate(
         state: tuple[()],
         ids: Int[Array, "B"],
@@ -84,4 +84,4 @@ def _stateless(advantages: Callable[[Array, Array | None], Array]) -> Credit:
         del ids, movement
         return advantages(rewards, lengths), state
 
-    return Credit(init=lambda num_prompts: (), estimate=estimate)
+    return AdvantageEstimator(init=lambda num_prompts: (), estimate=estimate)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pspo_jax.arrays.per_prompt import follow_rows
-from pspo_jax.config.strategies import CreditConfig, Scale
+from pspo_jax.config.strategies import AdvantageConfig, Scale
 
 
-class Credit(NamedTuple):
+class AdvantageEstimator(NamedTuple):
     """Which advantage, as pure functions over a per-prompt state S.
 
     init(num_prompts) -> S
@@ -77,7 +77,7 @@ def scaled(
     return jnp.where(known, centred, 0.0)
 
 
-def over_deviation(config: CreditConfig) -> Callable[..., Float[Array, "B G"]]:
+def over_deviation(config: AdvantageConfig) -> Callable[..., Float[Array, "B G"]]:
     """`Credit.over_batch`: over the standard deviation of the batch's rewards plus eps."""
 
     def over_batch(

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pspo_jax.advantages.interface import Credit, group_statistics
+from pspo_jax.advantages.interface import AdvantageEstimator, group_statistics
 from pspo_jax.arrays.per_prompt import last_of_each, padded_rows
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.strategies import CreditConfig, ForgettingConfig
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 from pspo_jax.selection.beliefs import Beliefs, init_beliefs, learned, mean
 
 
@@ -26,7 +26,7 @@ class TrackedState(NamedTuple):
     seen: Bool[Array, "R"]
 
 
-def tracked_baseline(config: CreditConfig, forgetting: ForgettingConfig) -> Credit:
+def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """The first visit has no history and takes the group's own mean. Rewards are taken within [0, 1] for the belief.
 
     scale="batch" divides by the root mean square of the batch's advantages plus eps; "none" does not divide. A group's
@@ -73,10 +73,10 @@ def tracked_baseline(config: CreditConfig, forgetting: ForgettingConfig) -> Cred
         put = [x.at[place].set(v, mode="drop") for x, v in zip(state.beliefs, after, strict=True)]
         return centred, TrackedState(Beliefs(*put), state.seen.at[place].set(True, mode="drop"))
 
-    return Credit(init, estimate)
+    return AdvantageEstimator(init, estimate)
 
 
-def over_size(config: CreditConfig) -> Callable[..., Float[Array, "B G"]]:
+def over_size(config: AdvantageConfig) -> Callable[..., Float[Array, "B G"]]:
     """`Credit.over_batch`: over the root mean square of the batch's advantages plus eps."""
 
     def over_batch(

@@ -103,7 +103,7 @@ class Rollouts:
     """Temperature of the draw; the trainer divides its logits by the same number."""
 
 
-class Outcome(NamedTuple):
+class RolloutOutcome(NamedTuple):
     """What a step learned about its prompts; the selector observes it."""
 
     rewards: Float[Array, "B G"]

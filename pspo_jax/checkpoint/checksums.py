@@ -32,7 +32,7 @@ def checksums(tree: Any) -> list[UInt32[Array, ""]]:
 def named_checksums(tree: Any) -> dict[str, int]:
     """Path of each array -> its checksum."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return dict(zip(names, (int(x) for x in processes.whole(checksums(tree))), strict=True))
+    return dict(zip(names, (int(x) for x in processes.to_host(checksums(tree))), strict=True))
 
 
 def verify(tree: Any, expected: dict[str, int]) -> None:

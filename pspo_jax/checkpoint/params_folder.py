@@ -12,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.store import RAISED, hush, judged
+from pspo_jax.checkpoint.store import RAISED, judged, silence_orbax
 from pspo_jax.distributed import processes
 from pspo_jax.system.storage import StorageError, os_reason, room, write_whole
 
@@ -27,16 +27,16 @@ def save_folder(folder: Path, params: Any, settings: dict[str, Any], supersedes:
     Raises:
       StorageError: it cannot be written.
     """
-    hush()
+    silence_orbax()
     partial = folder.with_name(folder.name + ".partial")
     checksums = named_checksums(params)
     try:
-        if processes.leads():
+        if processes.is_primary():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         processes.wait_for_all(f"partial {folder}")
         ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
-        if processes.leads():
+        if processes.is_primary():
             words = {"settings": settings, "checksums": checksums}
             write_whole(partial / _SETTINGS, json.dumps({**words, "crc": damage.checksum(words)}, indent=1).encode())
             damage.record(partial)
@@ -86,7 +86,7 @@ def load_folder(folder: Path, abstract: Any) -> Any:
       DamageError: its files are not what was written, on this or another process.
       StorageError: they cannot be read now.
     """
-    hush()
+    silence_orbax()
     params, reason, checksums = None, "", {}
     try:
         checksums = _read(folder)["checksums"]
@@ -100,7 +100,7 @@ def load_folder(folder: Path, abstract: Any) -> Any:
         if not isinstance(found, DamageError):
             raise found from error
         reason = str(found)
-    if processes.any_says(params is None):
+    if processes.any_process(params is None):
         raise DamageError(reason or "on another host")
     try:
         verify(params, checksums)

@@ -50,7 +50,7 @@ _DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|I
 """What TensorStore says where the bytes that it read make no sense."""
 
 
-def hush() -> None:
+def silence_orbax() -> None:
     """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
 
     TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
@@ -97,7 +97,7 @@ class Checkpoints:
         self._config = config
         self._say = say
         self._stop = stop
-        hush()
+        silence_orbax()
         self._saver = ThreadPoolExecutor(1, "save")
         self._writing: tuple[_Save, Future[None]] | None = None
         self._last: _Save | None = None
@@ -115,7 +115,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        if processes.leads():
+        if processes.is_primary():
             # Orbax reads these files of every checkpoint at once, and raises on what it does not know.
             for number, reason in damaged_metadata(self.folder):
                 self._say(self._told(number, reason, self._move(number)))
@@ -194,7 +194,7 @@ class Checkpoints:
         while (error := self._settle()) is not None:
             over = time.monotonic() - began > 60 * self._config.retry_minutes or not self._can_repeat()
             final = self._config.on_error == "stop" and not (isinstance(error, LateError) and seconds == 1.0)
-            if processes.any_says(final or over or self._stop()):
+            if processes.any_process(final or over or self._stop()):
                 raise error
             self._say(f"{error}; it is tried again in {seconds:.0f} s")
             pause(seconds, self._stop)
@@ -228,7 +228,7 @@ class Checkpoints:
         """Wait until a checkpoint is there, and record its files."""
         response.result()
         path = self.folder / str(save.step)
-        if processes.leads() and path.exists():
+        if processes.is_primary() and path.exists():
             try:
                 read_metadata(path)
             except DamageError as error:
@@ -247,7 +247,7 @@ class Checkpoints:
         What is no error of a disk is raised.
         """
         error = None if self._writing is None else self._writing[1].exception()
-        failed = processes.any_says(error is not None)
+        failed = processes.any_process(error is not None)
         if error is not None:
             return self._failure(error)
         self._writing = None
@@ -313,7 +313,7 @@ class Checkpoints:
             except DamageError as error:
                 reason = str(error)
             # What is damaged for one process, no process takes.
-            if not processes.any_says(metadata is None):
+            if not processes.any_process(metadata is None):
                 assert metadata is not None
                 wanted = check(metadata) or abstract
                 _check_layout(step, wanted, metadata)
@@ -321,7 +321,7 @@ class Checkpoints:
                     found = self._load(step, wanted), metadata
                 except DamageError as error:
                     reason = str(error)
-            if not processes.any_says(found is None):
+            if not processes.any_process(found is None):
                 assert found is not None
                 try:
                     verify(found[0], found[1]["checksums"])
@@ -355,7 +355,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> Path:
         target = self._aside(step)
         processes.wait_for_all(f"damaged {step}")
-        if processes.leads():
+        if processes.is_primary():
             self._move(step)
         processes.wait_for_all(f"moved {step}")
         self._orbax.reload()
@@ -461,7 +461,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
       StorageError: it cannot be read now.
     """
     path = (folder / str(step)).absolute()
-    hush()
+    silence_orbax()
     try:
         metadata = read_metadata(path)
     except DamageError as error:

@@ -31,7 +31,7 @@ from pspo_jax.model.architecture import Architecture, beyond_context
 from pspo_jax.model.huggingface.load import Source, load_params
 from pspo_jax.model.weights import table
 from pspo_jax.rewards.task import make_task
-from pspo_jax.rewards.text_reward import text_judge
+from pspo_jax.rewards.text_reward import text_reward
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.progress import Progress
@@ -69,7 +69,7 @@ def evaluate_checkpoints(
     config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
     for words in chosen:
         progress.say(f"default of this machine: {words}")
-    if processes.leads():
+    if processes.is_primary():
         _check_settings(out, config, args)
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, len(jax.devices()))
@@ -91,9 +91,9 @@ def evaluate_checkpoints(
         rows: dict[str, dict[str, tables.Summary]] = {}
         for candidate in candidates:
             rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
-            if processes.leads():
+            if processes.is_primary():
                 _write(out, rows, {c.label: c.step for c in candidates})
-    if processes.leads():
+    if processes.is_primary():
         progress.say((out / "table.md").read_text(encoding="utf-8"))
         progress.say(f"written to {out}")
     return 0
@@ -140,7 +140,7 @@ def _work(
         whole = replace(config, {"prompt.max_tokens": max(config.prompt.max_tokens, LONGEST_PROMPT)})
         source = benchmark_source(name, data, whole)
         prompts = benchmark_prompts(source, whole, tokenizer, pool, args.limit, progress.say)
-        judge, stop_ids = text_judge(pool, tokenizer, config), tokenizer.stop_ids
+        judge, stop_ids = text_reward(pool, tokenizer, config), tokenizer.stop_ids
     return Work(
         name=name,
         prompts=prompts,
@@ -248,7 +248,7 @@ def _evaluate(
         seconds = time.monotonic() - began
         rate = f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens else f"was in {path}"
         progress.say(f"{candidate.label} {work.name}: {rate}")
-        if processes.leads():
+        if processes.is_primary():
             found[work.name] = read_summary(path, ks)
     return found
 

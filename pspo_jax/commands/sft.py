@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pspo_jax.commands.export import write_model
-from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config
 from pspo_jax.data.demonstrations import demonstration_task
 from pspo_jax.data.tokenizer import TextTokenizer
@@ -21,7 +21,7 @@ from pspo_jax.training.setup import FirstParams, Setup, architecture_for, prepar
 
 def prepare_supervised(config: Config, pool: Any, progress: Progress) -> Setup:
     """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
-    if embedded(config):
+    if uses_char_tokenizer(config):
         return prepare(config, pool=pool, say=progress.say)
     _, tokenizer, _ = architecture_for(config)
     assert isinstance(tokenizer, TextTokenizer)
@@ -43,11 +43,11 @@ def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: P
     progress.say(f"{first.origin} in {folder / 'cold_start'}")
     fields = [f"--sft.{name} {getattr(c.sft, name)}" for name in ("steps", "batch", "learning_rate", "warmup")]
     same = f"train with the same settings ({' '.join(fields)}) and a --run.dir beside it"
-    if embedded(c):
+    if uses_char_tokenizer(c):
         progress.say(same)
         return 0
-    params = processes.whole(first.params)
-    if processes.leads():
+    params = processes.to_host(first.params)
+    if processes.is_primary():
         history.write_config(folder, c)
         out = folder / "model"
         write_folder(out, lambda place: write_model(place, c, params), replace=True)

@@ -41,7 +41,7 @@ FOLLOWERS = tuple(TEXT_DEFAULTS | COUNTDOWN_DEFAULTS | LORA_DEFAULTS)
 """Fields whose default follows the task or lora.rank."""
 
 
-def embedded(config: Config) -> bool:
+def uses_char_tokenizer(config: Config) -> bool:
     """Whether the task speaks an alphabet of its own and not a checkpoint's language."""
     if config.task.mixture is not None:
         return False
@@ -55,7 +55,7 @@ def defaults_of(config: Config) -> dict[str, Any]:
     It depends on task.name, task.mixture, policy.source, policy.tokenizer and lora.rank alone.
     """
     values = flatten(type(config)())
-    if not embedded(config):
+    if not uses_char_tokenizer(config):
         values |= TEXT_DEFAULTS
     elif config.task.name == "countdown":
         values |= COUNTDOWN_DEFAULTS

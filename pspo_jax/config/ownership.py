@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pspo_jax.config.defaults import defaults_of, embedded, flatten
+from pspo_jax.config.defaults import defaults_of, flatten, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
-from pspo_jax.config.schema import Config, PolicyConfig, round_prompts
+from pspo_jax.config.schema import Config, ModelConfig, round_prompts
 from pspo_jax.config.text_fields import parse_terms
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
@@ -33,7 +33,7 @@ _BY_SELECTOR: dict[str, tuple[str, ...]] = {
     "difficulty_pools": (*_DRAWN, "pool_weights", "easy_from", "hard_to"),
     "curriculum": (*_DRAWN, "difficulty_column", "curriculum_start", "curriculum_steps"),
 }
-_BY_CREDIT: dict[str, tuple[str, ...]] = {
+_BY_ESTIMATOR: dict[str, tuple[str, ...]] = {
     "group": ("scale",),
     "rloo": ("scale",),
     "opo": ("scale",),
@@ -125,7 +125,9 @@ def _ratio_is_read(c: Config) -> bool:
 
 def _deviation_is_read(c: Config) -> bool:
     by_credit = c.credit.scale != "none" if c.credit.name in ("group", "rloo", "opo") else c.credit.name == "ers"
-    return by_credit or (c.selection.name == "pps" and c.selection.signal == "raw") or c.credit.name not in _BY_CREDIT
+    return (
+        by_credit or (c.selection.name == "pps" and c.selection.signal == "raw") or c.credit.name not in _BY_ESTIMATOR
+    )
 
 
 def _eps_is_read(c: Config) -> bool:
@@ -140,7 +142,7 @@ def _selector_believes(c: Config) -> bool:
 
 def believes(c: Config) -> bool:
     """Whether a strategy of a resolved config keeps beliefs of prompts, which age as `forgetting` says."""
-    return _selector_believes(c) or c.credit.name == "tracked_baseline" or c.credit.name not in _BY_CREDIT
+    return _selector_believes(c) or c.credit.name == "tracked_baseline" or c.credit.name not in _BY_ESTIMATOR
 
 
 def _moves(c: Config) -> bool:
@@ -149,7 +151,7 @@ def _moves(c: Config) -> bool:
 
 
 TEXT = Condition(
-    lambda c: not embedded(c),
+    lambda c: not uses_char_tokenizer(c),
     lambda c: f"task.name={c.task.name} has an alphabet of its own and does not read it",
     "choose a task of text, such as --task.name gsm8k --task.train_data FILE.jsonl",
 )
@@ -208,7 +210,7 @@ def _selection(name: str, *more: Condition) -> Owner:
 
 
 def _credit(name: str, *more: Condition) -> Owner:
-    return (by_name("credit.name", _BY_CREDIT, name), *more)
+    return (by_name("credit.name", _BY_ESTIMATOR, name), *more)
 
 
 _RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
@@ -271,7 +273,7 @@ OWNERS: dict[str, Owner] = {
             "set policy.source to an id of the hub",
         ),
     ),
-    **_all("policy", tuple(PolicyConfig().shape_fields()), OWN_SHAPE),
+    **_all("policy", tuple(ModelConfig().shape_fields()), OWN_SHAPE),
     **_all("policy", _POLICY),
     "lora.rank": ALWAYS,
     **_all("lora", ("alpha", "dropout", "targets"), ADAPTERS),

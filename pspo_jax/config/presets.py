@@ -16,10 +16,10 @@ from pspo_jax.config.fields import ConfigError, nearest
 from pspo_jax.config.ownership import is_read
 from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.schema import Config
-from pspo_jax.config.strategies import CREDITS, REPLAYS, SELECTORS, AlgorithmName, LossName
+from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, AlgorithmName, LossName
 
 _GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}
-_CENTRED = {"credit.scale": "none", "objective.loss": "dapo"}
+_MEAN_ONLY = {"credit.scale": "none", "objective.loss": "dapo"}
 
 PRESETS: dict[AlgorithmName, dict[str, Any]] = {
     "grpo": {"selection.name": "uniform", **_GRPO},
@@ -29,12 +29,12 @@ PRESETS: dict[AlgorithmName, dict[str, Any]] = {
         "credit.scale": "none",
         "objective.loss": "dr_grpo",
     },
-    "rloo": {"selection.name": "uniform", "credit.name": "rloo", **_CENTRED},
-    "opo": {"selection.name": "uniform", "credit.name": "opo", **_CENTRED},
+    "rloo": {"selection.name": "uniform", "credit.name": "rloo", **_MEAN_ONLY},
+    "opo": {"selection.name": "uniform", "credit.name": "opo", **_MEAN_ONLY},
     "ers": {**_GRPO, "selection.name": "uniform", "credit.name": "ers"},
     "pps": {"selection.name": "pps", **_GRPO},
     "pspo": {**_GRPO, "selection.name": "pps", "credit.name": "ers"},
-    "prioritized_replay": {"selection.name": "prioritized_replay", "credit.name": "group", **_CENTRED},
+    "prioritized_replay": {"selection.name": "prioritized_replay", "credit.name": "group", **_MEAN_ONLY},
     "mopps": {"selection.name": "mopps", **_GRPO},
     "posterior_mixed": {"selection.name": "posterior_mixed", **_GRPO},
     "spo": {
@@ -89,7 +89,7 @@ SELECTION_PRESETS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, Collection[str]] = {
     "algorithm.name": PRESETS,
     "selection.name": SELECTORS,
-    "credit.name": CREDITS,
+    "credit.name": ESTIMATORS,
     "replay.name": REPLAYS,
     "objective.loss": LOSSES,
 }

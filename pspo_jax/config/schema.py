@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 from pspo_jax.config.fields import Range
 from pspo_jax.config.strategies import (
+    AdvantageConfig,
     AlgorithmConfig,
-    CreditConfig,
     ForgettingConfig,
-    ObjectiveConfig,
+    LossConfig,
     ReplayConfig,
     SelectionConfig,
 )
@@ -134,7 +134,7 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class ModelConfig:
     source: str | None = None
     """Checkpoint to train: a folder in Hugging Face's format or a hub id such as Qwen/Qwen2.5-Math-1.5B. The shape then
     follows from it. None = random weights of the shape below."""
@@ -427,17 +427,17 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    credit: CreditConfig = field(default_factory=CreditConfig)
+    credit: AdvantageConfig = field(default_factory=AdvantageConfig)
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

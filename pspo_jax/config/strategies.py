@@ -22,8 +22,8 @@ SELECTORS = (
     "curriculum",
 )
 """Names of the selectors that `selection.SCORERS` holds."""
-CreditName = str
-CREDITS = ("group", "ers", "rloo", "tracked_baseline", "opo")
+EstimatorName = str
+ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo")
 """Names of the advantage estimators that `advantages.CREDITS` holds."""
 ReplayName = str
 REPLAYS = ("none", "filter", "fill")
@@ -118,8 +118,8 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True)
-class CreditConfig:
-    name: CreditName | None = None
+class AdvantageConfig:
+    name: EstimatorName | None = None
     """Advantage estimator; None = the algorithm's."""
     scale: Scale | None = None
     """group, rloo, opo: divide by the standard deviation of the group, of the batch, or not; tracked_baseline: batch
@@ -193,7 +193,7 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class LossConfig:
     loss: LossName | None = None
     """Published loss: fills surrogate, ratio, aggregation and the clip range where they are None; docs/objectives.md
     has the table. None = the algorithm's."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError, check_range, convert, kinds
 from pspo_jax.config.json_fields import labels, mixture, options
 from pspo_jax.config.ownership import check_owners
@@ -189,7 +189,7 @@ def _check_strategies(c: Config) -> None:
 
 def _check_policy(c: Config) -> None:
     """Task, checkpoint, tokenizer and adapters must go together."""
-    p, own_alphabet = c.policy, embedded(c)
+    p, own_alphabet = c.policy, uses_char_tokenizer(c)
     if own_alphabet and not c.task.train_prompts:
         raise ConfigError(f"task.train_prompts=0: must be at least 1 for task.name={c.task.name}")
     if not own_alphabet and p.source is None and p.tokenizer is None:
@@ -214,7 +214,7 @@ def _check_prompt(c: Config) -> None:
             datetime.date.fromisoformat(c.prompt.date)
         except ValueError as error:
             raise ConfigError(f"prompt.date={c.prompt.date!r}: must be a day, such as 2026-01-31") from error
-    if stop_texts(c.rollout.stop) and embedded(c):
+    if stop_texts(c.rollout.stop) and uses_char_tokenizer(c):
         raise ConfigError(
             f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} in its own alphabet ends with $ alone; drop it"
         )
@@ -223,7 +223,7 @@ def _check_prompt(c: Config) -> None:
 def _check_task(c: Config) -> None:
     """Each task has what it needs."""
     t = c.task
-    if embedded(c) and c.reward.terms.strip() != "accuracy":
+    if uses_char_tokenizer(c) and c.reward.terms.strip() != "accuracy":
         raise ConfigError(
             f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone; drop it"
         )

@@ -12,7 +12,7 @@ import numpy as np
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.rendering import PromptError, render
-from pspo_jax.data.task import Demonstrations, PromptSet, Task, json_lines
+from pspo_jax.data.task import Demonstrations, PromptDataset, Task, json_lines
 from pspo_jax.data.tokenizer import TextTokenizer
 
 _FORMS = '{"prompt": ..., "completion": ...} or {"messages": [..., {"role": "assistant", "content": ...}]}'
@@ -117,7 +117,7 @@ def demonstration_task(config: Config, tokenizer: TextTokenizer) -> Task:
     bucket = config.rollout.prompt_bucket
     width = -(-min(max(len(prompt) for prompt, _ in examples), config.prompt.max_tokens) // bucket) * bucket
     rows = config.rollout.prompts
-    none = PromptSet(np.full((rows, width), tokenizer.pad_token_id, np.int32), np.ones(rows, np.int32), [""] * rows)
+    none = PromptDataset(np.full((rows, width), tokenizer.pad_token_id, np.int32), np.ones(rows, np.int32), [""] * rows)
     return Task(
         name="sft",
         tokenizer=tokenizer,

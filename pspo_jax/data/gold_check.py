@@ -41,8 +41,8 @@ def check_gold(
     key = hashlib.sha256(numbers(rows, "digest")[which].tobytes() + rules.encode()).hexdigest()[:24]
     processes.check_same("task.train_data, task.heldout_data", key)
     # One process decides for all: two might find their deadlines missed for different rows.
-    found = _checked(rows, which, pool, folder / f"golds-{key}.npy", say) if processes.leads() else None
-    return processes.from_leader(f"gold/{key}", found)
+    found = _checked(rows, which, pool, folder / f"golds-{key}.npy", say) if processes.is_primary() else None
+    return processes.from_primary(f"gold/{key}", found)
 
 
 def _checked(

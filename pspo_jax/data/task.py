@@ -37,7 +37,7 @@ class LeftOut(NamedTuple):
     """Its beginning."""
 
 
-class PromptSet(NamedTuple):
+class PromptDataset(NamedTuple):
     """Prompts addressed by row. The columns may be lazy: indexing reads from disk."""
 
     tokens: Int[np.ndarray, "N P"]
@@ -91,10 +91,10 @@ def digest(content: bytes, answer: str) -> int:
     return int.from_bytes(hashlib.blake2b(content + b"\x00" + answer.encode(), digest_size=8).digest(), "little")
 
 
-class Completions(NamedTuple):
+class CompletionBatch(NamedTuple):
     """Completions to be judged, on the host."""
 
-    prompts: PromptSet
+    prompts: PromptDataset
     rows: Int[np.ndarray, "B"]
     tokens: Int[np.ndarray, "B G T"]
     lengths: Int[np.ndarray, "B G"]
@@ -105,7 +105,7 @@ class Completions(NamedTuple):
     """Whether rewards are wanted; False = the verdict alone, as in evaluation."""
 
 
-class Scores(NamedTuple):
+class RewardResult(NamedTuple):
     """What completions are worth."""
 
     reward: Float[np.ndarray, "B G"]
@@ -130,7 +130,7 @@ class Scores(NamedTuple):
     """What users' functions gave to `log_extra`: a value for each completion [B][G], or None."""
 
 
-Judge = Callable[[Completions], Callable[[], Scores]]
+RewardFn = Callable[[CompletionBatch], Callable[[], RewardResult]]
 """Starts verification and returns at once; calling what it returned waits for the scores."""
 
 
@@ -153,9 +153,9 @@ class Task(NamedTuple):
     forbidden: tuple[int, ...]
     """Ids that a policy must never draw."""
     stop_ids: tuple[int, ...]
-    train: PromptSet
-    heldout: PromptSet
-    judge: Judge
+    train: PromptDataset
+    heldout: PromptDataset
+    judge: RewardFn
     demonstrations: Callable[[int, int], Iterator[Demonstrations]]
     """(seed, count) -> blocks of fresh examples, `count` in all."""
     encode_prompt: Callable[[Any], list[int]]

@@ -24,7 +24,7 @@ from pspo_jax.data.loading import Source, cache_folder, first_of_each, from_data
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
 from pspo_jax.data.synthetic.countdown import source as countdown_source
 from pspo_jax.data.synthetic.reasoning_gym import source as gym_source
-from pspo_jax.data.task import Demonstrations, Judge, LeftOut, PromptSet, Task, pad_rows
+from pspo_jax.data.task import Demonstrations, LeftOut, PromptDataset, RewardFn, Task, pad_rows
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.verifiers.workers.pool import Pool
 
@@ -83,7 +83,7 @@ class _Column(Sequence[str]):
 def text_task(
     config: Config,
     tokenizer: TextTokenizer,
-    judge: Judge,
+    judge: RewardFn,
     pool: Pool | None,
     functions: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
@@ -140,7 +140,7 @@ def benchmark_prompts(
     pool: Pool | None,
     limit: int,
     say: Callable[[str], None] = lambda _: None,
-) -> PromptSet:
+) -> PromptDataset:
     """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
     identity = _identity(tokenizer, config)
     rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config.task), 0, say)
@@ -381,7 +381,9 @@ def _width(config: Config, *picks: _Pick) -> int:
     return -(-longest // bucket) * bucket
 
 
-def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: str, names: Sequence[str]) -> PromptSet:
+def prompt_set(
+    pick: _Pick, sources: list[Any], width: int, pad: int, identity: str, names: Sequence[str]
+) -> PromptDataset:
     """Rows as a PromptSet that reads them from disk through a grain.MapDataset.
 
     Args:
@@ -406,7 +408,7 @@ def prompt_set(pick: _Pick, sources: list[Any], width: int, pad: int, identity: 
                 values[own] = np.array([*source.select(row[own]).values(name), None], object)[:-1]
         return list(values)
 
-    return PromptSet(
+    return PromptDataset(
         tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
         lengths=numbers(rows, "length").astype(np.int32),
         answers=_Column(records, rows, "answer"),

@@ -14,7 +14,7 @@ import jax
 from pspo_jax.config.fields import ConfigError
 
 
-class Kind(NamedTuple):
+class DeviceSpec(NamedTuple):
     """One device, as its maker states it."""
 
     memory: float
@@ -31,17 +31,17 @@ class Kind(NamedTuple):
 
 
 _GIB = 2**30
-KINDS = {
-    "v4": Kind(32 * _GIB, 275e12, 1.20e12, 150e9, 2),
-    "v5e": Kind(16 * _GIB, 197e12, 0.82e12, 100e9),
-    "v5p": Kind(95 * _GIB, 459e12, 2.77e12, 300e9, 2),
-    "v6e": Kind(32 * _GIB, 918e12, 1.64e12, 224e9),
-    "a100": Kind(80e9, 312e12, 2.04e12, 300e9),
-    "h100": Kind(80e9, 989e12, 3.35e12, 450e9),
-    "h200": Kind(141e9, 989e12, 4.80e12, 450e9),
-    "b200": Kind(180e9, 2250e12, 8.00e12, 900e9),
-    "l4": Kind(24e9, 121e12, 0.30e12, 32e9),
-    "l40s": Kind(48e9, 362e12, 0.86e12, 32e9),
+DEVICES = {
+    "v4": DeviceSpec(32 * _GIB, 275e12, 1.20e12, 150e9, 2),
+    "v5e": DeviceSpec(16 * _GIB, 197e12, 0.82e12, 100e9),
+    "v5p": DeviceSpec(95 * _GIB, 459e12, 2.77e12, 300e9, 2),
+    "v6e": DeviceSpec(32 * _GIB, 918e12, 1.64e12, 224e9),
+    "a100": DeviceSpec(80e9, 312e12, 2.04e12, 300e9),
+    "h100": DeviceSpec(80e9, 989e12, 3.35e12, 450e9),
+    "h200": DeviceSpec(141e9, 989e12, 4.80e12, 450e9),
+    "b200": DeviceSpec(180e9, 2250e12, 8.00e12, 900e9),
+    "l4": DeviceSpec(24e9, 121e12, 0.30e12, 32e9),
+    "l40s": DeviceSpec(48e9, 362e12, 0.86e12, 32e9),
 }
 
 _SLICES = {
@@ -87,11 +87,11 @@ def parse_target(text: str) -> Target:
       ConfigError: the kind is not known, or there is no slice of this size.
     """
     match = re.fullmatch(r"([a-z]\w*?)(?:[x-](\d+))?", text.lower())
-    if match is None or match[1] not in KINDS or match[2] == "0":
+    if match is None or match[1] not in DEVICES or match[2] == "0":
         raise ConfigError(
-            f"--plan {text}: name a device and a count, such as v5e-8 or h100x8; known: {', '.join(KINDS)}"
+            f"--plan {text}: name a device and a count, such as v5e-8 or h100x8; known: {', '.join(DEVICES)}"
         )
-    kind, cores = match[1], KINDS[match[1]].cores
+    kind, cores = match[1], DEVICES[match[1]].cores
     number = int(match[2] or cores)
     sizes = TOPOLOGIES.get(kind)
     if number % cores or (sizes is not None and match[2] and number // cores not in sizes):

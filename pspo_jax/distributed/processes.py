@@ -36,7 +36,7 @@ BARRIER_SECONDS = 900.0
 _DAY = 86400.0
 _HOST = 64
 """Bytes of a host's name that are compared and shown."""
-_LAST_WORDS_SECONDS = 5.0
+_ERROR_GRACE_SECONDS = 5.0
 """How long a process that failed waits for the others to read why, before its end ends them."""
 
 
@@ -91,18 +91,18 @@ def in_cluster() -> bool:
     return cluster_processes() > 1
 
 
-def count() -> int:
+def process_count() -> int:
     return jax.process_count()
 
 
-def leads() -> bool:
+def is_primary() -> bool:
     """Whether this process writes logs, events and reports."""
     return jax.process_index() == 0
 
 
-def put(tree: Any, sharding: Sharding) -> Any:
+def to_global(tree: Any, sharding: Sharding) -> Any:
     """Host arrays, the same on every process, as global arrays."""
-    if count() == 1:
+    if process_count() == 1:
         return jax.device_put(tree, sharding)
 
     def one(x: Any) -> jax.Array:
@@ -116,9 +116,9 @@ def put(tree: Any, sharding: Sharding) -> Any:
 
 def owned_rows(array: jax.Array) -> np.ndarray:
     """Rows of a global array that this process answers for, ascending; each row has one owner."""
-    if count() == 1:
+    if process_count() == 1:
         return np.arange(array.shape[0])
-    owner = np.full(array.shape[0], count(), np.int32)
+    owner = np.full(array.shape[0], process_count(), np.int32)
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         place: Any = device
         owner[index[0]] = np.minimum(owner[index[0]], place.process_index)
@@ -127,7 +127,7 @@ def owned_rows(array: jax.Array) -> np.ndarray:
 
 def fetch_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
     """Some rows of a global array, all of which this process holds."""
-    if count() == 1:
+    if process_count() == 1:
         return np.asarray(array)[rows]
     value = np.zeros(array.shape, array.dtype)
     for shard in array.addressable_shards:
@@ -135,9 +135,9 @@ def fetch_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
     return value[rows]
 
 
-def whole(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Global arrays as host arrays, the same on every process."""
-    if count() == 1:
+    if process_count() == 1:
         return jax.device_get(tree)
 
     def one(x: Any) -> np.ndarray:
@@ -150,7 +150,7 @@ def whole(tree: Any) -> Any:
 
 def share_rows(values: dict[str, np.ndarray], rows: np.ndarray, total: int) -> dict[str, np.ndarray]:
     """Each process's rows [n, ...] of several host arrays, as the arrays of all `total` rows on every process."""
-    if count() == 1:
+    if process_count() == 1:
         return values
     mine = np.zeros(total, bool)
     mine[rows] = True
@@ -163,19 +163,19 @@ def share_rows(values: dict[str, np.ndarray], rows: np.ndarray, total: int) -> d
     return {name: value[owner, np.arange(total)] for name, value in every.items()}
 
 
-def total(values: np.ndarray) -> np.ndarray:
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
     """Sum of small host arrays over processes."""
-    return values if count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+    return values if process_count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
 
 
-def any_says(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether any process says so; all must ask."""
-    return flag if count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
+    return flag if process_count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
 
 
-def text_from_leader(text: str) -> str:
+def text_from_primary(text: str) -> str:
     """The leading process's text, of at most 4,096 bytes, on every process; all must ask."""
-    if count() == 1:
+    if process_count() == 1:
         return text
     data = np.zeros(4096, np.uint8)
     words = text.encode()
@@ -183,14 +183,14 @@ def text_from_leader(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).rstrip(b"\0").decode()
 
 
-def from_leader(name: str, value: np.ndarray | None) -> np.ndarray:
+def from_primary(name: str, value: np.ndarray | None) -> np.ndarray:
     """The int8 array of the leading process, on all of them; the others wait for it, for as long as it needs.
 
     Args:
       name: of the array; equal names have equal values.
       value: the leader's; None elsewhere.
     """
-    if count() == 1:
+    if process_count() == 1:
         assert value is not None
         return value
     client = coordination_client()
@@ -208,7 +208,7 @@ def check_same(field: str, text: str) -> None:
     Raises:
       ConfigError: it is not; the line names the hosts that differ from most of the others.
     """
-    if count() == 1:
+    if process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)
     host = np.frombuffer(socket.gethostname().encode()[:_HOST].ljust(_HOST, b"\0"), np.uint8)
@@ -233,7 +233,7 @@ def check_settings(values: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: one is not; the line names it, its value here, and the processes where it is another.
     """
-    if count() == 1:
+    if process_count() == 1:
         return
     digests = b"".join(hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in values.items())
     every = np.asarray(multihost_utils.process_allgather(np.frombuffer(digests, np.uint8).reshape(-1, 8)))
@@ -256,7 +256,7 @@ def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
     Raises:
       TimeoutError: not all came in time.
     """
-    if count() == 1:
+    if process_count() == 1:
         return
     client = coordination_client()
     try:
@@ -269,12 +269,12 @@ def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """An exception in one process ends all of them, with its traceback in every log.
 
     Without this the others would wait in their next collective until a heartbeat is missed.
     """
-    if count() == 1:
+    if process_count() == 1:
         yield
         return
     client = coordination_client()
@@ -291,7 +291,7 @@ def failing_together() -> Iterator[None]:
             text = f"error: {error}" if known else traceback.format_exc()
             print(f"process {jax.process_index()} failed: {text}", file=sys.stderr, flush=True)
             client.key_value_set(f"{_FAILURES}{jax.process_index()}", text, allow_overwrite=True)
-            time.sleep(_LAST_WORDS_SECONDS)
+            time.sleep(_ERROR_GRACE_SECONDS)
             os._exit(2 if bad_input else 1)
         raise
     finally:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.schema import Config
-from pspo_jax.data.task import Completions, PromptSet, Scores, Task
+from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardResult, Task
 from pspo_jax.distributed import processes
 from pspo_jax.rollout.sampler import SamplingParams
 
@@ -23,7 +23,7 @@ def evaluate(
     key: Any,
     batch: int,
     place: Callable[[Any], Any],
-    told: Callable[[Scores], None] = lambda _: None,
+    told: Callable[[RewardResult], None] = lambda _: None,
 ) -> dict[str, float]:
     """Shares of the held-out prompts' completions: right ones, greedy and sampled, and those without a verdict.
 
@@ -38,7 +38,7 @@ def evaluate(
     greedy = SamplingParams.of(config.rollout, task.stop_ids, temperature=0.0)
     sampled = SamplingParams.of(config.rollout, task.stop_ids)
     n = len(task.heldout.lengths)
-    judged: dict[str, list[Callable[[], Scores]]] = {"greedy": [], "sampled": []}
+    judged: dict[str, list[Callable[[], RewardResult]]] = {"greedy": [], "sampled": []}
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch)
         real = rows < n
@@ -52,19 +52,21 @@ def evaluate(
             tokens, lengths, ended = (
                 processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            held = Completions(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
+            held = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
             judged[name].append(task.judge(held))
     scores = {name: [wait() for wait in waits] for name, waits in judged.items()}
     for one in (one for found in scores.values() for one in found):
         told(one)
     right = {name: np.concatenate([one.right for one in found]) for name, found in scores.items()}
     # (sum, verdicts, completions) of each, over all processes.
-    sums = processes.total(np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64))
+    sums = processes.sum_over_processes(
+        np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64)
+    )
     means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(right, sums, strict=True)}
     return means | {"no_verdict": float(1 - sums[:, 1].sum() / sums[:, 2].sum())}
 
 
-def gather(prompts: PromptSet, rows: np.ndarray, loss_weight: Any) -> Prompts:
+def gather(prompts: PromptDataset, rows: np.ndarray, loss_weight: Any) -> Prompts:
     """The batch of these rows, on the host."""
     build: Any = Prompts
     return build(

@@ -12,7 +12,7 @@ import numpy as np
 
 from pspo_jax.checkpoint.params_folder import set_aside
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.task import Completions, Judge, PromptSet, Scores, Tokenizer
+from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding
 from pspo_jax.evaluation.heldout import gather
@@ -25,8 +25,8 @@ class Work(NamedTuple):
     """A benchmark, ready to be sampled."""
 
     name: str
-    prompts: PromptSet
-    judge: Judge
+    prompts: PromptDataset
+    judge: RewardFn
     tokenizer: Tokenizer
     samples: int
     """Completions a problem."""
@@ -79,15 +79,15 @@ def run_benchmark(
       StoppedError: stop() became true.
       StorageError: the file cannot be written; what it holds stays.
     """
-    total, leads = len(work.prompts.lengths), processes.leads()
-    done = int(processes.total(np.array(_recover(path, work.header(identity), say) if leads else 0)))
+    total, leads = len(work.prompts.lengths), processes.is_primary()
+    done = int(processes.sum_over_processes(np.array(_recover(path, work.header(identity), say) if leads else 0)))
     tick(done, "")
     if done == total:
         return 0
     loaded, sampled = weights(), 0
-    waiting: tuple[Completions, int, Callable[[], Scores]] | None = None
+    waiting: tuple[CompletionBatch, int, Callable[[], RewardResult]] | None = None
 
-    def write(item: tuple[Completions, int, Callable[[], Scores]] | None) -> None:
+    def write(item: tuple[CompletionBatch, int, Callable[[], RewardResult]] | None) -> None:
         if item is None:
             return
         lines = problem_lines(work, item[0], item[2]())
@@ -95,16 +95,18 @@ def run_benchmark(
         tick(item[1], work.name)
 
     for start in range(done, total, work.batch):
-        if processes.any_says(stop()):
+        if processes.any_process(stop()):
             write(waiting)
             raise StoppedError
         rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
-        prompts = processes.put(gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh))
+        prompts = processes.to_global(
+            gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh)
+        )
         rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
         write(waiting)  # its verification has gone on while this batch is sampled
-        tokens, lengths, ended = processes.whole((rollouts.tokens, rollouts.lengths, rollouts.ended))
+        tokens, lengths, ended = processes.to_host((rollouts.tokens, rollouts.lengths, rollouts.ended))
         real = min(work.batch, total - start)
-        completions = Completions(
+        completions = CompletionBatch(
             work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
         )
         sampled += int(lengths[:real].sum())
@@ -113,7 +115,7 @@ def run_benchmark(
     return sampled
 
 
-def problem_lines(work: Work, batch: Completions, scores: Scores) -> list[dict[str, Any]]:
+def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> list[dict[str, Any]]:
     """A record per problem: every completion with its verdict."""
     lines = []
     for i, row in enumerate(batch.rows):

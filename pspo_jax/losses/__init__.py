@@ -2,7 +2,7 @@
 
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.losses.log_probs import completion_log_probs, pack_rows
-from pspo_jax.losses.losses import Denominators, denominators, objective_loss
+from pspo_jax.losses.losses import Denominators, compute_loss, denominators
 
 __all__ = [
     "Denominators",

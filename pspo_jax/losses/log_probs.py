@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 
 
 def pack_rows(
@@ -30,7 +30,7 @@ def pack_rows(
 
 
 def completion_log_probs(
-    policy: Policy,
+    policy: Model,
     params: Params,
     prompts: Int[Array, "R P"],
     lengths: Int[Array, "R"],
@@ -58,7 +58,7 @@ def completion_log_probs(
 
 
 def chunked_log_probs(
-    policy: Policy,
+    policy: Model,
     params: Params,
     hidden: Float[Array, "R T D"],
     targets: Int[Array, "R T"],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pspo_jax.arrays.rows import LossInputs
-from pspo_jax.config.strategies import Aggregation, ObjectiveConfig
+from pspo_jax.config.strategies import Aggregation, LossConfig
 from pspo_jax.losses.ratios import (
     importance_ratio,
     importance_weight,
@@ -76,11 +76,11 @@ class LossMetrics(NamedTuple):
     gamma: Float[Array, ""]
 
 
-def objective_loss(
+def compute_loss(
     log_probs: Float[Array, "R T"],
     entropy: Float[Array, "R T"],
     inputs: LossInputs,
-    config: ObjectiveConfig,
+    config: LossConfig,
     total: Denominators,
     max_length: int,
 ) -> tuple[Float[Array, ""], LossMetrics]:

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.losses.log_probs import chunked_log_probs, pack_rows
-from pspo_jax.model.attention.xla import LONG
-from pspo_jax.model.interface import Packed, Policy
+from pspo_jax.model.attention.xla import BLOCKWISE_FROM_TOKENS
+from pspo_jax.model.interface import Model, Packed
 
 if TYPE_CHECKING:
     from pspo_jax.arrays.rows import Rows
@@ -29,7 +29,7 @@ ROWS_PER_BIN = 16
 """At most; bounds the loss's arrays, [bins x this, T]."""
 
 
-class Plan(NamedTuple):
+class BinAssignment(NamedTuple):
     """Which rows share a bin."""
 
     rows: Int[Array, "N M"]
@@ -42,9 +42,9 @@ class Plan(NamedTuple):
     """Places that rows stand in."""
 
 
-def plan_bins(
+def assign_bins(
     prompts: Int[Array, "R"], answers: Int[Array, "R"], groups: Int[Array, "R"], length: int, bins: int
-) -> Plan:
+) -> BinAssignment:
     """First-fit decreasing, of groups and of the rows of each; a bin that holds the prompt comes before others.
 
     Args:
@@ -75,7 +75,7 @@ def plan_bins(
     start = jnp.full(bins, length, jnp.int32), jnp.zeros(bins, jnp.int32), jnp.full(bins, -1, jnp.int32)
     (room, held, _), (where, slot, leads) = jax.lax.scan(place, start, order)
     shape = bins, ROWS_PER_BIN
-    return Plan(
+    return BinAssignment(
         jnp.full(shape, r, jnp.int32).at[where, slot].set(order, mode="drop"),
         jnp.ones(shape, bool).at[where, slot].set(leads, mode="drop"),
         (held > 0).sum(),
@@ -83,23 +83,23 @@ def plan_bins(
     )
 
 
-def plan_shared_bins(
+def assign_shared_bins(
     prompts: Int[Array, "R"], answers: Int[Array, "R"], groups: Int[Array, "R"], length: int, bins: int
-) -> Plan:
+) -> BinAssignment:
     """`plan_bins`, or that of rows which share nothing, if it needs fewer bins: rows of one size pack better."""
     alone = jnp.arange(prompts.shape[0])
-    both = jax.vmap(lambda g: plan_bins(prompts, answers, g, length, bins))(jnp.stack([groups, alone]))
+    both = jax.vmap(lambda g: assign_bins(prompts, answers, g, length, bins))(jnp.stack([groups, alone]))
     return jax.tree.map(lambda x: x[both.bins.argmin()], both)
 
 
-def answers_of(rows: Rows) -> Int[Array, "R"]:
+def loss_lengths(rows: Rows) -> Int[Array, "R"]:
     """Tokens of each completion up to the last one in the loss; 0 without any."""
     return jnp.where(rows.mask, jnp.arange(rows.mask.shape[1]) + 1, 0).max(axis=1)
 
 
-def needs_of(rows: Rows) -> Int[Array, "R"]:
+def row_lengths(rows: Rows) -> Int[Array, "R"]:
     """Places that each row needs by itself; 0 without a token in the loss."""
-    answers = answers_of(rows)
+    answers = loss_lengths(rows)
     return jnp.where(answers > 0, rows.lengths + answers - 1, 0)
 
 
@@ -109,10 +109,10 @@ def bin_length(rows: Rows) -> int:
 
 
 def whole_blocks(places: int) -> int:
-    return places if places < LONG else -(-places // _TILE) * _TILE
+    return places if places < BLOCKWISE_FROM_TOKENS else -(-places // _TILE) * _TILE
 
 
-def rows_in(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
+def rows_of_bins(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
     """The rows of some bins, [b M, ...]; where there is none, one that no sum sees."""
     flat = ids.reshape(-1)
     real = flat < rows.lengths.shape[0]
@@ -121,7 +121,7 @@ def rows_in(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
 
 
 def packed_log_probs(
-    policy: Policy,
+    policy: Model,
     weights: Params,
     part: Rows,
     leads: Bool[Array, "b M"],
@@ -141,7 +141,7 @@ def packed_log_probs(
     """
     p, t = part.prompts.shape[1], part.tokens.shape[1]
     bins, length = leads.shape[0], bin_length(part)
-    answer = answers_of(part).reshape(leads.shape)
+    answer = loss_lengths(part).reshape(leads.shape)
     prompt = part.lengths.reshape(leads.shape)
     rows = constrain(pack_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t), "rows", None, None)
     behind = jnp.where(leads, 0, prompt)

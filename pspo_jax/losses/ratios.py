@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pspo_jax.config.strategies import ObjectiveConfig
+from pspo_jax.config.strategies import LossConfig
 from pspo_jax.config.text_fields import gamma_shape
 
 ENTROPY_ROUNDING = 1e-5
@@ -22,7 +22,7 @@ def row_mean(x: Float[Array, "R T"], mask: Bool[Array, "R T"]) -> Float[Array, "
 
 
 def importance_ratio(
-    log_ratio: Float[Array, "R T"], mask: Bool[Array, "R T"], config: ObjectiveConfig
+    log_ratio: Float[Array, "R T"], mask: Bool[Array, "R T"], config: LossConfig
 ) -> Float[Array, "R T|1"]:
     """pi / pi_old of a token, of the sequence (geometric mean, [R, 1]), or GSPO-token's: the sequence's value with the
     token's gradient."""
@@ -53,7 +53,7 @@ def surrogate(
     log_importance: Float[Array, "R T"] | None,
     advantages: Float[Array, "R"],
     mask: Bool[Array, "R T"],
-    config: ObjectiveConfig,
+    config: LossConfig,
 ) -> Surrogate:
     """The part of the objective that is maximised, before weights.
 
@@ -94,7 +94,7 @@ def _gamma(
     log_importance: Float[Array, "R T"] | None,
     advantages: Float[Array, "R"],
     mask: Bool[Array, "R T"],
-    config: ObjectiveConfig,
+    config: LossConfig,
 ) -> Float[Array, "R"]:
     """phi of VESPO, without gradient: (k, lambda) by the advantage's sign; 1 on-policy."""
     log_w = jnp.where(mask, jnp.clip(log_ratio, -LOG_LIMIT, LOG_LIMIT), 0).sum(axis=1)
@@ -107,7 +107,7 @@ def _gamma(
 
 
 def log_importance_weight(
-    old: Float[Array, "R T"], behaviour: Float[Array, "R T"], mask: Bool[Array, "R T"], config: ObjectiveConfig
+    old: Float[Array, "R T"], behaviour: Float[Array, "R T"], mask: Bool[Array, "R T"], config: LossConfig
 ) -> Float[Array, "R T"]:
     """log pi_old / mu of the token, or of the whole completion (the sum), without gradient; 0 outside the mask."""
     log_w = jnp.where(mask, jax.lax.stop_gradient(old) - behaviour, 0)
@@ -116,7 +116,7 @@ def log_importance_weight(
     return log_w
 
 
-def importance_weight(log_w: Float[Array, "R T"], config: ObjectiveConfig) -> Float[Array, "R T"]:
+def importance_weight(log_w: Float[Array, "R T"], config: LossConfig) -> Float[Array, "R T"]:
     """pi_old / mu, cut to the cap (truncated importance sampling) or 0 above it (masked)."""
     w = jnp.exp(log_w)
     if config.importance.endswith("mask"):

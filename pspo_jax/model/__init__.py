@@ -3,7 +3,7 @@
 from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.model.architecture import Architecture, built_in
 from pspo_jax.model.custom import from_logits, from_nnx
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from pspo_jax.model.transformer import transformer
 
 __all__ = ["Adapted", "Architecture", "Policy", "built_in", "from_logits", "from_nnx", "join", "transformer"]

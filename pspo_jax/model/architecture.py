@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pspo_jax.config.schema import PROJECTIONS, LoraConfig, PolicyConfig, Remat
+from pspo_jax.config.schema import PROJECTIONS, LoraConfig, ModelConfig, Remat
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def beyond_context(a: Architecture, prompt: int, completion: int) -> str | None:
     )
 
 
-def built_in(config: PolicyConfig, vocab_size: int, forbidden: tuple[int, ...] = ()) -> Architecture:
+def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = ()) -> Architecture:
     """The architecture that a config's shape fields describe."""
     c = config
     return Architecture(

@@ -21,7 +21,7 @@ from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import attend
 from pspo_jax.model.interface import Packed, mask_logits
-from pspo_jax.model.mixed_precision import lookup, product
+from pspo_jax.model.mixed_precision import einsum_lowp, lookup
 from pspo_jax.model.rotary import Rotation, rope, rotation
 
 _FAR = np.iinfo(np.int32).max
@@ -63,7 +63,7 @@ def project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Arra
     """A projection with its bias and its adapter, where the block has them."""
     dtype = jnp.dtype(a.compute_dtype)
     full, down, up = _SPECS[name]
-    y = product(full, x, w[name], dtype, dtype)
+    y = einsum_lowp(full, x, w[name], dtype, dtype)
     if f"{name}_bias" in w:
         y = y + w[f"{name}_bias"].astype(dtype)
     if f"{name}_lora_a" in w:
@@ -72,8 +72,8 @@ def project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Arra
             mine = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
             kept = jax.random.bernoulli(mine, 1 - a.lora.dropout, x.shape)
             x = jnp.where(kept, x / (1 - a.lora.dropout), 0).astype(x.dtype)
-        low = product(down, x, w[f"{name}_lora_a"], dtype, dtype)
-        y = y + a.lora.scale * product(up, low, w[f"{name}_lora_b"], dtype, dtype)
+        low = einsum_lowp(down, x, w[f"{name}_lora_a"], dtype, dtype)
+        y = y + a.lora.scale * einsum_lowp(up, low, w[f"{name}_lora_b"], dtype, dtype)
     return checkpoint_name(y.astype(dtype), _PROJECTION)
 
 
@@ -172,5 +172,5 @@ def _remat(kind: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
 def logits_of(a: Architecture, params: Any, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
     spec, head = ("nd,vd->nv", params["embed"]) if a.tied else ("nd,dv->nv", params["head"])
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = product(spec, flat, head, jnp.dtype(a.compute_dtype), jnp.float32)
+    logits = einsum_lowp(spec, flat, head, jnp.dtype(a.compute_dtype), jnp.float32)
     return mask_logits(logits.reshape(*hidden.shape[:-1], -1), a.forbidden)

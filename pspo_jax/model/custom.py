@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.model.interface import Policy, mask_logits
+from pspo_jax.model.interface import Model, mask_logits
 
 
 def from_logits(
@@ -17,7 +17,7 @@ def from_logits(
     init: Callable[..., Any],
     vocab_size: int,
     forbidden: Sequence[int] = (),
-) -> Policy:
+) -> Model:
     """A policy from any causal `apply(params, tokens) -> logits`: Flax NNX or Linen, Equinox, plain functions.
 
     Sampling calls `apply` on the whole row once per token, as there is no cache: right for small models and for
@@ -56,7 +56,7 @@ def from_logits(
 
         return mask_logits(last, forbidden), cache, step
 
-    return Policy(
+    return Model(
         init=init,
         hidden=apply,
         logits=lambda params, hidden: mask_logits(hidden, forbidden),
@@ -66,7 +66,7 @@ def from_logits(
     )
 
 
-def from_nnx(model: Any, forbidden: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Policy, Any]:
+def from_nnx(model: Any, forbidden: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Model, Any]:
     """`(policy, params)` from a Flax NNX module whose `model(tokens [R, S])` returns logits [R, S, V].
 
     The module is split once; the parameters are then a plain pytree, and no NNX dispatch happens in the loop.

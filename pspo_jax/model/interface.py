@@ -13,7 +13,7 @@ MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
 
 
-class Policy(NamedTuple):
+class Model(NamedTuple):
     """A causal language model as pure functions over its params.
 
     Rows are compact: a prompt, its completion right behind it, then padding. Causal attention alone is therefore

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def product(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> Array:
+def einsum_lowp(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> Array:
     """einsum of x and w in `dtype` with float32 accumulation, in both directions.
 
     Autodiff of a product that accumulates in float32 multiplies float32 by float32 in the backward pass, at half the
@@ -30,7 +30,7 @@ def _multiply(spec: str, x: Array, w: Array) -> Array:
 
 
 def _forward(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return product(spec, x, w, dtype, out_dtype), (x, w)
+    return einsum_lowp(spec, x, w, dtype, out_dtype), (x, w)
 
 
 def _backward(spec: str, dtype: Any, out_dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -43,7 +43,7 @@ def _backward(spec: str, dtype: Any, out_dtype: Any, saved: tuple[Array, Array],
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-product.defvjp(_forward, _backward)
+einsum_lowp.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

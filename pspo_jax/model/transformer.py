@@ -20,15 +20,15 @@ from pspo_jax.arrays.lora import LoraParams
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.block import forward, logits_of
 from pspo_jax.model.decoding import group_decoder, resize, slot_decoder
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from pspo_jax.model.weights import init_weights, lora_table, merge_adapter, table, weight_axes
 
 
-def transformer(a: Architecture) -> Policy:
+def transformer(a: Architecture) -> Model:
     """The policy of an architecture; with `a.lora`, its params are the adapters and its functions take `Adapted`."""
     base, adapted = table(a), a.lora is not None
     trained = lora_table(a) if adapted else base
-    return Policy(
+    return Model(
         init=lambda key: init_weights(trained, key, jnp.dtype("float32" if adapted else a.param_dtype)),
         hidden=lambda params, tokens, packed=None: forward(a, *_unwrap(params), tokens, packed=packed)[0],
         logits=lambda params, hidden: logits_of(a, _unwrap(params)[0], hidden),

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.distributed.devices import (
-    KINDS,
+    DEVICES,
     THIS_MACHINE,
-    Kind,
+    DeviceSpec,
     Target,
     devices_for,
     has_tpu_compiler,
@@ -30,9 +30,9 @@ from pspo_jax.distributed.devices import (
 )
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.losses.packing import whole_blocks
-from pspo_jax.planning.roofline import rollout_floor, update_floor
+from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
 from pspo_jax.training.compile import lower_programs
-from pspo_jax.training.scoring import bins_at_a_time, packed_by
+from pspo_jax.training.scoring import bins_at_a_time, packs_lengths
 from pspo_jax.training.setup import Setup, device_bytes, prepare
 
 _GIB = 2**30
@@ -70,7 +70,7 @@ class Peak(NamedTuple):
 
 def show(config: Config, target: Target) -> int:
     """Print the plan of a config."""
-    kind = KINDS[target.kind] if target.kind else None
+    kind = DEVICES[target.kind] if target.kind else None
     devices = devices_for(target)
     setup = prepare(config, weights=False, capacity=kind.memory if kind else None, devices=devices, say=print)
     capacity, residents, details = kind.memory if kind else _own_capacity(), _residents(setup), _details(setup)
@@ -109,9 +109,9 @@ def _verdict(name: str, peak: Peak, capacity: float, exact: bool) -> str:
     return f"{'does not fit' if surely else 'may not fit'} ({sizes}): {_advice(name)}"
 
 
-def _floors(setup: Setup, kind: Kind) -> str:
+def _floors(setup: Setup, kind: DeviceSpec) -> str:
     """One line: what a step takes at least."""
-    floors = {"rollout": rollout_floor(setup, kind), "update": update_floor(setup, kind)}
+    floors = {"rollout": rollout_lower_bound(setup, kind), "update": update_lower_bound(setup, kind)}
     phases = ", ".join(
         f"{name} {f.seconds:.3g} s (products {f.products:.3g}, memory {f.memory:.3g}, links {f.links:.3g})"
         for name, f in floors.items()
@@ -217,7 +217,7 @@ def _update_details(setup: Setup) -> dict[str, float]:
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
     new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
     with jax.set_mesh(setup.mesh):
-        packed = packed_by(rows, new, c)
+        packed = packs_lengths(rows, new, c)
         at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.objective.microbatch_rows)
     length = setup.task.train.tokens.shape[1] + new
     length = whole_blocks(length - 1) if packed else length

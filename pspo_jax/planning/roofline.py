@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from pspo_jax.config.schema import round_prompts
-from pspo_jax.distributed.devices import Kind
+from pspo_jax.distributed.devices import DeviceSpec
 from pspo_jax.distributed.mesh import ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.losses.packing import whole_blocks
 from pspo_jax.training.optimizer import decays
-from pspo_jax.training.scoring import bins_at_a_time, packed_by, sharing
+from pspo_jax.training.scoring import bins_at_a_time, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup
 
 
-class Floor(NamedTuple):
+class LowerBound(NamedTuple):
     """Seconds that a phase takes at least."""
 
     products: float
@@ -54,7 +54,7 @@ def traffic(setup: Setup) -> Traffic:
     return Traffic(gathered, passes * gradient * (share + 2 * (data - 1) / data / fsdp))
 
 
-def update_floor(setup: Setup, kind: Kind) -> Floor:
+def update_lower_bound(setup: Setup, kind: DeviceSpec) -> LowerBound:
     """The updates of a step with every completion at its longest.
 
     A trained matrix is multiplied three times: forward, for its input's gradient and for its own. A frozen one, the
@@ -75,10 +75,10 @@ def update_floor(setup: Setup, kind: Kind) -> Floor:
     reads = _passes(setup) * (3 * trained + 2 * frozen + passes * head) * width / mesh["tensor"]
     state = 2 * _bytes(setup.abstract.opt_state) / size_along(mesh, (*WEIGHTS, "tensor"))
     sent = traffic(setup)
-    return Floor(products, (reads + state) / kind.bandwidth, sum(sent) / kind.link)
+    return LowerBound(products, (reads + state) / kind.bandwidth, sum(sent) / kind.link)
 
 
-def rollout_floor(setup: Setup, kind: Kind) -> Floor:
+def rollout_lower_bound(setup: Setup, kind: DeviceSpec) -> LowerBound:
     """Prefill and decode of a batch, or of a round of dynamic sampling, with every completion at its longest."""
     a, c, mesh = setup.architecture, setup.config, setup.mesh.shape
     shards, tensor, fsdp = size_along(mesh, ROWS), mesh["tensor"], size_along(mesh, WEIGHTS)
@@ -94,7 +94,7 @@ def rollout_floor(setup: Setup, kind: Kind) -> Floor:
     cached = 2 * a.layers * a.kv_heads * a.head_dim * width / tensor
     per_token = (matrices + head) * width / tensor + cached * prompts * (least + g * new / 2)
     gathered = _split(setup.abstract.weights) * width * (fsdp - 1) / fsdp / tensor
-    return Floor(products / tensor / kind.flops, (new - 1) * per_token / kind.bandwidth, gathered / kind.link)
+    return LowerBound(products / tensor / kind.flops, (new - 1) * per_token / kind.bandwidth, gathered / kind.link)
 
 
 class _Work(NamedTuple):
@@ -120,7 +120,7 @@ def _update_work(setup: Setup) -> _Work:
     longest = setup.task.train.tokens.shape[1] + new
     if not _packed(setup):
         return _Work(rows * longest, rows * new, rows * longest * (longest + 1) / 2, longest)
-    prompt, shared = _shortest_prompt(setup), sharing(setup.policy, c)
+    prompt, shared = _shortest_prompt(setup), shares_prompts(setup.policy, c)
     places = rows * (new - 1) + prompt * (c.rollout.prompts if shared else rows)
     return _Work(places, rows * new, rows * (new - 1) * (prompt + new / 2), longest)
 
@@ -146,7 +146,7 @@ def _packed(setup: Setup) -> bool:
     c = setup.config
     rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
     with jax.set_mesh(setup.mesh):
-        return packed_by(rows, c.rollout.max_new_tokens, c)
+        return packs_lengths(rows, c.rollout.max_new_tokens, c)
 
 
 def _passes(setup: Setup) -> int:

@@ -1,10 +1,10 @@
 """Which old groups come back. A replay is pure functions over its own state of stored groups."""
 
 from pspo_jax.arrays.groups import Groups
-from pspo_jax.replay.buffer import fill
-from pspo_jax.replay.interface import Replay, effective, filtered, none
+from pspo_jax.replay.buffer import popo
+from pspo_jax.replay.interface import Replay, effective, filter_ineffective, identity
 
-REPLAYS = {"none": none, "filter": filtered, "fill": fill}
+REPLAYS = {"none": identity, "filter": filter_ineffective, "fill": popo}
 """Constructor of each replay, from a Config."""
 
 __all__ = ["REPLAYS", "Groups", "Replay", "effective", "fill", "filtered", "none"]

@@ -26,7 +26,7 @@ Distance = Callable[[Groups], Float[Array, "C"]]
 
 
 @struct.dataclass
-class Ring:
+class ReplayBuffer:
     """Stored groups, C of them."""
 
     groups: Groups
@@ -38,13 +38,13 @@ class Ring:
     """Largest share of a batch that is replayed now."""
 
 
-def fill(config: Config) -> Replay:
+def popo(config: Config) -> Replay:
     """The ring as a replay."""
     settings = config.replay
 
-    def init(prompts: int, group_size: int, prompt_length: int, max_new_tokens: int) -> Ring:
+    def init(prompts: int, group_size: int, prompt_length: int, max_new_tokens: int) -> ReplayBuffer:
         capacity = settings.capacity or prompts
-        return Ring(
+        return ReplayBuffer(
             groups=empty_groups(capacity, group_size, prompt_length, max_new_tokens),
             uses=jnp.zeros(capacity, jnp.int32),
             place=jnp.zeros((), jnp.int32),
@@ -52,8 +52,8 @@ def fill(config: Config) -> Replay:
         )
 
     def exchange(
-        ring: Ring, groups: Groups, step: Int[Array, ""], key: Key[Array, ""], distance: Distance | None = None
-    ) -> tuple[Groups, Ring]:
+        ring: ReplayBuffer, groups: Groups, step: Int[Array, ""], key: Key[Array, ""], distance: Distance | None = None
+    ) -> tuple[Groups, ReplayBuffer]:
         fresh = effective(groups, settings.effective)
         order, usable = ranked(settings, ring, groups, fresh, step, key, distance)
         # The k-th ineffective slot takes the k-th stored group.
@@ -69,7 +69,7 @@ def fill(config: Config) -> Replay:
         uses = ring.uses.at[jnp.where(replaced, source, capacity)].add(1, mode="drop")
         return keep(mixed, fresh | replaced), enter(dataclasses.replace(ring, uses=uses), groups, fresh)
 
-    def settle(ring: Ring, ess: Float[Array, ""]) -> Ring:
+    def settle(ring: ReplayBuffer, ess: Float[Array, ""]) -> ReplayBuffer:
         if not settings.ess_floor:
             return ring
         # At least one group, without which nothing would be measured any more.
@@ -84,7 +84,7 @@ def fill(config: Config) -> Replay:
 
 def ranked(
     settings: ReplayConfig,
-    ring: Ring,
+    ring: ReplayBuffer,
     groups: Groups,
     fresh: Bool[Array, "B"],
     step: Int[Array, ""],
@@ -133,7 +133,7 @@ def _preference(
             return -distance(stored)
 
 
-def enter(ring: Ring, groups: Groups, fresh: Bool[Array, "B"]) -> Ring:
+def enter(ring: ReplayBuffer, groups: Groups, fresh: Bool[Array, "B"]) -> ReplayBuffer:
     """The ring with the effective groups of a batch in it, the largest variance last."""
     capacity, batch = ring.uses.shape[0], fresh.shape[0]
     variance = group_statistics(groups.rewards, ddof=1).variance

@@ -36,7 +36,7 @@ def effective(groups: Groups, by: str = "rewards") -> Bool[Array, "B"]:
     return found & groups.counted
 
 
-def none(config: Config) -> Replay:
+def identity(config: Config) -> Replay:
     """Every batch is its own: nothing is stored, nothing comes back."""
     return Replay(
         init=lambda prompts, group_size, prompt_length, max_new_tokens: (),
@@ -44,7 +44,7 @@ def none(config: Config) -> Replay:
     )
 
 
-def filtered(config: Config) -> Replay:
+def filter_ineffective(config: Config) -> Replay:
     """GRPO-filter: ineffective groups leave the batch, and means are over the others."""
     by = config.replay.effective
     return Replay(

@@ -105,7 +105,7 @@ def cosine(
     share = np.asarray(length, np.float64) / max_length
     if clamp:
         share = np.minimum(share, 1.0)
-    is_right = _is_right(right)
+    is_right = _is_correct(right)
     low, high = (np.where(is_right, a, b) for a, b in zip(right_range, wrong_range, strict=True))
     value = low + (high - low) / 2 * (1 + np.cos(np.pi * share))
     return _judged(right, value)
@@ -125,7 +125,7 @@ def length_kimi(right: Float[np.ndarray, "B G"], length: Int[np.ndarray, "B G"])
     # A group without any verdict has an infinite `shortest`: all its values are replaced by NaN below.
     differ = longest > shortest
     lam = 0.5 - (lengths - shortest) / np.where(differ, longest - shortest, 1.0)
-    value = np.where(_is_right(right), lam, np.minimum(lam, 0.0))
+    value = np.where(_is_correct(right), lam, np.minimum(lam, 0.0))
     return _judged(right, np.where(differ, value, 0.0))
 
 
@@ -142,7 +142,7 @@ def soft_overlong(length: Int[np.ndarray, "B G"], max_length: int, cache: int) -
     return (value + 0.0).astype(np.float32)  # + 0.0: no negative zero
 
 
-def _is_right(right: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, "B G"]:
+def _is_correct(right: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, "B G"]:
     """Partial credit is not right; nor is NaN."""
     return np.asarray(right) >= 1
 

@@ -11,7 +11,7 @@ from pspo_jax.data.synthetic.countdown import CHARACTERS, VOCAB, countdown_task
 from pspo_jax.data.task import Task
 from pspo_jax.data.text import text_task
 from pspo_jax.data.tokenizer import TextTokenizer
-from pspo_jax.rewards.text_reward import judge_functions, text_judge
+from pspo_jax.rewards.text_reward import reward_functions, text_reward
 from pspo_jax.verifiers.workers.pool import Pool
 
 
@@ -28,8 +28,8 @@ def make_task(
 ) -> Task:
     """The task that a config names. `pool` judges text; None = nothing is judged, as in a plan."""
     if not isinstance(tokenizer, CharTokenizer):
-        judge = text_judge(pool, tokenizer, config)
-        return text_task(config, tokenizer, judge, pool, judge_functions(config), say)
+        judge = text_reward(pool, tokenizer, config)
+        return text_task(config, tokenizer, judge, pool, reward_functions(config), say)
     if config.task.name == "arithmetic":
         return arithmetic(config.task, config.rollout.prompt_bucket)
     return countdown_task(config.task, config.rollout.prompt_bucket, config.rollout.max_new_tokens)

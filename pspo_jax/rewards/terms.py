@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     """rollout.max_new_tokens."""
 
 
-def functions(config: RewardConfig) -> tuple[str, ...]:
+def user_functions(config: RewardConfig) -> tuple[str, ...]:
     """User functions among the terms."""
     return tuple(name for name in parse_terms(config) if name not in TERMS)
 

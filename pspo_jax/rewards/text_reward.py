@@ -18,9 +18,9 @@ from pspo_jax.config.text_fields import TERMS, parse_terms
 from pspo_jax.data.conversations import read_prompt
 from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import PROMPT_COLUMNS
-from pspo_jax.data.task import ANSWER_COLUMN, Completions, Judge, Scores
+from pspo_jax.data.task import ANSWER_COLUMN, CompletionBatch, RewardFn, RewardResult
 from pspo_jax.data.tokenizer import TextTokenizer
-from pspo_jax.rewards.terms import Shape, functions, shaped, weighted_sum
+from pspo_jax.rewards.terms import Shape, shaped, user_functions, weighted_sum
 from pspo_jax.verifiers.math_answer import final_answer
 from pspo_jax.verifiers.workers.pool import Batch, Pool, Reply, Request
 
@@ -44,22 +44,22 @@ def make_pool(config: Config, log: Path | None = None) -> Pool:
     tasks = [part.task for part, _ in mixture(config)] or [config.task]
     # A package that is not installed is reported where the task is made.
     gym = any(t.name == "reasoning_gym" for t in tasks) and find_spec("reasoning_gym") is not None
-    return Pool(config.verifier, judge_functions(config), ("reasoning_gym",) if gym else (), log)
+    return Pool(config.verifier, reward_functions(config), ("reasoning_gym",) if gym else (), log)
 
 
-def judge_functions(config: Config) -> tuple[str, ...]:
+def reward_functions(config: Config) -> tuple[str, ...]:
     """User functions that the workers import."""
     tasks = [part.task for part, _ in mixture(config)] or [config.task]
     verifiers = tuple(t.function for t in tasks if t.name == "python_function" and t.function)
-    return tuple(dict.fromkeys((*verifiers, *functions(config.reward))))
+    return tuple(dict.fromkeys((*verifiers, *user_functions(config.reward))))
 
 
-def text_judge(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> Judge:
+def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> RewardFn:
     """Judges completions of text tasks: `accuracy` by each row's verifier, then the terms of config.reward."""
     terms = parse_terms(config.reward)
     prefix = tokenizer.begun(config.prompt)
 
-    def judge(batch: Completions) -> Callable[[], Scores]:
+    def judge(batch: CompletionBatch) -> Callable[[], RewardResult]:
         if pool is None:
             raise RuntimeError("this task was made without verifiers")
         weights = terms if batch.paid else {"accuracy": 1.0}
@@ -76,7 +76,7 @@ def text_judge(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> J
             if name not in TERMS
         }
 
-        def result() -> Scores:
+        def result() -> RewardResult:
             return _scores(batch, kinds, texts, asks, verdicts, extra, weights, config)
 
         return result
@@ -89,7 +89,7 @@ def _of(column: Any, row: int) -> Any:
 
 
 def _verdict_asks(
-    batch: Completions, kinds: list[str], texts: list[list[str]], config: Config, pool: Pool
+    batch: CompletionBatch, kinds: list[str], texts: list[list[str]], config: Config, pool: Pool
 ) -> list[_Ask]:
     """Requests for the completions that are not wrong for certain."""
     out: list[_Ask] = []
@@ -123,11 +123,13 @@ def _request(kind: str, gold: str, extra: dict[str, Any], text: str) -> Request 
     raise ValueError(f"no verifier for {kind}")
 
 
-def _function_asks(name: str, batch: Completions, texts: list[list[str]], pool: Pool, config: Config) -> list[_Ask]:
+def _function_asks(name: str, batch: CompletionBatch, texts: list[list[str]], pool: Pool, config: Config) -> list[_Ask]:
     return [ask for i in range(len(batch.rows)) for ask in _function_row(name, i, batch, texts[i], pool, config)]
 
 
-def _function_row(name: str, i: int, batch: Completions, texts: list[str], pool: Pool, config: Config) -> list[_Ask]:
+def _function_row(
+    name: str, i: int, batch: CompletionBatch, texts: list[str], pool: Pool, config: Config
+) -> list[_Ask]:
     """One request a completion, so that each has its own deadline; one a group if the function takes lists."""
     row, prompts = int(batch.rows[i]), batch.prompts
     columns = prompts.columns(row) if prompts.columns else {}
@@ -166,7 +168,7 @@ def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str,
 
 
 def _scores(
-    batch: Completions,
+    batch: CompletionBatch,
     kinds: list[str],
     texts: list[list[str]],
     asks: list[_Ask],
@@ -174,7 +176,7 @@ def _scores(
     extra: dict[str, tuple[list[_Ask], Batch]],
     weights: dict[str, float],
     config: Config,
-) -> Scores:
+) -> RewardResult:
     shape = batch.lengths.shape
     filled = {"accuracy": _filled(shape, asks, verdicts.result(), unasked=0.0)}
     filled |= {name: _filled(shape, found, replies.result()) for name, (found, replies) in extra.items()}
@@ -188,7 +190,7 @@ def _scores(
     failed = {name: one.failed for name, one in filled.items()}
     reward = weighted_sum(terms, weights, right, failed)
     # The verdict is reported whether or not it is paid for.
-    return Scores(
+    return RewardResult(
         reward,
         {"accuracy": value} | terms,
         right,

@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pspo_jax.arrays.state import Params, Prompts
 from pspo_jax.distributed.mesh import ROWS, constrain, size_along
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from pspo_jax.rollout.token_sampling import draw_tokens
 
-CHUNK = 16
+TOKENS_PER_TEST = 16
 """Tokens between two refills at most, for which a row that has ended waits; or a 32nd of the longest completion."""
 
 
-class Drawn(NamedTuple):
+class Samples(NamedTuple):
     """What every row drew, and what it took."""
 
     tokens: Int[Array, "R T"]
@@ -51,12 +51,12 @@ class _Loop(NamedTuple):
     """What each slot has of its row's prompt."""
     cache: Any
     """What each slot has of its row's completion."""
-    out: Drawn
+    out: Samples
     """[n, r, ...]"""
 
 
-def decode(
-    policy: Policy,
+def decode_slots(
+    policy: Model,
     params: Params,
     prompts: Prompts,
     row_keys: Key[Array, "R"],
@@ -65,7 +65,7 @@ def decode(
     group_size: int,
     max_new_tokens: int,
     pad_id: int,
-) -> Drawn:
+) -> Samples:
     """Completions of all rows, R = B x group_size, in `slots` slots.
 
     Raises:
@@ -84,7 +84,7 @@ def decode(
     keys = row_keys.reshape(shards, r)
     limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
     here = jnp.arange(shards)[:, None]
-    chunk = max(1, min(CHUNK, max_new_tokens // 32))
+    chunk = max(1, min(TOKENS_PER_TEST, max_new_tokens // 32))
 
     def draw(
         logits: Float[Array, "n s V"], rows: Int[Array, "n s"], t: Int[Array, "n s"]
@@ -144,7 +144,7 @@ def decode(
         return jax.lax.fori_loop(0, chunk, one, refill(loop))
 
     zeros = jnp.zeros((shards, r, max_new_tokens))
-    out = Drawn(
+    out = Samples(
         jnp.full(zeros.shape, pad_id, jnp.int32),
         zeros,
         zeros,

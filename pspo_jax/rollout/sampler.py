@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pspo_jax.arrays.state import Params, Prompts, Rollouts
 from pspo_jax.config.schema import RolloutConfig
 from pspo_jax.distributed.mesh import constrain
-from pspo_jax.model.interface import Policy
-from pspo_jax.rollout.continuous import Drawn, decode
+from pspo_jax.model.interface import Model
+from pspo_jax.rollout.continuous import Samples, decode_slots
 from pspo_jax.rollout.token_sampling import draw_tokens
 
-SMALLEST = 128
+SMALLEST_CACHE_TOKENS = 128
 """Tokens that a cache has room for at least, if completions may be so long."""
 
 
@@ -62,7 +62,7 @@ class _Loop(NamedTuple):
 
 
 def make_sampler(
-    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
+    policy: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
 ) -> Callable[..., Rollouts]:
     """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
@@ -80,7 +80,7 @@ def make_sampler(
 
 
 def counting_sampler(
-    policy: Policy, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
+    policy: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
 ) -> Callable[..., tuple[Rollouts, Int[Array, ""]]]:
     """`make_sampler`, not jitted, with the number of tokens computed, those of rows that had ended included."""
 
@@ -94,7 +94,7 @@ def counting_sampler(
         b = prompts.tokens.shape[0]
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(b * group_size))
         if slots is not None and slots < b * group_size:
-            drawn = decode(policy, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
+            drawn = decode_slots(policy, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
             drawn = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, drawn)
             return _rollouts(prompts, drawn, settings), b * group_size + drawn.steps * slots
         logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
@@ -152,7 +152,7 @@ def counting_sampler(
         tokens, log_probs, sampling = (
             x[..., :max_new_tokens] for x in (end.tokens, end.log_probs, end.sampling_log_probs)
         )
-        drawn = Drawn(tokens, log_probs, sampling, end.lengths, ~end.alive, end.t)
+        drawn = Samples(tokens, log_probs, sampling, end.lengths, ~end.alive, end.t)
         return _rollouts(prompts, drawn, settings), b * group_size * (1 + drawn.steps)
 
     return sample
@@ -164,7 +164,7 @@ def sizes(max_new_tokens: int, chunk: int = 1) -> list[int]:
     Each size is a loop of its own and compiles anew, so there are few. All but the last are whole chunks.
     """
     parts = (max_new_tokens // part // chunk * chunk for part in (4, 2))
-    return [part for part in parts if part >= SMALLEST] + [max_new_tokens]
+    return [part for part in parts if part >= SMALLEST_CACHE_TOKENS] + [max_new_tokens]
 
 
 def tokens_per_test(platform: str, max_new_tokens: int) -> int:
@@ -176,7 +176,7 @@ def tokens_per_test(platform: str, max_new_tokens: int) -> int:
     return max(1, min(32, max_new_tokens // 16)) if platform == "gpu" else 1
 
 
-def _rollouts(prompts: Prompts, drawn: Drawn, settings: SamplingParams) -> Rollouts:
+def _rollouts(prompts: Prompts, drawn: Samples, settings: SamplingParams) -> Rollouts:
     temperature = jnp.asarray(settings.temperature, jnp.float32)
     return Rollouts(
         prompts=prompts,

@@ -11,15 +11,15 @@ from jaxtyping import Float
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
-from pspo_jax.data.task import PromptSet
-from pspo_jax.selection import Columns
+from pspo_jax.data.task import PromptDataset
+from pspo_jax.selection import PromptMetadata
 from pspo_jax.selection.engine.quotas import check_prompts
 
 DIFFICULTY_COLUMNS = ("difficulty", "level")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
-def columns_of(config: Config, prompts: PromptSet) -> tuple[tuple[str, ...], Columns | None]:
+def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ...], PromptMetadata | None]:
     """Names of the run's tasks, and the columns that the config's selector asks for; None = none.
 
     Raises:
@@ -37,7 +37,7 @@ def columns_of(config: Config, prompts: PromptSet) -> tuple[tuple[str, ...], Col
     difficulty: Any = _difficulty(s.difficulty_column, prompts) if s.name == "curriculum" else None
     if not kinds and difficulty is None:
         return (), None
-    return kinds, Columns(kind, difficulty)
+    return kinds, PromptMetadata(kind, difficulty)
 
 
 def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -45,7 +45,7 @@ def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(str(name) for name in found), index.astype(np.int16)
 
 
-def _difficulty(column: str | None, prompts: PromptSet) -> Float[np.ndarray, "N"]:
+def _difficulty(column: str | None, prompts: PromptDataset) -> Float[np.ndarray, "N"]:
     """A number for each prompt; NaN, which counts as hardest, where there is none to be read."""
     if prompts.difficulty is not None and column is None:
         return prompts.difficulty

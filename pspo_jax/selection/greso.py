@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection.engine.stats import scrambled
-from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
+from pspo_jax.selection.engine.stats import hash_rows
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
 from pspo_jax.selection.uniform import shuffled
 
 
@@ -28,19 +28,19 @@ def keep_probability(config: SelectionConfig, streak: Int[Array, "m"]) -> Float[
     return jnp.maximum(jnp.float32(config.greso_base) ** streak, config.greso_floor)
 
 
-def greso(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def greso(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """Shuffled epochs as `uniform`, with prompts skipped."""
     del forgetting
 
-    def init(num_prompts: int, rows: int, columns: Columns | None) -> tuple[Any, Any]:
+    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[Any, Any]:
         return GresoState(jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int8)), ()
 
-    def learn(own: GresoState, world: Any, news: News) -> tuple[Any, Any]:
+    def learn(own: GresoState, world: Any, news: VisitUpdate) -> tuple[Any, Any]:
         longer = jnp.minimum(own.streak.astype(jnp.int32) + 1, 127)
         streak = jnp.where(news.judged, jnp.where(news.mixed, 0, longer), own.streak)
         keep = keep_probability(config, streak)
         step = jnp.asarray(news.look.now).astype(jnp.uint32)
-        noise = scrambled(news.look.rows, jnp.uint32(sizes.seed) ^ (step * jnp.uint32(0x9E3779B1)))
+        noise = hash_rows(news.look.rows, jnp.uint32(sizes.seed) ^ (step * jnp.uint32(0x9E3779B1)))
         # 24 bits, the most that stay below 1 as a float32.
         u = ((noise >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
         # P(skips >= n) = (1 - keep)^n
@@ -48,7 +48,7 @@ def greso(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -
         rounds = own.rounds + 1 + jnp.floor(jnp.minimum(skips, 1e5)).astype(jnp.int32)
         return GresoState(rounds, streak.astype(jnp.int8)), world
 
-    def tie(own: GresoState, look: Look) -> Float[Array, "m"]:
+    def tie(own: GresoState, look: PromptStats) -> Float[Array, "m"]:
         return shuffled(own.rounds, look, sizes.seed)
 
     return Scorer(

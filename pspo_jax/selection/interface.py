@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pspo_jax.arrays.per_prompt import follow_rows
 
 
-class Columns(NamedTuple):
+class PromptMetadata(NamedTuple):
     """What is known of prompts before the first step."""
 
     kind: Int[Array, "N"]
@@ -19,7 +19,7 @@ class Columns(NamedTuple):
     difficulty: Float[Array, "N"] | None = None
 
 
-class Sizes(NamedTuple):
+class SelectorContext(NamedTuple):
     """What a run decides and a selector has to know."""
 
     batch: int
@@ -62,7 +62,7 @@ class Selector(NamedTuple):
     table: Callable[..., dict[str, Any]] = lambda state, step: {}
 
 
-class Look(NamedTuple):
+class PromptStats(NamedTuple):
     """Prompts as a scorer sees them."""
 
     rows: Int[Array, "m"]
@@ -73,10 +73,10 @@ class Look(NamedTuple):
     """The step that they would be drawn in."""
 
 
-class News(NamedTuple):
+class VisitUpdate(NamedTuple):
     """What a step learned about its prompts. Of a prompt that is twice in a batch, successes are of all its groups."""
 
-    look: Look
+    look: PromptStats
     """As before the visit; `look.now` is the step."""
     judged: Bool[Array, "B"]
     """Whether there is any verdict."""
@@ -94,7 +94,7 @@ class News(NamedTuple):
     """False = a later entry is of the same prompt, and what is learned from that one is kept."""
 
 
-def _no_pool(per_prompt: Any, look: Look) -> Int[Array, "m"]:
+def _no_pool(per_prompt: Any, look: PromptStats) -> Int[Array, "m"]:
     return jnp.zeros_like(look.rows)
 
 

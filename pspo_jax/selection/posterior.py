@@ -17,16 +17,16 @@ from jaxtyping import Array, Float, Key
 
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.beliefs import Beliefs, Population, counted, current, init_beliefs, learned, mean, p_mixed
-from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
 
 
 def tracker(forgetting: ForgettingConfig, toward_prior: bool = True) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A scorer's `init` and `learn` where its state is Beliefs and the Population."""
 
-    def init(num_prompts: int, rows: int, columns: Columns | None) -> tuple[Beliefs, Population]:
+    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[Beliefs, Population]:
         return init_beliefs(forgetting, rows)
 
-    def learn(own: Beliefs, world: Population, news: News) -> tuple[Beliefs, Population]:
+    def learn(own: Beliefs, world: Population, news: VisitUpdate) -> tuple[Beliefs, Population]:
         now = current(forgetting, own, world, news.look.last, news.look.now)
         movement = jnp.asarray(news.outcome.movement, jnp.float32)
         new = learned(forgetting, now, world, news.successes, news.failures, movement, toward_prior)
@@ -35,29 +35,29 @@ def tracker(forgetting: ForgettingConfig, toward_prior: bool = True) -> tuple[Ca
     return init, learn
 
 
-def mopps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def mopps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """The prompts of a pool of candidates whose drawn success probability is nearest to one half."""
     init, learn = tracker(forgetting)
 
-    def candidate_score(key: Key[Array, ""], own: Beliefs, world: Population, look: Look) -> Float[Array, "m"]:
+    def candidate_score(key: Key[Array, ""], own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:
         belief = current(forgetting, own, world, look.last, look.now)
         return -jnp.abs(jax.random.beta(key, belief.a, belief.b) - 0.5)
 
-    def priority(own: Beliefs, world: Population, look: Look) -> Float[Array, "m"]:
+    def priority(own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:
         return 1 - 2 * jnp.abs(mean(current(forgetting, own, world, look.last, look.now)) - 0.5)
 
     return Scorer("candidates", init, learn, _ones, candidate_score=candidate_score, priority=priority)
 
 
-def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """The prompts whose next group is most likely mixed, under their beliefs or a draw from these."""
     init, learn = tracker(forgetting)
 
-    def expected(own: Beliefs, world: Population, look: Look) -> Float[Array, "m"]:
+    def expected(own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:
         belief = current(forgetting, own, world, look.last, look.now)
         return p_mixed(belief.a, belief.b, sizes.group_size)
 
-    def drawn(key: Key[Array, ""], own: Beliefs, world: Population, look: Look) -> Float[Array, "m"]:
+    def drawn(key: Key[Array, ""], own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:
         belief = current(forgetting, own, world, look.last, look.now)
         p = jax.random.beta(key, belief.a, belief.b)
         return 1 - p**sizes.group_size - (1 - p) ** sizes.group_size
@@ -67,17 +67,17 @@ def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, sizes
     return Scorer("top", init, learn, expected, moves=forgetting.drift > 0)
 
 
-def spo(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def spo(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """Draws in proportion to the standard deviation of the reward under the tracked value, plus a floor."""
     init, learn = tracker(forgetting, toward_prior=False)
     floor = 0.05 if config.floor is None else config.floor
 
-    def score(own: Beliefs, world: Population, look: Look) -> Float[Array, "m"]:
+    def score(own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:
         value = mean(current(forgetting, own, world, look.last, look.now))
         return jnp.sqrt(value * (1 - value)) + floor
 
     return Scorer("draw", init, learn, score, moves=forgetting.drift > 0)
 
 
-def _ones(own: Beliefs, world: Population, look: Look) -> Float[Array, "m"]:
+def _ones(own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:
     return jnp.ones(look.rows.shape)

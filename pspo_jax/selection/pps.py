@@ -15,18 +15,18 @@ from jaxtyping import Array, Float
 
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.engine.draw import annealed
-from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
 
 
-def pps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def pps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """Draw prompts in proportion to priority^lambda; the state is the priority p_q."""
     del forgetting
     floor = 0.1 if config.floor is None else config.floor
 
-    def init(num_prompts: int, rows: int, columns: Columns | None) -> tuple[Any, Any]:
+    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[Any, Any]:
         return jnp.full(rows, config.initial, jnp.float32), ()
 
-    def learn(priority: Float[Array, "B"], world: Any, news: News) -> tuple[Any, Any]:
+    def learn(priority: Float[Array, "B"], world: Any, news: VisitUpdate) -> tuple[Any, Any]:
         signal = news.outcome.raw_advantages if config.signal == "raw" else news.outcome.advantages
         magnitude = jnp.abs(signal)
         valid = ~jnp.isnan(news.outcome.rewards)
@@ -42,7 +42,7 @@ def pps(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> 
         # A prompt without a verdict keeps its priority: nothing was learned about it.
         return jnp.where(judged, value + floor, priority), world
 
-    def score(priority: Float[Array, "m"], world: Any, look: Look) -> Float[Array, "m"]:
+    def score(priority: Float[Array, "m"], world: Any, look: PromptStats) -> Float[Array, "m"]:
         return priority ** annealed(config.exponent, config.exponent_end, look.now, sizes.steps)
 
     return Scorer(

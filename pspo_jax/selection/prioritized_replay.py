@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.beliefs import Beliefs, Population, current, init_beliefs, mean
 from pspo_jax.selection.engine.selector import ABLE
-from pspo_jax.selection.interface import Columns, Look, News, Ranked, Scorer, Sizes
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Ranked, Scorer, SelectorContext, VisitUpdate
 from pspo_jax.selection.posterior import tracker
 
 RANKED, SOLVED, UNSOLVED = 0, 1, 2
@@ -35,12 +35,12 @@ class ReplayState(NamedTuple):
     wait: Int[Array, "R"]
 
 
-def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """The top B by omega, ties by the oldest visit, with retests."""
     _, learn_beliefs = tracker(forgetting)
     by_last = config.estimate == "last"
 
-    def init(num_prompts: int, rows: int, columns: Columns | None) -> tuple[ReplayState, Population]:
+    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[ReplayState, Population]:
         beliefs, population = init_beliefs(forgetting, rows)
         own = ReplayState(
             beliefs=None if by_last else beliefs,
@@ -51,7 +51,7 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, si
         )
         return own, population
 
-    def learn(own: ReplayState, world: Population, news: News) -> tuple[ReplayState, Population]:
+    def learn(own: ReplayState, world: Population, news: VisitUpdate) -> tuple[ReplayState, Population]:
         beliefs, last = own.beliefs, own.last
         if last is not None:
             last = jnp.where(news.judged, news.success, last)
@@ -64,14 +64,14 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, si
         wait = jnp.where(news.judged, wait, own.wait)
         return ReplayState(beliefs, last, pool.astype(jnp.int8), news.look.now + wait, wait), world
 
-    def omega(own: ReplayState, world: Population, look: Look) -> Float[Array, "m"]:
+    def omega(own: ReplayState, world: Population, look: PromptStats) -> Float[Array, "m"]:
         p = own.last
         if p is None:
             assert own.beliefs is not None
             p = mean(current(forgetting, own.beliefs, world, look.last, look.now))
         return jnp.where(look.last < 0, 0.25, p * (1 - p))
 
-    def score(own: ReplayState, world: Population, look: Look) -> Float[Array, "m"]:
+    def score(own: ReplayState, world: Population, look: PromptStats) -> Float[Array, "m"]:
         return jnp.where(own.pool == RANKED, omega(own, world, look), -own.due.astype(jnp.float32))
 
     def merge(pools: list[Ranked], step: Int[Array, ""], k: int, last_round: Int[Array, ""]) -> Ranked:

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection.engine.stats import ordered, scrambled
-from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
+from pspo_jax.selection.engine.stats import hash_rows, sortable_float
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
 
 
-def shuffled(rounds: Int[Array, "m"], look: Look, seed: int) -> Float[Array, "m"]:
+def shuffled(rounds: Int[Array, "m"], look: PromptStats, seed: int) -> Float[Array, "m"]:
     """The order of an epoch: pseudo-random in the prompt and in the epochs that it has behind it."""
-    return ordered(scrambled(look.rows, jnp.uint32(seed) + rounds.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)) >> 2)
+    return sortable_float(
+        hash_rows(look.rows, jnp.uint32(seed) + rounds.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)) >> 2
+    )
 
 
-def uniform(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes) -> Scorer:
+def uniform(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
     """Every prompt once an epoch, in an order drawn afresh for each epoch.
 
     The prompts with the fewest epochs behind them come first, so a batch that reaches over the end of an epoch takes
@@ -25,10 +27,10 @@ def uniform(config: SelectionConfig, forgetting: ForgettingConfig, sizes: Sizes)
     """
     del config, forgetting
 
-    def init(num_prompts: int, rows: int, columns: Columns | None) -> tuple[Any, Any]:
+    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[Any, Any]:
         return jnp.zeros(rows, jnp.int32), ()
 
-    def learn(rounds: Int[Array, "B"], world: Any, news: News) -> tuple[Any, Any]:
+    def learn(rounds: Int[Array, "B"], world: Any, news: VisitUpdate) -> tuple[Any, Any]:
         return rounds + 1, world
 
     return Scorer(

@@ -17,7 +17,7 @@ class Algorithm(NamedTuple):
     """The strategies of one algorithm; each is pure functions over its own state."""
 
     selector: selection.Selector
-    credit: advantages.Credit
+    credit: advantages.AdvantageEstimator
     replay: replay.Replay
 
 
@@ -34,7 +34,9 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     config = resolve(config)
     r = config.rollout
     rounds = r.max_rounds or 1
-    sizes = selection.Sizes(round_prompts(config), r.group_size, config.run.steps, config.run.seed, kinds, rounds)
+    sizes = selection.SelectorContext(
+        round_prompts(config), r.group_size, config.run.steps, config.run.seed, kinds, rounds
+    )
     chosen = config.selection
     if rounds > 1:
         # A prompt is not rolled out twice in a step.
@@ -54,7 +56,7 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     return Algorithm(selector, made, replays)
 
 
-def needs_movement(config: Config) -> bool:
+def needs_policy_drift(config: Config) -> bool:
     """Whether a strategy asks how far the policy moves in a step, which costs two passes over a microbatch."""
     config = resolve(config)
     by_alpha = config.credit.name == "ers" and config.credit.alpha_mode == "movement"

@@ -19,7 +19,14 @@ from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_te
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import schedule, updates_per_step
 from pspo_jax.training.setup import Setup
-from pspo_jax.training.step import dynamic, estimate, make_collect, make_train_step, make_update, of_round
+from pspo_jax.training.step import (
+    compute_advantages,
+    make_collect,
+    make_train_step,
+    make_update,
+    samples_dynamically,
+    scaled_over_round,
+)
 
 
 class Programs(NamedTuple):
@@ -58,7 +65,7 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
 
     strategy = setup.algorithm.selector
 
-    rounds = dynamic(c)
+    rounds = samples_dynamically(c)
 
     def select(selector: Any, key: Any, step: Any, number: Any) -> Any:
         """Prompts of a step, or of one of its rounds."""
@@ -111,8 +118,8 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     rewards = jax.ShapeDtypeStruct((b, c.rollout.group_size), jnp.float32, sharding=rows)
     state = setup.abstract
     if rounds:
-        collect = make_collect(setup.policy, setup.algorithm, c, without_ring(setup.shardings))
-        lowered["collect"] = collect.lower(without_ring(state), rollouts, rewards, rewards)  # type: ignore[attr-defined]
+        collect = make_collect(setup.policy, setup.algorithm, c, without_buffer(setup.shardings))
+        lowered["collect"] = collect.lower(without_buffer(state), rollouts, rewards, rewards)  # type: ignore[attr-defined]
         step: Any = make_update(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
         lowered["step"] = step.lower(state, rollouts.temperature)
     else:
@@ -120,14 +127,14 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
         lowered["step"] = step.lower(state, rollouts, rewards, rewards)
 
     def advantages(state: Any, rollouts: Rollouts, rewards: Any) -> Any:
-        found = estimate(setup.policy, setup.algorithm, c, state, rollouts, rewards)[0]
-        return of_round(setup.algorithm, found, rewards)
+        found = compute_advantages(setup.policy, setup.algorithm, c, state, rollouts, rewards)[0]
+        return scaled_over_round(setup.algorithm, found, rewards)
 
-    lowered["advantages"], _ = lower(advantages, without_ring(state), rollouts, rewards)
+    lowered["advantages"], _ = lower(advantages, without_buffer(state), rollouts, rewards)
     return lowered
 
 
-def without_ring(state: TrainState) -> TrainState:
+def without_buffer(state: TrainState) -> TrainState:
     """The state without stored groups, which may be in the host's memory."""
     return dataclasses.replace(state, replay=())
 

@@ -15,16 +15,16 @@ import numpy as np
 
 from pspo_jax.arrays.state import EVALUATE, Prompts, Rollouts, TrainState
 from pspo_jax.config.schema import Config
-from pspo_jax.data.task import Completions, Scores
+from pspo_jax.data.task import CompletionBatch, RewardResult
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding, replicated
 from pspo_jax.evaluation.heldout import evaluate, gather
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.runs import verdicts
-from pspo_jax.runs.accounting import Totals, count
+from pspo_jax.runs.accounting import RunAccounting, add_step
 from pspo_jax.runs.completions import completion_lines
 from pspo_jax.runs.run_folder import RunLog, crc
-from pspo_jax.training.compile import Programs, without_ring
+from pspo_jax.training.compile import Programs, without_buffer
 from pspo_jax.training.setup import Setup
 
 Values = dict[str, float | int]
@@ -34,9 +34,9 @@ class _Rolled(NamedTuple):
     rollouts: Rollouts
     own: np.ndarray
     """Rows of the batch that this process holds."""
-    host: Completions
+    host: CompletionBatch
     """Those rows."""
-    judged: list[Callable[[], Scores]]
+    judged: list[Callable[[], RewardResult]]
     """One per chunk."""
 
 
@@ -51,16 +51,16 @@ class _Round(NamedTuple):
     own: np.ndarray
     """Rows of the batch that this process holds, judges and logs."""
     own_weights: np.ndarray
-    own_host: Completions
-    own_scores: Scores
-    scores: Scores
+    own_host: CompletionBatch
+    own_scores: RewardResult
+    scores: RewardResult
     """Of the whole batch; answers, reasons and errors are this process's."""
     drawn: dict[str, Any]
     """What the selector says of the draw."""
 
 
 def one_step(
-    setup: Setup, state: TrainState, programs: Programs, totals: Totals, log: RunLog, done: int
+    setup: Setup, state: TrainState, programs: Programs, totals: RunAccounting, log: RunLog, done: int
 ) -> tuple[TrainState, Values]:
     """The state after step `done`, and its metrics.
 
@@ -77,8 +77,8 @@ def one_step(
         rounds.append(one)
         with _timed(totals, times, "update"):
             if _dumps(c, done):
-                advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
-            state = ring_to_device(setup, state)
+                advantages = programs.advantages(without_buffer(state), one.rollouts, one.reward)
+            state = buffer_to_device(setup, state)
             state, metrics = programs.step(state, one.rollouts, one.reward, one.right)
             found.append(metrics | one.drawn)
     else:
@@ -88,20 +88,20 @@ def one_step(
             rounds.append(one)
             with _timed(totals, times, "update"):
                 if _dumps(c, done):
-                    advantages = programs.advantages(without_ring(state), one.rollouts, one.reward)
-                bare, metrics = programs.collect(without_ring(state), one.rollouts, one.reward, one.right)
+                    advantages = programs.advantages(without_buffer(state), one.rollouts, one.reward)
+                bare, metrics = programs.collect(without_buffer(state), one.rollouts, one.reward, one.right)
                 state = dataclasses.replace(bare, replay=state.replay)
                 found.append(metrics | one.drawn)
                 waiting = int(metrics["groups/waiting"])
         with _timed(totals, times, "update"):
             settings = SamplingParams.of(c.rollout, setup.task.stop_ids)
-            temperature = processes.put(settings.temperature, replicated(setup.mesh))
-            state = ring_to_device(setup, state)
+            temperature = processes.to_global(settings.temperature, replicated(setup.mesh))
+            state = buffer_to_device(setup, state)
             state, metrics = programs.step(state, temperature)
     with _timed(totals, times, "update"):
-        values: Values = _over_rounds([{k: float(v) for k, v in processes.whole(m).items()} for m in found])
-        values |= {k: float(v) for k, v in processes.whole(metrics).items()}
-        state = _ring_to_host(setup, state)
+        values: Values = _over_rounds([{k: float(v) for k, v in processes.to_host(m).items()} for m in found])
+        values |= {k: float(v) for k, v in processes.to_host(metrics).items()}
+        state = _buffer_to_host(setup, state)
     if programs.collect is not None:
         values["rollouts/rounds"] = len(rounds)
     values |= _accounts(setup, programs, totals, values, times, rounds)
@@ -116,19 +116,24 @@ def one_step(
 
 
 def _accounts(
-    setup: Setup, programs: Programs, totals: Totals, values: Values, times: dict[str, float], rounds: list[_Round]
+    setup: Setup,
+    programs: Programs,
+    totals: RunAccounting,
+    values: Values,
+    times: dict[str, float],
+    rounds: list[_Round],
 ) -> dict[str, Any]:
     """What a step cost, its rewards, and the learning rate."""
     more = dict(values)
     prompts = setup.task.train.lengths
-    count(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
+    add_step(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
     if rounds:
         more |= verdicts.metrics(_joined([one.scores for one in rounds]))
         more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / times["rollout"]
     more |= {f"time/{name}": seconds for name, seconds in times.items()}
     more["step_time"] = sum(times.values())
-    before = processes.put(np.int32(max(values["updates"] - 1, 0)), replicated(setup.mesh))
-    more["learning_rate"] = float(processes.whole(programs.learning_rate(before)))
+    before = processes.to_global(np.int32(max(values["updates"] - 1, 0)), replicated(setup.mesh))
+    more["learning_rate"] = float(processes.to_host(programs.learning_rate(before)))
     return more
 
 
@@ -137,7 +142,7 @@ def _dumps(config: Config, done: int) -> bool:
 
 
 @contextmanager
-def _timed(totals: Totals, times: dict[str, float], phase: str) -> Iterator[None]:
+def _timed(totals: RunAccounting, times: dict[str, float], phase: str) -> Iterator[None]:
     """A phase of the run whose seconds are also added to this step's."""
     with totals.phase(phase) as spent:
         yield
@@ -148,7 +153,7 @@ def _round(
     setup: Setup,
     state: TrainState,
     programs: Programs,
-    totals: Totals,
+    totals: RunAccounting,
     times: dict[str, float],
     log: RunLog,
     done: int,
@@ -156,9 +161,9 @@ def _round(
 ) -> tuple[TrainState, _Round]:
     """Select, roll out, verify."""
     with _timed(totals, times, "select"):
-        place = processes.put(np.int32(number), replicated(setup.mesh))
+        place = processes.to_global(np.int32(number), replicated(setup.mesh))
         ids, weight, selector, drawn = programs.select(state.selector, state.key, state.step, place)
-        rows, weights = processes.whole((ids, weight))
+        rows, weights = processes.to_host((ids, weight))
         state = dataclasses.replace(state, selector=selector)
     with _timed(totals, times, "rollout"):
         rolled = _roll_out(setup, state, programs, rows, weights, done, number)
@@ -168,14 +173,14 @@ def _round(
     log.errors(done, own_scores.errors)
     log.no_verdicts(done, own_scores.missing)
     verdicts.check(scores, done, setup.config, totals.counts)
-    reward, right = (processes.put(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.right))
+    reward, right = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.right))
     own = rolled.own
     return state, _Round(
         rows, lengths, rolled.rollouts, reward, right, own, weights[own], rolled.host, own_scores, scores, drawn
     )
 
 
-def _shared(own: Scores, rolled: _Rolled, batch: int) -> tuple[Scores, np.ndarray]:
+def _shared(own: RewardResult, rolled: _Rolled, batch: int) -> tuple[RewardResult, np.ndarray]:
     """Scores and lengths of the whole batch on every process, of what each one judged."""
     values = {"reward": own.reward, "right": own.right, "lengths": rolled.host.lengths}
     values |= {f"terms/{name}": value for name, value in own.terms.items()}
@@ -218,14 +223,14 @@ def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
     }
 
 
-def ring_to_device(setup: Setup, state: TrainState) -> TrainState:
+def buffer_to_device(setup: Setup, state: TrainState) -> TrainState:
     """The state with stored groups where the update, and a checkpoint, reads them."""
     if setup.config.replay.memory == "device":
         return state
     return dataclasses.replace(state, replay=jax.device_put(state.replay, setup.shardings.replay))
 
 
-def _ring_to_host(setup: Setup, state: TrainState) -> TrainState:
+def _buffer_to_host(setup: Setup, state: TrainState) -> TrainState:
     """The state with stored groups where replay.memory says."""
     memory = setup.config.replay.memory
     if memory == "device":
@@ -246,19 +251,19 @@ def _roll_out(
     """Sample the batch in rollout.chunks parts; each is handed to the verifiers while the next is sampled."""
     c, task, mesh = setup.config, setup.task, setup.mesh
     whole = replicated(mesh)
-    settings = processes.put(SamplingParams.of(c.rollout, task.stop_ids), whole)
+    settings = processes.to_global(SamplingParams.of(c.rollout, task.stop_ids), whole)
     size = len(rows) // c.rollout.chunks
     parts, places = [], [slice(k, k + size) for k in range(0, len(rows), size)]
     for place in places:
-        prompts = processes.put(gather(task.train, rows[place], weights[place]), batch_sharding(mesh))
+        prompts = processes.to_global(gather(task.train, rows[place], weights[place]), batch_sharding(mesh))
         first = (number * len(rows) + place.start) * c.rollout.group_size
-        first_row = processes.put(np.int32(first), whole)
+        first_row = processes.to_global(np.int32(first), whole)
         parts.append(programs.sample(state.weights, prompts, state.key, state.step, settings, first_row))
     judged, held, owned = [], [], []
     for place, part in zip(places, parts, strict=True):
         own = processes.owned_rows(part.lengths)
         tokens, lengths, ended = (processes.fetch_rows(x, own) for x in (part.tokens, part.lengths, part.ended))
-        held.append(Completions(task.train, rows[place][own], tokens, lengths, ended, done))
+        held.append(CompletionBatch(task.train, rows[place][own], tokens, lengths, ended, done))
         owned.append(place.start + own)
         judged.append(task.judge(held[-1]))
     host = held[0]._replace(
@@ -270,12 +275,12 @@ def _roll_out(
     return _Rolled(programs.join(parts), np.concatenate(owned), host, judged)
 
 
-def _joined(parts: list[Scores]) -> Scores:
+def _joined(parts: list[RewardResult]) -> RewardResult:
     """The chunks' scores as one batch's."""
     first = parts[0]
     names = dict.fromkeys(name for p in parts for name in p.logged)
     columns = dict.fromkeys(name for p in parts for name in p.columns)
-    return Scores(
+    return RewardResult(
         np.concatenate([p.reward for p in parts]),
         {name: np.concatenate([p.terms[name] for p in parts]) for name in first.terms},
         np.concatenate([p.right for p in parts]),
@@ -293,22 +298,22 @@ def _joined(parts: list[Scores]) -> Scores:
 
 
 def heldout_scores(
-    setup: Setup, state: TrainState, programs: Programs, totals: Totals, log: RunLog
+    setup: Setup, state: TrainState, programs: Programs, totals: RunAccounting, log: RunLog
 ) -> dict[str, float]:
     """Accuracy on the held-out prompts; the same random numbers at every step, so that curves compare."""
     c = setup.config
     step = int(state.step)
 
-    def told(scores: Scores) -> None:
+    def told(scores: RewardResult) -> None:
         log.errors(step, scores.errors)
         log.no_verdicts(step, scores.missing)
 
     rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
-    zero = processes.put(np.int32(0), whole)
+    zero = processes.to_global(np.int32(0), whole)
 
     def sample(params: Any, prompts: Prompts, key: Any, settings: SamplingParams) -> Rollouts:
         return programs.eval_sample(
-            params, prompts, jax.device_put(key, whole), zero, processes.put(settings, whole), zero
+            params, prompts, jax.device_put(key, whole), zero, processes.to_global(settings, whole), zero
         )
 
     with totals.phase("eval"):
@@ -320,6 +325,6 @@ def heldout_scores(
             # The purpose is folded in before a batch's number, which might equal the number of another purpose.
             jax.random.fold_in(state.key, EVALUATE),
             batch=c.rollout.prompts * c.rollout.group_size,
-            place=lambda prompts: processes.put(prompts, rows),
+            place=lambda prompts: processes.to_global(prompts, rows),
             told=told,
         )

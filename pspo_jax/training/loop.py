@@ -17,14 +17,14 @@ from pspo_jax.data.text import write_left_out
 from pspo_jax.distributed import processes
 from pspo_jax.reporting.page import write_report
 from pspo_jax.runs import history
-from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import RunLog, open_folder, read_summary, with_type_of, write_json
 from pspo_jax.runs.verdicts import NoVerdictError
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError, writing
 from pspo_jax.training.compile import Programs, compiling
-from pspo_jax.training.host_step import heldout_scores, one_step, ring_to_device
+from pspo_jax.training.host_step import buffer_to_device, heldout_scores, one_step
 from pspo_jax.training.resume import early_check, restore, save_content, source_fingerprint
 from pspo_jax.training.setup import Setup, first_params, place_state, prepare, started
 
@@ -48,7 +48,7 @@ def train(config: Config) -> int:
     folder = open_folder(config.run.dir)
     with started(config, folder) as (pool, asked):
         config = with_type_of(folder, with_date(config, folder / "config.yaml"))
-        progress = Progress(config.log.progress and processes.leads(), quiet=not processes.leads())
+        progress = Progress(config.log.progress and processes.is_primary(), quiet=not processes.is_primary())
         setup = prepare(config, pool=pool, say=progress.say)
         # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
         return _train(dataclasses.replace(setup.config, mesh=config.mesh), setup, folder, progress, asked)
@@ -56,12 +56,12 @@ def train(config: Config) -> int:
 
 def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked: Callable[[], bool]) -> int:
     def stop() -> bool:
-        return processes.any_says(asked())
+        return processes.any_process(asked())
 
     if stop():
         progress.say("stopped before anything was begun; the same command begins again")
         return 0
-    if config.run.start_over and processes.leads() and (aside := history.start_over(folder)):
+    if config.run.start_over and processes.is_primary() and (aside := history.start_over(folder)):
         progress.say(f"run.start_over: what was in {folder} is in {aside}; leave this flag out to carry on from now on")
     processes.wait_for_all("start over")
     persist = Persist(config.checkpoint.on_error, config.checkpoint.retry_minutes, progress.say, asked)
@@ -71,13 +71,13 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked
     ):
         run = _Run(setup, config, folder, checkpoints, progress, stop, persist)
         early_check(setup, folder, checkpoints)
-        if not checkpoints.steps() and processes.leads():
+        if not checkpoints.steps() and processes.is_primary():
             history.refuse_lost(folder)
         processes.wait_for_all("config")
         finished = _summarised(run) and checkpoints.steps()[-1:] == [config.run.steps]
         # A GPU's compiler times kernels on the device, where nothing else should run then.
         alone = setup.mesh.devices.flat[0].platform == "gpu"
-        totals = Totals()
+        totals = RunAccounting()
         with compiling(setup, at_once=not (finished or alone)) as compiled:
             begun = _begin(run, totals)
             if begun is None:
@@ -98,11 +98,11 @@ def _train(config: Config, setup: Setup, folder: Path, progress: Progress, asked
 
 def _summarised(run: _Run) -> bool:
     """Whether the run has ended with so many steps; all processes find the same."""
-    found = read_summary(run.folder) if processes.leads() else None
-    return processes.any_says(found is not None and found["steps"] == run.config.run.steps)
+    found = read_summary(run.folder) if processes.is_primary() else None
+    return processes.any_process(found is not None and found["steps"] == run.config.run.steps)
 
 
-def _begin(run: _Run, totals: Totals) -> tuple[TrainState, Totals] | None:
+def _begin(run: _Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting] | None:
     """The newest checkpoint's state and accounting, or the first; None if it was to stop during the cold start.
 
     config.yaml is written when the checkpoint has agreed to these settings, and not before.
@@ -110,7 +110,7 @@ def _begin(run: _Run, totals: Totals) -> tuple[TrainState, Totals] | None:
     setup, folder, progress = run.setup, run.folder, run.progress
     restored = restore(setup, folder, run.checkpoints, progress)
     changed = [] if restored is None else restored.changes
-    if processes.leads():
+    if processes.is_primary():
         if not history.config_is_whole(folder):
             progress.say(f"{folder / 'config.yaml'}: is damaged; it is written anew")
         step = 0 if restored is None else int(restored.state.step)
@@ -155,7 +155,7 @@ def _describe(setup: Setup, origin: str) -> str:
     return line
 
 
-def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> int:
+def _loop(run: _Run, state: TrainState, programs: Programs, totals: RunAccounting) -> int:
     setup, folder, checkpoints, progress, c = run.setup, run.folder, run.checkpoints, run.progress, run.setup.config
     first = int(state.step)
     console = progress.console if c.log.progress else None
@@ -164,7 +164,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
         first,
         c.log.tensorboard,
         console,
-        processes.leads(),
+        processes.is_primary(),
         run.persist,
         progress.say,
         totals.counts["strategy_lines"],
@@ -172,7 +172,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
     base = named_checksums(state.frozen)
 
     def save(state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
-        checkpoints.save(done, ring_to_device(setup, state).to_save(), _metadata(setup, done, base, totals), scores)
+        checkpoints.save(done, buffer_to_device(setup, state).to_save(), _metadata(setup, done, base, totals), scores)
 
     def stopped(why: str) -> int:
         checkpoints.wait()
@@ -194,7 +194,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
                 scores = heldout_scores(setup, state, programs, totals, log)
                 values |= _eval_names(scores)
             if last or (c.log.selection_every and done % c.log.selection_every == 0):
-                seen = processes.whole(programs.survey(state.selector, state.step))
+                seen = processes.to_host(programs.survey(state.selector, state.step))
                 values |= {name: float(value) for name, value in seen.items() if not isinstance(value, dict)}
                 histograms = {name: value for name, value in seen.items() if isinstance(value, dict)}
                 log.strategy(done, histograms)
@@ -207,7 +207,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
                 )
             stopping = not last and run.stop()
             # One process reports a save that failed at once; several do at the next save, which all of them make.
-            late = processes.count() == 1 and checkpoints.failed()
+            late = processes.process_count() == 1 and checkpoints.failed()
             if evaluated or stopping or late or done % c.checkpoint.every == 0:
                 save(state, done, scores if evaluated else None)
             bar(1, _numbers(values))
@@ -218,7 +218,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: Totals) -> i
     return _finish(run, totals, scores)
 
 
-def _metadata(setup: Setup, done: int, base: dict[str, int], totals: Totals) -> dict[str, Any]:
+def _metadata(setup: Setup, done: int, base: dict[str, int], totals: RunAccounting) -> dict[str, Any]:
     """What a checkpoint says beside its arrays."""
     return {
         "step": done,
@@ -235,7 +235,7 @@ def _before_training(
     run: _Run,
     state: TrainState,
     programs: Programs,
-    totals: Totals,
+    totals: RunAccounting,
     log: RunLog,
     save: Callable[[TrainState, int], None],
 ) -> dict[str, float]:
@@ -245,7 +245,7 @@ def _before_training(
     """
     save(state, 0)
     scores: dict[str, float] = {}
-    if not run.stop() and not processes.any_says(processes.leads() and log.begun()):
+    if not run.stop() and not processes.any_process(processes.is_primary() and log.begun()):
         scores = heldout_scores(run.setup, state, programs, totals, log)
         log.metrics(0, {"rollouts/total": 0, "num_tokens": 0, **_eval_names(scores)})
         run.progress.say(f"before training: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
@@ -275,7 +275,7 @@ def _numbers(values: dict[str, Any]) -> str:
     )
 
 
-def _finish(run: _Run, totals: Totals, scores: dict[str, float]) -> int:
+def _finish(run: _Run, totals: RunAccounting, scores: dict[str, float]) -> int:
     """summary.json and report.html, then the table."""
     setup, folder, progress = run.setup, run.folder, run.progress
     seconds = {**totals.seconds, "total": totals.total()}
@@ -287,7 +287,7 @@ def _finish(run: _Run, totals: Totals, scores: dict[str, float]) -> int:
         "tokens": totals.counts["generated"],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
-    if not processes.leads():
+    if not processes.is_primary():
         return 0
     run.persist(lambda: write_json(folder / "summary.json", summary))
     if setup.config.log.report:

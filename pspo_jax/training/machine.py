@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config, Dtype, Remat
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
@@ -53,7 +53,7 @@ def with_memory(
     if config.policy.remat is None:
         values["policy.remat"], why = _remat(config, a, mesh, prompt_length) if on_cpu else ("full", "memory is scarce")
         words.append(f"policy.remat {values['policy.remat']} ({why})")
-    if config.objective.packing is None and on_cpu and not embedded(config):
+    if config.objective.packing is None and on_cpu and not uses_char_tokenizer(config):
         values["objective.packing"] = True
         words.append("objective.packing true (padding would be computed)")
     return replace(config, values), words
@@ -65,7 +65,7 @@ def _remat(config: Config, a: Architecture, mesh: Any, prompt_length: int) -> tu
     kinds: tuple[Remat, ...] = ("none", "dots")
     for kind in kinds:
         size = sum(activations(config, a, kind, mesh, prompt_length))
-        if not processes.any_says(size > allowed):
+        if not processes.any_process(size > allowed):
             return kind, f"activations of {size / 2**30:.2f} GiB fit"
     return "full", "activations would not fit"
 

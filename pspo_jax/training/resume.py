@@ -22,7 +22,7 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import prompts_shardings
-from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.history import Change, changes
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
@@ -33,7 +33,7 @@ class Restored(NamedTuple):
     """A run as its newest checkpoint has it."""
 
     state: TrainState
-    totals: Totals
+    totals: RunAccounting
     changes: list[Change]
     """Settings that differ from those it was saved under."""
 
@@ -111,7 +111,7 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
             ) from error
     state = saved.joined(frozen)
     progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
-    return Restored(state, Totals(metadata["totals"]), changed)
+    return Restored(state, RunAccounting(metadata["totals"]), changed)
 
 
 def _check_heldout(setup: Setup, metadata: dict[str, Any]) -> list[Change]:
@@ -279,10 +279,10 @@ def _stored(setup: Setup, name: str, holder: Any, new_rows: Int[np.ndarray, "M"]
 
     Groups whose prompt is gone, or no longer consists of the same tokens, are dropped.
     """
-    prompts = processes.whole(holder.groups.prompts)
-    there = processes.whole(holder.groups.step) >= 0
+    prompts = processes.to_host(holder.groups.prompts)
+    there = processes.to_host(holder.groups.step) >= 0
     if name == "queue":
-        there &= np.arange(len(there)) < int(processes.whole(holder.held))
+        there &= np.arange(len(there)) < int(processes.to_host(holder.held))
     rows = np.where(there, new_rows[np.clip(prompts.ids, 0, len(new_rows) - 1)], -1)
     train, width = setup.task.train, setup.task.train.tokens.shape[1]
     tokens = np.full((len(rows), width), setup.task.tokenizer.pad_token_id, np.int32)

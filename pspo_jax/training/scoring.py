@@ -15,11 +15,19 @@ from pspo_jax.arrays.state import TrainState
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed.mesh import constrain, microbatch_size
 from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.losses.packing import Plan, answers_of, bin_length, packed_log_probs, plan_bins, plan_shared_bins, rows_in
-from pspo_jax.model.interface import Policy
+from pspo_jax.losses.packing import (
+    BinAssignment,
+    assign_bins,
+    assign_shared_bins,
+    bin_length,
+    loss_lengths,
+    packed_log_probs,
+    rows_of_bins,
+)
+from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
-LONG = 256
+PACK_FROM_TOKENS = 256
 """Completions that may be so long are packed, unless the config says otherwise."""
 
 
@@ -63,14 +71,14 @@ def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
 
 
 def score(
-    policy: Policy, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
+    policy: Model, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
     Outside the mask they may hold anything.
     """
-    if packs(policy, rows, config):
-        found = score_packed(policy, weights, rows, answers_of(rows), temperature, config)
+    if uses_packing(policy, rows, config):
+        found = score_packed(policy, weights, rows, loss_lengths(rows), temperature, config)
         return jax.lax.stop_gradient(found)
 
     def one(part: Rows) -> tuple[Array, Array]:
@@ -78,12 +86,12 @@ def score(
             policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
         )
 
-    found = jax.lax.map(one, deal(rows, microbatches(rows, config)))
-    return jax.lax.stop_gradient(jax.tree.map(undeal, found))
+    found = jax.lax.map(one, split_microbatches(rows, microbatches(rows, config)))
+    return jax.lax.stop_gradient(jax.tree.map(merge_microbatches, found))
 
 
 def score_some(
-    policy: Policy,
+    policy: Model,
     weights: Any,
     rows: Rows,
     wanted: Bool[Array, "B"],
@@ -95,9 +103,9 @@ def score_some(
     Wanted groups are gathered in front, and as many microbatches run as hold any.
     """
     groups = wanted.shape[0]
-    if packs(policy, rows, config):
+    if uses_packing(policy, rows, config):
         stale = jnp.repeat(wanted, rows.tokens.shape[0] // groups)
-        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, answers_of(rows), 0), temperature, config)
+        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, loss_lengths(rows), 0), temperature, config)
         return jax.lax.stop_gradient(jnp.where(stale[:, None], log_probs, rows.old_log_probs))
     order = jnp.argsort(~wanted, stable=True)
     group_size = rows.tokens.shape[0] // groups
@@ -121,7 +129,7 @@ def score_some(
     return jax.lax.stop_gradient(jnp.where(jnp.repeat(wanted, group_size)[:, None], found, rows.old_log_probs))
 
 
-def packs(policy: Policy, rows: Rows, config: Config) -> bool:
+def uses_packing(policy: Model, rows: Rows, config: Config) -> bool:
     """Whether the rows are computed in bins; see `packing`.
 
     Raises:
@@ -130,10 +138,10 @@ def packs(policy: Policy, rows: Rows, config: Config) -> bool:
     wanted = config.objective.packing
     if wanted and not policy.packs:
         raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
-    return policy.packs and packed_by(rows.tokens.shape[0], rows.tokens.shape[1], config)
+    return policy.packs and packs_lengths(rows.tokens.shape[0], rows.tokens.shape[1], config)
 
 
-def packed_by(rows: int, longest: int, config: Config) -> bool:
+def packs_lengths(rows: int, longest: int, config: Config) -> bool:
     """Whether so many rows are computed in bins.
 
     Args:
@@ -141,10 +149,10 @@ def packed_by(rows: int, longest: int, config: Config) -> bool:
     """
     wanted = config.objective.packing
     several = microbatch_size(rows, config.objective.microbatch_rows) < rows
-    return several and longest >= LONG if wanted is None else wanted
+    return several and longest >= PACK_FROM_TOKENS if wanted is None else wanted
 
 
-def sharing(policy: Policy, config: Config) -> bool:
+def shares_prompts(policy: Model, config: Config) -> bool:
     """Whether packed rows may share their prompt.
 
     Raises:
@@ -156,26 +164,32 @@ def sharing(policy: Policy, config: Config) -> bool:
     return policy.shares and wanted is not False
 
 
-def plan(policy: Policy, rows: Rows, answers: Int[Array, "R"], config: Config) -> Plan:
+def assign(policy: Model, rows: Rows, answers: Int[Array, "R"], config: Config) -> BinAssignment:
     """Bins for the rows with answers, as many as there are rows."""
     r = rows.tokens.shape[0]
-    if sharing(policy, config):
-        return plan_shared_bins(rows.lengths, answers, rows.group, bin_length(rows), r)
-    return plan_bins(rows.lengths, answers, jnp.arange(r), bin_length(rows), r)
+    if shares_prompts(policy, config):
+        return assign_shared_bins(rows.lengths, answers, rows.group, bin_length(rows), r)
+    return assign_bins(rows.lengths, answers, jnp.arange(r), bin_length(rows), r)
 
 
 def score_packed(
-    policy: Policy, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
+    policy: Model, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
     bins = bins_at_a_time(rows.tokens.shape[0], config)
-    planned = plan(policy, rows, answers, config)
+    planned = assign(policy, rows, answers, config)
 
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
-        part = rows_in(rows, ids)
+        part = rows_of_bins(rows, ids)
         new = packed_log_probs(
-            policy, weights, part, leads, temperature, config.objective.logits_mib, shares=sharing(policy, config)
+            policy,
+            weights,
+            part,
+            leads,
+            temperature,
+            config.objective.logits_mib,
+            shares=shares_prompts(policy, config),
         )
         return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
 
@@ -184,7 +198,7 @@ def score_packed(
 
 
 def with_log_probs(
-    policy: Policy,
+    policy: Model,
     state: TrainState,
     rows: Rows,
     stale: Bool[Array, "B"] | None,
@@ -231,21 +245,21 @@ def bins_at_a_time(rows: int, config: Config) -> int:
     return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
 
 
-def deal(rows: Any, parts: int) -> Any:
+def split_microbatches(rows: Any, parts: int) -> Any:
     """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
 
-def undeal(x: Array) -> Array:
+def merge_microbatches(x: Array) -> Array:
     """The inverse of `deal` for one array."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-def deal_prompts(rows: Rows, parts: int, group_size: int) -> Rows:
+def split_minibatches(rows: Rows, parts: int, group_size: int) -> Rows:
     """`deal` that keeps the rows of a prompt together."""
 
     def one(x: Array) -> Array:
         groups = x.reshape(-1, group_size, *x.shape[1:])
-        return deal(groups, parts).reshape(parts, -1, *x.shape[1:])
+        return split_microbatches(groups, parts).reshape(parts, -1, *x.shape[1:])
 
     return jax.tree.map(one, rows)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pspo_jax.arrays.state import TrainState, run_key
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
-from pspo_jax.config.defaults import embedded, flatten, replace
+from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
@@ -36,7 +36,7 @@ from pspo_jax.distributed.mesh import (
     smallest_fsdp,
 )
 from pspo_jax.distributed.runtime import jit_once, keep_freed_memory
-from pspo_jax.model import Architecture, Policy, built_in, transformer
+from pspo_jax.model import Architecture, Model, built_in, transformer
 from pspo_jax.model.architecture import beyond_context, lora_of
 from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
@@ -44,8 +44,8 @@ from pspo_jax.model.weights import init_weights, table
 from pspo_jax.rewards.task import make_task, own_tokenizer
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
-from pspo_jax.selection import Columns
-from pspo_jax.selection.columns import columns_of
+from pspo_jax.selection import PromptMetadata
+from pspo_jax.selection.columns import load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
@@ -64,10 +64,10 @@ class Setup(NamedTuple):
     source: Source | None
     """The checkpoint that the weights come from; None = they are drawn."""
     architecture: Architecture
-    policy: Policy
+    policy: Model
     algorithm: Algorithm
     optimizer: optax.GradientTransformation
-    columns: Columns | None
+    columns: PromptMetadata | None
     """What the selector may know of the training prompts beforehand, on the host."""
     abstract: TrainState
     """The train state as ShapeDtypeStructs with shardings."""
@@ -128,7 +128,7 @@ def configure_runtime(config: Config) -> None:
 
 def verifiers(config: Config, log: Path | None = None) -> AbstractContextManager[Pool | None]:
     """The processes that judge completions, if the task needs any; enter before JAX touches a device."""
-    return nullcontext() if embedded(config) else make_pool(config, log)
+    return nullcontext() if uses_char_tokenizer(config) else make_pool(config, log)
 
 
 @contextmanager
@@ -148,8 +148,8 @@ def started(config: Config, folder: Path) -> Iterator[tuple[Pool | None, Callabl
             held.enter_context(locked(folder, say, number))
         pool = held.enter_context(verifiers(config, folder / "workers.log"))
         processes.initialize(config)
-        with processes.failing_together():
-            if number is None and processes.leads():
+        with processes.fail_together():
+            if number is None and processes.is_primary():
                 held.enter_context(locked(folder, say))
             configure_runtime(config)
             yield pool, asked
@@ -207,7 +207,7 @@ def prepare(
         say(f"defaults of this machine: {', '.join(chosen + more)}")
     architecture = dataclasses.replace(architecture, remat=config.policy.remat or "none")
     policy = transformer(architecture)
-    kinds, columns = columns_of(config, task.train)
+    kinds, columns = load_metadata(config, task.train)
     algorithm = build(config, kinds)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     nothing: Any = None
@@ -238,7 +238,7 @@ def architecture_for(
     config: Config, weights: bool = True
 ) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
     """The checkpoint if there is one, the tokenizer, and the policy's architecture with its adapters."""
-    if embedded(config):
+    if uses_char_tokenizer(config):
         own = own_tokenizer(config)
         return None, own, built_in(config.policy, own.vocab_size, own.forbidden)
     source = read_source(config.policy, weights) if config.policy.source is not None else None
@@ -276,7 +276,7 @@ def _frozen_init(a: Architecture) -> Any:
     return None if a.lora is None else init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype))
 
 
-def new_state(setup: Setup, params: Any, frozen: Any = None, columns: Columns | None = None) -> TrainState:
+def new_state(setup: Setup, params: Any, frozen: Any = None, columns: PromptMetadata | None = None) -> TrainState:
     """The state before step 0."""
     prompts = setup.task.train.tokens
     return init_state(
@@ -368,8 +368,8 @@ def _finished_start(
     own, passed = folder / "cold_start", set[Path]()
     while True:
         # The leading process looks: a folder that appears meanwhile must not lead processes apart.
-        found = _find_start(own, setup.config.sft.share, wanted, passed, say) if processes.leads() else ""
-        name = processes.text_from_leader(found)
+        found = _find_start(own, setup.config.sft.share, wanted, passed, say) if processes.is_primary() else ""
+        name = processes.text_from_primary(found)
         if not name:
             return None
         place = folder.absolute().parent / name / "cold_start"
@@ -409,7 +409,7 @@ def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], sa
     passed.add(place)
     if place != own.absolute():
         say(f"{place}: is damaged ({error}); this run does without it")
-    elif processes.leads():
+    elif processes.is_primary():
         say(f"{place}: is damaged ({error}); it is set aside as {set_aside(place)}, and another is trained")
 
 
@@ -424,7 +424,7 @@ def _keep(
 ) -> None:
     """`save_folder`, tried again as checkpoint.on_error says; several processes do not wait for each other's disks."""
     c = setup.config.checkpoint
-    persist = Persist(c.on_error if processes.count() == 1 else "stop", c.retry_minutes, say, stop)
+    persist = Persist(c.on_error if processes.process_count() == 1 else "stop", c.retry_minutes, say, stop)
     persist(lambda: save_folder(folder, tree, wanted, supersedes))
 
 
@@ -439,7 +439,7 @@ class _Progress(NamedTuple):
 
     def load(self, template: Any) -> tuple[Any, int]:
         """What it had reached and after how many calls; the template and 0 if there is none of these settings."""
-        done = int(processes.text_from_leader(str(self._done()) if processes.leads() else ""))
+        done = int(processes.text_from_primary(str(self._done()) if processes.is_primary() else ""))
         if not done:
             return template, 0
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
@@ -466,7 +466,7 @@ class _Progress(NamedTuple):
 
     def drop(self) -> None:
         """The cold start has ended, and is kept itself."""
-        if processes.leads():
+        if processes.is_primary():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -20,24 +20,24 @@ from pspo_jax.advantages import group_advantages
 from pspo_jax.arrays.groups import groups_of, take
 from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
-from pspo_jax.arrays.state import REPLAY, Outcome, Params, Rollouts, TrainState, purpose_key
+from pspo_jax.arrays.state import REPLAY, Params, RolloutOutcome, Rollouts, TrainState, purpose_key
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.distributed.mesh import UPDATE_ROWS, size_along
 from pspo_jax.losses.ratios import kl_estimate
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups, effective
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
-from pspo_jax.selection import Columns
-from pspo_jax.training.algorithm import Algorithm, needs_movement
+from pspo_jax.selection import PromptMetadata
+from pspo_jax.training.algorithm import Algorithm, needs_policy_drift
 from pspo_jax.training.metrics import Metrics, replay_metrics, rollout_metrics
 from pspo_jax.training.optimizer import in_float32
 from pspo_jax.training.scoring import (
-    deal,
     microbatches,
     reference_weights,
     rows_of,
     score,
+    split_microbatches,
     stale_groups,
     with_log_probs,
 )
@@ -60,7 +60,7 @@ def init_state(
     prompt_length: int,
     key: Key[Array, ""],
     frozen: Params | None = None,
-    columns: Columns | None = None,
+    columns: PromptMetadata | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -81,7 +81,11 @@ def init_state(
     # Before a round fewer groups than a batch wait, and a round adds no more than its prompts.
     room = r.prompts + round_prompts(config)
     truncates = r.top_p < 1 or r.top_k > 0
-    queue = new_queue(room, r.group_size, prompt_length, r.max_new_tokens, truncates) if dynamic(config) else None
+    queue = (
+        new_queue(room, r.group_size, prompt_length, r.max_new_tokens, truncates)
+        if samples_dynamically(config)
+        else None
+    )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -99,13 +103,13 @@ def init_state(
     )
 
 
-def dynamic(config: Config) -> bool:
+def samples_dynamically(config: Config) -> bool:
     """Whether a step rolls out until its batch is full of effective groups."""
     return resolve(config).rollout.max_rounds != 1
 
 
 def make_train_step(
-    policy: Policy,
+    policy: Model,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
@@ -125,7 +129,7 @@ def make_train_step(
     def train_step(
         state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = _judge(policy, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(policy, algorithm, config, state, rollouts, rewards, right)
         state, more = _update(
             policy, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
         )
@@ -135,7 +139,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def make_collect(policy: Policy, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
+def make_collect(policy: Model, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
     """`collect(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted, `state` donated: a round of dynamic
     sampling. Rewards and verdicts are as in `make_train_step`.
 
@@ -146,7 +150,7 @@ def make_collect(policy: Policy, algorithm: Algorithm, config: Config, state_sha
     def collect(
         state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = _judge(policy, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(policy, algorithm, config, state, rollouts, rewards, right)
         wanted = effective(groups, config.replay.effective)
         queue = append(state.queue, groups, wanted, rollouts.sampling_log_probs)
         metrics["groups/waiting"] = queue.held.astype(jnp.float32)
@@ -157,7 +161,7 @@ def make_collect(policy: Policy, algorithm: Algorithm, config: Config, state_sha
 
 
 def make_update(
-    policy: Policy,
+    policy: Model,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
@@ -181,8 +185,8 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=out)
 
 
-def _judge(
-    policy: Policy,
+def assign_advantages(
+    policy: Model,
     algorithm: Algorithm,
     config: Config,
     state: TrainState,
@@ -194,10 +198,10 @@ def _judge(
     ids = rollouts.prompts.ids
     # What is not finite, or whose square would not be, is no reward: it must not reach the per-prompt state.
     rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
-    advantages, credit_state, kl = estimate(policy, algorithm, config, state, rollouts, rewards)
+    advantages, credit_state, kl = compute_advantages(policy, algorithm, config, state, rollouts, rewards)
     raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
-    seen = of_round(algorithm, advantages, rewards)
-    outcome = Outcome(rewards, seen, raw, state.movement, rollouts.lengths, right)
+    seen = scaled_over_round(algorithm, advantages, rewards)
+    outcome = RolloutOutcome(rewards, seen, raw, state.movement, rollouts.lengths, right)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
     groups = groups_of(rollouts, rewards, advantages, state.step)
     metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if right is None else right)
@@ -211,8 +215,8 @@ def _judge(
     return dataclasses.replace(state, selector=selector_state, credit=credit_state), groups, metrics
 
 
-def estimate(
-    policy: Policy,
+def compute_advantages(
+    policy: Model,
     algorithm: Algorithm,
     config: Config,
     state: TrainState,
@@ -237,7 +241,7 @@ def estimate(
     return *found, kl
 
 
-def of_round(
+def scaled_over_round(
     algorithm: Algorithm, advantages: Float[Array, "B G"], rewards: Float[Array, "B G"]
 ) -> Float[Array, "B G"]:
     """Advantages as they would be if the groups rolled out together were the batch that trains."""
@@ -246,7 +250,7 @@ def of_round(
 
 
 def _update(
-    policy: Policy,
+    policy: Model,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
@@ -260,7 +264,7 @@ def _update(
     metrics: Metrics = {}
 
     def distance(stored: Groups) -> Float[Array, "C"]:
-        return _divergence(policy, state, stored, temperature, config)
+        return behaviour_divergence(policy, state, stored, temperature, config)
 
     key = purpose_key(state.key, state.step, REPLAY)
     groups, replay_state = algorithm.replay.exchange(state.replay, groups, state.step, key, distance)
@@ -270,7 +274,7 @@ def _update(
         in_batch = jnp.maximum(groups.counted.sum() * scaled.shape[1], 1)
         metrics["advantages/abs_mean"] = jnp.where(groups.counted[:, None], jnp.abs(scaled), 0).sum() / in_batch
     rows = rows_of(groups, state.step, config, sampling_log_probs)
-    stale = stale_groups(groups, state.step) if replays or dynamic(config) else None
+    stale = stale_groups(groups, state.step) if replays or samples_dynamically(config) else None
     rows = with_log_probs(policy, state, rows, stale, temperature, config)
     if stale is not None:
         metrics |= replay_metrics(groups, rows, state.step, config)
@@ -278,13 +282,13 @@ def _update(
     if replays:
         metrics["replay/stored"] = replay_state.groups.counted.sum().astype(jnp.float32)
         metrics["replay/max_share"] = replay_state.share
-    if config.replay.name != "none" or dynamic(config):
+    if config.replay.name != "none" or samples_dynamically(config):
         metrics["groups/in_batch"] = groups.counted.sum().astype(jnp.float32)
     params, opt_state, skipped, updates = optimize(policy, optimizer, config, state, rows, temperature)
     metrics |= update_metrics(updates, config)
     movement = state.movement
-    if needs_movement(config):
-        metrics["policy/movement"] = _movement(policy, state, params, rows, temperature, config)
+    if needs_policy_drift(config):
+        metrics["policy/movement"] = policy_drift(policy, state, params, rows, temperature, config)
         movement = movement + metrics["policy/movement"]
     applied = state.updates + updates.applied.sum().astype(jnp.int32)
     metrics["updates"] = applied.astype(jnp.float32)
@@ -302,18 +306,18 @@ def _update(
     return state, metrics
 
 
-def _movement(
-    policy: Policy, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
+def policy_drift(
+    policy: Model, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, ""]:
     """Mean |change of log-prob| per token of one microbatch by the step's updates."""
-    part = jax.tree.map(lambda x: x[0], deal(rows, microbatches(rows, config)))
+    part = jax.tree.map(lambda x: x[0], split_microbatches(rows, microbatches(rows, config)))
     before = score(policy, state.weights, part, temperature, config)[0]
     after = score(policy, merge_params(params, state.frozen), part, temperature, config)[0]
     return jnp.where(part.mask, jnp.abs(after - before), 0).sum() / jnp.maximum(part.mask.sum(), 1)
 
 
-def _divergence(
-    policy: Policy, state: TrainState, stored: Groups, temperature: Float[Array, ""], config: Config
+def behaviour_divergence(
+    policy: Model, state: TrainState, stored: Groups, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, "C"]:
     """Mean over tokens of k3's estimate of KL(behaviour || policy) for each stored group; one pass over the ring."""
     capacity = stored.counted.shape[0]

@@ -23,7 +23,7 @@ from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.demonstrations import read_examples, read_text
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
 from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
 
@@ -87,7 +87,7 @@ def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
 
 
-def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
+def sft_loss(policy: Model, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
     """Mean negative log-prob of the completions' tokens."""
     log_probs, _ = completion_log_probs(
         policy, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
@@ -97,14 +97,16 @@ def sft_loss(policy: Policy, params: Any, batch: dict[str, Array], logits_mib: i
 
 
 def make_sft_steps(
-    policy: Policy, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
+    policy: Model, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
 ) -> Callable[..., Any]:
     """`steps(params, opt_state, batches [K, ...], frozen=None) -> (params, opt_state, losses [K])`, jitted: K steps."""
 
     def steps(params: Any, opt_state: Any, batches: dict[str, Array], frozen: Any = None) -> tuple[Any, Any, Array]:
         def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
             params, opt_state = carry
-            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, merge_params(p, frozen), batch, logits_mib))(params)
+            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, merge_params(p, frozen), batch, logits_mib))(
+                params
+            )
             updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -127,7 +129,7 @@ class Kept(Protocol):
 def cold_start(
     config: Config,
     task: Task,
-    policy: Policy,
+    policy: Model,
     params: Any,
     progress: Progress,
     stop: Callable[[], bool],

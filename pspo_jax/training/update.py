@@ -16,17 +16,26 @@ from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.losses.losses import Denominators, LossMetrics, combine, denominators, objective_loss, zero_metrics
-from pspo_jax.losses.packing import answers_of, bin_length, needs_of, packed_log_probs, rows_in
+from pspo_jax.losses.losses import Denominators, LossMetrics, combine, compute_loss, denominators, zero_metrics
+from pspo_jax.losses.packing import bin_length, loss_lengths, packed_log_probs, row_lengths, rows_of_bins
 from pspo_jax.losses.ratios import top_entropy
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from pspo_jax.training.optimizer import float32, in_float32
-from pspo_jax.training.scoring import bins_at_a_time, deal, deal_prompts, microbatches, packs, plan, score, sharing
+from pspo_jax.training.scoring import (
+    assign,
+    bins_at_a_time,
+    microbatches,
+    score,
+    shares_prompts,
+    split_microbatches,
+    split_minibatches,
+    uses_packing,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 
 
-class Gap(NamedTuple):
+class SamplerMismatch(NamedTuple):
     """How far the trainer's log-probs are from the sampler's; exact before the first update of a step."""
 
     tokens: Float[Array, ""]
@@ -37,7 +46,7 @@ class Gap(NamedTuple):
     ratio_max: Float[Array, ""]
 
 
-class Places(NamedTuple):
+class TokenUtilisation(NamedTuple):
     """Of an update's rows or bins."""
 
     needed: Int[Array, ""]
@@ -49,7 +58,7 @@ class UpdateMetrics(NamedTuple):
     """One optimizer update's numbers."""
 
     loss: LossMetrics
-    gap: Gap
+    gap: SamplerMismatch
     grad_norm: Float[Array, ""]
     useful: Float[Array, ""]
     """Share of the places computed that hold a token which the loss needs."""
@@ -58,7 +67,7 @@ class UpdateMetrics(NamedTuple):
 
 
 def optimize(
-    policy: Policy,
+    policy: Model,
     optimizer: optax.GradientTransformation,
     config: Config,
     state: TrainState,
@@ -67,7 +76,7 @@ def optimize(
 ) -> tuple[Params, Any, Int[Array, ""], UpdateMetrics]:
     """num_iterations passes over the minibatches; returns metrics stacked over updates."""
     o = config.objective
-    minibatches = deal_prompts(rows, o.minibatches, config.rollout.group_size)
+    minibatches = split_minibatches(rows, o.minibatches, config.rollout.group_size)
     drops = state.frozen is not None and config.lora.dropout > 0
     step_key = purpose_key(state.key, state.step, DROPOUT) if drops else None
 
@@ -106,29 +115,29 @@ def optimize(
 
 
 def _gradient(
-    policy: Policy,
+    policy: Model,
     weights: Callable[[Params, Array | int], Any],
     params: Params,
     rows: Rows,
     temperature: Float[Array, ""],
     config: Config,
     total: Denominators,
-) -> tuple[Params, LossMetrics, Gap, Places]:
+) -> tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]:
     """Gradient of a minibatch's loss in float32, accumulated over microbatches.
 
     weights(params, microbatch) is what the policy's functions take.
     """
 
-    packed = packs(policy, rows, config)
+    packed = uses_packing(policy, rows, config)
 
     def loss_fn(
         params: Params, part: Rows, microbatch: Array | int, leads: Bool[Array, "b M"] | None = None
-    ) -> tuple[Array, tuple[LossMetrics, Gap]]:
+    ) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
         return _loss(policy, weights(params, microbatch), part, temperature, config, total, leads)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
-    places = Places(needs_of(rows).sum(), jnp.int32(padded_places(rows)))
+    places = TokenUtilisation(row_lengths(rows).sum(), jnp.int32(padded_places(rows)))
     if parts == 1 and not packed:
         grads, (metrics, gap) = grad_fn(params, rows, 0)
         return float32(grads), metrics, gap, places
@@ -142,17 +151,17 @@ def _gradient(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
     start = zeros, zero_metrics(), _no_gap()
     if packed:
-        planned = plan(policy, rows, answers_of(rows), config)
+        planned = assign(policy, rows, loss_lengths(rows), config)
         bins = bins_at_a_time(rows.tokens.shape[0], config)
 
         def microbatch(i: Array, carry: Any) -> Any:
             ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
-            return accumulate(carry, (rows_in(rows, ids), i, leads))[0]
+            return accumulate(carry, (rows_of_bins(rows, ids), i, leads))[0]
 
         needed = -(-planned.bins // bins)
-        places = Places(planned.used, needed * bins * bin_length(rows))
+        places = TokenUtilisation(planned.used, needed * bins * bin_length(rows))
         return *jax.lax.fori_loop(0, needed, microbatch, start), places
-    carry, _ = jax.lax.scan(accumulate, start, (deal(rows, parts), jnp.arange(parts)))
+    carry, _ = jax.lax.scan(accumulate, start, (split_microbatches(rows, parts), jnp.arange(parts)))
     return *carry, places
 
 
@@ -165,34 +174,34 @@ def padded_places(rows: Rows) -> int:
 
 
 def _loss(
-    policy: Policy,
+    policy: Model,
     weights: Any,
     rows: Rows,
     temperature: Array,
     config: Config,
     total: Denominators,
     leads: Bool[Array, "b M"] | None,
-) -> tuple[Array, tuple[LossMetrics, Gap]]:
+) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
     """Of rows that are computed in the bins of a plan, with its `leads`; None = each by itself."""
     o = config.objective
     bonus = o.entropy_coef > 0
     if leads is not None:
-        shares = sharing(policy, config)
+        shares = shares_prompts(policy, config)
         found = packed_log_probs(policy, weights, rows, leads, temperature, o.logits_mib, bonus, shares)
     else:
         found = completion_log_probs(
             policy, weights, rows.prompts, rows.lengths, rows.tokens, temperature, o.logits_mib, bonus
         )
     log_probs, entropy = found
-    loss, metrics = objective_loss(log_probs, entropy, rows, o, total, config.rollout.max_new_tokens)
+    loss, metrics = compute_loss(log_probs, entropy, rows, o, total, config.rollout.max_new_tokens)
     return loss, (metrics, _gap(jax.lax.stop_gradient(log_probs), rows))
 
 
-def _gap(log_probs: Float[Array, "R T"], rows: Rows) -> Gap:
+def _gap(log_probs: Float[Array, "R T"], rows: Rows) -> SamplerMismatch:
     fresh = rows.mask & ~rows.stale[:, None]
     difference = jnp.where(fresh, jnp.abs(log_probs - rows.behaviour_log_probs), 0)
     ratio = jnp.exp(log_probs - rows.sampling_log_probs)
-    return Gap(
+    return SamplerMismatch(
         fresh.sum().astype(jnp.float32),
         difference.sum(),
         difference.max(),
@@ -202,13 +211,13 @@ def _gap(log_probs: Float[Array, "R T"], rows: Rows) -> Gap:
     )
 
 
-def _no_gap() -> Gap:
+def _no_gap() -> SamplerMismatch:
     zero = jnp.float32(0)
-    return Gap(zero, zero, zero, zero, jnp.float32(jnp.inf), zero)
+    return SamplerMismatch(zero, zero, zero, zero, jnp.float32(jnp.inf), zero)
 
 
-def _join_gaps(a: Gap, b: Gap) -> Gap:
-    return Gap(
+def _join_gaps(a: SamplerMismatch, b: SamplerMismatch) -> SamplerMismatch:
+    return SamplerMismatch(
         a.tokens + b.tokens,
         a.difference_sum + b.difference_sum,
         jnp.maximum(a.difference_max, b.difference_max),

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.advantages import CREDITS, ers, group_advantages, opo
+from pspo_jax.advantages import ESTIMATORS, ers, group_advantages, opo
 from pspo_jax.advantages.interface import group_statistics
 from pspo_jax.config.presets import PRESETS
-from pspo_jax.config.schema import CreditConfig
+from pspo_jax.config.schema import AdvantageConfig
 from pspo_jax.config.strategies import ForgettingConfig
 
 NAN = math.nan
@@ -24,17 +24,17 @@ MOVING = ForgettingConfig(mode="fixed", half_life=0.06, low=0.1, high=0.9)
 CASES = ("mixed", "allzero_allone", "float", "onehot8", "nan_row", "single_valid")
 
 PUBLISHED = {
-    "trl1.16_group": CreditConfig("group", "group"),
-    "trl1.16_batch": CreditConfig("group", "batch"),
-    "trl1.16_none": CreditConfig("group", "none"),
-    "verl0.9_normTrue": CreditConfig("group", "group", eps=1e-6),
-    "verl0.9_normFalse": CreditConfig("group", "none"),
-    "verl0.9_rloo": CreditConfig("rloo", "none"),
-    "slime_1e-6": CreditConfig("group", "group", eps=1e-6),
-    "oat_grpo_1e-8": CreditConfig("group", "group", eps=1e-8),
-    "openrlhf_group_norm_1e-9": CreditConfig("group", "group", eps=1e-9),
-    "open_instruct_standard_1e-8_ddof0": CreditConfig("group", "group", ddof=0, eps=1e-8),
-    "nemo_looFalse_norm": CreditConfig("group", "group", eps=1e-6),
+    "trl1.16_group": AdvantageConfig("group", "group"),
+    "trl1.16_batch": AdvantageConfig("group", "batch"),
+    "trl1.16_none": AdvantageConfig("group", "none"),
+    "verl0.9_normTrue": AdvantageConfig("group", "group", eps=1e-6),
+    "verl0.9_normFalse": AdvantageConfig("group", "none"),
+    "verl0.9_rloo": AdvantageConfig("rloo", "none"),
+    "slime_1e-6": AdvantageConfig("group", "group", eps=1e-6),
+    "oat_grpo_1e-8": AdvantageConfig("group", "group", eps=1e-8),
+    "openrlhf_group_norm_1e-9": AdvantageConfig("group", "group", eps=1e-9),
+    "open_instruct_standard_1e-8_ddof0": AdvantageConfig("group", "group", ddof=0, eps=1e-8),
+    "nemo_looFalse_norm": AdvantageConfig("group", "group", eps=1e-6),
 }
 # The last group of "float" is .3, .3, .3, .3000001: its deviations and its std are one or two roundings of a float32,
 # and a tiny eps blows their quotient up. NeMo's formula rounds that std to 0, and then it does not divide at all.
@@ -49,7 +49,7 @@ def as_rewards(case):
 def advantages(config, rewards, lengths=None):
     rewards = jnp.asarray(rewards, jnp.float32)
     ids = jnp.arange(rewards.shape[0])
-    return np.asarray(CREDITS[config.name](config, FIXED).estimate((), ids, rewards, lengths)[0])
+    return np.asarray(ESTIMATORS[config.name](config, FIXED).estimate((), ids, rewards, lengths)[0])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,7 +79,7 @@ def test_standard_deviations_match_other_trainers(golden, setting, case):
 
 
 def test_every_name_has_a_credit():
-    assert set(CREDITS) == {preset["credit.name"] for preset in PRESETS.values()}
+    assert set(ESTIMATORS) == {preset["credit.name"] for preset in PRESETS.values()}
 
 
 def test_unknown_scale_is_named():
@@ -122,7 +122,7 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=4, max_size=4)
 @pytest.mark.parametrize(("name", "baseline"), [("rloo", plain_rloo), ("opo", plain_opo)])
 @given(data=st.data())
 def test_baseline_of_a_group_equals_a_plain_loop(name, baseline, data):
-    config = CreditConfig(name, data.draw(SCALES), ddof=data.draw(st.integers(0, 1)), eps=0.05)
+    config = AdvantageConfig(name, data.draw(SCALES), ddof=data.draw(st.integers(0, 1)), eps=0.05)
     groups = data.draw(st.lists(VERDICTS, min_size=2, max_size=2))
     lengths = data.draw(st.lists(LENGTHS, min_size=2, max_size=2))
     want = []
@@ -137,12 +137,14 @@ def test_baseline_of_a_group_equals_a_plain_loop(name, baseline, data):
 
 @pytest.mark.parametrize("name", ["group", "rloo", "opo"])
 def test_a_groups_only_verdict_is_worth_nothing(name):
-    got = advantages(CreditConfig(name, "none"), [[NAN, 1, NAN], [NAN] * 3, [NAN, 1, 0]], jnp.ones((3, 3), jnp.int32))
+    got = advantages(
+        AdvantageConfig(name, "none"), [[NAN, 1, NAN], [NAN] * 3, [NAN, 1, 0]], jnp.ones((3, 3), jnp.int32)
+    )
     assert np.count_nonzero(got[:2]) == 0 and got[2, 0] == 0 and (got[2, 1:] != 0).all()
 
 
 def test_opo_takes_a_completion_without_tokens_for_one_token():
-    config = CreditConfig("opo", "none")
+    config = AdvantageConfig("opo", "none")
     rewards = [[1.0, 0, 0, 1]]
     got = [advantages(config, rewards, jnp.array([[n, 3, 2, 5]])) for n in (0, 1)]
     np.testing.assert_array_equal(*got)
@@ -150,13 +152,13 @@ def test_opo_takes_a_completion_without_tokens_for_one_token():
 
 def test_opo_needs_lengths():
     with pytest.raises(ValueError, match=r"lengths=None: .*pass them"):
-        opo(CreditConfig(scale="none"), FIXED).estimate((), jnp.array([0]), jnp.ones((1, 2)))
+        opo(AdvantageConfig(scale="none"), FIXED).estimate((), jnp.array([0]), jnp.ones((1, 2)))
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6))
 def test_advantages_of_a_group_are_centred(rewards):
     # eps = 1: equal rewards can differ from their mean by a rounding, which a small eps would blow up.
-    assert abs(advantages(CreditConfig("group", "group", eps=1.0), [rewards]).sum()) < 2e-5
+    assert abs(advantages(AdvantageConfig("group", "group", eps=1.0), [rewards]).sum()) < 2e-5
 
 
 def test_statistics_of_an_empty_group_are_finite():
@@ -249,25 +251,25 @@ COMPLETE = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4)
 @given(batches(DISTINCT, VERDICTS))
 def test_ers_equals_plain_python(alpha_mode, alpha, stat_mode, steps):
     # A large eps, so that the rounding of a mean is not divided by next to nothing.
-    assert_equals_plain_python(CreditConfig("ers", None, 1, 0.05, alpha, alpha_mode, stat_mode), steps)
+    assert_equals_plain_python(AdvantageConfig("ers", None, 1, 0.05, alpha, alpha_mode, stat_mode), steps)
 
 
 @pytest.mark.parametrize("alpha_mode", ["fixed", "count", "movement"])
 @given(batches(REPEATED, COMPLETE))
 def test_ers_of_repeated_prompts_reads_the_old_history_and_keeps_the_last(alpha_mode, steps):
-    assert_equals_plain_python(CreditConfig("ers", None, 0, 0.05, 0.3, alpha_mode), steps)
+    assert_equals_plain_python(AdvantageConfig("ers", None, 0, 0.05, 0.3, alpha_mode), steps)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
 def test_ers_of_repeated_prompts_keeps_the_last_that_is_usable(order):
     groups = [[0.0, 1, 1, 0], [0.0, 0, 0, 1], [NAN, NAN, NAN, 1]]
     steps = [([2, 2, 2], [groups[i] for i in order], 0.0), ([2, 0, 1], [[1.0, 1, 1, 0]] * 3, 0.0)]
-    assert_equals_plain_python(CreditConfig("ers", None, 1, 0.05, 0.5), steps)
+    assert_equals_plain_python(AdvantageConfig("ers", None, 1, 0.05, 0.5), steps)
 
 
 def histories(groups, **settings):
     """ERS state of prompt 0 after these groups of complete verdicts."""
-    credit = ers(CreditConfig(eps=1e-9, ddof=0, **settings), FIXED)
+    credit = ers(AdvantageConfig(eps=1e-9, ddof=0, **settings), FIXED)
     state = credit.init(1)
     for rewards in groups:
         _, state = credit.estimate(state, jnp.array([0]), jnp.asarray([rewards], jnp.float32))
@@ -298,7 +300,7 @@ def test_counted_visits_average_all_groups_alike(groups):
 
 @pytest.mark.parametrize(("moves", "alpha"), [(0.0, 0.1), (0.06, 0.5), (0.03, 1 - 2**-0.5), (9.0, 0.9)])
 def test_history_counts_less_the_further_the_policy_moved(moves, alpha):
-    credit = ers(CreditConfig(alpha_mode="movement"), MOVING)
+    credit = ers(AdvantageConfig(alpha_mode="movement"), MOVING)
     state = credit.init(1)
     for rewards, movement in ([0.0, 0, 0, 1], 5.0), ([NAN, NAN, 1, NAN], 5.01), ([1.0, 1, 1, 1], 5.0 + moves):
         _, state = credit.estimate(state, jnp.array([0]), jnp.array([rewards]), None, movement)
@@ -314,7 +316,7 @@ def test_zero_variance_group_keeps_a_signal(alpha, advantage):
 
 
 def test_first_visit_is_grpo_and_history_belongs_to_the_prompt():
-    credit = ers(CreditConfig(alpha=0.3), FIXED)
+    credit = ers(AdvantageConfig(alpha=0.3), FIXED)
     state = credit.init(4)
     _, state = credit.estimate(state, jnp.array([3]), jnp.array([[0.0, 0, 0, 1]]))
     rewards = jnp.array([[1.0, 0, 1, 1]])
@@ -327,7 +329,7 @@ def test_first_visit_is_grpo_and_history_belongs_to_the_prompt():
 
 
 def test_missing_verdicts_teach_nothing():
-    credit = ers(CreditConfig(alpha=0.5), FIXED)
+    credit = ers(AdvantageConfig(alpha=0.5), FIXED)
     state = credit.init(2)
     got, after = credit.estimate(state, jnp.array([0, 1]), jnp.array([[NAN, NAN, NAN, 1], [NAN, 1, 0, 1]]))
     assert np.asarray(got[0]).tolist() == [0, 0, 0, 0]
@@ -338,7 +340,7 @@ def test_missing_verdicts_teach_nothing():
 
 @pytest.mark.parametrize("alpha_mode", ["fixed", "movement"])
 def test_history_follows_its_prompt_to_changed_data(alpha_mode):
-    credit = ers(CreditConfig(alpha=0.5, alpha_mode=alpha_mode), MOVING)
+    credit = ers(AdvantageConfig(alpha=0.5, alpha_mode=alpha_mode), MOVING)
     state = credit.init(3)
     first, rewards = jnp.array([[0.0, 0, 0, 1], [1.0, 1, 0, 1]]), jnp.array([[1.0, 0, 1, 1]] * 3)
     _, state = credit.estimate(state, jnp.array([0, 2]), first, None, 0.1)

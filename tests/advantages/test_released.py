@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
@@ -114,7 +114,7 @@ def test_loss_weights_are_one(compat, alike):
     selector = released(compat).selector
     state, ids = jax.jit(selector.init, static_argnums=0)(9), jnp.arange(3)
     advantages = jnp.array([[0.1] * 4, [1.0] * 4, [9.0] * 4])
-    outcome = Outcome(jnp.tile(jnp.arange(4.0), (3, 1)), advantages, advantages)
+    outcome = RolloutOutcome(jnp.tile(jnp.arange(4.0), (3, 1)), advantages, advantages)
     state = jax.jit(selector.observe)(state, ids, outcome, jnp.int32(0))
     select = jax.jit(selector.select, static_argnums=3)
     weights = [np.asarray(select(state, jax.random.key(i), jnp.int32(1), 3)[1]).tolist() for i in range(8)]

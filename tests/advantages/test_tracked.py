@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.advantages import group_advantages, tracked_baseline
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import CreditConfig
+from pspo_jax.config.schema import AdvantageConfig
 from pspo_jax.config.strategies import ForgettingConfig
 
 NAN = math.nan
@@ -91,24 +91,24 @@ REPEATED = st.lists(st.integers(0, 1), min_size=3, max_size=3)
 @pytest.mark.parametrize("mode", FORGETTING)
 @given(batches(DISTINCT, st.sampled_from([0.0, 0.25, 1.0, -1.0, 2.0, NAN])))
 def test_tracked_equals_plain_python(mode, scale, steps):
-    assert_equals_plain_python(CreditConfig(scale=scale, eps=0.05), FORGETTING[mode], steps)
+    assert_equals_plain_python(AdvantageConfig(scale=scale, eps=0.05), FORGETTING[mode], steps)
 
 
 @pytest.mark.parametrize("mode", ["fixed", "movement"])
 @given(batches(REPEATED, st.sampled_from([0.0, 0.5, 1.0])))
 def test_repeated_prompts_read_the_old_belief_and_keep_the_last(mode, steps):
-    assert_equals_plain_python(CreditConfig(scale="batch", ddof=0, eps=0.05), FORGETTING[mode], steps)
+    assert_equals_plain_python(AdvantageConfig(scale="batch", ddof=0, eps=0.05), FORGETTING[mode], steps)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
 def test_repeated_prompts_keep_the_last_that_has_a_verdict(order):
     groups = [[0.0, 1, 1, 0], [NAN, 0, 0, 1], [NAN] * 4]
     steps = [([2, 2, 2], [groups[i] for i in order], 0.0), ([2, 0, 1], [[1.0, 1, 1, 0]] * 3, 0.0)]
-    assert_equals_plain_python(CreditConfig(scale="none"), FORGETTING["fixed"], steps)
+    assert_equals_plain_python(AdvantageConfig(scale="none"), FORGETTING["fixed"], steps)
 
 
 def after(rewards, scale="none", ids=(0,)):
-    credit = tracked_baseline(CreditConfig(scale=scale), FORGETTING["nothing"])
+    credit = tracked_baseline(AdvantageConfig(scale=scale), FORGETTING["nothing"])
     groups = jnp.asarray([rewards] * len(ids), jnp.float32)
     return credit, credit.estimate(credit.init(4), jnp.asarray(ids), groups)
 
@@ -121,7 +121,7 @@ def test_first_visit_is_against_the_group():
 
 def test_a_groups_deviation_is_refused_as_a_scale():
     with pytest.raises(ConfigError, match=r"credit\.scale=group"):
-        tracked_baseline(CreditConfig(scale="group"), FORGETTING["fixed"])
+        tracked_baseline(AdvantageConfig(scale="group"), FORGETTING["fixed"])
 
 
 @pytest.mark.parametrize(("reward", "advantage"), [(1.0, 2 / 3), (0.0, -1 / 3)])

@@ -15,14 +15,14 @@ from pspo_jax.data.synthetic.arithmetic import (
     STRATA,
     TOKENIZER,
     generate,
+    grade,
     hard_steps,
-    judge,
-    pupil_totals,
+    noisy_totals,
     totals,
     write_prompts,
     write_responses,
 )
-from pspo_jax.data.task import Completions
+from pspo_jax.data.task import CompletionBatch
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_sets_are_disjoint_stratified_and_reproducible(task):
 def test_pupil_is_right_on_easy_steps_and_wrong_on_hard_ones():
     rng = np.random.default_rng(0)
     problems = generate(rng, 20_000)
-    made = pupil_totals(problems, rng)
+    made = noisy_totals(problems, rng)
     assert made.min() >= 10 and made.max() <= 99
     last = np.arange(20_000), problems.length - 1
     right = made[last] == totals(problems)[last]
@@ -96,7 +96,7 @@ def test_demonstrations_are_chains_without_heldout_prompts(task):
 def verdict(prompts, tokens, lengths):
     """Of one completion a prompt."""
     ended = np.ones((len(tokens), 1), bool)
-    scores = judge(Completions(prompts, np.arange(len(tokens)), tokens[:, None], lengths[:, None], ended, 0))()
+    scores = grade(CompletionBatch(prompts, np.arange(len(tokens)), tokens[:, None], lengths[:, None], ended, 0))()
     assert scores.reward is scores.right and not scores.reasons
     return scores.reward
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.validation import validate
 from pspo_jax.data.synthetic.countdown import MAX_VALUE, Problem, generate, question, source, write_prompt
-from pspo_jax.data.task import Completions
+from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task, own_tokenizer
 from pspo_jax.verifiers.countdown import answer_of, expression_value, score
@@ -226,7 +226,7 @@ def test_judge_of_the_own_alphabet():
     for b, g in np.ndindex(*lengths.shape):
         tokens[b, g, : lengths[b, g]] = ids[b][g]
     ended = np.array([[t.endswith("$") for t in row] for row in texts])
-    scores = task.judge(Completions(task.train, rows, tokens, lengths, ended, 0))()
+    scores = task.judge(CompletionBatch(task.train, rows, tokens, lengths, ended, 0))()
     expected = np.array([[1, 0, 0.1, 0.1, 0, 0, 0, 0.1]] * 2, np.float32)
     np.testing.assert_array_equal(scores.reward, expected)
     np.testing.assert_array_equal(scores.terms["accuracy"], expected)

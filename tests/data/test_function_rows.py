@@ -10,7 +10,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.data.gold_check import ACCEPTED, NO_VERDICT, REFUSED
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
-from pspo_jax.data.task import Completions
+from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.workers.pool import Pool
@@ -93,7 +93,9 @@ def judged(config, pool, rows, texts, paid=True):
     tokens = np.zeros((*lengths.shape, lengths.max()), np.int32)
     for place, one in ((place, one) for place, group in enumerate(ids) for one in enumerate(group)):
         tokens[place, one[0], : len(one[1])] = one[1]
-    return task.judge(Completions(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1, paid))()
+    return task.judge(
+        CompletionBatch(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1, paid)
+    )()
 
 
 @pytest.mark.parametrize("value", [4, True, ["red", "blue"], {"low": 1, "high": [2]}, None, 2.5, "text"], ids=str)

@@ -10,7 +10,7 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
-from pspo_jax.data.task import Completions
+from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.workers.pool import Pool
@@ -101,7 +101,7 @@ def test_completions_are_judged_by_their_dataset(tokenizer, config, pool):
         tokens[b, g, : lengths[b, g]] = ids[b][g]
     ended = np.ones((4, 4), bool)
     ended[:, 3] = False
-    scores = task.judge(Completions(task.train, np.array(rows), tokens, lengths, ended, 0))()
+    scores = task.judge(CompletionBatch(task.train, np.array(rows), tokens, lengths, ended, 0))()
     wrong = [
         reasoning_gym.create_dataset(name, size=7, seed=0).score_answer("word", {"answer": a, "metadata": {}})
         for name, a in zip(["leg_counting", "chain_sum"] * 2, gold, strict=True)

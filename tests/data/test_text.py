@@ -16,7 +16,7 @@ from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.loading import from_data, quiet
 from pspo_jax.data.synthetic.countdown import generate
-from pspo_jax.data.task import Completions
+from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.text import benchmark_prompts
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
@@ -115,7 +115,7 @@ def judged(task, rows, texts, ended=True, step=7):
     for b, row in enumerate(ids):
         for g, found in enumerate(row):
             tokens[b, g, : len(found)] = found
-    return task.judge(Completions(task.train, np.array(rows), tokens, lengths, ended, step))()
+    return task.judge(CompletionBatch(task.train, np.array(rows), tokens, lengths, ended, step))()
 
 
 # --- gold answers ---

@@ -18,14 +18,14 @@ def test_on_one_process_all_is_the_identity():
     mesh = jax.make_mesh((8, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     value = np.arange(32).reshape(16, 2)
-    array = processes.put({"x": value}, rows)["x"]
-    assert array.sharding == rows and processes.leads() and processes.count() == 1
+    array = processes.to_global({"x": value}, rows)["x"]
+    assert array.sharding == rows and processes.is_primary() and processes.process_count() == 1
     assert processes.owned_rows(array).tolist() == list(range(16))
     np.testing.assert_array_equal(processes.fetch_rows(array, np.array([3, 5])), value[[3, 5]])
-    np.testing.assert_array_equal(processes.whole(array), value)
+    np.testing.assert_array_equal(processes.to_host(array), value)
     np.testing.assert_array_equal(processes.share_rows({"x": value}, np.arange(16), 16)["x"], value)
-    assert processes.any_says(True) and not processes.any_says(False)
-    with processes.failing_together(), pytest.raises(OSError):
+    assert processes.any_process(True) and not processes.any_process(False)
+    with processes.fail_together(), pytest.raises(OSError):
         raise OSError("left alone")
 
 

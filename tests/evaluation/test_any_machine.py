@@ -17,7 +17,7 @@ from pspo_jax.evaluate import main as evaluate
 from pspo_jax.export import main as export
 from pspo_jax.report import main as report
 from pspo_jax.runs.access import choose_steps, read_config
-from pspo_jax.runs.accounting import Totals
+from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.training.setup import place_state, prepare
 from tests import xla
 from tests.distributed.processes import free_port
@@ -36,7 +36,12 @@ def run(tmp_path_factory):
     with jax.set_mesh(setup.mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         init = jax.jit(setup.policy.init, out_shardings=setup.shardings.params)
         state = place_state(setup, init(jax.random.key(0)))
-        metadata = {"dataset": setup.task.train.fingerprint(), "source": None, "base": {}, "totals": Totals().save()}
+        metadata = {
+            "dataset": setup.task.train.fingerprint(),
+            "source": None,
+            "base": {},
+            "totals": RunAccounting().save(),
+        }
         checkpoints.save(1, state.to_save(), metadata)
         checkpoints.wait()
     elsewhere = {

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspo_jax.config.presets import LOSSES
-from pspo_jax.config.strategies import ObjectiveConfig
-from pspo_jax.losses import LossInputs, objective_loss
+from pspo_jax.config.strategies import LossConfig
+from pspo_jax.losses import LossInputs, compute_loss
 
 TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
-def config_of(kw: dict) -> ObjectiveConfig:
+def config_of(kw: dict) -> LossConfig:
     """The settings of a golden case: TRL's arguments as fields."""
     kind = kw["loss_type"]
     preset = {name.removeprefix("objective."): value for name, value in LOSSES[kind].items()}
     low, high = kw.get("eps", 0.2), kw.get("eps_hi", kw.get("eps", 0.2))
     preset |= {"clip_low": low, "clip_high": high - 1 if kind == "cispo" else high}
     preset["ratio"] = kw.get("level", "token")
-    return ObjectiveConfig(
+    return LossConfig(
         loss=kind,
         **preset,
         delta=kw.get("delta", 0.0),
@@ -69,7 +69,7 @@ def evaluate(log_probs, entropy, inputs, config, total, max_length=6):
     """Loss, gradient with respect to log-probs, and metrics."""
 
     def loss_fn(log_probs):
-        return objective_loss(log_probs, entropy, inputs, config, total, max_length)
+        return compute_loss(log_probs, entropy, inputs, config, total, max_length)
 
     (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(log_probs)
     return loss, grad, metrics
@@ -85,7 +85,7 @@ def scaled(total, kw: dict):
     return total._replace(rows=total.rows * ga, tokens=total.tokens * ga / spg)
 
 
-def replaced(config: ObjectiveConfig, **fields) -> ObjectiveConfig:
+def replaced(config: LossConfig, **fields) -> LossConfig:
     return dataclasses.replace(config, **fields)
 
 

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.config.presets import LOSSES
-from pspo_jax.config.strategies import ObjectiveConfig
+from pspo_jax.config.strategies import LossConfig
 from pspo_jax.losses import LossInputs, denominators
 from tests.losses.golden import close, evaluate, replaced
 
 R, T = 6, 7
 
 
-def settings(**fields) -> ObjectiveConfig:
+def settings(**fields) -> LossConfig:
     preset = {name.removeprefix("objective."): value for name, value in LOSSES["dapo"].items()}
-    return ObjectiveConfig(**preset | fields)
+    return LossConfig(**preset | fields)
 
 
 def drawn(seed: int, stale: float = 0.5):
@@ -93,7 +93,7 @@ def test_with_behaviour_the_old_policy_all_three_are_one(loss):
     """mu = pi_old: the decoupled objective is the coupled one, to the bit, for every loss."""
     log_probs, inputs = drawn(3, stale=0)
     preset = {name.removeprefix("objective."): value for name, value in LOSSES[loss].items()}
-    config = ObjectiveConfig(**preset)
+    config = LossConfig(**preset)
     found = [
         evaluate(log_probs, jnp.zeros((R, T)), inputs, replaced(config, off_policy=mode), denominators(inputs))[:2]
         for mode in ("decoupled", "coupled", "ignored")
@@ -108,7 +108,7 @@ def test_rows_that_are_in_no_batch_change_nothing(loss):
     """Whatever stands in them, infinities included."""
     log_probs, inputs = drawn(5)
     preset = {name.removeprefix("objective."): value for name, value in LOSSES[loss].items()}
-    config = ObjectiveConfig(**preset, entropy_coef=0.01)
+    config = LossConfig(**preset, entropy_coef=0.01)
     entropy = jnp.ones((R, T))
     keep = np.array([0, *range(2, R)])
     few = LossInputs(

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.losses.log_probs import chunked_log_probs, completion_log_probs, pack_rows
 from pspo_jax.model import built_in, transformer
-from pspo_jax.model.interface import Policy
+from pspo_jax.model.interface import Model
 from tests.helpers import tiny_policy
 
 
 def head_policy(vocab):
     """A policy that is only a head."""
-    return Policy(None, None, lambda p, h: h @ p["head"], None, None, vocab)
+    return Model(None, None, lambda p, h: h @ p["head"], None, None, vocab)
 
 
 def whole(params, hidden, targets, temperature):
@@ -56,7 +56,7 @@ def test_logits_never_materialise(tied, skips):
     """
     t, d, v = 4096, 1536, 151_936
     spec = jax.ShapeDtypeStruct
-    shape = PolicyConfig(layers=1, width=d, heads=2, kv_heads=2, head_dim=64, mlp_width=64, tied=tied)
+    shape = ModelConfig(layers=1, width=d, heads=2, kv_heads=2, head_dim=64, mlp_width=64, tied=tied)
     policy, head = transformer(built_in(shape, v)), spec((v, d) if tied else (d, v), jnp.float32)
 
     def loss(hidden, head, targets):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config.strategies import Aggregation, ObjectiveConfig
+from pspo_jax.config.strategies import Aggregation, LossConfig
 from pspo_jax.losses import LossInputs
 from pspo_jax.losses.losses import aggregate, combine, denominators
 from pspo_jax.losses.ratios import kl_estimate, top_entropy
@@ -140,7 +140,7 @@ def test_matches_verls_policy_losses(golden, ratio, name):
     high = 0.28 if name == "cliphigher" else 0.2
     dual = 10.0 if name == "dualclip10" else 3.0
     kind = {"vanilla": ("token", "dapo"), "gspo": ("sequence_token", "grpo")}[ratio]
-    config = ObjectiveConfig(
+    config = LossConfig(
         surrogate="clip", ratio=kind[0], aggregation=kind[1], clip_low=0.2, clip_high=high, dual_clip=dual
     )
     log_probs, entropy, inputs = inputs_of(golden, golden["trl_losses"]["cases"]["grpo"])

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.huggingface.load import read_source
 from tests.model.checkpoints import write_checkpoint
 
@@ -31,7 +31,7 @@ def copy(good, tmp_path):
 
 def complaint(folder):
     with pytest.raises(ConfigError) as error:
-        read_source(PolicyConfig(source=str(folder)))
+        read_source(ModelConfig(source=str(folder)))
     text = str(error.value)
     assert "\n" not in text and "policy.source=" in text
     return text
@@ -49,7 +49,7 @@ def change_tensors(folder, change):
 
 
 def test_the_copy_is_good(copy):
-    assert read_source(PolicyConfig(source=str(copy))).architecture.layers == 2
+    assert read_source(ModelConfig(source=str(copy))).architecture.layers == 2
 
 
 def test_missing_folder(tmp_path):
@@ -117,7 +117,7 @@ def test_missing_shard(copy):
 def test_no_weights(copy):
     (copy / "model.safetensors").unlink()
     assert "no *.safetensors" in complaint(copy)
-    assert read_source(PolicyConfig(source=str(copy)), weights=False).tensors == {}
+    assert read_source(ModelConfig(source=str(copy)), weights=False).tensors == {}
 
 
 def test_wrong_shape(copy):
@@ -153,4 +153,4 @@ def test_old_buffers_and_a_tied_head_are_no_surprise(copy):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
     change_tensors(copy, add)
-    assert read_source(PolicyConfig(source=str(copy))).architecture.tied
+    assert read_source(ModelConfig(source=str(copy))).architecture.tied

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import beyond_context
 from pspo_jax.model.huggingface.json_files import check_side_files
 from pspo_jax.model.huggingface.load import read_source
@@ -150,7 +150,7 @@ def test_a_tensor_in_two_files_is_refused(copies):
 def test_two_models_in_one_folder_are_refused_and_files_without_an_index_do_not_count(copies):
     folder = copies()
     shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
-    assert read_source(PolicyConfig(source=str(folder))).architecture.layers == 2
+    assert read_source(ModelConfig(source=str(folder))).architecture.layers == 2
     names = load_file(folder / "model.safetensors")
     index = {"weight_map": dict.fromkeys(names, "consolidated.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -183,9 +183,9 @@ def test_another_head_than_the_tied_embedding_is_used_as_it_stands(copies):
 def test_one_number_decides_whether_a_head_is_tied(copies):
     folder = copies()
     add_head(folder, lambda x: x)
-    assert read_source(PolicyConfig(source=str(folder))).architecture.tied
+    assert read_source(ModelConfig(source=str(folder))).architecture.tied
     add_head(folder, lambda x: x + np.eye(*x.shape, dtype=x.dtype)[:, ::-1] * 1e-3)
-    assert not read_source(PolicyConfig(source=str(folder))).architecture.tied
+    assert not read_source(ModelConfig(source=str(folder))).architecture.tied
     add_head(folder, lambda x: np.ones((98, 32), np.float32))
     assert "lm_head.weight has shape [98, 32], config.json implies [97, 32]" in complaint(folder)
 
@@ -204,9 +204,9 @@ def test_numbers_that_are_not_finite_are_found_while_reading(copies):
 
 def test_a_long_row_is_said(copies):
     folder = copies("llama")
-    a = read_source(PolicyConfig(source=str(folder))).architecture
+    a = read_source(ModelConfig(source=str(folder))).architecture
     assert a.max_positions == 256 and beyond_context(a, 56, 200) is None
     assert "more than the 256 that policy.source was made for" in beyond_context(a, 57, 200)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
     change_config(folder, rope_parameters=yarn)
-    assert read_source(PolicyConfig(source=str(folder))).architecture.max_positions == 1024
+    assert read_source(ModelConfig(source=str(folder))).architecture.max_positions == 1024

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.distributed.mesh import AXES
 from pspo_jax.model import built_in, transformer
 from pspo_jax.model.attention.kernels import run_kernel
@@ -22,7 +22,7 @@ interpreted = partial(run_kernel, interpret=True)
 
 
 def shape(heads=4, kv_heads=2, head_dim=16, **fields):
-    a = built_in(PolicyConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim), 32)
+    a = built_in(ModelConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim), 32)
     return dataclasses.replace(a, **({"compute_dtype": "bfloat16"} | fields))
 
 

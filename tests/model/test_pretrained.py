@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pspo_jax.arrays.state import Prompts
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.model.huggingface.load import load_params, read_source
 from pspo_jax.model.transformer import transformer
@@ -93,7 +93,7 @@ CASES = [
 
 def load(folder, mesh=None, **fields):
     """(policy, params, source) of a checkpoint on one device or a mesh."""
-    source = read_source(PolicyConfig(source=str(folder), **fields))
+    source = read_source(ModelConfig(source=str(folder), **fields))
     mesh = mesh or make_mesh(tiny_config(mesh__data=1))
     weights, policy = table(source.architecture), transformer(source.architecture)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from pspo_jax.config.defaults import replace
-from pspo_jax.config.schema import Config, PolicyConfig
+from pspo_jax.config.schema import Config, ModelConfig
 from pspo_jax.distributed.mesh import constrain, make_mesh
 from pspo_jax.model.architecture import Rotary, plain_frequencies
 from pspo_jax.model.attention import xla
 from pspo_jax.model.interface import Packed
-from pspo_jax.model.mixed_precision import product
+from pspo_jax.model.mixed_precision import einsum_lowp
 from pspo_jax.model.rotary import rope, rotation
 from pspo_jax.model.weights import table, weight_axes
 from tests.helpers import tiny_policy
@@ -174,7 +174,7 @@ def test_blocks_of_queries_along_context_change_nothing(monkeypatch):
 def test_default_policy_has_108864_parameters():
     policy, params, _ = tiny_policy(layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False)
     assert sum(x.size for x in jax.tree.leaves(params)) == 108_864
-    assert PolicyConfig().width == 64 and policy.vocab_size == 16
+    assert ModelConfig().width == 64 and policy.vocab_size == 16
 
 
 def test_table_init_and_axes_are_one_tree():
@@ -215,7 +215,7 @@ def test_gradient_of_the_product_is_autodiffs(spec):
     keys = jax.random.split(jax.random.key(0), 2)
     left, right = spec.split("->")[0].split(",")
     x, w = (jax.random.normal(k, [sizes[c] for c in part]) for k, part in zip(keys, (left, right), strict=True))
-    got = jax.grad(lambda x, w: (product(spec, x, w, jnp.float32, jnp.float32) ** 3).sum(), argnums=(0, 1))(x, w)
+    got = jax.grad(lambda x, w: (einsum_lowp(spec, x, w, jnp.float32, jnp.float32) ** 3).sum(), argnums=(0, 1))(x, w)
     want = jax.grad(lambda x, w: (jnp.einsum(spec, x, w) ** 3).sum(), argnums=(0, 1))(x, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), got, want)
 

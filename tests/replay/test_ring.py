@@ -14,7 +14,7 @@ from pspo_jax.arrays.groups import empty_groups, keep
 from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.schema import Config
-from pspo_jax.replay import Groups, effective, fill, filtered
+from pspo_jax.replay import Groups, effective, filter_ineffective, popo
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
 from tests.replay.oracle import PlainReplay, Stored
 
@@ -49,7 +49,7 @@ def batch_of(groups, step):
 @lru_cache(maxsize=64)
 def made(**fields):
     config = replace(Config(), {"rollout.prompts": B, **{f"replay.{k}": v for k, v in fields.items()}})
-    replay = fill(config)
+    replay = popo(config)
     return replay, jax.jit(replay.exchange)
 
 
@@ -180,7 +180,7 @@ def test_an_advantage_can_make_a_group_effective():
 
 
 def test_the_filter_drops_ineffective_groups():
-    replay = filtered(Config())
+    replay = filter_ineffective(Config())
     groups = batch_of(five(1, 10, (2, 0, 1, 3, 2), 0), 0)
     out, state = replay.exchange((), groups, jnp.int32(0), jax.random.key(0))
     assert out.counted.tolist() == [True, False, False, True, True] and state == ()

@@ -11,7 +11,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import RewardConfig
 from pspo_jax.config.text_fields import TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
-from pspo_jax.rewards.terms import Shape, functions, shaped, weighted_sum
+from pspo_jax.rewards.terms import Shape, shaped, user_functions, weighted_sum
 
 NAN = math.nan
 
@@ -30,7 +30,7 @@ NAN = math.nan
 def test_terms_and_weights(text, weights):
     found = parse_terms(RewardConfig(terms=text))
     assert found == weights and list(found) == list(weights)
-    assert functions(RewardConfig(terms=text)) == tuple(name for name in weights if ":" in name)
+    assert user_functions(RewardConfig(terms=text)) == tuple(name for name in weights if ":" in name)
 
 
 @pytest.mark.parametrize(

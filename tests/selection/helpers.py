@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection import Columns, Selector, Sizes, selector
+from pspo_jax.selection import PromptMetadata, Selector, SelectorContext, selector
 
 GROUP = 4
 Rewards = Callable[[Any, int], np.ndarray]
@@ -25,7 +25,7 @@ class Rig(NamedTuple):
     batch: int
     compiled: dict[str, Callable[..., Any]]
 
-    def init(self, prompts: int, columns: Columns | None = None) -> Any:
+    def init(self, prompts: int, columns: PromptMetadata | None = None) -> Any:
         return self.selector.init(prompts, columns)
 
     def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -34,7 +34,7 @@ class Rig(NamedTuple):
         return np.asarray(ids), np.asarray(weight), state
 
     def observe(self, state: Any, ids: Any, rewards: Any, step: int) -> Any:
-        seen = rewards if isinstance(rewards, Outcome) else outcome(rewards)
+        seen = rewards if isinstance(rewards, RolloutOutcome) else outcome(rewards)
         return self.compiled["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
 
     def draws(self, state: Any, count: int, step: int = 0) -> np.ndarray:
@@ -60,7 +60,9 @@ def make(
 ) -> Rig:
     """One for each combination of arguments, so that tests share what is compiled."""
     config = SelectionConfig(name=name, **fields)  # type: ignore[arg-type]
-    made = selector(config, ForgettingConfig(mode="fixed", discount=discount), Sizes(batch, GROUP, steps, seed, kinds))
+    made = selector(
+        config, ForgettingConfig(mode="fixed", discount=discount), SelectorContext(batch, GROUP, steps, seed, kinds)
+    )
 
     def draws(state: Any, keys: Any, step: Any) -> Any:
         return jax.lax.map(lambda key: made.select(state, key, step, batch)[0], keys)
@@ -69,7 +71,7 @@ def make(
     return Rig(made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)})
 
 
-def outcome(rewards: Any, advantages: Any = None) -> Outcome:
+def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
     """Advantages are those within the group unless given."""
     rewards = np.asarray(rewards, np.float32)
     valid = ~np.isnan(rewards)
@@ -78,7 +80,7 @@ def outcome(rewards: Any, advantages: Any = None) -> Outcome:
     raw = centred / (np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(count - 1, 1)) + 1e-4)
     raw = raw.astype(np.float32)
     smoothed = raw if advantages is None else np.asarray(advantages, np.float32)
-    return Outcome(jnp.asarray(rewards), jnp.asarray(smoothed), jnp.asarray(raw))
+    return RolloutOutcome(jnp.asarray(rewards), jnp.asarray(smoothed), jnp.asarray(raw))
 
 
 def alike(ids: Any, step: int = 0) -> np.ndarray:
@@ -117,11 +119,11 @@ def play(rig: Rig, state: Any, steps: int, rewards: Rewards = alike, start: int 
     return np.stack(drawn), state
 
 
-def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, columns: Columns | None = None) -> Any:
+def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, columns: PromptMetadata | None = None) -> Any:
     """State of pps in which each prompt has the given priority."""
     n = len(priority)
     value = np.tile(np.asarray(priority, np.float32)[:, None] - np.float32(floor), (1, GROUP))
-    seen = Outcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
+    seen = RolloutOutcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
     return rig.observe(rig.init(n, columns), np.arange(n), seen, -1)
 
 

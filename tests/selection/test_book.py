@@ -15,13 +15,13 @@ from pspo_jax.selection.engine.stats import (
     EXCLUDED,
     PADDING,
     RESTING,
-    Book,
-    by_age,
-    new_book,
-    ordered,
-    scrambled,
-    tier,
-    visited,
+    VisitStats,
+    age_key,
+    eligibility,
+    hash_rows,
+    init_stats,
+    record_visit,
+    sortable_float,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -35,17 +35,17 @@ def a_book(last=-1, visits=0, unjudged=0, success=np.nan, kind=0):
     """A book of one prompt, or of as many as the lists are long."""
     values = np.broadcast_arrays(*map(np.atleast_1d, (last, visits, unjudged, success, kind)))
     types = (jnp.int32, jnp.int32, jnp.int8, jnp.float32, jnp.int8)
-    return Book(*(jnp.asarray(x, t) for x, t in zip(values, types, strict=True)))
+    return VisitStats(*(jnp.asarray(x, t) for x, t in zip(values, types, strict=True)))
 
 
 def age(rows, last, seed=0):
-    return np.asarray(by_age(jnp.asarray(rows, jnp.int32), jnp.asarray(last, jnp.int32), seed))
+    return np.asarray(age_key(jnp.asarray(rows, jnp.int32), jnp.asarray(last, jnp.int32), seed))
 
 
 def test_a_new_book_knows_nothing_and_marks_padding():
-    book = new_book(3, 5, jnp.asarray([1, 0, 2]))
+    book = init_stats(3, 5, jnp.asarray([1, 0, 2]))
     assert book.kind.tolist() == [1, 0, 2, -1, -1]
-    assert new_book(3, 5, None).kind.tolist() == [0, 0, 0, -1, -1]
+    assert init_stats(3, 5, None).kind.tolist() == [0, 0, 0, -1, -1]
     assert book.last.tolist() == [-1] * 5
     assert book.visits.tolist() == book.unjudged.tolist() == [0] * 5
     assert np.isnan(book.success).all()
@@ -86,7 +86,7 @@ def test_a_new_book_knows_nothing_and_marks_padding():
     ],
 )
 def test_tier(limits, prompt, now, want):
-    assert tier(SelectionConfig(**limits), a_book(**prompt), jnp.int32(now)).tolist() == [want]
+    assert eligibility(SelectionConfig(**limits), a_book(**prompt), jnp.int32(now)).tolist() == [want]
 
 
 def test_tiers_are_in_the_order_in_which_a_batch_is_filled():
@@ -128,21 +128,21 @@ def test_prompts_of_the_same_age_are_in_a_pseudo_random_order_of_the_seed(last):
 @given(st.lists(st.integers(0, 2**30 + 2**29 - 1), min_size=ROW_COUNT, max_size=ROW_COUNT))
 def test_ordered_keeps_the_order_of_numbers(numbers):
     numbers = [*numbers[4:], 0, 1, numbers[0] + 1, 2**30 + 2**29 - 1]
-    got = ordered(jnp.asarray(np.array(numbers, np.uint32)))
+    got = sortable_float(jnp.asarray(np.array(numbers, np.uint32)))
     assert np.isfinite(got).all() and (np.asarray(got) > 0).all()
     np.testing.assert_array_equal(got[:, None] < got, np.less.outer(numbers, numbers))
 
 
 def test_ordered_keeps_the_order_for_top_k():
     numbers = np.random.default_rng(0).integers(0, 2**30 + 2**29, 1000)
-    got = jax.lax.top_k(ordered(jnp.asarray(numbers.astype(np.uint32))), 50)[1]
+    got = jax.lax.top_k(sortable_float(jnp.asarray(numbers.astype(np.uint32))), 50)[1]
     np.testing.assert_array_equal(numbers[np.asarray(got)], np.sort(numbers)[::-1][:50])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
 @pytest.mark.parametrize("first", [0, 10_000_000])
 def test_scrambled_rows_are_uniform_and_distinct(seed, first):
-    got = np.asarray(scrambled(first + jnp.arange(2**16), seed))
+    got = np.asarray(hash_rows(first + jnp.arange(2**16), seed))
     assert got.dtype == np.uint32 and len(set(got.tolist())) == 2**16
     for shift in (0, 8, 16, 24):
         assert stats.chisquare(np.bincount((got >> shift) & 255, minlength=256)).pvalue > 1e-3
@@ -151,14 +151,14 @@ def test_scrambled_rows_are_uniform_and_distinct(seed, first):
 @pytest.mark.parametrize("other", [1, 2, 2**31 - 1])
 def test_scrambled_rows_differ_by_seed(other):
     rows = jnp.arange(2**16)
-    difference = np.asarray(scrambled(rows, 0) ^ scrambled(rows, other))
+    difference = np.asarray(hash_rows(rows, 0) ^ hash_rows(rows, other))
     for shift in (0, 8, 16, 24):
         assert stats.chisquare(np.bincount((difference >> shift) & 255, minlength=256)).pvalue > 1e-3
 
 
 def test_neighbours_are_scrambled_apart():
     """About half of the bits differ from one row to the next, each of them about half of the time."""
-    got = np.asarray(scrambled(jnp.arange(2**16), 0))
+    got = np.asarray(hash_rows(jnp.arange(2**16), 0))
     flipped = got[1:] ^ got[:-1]
     share = [np.mean((flipped >> bit) & 1) for bit in range(32)]
     np.testing.assert_allclose(share, 0.5, atol=0.01)
@@ -185,7 +185,7 @@ def test_a_visit_with_a_verdict_writes_its_success():
     before = a_book(
         last=[-1, 3, 3], visits=[0, 4, 4], unjudged=[0, 2, -1], success=[np.nan, np.nan, 0.25], kind=[0, 1, 2]
     )
-    after = visited(before, jnp.ones(3, bool), jnp.asarray([0.5, 0.0, 1.0]), jnp.asarray([1, 1, 2]), jnp.int32(9))
+    after = record_visit(before, jnp.ones(3, bool), jnp.asarray([0.5, 0.0, 1.0]), jnp.asarray([1, 1, 2]), jnp.int32(9))
     assert after.last.tolist() == [9, 9, 9]
     assert after.visits.tolist() == [1, 5, 6]
     assert after.unjudged.tolist() == [-1, -1, -1]
@@ -202,7 +202,7 @@ def test_a_visit_without_a_verdict_counts_and_keeps_the_last_success():
         success=[np.nan] * 2 + [0.25] + [np.nan] * 3,
     )
     times = jnp.asarray([1, 2, 1, 1, 1, 128])
-    after = visited(before, jnp.zeros(6, bool), jnp.zeros(6), times, jnp.int32(9))
+    after = record_visit(before, jnp.zeros(6, bool), jnp.zeros(6), times, jnp.int32(9))
     assert after.last.tolist() == [9] * 6
     assert after.visits.tolist() == [1, 3, 5, 10, 201, 137]
     assert after.unjudged.tolist() == [1, 3, -1, 127, 127, 127]
@@ -214,10 +214,10 @@ def test_a_verdict_once_keeps_a_prompt_from_being_left_out():
     book, config = a_book(), SelectionConfig(max_unjudged=2)
     verdicts = [False, True, *[False] * 5]
     for step, judged in enumerate(verdicts):
-        book = visited(book, jnp.asarray([judged]), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step))
-        assert tier(config, book, jnp.int32(step + 1)).tolist() == [ELIGIBLE]
+        book = record_visit(book, jnp.asarray([judged]), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step))
+        assert eligibility(config, book, jnp.int32(step + 1)).tolist() == [ELIGIBLE]
     never = a_book()
     for step in range(2):
-        assert tier(config, never, jnp.int32(step)).tolist() == [ELIGIBLE]
-        never = visited(never, jnp.zeros(1, bool), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step))
-    assert tier(config, never, jnp.int32(2)).tolist() == [EXCLUDED]
+        assert eligibility(config, never, jnp.int32(step)).tolist() == [ELIGIBLE]
+        never = record_visit(never, jnp.zeros(1, bool), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step))
+    assert eligibility(config, never, jnp.int32(2)).tolist() == [EXCLUDED]

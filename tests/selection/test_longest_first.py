@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.command_line import parse
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.rollout import SamplingParams, counting_sampler
-from pspo_jax.selection.engine.longest_first import dealt
+from pspo_jax.selection.engine.longest_first import deal_by_length
 from pspo_jax.training.algorithm import build
 from tests.helpers import random_prompts, tiny_policy
 
@@ -29,7 +29,9 @@ def selectors(chunks=1, **fields):
 
 def outcome(lengths):
     zeros = jnp.zeros((len(lengths), G))
-    return Outcome(zeros + jnp.arange(G), zeros, zeros, 0.0, jnp.asarray(lengths)[:, None] + jnp.asarray([-1, 1]))
+    return RolloutOutcome(
+        zeros + jnp.arange(G), zeros, zeros, 0.0, jnp.asarray(lengths)[:, None] + jnp.asarray([-1, 1])
+    )
 
 
 def drawn(selector, state, step):
@@ -94,7 +96,7 @@ def test_changed_data_keeps_what_is_known():
 
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_every_part_is_dealt_its_longest_first(parts, each):
-    order = np.asarray(dealt(jnp.arange(parts * each), parts)).reshape(parts, each)
+    order = np.asarray(deal_by_length(jnp.arange(parts * each), parts)).reshape(parts, each)
     assert sorted(order.ravel()) == list(range(parts * each))
     assert (np.diff(order, axis=1) > 0).all()
     assert (order[:, 0] == np.arange(parts)).all()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pspo_jax.selection import SCORERS, Columns
+from pspo_jax.selection import SCORERS, PromptMetadata
 from pspo_jax.selection.beliefs import Beliefs
 from tests.selection.helpers import (
     GROUP,
@@ -26,7 +26,7 @@ from tests.selection.helpers import (
 MODES = ["uniform", "pps", "mopps", "prioritized_replay"]
 """Top, draw, candidates, and top of several pools."""
 N, B = 40, 4
-COLUMNS = Columns(jnp.zeros(N, jnp.int8), jnp.arange(N, dtype=jnp.float32))
+COLUMNS = PromptMetadata(jnp.zeros(N, jnp.int8), jnp.arange(N, dtype=jnp.float32))
 
 
 def last_visits(drawn, prompts):
@@ -198,7 +198,7 @@ KIND = np.random.default_rng(5).permutation(np.repeat([0, 1, 2], [6, 10, 24]))
 @pytest.mark.parametrize("name", MODES)
 def test_every_batch_has_each_tasks_quota(name):
     rig = make(name, 8, kinds=KINDS, quotas=QUOTAS, cooldown=2)
-    state = rig.init(N, Columns(jnp.asarray(KIND, jnp.int8)))
+    state = rig.init(N, PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     drawn, _ = play(rig, state, 15, random_rewards(6))
     for ids, last in zip(drawn, last_visits(drawn, N), strict=True):
         assert_valid(ids, N, 8)
@@ -218,13 +218,13 @@ def test_quotas_leave_the_order_of_preference_within_a_task(weighted):
     best = np.concatenate([np.flatnonzero(k == KIND)[:count] for k, count in enumerate((4, 2, 2))])
     priority = np.full(N, 1e-6)
     priority[best] = 1.0
-    state = with_priorities(weighted, priority, columns=Columns(jnp.asarray(KIND, jnp.int8)))
+    state = with_priorities(weighted, priority, columns=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     assert sorted(weighted.select(state, 0)[0]) == sorted(best)
 
 
 def test_loss_weights_use_the_probability_within_a_quota(weighted):
     priority = np.random.default_rng(7).uniform(0.1, 2, N)
-    state = with_priorities(weighted, priority, columns=Columns(jnp.asarray(KIND, jnp.int8)))
+    state = with_priorities(weighted, priority, columns=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     ids, weight, _ = weighted.select(state, 0)
     share = np.array([0.5, 0.25, 0.25])[KIND]
     p = share * priority / np.bincount(KIND, priority)[KIND]
@@ -236,7 +236,7 @@ def test_loss_weights_use_the_probability_within_a_quota(weighted):
 def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
     kinds = tuple(f"task{i:03d}" for i in range(tasks))
     rig = make(name, 4, kinds=kinds, quotas=", ".join(f"{kind}={0.9 / named}" for kind in kinds[:named]))
-    state = rig.init(tasks, Columns(jnp.arange(tasks)))
+    state = rig.init(tasks, PromptMetadata(jnp.arange(tasks)))
     assert int(rig.selector.survey(state, jnp.int32(0))["selection/eligible"]) == tasks
     assert (np.asarray(state.label)[:tasks] >= 0).all()
 

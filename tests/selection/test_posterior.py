@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection import Sizes, selector
-from pspo_jax.selection.engine.stats import by_age
+from pspo_jax.selection import SelectorContext, selector
+from pspo_jax.selection.engine.stats import age_key
 from tests.selection.test_prioritized_replay import GROUP, SEED, STEPS, batches, random_rewards
 
 FIXED = ForgettingConfig(mode="fixed", discount=1.0)
 
 
 def made(name, batch, forgetting=FIXED, group=GROUP, seed=SEED, **fields):
-    return selector(SelectionConfig(name=name, **fields), forgetting, Sizes(batch, group, STEPS, seed))
+    return selector(SelectionConfig(name=name, **fields), forgetting, SelectorContext(batch, group, STEPS, seed))
 
 
 def outcome(rewards, movement=0.0):
     rewards = jnp.asarray(rewards, jnp.float32)
-    return Outcome(rewards, jnp.zeros_like(rewards), jnp.zeros_like(rewards), movement)
+    return RolloutOutcome(rewards, jnp.zeros_like(rewards), jnp.zeros_like(rewards), movement)
 
 
 class Plain:
@@ -141,7 +141,7 @@ def test_posterior_mixed_takes_those_most_likely_mixed(discount, cooldown, seed,
     got, _ = batches(config, forgetting, 4, rewards)
     a, b, last = np.ones(n, np.float32), np.ones(n, np.float32), np.full(n, -1)
     rho, one = np.float32(discount), np.float32(1)
-    tie_new, tie_seen = (np.asarray(by_age(jnp.arange(n), jnp.full(n, x), SEED)) for x in (-1, 0))
+    tie_new, tie_seen = (np.asarray(age_key(jnp.arange(n), jnp.full(n, x), SEED)) for x in (-1, 0))
     for step in range(STEPS):
         right, wrong = np.ones_like(a), np.ones_like(a)
         for i in range(GROUP):

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection import Sizes, selector
-from pspo_jax.selection.engine.stats import by_age
+from pspo_jax.selection import SelectorContext, selector
+from pspo_jax.selection.engine.stats import age_key
 from pspo_jax.selection.prioritized_replay import MAX_WAIT
 
 STEPS, GROUP, SEED = 60, 4, 17
@@ -46,7 +46,7 @@ class Oracle:
     def __init__(self, n, config, forgetting):
         self.config, self.discount = config, np.float32(forgetting.discount)
         rows = jnp.arange(n)
-        self.tie_new, self.tie_seen = (np.asarray(by_age(rows, jnp.full(n, x), SEED)).tolist() for x in (-1, 0))
+        self.tie_new, self.tie_seen = (np.asarray(age_key(rows, jnp.full(n, x), SEED)).tolist() for x in (-1, 0))
         self.a, self.b, self.p = [ONE] * n, [ONE] * n, [np.float32(0.5)] * n
         self.last, self.visits, self.judged = [-1] * n, [0] * n, [False] * n
         self.pool, self.wait, self.versions = [RANKED] * n, [0] * n, [0] * n
@@ -120,13 +120,13 @@ class Oracle:
 @lru_cache
 def player(config, forgetting, batch):
     """(init, function of a state and rewards [T, N, G]: the last state and the batches [T, B])."""
-    made = selector(config, forgetting, Sizes(batch, GROUP, STEPS, SEED))
+    made = selector(config, forgetting, SelectorContext(batch, GROUP, STEPS, SEED))
 
     def one(state, x):
         step, rewards = x
         ids, _, state = made.select(state, jax.random.key(0), step, batch)
         zeros = jnp.zeros((batch, GROUP))
-        return made.observe(state, ids, Outcome(rewards[ids], zeros, zeros), step), ids
+        return made.observe(state, ids, RolloutOutcome(rewards[ids], zeros, zeros), step), ids
 
     def play(state, rewards):
         return jax.lax.scan(one, state, (jnp.arange(len(rewards)), rewards))
@@ -294,7 +294,7 @@ def test_first_picks_are_uniform_over_seeds():
     n, draws = 20, 20_000
 
     def first(seed):
-        made = selector(PLAIN, FIXED, Sizes(1, GROUP, STEPS, seed))
+        made = selector(PLAIN, FIXED, SelectorContext(1, GROUP, STEPS, seed))
         return made.select(made.init(n), jax.random.key(0), 0, 1)[0][0]
 
     picks = np.asarray(jax.jit(jax.vmap(first))(jnp.arange(draws)))
@@ -320,7 +320,7 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     rewards[:, :4], rewards[:, 4:8], rewards[:, 8:10] = RIGHT, WRONG, [1, 0, 0, 0]
     before = batches(config, FIXED, 4, rewards)[1]
     zeros = jnp.zeros((12, GROUP))
-    nothing = Outcome(jnp.full((12, GROUP), jnp.nan), zeros, zeros)
+    nothing = RolloutOutcome(jnp.full((12, GROUP), jnp.nan), zeros, zeros)
     after = jax.jit(made.observe)(before, jnp.arange(12), nothing, STEPS)
     for name in ("pool", "wait", "last", "beliefs"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after.own, name), getattr(before.own, name))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection import SCORERS, Columns, Sizes, selector
+from pspo_jax.selection import SCORERS, PromptMetadata, SelectorContext, selector
 from tests.selection.helpers import (
     GROUP,
     alike,
@@ -30,7 +30,7 @@ from tests.selection.helpers import (
 )
 
 N, B = 40, 4
-COLUMNS = Columns(jnp.zeros(N, jnp.int8), jnp.asarray(np.random.default_rng(0).permutation(N), jnp.float32))
+COLUMNS = PromptMetadata(jnp.zeros(N, jnp.int8), jnp.asarray(np.random.default_rng(0).permutation(N), jnp.float32))
 
 
 def all_ways(p, k):
@@ -78,7 +78,7 @@ def orders():
     """Order of five prompts in two epochs, for many seeds [seeds, 2, 5]."""
 
     def order(seed):
-        s = selector(SelectionConfig(name="uniform"), ForgettingConfig(mode="fixed"), Sizes(1, 2, 10, seed))
+        s = selector(SelectionConfig(name="uniform"), ForgettingConfig(mode="fixed"), SelectorContext(1, 2, 10, seed))
         seen = outcome([[0.0, 1.0]])
 
         def one(state, step):
@@ -293,7 +293,7 @@ def test_the_curriculum_draws_from_the_easiest_share_only():
     difficulty = np.random.default_rng(1).integers(0, 30, n).astype(np.float32)
     difficulty[[3, 17, 30]] = np.nan
     rig = make("curriculum", B, steps=steps, curriculum_start=0.2)
-    state = rig.init(n, Columns(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty)))
+    state = rig.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty)))
     for step in range(steps):
         if step in (0, 1, 7, 13, 19, 20, 39):
             want = window(difficulty.tolist(), 0.2 + 0.8 * min(step / (steps // 2), 1), B)
@@ -320,19 +320,21 @@ def test_the_curriculums_window_holds_a_batch():
     n, b = 20, 8
     rig = make("curriculum", b, curriculum_start=0.05)
     difficulty = np.random.default_rng(2).permutation(n)
-    ids = rig.draws(rig.init(n, Columns(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty, jnp.float32))), 100)
+    ids = rig.draws(rig.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty, jnp.float32))), 100)
     assert (np.sort(difficulty[ids], axis=1) == np.arange(b)).all()
 
 
 def test_the_curriculums_window_holds_a_batch_of_changed_data():
     b = 8
     rig = make("curriculum", b, curriculum_start=0.05)
-    large, small = (rig.init(n, Columns(jnp.zeros(n, jnp.int8), jnp.arange(n, dtype=jnp.float32))) for n in (120, 20))
+    large, small = (
+        rig.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.arange(n, dtype=jnp.float32))) for n in (120, 20)
+    )
     ids = rig.draws(rig.selector.follow(large, small, jnp.arange(20)), 100)
     assert (np.sort(ids, axis=1) == np.arange(b)).all()
 
 
-@pytest.mark.parametrize("columns", [None, Columns(jnp.zeros(9, jnp.int8))])
+@pytest.mark.parametrize("columns", [None, PromptMetadata(jnp.zeros(9, jnp.int8))])
 def test_a_curriculum_without_difficulties_is_refused(columns):
     with pytest.raises(ConfigError, match="difficulty"):
         make("curriculum", B).init(9, columns)

@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pspo_jax.arrays.per_prompt import padded_rows
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import CheckpointConfig, Config
 from pspo_jax.distributed.mesh import make_mesh, prompts_shardings
-from pspo_jax.selection import SCORERS, Columns, Sizes, selector
+from pspo_jax.selection import SCORERS, PromptMetadata, SelectorContext, selector
 
 N, B, G = 20_000, 16, 4
 
@@ -25,12 +25,12 @@ N, B, G = 20_000, 16, 4
 def strategy(name, **changes):
     changes = {f"selection.{k}": v for k, v in changes.items()}
     config = resolve(replace(Config(), {"selection.name": name, **changes}))
-    return selector(config.selection, config.forgetting, Sizes(B, G, 20, 0, ("even", "odd")))
+    return selector(config.selection, config.forgetting, SelectorContext(B, G, 20, 0, ("even", "odd")))
 
 
 def columns(n=N):
     rng = np.random.default_rng(0)
-    return Columns(np.arange(n, dtype=np.int8) % 2, rng.random(n).astype(np.float32))
+    return PromptMetadata(np.arange(n, dtype=np.int8) % 2, rng.random(n).astype(np.float32))
 
 
 def mesh_of(data, fsdp=1):
@@ -61,7 +61,7 @@ class Stepper:
             rng = np.random.default_rng([step, int(np.asarray(ids).sum())])
             rewards = (rng.random((B, G)) < rng.random((B, 1))).astype(np.float32)
             centred = rewards - rewards.mean(1, keepdims=True)
-            outcome = Outcome(rewards, centred, centred, np.float32(0.01 * step))
+            outcome = RolloutOutcome(rewards, centred, centred, np.float32(0.01 * step))
             self.state = self.observe(self.state, ids, outcome, jnp.int32(step))
         return np.asarray(ids), np.asarray(weight)
 
@@ -114,7 +114,7 @@ def test_a_restored_state_goes_on_as_the_saved_one_on_any_number_of_devices(name
 
 @pytest.mark.parametrize("n", [5, 127, 1000])
 def test_data_that_devices_do_not_divide(n):
-    chosen = selector(*_parts("uniform"), Sizes(5, G, 20, 0))
+    chosen = selector(*_parts("uniform"), SelectorContext(5, G, 20, 0))
     mesh = mesh_of(8)
     state = jax.jit(
         lambda: chosen.init(n), out_shardings=prompts_shardings(mesh, jax.eval_shape(lambda: chosen.init(n)), n)
@@ -155,7 +155,7 @@ def test_nothing_as_long_as_the_data_travels_or_is_copied(name):
         observe = jax.jit(chosen.observe, donate_argnums=0, out_shardings=shardings)
         programs = (
             select.lower(spec, key, step),
-            observe.lower(spec, ids, Outcome(groups, groups, groups, plain()), step),
+            observe.lower(spec, ids, RolloutOutcome(groups, groups, groups, plain()), step),
         )
         for lowered in programs:
             compiled = lowered.compile()

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 
 from pspo_jax.config.schema import TaskConfig
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.task import Completions, Demonstrations, PromptSet, Scores, Task
+from pspo_jax.data.task import CompletionBatch, Demonstrations, PromptDataset, RewardResult, Task
 
 CHARACTERS = "0123456789+-=$_"
 EOS, PAD = CHARACTERS.index("$"), CHARACTERS.index("_")
@@ -56,7 +56,7 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
             prompts, prompt_lengths = write_prompts(problems, width)
             fresh = np.array([bytes(row) not in banned for row in prompts.astype(np.uint8)])
             fresh &= np.cumsum(fresh) <= count - made
-            completions, lengths = write_responses(problems, pupil_totals(problems, rng))
+            completions, lengths = write_responses(problems, noisy_totals(problems, rng))
             made += int(fresh.sum())
             yield Demonstrations(prompts[fresh], prompt_lengths[fresh], completions[fresh], lengths[fresh])
 
@@ -68,7 +68,7 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
         stop_ids=(EOS,),
         train=train,
         heldout=heldout,
-        judge=judge,
+        grade=grade,
         demonstrations=demonstrations,
         encode_prompt=TOKENIZER.encode,
     )
@@ -109,7 +109,7 @@ def hard_steps(problems: Problems) -> Int[np.ndarray, "n"]:
     return (hard & (np.arange(MAX_OPS) < problems.length[:, None])).sum(axis=1)
 
 
-def pupil_totals(problems: Problems, rng: np.random.Generator) -> Int[np.ndarray, "n MAX_OPS"]:
+def noisy_totals(problems: Problems, rng: np.random.Generator) -> Int[np.ndarray, "n MAX_OPS"]:
     """Running totals of a pupil with two bugs, who carries on from his wrong totals.
 
     He forgets a carry with probability min(.45 + .07 d, .95), and borrows by taking the smaller digit from the larger
@@ -172,7 +172,7 @@ def write_responses(
     return out, (lengths + 1).astype(np.int32)
 
 
-def judge(batch: Completions) -> Callable[[], Scores]:
+def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
     """accuracy: 1 if the completion ends in EOS and its last number, after its last `=`, is the answer; else 0."""
     b, g = batch.lengths.shape
     right = np.zeros((b, g), np.float32)
@@ -185,10 +185,10 @@ def judge(batch: Completions) -> Callable[[], Scores]:
             _, equals, found = TOKENIZER.decode(ids).removesuffix("$").rpartition("=")
             answers[-1].append(found if equals else None)
             right[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
-    return lambda: Scores(right, {"accuracy": right}, right, answers, Counter())
+    return lambda: RewardResult(right, {"accuracy": right}, right, answers, Counter())
 
 
-def _split(config: TaskConfig, width: int) -> tuple[PromptSet, PromptSet]:
+def _split(config: TaskConfig, width: int) -> tuple[PromptDataset, PromptDataset]:
     """Training and held-out prompts: distinct, both stratified by hard operations."""
     rng = np.random.default_rng([config.seed, 1])
     sizes = [_shares(config.train_prompts), _shares(config.heldout_prompts)]
@@ -216,10 +216,10 @@ def _shares(n: int) -> list[int]:
     return [*parts, n - sum(parts)]
 
 
-def _prompt_set(items: list[tuple[bytes, str, int]], rng: np.random.Generator) -> PromptSet:
+def _prompt_set(items: list[tuple[bytes, str, int]], rng: np.random.Generator) -> PromptDataset:
     order = rng.permutation(len(items))
     tokens = np.array([np.frombuffer(items[i][0], np.uint8) for i in order]).astype(np.int32)
-    return PromptSet(
+    return PromptDataset(
         tokens,
         (tokens != PAD).sum(axis=1).astype(np.int32),
         tuple(items[i][1] for i in order),

@@ -17,7 +17,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, TaskConfig
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.loading import Question, Source, quiet
-from pspo_jax.data.task import Completions, Demonstrations, PromptSet, Scores, Task, digest, pad_rows
+from pspo_jax.data.task import CompletionBatch, Demonstrations, PromptDataset, RewardResult, Task, digest, pad_rows
 from pspo_jax.verifiers import countdown
 
 CHARACTERS = "0123456789+-*/()=,:$_"
@@ -242,10 +242,10 @@ def _guess(problem: Problem, rng: np.random.Generator) -> str:
     return "".join(f"{n}{rng.choice(list('+-*/'))}" for n in numbers[:-1]) + str(numbers[-1])
 
 
-def _prompt_set(problems: list[Problem], tokenizer: CharTokenizer, width: int) -> PromptSet:
+def _prompt_set(problems: list[Problem], tokenizer: CharTokenizer, width: int) -> PromptDataset:
     texts = [write_prompt(p) for p in problems]
     tokens, lengths = pad_rows([tokenizer.encode(text) for text in texts], width, tokenizer.pad_token_id)
-    return PromptSet(
+    return PromptDataset(
         tokens,
         lengths,
         answers=tuple(str(p.target) for p in problems),
@@ -256,10 +256,10 @@ def _prompt_set(problems: list[Problem], tokenizer: CharTokenizer, width: int) -
     )
 
 
-def _judge(tokenizer: CharTokenizer) -> Callable[[Completions], Callable[[], Scores]]:
+def _judge(tokenizer: CharTokenizer) -> Callable[[CompletionBatch], Callable[[], RewardResult]]:
     """Expressions are short here and the check is bounded, so no worker is needed."""
 
-    def judge(batch: Completions) -> Callable[[], Scores]:
+    def judge(batch: CompletionBatch) -> Callable[[], RewardResult]:
         value = np.zeros(batch.lengths.shape, np.float32)
         answers: list[list[str | None]] = []
         assert batch.prompts.extras is not None
@@ -272,6 +272,6 @@ def _judge(tokenizer: CharTokenizer) -> Callable[[Completions], Callable[[], Sco
                 if batch.ended[i, j] and countdown.evaluated(text)[0] is not None:
                     value[i, j] = countdown.score(text, extra["numbers"], extra["target"])
         right = (value == 1).astype(np.float32)
-        return lambda: Scores(value, {"accuracy": value}, right, answers, Counter())
+        return lambda: RewardResult(value, {"accuracy": value}, right, answers, Counter())
 
     return judge

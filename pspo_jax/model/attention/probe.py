@@ -21,7 +21,7 @@ from pspo_jax.model.attention.kernels import KERNELS, obstacle, run_kernel
 from pspo_jax.model.attention.xla import attend
 from pspo_jax.model.interface import Packed
 
-SHORTEST = 512
+KERNEL_FROM_TOKENS = 512
 """Places of a row from which on `auto` looks for a kernel."""
 _TOLERANCE = 0.03
 """Of the largest number: what 16 bits leave open. A mask that is ignored is off by the number itself."""
@@ -51,7 +51,7 @@ def with_kernels(
     Raises:
       ConfigError: a kernel was named that cannot serve or is wrong here.
     """
-    if wanted == "xla" or (wanted == "auto" and (places < SHORTEST or platform == "cpu")):
+    if wanted == "xla" or (wanted == "auto" and (places < KERNEL_FROM_TOKENS or platform == "cpu")):
         return a
     found = {}
     for packed in (False, True):
@@ -80,7 +80,7 @@ def local(a: Architecture, tensor: int) -> Architecture:
 
 def agreed(reason: str | None) -> str | None:
     """A reason on any process is one for all: they run the same program."""
-    if processes.any_says(reason is not None) and reason is None:
+    if processes.any_process(reason is not None) and reason is None:
         return "failed on another process"
     return reason
 

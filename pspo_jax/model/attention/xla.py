@@ -13,7 +13,7 @@ from pspo_jax.model.interface import MASKED, Packed
 
 BLOCKS = 8
 """Parts that the queries of long rows are computed in."""
-LONG = 1024
+BLOCKWISE_FROM_TOKENS = 1024
 """Places from which on they are."""
 _MANY_KEYS = 512
 
@@ -76,7 +76,7 @@ def attend(
 
 def block_size(places: int, context: int) -> int:
     """Queries that are computed at a time, of all devices along context."""
-    if places < LONG or (context > 1 and places % (BLOCKS * context)):
+    if places < BLOCKWISE_FROM_TOKENS or (context > 1 and places % (BLOCKS * context)):
         return places
     return -(-places // BLOCKS)
 

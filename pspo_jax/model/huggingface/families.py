@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture, Rotary, plain_frequencies
 
 
-def architecture_of(hf: Any, policy: PolicyConfig, where: str) -> Architecture:
+def architecture_of(hf: Any, policy: ModelConfig, where: str) -> Architecture:
     """The architecture of a transformers config object.
 
     Args:

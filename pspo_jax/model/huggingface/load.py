@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PolicyConfig
+from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.families import FAMILIES, architecture_of, unknown_family
 from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config
@@ -101,7 +101,7 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
         ) from error
 
 
-def read_source(policy: PolicyConfig, weights: bool = True) -> Source:
+def read_source(policy: ModelConfig, weights: bool = True) -> Source:
     """Everything about `policy.source` but its weights.
 
     Args:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pspo_jax.selection.engine import tree
 from pspo_jax.selection.engine.selector import LEAST, Engine, SelectorState, able_weight, passed, take
-from pspo_jax.selection.engine.stats import by_age, tier
-from pspo_jax.selection.interface import Look, Ranked
+from pspo_jax.selection.engine.stats import age_key, eligibility
+from pspo_jax.selection.interface import PromptStats, Ranked
 
 _SMALLEST = 1e-30
 """The smallest loss weight: none is 0."""
@@ -88,7 +88,7 @@ def _choose(
         ids = jnp.concatenate([ids, _uniform(e, state, part.slot, part.most_explored, explore_key, taken)])
         used = jnp.concatenate([used, jnp.arange(part.most_explored) < part.explored])
     ids = _filled(e, state, part.slot, ids, used, step)
-    return ids, used, _chance(e, state, part, ids)
+    return ids, used, _inclusion_probability(e, state, part, ids)
 
 
 def _main(e: Engine, state: SelectorState, slot: int, k: int, key: Array, step: Array) -> Int[Array, "k"]:
@@ -118,7 +118,7 @@ def _main(e: Engine, state: SelectorState, slot: int, k: int, key: Array, step: 
     book = take(state.book, rows)
     assert scorer.candidate_score is not None
     value = scorer.candidate_score(
-        score_key, take(state.own, rows), state.world, Look(rows, book.last, book.visits, step)
+        score_key, take(state.own, rows), state.world, PromptStats(rows, book.last, book.visits, step)
     )
     return pool[jax.lax.top_k(jnp.where(pool >= 0, value, -jnp.inf), k)[1]]
 
@@ -147,10 +147,10 @@ def _filled(
     def fill() -> Array:
         rows = jnp.arange(state.score.shape[0], dtype=jnp.int32)
         own = state.label >= 0 if slot is None else (state.label // e.pools == slot) & (state.label >= 0)
-        key = jnp.where(own, -tier(e.config, state.book, step).astype(jnp.float32), -jnp.inf)
+        key = jnp.where(own, -eligibility(e.config, state.book, step).astype(jnp.float32), -jnp.inf)
         if not e.config.replacement:
             key = key.at[jnp.where(used & (ids >= 0), ids, len(rows))].set(-jnp.inf, mode="drop")
-        tie, label = by_age(rows, state.book.last, e.sizes.seed), jnp.where(own, 0, -1)
+        tie, label = age_key(rows, state.book.last, e.sizes.seed), jnp.where(own, 0, -1)
         best = tree.top(tree.build_maxima(key, tie, label, 1), 0, key, tie, label, len(ids))
         order = jnp.lexsort((-best[2], -best[1]))
         # With replacement there may be fewer prompts than gaps, which then hold them in turns.
@@ -162,7 +162,7 @@ def _filled(
     return jax.lax.cond((used & (ids < 0)).any(), fill, lambda: ids).astype(jnp.int32)
 
 
-def _chance(e: Engine, state: SelectorState, part: Part, ids: Int[Array, "k"]) -> Float[Array, "k"]:
+def _inclusion_probability(e: Engine, state: SelectorState, part: Part, ids: Int[Array, "k"]) -> Float[Array, "k"]:
     """P(q) of each prompt in the batch at the draw; 0 where it did not come by its weight, or nothing is corrected.
 
     Prompts that fill a gap did not come by their weight, nor did those whose weight is the least there is: they are

@@ -47,7 +47,7 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
         known = state.of_prompt[ids]
         expected = jnp.where(known > 0, known, state.of_all)
         parts = chunks * size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
-        order = dealt(jnp.argsort(-expected, stable=True), parts)
+        order = deal_by_length(jnp.argsort(-expected, stable=True), parts)
         return ids[order], weight[order], state._replace(selector=inner)
 
     def observe(state: Lengths, ids: Int[Array, "B"], outcome: Any, step: Any) -> Lengths:
@@ -79,6 +79,6 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
     )
 
 
-def dealt(order: Int[Array, "B"], parts: int) -> Int[Array, "B"]:
+def deal_by_length(order: Int[Array, "B"], parts: int) -> Int[Array, "B"]:
     """Dealt to equal parts in turns, the first of each part first."""
     return order.reshape(-1, parts).T.reshape(-1)

@@ -13,13 +13,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.arrays.per_prompt import FANOUT, follow_rows, last_of_each, padded_rows, summed
-from pspo_jax.arrays.state import Outcome
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import SelectionConfig
 from pspo_jax.selection.engine import tree
 from pspo_jax.selection.engine.quotas import Shares, shares_of
-from pspo_jax.selection.engine.stats import ELIGIBLE, EXCLUDED, RESTING, Book, by_age, new_book, tier, visited
-from pspo_jax.selection.interface import Columns, Look, News, Scorer, Sizes
+from pspo_jax.selection.engine.stats import (
+    ELIGIBLE,
+    EXCLUDED,
+    RESTING,
+    VisitStats,
+    age_key,
+    eligibility,
+    init_stats,
+    record_visit,
+)
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
 
 REFRESH_STEPS = 256
 """Where scores change with time, no score is older than this many steps."""
@@ -38,7 +47,7 @@ class Engine(NamedTuple):
 
     scorer: Scorer
     config: SelectionConfig
-    sizes: Sizes
+    sizes: SelectorContext
     shares: Shares
 
     @property
@@ -66,7 +75,7 @@ class Levels(NamedTuple):
 class SelectorState(NamedTuple):
     """Bytes a prompt: 15 of the book, 4 of the score, 4 of the tie (mode top), 2 of the class, and the scorer's own."""
 
-    book: Book
+    book: VisitStats
     own: Any
     """The scorer's per-prompt arrays."""
     world: Any
@@ -106,12 +115,12 @@ class Scored(NamedTuple):
     tier: Int[Array, "m"]
 
 
-def engine(scorer: Scorer, config: SelectionConfig, sizes: Sizes) -> Engine:
+def engine(scorer: Scorer, config: SelectionConfig, sizes: SelectorContext) -> Engine:
     """Raises ConfigError for quotas that do not fit the tasks."""
     return Engine(scorer, config, sizes, shares_of(config.quotas, sizes.kinds))
 
 
-def init(e: Engine, num_prompts: int, columns: Columns | None = None) -> SelectorState:
+def init(e: Engine, num_prompts: int, columns: PromptMetadata | None = None) -> SelectorState:
     """Raises ConfigError for fewer prompts than a batch takes."""
     if num_prompts < e.sizes.batch and not e.config.replacement:
         raise ConfigError(
@@ -119,7 +128,7 @@ def init(e: Engine, num_prompts: int, columns: Columns | None = None) -> Selecto
             f"{num_prompts}; lower it"
         )
     rows = padded_rows(num_prompts)
-    book = new_book(num_prompts, rows, columns.kind if columns else None)
+    book = init_stats(num_prompts, rows, columns.kind if columns else None)
     own, world = e.scorer.init(num_prompts, rows, columns)
     width = e.sizes.rounds * e.sizes.batch
     resting = jnp.full((e.cooldown, width), -1, jnp.int32) if e.cooldown else None
@@ -157,16 +166,16 @@ def passed(e: Engine, state: SelectorState, step: Int[Array, ""]) -> SelectorSta
 
 
 def observe(
-    e: Engine, state: SelectorState, ids: Int[Array, "B"], outcome: Outcome, step: Int[Array, ""]
+    e: Engine, state: SelectorState, ids: Int[Array, "B"], outcome: RolloutOutcome, step: Int[Array, ""]
 ) -> SelectorState:
     """The state after a round's groups. Of a prompt that is named twice, counts are of all its groups."""
     state = passed(e, state, step)
     again = state.now == step + 1
     writes, group = last_of_each(ids)
     before = take(state.book, ids)
-    news = _news(e.config, outcome, Look(ids, before.last, before.visits, step), group, writes)
+    news = _news(e.config, outcome, PromptStats(ids, before.last, before.visits, step), group, writes)
     own, world = e.scorer.learn(take(state.own, ids), state.world, news)
-    book = visited(before, news.judged, news.success, summed(jnp.ones_like(ids), group), step)
+    book = record_visit(before, news.judged, news.success, summed(jnp.ones_like(ids), group), step)
     place = jnp.where(writes, ids, state.score.shape[0])
     state = state._replace(
         book=_put(state.book, place, book),
@@ -205,12 +214,12 @@ def follow(e: Engine, old: SelectorState, fresh: SelectorState, places: Int[Arra
     return _indexed(e, book, own, world, resting, Moment(old.now, old.last_round, old.carry))
 
 
-def evaluate(e: Engine, book: Book, own: Any, world: Any, rows: Int[Array, "m"], now: Int[Array, ""]) -> Scored:
+def evaluate(e: Engine, book: VisitStats, own: Any, world: Any, rows: Int[Array, "m"], now: Int[Array, ""]) -> Scored:
     """Score some rows; `book` and `own` are theirs."""
-    look = Look(rows, book.last, book.visits, now)
-    able = tier(e.config, book, now)
+    look = PromptStats(rows, book.last, book.visits, now)
+    able = eligibility(e.config, book, now)
     raw = e.scorer.score(own, world, look)
-    tie = by_age(rows, book.last, e.sizes.seed)
+    tie = age_key(rows, book.last, e.sizes.seed)
     if e.scorer.tie is not None:
         tie = jnp.where(able == ELIGIBLE, e.scorer.tie(own, look), tie)
     if e.scorer.mode == "top":
@@ -252,7 +261,9 @@ def _put(per_prompt: Any, rows: Int[Array, "m"], values: Any) -> Any:
     return jax.tree.map(lambda x, v: x.at[rows].set(v.astype(x.dtype), mode="drop"), per_prompt, values)
 
 
-def _news(config: SelectionConfig, outcome: Outcome, look: Look, group: Array, writes: Array) -> News:
+def _news(
+    config: SelectionConfig, outcome: RolloutOutcome, look: PromptStats, group: Array, writes: Array
+) -> VisitUpdate:
     signal = outcome.rewards if config.success == "reward" or outcome.right is None else outcome.right
     judged = ~jnp.isnan(signal)
     if config.success_threshold is None:
@@ -264,7 +275,7 @@ def _news(config: SelectionConfig, outcome: Outcome, look: Look, group: Array, w
     rewarded = ~jnp.isnan(outcome.rewards)
     low = jnp.where(rewarded, outcome.rewards, jnp.inf).min(1)
     high = jnp.where(rewarded, outcome.rewards, -jnp.inf).max(1)
-    return News(
+    return VisitUpdate(
         look=look,
         judged=count > 0,
         successes=right,
@@ -276,7 +287,7 @@ def _news(config: SelectionConfig, outcome: Outcome, look: Look, group: Array, w
     )
 
 
-def _indexed(e: Engine, book: Book, own: Any, world: Any, resting: Array | None, at: Moment) -> SelectorState:
+def _indexed(e: Engine, book: VisitStats, own: Any, world: Any, resting: Array | None, at: Moment) -> SelectorState:
     """The state with everything scored: one pass."""
     rows = jnp.arange(book.last.shape[0], dtype=jnp.int32)
     found = evaluate(e, book, own, world, rows, at.now)

@@ -17,7 +17,7 @@ _LOWEST = 0x00800000
 _STEPS = 2**20
 
 
-class Book(NamedTuple):
+class VisitStats(NamedTuple):
     """15 bytes a prompt; rows beyond the prompts are padding."""
 
     last: Int[Array, "R"]
@@ -32,10 +32,10 @@ class Book(NamedTuple):
     """Its task; -1 = padding."""
 
 
-def new_book(num_prompts: int, rows: int, kind: Int[Array, "N"] | None) -> Book:
+def init_stats(num_prompts: int, rows: int, kind: Int[Array, "N"] | None) -> VisitStats:
     """A book without visits."""
     kinds = jnp.zeros(num_prompts, jnp.int16) if kind is None else kind.astype(jnp.int16)
-    return Book(
+    return VisitStats(
         last=jnp.full(rows, -1, jnp.int32),
         visits=jnp.zeros(rows, jnp.int32),
         unjudged=jnp.zeros(rows, jnp.int8),
@@ -44,7 +44,7 @@ def new_book(num_prompts: int, rows: int, kind: Int[Array, "N"] | None) -> Book:
     )
 
 
-def tier(config: SelectionConfig, book: Book, now: Int[Array, ""]) -> Int[Array, "..."]:
+def eligibility(config: SelectionConfig, book: VisitStats, now: Int[Array, ""]) -> Int[Array, "..."]:
     """Whether a prompt may be drawn at step `now`, and if not, why."""
     resting = (book.visits > 0) & (book.last + (config.cooldown or 0) >= now)
     excluded = jnp.zeros_like(resting)
@@ -56,12 +56,12 @@ def tier(config: SelectionConfig, book: Book, now: Int[Array, ""]) -> Int[Array,
     return jnp.where(book.kind < 0, PADDING, out)
 
 
-def visited(
-    book: Book, judged: Bool[Array, "B"], success: Float[Array, "B"], times: Int[Array, "B"], step: Int[Array, ""]
-) -> Book:
+def record_visit(
+    book: VisitStats, judged: Bool[Array, "B"], success: Float[Array, "B"], times: Int[Array, "B"], step: Int[Array, ""]
+) -> VisitStats:
     """Rows of B prompts after `times` visits each."""
     tried = jnp.minimum(book.unjudged.astype(jnp.int32) + times, 127).astype(jnp.int8)
-    return Book(
+    return VisitStats(
         last=jnp.full_like(book.last, step),
         visits=book.visits + times,
         unjudged=jnp.where(judged | (book.unjudged < 0), jnp.int8(-1), tried),
@@ -70,29 +70,29 @@ def visited(
     )
 
 
-def by_age(rows: Int[Array, "..."], last: Int[Array, "..."], seed: int) -> Float[Array, "..."]:
+def age_key(rows: Int[Array, "..."], last: Int[Array, "..."], seed: int) -> Float[Array, "..."]:
     """A tie-breaker: never visited first, then the oldest visit, then pseudo-random; larger = earlier.
 
     Steps are told apart up to 2^20.
     """
-    noise = scrambled(rows, seed)
+    noise = hash_rows(rows, seed)
     age = _STEPS - 1 - jnp.minimum(last, _STEPS - 1)
     seen = (age.astype(jnp.uint32) << 10) | (noise >> 22)
-    return ordered(jnp.where(last < 0, jnp.uint32(2**30) + (noise >> 3), seen))
+    return sortable_float(jnp.where(last < 0, jnp.uint32(2**30) + (noise >> 3), seen))
 
 
-def ordered(number: Array) -> Float[Array, "..."]:
+def sortable_float(number: Array) -> Float[Array, "..."]:
     """uint32 below 2 x 10^9 as finite floats of the same order, for which top_k is fast."""
     return jax.lax.bitcast_convert_type(number.astype(jnp.uint32) + _LOWEST, jnp.float32)
 
 
-def scrambled(rows: Int[Array, "..."], seed: int | Array) -> Array:
+def hash_rows(rows: Int[Array, "..."], seed: int | Array) -> Array:
     """A pseudo-random uint32 for each row: the finaliser of MurmurHash3, twice."""
     seed = jnp.asarray(seed).astype(jnp.uint32)
-    return _mix(_mix(rows.astype(jnp.uint32) ^ _mix(seed + jnp.uint32(0x9E3779B9))) + seed)
+    return _murmur_mix(_murmur_mix(rows.astype(jnp.uint32) ^ _murmur_mix(seed + jnp.uint32(0x9E3779B9))) + seed)
 
 
-def _mix(x: Array) -> Array:
+def _murmur_mix(x: Array) -> Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

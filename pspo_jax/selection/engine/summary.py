@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.selection.engine.selector import Engine, SelectorState, evaluate_all, take
-from pspo_jax.selection.engine.stats import ELIGIBLE, EXCLUDED, RESTING, tier
+from pspo_jax.selection.engine.stats import ELIGIBLE, EXCLUDED, RESTING, eligibility
 
 BINS = 30
 
 
-def describe(e: Engine, state: SelectorState, ids: Int[Array, "B"], step: Int[Array, ""]) -> dict[str, Any]:
+def batch_metrics(e: Engine, state: SelectorState, ids: Int[Array, "B"], step: Int[Array, ""]) -> dict[str, Any]:
     """The batch, before it is observed."""
     book = take(state.book, ids)
     new = book.visits == 0
@@ -23,7 +23,7 @@ def describe(e: Engine, state: SelectorState, ids: Int[Array, "B"], step: Int[Ar
         "selection/new": new.mean(),
         "selection/reuse": book.visits.astype(jnp.float32).mean(),
         "selection/age": jnp.where(new, 0, step - book.last).sum() / jnp.maximum((~new).sum(), 1),
-        "selection/not_eligible": (tier(e.config, book, step) != ELIGIBLE).mean(),
+        "selection/not_eligible": (eligibility(e.config, book, step) != ELIGIBLE).mean(),
         "selection/distinct": 1 + (ordered[1:] != ordered[:-1]).sum(),
     }
     if e.pools > 1:
@@ -32,7 +32,7 @@ def describe(e: Engine, state: SelectorState, ids: Int[Array, "B"], step: Int[Ar
     return {name: jnp.asarray(value, jnp.float32) for name, value in out.items()}
 
 
-def survey(e: Engine, state: SelectorState, step: Int[Array, ""]) -> dict[str, Any]:
+def summary(e: Engine, state: SelectorState, step: Int[Array, ""]) -> dict[str, Any]:
     """One pass over all prompts: scalars, and histograms as {"counts", "edges"}."""
     found = evaluate_all(e, state, step)
     real = state.book.kind >= 0
@@ -71,7 +71,7 @@ def histogram(values: Float[Array, "R"]) -> dict[str, Any]:
     return {"counts": counts, "edges": low + width * jnp.arange(BINS + 1)}
 
 
-def table(e: Engine, state: SelectorState, step: Int[Array, ""]) -> dict[str, Any]:
+def to_table(e: Engine, state: SelectorState, step: Int[Array, ""]) -> dict[str, Any]:
     """Per-prompt arrays, padded rows and all."""
     return {
         "visits": state.book.visits,

@@ -49,7 +49,7 @@ _TRIES = 2
 _OUTSIDE_TRIES = 5
 """Tries of a request whose workers something outside kills or stops, which says nothing about the request."""
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-_STILLBORN = 3
+_MAX_FAILED_STARTS = 3
 """Workers per configured one that may end in a row before they are ready; then starting them is given up."""
 _CACHE = 100_000
 
@@ -393,7 +393,7 @@ class Pool:
     def _renew(self, worker: _Worker) -> None:
         """Fork a worker in the place of one that ended."""
         self._stillborn += not worker.ready
-        if self._stillborn >= _STILLBORN * self._size and self._failure is None:
+        if self._stillborn >= _MAX_FAILED_STARTS * self._size and self._failure is None:
             names = ",".join(self._functions)
             self._failure = f"task.function, reward.terms: verifiers end before they are ready ({names or '-'})"
         if self._failure is None:

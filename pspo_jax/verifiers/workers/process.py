@@ -209,14 +209,14 @@ def _allow_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def nursery(control: socket.socket, limits: dict[str, Any]) -> None:
+def fork_server(control: socket.socket, limits: dict[str, Any]) -> None:
     """Fork a worker for each socket that arrives, kill those named, until the control socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _preload(limits["imports"])
     alive: dict[int, int | None] = {}
     control.sendall(PID.pack(os.getpid(), 0))
     try:
-        _tend(control, limits, alive)
+        _serve_forks(control, limits, alive)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the main process was killed
     finally:
@@ -224,7 +224,7 @@ def nursery(control: socket.socket, limits: dict[str, Any]) -> None:
             _end(pid, alive)
 
 
-def _tend(control: socket.socket, limits: dict[str, Any], alive: dict[int, int | None]) -> None:
+def _serve_forks(control: socket.socket, limits: dict[str, Any], alive: dict[int, int | None]) -> None:
     """Serve the main process; `alive` holds each worker's status, None while it runs."""
     while True:
         message, handles, _, _ = socket.recv_fds(control, 1 + PID.size, 1)
@@ -299,4 +299,4 @@ def _reap(alive: dict[int, int | None]) -> None:
 
 
 if __name__ == "__main__":
-    nursery(socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2]))
+    fork_server(socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2]))
