@@ -123,7 +123,7 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
         own = next((where for name, where in data.items() if name not in NAMES), None)
         task = ["--task.name=countdown"] if own is None else ["--task.name=math", f"--task.train_data={own}"]
         config = command_line.parse(
-            [*task, f"--policy.source={args.model}", *overrides], "python -m pspo_jax.evaluate", ""
+            [*task, f"--model.source={args.model}", *overrides], "python -m pspo_jax.evaluate", ""
         )
         longest = args.max_new_tokens or 4096
     return replace(
@@ -132,14 +132,14 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
             "rollout.prompts": args.batch,
             "rollout.chunks": 1,
             "rollout.slots": None,
-            "rollout.max_rounds": 1,
+            "rollout.dynamic_sampling_rounds": 1,
             "rollout.oversampling": 1.0,
             "rollout.group_size": args.samples,
             "rollout.max_new_tokens": longest,
             "rollout.temperature": args.temperature or 1.0,
             "rollout.top_p": args.top_p if args.temperature else 1.0,
             "rollout.top_k": 0,
-            "objective.minibatches": 1,
+            "loss.minibatches": 1,
             "sft.steps": 0,
             "reward.terms": "accuracy",
             "reward.require_end": False,  # as lighteval: what was written counts

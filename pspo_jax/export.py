@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     config = read_config(args.run)
     if args.base is not None:
-        if config.policy.source is None:
+        if config.model.source is None:
             raise ConfigError(
-                f"--base {args.base}: this run began from random weights (policy.source=None); leave it out"
+                f"--base {args.base}: this run began from random weights (model.source=None); leave it out"
             )
-        config = replace(config, {"policy.source": args.base})
+        config = replace(config, {"model.source": args.base})
     if copy_finished_model(args):
         return 0
     steps = choose_steps(args.run, args.step)
@@ -62,7 +62,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: each tensor's in the source"
     )
     parser.add_argument("--adapter-only", action="store_true", help="adapters in PEFT's layout, not merged")
-    parser.add_argument("--base", metavar="SOURCE", help="where the run's policy.source is now, if it has moved")
+    parser.add_argument("--base", metavar="SOURCE", help="where the run's model.source is now, if it has moved")
     parser.add_argument("--push-to", metavar="ID", help="upload to this repository of the hub as well")
     return parser.parse_args(argv)
 

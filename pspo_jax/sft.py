@@ -1,13 +1,13 @@
 """Entry point: supervised fine-tuning alone.
 
-    python -m pspo_jax.sft --policy.source Qwen/Qwen2.5-0.5B --sft.data examples.jsonl --run.dir runs/sft
+    python -m pspo_jax.sft --model.source Qwen/Qwen2.5-0.5B --sft.data examples.jsonl --run.dir runs/sft
     python -m pspo_jax.sft --run.dir runs/sft
 
 The first trains a language model on lines {"prompt": ..., "completion": ...} or {"messages": [...]}; it needs no other
 data. The second trains the embedded policy on demonstrations of its task. Without sft.steps a language model goes
 through the file three times. What was learnt is left in <run.dir>/cold_start, where `python -m pspo_jax.train` with the
 same settings, in the same or a sibling folder, finds it. A language model is also written to <run.dir>/model, a folder
-in Hugging Face's format, which policy.source takes and `python -m pspo_jax.export` copies.
+in Hugging Face's format, which model.source takes and `python -m pspo_jax.export` copies.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_config(argv: Sequence[str]) -> Config:
       ConfigError: as `command_line.parse`, or there is nothing to learn from.
     """
     typed = {word.partition("=")[0] for word in argv}
-    if typed & {"--policy.source", "--policy.tokenizer"} and not typed & {"--sft.data", "--config", "-h", "--help"}:
+    if typed & {"--model.source", "--model.tokenizer"} and not typed & {"--sft.data", "--config", "-h", "--help"}:
         raise ConfigError(_NO_DATA)
     try:
         config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS | {"steps": _UNSET, "warmup": 0}}, argv)

@@ -142,7 +142,7 @@ def check_platform(job: Job) -> None:
 def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
     """Config and policy; as entry points do it, the compiler's flags are set before JAX touches the device.
 
-    policy.attention is what was found right here.
+    model.attention is what was found right here.
     """
     from pspo_jax.config import schema
     from pspo_jax.config.presets import resolve
@@ -151,15 +151,15 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
     fields = {f"policy.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "pspo",
-        "policy.tied": True,
-        "policy.qkv_bias": True,
-        "policy.compute_dtype": work.dtype,
-        "policy.scan_unroll": 1,
-        "policy.remat": "full",
+        "model.tied": True,
+        "model.qkv_bias": True,
+        "model.compute_dtype": work.dtype,
+        "model.scan_unroll": 1,
+        "model.remat": "full",
         "rollout.prompts": work.prompts,
         "rollout.group_size": work.group_size,
         "rollout.max_new_tokens": work.new_tokens,
-        "objective.microbatch_rows": work.microbatch_rows,
+        "loss.microbatch_rows": work.microbatch_rows,
         "optimizer.learning_rate": 1e-6,
     }
     settings = resolve(schema.replace(schema.Config(), fields | job.fields))
@@ -177,29 +177,29 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     one = {"context": 1, "tensor": 1}
     length = work.prompt_tokens + work.new_tokens
-    a = built_in(settings.policy, work.shape.vocab)
+    a = built_in(settings.model, work.shape.vocab)
     a = with_kernels(
         a,
-        settings.policy.attention,
+        settings.model.attention,
         job.platform,
         length,
         one,
         probe=True,
         say=lambda s: print(s, file=sys.stderr),
-        share_prompts=settings.objective.share_prompts,
+        share_prompts=settings.loss.share_prompts,
     )
-    return schema.replace(settings, {"policy.attention": a.attention}), transformer(a)
+    return schema.replace(settings, {"model.attention": a.attention}), transformer(a)
 
 
-def our_sampler(settings: Config, policy: Model, work: Work, platform: str) -> Callable[..., Rollouts]:
+def our_sampler(settings: Config, model: Model, work: Work, platform: str) -> Callable[..., Rollouts]:
     from pspo_jax.rollout import make_sampler
     from pspo_jax.rollout.sampler import tokens_per_test
 
     chunk = tokens_per_test(platform, work.new_tokens)
-    return make_sampler(policy, work.group_size, work.new_tokens, 0, settings.rollout.slots, chunk)
+    return make_sampler(model, work.group_size, work.new_tokens, 0, settings.rollout.slots, chunk)
 
 
-def our_training(settings: Config, policy: Model, num_prompts: int, prompt_tokens: int) -> tuple[Any, Any, Any]:
+def our_training(settings: Config, model: Model, num_prompts: int, prompt_tokens: int) -> tuple[Any, Any, Any]:
     """Algorithm, first state and step; nothing but the state holds its arrays, which the step donates."""
     import jax
 
@@ -209,9 +209,9 @@ def our_training(settings: Config, policy: Model, num_prompts: int, prompt_token
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
     algorithm = build(settings)
-    params = jax.jit(policy.init)(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     state = init_state(params, optimizer, algorithm, settings, num_prompts, prompt_tokens, jax.random.key(1))
-    return algorithm, state, make_train_step(policy, optimizer, algorithm, settings)
+    return algorithm, state, make_train_step(model, optimizer, algorithm, settings)
 
 
 def our_prompts(work: Work) -> Prompts:
@@ -274,15 +274,15 @@ def decode_work(work: Work, low: int, high: int) -> dict[str, float]:
 
 def serve_decode(job: Job) -> None:
     work = job.work
-    settings, policy = our_setup(job, work)
+    settings, model = our_setup(job, work)
     import jax
     import numpy as np
 
     from pspo_jax.rollout import SamplingParams
 
-    params = jax.jit(policy.init)(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     prompts = our_prompts(work)
-    sample = our_sampler(settings, policy, work, job.platform)
+    sample = our_sampler(settings, model, work, job.platform)
     sampling = SamplingParams.of(settings.rollout, [-1])
     low, high = low_limit(work), work.new_tokens
 
@@ -309,7 +309,7 @@ def serve_decode(job: Job) -> None:
 def serve_step(job: Job) -> None:
     """Whole steps of PSPO: choice of prompts and rollout, a reward on the host, update."""
     work = job.work
-    settings, policy = our_setup(job, work)
+    settings, model = our_setup(job, work)
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -319,12 +319,12 @@ def serve_step(job: Job) -> None:
 
     n, p, b = job.dataset, work.prompt_tokens, work.prompts
     data = jax.random.randint(jax.random.key(2), (n, p), 0, work.shape.vocab)
-    algorithm, state, train_step = our_training(settings, policy, n, p)
+    algorithm, state, train_step = our_training(settings, model, n, p)
     select = jax.jit(
         lambda selector, key, step: algorithm.selector.select(selector, purpose_key(key, step, SELECT), step, b),
         donate_argnums=0,
     )
-    sample = our_sampler(settings, policy, work, job.platform)
+    sample = our_sampler(settings, model, work, job.platform)
     sampling = SamplingParams.of(settings.rollout, [-1])
 
     def call() -> dict[str, float]:
@@ -384,10 +384,10 @@ def full_rollouts(work: Work) -> Rollouts:
 
 def serve_train(job: Job) -> None:
     work = job.train
-    settings, policy = our_setup(job, work)
+    settings, model = our_setup(job, work)
     import jax
 
-    _, state, train_step = our_training(settings, policy, work.prompts, work.prompt_tokens)
+    _, state, train_step = our_training(settings, model, work.prompts, work.prompt_tokens)
     rollouts = full_rollouts(work)
     rewards = jax.random.normal(jax.random.key(4), rollouts.lengths.shape)
 
@@ -400,7 +400,7 @@ def serve_train(job: Job) -> None:
     first, calls = repeat(job, call)
     tokens = work.rows * (work.prompt_tokens + work.new_tokens)
     values = {"tokens_per_s": tokens / middle(calls, "seconds")} | peak_mib()
-    chosen = f"remat {settings.policy.remat}, attention {settings.policy.attention}"
+    chosen = f"remat {settings.model.remat}, attention {settings.model.attention}"
     note = f"({work.microbatch_rows} rows a microbatch, {chosen})"
     more = {"values": values, "work": train_work(work), "first": first}
     emit(train_case(work), job.ours(), [c["seconds"] for c in calls], jax_about(), note, **more)
@@ -409,15 +409,15 @@ def serve_train(job: Job) -> None:
 def serve_gap(job: Job) -> None:
     """|log-prob of the sampler - log-prob of the trainer| of the tokens drawn, and the seconds of the trainer's."""
     work = job.gap
-    settings, policy = our_setup(job, work)
+    settings, model = our_setup(job, work)
     import jax
     import jax.numpy as jnp
 
     from pspo_jax.losses.log_probs import completion_log_probs
     from pspo_jax.rollout import SamplingParams
 
-    params = jax.jit(policy.init)(jax.random.key(0))
-    sample = our_sampler(settings, policy, work, job.platform)
+    params = jax.jit(model.init)(jax.random.key(0))
+    sample = our_sampler(settings, model, work, job.platform)
     rollouts = sample(params, our_prompts(work), jax.random.key(1), SamplingParams.of(settings.rollout, [-1]))
     check(int(rollouts.lengths.sum()), work)
 
@@ -425,7 +425,7 @@ def serve_gap(job: Job) -> None:
     def score(params: Any, rollouts: Rollouts) -> Any:
         p = jax.tree.map(lambda x: jnp.repeat(x, work.group_size, axis=0), rollouts.prompts)
         tokens = rollouts.tokens.reshape(work.rows, -1)
-        return completion_log_probs(policy, params, p.tokens, p.lengths, tokens)[0].reshape(rollouts.tokens.shape)
+        return completion_log_probs(model, params, p.tokens, p.lengths, tokens)[0].reshape(rollouts.tokens.shape)
 
     gap = jnp.abs(score(params, rollouts) - rollouts.log_probs)
     start = time.perf_counter()

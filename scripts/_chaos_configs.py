@@ -18,11 +18,11 @@ Fields = dict[str, Any]
 """Dotted field -> value, as on the command line; `devices` and `distributed.processes` say how the run is started."""
 
 BASE: Fields = {
-    "policy.layers": 1,
-    "policy.width": 16,
-    "policy.heads": 2,
-    "policy.kv_heads": 2,
-    "policy.mlp_width": 16,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.mlp_width": 16,
     "task.train_prompts": 24,
     "task.heldout_prompts": 8,
     "rollout.prompts": 8,
@@ -51,8 +51,8 @@ TEXT: Fields = {
     "verifier.workers": 2,
     "rollout.max_new_tokens": 2,
     "rollout.prompt_bucket": 8,
-    "policy.compute_dtype": "float32",
-    "policy.remat": "none",
+    "model.compute_dtype": "float32",
+    "model.remat": "none",
     "optimizer.learning_rate": 1e-4,
 }
 """A run whose completions are verified by worker processes."""
@@ -78,21 +78,21 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "selection.cooldown": (1,),
     "selection.exploration": (0.25,),
     "selection.replacement": (True,),
-    "replay.name": ("filter", "fill"),
+    "replay.name": ("filter", "popo"),
     "replay.order": ("variance", "random", "kl"),
     "replay.capacity": (16,),
     "replay.memory": ("pinned_host",),
     "rollout.chunks": (2,),
     "rollout.slots": (8,),
     "rollout.oversampling": (1.5,),
-    "objective.loss": ("cispo", "gspo", "reinforce"),
-    "objective.packing": (True,),
-    "objective.microbatch_rows": (8, 0),
-    "objective.num_iterations": (2,),
-    "objective.minibatches": (2,),
-    "objective.kl_coef": (0.01,),
-    "policy.param_dtype": ("bfloat16",),
-    "policy.compute_dtype": ("bfloat16",),
+    "loss.name": ("cispo", "gspo", "reinforce"),
+    "loss.packing": (True,),
+    "loss.microbatch_rows": (8, 0),
+    "loss.num_iterations": (2,),
+    "loss.minibatches": (2,),
+    "loss.kl_coef": (0.01,),
+    "model.param_dtype": ("bfloat16",),
+    "model.compute_dtype": ("bfloat16",),
     "checkpoint.every": (1, 3),
     "checkpoint.keep": (1,),
     "log.tensorboard": (True,),
@@ -120,9 +120,9 @@ def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None])
     if family == "supervised":
         fields |= {"sft.steps": 20}
     elif family == "text":
-        fields |= TEXT | {"policy.tokenizer": "tokenizer"}
+        fields |= TEXT | {"model.tokenizer": "tokenizer"}
     elif family == "lora":
-        fields |= TEXT | {"policy.source": "checkpoint", "lora.rank": 2}
+        fields |= TEXT | {"model.source": "checkpoint", "lora.rank": 2}
     if rng.random() < 0.3:
         fields |= rng.choice(_MESHES)
     return accepted(BASE | fields, world, start)
@@ -130,8 +130,8 @@ def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None])
 
 def accepted(fields: Fields, world: Path, start: Callable[[Fields], str | None]) -> Fields:
     """`fields` without those that the program refuses in this combination."""
-    if "policy.source" in fields:
-        fields = {k: v for k, v in fields.items() if not k.startswith("policy.") or k == "policy.source"}
+    if "model.source" in fields:
+        fields = {k: v for k, v in fields.items() if not k.startswith("policy.") or k == "model.source"}
     while (named := _refused(flags(fields, world / "run")) or start(fields)) is not None:
         if named not in fields:
             raise ValueError(f"the program refuses {named}, which no choice set: {fields}")

@@ -71,14 +71,14 @@ def limits(work: Work) -> tuple[int, int]:
 def serve_decode(work: Work) -> None:
     channel = Channel()
     # A config's group has two rows or more; the sampler takes one as well.
-    settings, policy, prompts = our_setup(dataclasses.replace(work, group_size=max(2, work.group_size)))
+    settings, model, prompts = our_setup(dataclasses.replace(work, group_size=max(2, work.group_size)))
     import jax
     import numpy as np
 
     from pspo_jax.rollout import SamplingParams, make_sampler
 
-    params = policy.init(jax.random.key(0))
-    sample = make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)
+    params = model.init(jax.random.key(0))
+    sample = make_sampler(model, work.group_size, work.new_tokens, pad_id=0)
     sampling = SamplingParams.of(settings.rollout, [-1])
     low, high = (jax.device_put(sampling._replace(max_new_tokens=np.int32(n))) for n in limits(work))
 

@@ -30,13 +30,13 @@ def stop_ids(work: Work) -> list[int]:
 
 def serve_rollout(work: Work) -> None:
     channel = Channel()
-    settings, policy, prompts = our_setup(work)
+    settings, model, prompts = our_setup(work)
     import jax
 
     from pspo_jax.rollout import SamplingParams, counting_sampler
 
-    params = policy.init(jax.random.key(0))
-    sample = jax.jit(counting_sampler(policy, work.group_size, work.new_tokens, 0, work.slots or None))
+    params = model.init(jax.random.key(0))
+    sample = jax.jit(counting_sampler(model, work.group_size, work.new_tokens, 0, work.slots or None))
     sampling = SamplingParams.of(settings.rollout, stop_ids(work))
 
     def call() -> dict[str, float]:
@@ -51,7 +51,7 @@ def serve_rollout(work: Work) -> None:
 
 def serve_update(work: Work) -> None:
     channel = Channel()
-    settings, policy, prompts = our_setup(work)
+    settings, model, prompts = our_setup(work)
     import jax
     import jax.numpy as jnp
 
@@ -62,14 +62,14 @@ def serve_update(work: Work) -> None:
 
     optimizer = adamw(settings.optimizer, settings.run.steps)
     algorithm = build(settings)
-    params = policy.init(jax.random.key(0))
+    params = model.init(jax.random.key(0))
     state = init_state(
         params, optimizer, algorithm, settings, settings.task.train_prompts, work.prompt_tokens, jax.random.key(1)
     )
-    sample = make_sampler(policy, work.group_size, work.new_tokens, 0)
+    sample = make_sampler(model, work.group_size, work.new_tokens, 0)
     rollouts = sample(params, prompts, jax.random.key(1), SamplingParams.of(settings.rollout, stop_ids(work)))
     rewards = jax.random.normal(jax.random.key(2), rollouts.lengths.shape)
-    train_step = make_train_step(policy, optimizer, algorithm, settings)
+    train_step = make_train_step(model, optimizer, algorithm, settings)
     del params
 
     def call() -> dict[str, float]:
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="prompts, each with 8 completions (default 32)")
     parser.add_argument("--new-tokens", type=int, default=256, help="longest completion (default 256)")
     parser.add_argument("--slots", type=int, default=16, help="rollout.slots (default 16)")
-    parser.add_argument("--microbatch-rows", type=int, default=8, help="objective.microbatch_rows (default 8)")
+    parser.add_argument("--microbatch-rows", type=int, default=8, help="loss.microbatch_rows (default 8)")
     options = parser.parse_args()
     t = options.new_tokens
     for shape in _bench.chosen(options.shape, list(SHAPES)):

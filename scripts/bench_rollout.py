@@ -49,22 +49,22 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
     fields = {f"policy.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "grpo",
-        "policy.tied": True,
-        "policy.compute_dtype": work.dtype,
-        "policy.scan_unroll": work.scan_unroll,
+        "model.tied": True,
+        "model.compute_dtype": work.dtype,
+        "model.scan_unroll": work.scan_unroll,
         "rollout.prompts": work.prompts,
         "rollout.group_size": work.group_size,
         "rollout.max_new_tokens": work.new_tokens,
-        "objective.microbatch_rows": work.microbatch_rows,
-        "objective.packing": work.packing,
-        "objective.share_prompts": work.share_prompts if work.packing else None,
+        "loss.microbatch_rows": work.microbatch_rows,
+        "loss.packing": work.packing,
+        "loss.share_prompts": work.share_prompts if work.packing else None,
     }
     settings = resolve(schema.replace(schema.Config(), fields))
     validate(settings)
-    policy = transformer(built_in(settings.policy, work.shape.vocab))
+    model = transformer(built_in(settings.model, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
     n = work.prompts
-    return settings, policy, Prompts(jnp.arange(n), tokens, jnp.full(n, work.prompt_tokens), jnp.ones(n))
+    return settings, model, Prompts(jnp.arange(n), tokens, jnp.full(n, work.prompt_tokens), jnp.ones(n))
 
 
 def llama(work: Work) -> Any:
@@ -95,13 +95,13 @@ def our_about() -> dict[str, Any]:
 
 def serve_ours(work: Work) -> None:
     channel = Channel()
-    settings, policy, prompts = our_setup(work)
+    settings, model, prompts = our_setup(work)
     import jax
 
     from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 
-    params = policy.init(jax.random.key(0))
-    sample = make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)
+    params = model.init(jax.random.key(0))
+    sample = make_sampler(model, work.group_size, work.new_tokens, pad_id=0)
     sampling = SamplingParams.of(settings.rollout, [-1])
     key, count = jax.random.key(1), 0
 
@@ -121,7 +121,7 @@ def serve_peer(work: Work) -> None:
     import torch
     from transformers import GenerationConfig
 
-    model = llama(work).to(getattr(torch, work.dtype)).eval()
+    torch_model = llama(work).to(getattr(torch, work.dtype)).eval()
     ids = torch.tensor(_bench.prompt_ids(work)).repeat_interleave(work.group_size, dim=0)
     settings = GenerationConfig(
         max_new_tokens=work.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
@@ -130,7 +130,7 @@ def serve_peer(work: Work) -> None:
     @torch.no_grad()
     def call() -> dict[str, float]:
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        out = torch_model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": out[:, ids.shape[1] :].numel()}
 

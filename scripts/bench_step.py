@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-5
 def serve_ours(work: Work) -> None:
     """The first weights are made beside compilation, as the entry points do it."""
     channel = Channel()
-    settings, policy, prompts = our_setup(work)
+    settings, model, prompts = our_setup(work)
     from concurrent.futures import ThreadPoolExecutor
 
     import jax
@@ -48,7 +48,7 @@ def serve_ours(work: Work) -> None:
     n, length = settings.task.train_prompts, work.prompt_tokens
 
     def new_state() -> Any:
-        params = policy.init(jax.random.key(0))
+        params = model.init(jax.random.key(0))
         return init_state(params, optimizer, algorithm, settings, n, length, jax.random.key(1))
 
     sampling = SamplingParams.of(settings.rollout, [-1])
@@ -56,9 +56,9 @@ def serve_ours(work: Work) -> None:
         first = pool.submit(jit_once(new_state, "cpu"))
         shapes = jax.eval_shape(new_state)
         args = shapes.params, prompts, shapes.key, sampling
-        traced = jax.jit(make_sampler(policy, work.group_size, work.new_tokens, pad_id=0)).lower(*args)
+        traced = jax.jit(make_sampler(model, work.group_size, work.new_tokens, pad_id=0)).lower(*args)
         sampler = pool.submit(traced.compile)
-        update = make_train_step(policy, optimizer, algorithm, settings)
+        update = make_train_step(model, optimizer, algorithm, settings)
         rewards = jax.ShapeDtypeStruct((work.prompts, work.group_size), jnp.float32)
         train_step = update.lower(shapes, traced.out_info, rewards).compile()
         state, sample = first.result(), sampler.result()
@@ -216,10 +216,8 @@ def measure(options: argparse.Namespace, shape: str, dtype: str, peer: str | Non
 
 def main() -> None:
     parser = _bench.options(__doc__.splitlines()[0], tunix=True)
-    parser.add_argument(
-        "--microbatch-rows", type=int, default=4, help="our objective.microbatch_rows; 0 = all (default 4)"
-    )
-    parser.add_argument("--scan-unroll", type=int, default=0, help="our policy.scan_unroll; 0 = all layers (default)")
+    parser.add_argument("--microbatch-rows", type=int, default=4, help="our loss.microbatch_rows; 0 = all (default 4)")
+    parser.add_argument("--scan-unroll", type=int, default=0, help="our model.scan_unroll; 0 = all layers (default)")
     options = parser.parse_args()
     peers: list[str | None] = []
     if not _bench.lacks(PEER, options.peer_python, ["torch", "transformers", "trl", "datasets"], "--peer-python"):

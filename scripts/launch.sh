@@ -68,7 +68,7 @@ quoted() {
   printf '%s' "${out# }"
 }
 
-# secret NAME: whether a variable or an option of this name holds a secret. --policy.tokenizer and max_new_tokens do not.
+# secret NAME: whether a variable or an option of this name holds a secret. --model.tokenizer and max_new_tokens do not.
 secret() {
   local name=${1#--}
   if [[ $1 == --* ]]; then

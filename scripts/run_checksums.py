@@ -21,24 +21,24 @@ from _chaos_configs import BASE, TEXT, Fields, accepted, flags, write_world
 
 RUNS: dict[str, Fields] = {
     "grpo": {"algorithm.name": "grpo"},
-    "dr_grpo in four microbatches": {"algorithm.name": "dr_grpo", "objective.microbatch_rows": 8},
+    "dr_grpo in four microbatches": {"algorithm.name": "dr_grpo", "loss.microbatch_rows": 8},
     "pspo": {"algorithm.name": "pspo"},
-    "prioritized_replay, cispo": {"algorithm.name": "prioritized_replay", "objective.loss": "cispo"},
-    "popo, packed": {"algorithm.name": "popo", "objective.packing": True, "objective.microbatch_rows": 8},
+    "prioritized_replay, cispo": {"algorithm.name": "prioritized_replay", "loss.name": "cispo"},
+    "popo, packed": {"algorithm.name": "popo", "loss.packing": True, "loss.microbatch_rows": 8},
     "dapo with slots": {"algorithm.name": "dapo", "rollout.slots": 8},
     "ers, two iterations and minibatches, KL": {
         "algorithm.name": "ers",
-        "objective.num_iterations": 2,
-        "objective.minibatches": 2,
-        "objective.kl_coef": 0.01,
+        "loss.num_iterations": 2,
+        "loss.minibatches": 2,
+        "loss.kl_coef": 0.01,
     },
     "cold start, posterior_mixed, bfloat16": {
         "algorithm.name": "posterior_mixed",
         "sft.steps": 20,
-        "policy.param_dtype": "bfloat16",
+        "model.param_dtype": "bfloat16",
     },
     "spo on two devices": {"devices": 2, "mesh.fsdp": 2, "algorithm.name": "spo"},
-    "adapters on text": TEXT | {"algorithm.name": "grpo", "policy.source": "checkpoint", "lora.rank": 2},
+    "adapters on text": TEXT | {"algorithm.name": "grpo", "model.source": "checkpoint", "lora.rank": 2},
 }
 
 

@@ -16,12 +16,12 @@ from pspo_jax.config.schema import Config
 from pspo_jax.model import built_in, transformer
 
 TINY = {
-    "policy.layers": 2,
-    "policy.width": 16,
-    "policy.heads": 4,
-    "policy.kv_heads": 2,
-    "policy.head_dim": 4,
-    "policy.mlp_width": 24,
+    "model.layers": 2,
+    "model.width": 16,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.head_dim": 4,
+    "model.mlp_width": 24,
     "task.train_prompts": 40,
     "task.heldout_prompts": 16,
     "rollout.prompts": 8,
@@ -45,9 +45,9 @@ def tiny_policy(
 ):
     """(policy, params, architecture) of the built-in transformer."""
     config = config or tiny_config()
-    a = built_in(dataclasses.replace(config.policy, **fields), vocab_size, forbidden)
-    policy = transformer(a)
-    return policy, policy.init(jax.random.key(1)), a
+    a = built_in(dataclasses.replace(config.model, **fields), vocab_size, forbidden)
+    model = transformer(a)
+    return model, model.init(jax.random.key(1)), a
 
 
 def random_prompts(b: int, p: int, vocab: int = 13, seed: int = 0) -> Prompts:

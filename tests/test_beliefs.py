@@ -15,7 +15,7 @@ from pspo_jax.config.strategies import ForgettingConfig
 from pspo_jax.selection.beliefs import Beliefs, Population, counted, current, discount, init_beliefs, learned, p_mixed
 
 FIXED = ForgettingConfig(mode="fixed", discount=0.9)
-MOVEMENT = ForgettingConfig(mode="movement")
+MOVEMENT = ForgettingConfig(mode="policy_drift")
 NOBODY = Population(jnp.float32(0), jnp.float32(0))
 COUNTED, LAST_OF_EACH = jax.jit(counted), jax.jit(last_of_each)
 
@@ -66,7 +66,7 @@ def test_movement_halves_the_past_each_half_life_between_its_limits():
     moved = jnp.array([0.0, 0.002, 0.006, 0.011, 0.06, 5])
     want = [0.96, 0.96, 2**-0.1, 2 ** -(0.011 / 0.06), 0.875, 0.875]
     np.testing.assert_allclose(discount(MOVEMENT, moved), want, rtol=1e-6)
-    wide = ForgettingConfig(mode="movement", half_life=0.5, low=0.0, high=1.0)
+    wide = ForgettingConfig(mode="policy_drift", half_life=0.5, low=0.0, high=1.0)
     np.testing.assert_allclose(discount(wide, jnp.array([0.0, 0.5, 1, 2])), [1, 0.5, 0.25, 0.0625], rtol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_a_group_adds_its_counts_to_what_is_left_of_the_past(config):
 
 
 @pytest.mark.parametrize("toward_prior", [True, False])
-@pytest.mark.parametrize("config", [FIXED, MOVEMENT, ForgettingConfig(mode="fixed", drift=0.2)])
+@pytest.mark.parametrize("config", [FIXED, MOVEMENT, ForgettingConfig(mode="fixed", shrinkage=0.2)])
 def test_no_verdict_leaves_a_belief_as_it_is(config, toward_prior):
     before = beliefs([5, 1, 0.3], [3, 1, 9], moved=0.1)
     new = learned(config, before, Population(3.0, 5.0), jnp.zeros(3), jnp.zeros(3), jnp.float32(0.7), toward_prior)
@@ -106,7 +106,7 @@ def test_without_drift_a_belief_stays_whatever_its_age():
 )
 @settings(max_examples=20)
 def test_drift_equals_a_simulation_of_every_step(drift, prior, total, now):
-    config = ForgettingConfig(mode="fixed", drift=drift, prior_successes=prior[0], prior_failures=prior[1])
+    config = ForgettingConfig(mode="fixed", shrinkage=drift, prior_successes=prior[0], prior_failures=prior[1])
     last = np.unique(np.clip([-1, 0, 1, now // 2, now - 3, now - 2, now - 1], -1, now - 1))
     a, b = np.linspace(0.5, 9, len(last)), np.linspace(12, 0.2, len(last))
     share = (total + prior[0]) / (50 + sum(prior))
@@ -124,7 +124,7 @@ def test_drift_equals_a_simulation_of_every_step(drift, prior, total, now):
 
 
 def test_full_drift_leaves_the_population_after_a_step():
-    config = ForgettingConfig(mode="fixed", drift=1.0)
+    config = ForgettingConfig(mode="fixed", shrinkage=1.0)
     population = Population(jnp.float32(8), jnp.float32(10))
     got = current(config, beliefs([7, 7, 7], [2, 2, 2]), population, jnp.array([-1, 4, 3]), jnp.int32(5))
     np.testing.assert_allclose(got.a, [1.5, 7, 1.5], rtol=1e-5)

@@ -34,11 +34,11 @@ def setup(**fields):
 
 def test_it_learns_a_file(tmp_path):
     config, task = setup(sft__data=write(tmp_path / "d.jsonl", GOOD), sft__steps=60, sft__batch=16, sft__warmup=5)
-    policy, params, _ = tiny_policy(config)
+    model, params, _ = tiny_policy(config)
     data = read_jsonl(tmp_path / "d.jsonl", task, 31)._asdict()
-    before = float(sft_loss(policy, params, data, 64))
-    params = cold_start(config, task, policy, params, Progress(False), stop=lambda: False)
-    assert float(sft_loss(policy, params, data, 64)) < before - 1
+    before = float(sft_loss(model, params, data, 64))
+    params = cold_start(config, task, model, params, Progress(False), stop=lambda: False)
+    assert float(sft_loss(model, params, data, 64)) < before - 1
     assert settings(config, task)["sft.data"] != config.sft.data
 
 
@@ -52,22 +52,22 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(tmp_path):
 
 def test_loss_is_the_mean_over_completion_tokens():
     config, task = setup(sft__steps=1, sft__batch=8)
-    policy, params, _ = tiny_policy(config)
+    model, params, _ = tiny_policy(config)
     block = next(task.demonstrations(0, 8))._asdict()
     total, count = 0.0, 0
     for i in range(8):
         n, t = int(block["prompt_lengths"][i]), int(block["completion_lengths"][i])
         row = np.concatenate([block["prompts"][i, :n], block["completions"][i, :t]])
-        log_probs = jax.nn.log_softmax(policy.logits(params, policy.hidden(params, row[None]))[0])
+        log_probs = jax.nn.log_softmax(model.logits(params, model.hidden(params, row[None]))[0])
         total -= float(sum(log_probs[n - 1 + k, row[n + k]] for k in range(t)))
         count += t
-    assert float(sft_loss(policy, params, block, 64)) == pytest.approx(total / count, rel=1e-4)
+    assert float(sft_loss(model, params, block, 64)) == pytest.approx(total / count, rel=1e-4)
 
 
 def test_a_stop_ends_it_early():
     config, task = setup(sft__steps=62, sft__batch=4)
-    policy, params, _ = tiny_policy(config)
-    assert cold_start(config, task, policy, params, Progress(False), stop=lambda: True) is None
+    model, params, _ = tiny_policy(config)
+    assert cold_start(config, task, model, params, Progress(False), stop=lambda: True) is None
 
 
 def test_epochs_of_a_file_are_shuffled_and_whole(tmp_path):
@@ -109,8 +109,8 @@ def test_a_stopped_one_carries_on_to_the_bit():
     config, task = setup(sft__steps=62, sft__batch=4, sft__warmup=5)
 
     def train(stop, kept):
-        policy, params, _ = tiny_policy(config)
-        return cold_start(config, task, policy, params, Progress(False), stop, None, kept)
+        model, params, _ = tiny_policy(config)
+        return cold_start(config, task, model, params, Progress(False), stop, None, kept)
 
     kept = Memory()
     whole = train(lambda: False, None)
@@ -122,10 +122,10 @@ def test_settings_hold_what_the_result_depends_on(tmp_path):
     """Lengths, the version and what data hold; not where data are, nor whether neighbours are asked."""
     config, task = setup()
     found = settings(config, task)
-    for field, value in (("rollout.max_new_tokens", 12), ("policy.width", 8), ("sft.batch", 3), ("run.seed", 5)):
+    for field, value in (("rollout.max_new_tokens", 12), ("model.width", 8), ("sft.batch", 3), ("run.seed", 5)):
         assert settings(replace(config, {field: value}), task) != found, field
     assert found["version"] == __version__ and found["train"] == task.train.fingerprint()
-    moved = {"task.train_data": "/elsewhere", "policy.source": "/elsewhere", "sft.share": False, "run.steps": 3}
+    moved = {"task.train_data": "/elsewhere", "model.source": "/elsewhere", "sft.share": False, "run.steps": 3}
     assert settings(replace(config, moved), task) == found
 
 

@@ -177,7 +177,7 @@ def test_what_is_no_checkpoint_is_told_by_what_it_is(tmp_path, names, says):
     with pytest.raises(ConfigError) as error:
         read_source(ModelConfig(source=str(folder)))
     text = str(error.value)
-    assert text.startswith(f"policy.source={folder}: ") and says in text and ";" in text and "\n" not in text
+    assert text.startswith(f"model.source={folder}: ") and says in text and ";" in text and "\n" not in text
 
 
 @pytest.mark.parametrize(("name", "says"), [("m.gguf", "is a GGUF file"), ("m.safetensors", "is a file")])
@@ -188,7 +188,7 @@ def test_a_file_is_told_by_what_it_is(tmp_path, name, says, there):
     elif name != "m.gguf":
         says = "no such folder"
     with pytest.raises(ConfigError, match=says):
-        fetch(str(tmp_path / name), None, "policy.source")
+        fetch(str(tmp_path / name), None, "model.source")
 
 
 def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch):
@@ -196,7 +196,7 @@ def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"the hub did not give it: .*download it elsewhere"):
-        fetch("nobody/nothing-of-this-name", None, "policy.source")
+        fetch("nobody/nothing-of-this-name", None, "model.source")
 
 
 @pytest.mark.parametrize("script", ["study.py", "bench_step.py", "bench_verify.py", "check_gold.py"])

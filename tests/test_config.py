@@ -29,7 +29,7 @@ def parse(*argv):
 def test_every_algorithm_has_a_recipe_that_builds(name):
     config = parse("--config", str(REPO / "configs" / f"{name}.yaml"))
     assert config.algorithm.name == name
-    assert None not in (config.selection.name, config.credit.name, config.objective.loss, config.objective.aggregation)
+    assert None not in (config.selection.name, config.advantage.name, config.loss.name, config.loss.aggregation)
     columns = PromptMetadata(np.zeros(40, np.int8), np.zeros(40, np.float32))
     assert build(config).selector.init(40, columns) is not None
     assert config.run.steps == 150
@@ -37,16 +37,18 @@ def test_every_algorithm_has_a_recipe_that_builds(name):
 
 def test_dr_grpo_has_neither_std_nor_kl():
     config = parse("--algorithm.name", "dr_grpo")
-    assert (config.credit.scale, config.objective.aggregation, config.objective.kl_coef) == ("none", "dr_grpo", 0)
-    assert parse("--credit.name", "group", "--credit.scale", "none").credit.scale == "none"  # the word, not nothing
+    assert (config.advantage.scale, config.loss.aggregation, config.loss.kl_coef) == ("none", "dr_grpo", 0)
+    assert (
+        parse("--advantage.name", "group", "--advantage.scale", "none").advantage.scale == "none"
+    )  # the word, not nothing
 
 
 def test_flags_override_files_and_presets(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("run: {steps: 9, fingerprint: true}\nselection: {name: null}\nalgorithm: {name: pspo}\n")
-    config = parse("--config", str(path), "--run.steps", "4", "--credit.name", "group")
+    config = parse("--config", str(path), "--run.steps", "4", "--advantage.name", "group")
     assert (config.run.steps, config.run.fingerprint) == (4, True)
-    assert (config.selection.name, config.credit.name) == ("pps", "group")
+    assert (config.selection.name, config.advantage.name) == ("pps", "group")
 
 
 def test_saved_yaml_reads_back_as_itself(tmp_path):
@@ -69,7 +71,7 @@ def test_help_tells_every_fields_meaning(capsys):
 
 def test_print_config(capsys):
     assert main(["--run.print_config", "true"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["objective"]["aggregation"] == "dapo"
+    assert yaml.safe_load(capsys.readouterr().out)["loss"]["aggregation"] == "dapo"
 
 
 @given(st.sampled_from(sorted(flatten(Config()))), st.one_of(st.integers(), st.floats(), st.none(), st.text()))
@@ -102,7 +104,7 @@ def test_microbatches_divide(rows, at_most):
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_the_folder_is_valid(path):
-    words = ["--policy.source", "x"] if path.stem == "reasoning_gym" else []
+    words = ["--model.source", "x"] if path.stem == "reasoning_gym" else []
     config = parse("--config", str(path), *words)
     assert str(path.relative_to(REPO)) in path.read_text()  # its header gives the command
     assert build(config) is not None
@@ -135,37 +137,37 @@ def test_recipes_of_real_models_take_every_algorithm(name, algorithm):
         words += ["--selection.floor", "null"]
     config = parse(*words)
     assert config.algorithm.name == algorithm and build(config) is not None
-    assert (config.objective.kl_coef, config.selection.exponent, config.credit.alpha) == (0.04, 0.6, 0.99)
+    assert (config.loss.kl_coef, config.selection.exponent, config.advantage.alpha) == (0.04, 0.6, 0.99)
     assert config.selection.correction == 0.4 or config.selection.name != "pps"
     lora = name.endswith("lora")
     assert config.optimizer.learning_rate == (5e-6 if lora else 1e-6)
     assert (config.rollout.prompts, config.lora.rank, config.run.steps) == ((2, 32, 100) if lora else (8, 0, 50))
-    assert config.policy.param_dtype == ("bfloat16" if lora else "float32")
+    assert config.model.param_dtype == ("bfloat16" if lora else "float32")
 
 
 def test_text_tasks_have_their_own_defaults():
-    text = ("--task.name", "gsm8k", "--task.train_data", "x", "--policy.source", "y")
+    text = ("--task.name", "gsm8k", "--task.train_data", "x", "--model.source", "y")
     assert parse().optimizer.learning_rate == 8e-4
     full = parse(*text)
-    assert (full.optimizer.learning_rate, full.sft.steps, full.policy.param_dtype) == (1e-6, 0, "float32")
+    assert (full.optimizer.learning_rate, full.sft.steps, full.model.param_dtype) == (1e-6, 0, "float32")
     assert parse(*text, "--lora.rank=8").optimizer.learning_rate == 5e-6
-    assert parse(*text, "--lora.rank", "8").policy.param_dtype == "bfloat16"
+    assert parse(*text, "--lora.rank", "8").model.param_dtype == "bfloat16"
     assert parse(*text, "--optimizer.learning_rate", "3e-5").optimizer.learning_rate == 3e-5
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--policy.source", "x"], ["policy.source=x", "alphabet of its own"]),
-        (["--task.name", "gsm8k"], ["policy.source=None", "needs a checkpoint"]),
-        (["--task.name", "gsm8k", "--policy.source", "x"], ["task.train_data=None"]),
-        (["--task.name", "gsm8k", "--policy.source", "x", "--task.train_data", "y", "--policy.layers", "3"],
-         ["policy.layers=3", "follows from the checkpoint"]),
-        (["--task.name", "gsm8k", "--policy.source", "x", "--task.train_data", "y", "--sft.steps", "3"],
+        (["--model.source", "x"], ["model.source=x", "alphabet of its own"]),
+        (["--task.name", "gsm8k"], ["model.source=None", "needs a checkpoint"]),
+        (["--task.name", "gsm8k", "--model.source", "x"], ["task.train_data=None"]),
+        (["--task.name", "gsm8k", "--model.source", "x", "--task.train_data", "y", "--model.layers", "3"],
+         ["model.layers=3", "follows from the checkpoint"]),
+        (["--task.name", "gsm8k", "--model.source", "x", "--task.train_data", "y", "--sft.steps", "3"],
          ["sft.steps=3", "sft.data"]),
-        (["--task.name", "gsm8k", "--policy.source", "x", "--task.train_data", "y", "--lora.targets", "q,wk"],
+        (["--task.name", "gsm8k", "--model.source", "x", "--task.train_data", "y", "--lora.targets", "q,wk"],
          ["lora.targets='q,wk'", "by wk"]),
-        (["--lora.rank", "4"], ["lora.rank=4", "set policy.source"]),
+        (["--lora.rank", "4"], ["lora.rank=4", "set model.source"]),
         (["--task.train_prompts", "0"], ["task.train_prompts=0"]),
     ],
 )  # fmt: skip

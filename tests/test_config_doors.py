@@ -16,7 +16,7 @@ from pspo_jax.config.schema import Config, ModelConfig, OptimizerConfig, Rollout
 from pspo_jax.config.validation import validate
 from pspo_jax.train import main
 
-TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "policy.source": "org/model"}
+TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "model.source": "org/model"}
 
 
 def parse(*argv):
@@ -35,8 +35,8 @@ def read(tmp_path, text):
         (TEXT, TEXT_DEFAULTS),
         ({**TEXT, "lora.rank": 8}, TEXT_DEFAULTS | LORA_DEFAULTS),
         ({"task.name": "countdown"}, COUNTDOWN_DEFAULTS),
-        ({"task.name": "countdown", "policy.tokenizer": "x"}, TEXT_DEFAULTS),
-        ({"task.mixture": '[{"name": "countdown"}]', "policy.tokenizer": "x"}, TEXT_DEFAULTS),
+        ({"task.name": "countdown", "model.tokenizer": "x"}, TEXT_DEFAULTS),
+        ({"task.mixture": '[{"name": "countdown"}]', "model.tokenizer": "x"}, TEXT_DEFAULTS),
     ],
 )
 def test_defaults_are_the_same_through_every_door(values, defaults, tmp_path):
@@ -52,7 +52,7 @@ def test_defaults_are_the_same_through_every_door(values, defaults, tmp_path):
 
 
 def test_a_config_made_by_hand_follows_its_task_too():
-    made = Config(task=TaskConfig("math", train_data="x"), policy=ModelConfig(source="y"), rollout=RolloutConfig(4))
+    made = Config(task=TaskConfig("math", train_data="x"), model=ModelConfig(source="y"), rollout=RolloutConfig(4))
     found = resolve(made)
     assert (found.rollout.prompts, found.rollout.max_new_tokens, found.optimizer.learning_rate) == (4, 1024, 1e-6)
     assert resolve(Config(optimizer=OptimizerConfig(b2=0.5))).optimizer.b2 == 0.5
@@ -62,7 +62,7 @@ def test_what_is_set_stays_and_the_rest_follows_when_the_task_changes():
     config = replace(Config(), {"rollout.prompts": 32, "optimizer.learning_rate": 8e-4})
     text = replace(config, TEXT)
     assert (text.rollout.prompts, text.optimizer.learning_rate, text.sft.steps) == (32, 8e-4, 0)
-    back = replace(text, {"task.name": "arithmetic", "policy.source": None, "task.train_data": None})
+    back = replace(text, {"task.name": "arithmetic", "model.source": None, "task.train_data": None})
     assert flatten(back) == flatten(config)
 
 
@@ -91,7 +91,7 @@ def test_the_program_prints_the_defaults_of_the_task(capsys):
         ("lora.rank", 2.5, "lora.rank=2.5: must be a whole number"),
         ("run.fingerprint", 1, "run.fingerprint=1: must be true or false"),
         ("run.fingerprint", "true", "run.fingerprint='true': must be true or false"),
-        ("objective.packing", 0, "objective.packing=0: must be true or false"),
+        ("loss.packing", 0, "loss.packing=0: must be true or false"),
         ("optimizer.learning_rate", "1e-3", "optimizer.learning_rate='1e-3': must be a number"),
         ("optimizer.learning_rate", math.nan, "optimizer.learning_rate=nan: must be a finite number"),
         ("optimizer.learning_rate", -math.inf, "optimizer.learning_rate=-inf: must be a finite number"),
@@ -109,12 +109,12 @@ def test_the_program_prints_the_defaults_of_the_task(capsys):
         ("run.dir", "~nobody-of-this-name/x", "there is no such home folder"),
         ("task.name", "maths", "task.name='maths': choose one of"),
         ("task.name", ("math",), "task.name=('math',): must be text"),
-        ("objective.loss", "dappo", "did you mean dapo?"),
+        ("loss.name", "dappo", "did you mean dapo?"),
         ("task.mixture", {"name": object()}, "cannot be written as JSON"),
         ("verifier.deadline", 1e300, "verifier.deadline=1e+300: must be at most 86400"),
         ("mesh.data", 0, "mesh.data=0: must be at least 1, or -1"),
         ("reward.cosine_right", "nan,1", "must be two finite numbers"),
-        ("objective.vespo_positive", "inf,1", "objective.vespo_positive='inf,1'"),
+        ("loss.vespo_positive", "inf,1", "loss.vespo_positive='inf,1'"),
         ("optimizer.warmup", 150, "optimizer.warmup=150: must be less than the 150 updates of run.steps=150"),
         ("sft.warmup", 3000, "sft.warmup=3000: must be less than sft.steps=3000"),
         ("task.numbers", "3,,4", "task.numbers='3,,4': has an empty entry"),
@@ -139,7 +139,7 @@ def test_values_of_another_type_or_meaning_are_refused_in_one_line(field, value,
         ({"reward.terms": "accuracy=0, format=0"}, "every weight is 0"),
         ({"reward.terms": "accuracy,,format"}, "no reward ''"),
         ({"reward.terms": "overlong", "reward.overlong_cache": 2000}, "reward.overlong_cache=2000: must be at most"),
-        ({"objective.kl_coef": 0.1, "objective.kl_in": "reward", "objective.kl_estimator": "k3+"}, "set k3"),
+        ({"loss.kl_coef": 0.1, "loss.kl_in": "reward", "loss.kl_estimator": "k3+"}, "set k3"),
         ({"lora.rank": 4, "lora.targets": "q,,v"}, "lora.targets='q,,v': has an empty entry"),
     ],
 )
@@ -198,8 +198,8 @@ def test_words_of_the_command_line():
         (["--run.steps", "1e3"], "run.steps='1e3': must be a whole number"),
         (["--run.fingerprint", "yes"], "run.fingerprint='yes': must be true or false"),
         (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate='fast': must be a number"),
-        (["--task.mixture", "[{}]", "--policy.tokenizer", "x"], "lacks a name; name a task of text"),
-        (["--task.mixture", "[{'name'", "--policy.tokenizer", "x"], "must be a list of tasks"),
+        (["--task.mixture", "[{}]", "--model.tokenizer", "x"], "lacks a name; name a task of text"),
+        (["--task.mixture", "[{'name'", "--model.tokenizer", "x"], "must be a list of tasks"),
     ],
 )  # fmt: skip
 def test_bad_command_lines_are_refused_in_one_line(words, message):

@@ -226,9 +226,9 @@ def test_a_signal_to_a_slurm_job_reaches_srun(launch, tmp_path):
 )
 @pytest.mark.parametrize("script", [["multi_gpu.sh", "--dry-run", "--"], ["slurm.sbatch", "--dry-run"]])
 def test_a_secret_among_the_arguments_is_not_printed(launch, script, words):
-    code, out = launch(*script, *words, "--policy.tokenizer", "t", "--rollout.max_new_tokens=8").output()
+    code, out = launch(*script, *words, "--model.tokenizer", "t", "--rollout.max_new_tokens=8").output()
     assert code == 0 and "hunter2" not in out and "***" in out
-    assert "--policy.tokenizer t --rollout.max_new_tokens=8" in out
+    assert "--model.tokenizer t --rollout.max_new_tokens=8" in out
 
 
 def test_the_value_of_a_secret_variable_is_printed_nowhere(launch):

@@ -37,14 +37,14 @@ def setup_of(lora=None, **fields):
     values |= {"rollout.prompts": B, "rollout.group_size": G, "rollout.max_new_tokens": T, "mesh.data": 1}
     values |= {k.replace("__", "."): v for k, v in fields.items()}
     config = resolve(parse([w for k, v in values.items() for w in (f"--{k}", str(v))], "train", ""))
-    a = dataclasses.replace(built_in(config.policy, V), lora=lora)
-    policy, mesh = transformer(a), make_mesh(config, a, jax.devices()[:1])
+    a = dataclasses.replace(built_in(config.model, V), lora=lora)
+    model, mesh = transformer(a), make_mesh(config, a, jax.devices()[:1])
 
     def placed(tree, axes):
         found = params_shardings(mesh, tree, axes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, found)
 
-    params = placed(jax.eval_shape(policy.init, jax.random.key(0)), policy.axes)
+    params = placed(jax.eval_shape(model.init, jax.random.key(0)), model.axes)
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), "float32")) if lora else None
     frozen = placed(base, weight_axes(table(a))) if lora else None
     opt_state = jax.eval_shape(adamw(config.optimizer, 1).init, params)
@@ -52,12 +52,12 @@ def setup_of(lora=None, **fields):
     state = build(None, params, opt_state, (), (), (), None, frozen=frozen)
     train = SimpleNamespace(tokens=np.zeros((9, P)), lengths=np.array([5, 20, 7]))
     return SimpleNamespace(
-        config=config, architecture=a, policy=policy, mesh=mesh, abstract=state, task=SimpleNamespace(train=train)
+        config=config, architecture=a, model=model, mesh=mesh, abstract=state, task=SimpleNamespace(train=train)
     )
 
 
 def test_an_update_of_all_weights_takes_three_products_a_matrix():
-    floor = roofline.update_lower_bound(setup_of(objective__packing=False), ONE)
+    floor = roofline.update_lower_bound(setup_of(loss__packing=False), ONE)
     rows, length = B * G, P + T
     attention = L * 3 * 4 * H * WIDTH * length * (length + 1) / 2
     assert floor.products == pytest.approx(rows * (6 * L * BLOCK * length + attention + 6 * V * D * T))
@@ -66,19 +66,19 @@ def test_an_update_of_all_weights_takes_three_products_a_matrix():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_an_update_of_adapters_takes_two_products_a_frozen_matrix(remat):
     lora = Lora(2, 4.0, 0.0, ("q", "down"))
-    floor = roofline.update_lower_bound(setup_of(lora, objective__packing=False, policy__remat=remat), ONE)
+    floor = roofline.update_lower_bound(setup_of(lora, loss__packing=False, model__remat=remat), ONE)
     rows, length, again = B * G, P + T, remat == "full"
     adapters = L * (2 * (D + H * WIDTH) + 2 * (F + D))
     first = D * (H + 2 * K) * WIDTH  # below them nothing trains
     blocks = 2 * length * ((2 + again) * L * BLOCK - first + (3 + again) * adapters)
     attention = L * (3 + again) * 4 * H * WIDTH * length * (length + 1) / 2
     assert floor.products == pytest.approx(rows * (blocks + attention + 4 * V * D * T))
-    whole = roofline.update_lower_bound(setup_of(objective__packing=False, policy__remat=remat), ONE)
+    whole = roofline.update_lower_bound(setup_of(loss__packing=False, model__remat=remat), ONE)
     assert floor.products < whole.products and floor.memory < whole.memory
 
 
 def test_packed_updates_take_less_than_padded_ones():
-    packed, padded = (roofline.update_lower_bound(setup_of(objective__packing=x), ONE) for x in (True, False))
+    packed, padded = (roofline.update_lower_bound(setup_of(loss__packing=x), ONE) for x in (True, False))
     places = B * G * (T - 1) + B * 5  # of the shortest prompt, once a group
     pairs = B * G * (T - 1) * (5 + T / 2)
     wanted = 6 * L * BLOCK * places + 3 * 4 * L * H * WIDTH * pairs + 6 * V * D * B * G * T
@@ -108,26 +108,26 @@ def test_the_cache_is_that_of_one_part_and_of_its_slots():
 
 def test_what_cannot_be_known_is_left_out_of_the_least():
     """Weights on one device are decoded as they lie; gradients of one microbatch come as activations go."""
-    found = plan._details(setup_of(objective__microbatch_rows=0, objective__packing=False))
+    found = plan._details(setup_of(loss__microbatch_rows=0, loss__packing=False))
     assert found["rollout"]["weights as they are decoded"] == found["update"]["gradients"] == 0
-    several = plan._details(setup_of(objective__microbatch_rows=4, objective__packing=False))["update"]
+    several = plan._details(setup_of(loss__microbatch_rows=4, loss__packing=False))["update"]
     assert several["gradients"] == 4 * sum(x.size for x in jax.tree.leaves(setup_of().abstract.params))
     kept = next(size for name, size in several.items() if name.startswith("activations kept"))
     assert kept == L * 4 * (P + T) * 4 * ((H + 2 * K) * WIDTH + 2 * F + D)
 
 
 FIELDS = [
-    {"rollout.chunks": 4, "objective.microbatch_rows": 4},
-    {"rollout.slots": 16, "objective.packing": True, "policy.remat": "full"},
+    {"rollout.chunks": 4, "loss.microbatch_rows": 4},
+    {"rollout.slots": 16, "loss.packing": True, "model.remat": "full"},
     {"mesh.data": 2, "mesh.fsdp": 2, "algorithm.name": "dapo", "rollout.oversampling": 2.0},
-    {"policy.param_dtype": "bfloat16", "objective.microbatch_rows": 0},
+    {"model.param_dtype": "bfloat16", "loss.microbatch_rows": 0},
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS)
 def test_no_compiler_takes_less(fields):
-    words = {"policy.layers": 2, "rollout.prompts": 16, "rollout.max_new_tokens": 256, "mesh.data": 1} | fields
+    words = {"model.layers": 2, "rollout.prompts": 16, "rollout.max_new_tokens": 256, "mesh.data": 1} | fields
     words |= {"task.train_prompts": 64, "sft.steps": 0}
     config = parse([w for k, v in words.items() for w in (f"--{k}", str(v))], "train", "")
     setup = prepare(config, weights=False, devices=jax.devices()[:4] if "mesh.fsdp" in fields else jax.devices()[:1])

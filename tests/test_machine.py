@@ -19,7 +19,7 @@ from pspo_jax.runs.run_folder import with_type_of
 from pspo_jax.training import machine
 from tests.helpers import tiny_config
 
-TEXT = ["--task.name", "math", "--task.train_data", "rows.jsonl", "--policy.source", "a/b"]
+TEXT = ["--task.name", "math", "--task.train_data", "rows.jsonl", "--model.source", "a/b"]
 
 
 def test_a_cpu_computes_in_float32_unless_told_otherwise():
@@ -40,13 +40,13 @@ def text_config(*words):
 
 def test_text_leaves_to_the_machine_what_nobody_set():
     config = text_config()
-    assert config.policy.compute_dtype is config.policy.remat is config.objective.packing is None
+    assert config.model.compute_dtype is config.model.remat is config.loss.packing is None
     chosen, words = machine.with_type(config, on_cpu=False)
-    assert chosen.policy.compute_dtype == "bfloat16" and "accelerator" in words[0]
+    assert chosen.model.compute_dtype == "bfloat16" and "accelerator" in words[0]
     on_cpu, words = machine.with_type(config, on_cpu=True)
-    assert on_cpu.policy.compute_dtype == "float32"
+    assert on_cpu.model.compute_dtype == "float32"
     assert len(words) == 1 and "emulated on most CPUs" in words[0]
-    config = text_config("--policy.compute_dtype", "float32", "--policy.remat", "dots", "--objective.packing", "false")
+    config = text_config("--model.compute_dtype", "float32", "--model.remat", "dots", "--loss.packing", "false")
     assert machine.with_type(config, on_cpu=False) == (config, [])
     assert machine.with_memory(config, None, None, 8, on_cpu=True) == (config, [])
 
@@ -54,13 +54,13 @@ def test_text_leaves_to_the_machine_what_nobody_set():
 def test_the_embedded_tasks_do_not_follow_the_machine():
     config = tiny_config()
     assert machine.with_type(config, on_cpu=True) == machine.with_memory(config, None, None, 8, True) == (config, [])
-    assert config.policy.compute_dtype == "float32" and config.policy.remat == "none"
+    assert config.model.compute_dtype == "float32" and config.model.remat == "none"
 
 
 def test_a_cpu_computes_anew_no_more_than_its_memory_asks_for(monkeypatch):
     config = text_config()
-    a = built_in(dataclasses.replace(config.policy, layers=24, width=1024, mlp_width=4096), 1000)
-    mesh = make_mesh(tiny_config(), tiny_config().policy, jax.devices()[:1])
+    a = built_in(dataclasses.replace(config.model, layers=24, width=1024, mlp_width=4096), 1000)
+    mesh = make_mesh(tiny_config(), tiny_config().model, jax.devices()[:1])
     kinds = {}
     for kind in ("none", "dots", "full"):
         kept, inside = machine.activations(config, a, kind, mesh, 512)
@@ -69,23 +69,23 @@ def test_a_cpu_computes_anew_no_more_than_its_memory_asks_for(monkeypatch):
     for memory, wanted in ((kinds["none"], "none"), (kinds["dots"], "dots"), (kinds["full"], "full"), (0, "full")):
         monkeypatch.setattr(machine, "host_bytes", lambda m=memory: 4 * m * jax.local_device_count() * 1.001)
         chosen, words = machine.with_memory(config, a, mesh, 512, on_cpu=True)
-        assert chosen.policy.remat == wanted and chosen.objective.packing
-        assert f"policy.remat {wanted} (" in words[0] and "objective.packing true" in words[1]
+        assert chosen.model.remat == wanted and chosen.loss.packing
+        assert f"model.remat {wanted} (" in words[0] and "loss.packing true" in words[1]
     chosen, words = machine.with_memory(config, a, mesh, 512, on_cpu=False)
-    assert chosen.policy.remat == "full" and chosen.objective.packing is None and len(words) == 1
+    assert chosen.model.remat == "full" and chosen.loss.packing is None and len(words) == 1
 
 
 def test_a_run_keeps_its_type_on_another_machine(tmp_path):
-    began = replace(text_config(), {"policy.compute_dtype": "bfloat16"})
+    began = replace(text_config(), {"model.compute_dtype": "bfloat16"})
     (tmp_path / "config.yaml").write_text(command_line.to_yaml(began))
-    assert with_type_of(tmp_path, text_config()).policy.compute_dtype == "bfloat16"
-    assert with_type_of(tmp_path / "new", text_config()).policy.compute_dtype is None
-    other = text_config("--policy.compute_dtype", "float32")
+    assert with_type_of(tmp_path, text_config()).model.compute_dtype == "bfloat16"
+    assert with_type_of(tmp_path / "new", text_config()).model.compute_dtype is None
+    other = text_config("--model.compute_dtype", "float32")
     assert with_type_of(tmp_path, other) == other
-    with pytest.raises(ConfigError, match=r"policy\.compute_dtype=bfloat16 there, float32 now"):
+    with pytest.raises(ConfigError, match=r"model\.compute_dtype=bfloat16 there, float32 now"):
         changes(tmp_path, settings(began), other)
 
 
 def test_a_config_without_types_still_has_an_architecture():
-    policy = dataclasses.replace(Config().policy, compute_dtype=None, remat=None)
-    assert (built_in(policy, 16).compute_dtype, built_in(policy, 16).remat) == ("float32", "none")
+    model = dataclasses.replace(Config().model, compute_dtype=None, remat=None)
+    assert (built_in(model, 16).compute_dtype, built_in(model, 16).remat) == ("float32", "none")

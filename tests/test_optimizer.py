@@ -78,8 +78,8 @@ def test_weight_decay_moves_matrices_alone():
 
 
 def test_matrices_of_the_built_in_policy_decay_and_its_stacked_norms_and_biases_do_not():
-    config = tiny_config(policy__qkv_bias=True, policy__qk_norm=True)
-    params = jax.eval_shape(transformer(built_in(config.policy, 16)).init, jax.random.key(0))
+    config = tiny_config(model__qkv_bias=True, model__qk_norm=True)
+    params = jax.eval_shape(transformer(built_in(config.model, 16)).init, jax.random.key(0))
     assert params["layers"]["q_norm"].ndim == 2 and params["layers"]["q_bias"].ndim == 3
     assert decayed(params) == {f"layers/{name}" for name in PROJECTIONS} | {"embed", "head"}
 

@@ -20,19 +20,19 @@ from pspo_jax.replay import REPLAYS
 from pspo_jax.selection import SCORERS
 from pspo_jax.training.algorithm import build
 
-TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "policy.tokenizer": "x"}
+TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "model.tokenizer": "x"}
 UNREAD = [
-    ({"credit.scale": "group"}, "credit.name=ers"),
-    ({"credit.scale": "none", "algorithm.name": "ers"}, "credit.name=ers"),
-    ({"credit.alpha": 0.5, "algorithm.name": "grpo"}, "credit.name=group"),
-    ({"credit.alpha": 0.5, "credit.alpha_mode": "count"}, "credit.alpha_mode=count"),
-    ({"credit.alpha_mode": "count", "algorithm.name": "spo"}, "credit.name=tracked_baseline"),
-    ({"credit.stat_mode": "linear_std", "algorithm.name": "rloo"}, "credit.name=rloo"),
-    ({"credit.stat_mode": "linear_std", "algorithm.compat": "released"}, "algorithm.compat=released"),
-    ({"credit.alpha_mode": "count", "algorithm.compat": "released"}, "algorithm.compat=released"),
-    ({"credit.eps": 0.1, "algorithm.name": "dr_grpo"}, "credit.scale=none"),
-    ({"credit.ddof": 0, "algorithm.name": "spo"}, "credit.name=tracked_baseline"),
-    ({"selection.exponent_end": 0.1, "algorithm.compat": "released"}, "algorithm.compat=released"),
+    ({"advantage.scale": "group"}, "advantage.name=ers"),
+    ({"advantage.scale": "none", "algorithm.name": "ers"}, "advantage.name=ers"),
+    ({"advantage.alpha": 0.5, "algorithm.name": "grpo"}, "advantage.name=group"),
+    ({"advantage.alpha": 0.5, "advantage.alpha_mode": "count"}, "advantage.alpha_mode=count"),
+    ({"advantage.alpha_mode": "count", "algorithm.name": "spo"}, "advantage.name=tracked_baseline"),
+    ({"advantage.stat_mode": "linear_std", "algorithm.name": "rloo"}, "advantage.name=rloo"),
+    ({"advantage.stat_mode": "linear_std", "algorithm.variant": "published_code"}, "algorithm.variant=published_code"),
+    ({"advantage.alpha_mode": "count", "algorithm.variant": "published_code"}, "algorithm.variant=published_code"),
+    ({"advantage.eps": 0.1, "algorithm.name": "dr_grpo"}, "advantage.scale=none"),
+    ({"advantage.ddof": 0, "algorithm.name": "spo"}, "advantage.name=tracked_baseline"),
+    ({"selection.exponent_end": 0.1, "algorithm.variant": "published_code"}, "algorithm.variant=published_code"),
     ({"selection.exponent": 0.9, "algorithm.name": "grpo"}, "selection.name=uniform"),
     ({"selection.statistic": "mean", "algorithm.name": "spo"}, "selection.name=spo"),
     ({"selection.signal": "smoothed", "algorithm.name": "greso"}, "selection.name=greso"),
@@ -54,26 +54,26 @@ UNREAD = [
     ({"replay.ess_floor": 0.5}, "replay.name=none"),
     ({"replay.tau": 3.0, "algorithm.name": "popo"}, "replay.order=newest"),
     ({"replay.effective": "advantages"}, "replay.name=none"),
-    ({"objective.off_policy": "ignored"}, "rollout.max_rounds=1"),
-    ({"objective.importance": "token_mask"}, "replay.name=none"),
-    ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.off_policy": "ignored"}, "policy=ignored"),
-    ({"objective.importance_cap": 3.0, "algorithm.name": "popo", "objective.loss": "vespo"}, "surrogate=vespo"),
-    ({"objective.clip_low": 0.1, "objective.loss": "cispo"}, "objective.surrogate=cispo"),
-    ({"objective.clip_high": 0.1, "objective.loss": "sapo"}, "objective.surrogate=sapo"),
-    ({"objective.clip_high": 0.1, "objective.loss": "vespo"}, "objective.surrogate=vespo"),
-    ({"objective.ratio": "sequence", "objective.loss": "reinforce"}, "objective.surrogate=reinforce"),
-    ({"objective.sapo_positive": 2.0}, "objective.surrogate=clip"),
-    ({"objective.vespo_negative": "2,2", "objective.loss": "sapo"}, "objective.surrogate=sapo"),
-    ({"objective.count_masked": False}, "objective.aggregation=dapo"),
-    ({"objective.kl_unbiased": False}, "objective.kl_coef=0"),
-    ({"objective.kl_unbiased": False, "objective.kl_coef": 0.1, "objective.kl_in": "reward"}, "objective.kl_in=reward"),
-    ({"objective.kl_in": "reward"}, "objective.kl_coef=0"),
-    ({"objective.kl_estimator": "k1"}, "objective.kl_coef=0"),
-    ({"objective.share_prompts": True, "objective.packing": False}, "objective.packing=False"),
+    ({"loss.off_policy": "ignored"}, "rollout.dynamic_sampling_rounds=1"),
+    ({"loss.importance": "token_mask"}, "replay.name=none"),
+    ({"loss.importance_cap": 3.0, "algorithm.name": "popo", "loss.off_policy": "ignored"}, "policy=ignored"),
+    ({"loss.importance_cap": 3.0, "algorithm.name": "popo", "loss.name": "vespo"}, "surrogate=vespo"),
+    ({"loss.clip_low": 0.1, "loss.name": "cispo"}, "loss.surrogate=cispo"),
+    ({"loss.clip_high": 0.1, "loss.name": "sapo"}, "loss.surrogate=sapo"),
+    ({"loss.clip_high": 0.1, "loss.name": "vespo"}, "loss.surrogate=vespo"),
+    ({"loss.ratio": "sequence", "loss.name": "reinforce"}, "loss.surrogate=reinforce"),
+    ({"loss.sapo_positive": 2.0}, "loss.surrogate=clip"),
+    ({"loss.vespo_negative": "2,2", "loss.name": "sapo"}, "loss.surrogate=sapo"),
+    ({"loss.count_masked": False}, "loss.aggregation=dapo"),
+    ({"loss.kl_unbiased": False}, "loss.kl_coef=0"),
+    ({"loss.kl_unbiased": False, "loss.kl_coef": 0.1, "loss.kl_in": "reward"}, "loss.kl_in=reward"),
+    ({"loss.kl_in": "reward"}, "loss.kl_coef=0"),
+    ({"loss.kl_estimator": "k1"}, "loss.kl_coef=0"),
+    ({"loss.share_prompts": True, "loss.packing": False}, "loss.packing=False"),
     ({"rollout.slots": 256}, "no more than 256 completions"),
     ({"rollout.slots": 64, "rollout.chunks": 4}, "no more than 64 completions"),
     ({"rollout.longest_first": True}, "rollout.slots=None"),
-    ({"rollout.oversampling": 2.0}, "rollout.max_rounds=1"),
+    ({"rollout.oversampling": 2.0}, "rollout.dynamic_sampling_rounds=1"),
     ({"rollout.weights": "split", "mesh.fsdp": 1}, "mesh.fsdp=1"),
     ({"lora.alpha": 3.0}, "lora.rank=0"),
     ({"lora.dropout": 0.1}, "lora.rank=0"),
@@ -81,11 +81,17 @@ UNREAD = [
     ({"sft.steps": 0, "sft.batch": 3}, "sft.steps=0"),
     ({"sft.steps": 0, "sft.share": not Config().sft.share}, "sft.steps=0"),
     ({"forgetting.discount": 0.5}, "selection.name=pps"),
-    ({"forgetting.mode": "movement"}, "credit.name=ers"),
+    ({"forgetting.mode": "policy_drift"}, "advantage.name=ers"),
     ({"forgetting.discount": 0.5, "algorithm.name": "spo"}, "forgetting.mode=movement"),
     ({"forgetting.half_life": 0.5, "algorithm.name": "mopps"}, "forgetting.mode=fixed"),
-    ({"forgetting.drift": 0.5, "selection.name": "pps", "credit.name": "tracked_baseline"}, "selection.name=pps"),
-    ({"forgetting.drift": 0.5, "algorithm.name": "prioritized_replay", "selection.estimate": "last"}, "estimate=last"),
+    (
+        {"forgetting.shrinkage": 0.5, "selection.name": "pps", "advantage.name": "tracked_baseline"},
+        "selection.name=pps",
+    ),
+    (
+        {"forgetting.shrinkage": 0.5, "algorithm.name": "prioritized_replay", "selection.estimate": "last"},
+        "estimate=last",
+    ),
     ({"task.train_data": "x"}, "task.name=arithmetic"),
     ({"task.numbers": "3"}, "task.name=arithmetic"),
     ({"task.function": "a:b"}, "task.name=arithmetic"),
@@ -95,14 +101,17 @@ UNREAD = [
     ({**TEXT, "task.choices_column": "options"}, "task.name=math"),
     ({**TEXT, "task.heldout_split": "dev"}, "task.heldout_data=None"),
     ({**TEXT, "prompt.template": "r1", "prompt.system": "open_r1"}, "prompt.template=r1"),
-    ({**TEXT, "policy.revision": "main"}, "policy.source=None"),
+    ({**TEXT, "model.revision": "main"}, "model.source=None"),
     ({**TEXT, "reward.format": "open_rs"}, "reward.terms=accuracy"),
     ({**TEXT, "reward.cosine_right": "0,1"}, "reward.terms=accuracy"),
-    ({**TEXT, "reward.terms": "cosine", "reward.compat": "released", "reward.cosine_length": 9}, "compat=released"),
+    (
+        {**TEXT, "reward.terms": "cosine", "reward.variant": "published_code", "reward.cosine_length": 9},
+        "variant=published_code",
+    ),
     ({"prompt.system": "x"}, "task.name=arithmetic"),
     ({"verifier.deadline": 3.0}, "task.name=arithmetic"),
     ({"reward.require_end": False}, "task.name=arithmetic"),
-    ({"policy.source": "x"}, "task.name=arithmetic"),
+    ({"model.source": "x"}, "task.name=arithmetic"),
     ({"optimizer.schedule": "constant", "optimizer.final_fraction": 0.5}, "optimizer.schedule=constant"),
     ({"distributed.processes": 2}, "distributed.coordinator=None"),
     ({"log.completions_every": 0, "log.completions": 2}, "log.completions_every=0"),
@@ -119,7 +128,7 @@ def test_every_field_has_an_owner():
 
 
 def test_what_selectors_and_credits_read_are_fields_of_theirs():
-    for table, stage, strategies in ((_BY_SELECTOR, "selection", SCORERS), (_BY_ESTIMATOR, "credit", ESTIMATORS)):
+    for table, stage, strategies in ((_BY_SELECTOR, "selection", SCORERS), (_BY_ESTIMATOR, "advantage", ESTIMATORS)):
         assert set(table) == set(strategies)
         assert {f"{stage}.{name}" for reads in table.values() for name in reads} <= set(flatten(Config()))
 
@@ -154,7 +163,7 @@ def test_building_strategies_refuses_the_same(values):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_presets_set_nothing_that_is_not_read(name, loss):
-    config = resolve(replace(Config(), {"algorithm.name": name, "objective.loss": loss}))
+    config = resolve(replace(Config(), {"algorithm.name": name, "loss.name": loss}))
     validate(config)
     plain = flatten(Config())
     for field, value in flatten(config).items():
@@ -165,7 +174,7 @@ def test_presets_set_nothing_that_is_not_read(name, loss):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_the_config_of_a_run_reads_back_as_itself(name, tmp_path):
     path = tmp_path / "config.yaml"
-    for values in ({}, TEXT, {"objective.loss": "reinforce"}, {"task.name": "countdown"}):
+    for values in ({}, TEXT, {"loss.name": "reinforce"}, {"task.name": "countdown"}):
         config = command_line.parse(words_of({"algorithm.name": name, **values}), "train", "")
         path.write_text(command_line.to_yaml(config))
         assert command_line.parse(["--config", str(path)], "train", "") == config
@@ -174,7 +183,7 @@ def test_the_config_of_a_run_reads_back_as_itself(name, tmp_path):
 
 def test_a_task_of_a_mixture_is_held_to_what_it_reads():
     def parsed(*tasks, **values):
-        config = replace(Config(), {"policy.tokenizer": "x", "task.mixture": list(tasks), **values})
+        config = replace(Config(), {"model.tokenizer": "x", "task.mixture": list(tasks), **values})
         validate(config)
         return config
 
@@ -195,10 +204,10 @@ OWN = "pspo_jax.advantages.group:group"
 
 def test_a_new_selector_credit_and_algorithm_need_no_edit_of_the_package(monkeypatch):
     """A field names a function of any module; what a new strategy reads is its own affair."""
-    monkeypatch.setitem(PRESETS, "ours", {"selection.name": MINE, "credit.name": OWN, "objective.loss": "dapo"})
+    monkeypatch.setitem(PRESETS, "ours", {"selection.name": MINE, "advantage.name": OWN, "loss.name": "dapo"})
     words = ["--algorithm.name", "ours", "--selection.exponent", "0.9", "--selection.replacement", "true"]
-    config = command_line.parse([*words, "--credit.scale", "none"], "train", "")
-    assert (config.selection.name, config.credit.name, config.selection.exponent) == (MINE, OWN, 0.9)
+    config = command_line.parse([*words, "--advantage.scale", "none"], "train", "")
+    assert (config.selection.name, config.advantage.name, config.selection.exponent) == (MINE, OWN, 0.9)
     assert build(config).selector.init(40) is not None
     with pytest.raises(ConfigError, match="did you mean ours"):
         command_line.parse(["--algorithm.name", "our"], "train", "")

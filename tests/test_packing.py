@@ -116,18 +116,18 @@ def test_groups_share_a_prompt_in_a_bin(groups):
 
 def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
     """(packed, padded) results of `_gradient`: gradients, metrics, gap, places."""
-    fields = {"objective__loss": loss, "objective__microbatch_rows": 4} | fields
+    fields = {"loss__name": loss, "loss__microbatch_rows": 4} | fields
     config = tiny_config(**fields)
-    policy, params, _ = tiny_policy(**(policy_fields or {}))
+    model, params, _ = tiny_policy(**(policy_fields or {}))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
     rows = rows_with(seed, masked)
-    if not config.objective.kl_coef:
+    if not config.loss.kl_coef:
         rows = rows.replace(reference_log_probs=None)
-    total = denominators(rows, count_masked=config.objective.count_masked)
+    total = denominators(rows, count_masked=config.loss.count_masked)
 
     def run(packing):
-        c = replace(config, {"objective.packing": packing})
-        return jax.jit(lambda p: _gradient(policy, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
+        c = replace(config, {"loss.packing": packing})
+        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
 
     return run(True), run(False)
 
@@ -140,7 +140,7 @@ OTHERS = sorted(set(LOSSES) - set(SOME))
 @pytest.mark.parametrize("loss", [*SOME, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)])
 def test_every_loss_is_the_padded_one(loss):
     """Loss, metrics and gradients to 1e-5."""
-    packed, padded = both(loss, objective__kl_coef=0.05, objective__entropy_coef=0.01)
+    packed, padded = both(loss, loss__kl_coef=0.05, loss__entropy_coef=0.01)
     for a, b in zip(jax.tree.leaves(packed[1:3]), jax.tree.leaves(padded[1:3]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert relative(packed[0], padded[0]) < 1e-5
@@ -154,8 +154,8 @@ def test_every_loss_is_the_padded_one(loss):
         {"masked": (3, 5)},
         {"masked": tuple(range(R))},
         {"policy_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}},
-        {"objective__logits_mib": 1, "objective__microbatch_rows": 24},
-        {"objective__share_prompts": False},
+        {"loss__logits_mib": 1, "loss__microbatch_rows": 24},
+        {"loss__share_prompts": False},
     ],
     ids=("without tokens", "no tokens at all", "remat", "one microbatch", "prompts not shared"),
 )
@@ -173,46 +173,45 @@ def size(tree):
 
 
 def test_scores_are_the_padded_ones():
-    policy, params, _ = tiny_policy()
-    rows, config = rows_with(1, masked=(2,)), tiny_config(objective__microbatch_rows=4)
-    on = replace(config, {"objective.packing": True})
-    packed, padded = (score(policy, params, rows, jnp.float32(1), c) for c in (on, config))
+    model, params, _ = tiny_policy()
+    rows, config = rows_with(1, masked=(2,)), tiny_config(loss__microbatch_rows=4)
+    on = replace(config, {"loss.packing": True})
+    packed, padded = (score(model, params, rows, jnp.float32(1), c) for c in (on, config))
     for a, b in zip(packed, padded, strict=True):
         np.testing.assert_allclose(jnp.where(rows.mask, a, 0), jnp.where(rows.mask, b, 0), atol=1e-5)
     wanted = jnp.asarray([True, False, True, False, False, True])
-    packed, padded = (score_some(policy, params, rows, wanted, jnp.float32(1), c) for c in (on, config))
+    packed, padded = (score_some(model, params, rows, wanted, jnp.float32(1), c) for c in (on, config))
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
 def test_rows_dealt_over_parts_share_with_their_own_group_alone():
     """Rows of a group need not stand side by side, nor be whole groups."""
-    policy, params, _ = tiny_policy()
-    config = tiny_config(objective__microbatch_rows=2)
+    model, params, _ = tiny_policy()
+    config = tiny_config(loss__microbatch_rows=2)
     part = jax.tree.map(lambda x: x[1], split_microbatches(rows_with(3), 3))
-    on = replace(config, {"objective.packing": True})
-    assert not assign(policy, part, loss_lengths(part), on).leads.all()
-    packed, padded = (score(policy, params, part, jnp.float32(1), c)[0] for c in (on, config))
+    on = replace(config, {"loss.packing": True})
+    assert not assign(model, part, loss_lengths(part), on).leads.all()
+    packed, padded = (score(model, params, part, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(jnp.where(part.mask, packed, 0), jnp.where(part.mask, padded, 0), atol=1e-5)
 
 
 def test_windows_reach_into_a_shared_prompt_by_position():
     _, params, a = tiny_policy()
-    policy = transformer(dataclasses.replace(a, windows=(None, 6)))
-    rows, config = rows_with(4), tiny_config(objective__microbatch_rows=4)
+    model = transformer(dataclasses.replace(a, windows=(None, 6)))
+    rows, config = rows_with(4), tiny_config(loss__microbatch_rows=4)
     packed, padded = (
-        score(policy, params, rows, jnp.float32(1), c)[0]
-        for c in (replace(config, {"objective.packing": True}), config)
+        score(model, params, rows, jnp.float32(1), c)[0] for c in (replace(config, {"loss.packing": True}), config)
     )
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
 def test_a_row_sees_only_itself():
     """Another row's tokens in the same bin change nothing."""
-    policy, params, _ = tiny_policy()
-    rows, config = rows_with(), tiny_config(objective__microbatch_rows=8, objective__packing=True)
+    model, params, _ = tiny_policy()
+    rows, config = rows_with(), tiny_config(loss__microbatch_rows=8, loss__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
     assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).bins) < 10
-    a, b = (score(policy, params, x, jnp.float32(1), config)[0] for x in (rows, other))
+    a, b = (score(model, params, x, jnp.float32(1), config)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
 
@@ -227,46 +226,46 @@ def test_many_short_completions_of_a_short_prompt():
         lengths=jnp.ones(r, jnp.int32),
         mask=jnp.broadcast_to(jnp.arange(T) < 2, (r, T)),
     )
-    policy, params, _ = tiny_policy()
-    config = tiny_config(objective__microbatch_rows=4)
-    on = replace(config, {"objective.packing": True})
-    planned = assign(policy, rows, loss_lengths(rows), on)
+    model, params, _ = tiny_policy()
+    config = tiny_config(loss__microbatch_rows=4)
+    on = replace(config, {"loss.packing": True})
+    planned = assign(model, rows, loss_lengths(rows), on)
     assert (int(planned.bins), int(planned.used)) == (1, 1 + r) and 2 * r > P + T - 1
-    packed, padded = (score(policy, params, rows, jnp.float32(1), c)[0] for c in (on, config))
+    packed, padded = (score(model, params, rows, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(packed[:, :2], padded[:, :2], atol=1e-5)
 
 
 def test_packing_is_chosen_for_long_completions():
-    policy, _, _ = tiny_policy()
-    rows, config = rows_with(), tiny_config(objective__microbatch_rows=4)
+    model, _, _ = tiny_policy()
+    rows, config = rows_with(), tiny_config(loss__microbatch_rows=4)
     long = dataclasses.replace(rows, tokens=jnp.zeros((R, 256), jnp.int32))
-    assert not uses_packing(policy, rows, config) and uses_packing(policy, long, config)
-    assert not uses_packing(policy, long, replace(config, {"objective.packing": False}))
-    assert not uses_packing(policy, long, replace(config, {"objective.microbatch_rows": 0}))
-    assert not uses_packing(policy._replace(uses_packing=False), long, config)
-    with pytest.raises(ValueError, match=r"objective.packing=true: this policy's `hidden` takes no packed rows"):
-        uses_packing(policy._replace(uses_packing=False), rows, replace(config, {"objective.packing": True}))
-    with pytest.raises(ValueError, match=r"objective.share_prompts=true: this policy's `hidden` cannot"):
-        shares_prompts(policy._replace(shares=False), replace(config, {"objective.share_prompts": True}))
+    assert not uses_packing(model, rows, config) and uses_packing(model, long, config)
+    assert not uses_packing(model, long, replace(config, {"loss.packing": False}))
+    assert not uses_packing(model, long, replace(config, {"loss.microbatch_rows": 0}))
+    assert not uses_packing(model._replace(uses_packing=False), long, config)
+    with pytest.raises(ValueError, match=r"loss.packing=true: this policy's `hidden` takes no packed rows"):
+        uses_packing(model._replace(uses_packing=False), rows, replace(config, {"loss.packing": True}))
+    with pytest.raises(ValueError, match=r"loss.share_prompts=true: this policy's `hidden` cannot"):
+        shares_prompts(model._replace(shares=False), replace(config, {"loss.share_prompts": True}))
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)], ids=str)
 def test_a_mesh_changes_nothing(mesh):
     """Packed on eight devices, along context too, against padded on one."""
-    config = tiny_config(objective__loss="gspo", objective__microbatch_rows=8)
-    policy, params, _ = tiny_policy(scan_unroll=1)
+    config = tiny_config(loss__name="gspo", loss__microbatch_rows=8)
+    model, params, _ = tiny_policy(scan_unroll=1)
     rows = rows_with().replace(reference_log_probs=None)
     total = denominators(rows)
 
     def run(packing, params, rows):
-        c = replace(config, {"objective.packing": packing})
-        return jax.jit(lambda p, x: _gradient(policy, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
+        c = replace(config, {"loss.packing": packing})
+        return jax.jit(lambda p, x: _gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
 
     names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor")
     grid = make_mesh(replace(config, dict(zip(names, mesh, strict=True))))
     padded = run(False, params, rows)
     with jax.set_mesh(grid):
-        split = jax.device_put(params, params_shardings(grid, params, policy.axes))
+        split = jax.device_put(params, params_shardings(grid, params, model.axes))
         packed = run(True, split, jax.device_put(rows, batch_sharding(grid)))
     assert relative(packed[0], padded[0]) < 1e-5
     np.testing.assert_allclose(packed[1].loss, padded[1].loss, rtol=1e-5)
@@ -274,18 +273,18 @@ def test_a_mesh_changes_nothing(mesh):
 
 @pytest.mark.parametrize("rows_at_a_time", [0, 64])
 def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond_those_needed(rows_at_a_time):
-    config = tiny_config(objective__packing=True, objective__microbatch_rows=rows_at_a_time)
-    policy, params, _ = tiny_policy()
+    config = tiny_config(loss__packing=True, loss__microbatch_rows=rows_at_a_time)
+    model, params, _ = tiny_policy()
     rows = rows_with(r=64)
     total = denominators(rows)
 
     def run(packing):
-        c = replace(config, {"objective.packing": packing})
-        return jax.jit(lambda p: _gradient(policy, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
+        c = replace(config, {"loss.packing": packing})
+        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
 
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
-    needed = int(assign(policy, rows, loss_lengths(rows), config).bins)
+    needed = int(assign(model, rows, loss_lengths(rows), config).bins)
     assert needed < 40 and bins_at_a_time(64, config) == 8
     assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
     assert int(padded[3].computed) == 64 * (P + T)

@@ -54,7 +54,7 @@ def test_the_ring_is_in_the_plan(capsys):
 @pytest.mark.parametrize(
     ("target", "words", "kernel"),
     [
-        ("v5e-8", "--mesh.fsdp 4 --policy.remat offload --rollout.max_new_tokens 512", "splash"),
+        ("v5e-8", "--mesh.fsdp 4 --model.remat offload --rollout.max_new_tokens 512", "splash"),
         pytest.param(
             "v6e-16",
             "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo",
@@ -65,7 +65,7 @@ def test_the_ring_is_in_the_plan(capsys):
 )
 def test_compiles_for_a_tpu_that_is_not_there(target, words, kernel, child_env):
     """The TPU's own compiler takes the rollout and the update, with its kernel for long rows."""
-    argv = [*words.split(), "--policy.compute_dtype", "bfloat16", "--run.compilation_cache", "off", "--plan", target]
+    argv = [*words.split(), "--model.compute_dtype", "bfloat16", "--run.compilation_cache", "off", "--plan", target]
     # The TPU's compiler is of another version than the CPU's, and ends on flags that it does not know.
     env = {name: value for name, value in child_env.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
@@ -88,7 +88,7 @@ def test_seven_billion_parameters_without_a_weight(tmp_path, child_env):
     argv = {
         "task.name": "gsm8k",
         "task.train_data": ROWS,
-        "policy.source": tmp_path / "ck",
+        "model.source": tmp_path / "ck",
         "lora.rank": 32,
         "rollout.max_new_tokens": 256,
         "mesh.fsdp": 8,

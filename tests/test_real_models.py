@@ -55,9 +55,9 @@ def run(env, folder, talker, rows, devices, *argv):
         "task.name": "gsm8k",
         "task.train_data": rows,
         "task.heldout_prompts": 8,
-        "policy.source": talker,
-        "policy.compute_dtype": "float32",
-        "policy.remat": "none",
+        "model.source": talker,
+        "model.compute_dtype": "float32",
+        "model.remat": "none",
         "rollout.prompts": 8,
         "rollout.group_size": 4,
         "rollout.max_new_tokens": 6,
@@ -77,8 +77,8 @@ def run(env, folder, talker, rows, devices, *argv):
     return metrics(folder)
 
 
-LORA = ("--lora.rank", "4", "--policy.param_dtype", "float32", "--objective.kl_coef", "0.04")
-FULL = ("--objective.kl_coef", "0.04")
+LORA = ("--lora.rank", "4", "--model.param_dtype", "float32", "--loss.kl_coef", "0.04")
+FULL = ("--loss.kl_coef", "0.04")
 SHARDED = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
@@ -98,7 +98,7 @@ def test_one_device_equals_four(trained, tmp_path, child_env, talker, rows):
     four = run(child_env, tmp_path / "four", talker, rows, 4, *(LORA if kind == "lora" else FULL), *SHARDED)
     for a, b in zip(one, four, strict=True):
         for name in a:
-            if name in ("crc/params", "crc/credit", "crc/selector"):
+            if name in ("crc/params", "crc/advantage", "crc/selector"):
                 continue  # bits of floats; their values are compared as metrics
             if name.startswith("crc/"):
                 assert a[name] == b[name], name
@@ -109,8 +109,8 @@ def test_one_device_equals_four(trained, tmp_path, child_env, talker, rows):
 def test_adapter_checkpoints_are_small_and_resume_to_the_bit(trained, tmp_path, child_env, talker, rows):
     kind, folder = trained
     size = sum(p.stat().st_size for p in (folder / "checkpoints" / "3").rglob("*") if p.is_file())
-    model = (talker / "model.safetensors").stat().st_size
-    assert size < model / 10 if kind == "lora" else size > model
+    exported = (talker / "model.safetensors").stat().st_size
+    assert size < exported / 10 if kind == "lora" else size > exported
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoints" / "3")
@@ -131,12 +131,12 @@ def test_exported_run_is_the_policy(trained, tmp_path, child_env, talker):
     card = (out / "README.md").read_text()
     assert "pspo on gsm8k" in card and "base_model" in card and "eval/greedy" in card
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     tokens = np.array([tokenizer.encode("Natalia sold clips to 48 of her friends")])
-    policy, params, _ = load(out)
-    ours = np.asarray(policy.logits(params, policy.hidden(params, jnp.asarray(tokens))))
-    assert np.abs(ours - torch_logits(model, tokens)).max() <= 1e-4
+    model, params, _ = load(out)
+    ours = np.asarray(model.logits(params, model.hidden(params, jnp.asarray(tokens))))
+    assert np.abs(ours - torch_logits(exported, tokens)).max() <= 1e-4
     base, before, _ = load(talker)
     start = np.asarray(base.logits(before, base.hidden(before, jnp.asarray(tokens))))
     assert np.abs(ours - start).max() > 1e-3
@@ -153,8 +153,8 @@ def check_adapter(folder, talker, out, env, tokens, merged):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
-    model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(talker), out)
-    assert np.abs(torch_logits(model, tokens) - merged).max() <= 1e-4
+    exported = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(talker), out)
+    assert np.abs(torch_logits(exported, tokens) - merged).max() <= 1e-4
 
 
 def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, child_env):
@@ -180,5 +180,5 @@ def test_sampler_and_trainer_agree(trained, talker):
     _, folder = trained
     for line in metrics(folder)[1:]:
         assert line["sampling/sampling_logp_difference/max"] <= 1e-4
-    policy = transformer(load(talker)[2].architecture)
-    assert policy.frozen_axes is None and merge_params({"a": 1}, None) == {"a": 1}
+    model = transformer(load(talker)[2].architecture)
+    assert model.frozen_axes is None and merge_params({"a": 1}, None) == {"a": 1}

@@ -52,7 +52,7 @@ def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
         # Evaluation is the same for all of them.
         parts = {name: low.compile() for name, low in lowered.items() if name != "eval_sample"}
         programs = Programs(**parts, eval_sample=lowered["eval_sample"])
-        state = place_state(setup, setup.policy.init(jax.random.key(0)))
+        state = place_state(setup, setup.model.init(jax.random.key(0)))
         log, totals = RunLog(tmp_path, 0, False), RunAccounting()
         jax.monitoring.register_event_duration_secs_listener(
             lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
@@ -66,7 +66,7 @@ def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
                     compiled.clear()
         finally:
             jax.monitoring.clear_event_listeners()
-        seen = programs.survey(state.selector, state.step)
+        seen = programs.summary(state.selector, state.step)
     assert not compiled
     assert int(state.step) == 20
     assert set(values) >= DRAWN

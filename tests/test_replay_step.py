@@ -23,11 +23,11 @@ P, PAD, EOS, B, G = 9, 14, 13, 8, 4
 
 def setup(optimizer=None, **fields):
     config = tiny_config(**fields)
-    policy, params, _ = tiny_policy(config)
+    model, params, _ = tiny_policy(config)
     algorithm = build(config)
     optimizer = optimizer or optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
-    sample = make_sampler(policy, G, config.rollout.max_new_tokens, PAD)
+    sample = make_sampler(model, G, config.rollout.max_new_tokens, PAD)
     settings = SamplingParams.of(config.rollout, [EOS])
 
     def draw(params, i):
@@ -36,12 +36,12 @@ def setup(optimizer=None, **fields):
         prompts = dataclasses.replace(prompts, ids=(prompts.ids + B * i) % 40)
         return sample(params, prompts, jax.random.key(i), settings)
 
-    return config, policy, algorithm, optimizer, state, draw
+    return config, model, algorithm, optimizer, state, draw
 
 
 def stepper(made, **fields):
-    config, policy, algorithm, optimizer, _, _ = made
-    return make_train_step(policy, optimizer, algorithm, config, **fields)
+    config, model, algorithm, optimizer, _, _ = made
+    return make_train_step(model, optimizer, algorithm, config, **fields)
 
 
 def mixed(seed):
@@ -56,8 +56,8 @@ def mixed(seed):
 def test_while_every_group_is_effective_replay_changes_no_bit(name):
     """POPO, the filter and plain runs: the same parameters, three steps of two iterations long."""
     found = []
-    for replay in ("none", "fill", "filter"):
-        made = setup(optax.adamw(1e-2), algorithm__name=name, replay__name=replay, objective__num_iterations=2)
+    for replay in ("none", "popo", "filter"):
+        made = setup(optax.adamw(1e-2), algorithm__name=name, replay__name=replay, loss__num_iterations=2)
         step = jax.jit(stepper(made), donate_argnums=0, compiler_options=xla.AS_USERS_DO)
         state = made[4]
         for i in range(3):
@@ -105,7 +105,7 @@ def naive_loss(made, params, old_params, groups, cap):
             now, old = score_row(params, *args)[0], score_row(old_params, *args)[0]
             w = jnp.minimum(jnp.exp(old - rollouts.log_probs[b, g]), cap)
             r, a = jnp.exp(now - old), advantages[g]
-            clipped = jnp.clip(r, 1 - config.objective.clip_low, 1 + config.objective.clip_high)
+            clipped = jnp.clip(r, 1 - config.loss.clip_low, 1 + config.loss.clip_high)
             value = jax.lax.stop_gradient(w) * jnp.minimum(r * a, clipped * a)
             total = total - jnp.where(np.arange(value.shape[0]) < t, value, 0).sum()
             tokens += t
@@ -114,7 +114,7 @@ def naive_loss(made, params, old_params, groups, cap):
 
 def test_a_replayed_step_is_the_naive_one():
     """The two groups come back with their own advantages, weighed by pi_old / mu, and clipped around pi_old."""
-    made, state, (first, first_rewards), (second, rewards) = replayed(objective__importance_cap=1.05)
+    made, state, (first, first_rewards), (second, rewards) = replayed(loss__importance_cap=1.05)
     params = jax.tree.map(jnp.copy, state.params)
     old, new = advantages_of(first_rewards), advantages_of(rewards)
     batch = [(second, b, new[b]) for b in range(B)]
@@ -136,7 +136,7 @@ def test_a_replayed_step_is_the_naive_one():
 def test_ablations_act(mode):
     found = []
     for off_policy in ("decoupled", mode):
-        made, state, _, (second, rewards) = replayed(objective__off_policy=off_policy)
+        made, state, _, (second, rewards) = replayed(loss__off_policy=off_policy)
         found.append(stepper(made)(state, second, rewards)[0].params)
     assert relative(*found) > 1e-6
 
@@ -146,14 +146,14 @@ def test_ablations_act(mode):
     [
         pytest.param({}, id="popo", marks=pytest.mark.slow),
         pytest.param({"replay__order": "kl"}, id="kl"),
-        pytest.param({"objective__loss": "gspo"}, id="gspo", marks=pytest.mark.slow),
+        pytest.param({"loss__name": "gspo"}, id="gspo", marks=pytest.mark.slow),
     ],
 )
 def test_microbatches_change_nothing(fields):
     found = []
     for rows in (0, 4):
         made, state, _, (second, rewards) = replayed(
-            objective__microbatch_rows=rows, objective__minibatches=2, objective__top_entropy=0.5, **fields
+            loss__microbatch_rows=rows, loss__minibatches=2, loss__top_entropy=0.5, **fields
         )
         found.append(stepper(made)(state, second, rewards))
     (a, metrics_a), (b, metrics_b) = found
@@ -169,7 +169,7 @@ def test_eight_devices_do_what_one_does():
         with jax.set_mesh(mesh):
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-            made, state, _, (second, rewards) = replayed(objective__microbatch_rows=8)
+            made, state, _, (second, rewards) = replayed(loss__microbatch_rows=8)
             state = jax.device_put(state, whole)
             second = jax.tree.map(lambda x, at=rows, all=whole: jax.device_put(x, at if x.ndim else all), second)
             found.append(stepper(made)(state, second, jax.device_put(rewards, rows)))
@@ -205,17 +205,17 @@ def test_a_batch_without_effective_groups_moves_nothing():
 
 
 def test_only_the_wanted_groups_are_scored():
-    config, policy, _, _, state, draw = setup(objective__microbatch_rows=8)
+    config, model, _, _, state, draw = setup(loss__microbatch_rows=8)
     rollouts = draw(state.params, 0)
     rows = rows_of(
         groups_of(rollouts, jnp.asarray(mixed(0)), jnp.asarray(mixed(0)), jnp.int32(0)), jnp.int32(0), config
     )
     other = jax.tree.map(lambda x: x * 1.3, state.params)
     one = jnp.float32(1.0)
-    everything = score(policy, other, rows, one, config)[0]
+    everything = score(model, other, rows, one, config)[0]
     for wanted in ([], [0], [7, 2, 3], range(8)):
         want = np.isin(np.arange(B), wanted)
-        found = score_some(policy, other, rows, jnp.asarray(want), one, config)
+        found = score_some(model, other, rows, jnp.asarray(want), one, config)
         expected = np.where(np.repeat(want, G)[:, None], everything, rows.old_log_probs)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
         kept = ~np.repeat(want, G)
@@ -237,8 +237,8 @@ def test_nothing_is_traced_after_the_second_step_with_replay():
 
 
 def rounds_of(made):
-    config, policy, algorithm, optimizer, state, draw = made
-    return make_collect(policy, algorithm, config), make_update(policy, optimizer, algorithm, config), state, draw
+    config, model, algorithm, optimizer, state, draw = made
+    return make_collect(model, algorithm, config), make_update(model, optimizer, algorithm, config), state, draw
 
 
 def test_rounds_fill_a_batch_and_what_is_left_over_waits():
@@ -272,7 +272,7 @@ def test_one_full_round_is_the_plain_step():
     state, _ = collect(state, rollouts, rewards)
     state, _ = update(state, rollouts.temperature)
     assert relative(state.params, expected.params) < 1e-6
-    jax.tree.map(np.testing.assert_array_equal, state.credit, expected.credit)
+    jax.tree.map(np.testing.assert_array_equal, state.advantage, expected.advantage)
     jax.tree.map(np.testing.assert_array_equal, state.selector.own, expected.selector.own)
 
 
@@ -302,7 +302,7 @@ def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
 
 
 def test_kl_in_the_reward_is_taken_before_the_credit():
-    made = setup(algorithm__name="grpo", objective__kl_coef=0.3, objective__kl_in="reward", credit__scale="none")
+    made = setup(algorithm__name="grpo", loss__kl_coef=0.3, loss__kl_in="reward", advantage__scale="none")
     rollouts, rewards = made[5](made[4].params, 0), mixed(0)
     state = dataclasses.replace(made[4], reference=jax.tree.map(lambda x: x * 1.2, made[4].params))
     flat = jax.tree.map(lambda x: x.reshape(B * G, -1), (rollouts.tokens, rollouts.mask, rollouts.log_probs))
@@ -320,7 +320,7 @@ def test_kl_in_the_reward_is_taken_before_the_credit():
 
 
 def test_truncated_completions_can_be_left_out():
-    made = setup(algorithm__name="grpo", objective__mask_truncated=True)
+    made = setup(algorithm__name="grpo", loss__mask_truncated=True)
     rollouts = made[5](made[4].params, 0)
     groups = groups_of(rollouts, jnp.asarray(mixed(0)), jnp.asarray(mixed(0)), jnp.int32(0))
     rows = rows_of(groups, jnp.int32(0), made[0])

@@ -348,7 +348,7 @@ def test_browser_draws_every_part(tmp_path: Path) -> None:
         for run in ("pspo", "grpo"):
             path = re.search(rf'<path [^>]*d="(M[^"]*)" data-run="{run}" data-metric="{metric}"', drawn)
             assert path and path.group(1).count("L") == (3 if "eval" in metric else 59) and "NaN" not in path.group(1)
-    assert "No reference policy was held: objective.kl_coef is 0." in drawn, "kl is null throughout"
+    assert "No reference policy was held: loss.kl_coef is 0." in drawn, "kl is null throughout"
     assert drawn.count("Zero at every step: there is one update a step") == 1, "nothing was clipped"
     assert drawn.count('class="column"') == 20 and "grpo: no priorities logged" in drawn
     assert '<div class="said">-4=23+8=31-3=28$' in drawn and "<code>64</code>" in drawn and "cut off" in drawn
@@ -356,7 +356,7 @@ def test_browser_draws_every_part(tmp_path: Path) -> None:
         "algorithm.name",
         "selection.name",
     }
-    assert 'data-field="policy.width"' not in drawn, "only differences are listed at first"
+    assert 'data-field="model.width"' not in drawn, "only differences are listed at first"
     assert ">22.5<" in drawn, "total seconds of the summary"
 
 
@@ -381,7 +381,7 @@ def test_browser_controls(tmp_path: Path) -> None:
     assert 'data-run="pspo"' in drawn and 'data-run="grpo"' not in drawn
     assert 'aria-label="Entropy against tokens"' in drawn and ">300k</text>" in drawn
     assert 'class="answer wrong"' in drawn and 'class="answer right"' not in drawn
-    assert 'data-field="policy.width"' in drawn
+    assert 'data-field="model.width"' in drawn
     assert 'class="line raw"' not in drawn, "without smoothing there is one line a curve"
     assert 'data-chart="learning_rate"' in drawn and 'data-chart="loss"' not in drawn
     assert drawn.count("step 10, square-root scale<") == 1, "the histogram of the first logged step"

@@ -18,7 +18,7 @@ from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import tiny_config
 
-FIELDS = {"algorithm__name": "dapo", "replay__name": "fill", "rollout__oversampling": 2.0}
+FIELDS = {"algorithm__name": "dapo", "replay__name": "popo", "rollout__oversampling": 2.0}
 
 
 def stored(groups, task, rows):
@@ -54,7 +54,7 @@ def test_groups_follow_their_prompts_into_another_padded_length(tmp_path, capsys
     goes = [i for i, content in enumerate(old) if content not in new]
     rows = [stays[0], goes[0], stays[1], goes[1], stays[2]]
     with jax.set_mesh(before.mesh):
-        state = place_state(before, before.policy.init(jax.random.key(0)))
+        state = place_state(before, before.model.init(jax.random.key(0)))
         ring = dataclasses.replace(state.replay, groups=stored(state.replay.groups, before.task, rows))
         queue = Queue(stored(state.queue.groups, before.task, rows), jnp.int32(len(rows)))
         state = state.replace(

@@ -32,11 +32,11 @@ from tests.helpers import relative
 
 TIMES = ("time/", "step_time", "tokens_per_second")
 SMALL = {
-    "policy.layers": 1,
-    "policy.width": 32,
-    "policy.heads": 4,
-    "policy.kv_heads": 4,
-    "policy.mlp_width": 64,
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 4,
+    "model.kv_heads": 4,
+    "model.mlp_width": 64,
     "task.train_prompts": 40,
     "task.heldout_prompts": 16,
     "rollout.prompts": 8,
@@ -92,7 +92,7 @@ def params(folder):
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
     tree = ocp.load_checkpointables((path / str(last)).absolute(), {"state": wanted})["state"]
     return jax.tree.map(
-        np.asarray, {k: tree[k] for k in ("params", "selector", "credit", "replay", "queue") if k in tree}
+        np.asarray, {k: tree[k] for k in ("params", "selector", "advantage", "replay", "queue") if k in tree}
     )
 
 
@@ -176,7 +176,7 @@ def test_signals_save_and_exit_cleanly(child_env, uninterrupted, runs, number):
     ("algorithm", "more"),
     [
         ("popo", {"replay__memory": "pinned_host"}),
-        pytest.param("dapo", {"rollout__oversampling": 1.5, "replay__name": "fill"}, marks=pytest.mark.slow),
+        pytest.param("dapo", {"rollout__oversampling": 1.5, "replay__name": "popo"}, marks=pytest.mark.slow),
     ],
 )
 def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, runs, algorithm, more):
@@ -184,8 +184,8 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
     in them."""
     fields = {
         "algorithm__name": algorithm,
-        "objective__num_iterations": 2,
-        "objective__minibatches": 2,
+        "loss__num_iterations": 2,
+        "loss__minibatches": 2,
         "run__steps": 6,
         "checkpoint__every": 2,
         **more,
@@ -221,7 +221,7 @@ def test_one_device_equals_eight(child_env, runs, algorithm, mesh):
     one, other = runs / f"{algorithm}-one", runs / f"{algorithm}-{'-'.join(f'{k}{v}' for k, v in mesh.items())}"
     shared = {"run__steps": 20, "algorithm__name": algorithm, "log__completions_every": 0}
     if algorithm == "popo":  # all that has a state, in one run
-        shared |= {"selection__name": "pps", "credit__name": "ers"}
+        shared |= {"selection__name": "pps", "advantage__name": "ers"}
     if not one.exists():
         finish(start(child_env, one, **shared))
     finish(start(child_env, other, devices=8, **mesh, **shared))
@@ -273,10 +273,10 @@ def run_bad(capsys, argv):
         (["--rollout.top_p", "1.5"], ["rollout.top_p=1.5", "at most 1"]),
         (["--rollout.temperature", "nan"], ["rollout.temperature", "number"]),
         (["--rollout.prompts", "1000"], ["rollout.prompts=1000", "512", "without replacement"]),
-        (["--policy.kv_heads", "3"], ["policy.kv_heads=3", "policy.heads=8"]),
+        (["--model.kv_heads", "3"], ["model.kv_heads=3", "model.heads=8"]),
         (["--mesh.data", "8", "--rollout.prompts", "12"], ["= 8", "rollout.prompts=12", "4 would"]),
         (["--mesh.tensor", "3"], ["mesh.tensor=3", "devices"]),
-        (["--mesh.data", "1", "--mesh.tensor", "3"], ["mesh.tensor=3", "policy.heads=8"]),
+        (["--mesh.data", "1", "--mesh.tensor", "3"], ["mesh.tensor=3", "model.heads=8"]),
         (["--mesh.data", "64"], ["mesh.data=64", "there are 8"]),
         (["--optimizer.learning_rate", "inf"], ["optimizer.learning_rate=inf", "finite"]),
         (["--run.dir="], ["run.dir", "folder"]),
@@ -374,7 +374,7 @@ def test_a_table_of_prompts_needs_no_machine_for_the_runs_kernel(uninterrupted, 
     pytest.importorskip("pyarrow.parquet")
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["policy"]["attention"] = "splash"
+    config["model"]["attention"] = "splash"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert report(["--prompts", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -389,16 +389,16 @@ def test_the_embedded_policy_exports_too(uninterrupted, tmp_path, child_env):
     call = [sys.executable, "-m", "pspo_jax.export", "--run", str(uninterrupted), "--out", str(out)]
     done = subprocess.run(call, env=child_env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("27-4+8-3=")["input_ids"]
     assert tokenizer.decode(ids) == "27-4+8-3=" and tokenizer.eos_token == "$"
     trained = params(uninterrupted)["params"]
-    a = built_in(replace(Config(), {k: v for k, v in SMALL.items() if k.startswith("policy.")}).policy, 16)
-    policy = transformer(a)
-    ours = policy.logits(trained, policy.hidden(trained, np.array([ids])))
+    a = built_in(replace(Config(), {k: v for k, v in SMALL.items() if k.startswith("policy.")}).model, 16)
+    model = transformer(a)
+    ours = model.logits(trained, model.hidden(trained, np.array([ids])))
     with torch.no_grad():
-        theirs = model(torch.tensor([ids])).logits
+        theirs = exported(torch.tensor([ids])).logits
     assert np.abs(np.asarray(ours) - theirs.numpy()).max() <= 1e-4
     again = subprocess.run(call, env=child_env, capture_output=True, text=True)
     assert again.returncode == 2 and "exists already" in again.stderr and again.stderr.count("\n") == 1

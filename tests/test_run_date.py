@@ -12,7 +12,7 @@ from pspo_jax.model.huggingface.save import set_stop_ids
 from pspo_jax.runs.run_date import with_date
 from tests.helpers import tiny_config
 
-TEXT = {"task__name": "math", "task__train_data": "x", "policy__tokenizer": "t"}
+TEXT = {"task__name": "math", "task__train_data": "x", "model__tokenizer": "t"}
 
 
 def test_a_run_keeps_the_day_on_which_it_began(tmp_path):

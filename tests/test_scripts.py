@@ -128,8 +128,8 @@ def test_shares_of_the_accelerators_floor(script):
 def test_arithmetic_counts_the_weights_that_there_are(script):
     shape = asdict(SHAPES["tiny"])
     vocab = shape.pop("vocab")
-    policy = transformer(built_in(ModelConfig(**shape, tied=True), vocab))
-    weights = jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0)))
+    model = transformer(built_in(ModelConfig(**shape, tied=True), vocab))
+    weights = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
     norms = (2 * shape["layers"] + 1) * shape["width"]
     arithmetic = script("_arithmetic")
     counted = arithmetic.block_weights(SHAPES["tiny"]) + arithmetic.head_weights(SHAPES["tiny"])

@@ -60,14 +60,14 @@ def data(tmp_path_factory):
 
 
 def flags(base, data, folder, *more):
-    return ["--policy.source", str(base), "--sft.data", str(data), "--run.dir", str(folder), *more]
+    return ["--model.source", str(base), "--sft.data", str(data), "--run.dir", str(folder), *more]
 
 
 def test_a_language_model_needs_no_other_data(base, data, tmp_path, capsys):
     folder = tmp_path / "sft"
     assert sft(flags(base, data, folder)) == 0
     out = capsys.readouterr().out
-    assert f"--policy.source {folder / 'model'}" in out and "--sft.steps 3 --sft.batch 8" in out
+    assert f"--model.source {folder / 'model'}" in out and "--sft.steps 3 --sft.batch 8" in out
     before, after = (load_file(f / "model.safetensors") for f in (base, folder / "model"))
     assert before.keys() == after.keys()
     assert any(not np.array_equal(before[name], after[name]) for name in before)
@@ -138,7 +138,7 @@ def test_a_file_without_rows_is_refused(base, tmp_path, content, says):
 
 def test_nothing_to_learn_from_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match=r"sft\.data=None: a language model needs demonstrations"):
-        read_config(["--policy.source", str(base), "--run.dir", str(tmp_path)])
+        read_config(["--model.source", str(base), "--run.dir", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"sft\.steps=0: there is nothing to train"):
         read_config(["--sft.steps", "0"])
 
@@ -152,7 +152,7 @@ def test_adapters_are_merged_into_the_model(base, data, tmp_path):
 
 
 def test_the_embedded_policy_learns_its_tasks_demonstrations(tmp_path, capsys):
-    small = ["--policy.layers", "1", "--policy.width", "16", "--policy.heads", "2", "--policy.kv_heads", "2"]
-    words = ["--run.dir", str(tmp_path / "sft"), "--sft.steps", "2", "--policy.mlp_width", "16", *small]
+    small = ["--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--model.kv_heads", "2"]
+    words = ["--run.dir", str(tmp_path / "sft"), "--sft.steps", "2", "--model.mlp_width", "16", *small]
     assert sft(words) == 0
     assert (tmp_path / "sft" / "cold_start").exists() and "--run.dir beside it" in capsys.readouterr().out

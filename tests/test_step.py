@@ -19,16 +19,16 @@ P, PAD, EOS = 9, 14, 13
 
 def setup(optimizer=None, **fields):
     config = tiny_config(**fields)
-    policy, params, _ = tiny_policy(config)
+    model, params, _ = tiny_policy(config)
     algorithm = build(config)
     optimizer = optimizer or optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
-    step = make_train_step(policy, optimizer, algorithm, config)
-    sample = make_sampler(policy, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
+    step = make_train_step(model, optimizer, algorithm, config)
+    sample = make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
     settings = SamplingParams.of(config.rollout, [EOS])
     return (
         config,
-        policy,
+        model,
         state,
         step,
         lambda params, i: sample(
@@ -43,7 +43,7 @@ def rewards_of(rollouts):
     return even.sum(-1) / rollouts.lengths
 
 
-def naive_loss(policy, params, rollouts, rewards, config):
+def naive_loss(model, params, rollouts, rewards, config):
     """Token-mean clipped surrogate of GRPO by Python loops over rows and whole logits, on-policy."""
     t_max = rollouts.tokens.shape[-1]
 
@@ -52,7 +52,7 @@ def naive_loss(policy, params, rollouts, rewards, config):
         """Of one row, without padding between: whole logits."""
         row = jnp.zeros(P + t_max, jnp.int32).at[:P].set(prompt)
         row = jax.lax.dynamic_update_slice(row, completion, (n,))
-        logits = policy.logits(params, policy.hidden(params, row[None]))[0] / config.rollout.temperature
+        logits = model.logits(params, model.hidden(params, row[None]))[0] / config.rollout.temperature
         every = jnp.take_along_axis(jax.nn.log_softmax(logits)[:-1], row[1:, None], axis=1)[:, 0]
         return jax.lax.dynamic_slice(every, (n - 1,), (t_max,))
 
@@ -72,11 +72,11 @@ def naive_loss(policy, params, rollouts, rewards, config):
 
 @pytest.mark.parametrize("temperature", [0.7, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_one_step_equals_a_naive_one(temperature):
-    config, policy, state, step, sample = setup(algorithm__name="grpo", rollout__temperature=temperature)
+    config, model, state, step, sample = setup(algorithm__name="grpo", rollout__temperature=temperature)
     params = jax.tree.map(jnp.copy, state.params)
     rollouts = sample(params, 0)
     rewards = rewards_of(rollouts)
-    grads = jax.grad(lambda p: naive_loss(policy, p, rollouts, rewards, config))(params)
+    grads = jax.grad(lambda p: naive_loss(model, p, rollouts, rewards, config))(params)
     want = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
     state, metrics = step(state, rollouts, rewards)
     assert relative(state.params, want) < 1e-5
@@ -89,7 +89,7 @@ def test_one_step_equals_a_naive_one(temperature):
 def test_microbatches_change_nothing(name):
     results = []
     for rows in (0, 4):
-        _, _, state, step, sample = setup(algorithm__name=name, objective__microbatch_rows=rows, objective__kl_coef=0.1)
+        _, _, state, step, sample = setup(algorithm__name=name, loss__microbatch_rows=rows, loss__kl_coef=0.1)
         rollouts = sample(state.params, 0)
         results.append(step(state, rollouts, rewards_of(rollouts)))
     (a, metrics_a), (b, metrics_b) = results
@@ -99,7 +99,7 @@ def test_microbatches_change_nothing(name):
 
 
 def test_iterations_and_minibatches():
-    fields = {"objective__num_iterations": 2, "objective__minibatches": 4, "algorithm__name": "grpo"}
+    fields = {"loss__num_iterations": 2, "loss__minibatches": 4, "algorithm__name": "grpo"}
     _, _, state, step, sample = setup(optimizer=optax.sgd(5.0), **fields)
     rollouts = sample(state.params, 0)
     state, metrics = step(state, rollouts, rewards_of(rollouts))
@@ -112,9 +112,7 @@ def test_iterations_and_minibatches():
 def test_old_log_probs_of_trainer_and_sampler_agree():
     out = []
     for source in ("sampler", "trainer"):
-        _, _, state, step, sample = setup(
-            objective__old_log_probs=source, objective__num_iterations=2, objective__microbatch_rows=8
-        )
+        _, _, state, step, sample = setup(loss__old_log_probs=source, loss__num_iterations=2, loss__microbatch_rows=8)
         rollouts = sample(state.params, 0)
         out.append(step(state, rollouts, rewards_of(rollouts))[0].params)
     assert relative(*out) < 1e-5
@@ -122,7 +120,7 @@ def test_old_log_probs_of_trainer_and_sampler_agree():
 
 def test_reference_policy_is_held_only_for_a_kl_term():
     assert setup()[2].reference is None
-    _, _, state, step, sample = setup(objective__kl_coef=0.2, algorithm__name="grpo")
+    _, _, state, step, sample = setup(loss__kl_coef=0.2, algorithm__name="grpo")
     start = jax.tree.map(np.asarray, state.reference)
     for i in range(3):
         rollouts = sample(state.params, i)
@@ -172,8 +170,8 @@ def test_absurd_rewards_never_reach_the_per_prompt_state(huge):
     expected, _ = step(copy, rollouts, missing)
     assert relative(after.params, expected.params) == 0
     for a, b in zip(
-        jax.tree.leaves((after.selector, after.credit)),
-        jax.tree.leaves((expected.selector, expected.credit)),
+        jax.tree.leaves((after.selector, after.advantage)),
+        jax.tree.leaves((expected.selector, expected.advantage)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -208,17 +206,17 @@ def test_state_moves_with_the_step():
     _, _, state, step, sample = setup(algorithm__name="pspo")
     rollouts = sample(state.params, 0)
     state, _ = step(state, rollouts, rewards_of(rollouts))
-    assert np.asarray(state.credit.visits)[:8].tolist() == [1] * 8
+    assert np.asarray(state.advantage.visits)[:8].tolist() == [1] * 8
     assert (np.asarray(state.selector.own)[:8] != 1).all()
     assert (np.asarray(state.selector.own)[8:] == 1).all()
 
 
 def test_masked_logits_carry_no_gradient():
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
 
     def total(p):
-        return jax.nn.logsumexp(policy.logits(p, jnp.ones((2, 16))), axis=-1).sum()
+        return jax.nn.logsumexp(model.logits(p, jnp.ones((2, 16))), axis=-1).sum()
 
     head = jax.grad(total)(params)["head"]
     assert np.abs(np.asarray(head[:, 14:])).max() == 0
-    assert float(policy.logits(params, jnp.ones((1, 16)))[0, 15]) == pytest.approx(MASKED)
+    assert float(model.logits(params, jnp.ones((1, 16)))[0, 15]) == pytest.approx(MASKED)

@@ -42,12 +42,12 @@ NAN = np.nan
 
 def setup(**fields):
     config = tiny_config(**fields)
-    policy, params, _ = tiny_policy(config)
+    model, params, _ = tiny_policy(config)
     algorithm, optimizer = build(config), optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
-    sample = make_sampler(policy, G, config.rollout.max_new_tokens, PAD)
+    sample = make_sampler(model, G, config.rollout.max_new_tokens, PAD)
     rollouts = sample(params, random_prompts(B, P), jax.random.key(3), SamplingParams.of(config.rollout, [EOS]))
-    return config, policy, algorithm, optimizer, state, rollouts
+    return config, model, algorithm, optimizer, state, rollouts
 
 
 def deviations(rewards, std):
@@ -78,22 +78,22 @@ def penalised():
     """A step with the KL in the reward and truncated completions out of the loss."""
     made = setup(
         algorithm__name="mopps",
-        objective__kl_coef=0.3,
-        objective__kl_in="reward",
-        objective__mask_truncated=True,
+        loss__kl_coef=0.3,
+        loss__kl_in="reward",
+        loss__mask_truncated=True,
         replay__effective="advantages",
     )
-    config, policy, algorithm, optimizer, state, rollouts = made
+    config, model, algorithm, optimizer, state, rollouts = made
     state = dataclasses.replace(state, reference=jax.tree.map(lambda x: x * 1.2, state.params))
     right = np.zeros((B, G), np.float32)
     right[0], right[1] = 1, [1, 0, 1, 0]
     # Every shaped reward is the same: only the KL tells completions apart.
     rewards = np.full((B, G), 0.8, np.float32)
-    advantages, _, kl = jax.jit(lambda *args: compute_advantages(policy, algorithm, config, *args))(
+    advantages, _, kl = jax.jit(lambda *args: compute_advantages(model, algorithm, config, *args))(
         state, rollouts, rewards
     )
-    after, metrics = make_train_step(policy, optimizer, algorithm, config)(state, rollouts, rewards, right)
-    table = algorithm.selector.table(after.selector, jnp.int32(1))
+    after, metrics = make_train_step(model, optimizer, algorithm, config)(state, rollouts, rewards, right)
+    table = algorithm.selector.to_table(after.selector, jnp.int32(1))
     return rollouts, np.asarray(advantages), np.asarray(kl).reshape(B, G, -1), metrics, table
 
 
@@ -125,27 +125,27 @@ def test_completions_that_ended_do_not_pay_for_having_ended(penalised):
 
 
 def test_without_a_reference_there_is_no_kl_to_report_and_rewards_are_the_verdicts_by_default():
-    config, policy, algorithm, optimizer, state, rollouts = setup(algorithm__name="mopps")
+    config, model, algorithm, optimizer, state, rollouts = setup(algorithm__name="mopps")
     rewards = np.full((B, G), 2.0, np.float32)
-    after, metrics = make_train_step(policy, optimizer, algorithm, config)(state, rollouts, rewards)
+    after, metrics = make_train_step(model, optimizer, algorithm, config)(state, rollouts, rewards)
     assert "kl" not in metrics
     assert float(metrics["groups/solved"]) == 1
-    assert np.asarray(algorithm.selector.table(after.selector, jnp.int32(1))["success"])[:B].tolist() == [1] * B
+    assert np.asarray(algorithm.selector.to_table(after.selector, jnp.int32(1))["success"])[:B].tolist() == [1] * B
 
 
 @pytest.fixture(scope="module")
 def sampled_dynamically():
     """One round of dynamic sampling with a truncated distribution and a scale of the batch, and its update."""
     made = setup(
-        algorithm__name="dapo", credit__scale="batch", rollout__top_p=0.7, rollout__prompts=B, objective__kl_coef=0.0
+        algorithm__name="dapo", advantage__scale="batch", rollout__top_p=0.7, rollout__prompts=B, loss__kl_coef=0.0
     )
-    config, policy, algorithm, optimizer, state, rollouts = made
+    config, model, algorithm, optimizer, state, rollouts = made
     rewards = np.zeros((B, G), np.float32)
     rewards[:5, 0], rewards[:2, 1] = [1, 1, 3, 1, 1], 1
-    state, collected = make_collect(policy, algorithm, config)(state, rollouts, rewards)
+    state, collected = make_collect(model, algorithm, config)(state, rollouts, rewards)
     # The update donates the queue.
     waiting = jax.tree.map(np.array, state.queue.groups)
-    _, metrics = make_update(policy, optimizer, algorithm, config)(state, rollouts.temperature)
+    _, metrics = make_update(model, optimizer, algorithm, config)(state, rollouts.temperature)
     return rollouts, rewards, waiting, collected, metrics
 
 
@@ -208,9 +208,9 @@ def test_the_unbiased_kl_of_replayed_tokens_has_the_gradient_of_the_kl(estimator
     """All tokens of a vocabulary of five, each as often as the older policy draws it, against the KL itself."""
     rng = np.random.default_rng(1)
     mu, pi, old, reference = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=5))) for _ in range(4))
-    fields = {"objective.kl_coef": 1.0, "objective.kl_estimator": estimator, "objective.importance_cap": 1e6}
-    fields["objective.off_policy"] = off_policy
-    config = resolve(replace(Config(), fields)).objective
+    fields = {"loss.kl_coef": 1.0, "loss.kl_estimator": estimator, "loss.importance_cap": 1e6}
+    fields["loss.off_policy"] = off_policy
+    config = resolve(replace(Config(), fields)).loss
     old = mu if off_policy == "coupled" else old
 
     def expected(logits, config):
@@ -227,13 +227,13 @@ def test_the_unbiased_kl_of_replayed_tokens_has_the_gradient_of_the_kl(estimator
 
 
 def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
-    config, policy, _, _, state, _ = setup(
-        algorithm__name="popo", replay__order="kl", replay__capacity=5, objective__microbatch_rows=8
+    config, model, _, _, state, _ = setup(
+        algorithm__name="popo", replay__order="kl", replay__capacity=5, loss__microbatch_rows=8
     )
     stored = empty_groups(5, G, P, config.rollout.max_new_tokens)
 
     def divergence(state):
-        return behaviour_divergence(policy, state, stored, jnp.float32(1), config)
+        return behaviour_divergence(model, state, stored, jnp.float32(1), config)
 
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(8, 1, 1, 1), AXES)
     with jax.set_mesh(mesh):
@@ -243,9 +243,9 @@ def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
 
 
 def test_released_credit_has_a_slot_for_each_prompt_of_a_round():
-    fields = {"algorithm.name": "pspo", "algorithm.compat": "released", "rollout.max_rounds": 3}
+    fields = {"algorithm.name": "pspo", "algorithm.variant": "published_code", "rollout.dynamic_sampling_rounds": 3}
     fields |= {"rollout.prompts": 100, "rollout.oversampling": 4.0}
-    made = build(replace(Config(), fields)).credit
+    made = build(replace(Config(), fields)).estimator
     rewards = np.random.default_rng(0).integers(0, 2, (400, 4)).astype(np.float32)
     _, after = made.estimate(made.init(1000), np.arange(400), rewards)
     assert int(after.visits.sum()) == 400 and after.visits[:400].tolist() == [1] * 400
@@ -255,7 +255,7 @@ def test_the_reference_of_adapters_is_the_policy_that_rl_begins_from():
     frozen, adapters = {"w": jnp.ones(3)}, {"a": jnp.full(2, 0.5)}
     found = {}
     for steps in (0, 5):
-        config = tiny_config(objective__kl_coef=0.1, lora__rank=4, sft__steps=steps)
+        config = tiny_config(loss__kl_coef=0.1, lora__rank=4, sft__steps=steps)
         algorithm = build(config)
         state = init_state(adapters, optax.sgd(1.0), algorithm, config, 40, P, jax.random.key(0), frozen)
         found[steps] = reference_weights(dataclasses.replace(state, params={"a": jnp.zeros(2)}))

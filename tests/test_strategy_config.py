@@ -17,7 +17,7 @@ from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
 from pspo_jax.training.algorithm import build, needs_policy_drift
 
-SECTIONS = ("selection", "credit", "forgetting")
+SECTIONS = ("selection", "advantage", "forgetting")
 
 
 def parse(*argv):
@@ -44,35 +44,39 @@ WEIGHTED = "drop it, or set selection.name to pps, spo, difficulty_pools or curr
         (
             {"rollout.oversampling": 2},
             "rollout.oversampling=2:",
-            "rollout.max_rounds=1 does not read it; drop it, or raise rollout.max_rounds",
+            "rollout.dynamic_sampling_rounds=1 does not read it; drop it, or raise rollout.dynamic_sampling_rounds",
         ),
-        ({"rollout.oversampling": 0.01, "rollout.max_rounds": 2}, "rollout.oversampling=0.01:", "has 0 prompts"),
+        (
+            {"rollout.oversampling": 0.01, "rollout.dynamic_sampling_rounds": 2},
+            "rollout.oversampling=0.01:",
+            "has 0 prompts",
+        ),
         (
             {"rollout.oversampling": 16, "algorithm.name": "dapo", "rollout.prompts": 64},
             "rollout.oversampling=16:",
             "512",
         ),
         (
-            {"rollout.oversampling": 1.125, "rollout.max_rounds": 2, "rollout.chunks": 8},
+            {"rollout.oversampling": 1.125, "rollout.dynamic_sampling_rounds": 2, "rollout.chunks": 8},
             "rollout.oversampling=1.125:",
             "rollout.chunks=8 must divide",
         ),
-        ({"objective.loss": "ppo"}, "objective.loss='ppo': choose one of", "cispo"),
-        ({"objective.delta": 1.2}, "objective.delta=1.2:", "1 + objective.clip_high = 1.28"),
-        ({"objective.dual_clip": 1}, "objective.dual_clip=1:", "0 = off"),
+        ({"loss.name": "ppo"}, "loss.name='ppo': choose one of", "cispo"),
+        ({"loss.delta": 1.2}, "loss.delta=1.2:", "1 + loss.clip_high = 1.28"),
+        ({"loss.dual_clip": 1}, "loss.dual_clip=1:", "0 = off"),
         (
-            {"objective.dual_clip": 3, "objective.loss": "cispo"},
-            "objective.dual_clip=3:",
-            "set objective.surrogate to clip",
+            {"loss.dual_clip": 3, "loss.name": "cispo"},
+            "loss.dual_clip=3:",
+            "set loss.surrogate to clip",
         ),
-        ({"objective.delta": 3, "objective.loss": "sapo"}, "objective.delta=3:", "set objective.surrogate to clip"),
-        ({"objective.vespo_positive": "2"}, "objective.vespo_positive='2':", "such as 2,3"),
-        ({"objective.vespo_negative": "2,0"}, "objective.vespo_negative='2,0':", "lambda greater than 0"),
-        ({"objective.top_entropy": 0}, "objective.top_entropy=0.0:", "must be greater than 0"),
+        ({"loss.delta": 3, "loss.name": "sapo"}, "loss.delta=3:", "set loss.surrogate to clip"),
+        ({"loss.vespo_positive": "2"}, "loss.vespo_positive='2':", "such as 2,3"),
+        ({"loss.vespo_negative": "2,0"}, "loss.vespo_negative='2,0':", "lambda greater than 0"),
+        ({"loss.top_entropy": 0}, "loss.top_entropy=0.0:", "must be greater than 0"),
         (
-            {"objective.off_policy": "coupled", "objective.old_log_probs": "trainer"},
-            "objective.off_policy=coupled:",
-            "objective.old_log_probs=sampler",
+            {"loss.off_policy": "coupled", "loss.old_log_probs": "trainer"},
+            "loss.off_policy=coupled:",
+            "loss.old_log_probs=sampler",
         ),
         ({"selection.exploration": 2}, "selection.exploration=2.0:", "must be at most 1.0"),
         ({"selection.max_unjudged": 128}, "selection.max_unjudged=128:", "must be at most 127"),
@@ -81,8 +85,8 @@ WEIGHTED = "drop it, or set selection.name to pps, spo, difficulty_pools or curr
         ({"selection.exponent": "nan"}, "selection.exponent=nan:", "must be a finite number"),
         ({"selection.correction": "inf"}, "selection.correction=inf:", "must be a finite number"),
         ({"selection.success_threshold": "nan"}, "selection.success_threshold=nan:", "must be a finite number"),
-        ({"credit.alpha": 0}, "credit.alpha=0.0:", "must be greater than 0"),
-        ({"credit.ddof": 2}, "credit.ddof=2:", "must be at most 1"),
+        ({"advantage.alpha": 0}, "advantage.alpha=0.0:", "must be greater than 0"),
+        ({"advantage.ddof": 2}, "advantage.ddof=2:", "must be at most 1"),
         ({"forgetting.half_life": "inf"}, "forgetting.half_life=inf:", "must be a finite number"),
         ({"forgetting.prior_failures": 0}, "forgetting.prior_failures=0.0:", "must be greater than 0"),
         ({"forgetting.low": 0.97}, "forgetting.low=0.97:", "must be at most forgetting.high=0.96"),
@@ -113,7 +117,7 @@ WEIGHTED = "drop it, or set selection.name to pps, spo, difficulty_pools or curr
             "curriculum",
         ),
         ({SELECTOR: "best"}, "selection.name='best': choose one of", "mopps"),
-        ({"credit.name": "best"}, "credit.name='best': choose one of", "tracked_baseline"),
+        ({"advantage.name": "best"}, "advantage.name='best': choose one of", "tracked_baseline"),
         ({"algorithm.name": "best"}, "algorithm.name='best': choose one of", "posterior_mixed"),
     ],
     ids=lambda case: " ".join(flags(case)) if isinstance(case, dict) else "",
@@ -166,7 +170,7 @@ def test_options_of_selectors_that_draw_by_weight_are_taken(name):
 
 def test_every_name_has_its_preset_and_its_selector():
     assert {preset["selection.name"] for preset in PRESETS.values()} == set(SCORERS)
-    assert {preset["credit.name"] for preset in PRESETS.values()} == set(ESTIMATORS)
+    assert {preset["advantage.name"] for preset in PRESETS.values()} == set(ESTIMATORS)
 
 
 FILLED = (
@@ -174,33 +178,33 @@ FILLED = (
     "selection.cooldown",
     "selection.correction",
     "selection.floor",
-    "credit.name",
-    "credit.scale",
+    "advantage.name",
+    "advantage.scale",
     "forgetting.mode",
-    "objective.loss",
-    "objective.surrogate",
-    "objective.ratio",
-    "objective.aggregation",
-    "objective.clip_low",
-    "objective.clip_high",
+    "loss.name",
+    "loss.surrogate",
+    "loss.ratio",
+    "loss.aggregation",
+    "loss.clip_low",
+    "loss.clip_high",
     "replay.name",
-    "rollout.max_rounds",
+    "rollout.dynamic_sampling_rounds",
 )
 OWN = {
     "selection.name": "curriculum",
     "selection.cooldown": 7,
     "selection.correction": 0.25,
     "selection.floor": 0.5,
-    "credit.name": "rloo",
-    "credit.scale": "batch",
-    "forgetting.mode": "movement",
-    "objective.aggregation": "bnpo",
-    "objective.surrogate": "sapo",
-    "objective.ratio": "sequence_token",
-    "objective.clip_low": 0.125,
-    "objective.clip_high": 0.375,
+    "advantage.name": "rloo",
+    "advantage.scale": "batch",
+    "forgetting.mode": "policy_drift",
+    "loss.aggregation": "bnpo",
+    "loss.surrogate": "sapo",
+    "loss.ratio": "sequence_token",
+    "loss.clip_low": 0.125,
+    "loss.clip_high": 0.375,
     "replay.name": "filter",
-    "rollout.max_rounds": 3,
+    "rollout.dynamic_sampling_rounds": 3,
 }
 
 
@@ -222,7 +226,7 @@ def test_a_users_value_wins_over_the_preset(name):
     for field, value in OWN.items():
         values = flatten(resolve(replace(Config(), {"algorithm.name": name, field: value})))
         assert values[field] == value
-        if field not in ("selection.name", "credit.name", "objective.surrogate"):
+        if field not in ("selection.name", "advantage.name", "loss.surrogate"):
             assert {f: v for f, v in values.items() if v != base[f]}.keys() <= {field}
 
 
@@ -249,14 +253,14 @@ def test_defaults_of_a_selector_follow_its_name_whatever_the_algorithm(selector,
     config = resolve(replace(Config(), {"algorithm.name": algorithm, "selection.name": selector}))
     s = config.selection
     assert (s.cooldown, s.correction, s.floor) == DEFAULTS[selector]
-    assert config.credit.name == PRESETS[algorithm]["credit.name"]
-    believes = selector in BELIEFS or config.credit.name == "tracked_baseline"
-    assert config.forgetting.mode == (None if not believes else "movement" if selector == "spo" else "fixed")
+    assert config.advantage.name == PRESETS[algorithm]["advantage.name"]
+    believes = selector in BELIEFS or config.advantage.name == "tracked_baseline"
+    assert config.forgetting.mode == (None if not believes else "policy_drift" if selector == "spo" else "fixed")
 
 
 def test_defaults_of_a_selector_reach_the_command_line():
     config = parse("--algorithm.name", "grpo", "--selection.name", "prioritized_replay")
-    assert (config.selection.cooldown, config.credit.scale) == (5, "group")
+    assert (config.selection.cooldown, config.advantage.scale) == (5, "group")
     again = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, name="spo"))
     assert resolve(again) == again  # a resolved config does not change with the algorithm's name
 
@@ -267,11 +271,11 @@ def test_defaults_of_a_selector_reach_the_command_line():
         ({"algorithm.name": "spo"}, True),
         ({"algorithm.name": "spo", "forgetting.mode": "fixed"}, False),
         ({"algorithm.name": "mopps"}, False),
-        ({"algorithm.name": "mopps", "forgetting.mode": "movement"}, True),
-        ({"algorithm.name": "grpo", "forgetting.mode": "movement"}, False),
-        ({"algorithm.name": "grpo", "forgetting.mode": "movement", "credit.name": "tracked_baseline"}, True),
-        ({"algorithm.name": "pspo", "credit.alpha_mode": "movement"}, True),
-        ({"algorithm.name": "pps", "credit.alpha_mode": "movement"}, False),
+        ({"algorithm.name": "mopps", "forgetting.mode": "policy_drift"}, True),
+        ({"algorithm.name": "grpo", "forgetting.mode": "policy_drift"}, False),
+        ({"algorithm.name": "grpo", "forgetting.mode": "policy_drift", "advantage.name": "tracked_baseline"}, True),
+        ({"algorithm.name": "pspo", "advantage.alpha_mode": "policy_drift"}, True),
+        ({"algorithm.name": "pps", "advantage.alpha_mode": "policy_drift"}, False),
     ],
 )
 def test_movement_is_measured_only_where_a_strategy_asks_for_it(values, needed):

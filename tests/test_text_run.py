@@ -76,12 +76,12 @@ def command(place, name, **fields):
         "task.heldout_prompts": 8,
         "task.cache": place / "cache",
         "prompt.template": "none",
-        "policy.tokenizer": place / "tokenizer",
-        "policy.layers": 1,
-        "policy.width": 32,
-        "policy.mlp_width": 64,
-        "policy.compute_dtype": "float32",
-        "policy.remat": "none",
+        "model.tokenizer": place / "tokenizer",
+        "model.layers": 1,
+        "model.width": 32,
+        "model.mlp_width": 64,
+        "model.compute_dtype": "float32",
+        "model.remat": "none",
         "reward.require_end": False,
         "verifier.workers": 2,
         "rollout.prompts": 8,
@@ -197,12 +197,12 @@ def test_statistics_follow_their_prompts(tmp_path):
     before = prepare(tiny_config(algorithm__name="pspo", run__dir=str(tmp_path)))
     n = len(before.task.train.lengths)
     with jax.set_mesh(before.mesh):
-        state = place_state(before, before.policy.init(jax.random.key(0)))
+        state = place_state(before, before.model.init(jax.random.key(0)))
         marks = np.arange(1, n + 1, dtype=np.float32)
-        padded = np.pad(marks, (0, len(state.credit.mean) - n))
+        padded = np.pad(marks, (0, len(state.advantage.mean) - n))
         state = state.replace(
             selector=state.selector._replace(own=jax.device_put(padded, state.selector.own.sharding)),
-            credit=state.credit._replace(mean=jax.device_put(-padded, state.credit.mean.sharding)),
+            advantage=state.advantage._replace(mean=jax.device_put(-padded, state.advantage.mean.sharding)),
         )
         resume.save_content(before, tmp_path)
         with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
@@ -229,7 +229,7 @@ def test_statistics_follow_their_prompts(tmp_path):
     assert 0 < sum(w > 0 for w in wanted) < 56
     initial = before.config.selection.initial
     np.testing.assert_array_equal(found.state.selector.own[:56], [w or initial for w in wanted])
-    np.testing.assert_array_equal(found.state.credit.mean[:56], [-w for w in wanted])
+    np.testing.assert_array_equal(found.state.advantage.mean[:56], [-w for w in wanted])
 
 
 def evaluate(env, place, out, *argv):

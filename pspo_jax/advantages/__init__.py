@@ -25,7 +25,7 @@ BATCH_SCALES: dict[str, Callable[[AdvantageConfig], Callable[..., Any]]] = {
     "opo": over_deviation,
     "tracked_baseline": over_size,
 }
-"""How the credits that credit.scale=batch is for divide by a scale of the batch."""
+"""How the credits that advantage.scale=batch is for divide by a scale of the batch."""
 
 
 def make(config: AdvantageConfig, forgetting: ForgettingConfig, batch_differs: bool = False) -> AdvantageEstimator:
@@ -37,7 +37,7 @@ def make(config: AdvantageConfig, forgetting: ForgettingConfig, batch_differs: b
     """
     assert config.name is not None
     if config.name not in ESTIMATORS:
-        return load_plugin("credit.name", config.name)(config, forgetting)
+        return load_plugin("advantage.name", config.name)(config, forgetting)
     if not batch_differs or config.scale != "batch" or config.name not in BATCH_SCALES:
         return ESTIMATORS[config.name](config, forgetting)
     unscaled = ESTIMATORS[config.name](dataclasses.replace(config, scale="none"), forgetting)
@@ -46,8 +46,8 @@ def make(config: AdvantageConfig, forgetting: ForgettingConfig, batch_differs: b
 
 __all__ = [
     "BATCH_SCALES",
-    "CREDITS",
-    "Credit",
+    "ESTIMATORS",
+    "AdvantageEstimator",
     "ers",
     "group",
     "group_advantages",

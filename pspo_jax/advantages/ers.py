@@ -41,11 +41,11 @@ def ers(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstim
     stat_mode="linear_std" smooths standard deviations linearly. "released_head" stores the variance in the slot of the
     standard deviation, squares it at the next visit and divides by it without a root, as the published code's last
     commit does; it exists for parity studies. A group with fewer than two verdicts updates nothing and gets A = 0.
-    alpha_mode="count" takes 1/n at the n-th visit, so that m is the plain mean of all groups; "movement" forgets as
+    alpha_mode="count" takes 1/n at the n-th visit, so that m is the plain mean of all groups; "policy_drift" forgets as
     much as the policy has moved.
     """
-    by_movement = config.alpha_mode == "movement"
-    forgetting = dataclasses.replace(forgetting, mode="movement")
+    by_movement = config.alpha_mode == "policy_drift"
+    forgetting = dataclasses.replace(forgetting, mode="policy_drift")
 
     def init(num_prompts: int) -> ErsState:
         # One buffer each: the training step donates its state.
@@ -57,14 +57,14 @@ def ers(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstim
             moved=jnp.zeros(rows, jnp.float32) if by_movement else None,
         )
 
-    def weight(state: ErsState, ids: Int[Array, "B"], movement: Array | float) -> Float[Array, "B"]:
+    def weight(state: ErsState, ids: Int[Array, "B"], policy_drift: Array | float) -> Float[Array, "B"]:
         """alpha of each prompt."""
         match config.alpha_mode:
             case "count":
                 return 1 / (state.visits[ids] + 1).astype(jnp.float32)
-            case "movement":
+            case "policy_drift":
                 assert state.moved is not None
-                return 1 - discount(forgetting, movement - state.moved[ids])
+                return 1 - discount(forgetting, policy_drift - state.moved[ids])
         return jnp.full(ids.shape, config.alpha, jnp.float32)
 
     def estimate(
@@ -72,14 +72,14 @@ def ers(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstim
         ids: Int[Array, "B"],
         rewards: Float[Array, "B G"],
         lengths: Int[Array, "B G"] | None = None,
-        movement: Float[Array, ""] | float = 0.0,
+        policy_drift: Float[Array, ""] | float = 0.0,
     ) -> tuple[Float[Array, "B G"], ErsState]:
         del lengths
         stats = group_statistics(rewards, config.ddof)
         mean_old, spread_old = state.mean[ids], state.spread[ids]
         seen = state.visits[ids] > 0
         usable = stats.verdicts > 1
-        alpha = weight(state, ids, movement)
+        alpha = weight(state, ids, policy_drift)
 
         def smooth(old: Float[Array, "B"], new: Float[Array, "B"]) -> Float[Array, "B"]:
             return (1 - alpha) * old + alpha * new
@@ -106,7 +106,7 @@ def ers(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstim
             mean=state.mean.at[place].set(mean, mode="drop"),
             spread=state.spread.at[place].set(spread, mode="drop"),
             visits=state.visits.at[ids].add(usable.astype(jnp.int32)),
-            moved=None if state.moved is None else state.moved.at[place].set(movement, mode="drop"),
+            moved=None if state.moved is None else state.moved.at[place].set(policy_drift, mode="drop"),
         )
         return jnp.where(known, advantages, 0.0), state
 
@@ -130,10 +130,10 @@ def released(
         ids: Int[Array, "B"],
         rewards: Float[Array, "B G"],
         lengths: Int[Array, "B G"] | None = None,
-        movement: Float[Array, ""] | float = 0.0,
+        policy_drift: Float[Array, ""] | float = 0.0,
     ) -> tuple[Float[Array, "B G"], ErsState]:
         slots = jnp.arange(ids.shape[0], dtype=jnp.int32)
-        advantages, state = inner.estimate(state, slots, rewards, lengths, movement)
+        advantages, state = inner.estimate(state, slots, rewards, lengths, policy_drift)
         return advantages * (jnp.abs(advantages) + floor) ** -weight_exponent, state
 
     # Slots do not follow prompts.

@@ -79,9 +79,9 @@ def _stateless(advantages: Callable[[Array, Array | None], Array]) -> AdvantageE
         ids: Int[Array, "B"],
         rewards: Float[Array, "B G"],
         lengths: Int[Array, "B G"] | None = None,
-        movement: Float[Array, ""] | float = 0.0,
+        policy_drift: Float[Array, ""] | float = 0.0,
     ) -> tuple[Float[Array, "B G"], tuple[()]]:
-        del ids, movement
+        del ids, policy_drift
         return advantages(rewards, lengths), state
 
     return AdvantageEstimator(init=lambda num_prompts: (), estimate=estimate)

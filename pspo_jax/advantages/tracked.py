@@ -34,7 +34,7 @@ def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> A
     """
     if config.scale == "group":
         raise ConfigError(
-            "credit.scale=group: credit.name=tracked_baseline divides by nothing of a group; choose batch or none"
+            "advantage.scale=group: advantage.name=tracked_baseline divides by nothing of a group; choose batch or none"
         )
 
     def init(num_prompts: int) -> TrackedState:
@@ -46,7 +46,7 @@ def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> A
         ids: Int[Array, "B"],
         rewards: Float[Array, "B G"],
         lengths: Int[Array, "B G"] | None = None,
-        movement: Float[Array, ""] | float = 0.0,
+        policy_drift: Float[Array, ""] | float = 0.0,
     ) -> tuple[Float[Array, "B G"], TrackedState]:
         del lengths
         stats, valid = group_statistics(rewards, config.ddof), ~jnp.isnan(rewards)
@@ -65,7 +65,7 @@ def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> A
             None,
             success,
             valid.sum(1) - success,
-            jnp.asarray(movement, jnp.float32),
+            jnp.asarray(policy_drift, jnp.float32),
             toward_prior=False,
         )
         judged, nowhere = valid.any(1), state.seen.shape[0]

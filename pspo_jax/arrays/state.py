@@ -29,7 +29,7 @@ class SavedState:
     """State of the optax optimizer."""
     selector: Any
     """Per-prompt arrays of the selector."""
-    credit: Any
+    advantage: Any
     """Per-prompt arrays of the credit."""
     replay: Any
     """Stored groups."""
@@ -42,7 +42,7 @@ class SavedState:
     """Optimizer updates applied."""
     skipped: Int[Array, ""] | int = 0
     """Non-finite updates skipped in a row, up to now."""
-    movement: Float[Array, ""] | float = 0.0
+    policy_drift: Float[Array, ""] | float = 0.0
     """Sum over the steps of the mean |change of log-prob| per token; 0 where no strategy asks for it."""
     queue: Any = None
     """Effective groups that wait for a batch; None without dynamic sampling."""
@@ -112,7 +112,7 @@ class RolloutOutcome(NamedTuple):
     """The credit's advantages (for ERS: against smoothed statistics)."""
     raw_advantages: Float[Array, "B G"]
     """Advantages within the group, (r - mean) / (std + eps), whatever the credit."""
-    movement: Float[Array, ""] | float = 0.0
+    policy_drift: Float[Array, ""] | float = 0.0
     """`TrainState.movement` when the rollouts were sampled."""
     lengths: Int[Array, "B G"] | float = 0.0
     """Tokens drawn."""

@@ -75,10 +75,10 @@ def evaluate_checkpoints(
     config = _on_devices(config, architecture, len(jax.devices()))
     mesh = make_mesh(config, architecture)
     with jax.set_mesh(mesh):
-        policy = transformer(architecture)
+        model = transformer(architecture)
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
         chunk = tokens_per_test(platform, longest)
-        sample = make_sampler(policy, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
+        sample = make_sampler(model, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
         works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names]
         if not isinstance(tokenizer, CharTokenizer):
             progress.say(tokenizer.stop_line())
@@ -87,7 +87,7 @@ def evaluate_checkpoints(
                 progress.say(f"{work.name}: {line}")
             if work.prompts.left_out:
                 progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
-        candidates = _candidates(args, steps, source, architecture, policy, mesh)
+        candidates = _candidates(args, steps, source, architecture, model, mesh)
         rows: dict[str, dict[str, tables.Summary]] = {}
         for candidate in candidates:
             rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
@@ -126,7 +126,7 @@ def _work(
 ) -> Work:
     if isinstance(tokenizer, CharTokenizer):
         task = make_task(config, tokenizer)
-        prompts, judge = task.heldout, task.judge
+        prompts, judge = task.heldout, task.reward_fn
         stop_ids: tuple[int, ...] = task.stop_ids
         if args.limit:
             raise ConfigError("--limit: an embedded task has task.heldout_prompts problems; leave it out")
@@ -135,7 +135,7 @@ def _work(
         # As training splits the data; how many prompts it draws does not matter here.
         fields = {"task.heldout_prompts": min(few, config.task.heldout_prompts), "rollout.prompts": 1}
         task = make_task(replace(config, fields), tokenizer, pool, progress.say)
-        prompts, judge, stop_ids = task.heldout, task.judge, task.stop_ids
+        prompts, judge, stop_ids = task.heldout, task.reward_fn, task.stop_ids
     else:
         whole = replace(config, {"prompt.max_tokens": max(config.prompt.max_tokens, LONGEST_PROMPT)})
         source = benchmark_source(name, data, whole)
@@ -144,7 +144,7 @@ def _work(
     return Work(
         name=name,
         prompts=prompts,
-        judge=judge,
+        reward_fn=judge,
         tokenizer=tokenizer,
         samples=args.samples,
         batch=config.rollout.prompts,
@@ -156,7 +156,7 @@ def _work(
 
 
 def _candidates(
-    args: argparse.Namespace, steps: list[int], source: Source | None, architecture: Any, policy: Any, mesh: Any
+    args: argparse.Namespace, steps: list[int], source: Source | None, architecture: Any, model: Any, mesh: Any
 ) -> list[Candidate]:
     """The checkpoints that the arguments name."""
     base: list[Any] = []
@@ -172,17 +172,17 @@ def _candidates(
 
     def load_step(step: int) -> Any:
         params, metadata = read_params(
-            args.run / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, policy.axes)
+            args.run / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, model.axes)
         )
         if source is not None and metadata.get("source") != source.fingerprint():
-            raise ConfigError(f"policy.source={source.name}: is not the checkpoint that this run began from")
+            raise ConfigError(f"model.source={source.name}: is not the checkpoint that this run began from")
         if architecture.lora is None:
             return merge_params(params, None)
         try:
             verify(load_source(), metadata["base"])
         except ValueError as error:
             raise ConfigError(
-                f"policy.source={source.name if source else None}: its weights differ from those this run's adapters "
+                f"model.source={source.name if source else None}: its weights differ from those this run's adapters "
                 f"were trained on ({error})"
             ) from error
         return merge_params(params, load_source())
@@ -205,7 +205,7 @@ def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None
         "samples": args.samples,
         "seed": args.seed,
         "prompt": dataclasses.asdict(config.prompt),
-        "compute_dtype": config.policy.compute_dtype,
+        "compute_dtype": config.model.compute_dtype,
     }
     path = out / "settings.json"
     try:

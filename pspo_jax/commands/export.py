@@ -67,12 +67,12 @@ def write_model(
       adapter_only: adapters in PEFT's layout, not merged.
       began_from: fingerprint of the checkpoint that training began from; None = the config's is known to be it.
     Raises:
-      ConfigError: policy.source is another checkpoint.
+      ConfigError: model.source is another checkpoint.
     """
     source, tokenizer, architecture = architecture_for(config)
     if source is not None and began_from not in (None, source.fingerprint()):
         raise ConfigError(
-            f"policy.source={source.name}: is not the checkpoint that this run began from (another config, or "
+            f"model.source={source.name}: is not the checkpoint that this run began from (another config, or "
             "other tensors); name the right one with --base"
         )
 
@@ -127,7 +127,7 @@ def rounding(a: Architecture, dtype_of: Callable[[str], Any]) -> str | None:
 def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:
     """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
     stop_ids = _stop_ids(tokenizer)
-    hf = built_in_config(architecture, config.policy.rope_theta, stop_ids, tokenizer.pad_token_id)
+    hf = built_in_config(architecture, config.model.rope_theta, stop_ids, tokenizer.pad_token_id)
     (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
     generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
@@ -145,10 +145,10 @@ def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
         }
     library = "peft" if adapter_only else "transformers"
     head: dict[str, Any] = {"library_name": library, "tags": ["pspo_jax", config.algorithm.name]}
-    if config.policy.source is not None:
-        head["base_model"] = config.policy.source
+    if config.model.source is not None:
+        head["base_model"] = config.model.source
     table = "".join(f"| {k} | {v:.4g} |\n" for k, v in sorted(shown.items()))
-    base = config.policy.source or "random weights"
+    base = config.model.source or "random weights"
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.resolve().name}, step {step}\n\n"
         f"Trained with pspo_jax: {config.algorithm.name} on {config.task.name}"

@@ -29,9 +29,9 @@ def prepare_supervised(config: Config, pool: Any, progress: Progress) -> Setup:
         "rollout.prompts": len(jax.devices()),
         "rollout.chunks": 1,
         "rollout.slots": None,
-        "rollout.max_rounds": 1,
+        "rollout.dynamic_sampling_rounds": 1,
         "rollout.oversampling": 1.0,
-        "objective.minibatches": 1,
+        "loss.minibatches": 1,
     }
     config = replace(config, idle)
     return prepare(config, pool=pool, say=progress.say, task=demonstration_task(config, tokenizer))
@@ -51,6 +51,6 @@ def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: P
         history.write_config(folder, c)
         out = folder / "model"
         write_folder(out, lambda place: write_model(place, c, params), replace=True)
-        progress.say(f"{out} is the model in Hugging Face's format: train it with --policy.source {out}, or {same}")
+        progress.say(f"{out} is the model in Hugging Face's format: train it with --model.source {out}, or {same}")
     processes.wait_for_all("model")
     return 0

@@ -17,13 +17,13 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "task.train_prompts": 0,
     "task.heldout_prompts": 256,
     "sft.steps": 0,
-    "policy.compute_dtype": None,
-    "policy.scan_unroll": 1,
-    "policy.remat": None,
+    "model.compute_dtype": None,
+    "model.scan_unroll": 1,
+    "model.remat": None,
     "rollout.prompts": 16,
     "rollout.max_new_tokens": 1024,
     "rollout.prompt_bucket": 64,
-    "objective.microbatch_rows": 8,
+    "loss.microbatch_rows": 8,
     "optimizer.learning_rate": 1e-6,
     "optimizer.b2": 0.999,
     "eval.samples": 1,
@@ -35,7 +35,7 @@ COUNTDOWN_DEFAULTS: dict[str, Any] = {
     "rollout.max_new_tokens": 24,
 }
 """Defaults of countdown in its own alphabet."""
-LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "policy.param_dtype": "bfloat16"}
+LORA_DEFAULTS: dict[str, Any] = {"optimizer.learning_rate": 5e-6, "model.param_dtype": "bfloat16"}
 """Defaults with lora.rank > 0; they win over those of the task."""
 FOLLOWERS = tuple(TEXT_DEFAULTS | COUNTDOWN_DEFAULTS | LORA_DEFAULTS)
 """Fields whose default follows the task or lora.rank."""
@@ -45,14 +45,14 @@ def uses_char_tokenizer(config: Config) -> bool:
     """Whether the task speaks an alphabet of its own and not a checkpoint's language."""
     if config.task.mixture is not None:
         return False
-    alone = config.policy.source is None and config.policy.tokenizer is None
+    alone = config.model.source is None and config.model.tokenizer is None
     return config.task.name == "arithmetic" or (config.task.name == "countdown" and alone)
 
 
 def defaults_of(config: Config) -> dict[str, Any]:
     """Every field's default, by its dotted name, for this config's task and adapters.
 
-    It depends on task.name, task.mixture, policy.source, policy.tokenizer and lora.rank alone.
+    It depends on task.name, task.mixture, model.source, model.tokenizer and lora.rank alone.
     """
     values = flatten(type(config)())
     if not uses_char_tokenizer(config):

@@ -27,8 +27,8 @@ LIST_FIELDS = (
     "selection.pool_weights",
     "reward.cosine_right",
     "reward.cosine_wrong",
-    "objective.vespo_positive",
-    "objective.vespo_negative",
+    "loss.vespo_positive",
+    "loss.vespo_negative",
 )
 """Text fields that hold a list with commas, for which a list may stand too."""
 PATH_FIELDS = (
@@ -37,8 +37,8 @@ PATH_FIELDS = (
     "task.train_data",
     "task.heldout_data",
     "task.cache",
-    "policy.source",
-    "policy.tokenizer",
+    "model.source",
+    "model.tokenizer",
     "sft.data",
 )
 """Text fields that may name a file or folder, in which ~ is the home folder."""

@@ -115,23 +115,27 @@ def _local(data: str | None) -> bool:
 
 
 def _has_stale(c: Config) -> bool:
-    return c.replay.name == "fill" or c.rollout.max_rounds != 1
+    return c.replay.name == "popo" or c.rollout.dynamic_sampling_rounds != 1
 
 
 def _ratio_is_read(c: Config) -> bool:
-    o = c.objective
+    o = c.loss
     return o.surrogate in ("clip", "cispo", "sapo") or (o.kl_coef > 0 and o.kl_in == "loss" and o.kl_unbiased)
 
 
 def _deviation_is_read(c: Config) -> bool:
-    by_credit = c.credit.scale != "none" if c.credit.name in ("group", "rloo", "opo") else c.credit.name == "ers"
+    by_credit = (
+        c.advantage.scale != "none" if c.advantage.name in ("group", "rloo", "opo") else c.advantage.name == "ers"
+    )
     return (
-        by_credit or (c.selection.name == "pps" and c.selection.signal == "raw") or c.credit.name not in _BY_ESTIMATOR
+        by_credit
+        or (c.selection.name == "pps" and c.selection.signal == "raw")
+        or c.advantage.name not in _BY_ESTIMATOR
     )
 
 
 def _eps_is_read(c: Config) -> bool:
-    return _deviation_is_read(c) or (c.credit.name == "tracked_baseline" and c.credit.scale == "batch")
+    return _deviation_is_read(c) or (c.advantage.name == "tracked_baseline" and c.advantage.scale == "batch")
 
 
 def _selector_believes(c: Config) -> bool:
@@ -142,12 +146,14 @@ def _selector_believes(c: Config) -> bool:
 
 def believes(c: Config) -> bool:
     """Whether a strategy of a resolved config keeps beliefs of prompts, which age as `forgetting` says."""
-    return _selector_believes(c) or c.credit.name == "tracked_baseline" or c.credit.name not in _BY_ESTIMATOR
+    return _selector_believes(c) or c.advantage.name == "tracked_baseline" or c.advantage.name not in _BY_ESTIMATOR
 
 
 def _moves(c: Config) -> bool:
-    by_credit = c.credit.name == "ers" and c.credit.alpha_mode == "movement" and c.algorithm.compat == "none"
-    return by_credit or (believes(c) and c.forgetting.mode == "movement")
+    by_credit = (
+        c.advantage.name == "ers" and c.advantage.alpha_mode == "policy_drift" and c.algorithm.variant == "paper"
+    )
+    return by_credit or (believes(c) and c.forgetting.mode == "policy_drift")
 
 
 TEXT = Condition(
@@ -157,16 +163,16 @@ TEXT = Condition(
 )
 COLD_START = unless("sft.steps", 0, "set sft.steps")
 OWN_SHAPE = Condition(
-    lambda c: c.policy.source is None,
-    lambda c: f"it follows from the checkpoint policy.source={c.policy.source}",
-    "leave policy.source out",
+    lambda c: c.model.source is None,
+    lambda c: f"it follows from the checkpoint model.source={c.model.source}",
+    "leave model.source out",
 )
 ADAPTERS = unless("lora.rank", 0, "set lora.rank")
-FILL = when("replay.name", "fill")
-DYNAMIC = unless("rollout.max_rounds", 1, "raise rollout.max_rounds")
-CLIP = when("objective.surrogate", "clip")
-KL = unless("objective.kl_coef", 0.0, "set objective.kl_coef")
-NOT_RELEASED = when("algorithm.compat", "none")
+FILL = when("replay.name", "popo")
+DYNAMIC = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
+CLIP = when("loss.surrogate", "clip")
+KL = unless("loss.kl_coef", 0.0, "set loss.kl_coef")
+NOT_RELEASED = when("algorithm.variant", "paper")
 COORDINATED = unless("distributed.coordinator", None, "set distributed.coordinator")
 JOINED = Condition(
     lambda c: c.distributed.auto or c.distributed.coordinator is not None,
@@ -176,24 +182,24 @@ JOINED = Condition(
 DUMPED = unless("log.completions_every", 0, "set log.completions_every")
 BELIEVED = Condition(
     believes,
-    _unread("selection.name", "credit.name"),
-    "choose a strategy that keeps beliefs, such as selection.name mopps or credit.name tracked_baseline",
+    _unread("selection.name", "advantage.name"),
+    "choose a strategy that keeps beliefs, such as selection.name mopps or advantage.name tracked_baseline",
 )
 SELECTOR_BELIEVED = Condition(
     _selector_believes, _unread("selection.name", "selection.estimate"), f"set selection.name to {_any_of(BELIEFS)}"
 )
 MOVEMENT = Condition(
     _moves,
-    _unread("forgetting.mode", "selection.name", "credit.name", "credit.alpha_mode"),
-    "set forgetting.mode to movement for a strategy that keeps beliefs, or credit.alpha_mode for ers",
+    _unread("forgetting.mode", "selection.name", "advantage.name", "advantage.alpha_mode"),
+    "set forgetting.mode to movement for a strategy that keeps beliefs, or advantage.alpha_mode for ers",
 )
 STALE = Condition(
-    lambda c: _has_stale(c) or c.objective.old_log_probs == "trainer",
-    _unread("replay.name", "rollout.max_rounds", "objective.old_log_probs"),
-    "set replay.name to fill, raise rollout.max_rounds, or set objective.old_log_probs to trainer",
+    lambda c: _has_stale(c) or c.loss.old_log_probs == "trainer",
+    _unread("replay.name", "rollout.dynamic_sampling_rounds", "loss.old_log_probs"),
+    "set replay.name to fill, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
 )
-_SPREAD = _unread("credit.name", "credit.scale", "selection.name")
-_SPREAD_CHOICE = "choose credit.name ers, a credit.scale, or selection.name pps"
+_SPREAD = _unread("advantage.name", "advantage.scale", "selection.name")
+_SPREAD_CHOICE = "choose advantage.name ers, a advantage.scale, or selection.name pps"
 _SPLIT_CHOICE = "name a dataset of the hub, or a folder that has it"
 
 
@@ -210,18 +216,27 @@ def _selection(name: str, *more: Condition) -> Owner:
 
 
 def _credit(name: str, *more: Condition) -> Owner:
-    return (by_name("credit.name", _BY_ESTIMATOR, name), *more)
+    return (by_name("advantage.name", _BY_ESTIMATOR, name), *more)
 
 
 _RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
 _DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform")
-_POLICY = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
+_MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
-_ROLLOUT = ("prompts", "group_size", "chunks", "max_new_tokens", "temperature", "top_p", "top_k", "max_rounds")
+_ROLLOUT = (
+    "prompts",
+    "group_size",
+    "chunks",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "dynamic_sampling_rounds",
+)
 _SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success", "success_threshold")
 _REPLAY = ("capacity", "max_age", "min_age", "max_uses", "max_share", "order", "ess_floor", "memory")
-_OBJECTIVE = (
-    *("loss", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated", "off_policy_threshold"),
+_LOSS = (
+    *("name", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated", "off_policy_threshold"),
     *("kl_coef", "num_iterations", "minibatches", "microbatch_rows", "packing", "old_log_probs", "logits_mib"),
 )
 _OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_decay", "clip_norm", "max_skipped")
@@ -235,7 +250,7 @@ def _all(stage: str, names: tuple[str, ...], *owner: Condition) -> dict[str, Own
 OWNERS: dict[str, Owner] = {
     **_all("run", _RUN),
     "algorithm.name": ALWAYS,
-    "algorithm.compat": (when("credit.name", "ers"),),
+    "algorithm.variant": (when("advantage.name", "ers"),),
     "task.name": (when("task.mixture", None),),
     **_all("task", ("train_prompts", "heldout_prompts", "mixture", "allow_change")),
     "task.seed": (
@@ -265,16 +280,16 @@ OWNERS: dict[str, Owner] = {
     "task.cache": (TEXT,),
     **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
     **_all("prompt", ("system", "thinking", "date"), TEXT, when("prompt.template", "chat")),
-    **_all("policy", ("source", "tokenizer"), TEXT),
-    "policy.revision": (
+    **_all("model", ("source", "tokenizer"), TEXT),
+    "model.revision": (
         Condition(
-            lambda c: c.policy.source is not None and not _local(c.policy.source),
-            _unread("policy.source"),
-            "set policy.source to an id of the hub",
+            lambda c: c.model.source is not None and not _local(c.model.source),
+            _unread("model.source"),
+            "set model.source to an id of the hub",
         ),
     ),
-    **_all("policy", tuple(ModelConfig().shape_fields()), OWN_SHAPE),
-    **_all("policy", _POLICY),
+    **_all("model", tuple(ModelConfig().shape_fields()), OWN_SHAPE),
+    **_all("model", _MODEL),
     "lora.rank": ALWAYS,
     **_all("lora", ("alpha", "dropout", "targets"), ADAPTERS),
     "sft.steps": ALWAYS,
@@ -294,8 +309,8 @@ OWNERS: dict[str, Owner] = {
     "rollout.stop": (TEXT,),
     "reward.terms": ALWAYS,
     "reward.format": (term("format"),),
-    "reward.cosine_length": (term("cosine"), when("reward.compat", "none")),
-    **_all("reward", ("cosine_right", "cosine_wrong", "compat"), term("cosine")),
+    "reward.cosine_length": (term("cosine"), when("reward.variant", "paper")),
+    **_all("reward", ("cosine_right", "cosine_wrong", "variant"), term("cosine")),
     "reward.overlong_cache": (term("overlong"),),
     **_all("reward", ("repetition_ngram", "repetition_penalty"), term("repetition")),
     "reward.require_end": (
@@ -326,55 +341,53 @@ OWNERS: dict[str, Owner] = {
     **{f"selection.{name}": _selection(name) for name in ("greso_base", "greso_floor", "easy_from", "hard_to")},
     **{f"selection.{name}": _selection(name) for name in ("difficulty_column", "curriculum_start")},
     "selection.curriculum_steps": _selection("curriculum_steps", unless("selection.curriculum_start", 1.0, "lower it")),
-    "credit.name": ALWAYS,
-    "credit.scale": _credit("scale"),
-    "credit.ddof": (Condition(_deviation_is_read, _SPREAD, _SPREAD_CHOICE),),
-    "credit.eps": (Condition(_eps_is_read, _SPREAD, _SPREAD_CHOICE),),
-    "credit.alpha": _credit(
+    "advantage.name": ALWAYS,
+    "advantage.scale": _credit("scale"),
+    "advantage.ddof": (Condition(_deviation_is_read, _SPREAD, _SPREAD_CHOICE),),
+    "advantage.eps": (Condition(_eps_is_read, _SPREAD, _SPREAD_CHOICE),),
+    "advantage.alpha": _credit(
         "alpha",
         Condition(
-            lambda c: c.credit.alpha_mode == "fixed" or c.algorithm.compat == "released",
-            _unread("credit.alpha_mode"),
-            "set credit.alpha_mode to fixed",
+            lambda c: c.advantage.alpha_mode == "fixed" or c.algorithm.variant == "published_code",
+            _unread("advantage.alpha_mode"),
+            "set advantage.alpha_mode to fixed",
         ),
     ),
-    "credit.alpha_mode": _credit("alpha_mode", NOT_RELEASED),
-    "credit.stat_mode": _credit("stat_mode", NOT_RELEASED),
+    "advantage.alpha_mode": _credit("alpha_mode", NOT_RELEASED),
+    "advantage.stat_mode": _credit("stat_mode", NOT_RELEASED),
     "forgetting.mode": (BELIEVED,),
     "forgetting.discount": (BELIEVED, when("forgetting.mode", "fixed")),
     **_all("forgetting", ("half_life", "low", "high"), MOVEMENT),
-    "forgetting.drift": (SELECTOR_BELIEVED,),
+    "forgetting.shrinkage": (SELECTOR_BELIEVED,),
     **_all("forgetting", ("prior_successes", "prior_failures"), BELIEVED),
     "replay.name": ALWAYS,
     **_all("replay", _REPLAY, FILL),
     "replay.tau": (FILL, when("replay.order", "fresh_priority")),
     "replay.effective": (
         Condition(
-            lambda c: c.replay.name != "none" or c.rollout.max_rounds != 1,
-            _unread("replay.name", "rollout.max_rounds"),
-            "set replay.name to filter or fill, or raise rollout.max_rounds",
+            lambda c: c.replay.name != "none" or c.rollout.dynamic_sampling_rounds != 1,
+            _unread("replay.name", "rollout.dynamic_sampling_rounds"),
+            "set replay.name to filter or popo, or raise rollout.dynamic_sampling_rounds",
         ),
     ),
-    **_all("objective", _OBJECTIVE),
-    "objective.ratio": (
-        Condition(_ratio_is_read, _unread("objective.surrogate"), "set objective.surrogate to clip, cispo or sapo"),
-    ),
-    "objective.count_masked": (when("objective.aggregation", "grpo", "dr_grpo", "luspo"),),
-    "objective.clip_low": (CLIP,),
-    "objective.clip_high": (when("objective.surrogate", "clip", "cispo"),),
-    **_all("objective", ("delta", "dual_clip"), CLIP),
-    **_all("objective", ("sapo_positive", "sapo_negative"), when("objective.surrogate", "sapo")),
-    **_all("objective", ("vespo_positive", "vespo_negative"), when("objective.surrogate", "vespo")),
-    **_all("objective", ("kl_in", "kl_estimator"), KL),
-    "objective.kl_unbiased": (KL, when("objective.kl_in", "loss")),
-    "objective.off_policy": (STALE,),
-    "objective.importance": (STALE, when("objective.off_policy", "decoupled")),
-    "objective.importance_cap": (
+    **_all("loss", _LOSS),
+    "loss.ratio": (Condition(_ratio_is_read, _unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
+    "loss.count_masked": (when("loss.aggregation", "grpo", "dr_grpo", "luspo"),),
+    "loss.clip_low": (CLIP,),
+    "loss.clip_high": (when("loss.surrogate", "clip", "cispo"),),
+    **_all("loss", ("delta", "dual_clip"), CLIP),
+    **_all("loss", ("sapo_positive", "sapo_negative"), when("loss.surrogate", "sapo")),
+    **_all("loss", ("vespo_positive", "vespo_negative"), when("loss.surrogate", "vespo")),
+    **_all("loss", ("kl_in", "kl_estimator"), KL),
+    "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
+    "loss.off_policy": (STALE,),
+    "loss.importance": (STALE, when("loss.off_policy", "decoupled")),
+    "loss.importance_cap": (
         STALE,
-        when("objective.off_policy", "decoupled"),
-        unless("objective.surrogate", "vespo", "set objective.surrogate to another"),
+        when("loss.off_policy", "decoupled"),
+        unless("loss.surrogate", "vespo", "set loss.surrogate to another"),
     ),
-    "objective.share_prompts": (unless("objective.packing", False, "leave objective.packing out"),),
+    "loss.share_prompts": (unless("loss.packing", False, "leave loss.packing out"),),
     **_all("optimizer", _OPTIMIZER),
     "optimizer.final_fraction": (when("optimizer.schedule", "cosine"),),
     **_all("mesh", ("data", "fsdp", "tensor", "context")),

@@ -18,60 +18,60 @@ from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, AlgorithmName, LossName
 
-_GRPO = {"credit.name": "group", "credit.scale": "group", "objective.loss": "dapo"}
-_MEAN_ONLY = {"credit.scale": "none", "objective.loss": "dapo"}
+_GRPO = {"advantage.name": "group", "advantage.scale": "group", "loss.name": "dapo"}
+_MEAN_ONLY = {"advantage.scale": "none", "loss.name": "dapo"}
 
 PRESETS: dict[AlgorithmName, dict[str, Any]] = {
     "grpo": {"selection.name": "uniform", **_GRPO},
     "dr_grpo": {
         "selection.name": "uniform",
-        "credit.name": "group",
-        "credit.scale": "none",
-        "objective.loss": "dr_grpo",
+        "advantage.name": "group",
+        "advantage.scale": "none",
+        "loss.name": "dr_grpo",
     },
-    "rloo": {"selection.name": "uniform", "credit.name": "rloo", **_MEAN_ONLY},
-    "opo": {"selection.name": "uniform", "credit.name": "opo", **_MEAN_ONLY},
-    "ers": {**_GRPO, "selection.name": "uniform", "credit.name": "ers"},
+    "rloo": {"selection.name": "uniform", "advantage.name": "rloo", **_MEAN_ONLY},
+    "opo": {"selection.name": "uniform", "advantage.name": "opo", **_MEAN_ONLY},
+    "ers": {**_GRPO, "selection.name": "uniform", "advantage.name": "ers"},
     "pps": {"selection.name": "pps", **_GRPO},
-    "pspo": {**_GRPO, "selection.name": "pps", "credit.name": "ers"},
-    "prioritized_replay": {"selection.name": "prioritized_replay", "credit.name": "group", **_MEAN_ONLY},
+    "pspo": {**_GRPO, "selection.name": "pps", "advantage.name": "ers"},
+    "prioritized_replay": {"selection.name": "prioritized_replay", "advantage.name": "group", **_MEAN_ONLY},
     "mopps": {"selection.name": "mopps", **_GRPO},
     "posterior_mixed": {"selection.name": "posterior_mixed", **_GRPO},
     "spo": {
         "selection.name": "spo",
-        "credit.name": "tracked_baseline",
-        "credit.scale": "batch",
-        "objective.loss": "dapo",
+        "advantage.name": "tracked_baseline",
+        "advantage.scale": "batch",
+        "loss.name": "dapo",
     },
     "greso": {"selection.name": "greso", **_GRPO},
     "difficulty_pools": {"selection.name": "difficulty_pools", **_GRPO},
     "curriculum": {"selection.name": "curriculum", **_GRPO},
-    "dapo": {"selection.name": "uniform", "rollout.max_rounds": 10, **_GRPO},
+    "dapo": {"selection.name": "uniform", "rollout.dynamic_sampling_rounds": 10, **_GRPO},
     "grpo_filter": {"selection.name": "uniform", "replay.name": "filter", **_GRPO},
-    "popo": {"selection.name": "uniform", "replay.name": "fill", **_GRPO},
+    "popo": {"selection.name": "uniform", "replay.name": "popo", **_GRPO},
 }
-_REST = {"replay.name": "none", "rollout.max_rounds": 1}
+_REST = {"replay.name": "none", "rollout.dynamic_sampling_rounds": 1}
 """What an algorithm that does not say otherwise stands for."""
 
 _CLIP = {
-    "objective.surrogate": "clip",
-    "objective.ratio": "token",
-    "objective.clip_low": 0.2,
-    "objective.clip_high": 0.28,
+    "loss.surrogate": "clip",
+    "loss.ratio": "token",
+    "loss.clip_low": 0.2,
+    "loss.clip_high": 0.28,
 }
-_SEQUENCE = {**_CLIP, "objective.clip_low": 3e-4, "objective.clip_high": 4e-4}
+_SEQUENCE = {**_CLIP, "loss.clip_low": 3e-4, "loss.clip_high": 4e-4}
 LOSSES: dict[LossName, dict[str, Any]] = {
-    "grpo": {**_CLIP, "objective.aggregation": "grpo"},
-    "bnpo": {**_CLIP, "objective.aggregation": "bnpo"},
-    "dr_grpo": {**_CLIP, "objective.aggregation": "dr_grpo"},
-    "dapo": {**_CLIP, "objective.aggregation": "dapo"},
-    "cispo": {**_CLIP, "objective.surrogate": "cispo", "objective.clip_high": 4.0, "objective.aggregation": "dapo"},
-    "gspo": {**_SEQUENCE, "objective.ratio": "sequence", "objective.aggregation": "grpo"},
-    "gspo_token": {**_SEQUENCE, "objective.ratio": "sequence_token", "objective.aggregation": "grpo"},
-    "sapo": {**_CLIP, "objective.surrogate": "sapo", "objective.aggregation": "grpo"},
-    "vespo": {**_CLIP, "objective.surrogate": "vespo", "objective.aggregation": "dapo"},
-    "luspo": {**_SEQUENCE, "objective.ratio": "sequence", "objective.aggregation": "luspo"},
-    "reinforce": {**_CLIP, "objective.surrogate": "reinforce", "objective.aggregation": "dapo"},
+    "grpo": {**_CLIP, "loss.aggregation": "grpo"},
+    "bnpo": {**_CLIP, "loss.aggregation": "bnpo"},
+    "dr_grpo": {**_CLIP, "loss.aggregation": "dr_grpo"},
+    "dapo": {**_CLIP, "loss.aggregation": "dapo"},
+    "cispo": {**_CLIP, "loss.surrogate": "cispo", "loss.clip_high": 4.0, "loss.aggregation": "dapo"},
+    "gspo": {**_SEQUENCE, "loss.ratio": "sequence", "loss.aggregation": "grpo"},
+    "gspo_token": {**_SEQUENCE, "loss.ratio": "sequence_token", "loss.aggregation": "grpo"},
+    "sapo": {**_CLIP, "loss.surrogate": "sapo", "loss.aggregation": "grpo"},
+    "vespo": {**_CLIP, "loss.surrogate": "vespo", "loss.aggregation": "dapo"},
+    "luspo": {**_SEQUENCE, "loss.ratio": "sequence", "loss.aggregation": "luspo"},
+    "reinforce": {**_CLIP, "loss.surrogate": "reinforce", "loss.aggregation": "dapo"},
 }
 """Fields that the loss decides."""
 
@@ -81,7 +81,7 @@ SELECTION_PRESETS: dict[str, dict[str, Any]] = {
     # The best of a ranking would be drawn again and again, and others never tried.
     "prioritized_replay": {**_SELECTION, "selection.cooldown": 5},
     "posterior_mixed": {**_SELECTION, "selection.cooldown": 5},
-    "spo": {**_SELECTION, "selection.floor": 0.05, "forgetting.mode": "movement"},
+    "spo": {**_SELECTION, "selection.floor": 0.05, "forgetting.mode": "policy_drift"},
 }
 """Fields that the selector decides, whatever the algorithm; `_SELECTION` for all others."""
 
@@ -89,12 +89,12 @@ SELECTION_PRESETS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, Collection[str]] = {
     "algorithm.name": PRESETS,
     "selection.name": SELECTORS,
-    "credit.name": ESTIMATORS,
+    "advantage.name": ESTIMATORS,
     "replay.name": REPLAYS,
-    "objective.loss": LOSSES,
+    "loss.name": LOSSES,
 }
 """Fields that choose by name."""
-PLUGINS = ("selection.name", "credit.name")
+PLUGINS = ("selection.name", "advantage.name")
 """Those that also take a user's own function as module:function."""
 
 
@@ -111,7 +111,7 @@ def resolve(config: Config) -> Config:
     for decide in (
         _of_algorithm,
         lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
-        lambda c: LOSSES[c.objective.loss or ""],
+        lambda c: LOSSES[c.loss.name or ""],
     ):
         check_choices(config)
         current = flatten(config)
@@ -124,8 +124,8 @@ def resolve(config: Config) -> Config:
 
 def _of_algorithm(c: Config) -> dict[str, Any]:
     preset = _REST | PRESETS[c.algorithm.name]
-    if c.credit.name == "tracked_baseline" and preset.get("credit.scale") == "group":
-        preset["credit.scale"] = "batch"  # it has no deviation of a group to divide by
+    if c.advantage.name == "tracked_baseline" and preset.get("advantage.scale") == "group":
+        preset["advantage.scale"] = "batch"  # it has no deviation of a group to divide by
     return preset
 
 

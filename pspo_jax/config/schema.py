@@ -141,7 +141,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id; None = its main branch."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; None = policy.source."""
+    """Folder or hub id of the tokenizer; None = model.source."""
     layers: Annotated[int, Range(1)] = 2
     """Transformer blocks."""
     width: Annotated[int, Range(1)] = 64
@@ -194,7 +194,7 @@ class ModelConfig:
 class LoraConfig:
     rank: Annotated[int, Range(0)] = 0
     """Rank of low-rank adapters, the only weights trained then; 0 = all weights train. The base stays in
-    policy.param_dtype, adapters are float32; checkpoints hold the adapters alone."""
+    model.param_dtype, adapters are float32; checkpoints hold the adapters alone."""
     alpha: Annotated[float, Range(above=0.0)] = 64.0
     """Adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Range(0.0, 0.99)] = 0.0
@@ -259,7 +259,7 @@ class RolloutConfig:
     """Nucleus sampling: the smallest set of tokens with at least this probability; 1 = off."""
     top_k: Annotated[int, Range(0)] = 0
     """Sample among the k most probable tokens; 0 = off."""
-    max_rounds: Annotated[int | None, Range(1, 1000)] = None
+    dynamic_sampling_rounds: Annotated[int | None, Range(1, 1000)] = None
     """Dynamic sampling: roll out up to so many rounds a step, until the batch is full of effective groups; what is left
     over is kept for the next step. 1 = a batch is what one round gives; None = 10 for dapo, else 1."""
     oversampling: Annotated[float, Range(above=0.0, high=16.0)] = 1.0
@@ -399,8 +399,9 @@ class RewardConfig:
     """repetition: reward of a completion that only repeats itself."""
     require_end: bool = True
     """A completion that was cut off has accuracy 0; a python_function sees and judges it."""
-    compat: Literal["none", "released"] = "none"
-    """released: the cosine's length is in characters, ends at 1,000 and is uncapped, as in PSPO's published code."""
+    variant: Literal["paper", "published_code"] = "paper"
+    """published_code: the cosine's length is in characters, ends at 1,000 and is uncapped, as PSPO's published code has
+    it."""
 
 
 @dataclass(frozen=True)
@@ -427,17 +428,17 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    policy: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    credit: AdvantageConfig = field(default_factory=AdvantageConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    objective: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -453,4 +454,4 @@ class Config:
 def round_prompts(config: Config) -> int:
     """Prompts that a resolved config rolls out at a time: a batch, or a round of dynamic sampling."""
     r = config.rollout
-    return r.prompts if r.max_rounds == 1 else round(r.prompts * r.oversampling)
+    return r.prompts if r.dynamic_sampling_rounds == 1 else round(r.prompts * r.oversampling)

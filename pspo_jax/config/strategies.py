@@ -26,7 +26,7 @@ EstimatorName = str
 ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo")
 """Names of the advantage estimators that `advantages.CREDITS` holds."""
 ReplayName = str
-REPLAYS = ("none", "filter", "fill")
+REPLAYS = ("none", "filter", "popo")
 """Names of what `replay.REPLAYS` holds."""
 LossName = str
 """A key of `presets.LOSSES`."""
@@ -39,10 +39,10 @@ Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "token_sum"]
 @dataclass(frozen=True)
 class AlgorithmConfig:
     name: AlgorithmName = "pspo"
-    """Which composition of selector, credit and loss settings fills the fields left at None."""
-    compat: Literal["none", "released"] = "none"
-    """released: loss weights and ERS statistics as in PSPO's published code, defects included, for parity studies; see
-    docs/algorithms.md. Needs credit.name ers."""
+    """Which composition of selector, advantage and loss settings fills the fields left at None."""
+    variant: Literal["paper", "published_code"] = "paper"
+    """published_code: loss weights and ERS statistics as in PSPO's published code, defects included, for parity
+    studies; see docs/algorithms.md. Needs advantage.name ers."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class AdvantageConfig:
     """Added to the standard deviation."""
     alpha: Annotated[float, Range(above=0.0, high=1.0)] = 0.99
     """ERS: weight of the current group. .99, the paper's, is close to no smoothing; .1 to .5 is where it acts."""
-    alpha_mode: Literal["fixed", "count", "movement"] = "fixed"
+    alpha_mode: Literal["fixed", "count", "policy_drift"] = "fixed"
     """ERS: alpha itself; 1/n at a prompt's n-th visit (a plain average); or 1 - rho with the rho of forgetting.mode
     movement, so that history counts for less the further the policy has moved since."""
     stat_mode: Literal["variance", "linear_std", "released_head"] = "variance"
@@ -141,7 +141,7 @@ class AdvantageConfig:
 class ForgettingConfig:
     """How beliefs about prompts age; shared by all selectors and credits that keep a Beta belief."""
 
-    mode: Literal["fixed", "movement"] | None = None
+    mode: Literal["fixed", "policy_drift"] | None = None
     """fixed: a visit leaves `discount` of the past; movement: clip(2^(-D / half_life), low, high) of it, D the mean
     |change of log-prob| of the policy since the last visit. None = movement for spo, else fixed."""
     discount: Annotated[float, Range(0.0, 1.0)] = 0.9
@@ -152,7 +152,7 @@ class ForgettingConfig:
     """movement: least weight of the past."""
     high: Annotated[float, Range(0.0, 1.0)] = 0.96
     """movement: largest weight of the past."""
-    drift: Annotated[float, Range(0.0, 1.0)] = 0.0
+    shrinkage: Annotated[float, Range(0.0, 1.0)] = 0.0
     """Share by which the belief of a prompt that is not visited approaches the population each step; 0 = it freezes."""
     prior_successes: Annotated[float, Range(above=0.0)] = 1.0
     """a of the Beta belief of a prompt that was never visited."""
@@ -165,20 +165,20 @@ class ReplayConfig:
     """What becomes of groups whose rewards are all equal, and which old groups come back."""
 
     name: ReplayName | None = None
-    """none: they stay; filter: they leave the batch, and means are over the others; fill: they are replaced by stored
+    """none: they stay; filter: they leave the batch, and means are over the others; popo: they are replaced by stored
     groups (POPO), and slots that stay empty leave. None = the algorithm's."""
     capacity: Annotated[int, Range(0, 2**24)] = 0
-    """fill: groups stored; the oldest leaves first. 0 = rollout.prompts."""
+    """popo: groups stored; the oldest leaves first. 0 = rollout.prompts."""
     max_age: Annotated[int, Range(1, 2**24)] = 3
-    """fill: a group is not used more than so many steps after it was sampled."""
+    """popo: a group is not used more than so many steps after it was sampled."""
     min_age: Annotated[int, Range(1, 2**24)] = 1
-    """fill: nor before so many steps after it, for ablations."""
+    """popo: nor before so many steps after it, for ablations."""
     max_uses: Annotated[int, Range(1, 2**24)] = 2
-    """fill: most times that a stored group comes back."""
+    """popo: most times that a stored group comes back."""
     max_share: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
-    """fill: largest share of a batch that is replayed."""
+    """popo: largest share of a batch that is replayed."""
     order: Literal["newest", "variance", "fresh_priority", "kl", "random"] = "newest"
-    """fill: which stored groups first: newest (POPO), largest reward variance, variance x exp(-age / tau), least
+    """popo: which stored groups first: newest (POPO), largest reward variance, variance x exp(-age / tau), least
     measured KL(behaviour || policy), or any."""
     tau: Annotated[float, Range(above=0.0)] = 2.0
     """fresh_priority: steps in which a group's priority falls to 1/e."""
@@ -186,7 +186,7 @@ class ReplayConfig:
     """What makes a group effective: rewards that differ, or an advantage that is not 0 (ERS has some in groups whose
     rewards are all equal)."""
     ess_floor: Annotated[float, Range(0.0, 1.0)] = 0.0
-    """fill: where the effective sample size of the replayed tokens, as a share of them, falls under this, the replayed
+    """popo: where the effective sample size of the replayed tokens, as a share of them, falls under this, the replayed
     share is halved; it grows by a quarter a step otherwise, up to max_share. 0 = off."""
     memory: Literal["device", "pinned_host"] = "device"
     """Where stored groups are between updates; pinned_host frees device memory for rollouts, at a transfer each way."""
@@ -194,7 +194,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    loss: LossName | None = None
+    name: LossName | None = None
     """Published loss: fills surrogate, ratio, aggregation and the clip range where they are None; docs/objectives.md
     has the table. None = the algorithm's."""
     surrogate: Surrogate | None = None

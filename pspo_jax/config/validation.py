@@ -51,10 +51,10 @@ def _check_relations(c: Config) -> None:
             f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
         )
     _check_strategies(c)
-    if c.policy.heads % c.policy.kv_heads:
-        raise ConfigError(f"policy.kv_heads={c.policy.kv_heads}: must divide policy.heads={c.policy.heads}")
-    if c.policy.head_dim % 2:
-        raise ConfigError(f"policy.head_dim={c.policy.head_dim}: must be even for RoPE")
+    if c.model.heads % c.model.kv_heads:
+        raise ConfigError(f"model.kv_heads={c.model.kv_heads}: must divide model.heads={c.model.heads}")
+    if c.model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={c.model.head_dim}: must be even for RoPE")
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
     _check_rounds(c)
@@ -62,10 +62,8 @@ def _check_relations(c: Config) -> None:
     _check_objective(c)
     _check_schedules(c)
     _check_rewards(c)
-    if c.rollout.prompts % c.objective.minibatches:
-        raise ConfigError(
-            f"objective.minibatches={c.objective.minibatches}: must divide rollout.prompts={c.rollout.prompts}"
-        )
+    if c.rollout.prompts % c.loss.minibatches:
+        raise ConfigError(f"loss.minibatches={c.loss.minibatches}: must divide rollout.prompts={c.rollout.prompts}")
 
 
 def _check_distributed(c: Config) -> None:
@@ -88,7 +86,7 @@ def _check_rounds(c: Config) -> None:
     """Dynamic sampling's rounds."""
     c = resolve(c)
     r = c.rollout
-    if r.max_rounds == 1:
+    if r.dynamic_sampling_rounds == 1:
         return
     prompts = round_prompts(c)
     field = f"rollout.oversampling={r.oversampling:g}: a round has {prompts} prompts"
@@ -101,15 +99,15 @@ def _check_rounds(c: Config) -> None:
 def _check_objective(c: Config) -> None:
     """Loss and replay settings must go together."""
     c = resolve(c)
-    o, r = c.objective, c.replay
+    o, r = c.loss, c.replay
     if r.min_age > r.max_age:
         raise ConfigError(f"replay.min_age={r.min_age}: must be at most replay.max_age={r.max_age}")
     if o.delta and o.delta <= 1 + (o.clip_high or 0):
         raise ConfigError(
-            f"objective.delta={o.delta:g}: must be greater than 1 + objective.clip_high = {1 + (o.clip_high or 0):g}"
+            f"loss.delta={o.delta:g}: must be greater than 1 + loss.clip_high = {1 + (o.clip_high or 0):g}"
         )
     if o.dual_clip and o.dual_clip <= 1:
-        raise ConfigError(f"objective.dual_clip={o.dual_clip:g}: must be greater than 1, or 0 = off")
+        raise ConfigError(f"loss.dual_clip={o.dual_clip:g}: must be greater than 1, or 0 = off")
     for name in ("vespo_positive", "vespo_negative"):
         try:
             if not all(map(math.isfinite, gamma_shape(getattr(o, name)))):
@@ -120,20 +118,20 @@ def _check_objective(c: Config) -> None:
             ) from error
     if o.kl_in == "reward" and o.kl_estimator.endswith("+"):
         raise ConfigError(
-            f"objective.kl_estimator={o.kl_estimator}: + is about the gradient, which objective.kl_in=reward has none "
+            f"loss.kl_estimator={o.kl_estimator}: + is about the gradient, which loss.kl_in=reward has none "
             f"of; set {o.kl_estimator.removesuffix('+')}"
         )
     if o.off_policy == "coupled" and o.old_log_probs == "trainer":
         raise ConfigError(
-            "objective.off_policy=coupled: clips around the behaviour policy, whose log-probs are the sampler's; set "
-            "objective.old_log_probs=sampler"
+            "loss.off_policy=coupled: clips around the behaviour policy, whose log-probs are the sampler's; set "
+            "loss.old_log_probs=sampler"
         )
 
 
 def _check_schedules(c: Config) -> None:
     """A warm-up that was asked for must come to its end."""
     defaults = Config()
-    updates = c.run.steps * c.objective.num_iterations * c.objective.minibatches
+    updates = c.run.steps * c.loss.num_iterations * c.loss.minibatches
     for stage, own, default, total, words in (
         ("optimizer", c.optimizer, defaults.optimizer, updates, f"the {updates} updates of run.steps={c.run.steps}"),
         ("sft", c.sft, defaults.sft, c.sft.steps, f"sft.steps={c.sft.steps}"),
@@ -180,24 +178,24 @@ def _check_strategies(c: Config) -> None:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
     if f.low > f.high:
         raise ConfigError(f"forgetting.low={f.low}: must be at most forgetting.high={f.high}")
-    if c.credit.name == "tracked_baseline" and c.credit.scale == "group":
+    if c.advantage.name == "tracked_baseline" and c.advantage.scale == "group":
         raise ConfigError(
-            "credit.scale=group: credit.name=tracked_baseline has no use for a group's deviation, which is 0 where "
-            "all are right; choose batch or none"
+            "advantage.scale=group: advantage.name=tracked_baseline has no use for a group's deviation, which is 0 "
+            "where all are right; choose batch or none"
         )
 
 
 def _check_policy(c: Config) -> None:
     """Task, checkpoint, tokenizer and adapters must go together."""
-    p, own_alphabet = c.policy, uses_char_tokenizer(c)
+    p, own_alphabet = c.model, uses_char_tokenizer(c)
     if own_alphabet and not c.task.train_prompts:
         raise ConfigError(f"task.train_prompts=0: must be at least 1 for task.name={c.task.name}")
     if not own_alphabet and p.source is None and p.tokenizer is None:
-        raise ConfigError(f"policy.source=None: task.name={c.task.name} needs a checkpoint, or a policy.tokenizer")
+        raise ConfigError(f"model.source=None: task.name={c.task.name} needs a checkpoint, or a model.tokenizer")
     if not own_alphabet and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
     if c.lora.rank and p.source is None:
-        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set policy.source")
+        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set model.source")
     _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))
     unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
     if unknown or not c.lora.target_names():

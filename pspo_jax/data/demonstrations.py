@@ -126,7 +126,7 @@ def demonstration_task(config: Config, tokenizer: TextTokenizer) -> Task:
         stop_ids=tokenizer.stop_ids,
         train=none,
         heldout=none,
-        judge=_judge,
+        reward_fn=_judge,
         demonstrations=_none,
         encode_prompt=encode,
     )

@@ -60,11 +60,11 @@ def _eos_of(path: Path) -> list[int]:
     try:
         value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"policy.source={path.parent}: {path.name} is not a JSON object") from error
+        raise ConfigError(f"model.source={path.parent}: {path.name} is not a JSON object") from error
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ConfigError(
-            f"policy.source={path.parent}: {path.name}: eos_token_id={value!r} is no id, nor a list of ids"
+            f"model.source={path.parent}: {path.name}: eos_token_id={value!r} is no id, nor a list of ids"
         )
     return ids
 

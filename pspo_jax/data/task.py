@@ -155,7 +155,7 @@ class Task(NamedTuple):
     stop_ids: tuple[int, ...]
     train: PromptDataset
     heldout: PromptDataset
-    judge: RewardFn
+    reward_fn: RewardFn
     demonstrations: Callable[[int, int], Iterator[Demonstrations]]
     """(seed, count) -> blocks of fresh examples, `count` in all."""
     encode_prompt: Callable[[Any], list[int]]

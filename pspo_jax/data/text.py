@@ -127,7 +127,7 @@ def text_task(
         stop_ids=tokenizer.stop_ids,
         train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
         heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
-        judge=judge,
+        reward_fn=judge,
         demonstrations=_none,
         encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
     )
@@ -337,7 +337,7 @@ def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
         row = pick.rows[int(bad[0])]
         token = max(row["ids"])
         raise ConfigError(
-            f"policy.tokenizer={config.policy.tokenizer or config.policy.source}: {len(bad)} prompts hold tokens such "
+            f"model.tokenizer={config.model.tokenizer or config.model.source}: {len(bad)} prompts hold tokens such "
             f"as {tokenizer.decode([token])!r} ({token}), and the embedding has {tokenizer.vocab_size:,} rows; the "
             f"first begins {row['text'][:40]!r}: take them out, or use the checkpoint's own tokenizer"
         )

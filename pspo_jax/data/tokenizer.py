@@ -139,7 +139,7 @@ def _filler(hf: Any, stop_ids: tuple[int, ...]) -> int:
 
 
 def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | None) -> TextTokenizer:
-    """The tokenizer of `policy.tokenizer` or, without one, of the checkpoint.
+    """The tokenizer of `model.tokenizer` or, without one, of the checkpoint.
 
     Args:
       source: the checkpoint's folder.
@@ -148,10 +148,10 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
       ConfigError: it cannot be read, has no stop token in the embedding, no chat template or one that cannot render
         the config's prompts, or rollout.stop names no token of it.
     """
-    name = config.policy.tokenizer or config.policy.source
-    field = "policy.tokenizer" if config.policy.tokenizer else "policy.source"
+    name = config.model.tokenizer or config.model.source
+    field = "model.tokenizer" if config.model.tokenizer else "model.source"
     assert name is not None
-    folder = fetch(name, None, field, weights=False) if config.policy.tokenizer or source is None else source
+    folder = fetch(name, None, field, weights=False) if config.model.tokenizer or source is None else source
     check_side_files(folder, f"{field}={name}")
     hf = _read(folder, f"{field}={name}")
     # The tokenizer may have an id more than the embedding has rows, as Gemma 3 1B's; a prompt that holds it is refused.
@@ -184,7 +184,7 @@ def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> No
     except PromptError as error:
         raise ConfigError(
             f"prompt.template=chat: {name} cannot render a question ({error}); choose another prompt.template, or "
-            "another policy.tokenizer"
+            "another model.tokenizer"
         ) from error
     if probe not in text:
         raise ConfigError(

@@ -82,7 +82,7 @@ def make_mesh(config: Config, shape: Any = None, devices: Sequence[Any] | None =
             f"mesh.data={m.data} x {inside}: needs {data * inner} devices, and the {jax.process_count()} processes "
             f"have {len(devices)}, all of which take part; set mesh.data=-1"
         )
-    _check_divides(config, data * fsdp * m.context, shape or config.policy)
+    _check_divides(config, data * fsdp * m.context, shape or config.model)
     sizes = (data, fsdp, m.context, m.tensor)
     # An axis of the mesh may be a part of one of a TPU slice's, such as 2 x 2 x 4 on 4 x 4; jax.make_mesh refuses that.
     grid = create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
@@ -103,7 +103,7 @@ def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int)
 
 def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
     where = f"mesh.data x mesh.fsdp{' x mesh.context' if c.mesh.context > 1 else ''} = {row_shards}"
-    minibatch = c.rollout.prompts // c.objective.minibatches
+    minibatch = c.rollout.prompts // c.loss.minibatches
     for name, size in (
         ("rollout.prompts", c.rollout.prompts),
         ("prompts of a minibatch", minibatch),
@@ -117,11 +117,11 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
     weights = "mesh.fsdp x mesh.context" if c.mesh.context > 1 else "mesh.fsdp"
     split = (c.mesh.fsdp or 1) * c.mesh.tensor if c.rollout.weights == "split" else 1
     for name, size, shards, axis in (
-        ("policy.heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
-        ("policy.kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
-        ("policy.mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
-        ("policy.width", shape.width, (c.mesh.fsdp or 1) * c.mesh.context, weights),
-        ("policy.mlp_width", shape.mlp_width, split, "rollout.weights=split: mesh.fsdp x mesh.tensor"),
+        ("model.heads", shape.heads, c.mesh.tensor, "mesh.tensor"),
+        ("model.kv_heads", shape.kv_heads, c.mesh.tensor, "mesh.tensor"),
+        ("model.mlp_width", shape.mlp_width, c.mesh.tensor, "mesh.tensor"),
+        ("model.width", shape.width, (c.mesh.fsdp or 1) * c.mesh.context, weights),
+        ("model.mlp_width", shape.mlp_width, split, "rollout.weights=split: mesh.fsdp x mesh.tensor"),
     ):
         if size % shards:
             works = max(d for d in range(1, shards + 1) if size % d == 0)

@@ -26,7 +26,7 @@ class Work(NamedTuple):
 
     name: str
     prompts: PromptDataset
-    judge: RewardFn
+    reward_fn: RewardFn
     tokenizer: Tokenizer
     samples: int
     """Completions a problem."""
@@ -110,7 +110,7 @@ def run_benchmark(
             work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
         )
         sampled += int(lengths[:real].sum())
-        waiting = (completions, real, work.judge(completions)) if leads else None
+        waiting = (completions, real, work.reward_fn(completions)) if leads else None
     write(waiting)
     return sampled
 

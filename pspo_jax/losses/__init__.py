@@ -8,7 +8,7 @@ __all__ = [
     "Denominators",
     "LossInputs",
     "completion_log_probs",
+    "compute_loss",
     "denominators",
-    "objective_loss",
     "pack_rows",
 ]

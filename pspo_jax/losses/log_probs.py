@@ -30,7 +30,7 @@ def pack_rows(
 
 
 def completion_log_probs(
-    policy: Model,
+    model: Model,
     params: Params,
     prompts: Int[Array, "R P"],
     lengths: Int[Array, "R"],
@@ -51,14 +51,14 @@ def completion_log_probs(
     """
     t = completions.shape[1]
     rows = pack_rows(prompts, lengths, completions)
-    hidden = policy.hidden(params, rows)
+    hidden = model.hidden(params, rows)
     at = (lengths - 1)[:, None] + jnp.arange(t)
     hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    return chunked_log_probs(policy, params, hidden, completions, temperature, logits_mib, entropy_gradient)
+    return chunked_log_probs(model, params, hidden, completions, temperature, logits_mib, entropy_gradient)
 
 
 def chunked_log_probs(
-    policy: Model,
+    model: Model,
     params: Params,
     hidden: Float[Array, "R T D"],
     targets: Int[Array, "R T"],
@@ -73,7 +73,7 @@ def chunked_log_probs(
       live: columns in which no row is live are left out, and their results 0; None = all are computed.
     """
     r, t = targets.shape
-    columns = max(1, min(t, logits_mib * 2**20 // (4 * policy.vocab_size * r)))
+    columns = max(1, min(t, logits_mib * 2**20 // (4 * model.vocab_size * r)))
     # With columns to leave out, chunks are small enough to leave some.
     columns = columns if live is None else min(columns, -(-t // 8))
     chunks = _count(t, columns)
@@ -88,7 +88,7 @@ def chunked_log_probs(
 
     wanted = jnp.ones(chunks, bool) if live is None else cut(live).any(axis=(0, 2))
     hidden = constrain(cut(hidden), "rows", None, "length", None)
-    head, weights = jax.closure_convert(lambda h: policy.logits(params, h), hidden[:, 0])
+    head, weights = jax.closure_convert(lambda h: model.logits(params, h), hidden[:, 0])
     static = _Static(head, entropy_gradient, live is not None)
     log_probs, entropy = _chunks(static, hidden, cut(targets), jnp.asarray(temperature), wanted, tuple(weights))
     return log_probs.reshape(r, -1)[:, :t], entropy.reshape(r, -1)[:, :t]

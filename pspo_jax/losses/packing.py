@@ -121,7 +121,7 @@ def rows_of_bins(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
 
 
 def packed_log_probs(
-    policy: Model,
+    model: Model,
     weights: Params,
     part: Rows,
     leads: Bool[Array, "b M"],
@@ -151,7 +151,7 @@ def packed_log_probs(
     if shares:
         layout = _shared(layout, leader, prompt)
     tokens = _pick(rows, layout.rows, layout.places)
-    hidden = policy.hidden(weights, tokens, layout)
+    hidden = model.hidden(weights, tokens, layout)
     # The stream of all that predict: of each row, its prompt's last place and those of its completion but the last.
     # Of a shared prompt the last place counts for every row.
     stream, first_answer = _places(answer, whole_blocks(length + leads.shape[1] - 1) if shares else length)
@@ -165,9 +165,7 @@ def packed_log_probs(
     at = jnp.where(live, at, 0)
     targets = _pick(rows, whose, of(prompt) + stream.places)
     predicting = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    found = chunked_log_probs(
-        policy, weights, predicting, targets, temperature, logits_mib, entropy_gradient, live=live
-    )
+    found = chunked_log_probs(model, weights, predicting, targets, temperature, logits_mib, entropy_gradient, live=live)
     # Back to rows: token k of a row is place first_answer + k of its bin's stream.
     back = first_answer[:, :, None] + jnp.arange(t)
     inside = jnp.arange(t) < answer[:, :, None]

@@ -1,9 +1,8 @@
 """The language model: what the sampler and the trainer need of it, the built-in transformer, and a user's own model."""
 
-from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.model.architecture import Architecture, built_in
 from pspo_jax.model.custom import from_logits, from_nnx
 from pspo_jax.model.interface import Model
 from pspo_jax.model.transformer import transformer
 
-__all__ = ["Adapted", "Architecture", "Policy", "built_in", "from_logits", "from_nnx", "join", "transformer"]
+__all__ = ["Architecture", "Model", "built_in", "from_logits", "from_nnx", "transformer"]

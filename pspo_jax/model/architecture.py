@@ -106,7 +106,7 @@ def beyond_context(a: Architecture, prompt: int, completion: int) -> str | None:
         return None
     return (
         f"rollout.max_new_tokens={completion}: a row has up to {prompt:,} + {completion:,} tokens, more than the "
-        f"{a.max_positions:,} that policy.source was made for (max_position_embeddings), and what comes beyond them is "
+        f"{a.max_positions:,} that model.source was made for (max_position_embeddings), and what comes beyond them is "
         "likely to be noise; lower it, or prompt.max_tokens"
     )
 

@@ -77,7 +77,7 @@ def show(config: Config, target: Target) -> int:
     peaks = _peaks(setup, residents, details)
     console = Console(width=max(Console().width, 100))
     mesh = ", ".join(f"{k} {v}" for k, v in setup.mesh.shape.items())
-    table = Table("Per device", "GiB", title=f"{config.policy.source or 'built-in policy'} on {target.name} ({mesh})")
+    table = Table("Per device", "GiB", title=f"{config.model.source or 'built-in policy'} on {target.name} ({mesh})")
     for name, size in residents.items():
         table.add_row(name, f"{size / _GIB:.2f}")
     for phase, parts in details.items():
@@ -122,7 +122,7 @@ def _floors(setup: Setup, kind: DeviceSpec) -> str:
 def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str, float]]) -> dict[str, Peak]:
     total = sum(residents.values())
     # A rollout takes the weights alone as arguments; the rest of the state is there beside them.
-    beside = {"rollout": total - residents["policy"] - residents.get("frozen base", 0), "update": 0}
+    beside = {"rollout": total - residents["model"] - residents.get("frozen base", 0), "update": 0}
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
         compiled = {"rollout": _compiled(lowered["sample"]), "update": _compiled(lowered["step"])}
@@ -170,21 +170,21 @@ def _residents(setup: Setup) -> dict[str, int]:
     """What stays on a device from step to step."""
     s = setup.abstract
     parts = {
-        "policy": s.params,
+        "model": s.params,
         "frozen base": s.frozen,
         "reference": s.reference,
         "optimizer": s.opt_state,
-        "per-prompt state": (s.selector, s.credit),
+        "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),
         "groups that wait": s.queue,
     }
-    return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "policy"}
+    return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "model"}
 
 
 def _details(setup: Setup) -> dict[str, dict[str, float]]:
     """What each phase needs at least beside what stays, by arithmetic: arrays that exist at one moment."""
     c = setup.config
-    on_host = c.replay.memory != "device" and c.replay.name == "fill"
+    on_host = c.replay.memory != "device" and c.replay.name == "popo"
     stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
     return {"rollout": _rollout_details(setup), "update": _update_details(setup) | stored}
 
@@ -215,10 +215,10 @@ def _update_details(setup: Setup) -> dict[str, float]:
     """Bytes per device as a microbatch's backward pass begins: sums of gradients, what is kept, and what is at work."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
-    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         packed = packs_lengths(rows, new, c)
-        at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.objective.microbatch_rows)
+        at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.loss.microbatch_rows)
     length = setup.task.train.tokens.shape[1] + new
     length = whole_blocks(length - 1) if packed else length
     places = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
@@ -226,7 +226,7 @@ def _update_details(setup: Setup) -> dict[str, float]:
     inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
     kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
     again = inner if a.remat in ("full", "offload") else 0
-    columns = max(1, min(new, c.objective.logits_mib * 2**20 // (4 * a.vocab_size * at_once)))
+    columns = max(1, min(new, c.loss.logits_mib * 2**20 // (4 * a.vocab_size * at_once)))
     columns = min(columns, -(-new // 8)) if packed else columns
     # Chunks of equal size may be smaller than what the config allows.
     chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
@@ -235,7 +235,7 @@ def _update_details(setup: Setup) -> dict[str, float]:
     return {
         # Those of a single microbatch come into being as its activations go.
         "gradients": gradients if packed or at_once < rows else 0.0,
-        f"activations kept (policy.remat {a.remat})": a.layers * places * width * kept,
+        f"activations kept (model.remat {a.remat})": a.layers * places * width * kept,
         "a block's activations, or a chunk of logits": max(places * width * again, chunk),
     }
 
@@ -243,4 +243,4 @@ def _update_details(setup: Setup) -> dict[str, float]:
 def _advice(name: str) -> str:
     if name == "rollout":
         return "more mesh.fsdp or mesh.tensor, fewer rollout.prompts, or a lower rollout.max_new_tokens"
-    return "more mesh.fsdp, lora.rank, policy.remat, or a lower objective.microbatch_rows"
+    return "more mesh.fsdp, lora.rank, model.remat, or a lower loss.microbatch_rows"

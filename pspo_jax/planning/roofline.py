@@ -69,7 +69,7 @@ def update_lower_bound(setup: Setup, kind: DeviceSpec) -> LowerBound:
     again = 1 if a.remat in ("full", "offload") else 0
     flops = 2 * work.places * ((3 + again) * trained + (2 + again) * frozen - first)
     flops += 2 * work.heads * passes * head + (3 + again) * _attention_flops(setup, work)
-    products = c.objective.num_iterations * flops / math.prod(mesh.values()) / kind.flops
+    products = c.loss.num_iterations * flops / math.prod(mesh.values()) / kind.flops
     # Matrices are read for each product but that of their own gradient, which is written. Optimizer state is both once.
     width = jnp.dtype(a.compute_dtype).itemsize
     reads = _passes(setup) * (3 * trained + 2 * frozen + passes * head) * width / mesh["tensor"]
@@ -120,7 +120,7 @@ def _update_work(setup: Setup) -> _Work:
     longest = setup.task.train.tokens.shape[1] + new
     if not _packed(setup):
         return _Work(rows * longest, rows * new, rows * longest * (longest + 1) / 2, longest)
-    prompt, shared = _shortest_prompt(setup), shares_prompts(setup.policy, c)
+    prompt, shared = _shortest_prompt(setup), shares_prompts(setup.model, c)
     places = rows * (new - 1) + prompt * (c.rollout.prompts if shared else rows)
     return _Work(places, rows * new, rows * (new - 1) * (prompt + new / 2), longest)
 
@@ -144,7 +144,7 @@ def _matrices(params: Any) -> int:
 
 def _packed(setup: Setup) -> bool:
     c = setup.config
-    rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    rows = c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         return packs_lengths(rows, c.rollout.max_new_tokens, c)
 
@@ -152,15 +152,15 @@ def _packed(setup: Setup) -> bool:
 def _passes(setup: Setup) -> int:
     """Microbatches of a step; of packed rows, as few as hold them."""
     c = setup.config
-    rows = c.rollout.prompts * c.rollout.group_size // c.objective.minibatches
+    rows = c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         if _packed(setup):
             length = whole_blocks(setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens - 1)
-            bins = _update_work(setup).places / c.objective.minibatches / length
+            bins = _update_work(setup).places / c.loss.minibatches / length
             parts = max(math.ceil(bins / bins_at_a_time(rows, c)), 1)
         else:
-            parts = rows // microbatch_size(rows, c.objective.microbatch_rows)
-    return parts * c.objective.minibatches * c.objective.num_iterations
+            parts = rows // microbatch_size(rows, c.loss.microbatch_rows)
+    return parts * c.loss.minibatches * c.loss.num_iterations
 
 
 def _split(tree: Any) -> int:

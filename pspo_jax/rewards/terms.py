@@ -49,7 +49,7 @@ def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "
     if name == "overlong":
         cache = config.overlong_cache or max(1, shape.max_length // 5)
         return shaping.soft_overlong(shape.lengths, shape.max_length, min(cache, shape.max_length))
-    released = config.compat == "released"
+    released = config.variant == "published_code"
     characters = np.array([[len(text) for text in row] for row in shape.texts])
     return shaping.cosine(
         shape.right,

@@ -56,7 +56,7 @@ class _Loop(NamedTuple):
 
 
 def decode_slots(
-    policy: Model,
+    model: Model,
     params: Params,
     prompts: Prompts,
     row_keys: Key[Array, "R"],
@@ -71,16 +71,14 @@ def decode_slots(
     Raises:
       ValueError: the policy cannot, or the mesh does not divide the slots.
     """
-    if policy.slots is None:
+    if model.slots is None:
         raise ValueError("rollout.slots: this policy has no `slots`; leave it out")
     shards = size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
     if slots % shards:
         raise ValueError(f"rollout.slots={slots}: must be a multiple of the {shards} devices that share the batch")
     b = prompts.tokens.shape[0]
     r, s = b * group_size // shards, slots // shards
-    logits, taken, cache, fill, step = policy.slots(
-        params, prompts.tokens, prompts.lengths, (shards, s), max_new_tokens
-    )
+    logits, taken, cache, fill, step = model.slots(params, prompts.tokens, prompts.lengths, (shards, s), max_new_tokens)
     keys = row_keys.reshape(shards, r)
     limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
     here = jnp.arange(shards)[:, None]

@@ -62,7 +62,7 @@ class _Loop(NamedTuple):
 
 
 def make_sampler(
-    policy: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
+    model: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
 ) -> Callable[..., Rollouts]:
     """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
@@ -75,12 +75,12 @@ def make_sampler(
       slots: rows that are decoded at a time, the next row in a slot when one has ended (see `slots`); None = all.
       chunk: tokens drawn before the next test whether all rows have ended; see `tokens_per_test`.
     """
-    sample = counting_sampler(policy, group_size, max_new_tokens, pad_id, slots, chunk)
+    sample = counting_sampler(model, group_size, max_new_tokens, pad_id, slots, chunk)
     return jax.jit(lambda *args, **named: sample(*args, **named)[0])
 
 
 def counting_sampler(
-    policy: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
+    model: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
 ) -> Callable[..., tuple[Rollouts, Int[Array, ""]]]:
     """`make_sampler`, not jitted, with the number of tokens computed, those of rows that had ended included."""
 
@@ -94,10 +94,10 @@ def counting_sampler(
         b = prompts.tokens.shape[0]
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(b * group_size))
         if slots is not None and slots < b * group_size:
-            drawn = decode_slots(policy, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
+            drawn = decode_slots(model, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
             drawn = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, drawn)
             return _rollouts(prompts, drawn, settings), b * group_size + drawn.steps * slots
-        logits, cache, step = policy.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
+        logits, cache, step = model.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
         limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
 
         def draw(loop: _Loop, logits: Array, t: Array) -> _Loop:
@@ -140,9 +140,9 @@ def counting_sampler(
         )
         logits = jnp.broadcast_to(logits[:, None], (b, group_size, logits.shape[-1]))
         end = draw(start, logits, jnp.int32(0))
-        for size in sizes(max_new_tokens, chunk) if policy.resize else [max_new_tokens]:
-            if policy.resize:
-                end = end._replace(cache=policy.resize(end.cache, size))
+        for size in sizes(max_new_tokens, chunk) if model.resize else [max_new_tokens]:
+            if model.resize:
+                end = end._replace(cache=model.resize(end.cache, size))
 
             def goes_on(loop: _Loop, size: int = size) -> Bool[Array, ""]:
                 """The last token drawn is not in the cache."""

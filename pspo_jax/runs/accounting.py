@@ -12,7 +12,7 @@ import numpy as np
 PHASES = ("setup", "load", "compile", "sft", "select", "rollout", "verify", "update", "eval")
 
 
-class Totals:
+class RunAccounting:
     """Accounting since the run began, across resumes; it is saved with each checkpoint and affects nothing."""
 
     def __init__(self, saved: dict[str, Any] | None = None):
@@ -47,7 +47,7 @@ class Totals:
             self.seconds[name] += out["seconds"]
 
 
-def count(totals: Totals, values: dict[str, Any], rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def add_step(totals: RunAccounting, values: dict[str, Any], rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Cumulative rollouts and tokens, as every curve may be drawn against them: all that were rolled out count.
 
     Args:

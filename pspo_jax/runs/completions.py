@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pspo_jax.system.storage import write_whole, writing
-from pspo_jax.data.task import Completions, Scores, Task
+from pspo_jax.data.task import CompletionBatch, RewardResult, Task
 
 Line = dict[str, Any]
 
 
 def completion_lines(
     task: Task,
-    batch: Completions,
-    scores: Scores,
+    batch: CompletionBatch,
+    scores: RewardResult,
     advantages: Float[np.ndarray, "B G"],
     weights: Float[np.ndarray, "B"],
     groups: int,

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from pspo_jax.config.schema import Config
-from pspo_jax.config.defaults import embedded, replace
+from pspo_jax.config.defaults import uses_char_tokenizer, replace
 from pspo_jax.distributed import processes
 
 
@@ -21,10 +21,10 @@ def with_date(config: Config, kept: Path, joined: bool = True) -> Config:
       kept: a run's config.yaml or an evaluation's settings.json; without the file, the run begins.
       joined: the processes of the run have joined, and all take what the leading one finds; False = there is one.
     """
-    if embedded(config) or config.prompt.template != "chat" or config.prompt.date is not None:
+    if uses_char_tokenizer(config) or config.prompt.template != "chat" or config.prompt.date is not None:
         return config
-    own = _ordinal(kept) if not joined or processes.leads() else 0
-    ordinal = int(processes.total(np.array([own]))[0]) if joined else own
+    own = _ordinal(kept) if not joined or processes.is_primary() else 0
+    ordinal = int(processes.sum_over_processes(np.array([own]))[0]) if joined else own
     return replace(config, {"prompt.date": datetime.date.fromordinal(ordinal).isoformat()}) if ordinal else config
 
 

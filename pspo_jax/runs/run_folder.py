@@ -60,20 +60,20 @@ def open_folder(path: str) -> Path:
 
 
 def with_type_of(folder: Path, config: Config) -> Config:
-    """`config` with the policy.compute_dtype that the folder's run began with, where nobody set it.
+    """`config` with the model.compute_dtype that the folder's run began with, where nobody set it.
 
     A run that goes on must not change its rounding because another machine is fast with another type.
     """
-    if config.policy.compute_dtype is not None:
+    if config.model.compute_dtype is not None:
         return config
-    kept = processes.text_from_leader(_kept_type(folder / "config.yaml") if processes.leads() else "")
-    return replace(config, {"policy.compute_dtype": kept}) if kept else config
+    kept = processes.text_from_primary(_kept_type(folder / "config.yaml") if processes.is_primary() else "")
+    return replace(config, {"model.compute_dtype": kept}) if kept else config
 
 
 def _kept_type(path: Path) -> str:
-    """policy.compute_dtype in a run's config.yaml; "" where no run has begun, or the file is damaged."""
+    """model.compute_dtype in a run's config.yaml; "" where no run has begun, or the file is damaged."""
     try:
-        kept = yaml.safe_load(path.read_bytes())["policy"]["compute_dtype"]
+        kept = yaml.safe_load(path.read_bytes())["model"]["compute_dtype"]
     except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return ""
     except OSError as error:
@@ -253,7 +253,7 @@ def crc(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        value = zlib.crc32(np.ascontiguousarray(processes.whole(leaf)).tobytes(), value)
+        value = zlib.crc32(np.ascontiguousarray(processes.to_host(leaf)).tobytes(), value)
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from pspo_jax.config.schema import Config
-from pspo_jax.data.task import Scores
+from pspo_jax.data.task import RewardResult
 
 _VALUES = "values/"
 """Prefix of the counts of values that a term has given since the run began."""
@@ -18,7 +18,7 @@ class NoVerdictError(Exception):
     """Too many completions could not be verified; the message says how many and why."""
 
 
-def check(scores: Scores, done: int, config: Config, counts: dict[str, int]) -> None:
+def check(scores: RewardResult, done: int, config: Config, counts: dict[str, int]) -> None:
     """Stop a run whose verifier or whose reward term fails too often, or whose term never has a value.
 
     Every process of a run comes to the same conclusion, as each has the whole batch.
@@ -47,18 +47,18 @@ def check(scores: Scores, done: int, config: Config, counts: dict[str, int]) -> 
             )
 
 
-def shares(scores: Scores) -> dict[str, float]:
+def shares(scores: RewardResult) -> dict[str, float]:
     """Share of the completions without a verdict, of accuracy and of each user's function among the terms."""
     found = {"accuracy": np.isnan(scores.right)} | {k: v for k, v in scores.failed.items() if k != "accuracy"}
     return {name: float(missing.mean()) for name, missing in found.items()}
 
 
-def _why(scores: Scores, name: str) -> str:
+def _why(scores: RewardResult, name: str) -> str:
     reasons = scores.missing.get(name) or scores.reasons
     return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3)) or "of another process's rows"
 
 
-def metrics(scores: Scores) -> dict[str, float | int]:
+def metrics(scores: RewardResult) -> dict[str, float | int]:
     """Metrics of a step's rewards.
 
     `rewards/no_verdict` is the share of completions without a reward, whatever the cause; `rewards/NAME/no_verdict` is

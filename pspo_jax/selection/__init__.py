@@ -78,14 +78,14 @@ def _maker(name: str) -> Callable[[SelectionConfig, ForgettingConfig, SelectorCo
 
 __all__ = [
     "SCORERS",
-    "Columns",
-    "Look",
-    "News",
+    "PromptMetadata",
+    "PromptStats",
     "Ranked",
     "Scorer",
     "Selector",
+    "SelectorContext",
     "SelectorState",
-    "Sizes",
+    "VisitUpdate",
     "draws_by_weight",
     "longest_first",
     "make",

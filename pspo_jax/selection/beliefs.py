@@ -7,8 +7,8 @@ A belief is a Beta(a, b) distribution. A group with s successes and f failures c
 with the prior (a0, b0) and a discount rho of the past: fixed, or tied to how far the policy has moved since the last
 visit, rho = clip(2^(-D / half_life), low, high), D the mean |change of log-prob| per token summed over the steps
 between (SPO, arXiv 2509.13232, measures D on a stored response instead). Between visits a belief drifts toward the
-population: its distance from the prior shrinks by `drift` a step, and the prior's mean is then that of all prompts that
-were seen.
+population: its distance from the prior shrinks by `shrinkage` a step, and the prior's mean is then that of all prompts
+that were seen.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def current(
     config: ForgettingConfig, beliefs: Beliefs, population: Population, last: Int[Array, "..."], now: Int[Array, ""]
 ) -> Beliefs:
     """Beliefs at step `now`, drifted since their last visit; prompts without one are at the prior."""
-    if not config.drift:
+    if not config.shrinkage:
         return beliefs
     age = jnp.maximum(now - 1 - last, 0).astype(jnp.float32)
-    keep = jnp.exp(age * jnp.log1p(-jnp.float32(min(config.drift, 1 - 1e-7))))
+    keep = jnp.exp(age * jnp.log1p(-jnp.float32(min(config.shrinkage, 1 - 1e-7))))
     a0, b0 = _prior(config, population)
     seen = last >= 0
     return beliefs._replace(
@@ -72,7 +72,7 @@ def learned(
     population: Population | None,
     successes: Float[Array, "B"],
     failures: Float[Array, "B"],
-    movement: Float[Array, ""],
+    policy_drift: Float[Array, ""],
     toward_prior: bool = True,
 ) -> Beliefs:
     """Beliefs of B prompts, already `current`, after a group each.
@@ -82,13 +82,13 @@ def learned(
       movement: the policy's, up to the step at which the groups were rolled out.
       toward_prior: False = forget everything, a <- rho a + s, as SPO does.
     """
-    rho = discount(config, movement - beliefs.moved)
+    rho = discount(config, policy_drift - beliefs.moved)
     a0, b0 = _prior(config, population) if toward_prior else (0.0, 0.0)
     judged = successes + failures > 0
     return Beliefs(
         jnp.where(judged, a0 + rho * (beliefs.a - a0) + successes, beliefs.a),
         jnp.where(judged, b0 + rho * (beliefs.b - b0) + failures, beliefs.b),
-        jnp.where(judged, movement, beliefs.moved),
+        jnp.where(judged, policy_drift, beliefs.moved),
     )
 
 
@@ -127,7 +127,7 @@ def p_mixed(a: Float[Array, "..."], b: Float[Array, "..."], group_size: int) -> 
 
 def _prior(config: ForgettingConfig, population: Population | None) -> tuple[Array | float, Array | float]:
     a0, b0 = config.prior_successes, config.prior_failures
-    if not config.drift or population is None:
+    if not config.shrinkage or population is None:
         return a0, b0
     strength = a0 + b0
     share = (population.total + a0) / (population.seen + strength)

@@ -45,11 +45,11 @@ class Selector(NamedTuple):
         to `Sizes.rounds`; time is counted in steps, those without a round included.
     follow(S, fresh, places [N]) -> S
         The state for changed data: `fresh` is init's for the new prompts, `places` their old rows, -1 = new.
-    describe(S, ids, step) -> dict of scalars
+    batch_metrics(S, ids, step) -> dict of scalars
         What the draw of `ids` looks like before it is observed; O(batch).
-    survey(S, step) -> dict of scalars and histograms
+    summary(S, step) -> dict of scalars and histograms
         The whole data set; one pass over it.
-    table(S, step) -> dict of per-prompt arrays [R]
+    to_table(S, step) -> dict of per-prompt arrays [R]
         visits, last_step, success, priority (NaN = it has none).
     """
 
@@ -57,9 +57,9 @@ class Selector(NamedTuple):
     select: Callable[..., tuple[Any, Any, Any]]
     observe: Callable[..., Any]
     follow: Callable[..., Any] = follow_rows
-    describe: Callable[..., dict[str, Any]] = lambda state, ids, step: {}
-    survey: Callable[..., dict[str, Any]] = lambda state, step: {}
-    table: Callable[..., dict[str, Any]] = lambda state, step: {}
+    batch_metrics: Callable[..., dict[str, Any]] = lambda state, ids, step: {}
+    summary: Callable[..., dict[str, Any]] = lambda state, step: {}
+    to_table: Callable[..., dict[str, Any]] = lambda state, step: {}
 
 
 class PromptStats(NamedTuple):

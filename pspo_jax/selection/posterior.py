@@ -28,8 +28,8 @@ def tracker(forgetting: ForgettingConfig, toward_prior: bool = True) -> tuple[Ca
 
     def learn(own: Beliefs, world: Population, news: VisitUpdate) -> tuple[Beliefs, Population]:
         now = current(forgetting, own, world, news.look.last, news.look.now)
-        movement = jnp.asarray(news.outcome.movement, jnp.float32)
-        new = learned(forgetting, now, world, news.successes, news.failures, movement, toward_prior)
+        policy_drift = jnp.asarray(news.outcome.policy_drift, jnp.float32)
+        new = learned(forgetting, now, world, news.successes, news.failures, policy_drift, toward_prior)
         return new, counted(world, own, new, news.look.visits == 0, news.writes)
 
     return init, learn
@@ -64,7 +64,7 @@ def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, sizes
 
     if config.draw == "thompson":
         return Scorer("candidates", init, learn, _ones, candidate_score=drawn, priority=expected)
-    return Scorer("top", init, learn, expected, moves=forgetting.drift > 0)
+    return Scorer("top", init, learn, expected, moves=forgetting.shrinkage > 0)
 
 
 def spo(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
@@ -76,7 +76,7 @@ def spo(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorCo
         value = mean(current(forgetting, own, world, look.last, look.now))
         return jnp.sqrt(value * (1 - value)) + floor
 
-    return Scorer("draw", init, learn, score, moves=forgetting.drift > 0)
+    return Scorer("draw", init, learn, score, moves=forgetting.shrinkage > 0)
 
 
 def _ones(own: Beliefs, world: Population, look: PromptStats) -> Float[Array, "m"]:

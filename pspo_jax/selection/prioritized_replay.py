@@ -85,7 +85,7 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, si
         pools=("ranked", "solved", "unsolved"),
         pool=lambda own, look: own.pool.astype(jnp.int32),
         merge=merge,
-        moves=forgetting.drift > 0,
+        moves=forgetting.shrinkage > 0,
         priority=lambda own, world, look: jnp.where(own.pool == RANKED, omega(own, world, look), 0.0),
     )
 

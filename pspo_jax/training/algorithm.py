@@ -17,7 +17,7 @@ class Algorithm(NamedTuple):
     """The strategies of one algorithm; each is pure functions over its own state."""
 
     selector: selection.Selector
-    credit: advantages.AdvantageEstimator
+    estimator: advantages.AdvantageEstimator
     replay: replay.Replay
 
 
@@ -33,7 +33,7 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
         validate(config)
     config = resolve(config)
     r = config.rollout
-    rounds = r.max_rounds or 1
+    rounds = r.dynamic_sampling_rounds or 1
     sizes = selection.SelectorContext(
         round_prompts(config), r.group_size, config.run.steps, config.run.seed, kinds, rounds
     )
@@ -42,11 +42,11 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
         # A prompt is not rolled out twice in a step.
         chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
     batch_differs = rounds > 1 or config.replay.name != "none"
-    made = advantages.make(config.credit, config.forgetting, batch_differs)
-    if config.algorithm.compat == "released":
+    made = advantages.make(config.advantage, config.forgetting, batch_differs)
+    if config.algorithm.variant == "published_code":
         exponent = chosen.exponent * (chosen.correction or 0.0)
         made = advantages.released(
-            config.credit, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0
+            config.advantage, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0
         )
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)
     replays = replay.REPLAYS[config.replay.name or "none"](config)
@@ -59,5 +59,5 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
 def needs_policy_drift(config: Config) -> bool:
     """Whether a strategy asks how far the policy moves in a step, which costs two passes over a microbatch."""
     config = resolve(config)
-    by_alpha = config.credit.name == "ers" and config.credit.alpha_mode == "movement"
-    return by_alpha or (believes(config) and config.forgetting.mode == "movement")
+    by_alpha = config.advantage.name == "ers" and config.advantage.alpha_mode == "policy_drift"
+    return by_alpha or (believes(config) and config.forgetting.mode == "policy_drift")

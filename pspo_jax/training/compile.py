@@ -41,7 +41,7 @@ class Programs(NamedTuple):
     """Rollouts of the chunks of a batch -> the batch."""
     advantages: Callable[..., Any]
     """(state without its ring, rollouts, rewards) -> advantages, for the dumps of completions."""
-    survey: Callable[..., Any]
+    summary: Callable[..., Any]
     """(selector state, step) -> scalars and histograms of all prompts."""
     learning_rate: Callable[..., Any]
     """Updates before one -> its learning rate."""
@@ -71,13 +71,13 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
         """Prompts of a step, or of one of its rounds."""
         key = purpose_key(key, step, SELECT)
         ids, weight, after = strategy.select(selector, jax.random.fold_in(key, number) if rounds else key, step, b)
-        return ids, weight, after, strategy.describe(selector, ids, step)
+        return ids, weight, after, strategy.batch_metrics(selector, ids, step)
 
     def sampler(group_size: int, purpose: int) -> Any:
         pad = task.tokenizer.pad_token_id
         longest = c.rollout.max_new_tokens
         chunk = tokens_per_test(mesh.devices.flat[0].platform, longest)
-        inner = make_sampler(setup.policy, group_size, longest, pad, c.rollout.slots, chunk)
+        inner = make_sampler(setup.model, group_size, longest, pad, c.rollout.slots, chunk)
 
         def sample(
             params: Any, prompts: Prompts, key: Any, step: Any, settings: SamplingParams, first_row: Any
@@ -95,8 +95,8 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     # Donated: a choice leaves the state as it is, and must not copy it.
     select_jit = jax.jit(select, donate_argnums=0, out_shardings=(whole, rows, setup.shardings.selector, whole))
     lowered["select"] = select_jit.lower(setup.abstract.selector, setup.abstract.key, step_spec, step_spec)
-    survey_jit = jax.jit(strategy.survey, out_shardings=whole)
-    lowered["survey"] = survey_jit.lower(setup.abstract.selector, step_spec)
+    summary_jit = jax.jit(strategy.summary, out_shardings=whole)
+    lowered["summary"] = summary_jit.lower(setup.abstract.selector, step_spec)
     rate = schedule(c.optimizer, c.run.steps * updates_per_step(c))
     lowered["learning_rate"] = jax.jit(rate, out_shardings=whole).lower(step_spec)
 
@@ -118,16 +118,16 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     rewards = jax.ShapeDtypeStruct((b, c.rollout.group_size), jnp.float32, sharding=rows)
     state = setup.abstract
     if rounds:
-        collect = make_collect(setup.policy, setup.algorithm, c, without_buffer(setup.shardings))
+        collect = make_collect(setup.model, setup.algorithm, c, without_buffer(setup.shardings))
         lowered["collect"] = collect.lower(without_buffer(state), rollouts, rewards, rewards)  # type: ignore[attr-defined]
-        step: Any = make_update(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
+        step: Any = make_update(setup.model, setup.optimizer, setup.algorithm, c, setup.shardings)
         lowered["step"] = step.lower(state, rollouts.temperature)
     else:
-        step = make_train_step(setup.policy, setup.optimizer, setup.algorithm, c, setup.shardings)
+        step = make_train_step(setup.model, setup.optimizer, setup.algorithm, c, setup.shardings)
         lowered["step"] = step.lower(state, rollouts, rewards, rewards)
 
     def advantages(state: Any, rollouts: Rollouts, rewards: Any) -> Any:
-        found = compute_advantages(setup.policy, setup.algorithm, c, state, rollouts, rewards)[0]
+        found = compute_advantages(setup.model, setup.algorithm, c, state, rollouts, rewards)[0]
         return scaled_over_round(setup.algorithm, found, rewards)
 
     lowered["advantages"], _ = lower(advantages, without_buffer(state), rollouts, rewards)

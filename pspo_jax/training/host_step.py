@@ -83,7 +83,7 @@ def one_step(
             found.append(metrics | one.drawn)
     else:
         waiting = 0 if state.queue is None else int(state.queue.held)
-        while waiting < c.rollout.prompts and len(rounds) < (c.rollout.max_rounds or 1):
+        while waiting < c.rollout.prompts and len(rounds) < (c.rollout.dynamic_sampling_rounds or 1):
             state, one = _round(setup, state, programs, totals, times, log, done, len(rounds))
             rounds.append(one)
             with _timed(totals, times, "update"):
@@ -218,7 +218,7 @@ def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
         "crc/tokens": crc([one.rollouts.tokens for one in rounds]),
         "crc/params": crc(state.params),
         "crc/selector": crc(state.selector),
-        "crc/credit": crc(state.credit),
+        "crc/advantage": crc(state.advantage),
         "crc/replay": crc((state.replay, state.queue)),
     }
 
@@ -265,7 +265,7 @@ def _roll_out(
         tokens, lengths, ended = (processes.fetch_rows(x, own) for x in (part.tokens, part.lengths, part.ended))
         held.append(CompletionBatch(task.train, rows[place][own], tokens, lengths, ended, done))
         owned.append(place.start + own)
-        judged.append(task.judge(held[-1]))
+        judged.append(task.reward_fn(held[-1]))
     host = held[0]._replace(
         rows=np.concatenate([h.rows for h in held]),
         tokens=np.concatenate([h.tokens for h in held]),

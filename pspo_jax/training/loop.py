@@ -121,9 +121,9 @@ def _begin(run: _Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting]
     if first.params is None:
         return None
     progress.say(_describe(setup, first.origin))
-    if setup.config.algorithm.compat == "released":
+    if setup.config.algorithm.variant == "published_code":
         progress.say(
-            "algorithm.compat=released: advantages and loss weights have the defects of PSPO's published code "
+            "algorithm.variant=published_code: advantages and loss weights have the defects of PSPO's published code "
             "(docs/algorithms.md); for parity studies only"
         )
     return place_state(setup, first.params, first.frozen), totals
@@ -148,9 +148,9 @@ def _describe(setup: Setup, origin: str) -> str:
     line = f"policy: {trained + frozen:,} parameters, {origin}"
     if frozen:
         line += f"; {trained:,} of adapters train"
-    elif setup.config.policy.param_dtype == "bfloat16":
+    elif setup.config.model.param_dtype == "bfloat16":
         line += (
-            "; held in bfloat16, where updates below 1/512 of a weight are lost: policy.param_dtype float32 keeps them"
+            "; held in bfloat16, where updates below 1/512 of a weight are lost: model.param_dtype float32 keeps them"
         )
     return line
 
@@ -194,7 +194,7 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: RunAccountin
                 scores = heldout_scores(setup, state, programs, totals, log)
                 values |= _eval_names(scores)
             if last or (c.log.selection_every and done % c.log.selection_every == 0):
-                seen = processes.to_host(programs.survey(state.selector, state.step))
+                seen = processes.to_host(programs.summary(state.selector, state.step))
                 values |= {name: float(value) for name, value in seen.items() if not isinstance(value, dict)}
                 histograms = {name: value for name, value in seen.items() if isinstance(value, dict)}
                 log.strategy(done, histograms)

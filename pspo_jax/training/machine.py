@@ -26,11 +26,11 @@ _MEMORY_SHARE = 0.25
 
 
 def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
-    """`config` with policy.compute_dtype, where nobody set it, and words on what was chosen and why."""
-    if config.policy.compute_dtype is not None:
+    """`config` with model.compute_dtype, where nobody set it, and words on what was chosen and why."""
+    if config.model.compute_dtype is not None:
         return config, []
     chosen, why = compute_dtype(on_cpu)
-    return replace(config, {"policy.compute_dtype": chosen}), [f"policy.compute_dtype {chosen} ({why})"]
+    return replace(config, {"model.compute_dtype": chosen}), [f"model.compute_dtype {chosen} ({why})"]
 
 
 def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
@@ -47,15 +47,15 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
 def with_memory(
     config: Config, a: Architecture, mesh: Any, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
-    """`config` with policy.remat and objective.packing, where nobody set them, and words on what was chosen and why."""
+    """`config` with model.remat and loss.packing, where nobody set them, and words on what was chosen and why."""
     values: dict[str, Any] = {}
     words = []
-    if config.policy.remat is None:
-        values["policy.remat"], why = _remat(config, a, mesh, prompt_length) if on_cpu else ("full", "memory is scarce")
-        words.append(f"policy.remat {values['policy.remat']} ({why})")
-    if config.objective.packing is None and on_cpu and not uses_char_tokenizer(config):
-        values["objective.packing"] = True
-        words.append("objective.packing true (padding would be computed)")
+    if config.model.remat is None:
+        values["model.remat"], why = _remat(config, a, mesh, prompt_length) if on_cpu else ("full", "memory is scarce")
+        words.append(f"model.remat {values['model.remat']} ({why})")
+    if config.loss.packing is None and on_cpu and not uses_char_tokenizer(config):
+        values["loss.packing"] = True
+        words.append("loss.packing true (padding would be computed)")
     return replace(config, values), words
 
 
@@ -74,9 +74,9 @@ def activations(config: Config, a: Architecture, remat: Remat, mesh: Any, prompt
     """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
     shape: Mapping[str, int] = mesh.shape
     tensor, width = shape["tensor"], jnp.dtype(a.compute_dtype).itemsize
-    rows = config.rollout.prompts * config.rollout.group_size // config.objective.minibatches
+    rows = config.rollout.prompts * config.rollout.group_size // config.loss.minibatches
     with jax.set_mesh(mesh):
-        rows = microbatch_size(rows, config.objective.microbatch_rows) // size_along(shape, UPDATE_ROWS)
+        rows = microbatch_size(rows, config.loss.microbatch_rows) // size_along(shape, UPDATE_ROWS)
     length = prompt_length + config.rollout.max_new_tokens
     places = rows * length / shape["context"]
     projections = (a.heads + 2 * a.kv_heads) * a.head_dim / tensor + 2 * a.mlp_width / tensor + 2 * a.width

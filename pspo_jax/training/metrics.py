@@ -61,12 +61,12 @@ def replay_metrics(groups: Groups, rows: Rows, step: Array, config: Config) -> M
     age = jnp.where(groups.counted, step - groups.step, 0)
     stale = age > 0
     mask = rows.mask & rows.stale[:, None]
-    log_w = log_importance_weight(rows.old_log_probs, rows.behaviour_log_probs, mask, config.objective)
+    log_w = log_importance_weight(rows.old_log_probs, rows.behaviour_log_probs, mask, config.loss)
     w = jnp.where(mask, jnp.exp(log_w), 0)
     tokens = mask.sum()
     least_one = jnp.maximum(tokens, 1)
     square = (w**2).sum()
-    capped = (w > config.objective.importance_cap).sum() / least_one
+    capped = (w > config.loss.importance_cap).sum() / least_one
     metrics = {
         "replay/share": stale.mean(),
         "replay/age_mean": age.sum() / jnp.maximum(stale.sum(), 1),

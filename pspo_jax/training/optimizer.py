@@ -15,7 +15,7 @@ from pspo_jax.config.schema import Config, OptimizerConfig, SftConfig
 
 def updates_per_step(config: Config) -> int:
     """Optimizer updates in a training step."""
-    return config.objective.num_iterations * config.objective.minibatches
+    return config.loss.num_iterations * config.loss.minibatches
 
 
 def schedule(config: OptimizerConfig | SftConfig, updates: int) -> optax.Schedule:

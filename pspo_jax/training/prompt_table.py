@@ -34,7 +34,7 @@ def write_prompts(run: Path, wanted: str = "latest") -> tuple[Path, Path]:
     """
     config = read_config(run, flag="--prompts", prog="report")
     # No model runs here, one device is enough, and the machine may lack the one that the run's kernel is for.
-    config = replace(config, {"policy.attention": "xla", "mesh.data": 1, "mesh.fsdp": 1})
+    config = replace(config, {"model.attention": "xla", "mesh.data": 1, "mesh.fsdp": 1})
     step = choose_steps(run, wanted)[-1]
     with verifiers(config) as pool:
         setup = prepare(config, weights=False, pool=pool)
@@ -53,7 +53,7 @@ def _columns(setup: Setup, run: Path, step: int) -> dict[str, Any]:
                 f"--prompts {run}: its data is not what checkpoint {step} was trained on; restore it, or carry the run "
                 "on with --allow-data-change first"
             )
-        found = jax.device_get(jax.jit(setup.algorithm.selector.table)(state, jnp.int32(step)))
+        found = jax.device_get(jax.jit(setup.algorithm.selector.to_table)(state, jnp.int32(step)))
     decode = setup.task.tokenizer.decode
     if prompts.texts is None:
         texts = [_head(decode(list(prompts.tokens[i][: prompts.lengths[i]]))) for i in range(n)]

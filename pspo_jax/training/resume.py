@@ -80,7 +80,7 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
         changed[:] = _check_settings(setup, folder, metadata)
         if metadata.get("source") != source_fingerprint(setup):
             raise ConfigError(
-                f"policy.source={setup.config.policy.source}: is not the checkpoint that this run began from "
+                f"model.source={setup.config.model.source}: is not the checkpoint that this run began from "
                 "(another config, or other tensors); restore it or choose another --run.dir"
             )
         changed.extend(_check_heldout(setup, metadata))
@@ -106,7 +106,7 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
             verify(frozen, metadata["base"])
         except ValueError as error:
             raise ConfigError(
-                f"policy.source={setup.config.policy.source}: its weights differ from those this run's adapters were "
+                f"model.source={setup.config.model.source}: its weights differ from those this run's adapters were "
                 f"trained on ({error}); restore them or choose another --run.dir"
             ) from error
     state = saved.joined(frozen)
@@ -227,7 +227,7 @@ def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> Sa
             wide = jax.ShapeDtypeStruct((tokens.shape[0], shape[-1]), tokens.dtype, sharding=tokens.sharding)
             stored[name] = _with_tokens(getattr(saved, name), wide)
     return dataclasses.replace(
-        saved, selector=sized(algorithm.selector.init, columns), credit=sized(algorithm.credit.init), **stored
+        saved, selector=sized(algorithm.selector.init, columns), advantage=sized(algorithm.estimator.init), **stored
     )
 
 
@@ -269,7 +269,7 @@ def _follow(
     return dataclasses.replace(
         saved,
         selector=moved(algorithm.selector, saved.selector, shardings.selector, setup.columns),
-        credit=moved(algorithm.credit, saved.credit, shardings.credit),
+        advantage=moved(algorithm.estimator, saved.advantage, shardings.advantage),
         **stored,
     )
 

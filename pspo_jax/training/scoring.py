@@ -48,7 +48,7 @@ def rows_of(
     def flat(x: Array) -> Array:
         return x.reshape(b * g, *x.shape[2:])
 
-    mask = groups.mask & groups.ended[..., None] if config.objective.mask_truncated else groups.mask
+    mask = groups.mask & groups.ended[..., None] if config.loss.mask_truncated else groups.mask
     return Rows(
         group=per_prompt(jnp.arange(b)),
         prompts=per_prompt(groups.prompts.tokens),
@@ -71,19 +71,19 @@ def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
 
 
 def score(
-    policy: Model, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
+    model: Model, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
     Outside the mask they may hold anything.
     """
-    if uses_packing(policy, rows, config):
-        found = score_packed(policy, weights, rows, loss_lengths(rows), temperature, config)
+    if uses_packing(model, rows, config):
+        found = score_packed(model, weights, rows, loss_lengths(rows), temperature, config)
         return jax.lax.stop_gradient(found)
 
     def one(part: Rows) -> tuple[Array, Array]:
         return completion_log_probs(
-            policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+            model, weights, part.prompts, part.lengths, part.tokens, temperature, config.loss.logits_mib
         )
 
     found = jax.lax.map(one, split_microbatches(rows, microbatches(rows, config)))
@@ -91,7 +91,7 @@ def score(
 
 
 def score_some(
-    policy: Model,
+    model: Model,
     weights: Any,
     rows: Rows,
     wanted: Bool[Array, "B"],
@@ -103,9 +103,9 @@ def score_some(
     Wanted groups are gathered in front, and as many microbatches run as hold any.
     """
     groups = wanted.shape[0]
-    if uses_packing(policy, rows, config):
+    if uses_packing(model, rows, config):
         stale = jnp.repeat(wanted, rows.tokens.shape[0] // groups)
-        log_probs, _ = score_packed(policy, weights, rows, jnp.where(stale, loss_lengths(rows), 0), temperature, config)
+        log_probs, _ = score_packed(model, weights, rows, jnp.where(stale, loss_lengths(rows), 0), temperature, config)
         return jax.lax.stop_gradient(jnp.where(stale[:, None], log_probs, rows.old_log_probs))
     order = jnp.argsort(~wanted, stable=True)
     group_size = rows.tokens.shape[0] // groups
@@ -118,7 +118,7 @@ def score_some(
         part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
         return found.at[i].set(
             completion_log_probs(
-                policy, weights, part.prompts, part.lengths, part.tokens, temperature, config.objective.logits_mib
+                model, weights, part.prompts, part.lengths, part.tokens, temperature, config.loss.logits_mib
             )[0]
         )
 
@@ -129,16 +129,16 @@ def score_some(
     return jax.lax.stop_gradient(jnp.where(jnp.repeat(wanted, group_size)[:, None], found, rows.old_log_probs))
 
 
-def uses_packing(policy: Model, rows: Rows, config: Config) -> bool:
+def uses_packing(model: Model, rows: Rows, config: Config) -> bool:
     """Whether the rows are computed in bins; see `packing`.
 
     Raises:
-      ValueError: objective.packing=true for a policy that cannot.
+      ValueError: loss.packing=true for a policy that cannot.
     """
-    wanted = config.objective.packing
-    if wanted and not policy.packs:
-        raise ValueError("objective.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
-    return policy.packs and packs_lengths(rows.tokens.shape[0], rows.tokens.shape[1], config)
+    wanted = config.loss.packing
+    if wanted and not model.packs:
+        raise ValueError("loss.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
+    return model.packs and packs_lengths(rows.tokens.shape[0], rows.tokens.shape[1], config)
 
 
 def packs_lengths(rows: int, longest: int, config: Config) -> bool:
@@ -147,49 +147,49 @@ def packs_lengths(rows: int, longest: int, config: Config) -> bool:
     Args:
       longest: places of a completion, T.
     """
-    wanted = config.objective.packing
-    several = microbatch_size(rows, config.objective.microbatch_rows) < rows
+    wanted = config.loss.packing
+    several = microbatch_size(rows, config.loss.microbatch_rows) < rows
     return several and longest >= PACK_FROM_TOKENS if wanted is None else wanted
 
 
-def shares_prompts(policy: Model, config: Config) -> bool:
+def shares_prompts(model: Model, config: Config) -> bool:
     """Whether packed rows may share their prompt.
 
     Raises:
-      ValueError: objective.share_prompts=true for a policy that cannot.
+      ValueError: loss.share_prompts=true for a policy that cannot.
     """
-    wanted = config.objective.share_prompts
-    if wanted and not policy.shares:
-        raise ValueError("objective.share_prompts=true: this policy's `hidden` cannot; leave it out, or false")
-    return policy.shares and wanted is not False
+    wanted = config.loss.share_prompts
+    if wanted and not model.shares:
+        raise ValueError("loss.share_prompts=true: this policy's `hidden` cannot; leave it out, or false")
+    return model.shares and wanted is not False
 
 
-def assign(policy: Model, rows: Rows, answers: Int[Array, "R"], config: Config) -> BinAssignment:
+def assign(model: Model, rows: Rows, answers: Int[Array, "R"], config: Config) -> BinAssignment:
     """Bins for the rows with answers, as many as there are rows."""
     r = rows.tokens.shape[0]
-    if shares_prompts(policy, config):
+    if shares_prompts(model, config):
         return assign_shared_bins(rows.lengths, answers, rows.group, bin_length(rows), r)
     return assign_bins(rows.lengths, answers, jnp.arange(r), bin_length(rows), r)
 
 
 def score_packed(
-    policy: Model, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
+    model: Model, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
     bins = bins_at_a_time(rows.tokens.shape[0], config)
-    planned = assign(policy, rows, answers, config)
+    planned = assign(model, rows, answers, config)
 
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
         part = rows_of_bins(rows, ids)
         new = packed_log_probs(
-            policy,
+            model,
             weights,
             part,
             leads,
             temperature,
-            config.objective.logits_mib,
-            shares=shares_prompts(policy, config),
+            config.loss.logits_mib,
+            shares=shares_prompts(model, config),
         )
         return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
 
@@ -198,7 +198,7 @@ def score_packed(
 
 
 def with_log_probs(
-    policy: Model,
+    model: Model,
     state: TrainState,
     rows: Rows,
     stale: Bool[Array, "B"] | None,
@@ -210,14 +210,14 @@ def with_log_probs(
     Args:
       stale: groups that an older policy sampled; None = there are none.
     """
-    o = config.objective
+    o = config.loss
     if o.old_log_probs == "trainer":
-        rows = dataclasses.replace(rows, old_log_probs=score(policy, state.weights, rows, temperature, config)[0])
+        rows = dataclasses.replace(rows, old_log_probs=score(model, state.weights, rows, temperature, config)[0])
     elif stale is not None and o.off_policy != "coupled":
-        found = score_some(policy, state.weights, rows, stale, temperature, config)
+        found = score_some(model, state.weights, rows, stale, temperature, config)
         rows = dataclasses.replace(rows, old_log_probs=found)
     if o.kl_coef > 0 and o.kl_in == "loss":
-        found = score(policy, reference_weights(state), rows, temperature, config)[0]
+        found = score(model, reference_weights(state), rows, temperature, config)[0]
         rows = dataclasses.replace(rows, reference_log_probs=found)
     return rows
 
@@ -232,16 +232,16 @@ def reference_weights(state: TrainState) -> Any:
 def microbatches(rows: Rows, config: Config) -> int:
     """Parts that the rows are computed in."""
     n = rows.tokens.shape[0]
-    return n // microbatch_size(n, config.objective.microbatch_rows)
+    return n // microbatch_size(n, config.loss.microbatch_rows)
 
 
 def bins_at_a_time(rows: int, config: Config) -> int:
     """How many bins of so many packed rows are computed together; bins that hold no row are left out.
 
-    Where objective.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
+    Where loss.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
     and empty ones can only be left out by whole microbatches.
     """
-    at_most = config.objective.microbatch_rows
+    at_most = config.loss.microbatch_rows
     return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
 
 

@@ -64,7 +64,7 @@ class Setup(NamedTuple):
     source: Source | None
     """The checkpoint that the weights come from; None = they are drawn."""
     architecture: Architecture
-    policy: Model
+    model: Model
     algorithm: Algorithm
     optimizer: optax.GradientTransformation
     columns: PromptMetadata | None
@@ -95,8 +95,8 @@ _OWN_TO_A_PROCESS = (
     "task.cache",
     "task.train_data",
     "task.heldout_data",
-    "policy.source",
-    "policy.tokenizer",
+    "model.source",
+    "model.tokenizer",
     "sft.data",
 )
 """Fields that may differ between the processes of a run. Files are compared by what they hold, once they are read."""
@@ -184,7 +184,7 @@ def prepare(
     mesh = make_mesh(config, architecture, devices)
     task = make_task(config, tokenizer, pool, say) if task is None else task
     if source is not None:
-        processes.check_same("policy.source", source.fingerprint())
+        processes.check_same("model.source", source.fingerprint())
     processes.check_same("task.train_data, task.heldout_data", task.train.fingerprint() + task.heldout.fingerprint())
     for line in _remarks(config, source, architecture, task):
         say(line)
@@ -194,26 +194,26 @@ def prepare(
     check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,
-        config.policy.attention,
+        config.model.attention,
         devices[0].platform,
         task.train.tokens.shape[1] + config.rollout.max_new_tokens,
         mesh.shape,
         probe=weights and set(devices) <= set(jax.devices()),
         say=say,
-        share_prompts=config.objective.share_prompts,
+        share_prompts=config.loss.share_prompts,
     )
     config, more = with_memory(config, architecture, mesh, task.train.tokens.shape[1], on_cpu)
     if chosen + more:
         say(f"defaults of this machine: {', '.join(chosen + more)}")
-    architecture = dataclasses.replace(architecture, remat=config.policy.remat or "none")
-    policy = transformer(architecture)
+    architecture = dataclasses.replace(architecture, remat=config.model.remat or "none")
+    model = transformer(architecture)
     kinds, columns = load_metadata(config, task.train)
     algorithm = build(config, kinds)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     nothing: Any = None
-    setup = Setup(config, mesh, task, source, architecture, policy, algorithm, optimizer, columns, abstract=nothing)
+    setup = Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, columns, abstract=nothing)
     shapes = jax.eval_shape(
-        lambda known: new_state(setup, policy.init(jax.random.key(0)), _frozen_init(architecture), known), columns
+        lambda known: new_state(setup, model.init(jax.random.key(0)), _frozen_init(architecture), known), columns
     )
     shardings = _state_shardings(setup, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -225,7 +225,7 @@ def _remarks(config: Config, source: Source | None, architecture: Architecture, 
     lines = []
     if source is not None and source.untied:
         lines.append(
-            f"policy.source={source.name}: config.json has tie_word_embeddings=true, but lm_head.weight is stored and "
+            f"model.source={source.name}: config.json has tie_word_embeddings=true, but lm_head.weight is stored and "
             "differs from the embedding: it is used, and trained, as a head of its own"
         )
     longest = max(int(part.lengths.max()) for part in (task.train, task.heldout))
@@ -240,12 +240,12 @@ def architecture_for(
     """The checkpoint if there is one, the tokenizer, and the policy's architecture with its adapters."""
     if uses_char_tokenizer(config):
         own = own_tokenizer(config)
-        return None, own, built_in(config.policy, own.vocab_size, own.forbidden)
-    source = read_source(config.policy, weights) if config.policy.source is not None else None
+        return None, own, built_in(config.model, own.vocab_size, own.forbidden)
+    source = read_source(config.model, weights) if config.model.source is not None else None
     rows = source.architecture.vocab_size if source else None
     tokenizer = load_tokenizer(config, source.folder if source else None, rows)
     if source is None:
-        return None, tokenizer, built_in(config.policy, tokenizer.vocab_size, tokenizer.forbidden)
+        return None, tokenizer, built_in(config.model, tokenizer.vocab_size, tokenizer.forbidden)
     lora = lora_of(config.lora)
     return source, tokenizer, dataclasses.replace(source.architecture, forbidden=tokenizer.forbidden, lora=lora)
 
@@ -266,7 +266,7 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     count = sum(x.size for x in jax.tree.leaves(base))
     # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
     held = frozen if a.lora is not None else frozen + 12 * count
-    held += frozen if config.objective.kl_coef > 0 and a.lora is None else 0
+    held += frozen if config.loss.kl_coef > 0 and a.lora is None else 0
     fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})
 
@@ -338,7 +338,7 @@ def first_params(
         "--sft.steps 0 leaves it out"
     )
     with phase("sft"):
-        params = cold_start(setup.config, setup.task, setup.policy, params, progress, stop, frozen, kept)
+        params = cold_start(setup.config, setup.task, setup.model, params, progress, stop, frozen, kept)
         if params is None:
             return FirstParams(None, None, "stopped")
         params = jax.device_put(params, setup.shardings.params)
@@ -357,7 +357,7 @@ def _initial(setup: Setup, progress: Progress) -> tuple[Any, Any | None, str]:
         if setup.architecture.lora is None:
             return loaded, None, origin
         frozen = loaded
-    init = jit_once(setup.policy.init, setup.mesh.devices.flat[0].platform, shardings)
+    init = jit_once(setup.model.init, setup.mesh.devices.flat[0].platform, shardings)
     return init(jax.random.key(setup.config.run.seed)), frozen, origin
 
 
@@ -474,7 +474,7 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
     """Where each array lives: optimizer state like its weight, per-prompt state over the batch axes."""
     mesh = setup.mesh
     whole = replicated(mesh)
-    params = params_shardings(mesh, shapes.params, setup.policy.axes)
+    params = params_shardings(mesh, shapes.params, setup.model.axes)
     prompts = setup.task.train.tokens.shape[0]
     build: Any = TrainState
     return build(
@@ -484,13 +484,13 @@ def _state_shardings(setup: Setup, shapes: TrainState) -> TrainState:
             setup.optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
         ),
         selector=prompts_shardings(mesh, shapes.selector, prompts),
-        credit=prompts_shardings(mesh, shapes.credit, prompts),
+        advantage=prompts_shardings(mesh, shapes.advantage, prompts),
         replay=groups_shardings(mesh, shapes.replay),
         key=whole,
         reference=None if shapes.reference is None else params,
-        frozen=None if shapes.frozen is None else params_shardings(mesh, shapes.frozen, setup.policy.frozen_axes),
+        frozen=None if shapes.frozen is None else params_shardings(mesh, shapes.frozen, setup.model.frozen_axes),
         updates=whole,
         skipped=whole,
-        movement=whole,
+        policy_drift=whole,
         queue=groups_shardings(mesh, shapes.queue),
     )

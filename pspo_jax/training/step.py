@@ -76,7 +76,7 @@ def init_state(
     """
     config = resolve(config)
     r = config.rollout
-    copied = config.objective.kl_coef > 0 and (frozen is None or config.sft.steps > 0)
+    copied = config.loss.kl_coef > 0 and (frozen is None or config.sft.steps > 0)
     reference = jax.tree.map(jnp.copy, params) if copied else None
     # Before a round fewer groups than a batch wait, and a round adds no more than its prompts.
     room = r.prompts + round_prompts(config)
@@ -91,25 +91,25 @@ def init_state(
         params=params,
         opt_state=in_float32(optimizer).init(params),
         selector=algorithm.selector.init(num_prompts, columns),
-        credit=algorithm.credit.init(num_prompts),
+        advantage=algorithm.estimator.init(num_prompts),
         replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),
         key=key,
         reference=reference,
         frozen=frozen,
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
-        movement=jnp.zeros((), jnp.float32),
+        policy_drift=jnp.zeros((), jnp.float32),
         queue=queue,
     )
 
 
 def samples_dynamically(config: Config) -> bool:
     """Whether a step rolls out until its batch is full of effective groups."""
-    return resolve(config).rollout.max_rounds != 1
+    return resolve(config).rollout.dynamic_sampling_rounds != 1
 
 
 def make_train_step(
-    policy: Model,
+    model: Model,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
@@ -129,9 +129,9 @@ def make_train_step(
     def train_step(
         state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = assign_advantages(policy, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, right)
         state, more = _update(
-            policy, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
+            model, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
         )
         return state, metrics | more
 
@@ -139,7 +139,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def make_collect(policy: Model, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
+def make_collect(model: Model, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
     """`collect(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted, `state` donated: a round of dynamic
     sampling. Rewards and verdicts are as in `make_train_step`.
 
@@ -150,7 +150,7 @@ def make_collect(policy: Model, algorithm: Algorithm, config: Config, state_shar
     def collect(
         state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = assign_advantages(policy, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, right)
         wanted = effective(groups, config.replay.effective)
         queue = append(state.queue, groups, wanted, rollouts.sampling_log_probs)
         metrics["groups/waiting"] = queue.held.astype(jnp.float32)
@@ -161,7 +161,7 @@ def make_collect(policy: Model, algorithm: Algorithm, config: Config, state_shar
 
 
 def make_update(
-    policy: Model,
+    model: Model,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
@@ -179,14 +179,14 @@ def make_update(
         sampling = None if state.queue.sampling_log_probs is None else state.queue.sampling_log_probs[:prompts]
         groups, queue = take_first(state.queue, prompts)
         state = dataclasses.replace(state, queue=queue)
-        return _update(policy, optimizer, algorithm, config, state, groups, temperature, sampling)
+        return _update(model, optimizer, algorithm, config, state, groups, temperature, sampling)
 
     out = None if state_shardings is None else (state_shardings, None)
     return jax.jit(update, donate_argnums=0, out_shardings=out)
 
 
 def assign_advantages(
-    policy: Model,
+    model: Model,
     algorithm: Algorithm,
     config: Config,
     state: TrainState,
@@ -198,25 +198,25 @@ def assign_advantages(
     ids = rollouts.prompts.ids
     # What is not finite, or whose square would not be, is no reward: it must not reach the per-prompt state.
     rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
-    advantages, credit_state, kl = compute_advantages(policy, algorithm, config, state, rollouts, rewards)
-    raw = group_advantages(rewards, ddof=config.credit.ddof, eps=config.credit.eps)
+    advantages, credit_state, kl = compute_advantages(model, algorithm, config, state, rollouts, rewards)
+    raw = group_advantages(rewards, ddof=config.advantage.ddof, eps=config.advantage.eps)
     seen = scaled_over_round(algorithm, advantages, rewards)
-    outcome = RolloutOutcome(rewards, seen, raw, state.movement, rollouts.lengths, right)
+    outcome = RolloutOutcome(rewards, seen, raw, state.policy_drift, rollouts.lengths, right)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
     groups = groups_of(rollouts, rewards, advantages, state.step)
     metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if right is None else right)
     metrics["groups/effective"] = effective(groups, config.replay.effective).sum().astype(jnp.float32)
-    if algorithm.credit.over_batch is None:
+    if algorithm.estimator.over_batch is None:
         metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
     metrics["loss_weight/min"] = rollouts.prompts.loss_weight.min()
     if kl is not None:
         drawn = rollouts.mask.reshape(kl.shape)
         metrics["kl"] = jnp.where(drawn, kl, 0).sum() / jnp.maximum(drawn.sum(), 1)
-    return dataclasses.replace(state, selector=selector_state, credit=credit_state), groups, metrics
+    return dataclasses.replace(state, selector=selector_state, advantage=credit_state), groups, metrics
 
 
 def compute_advantages(
-    policy: Model,
+    model: Model,
     algorithm: Algorithm,
     config: Config,
     state: TrainState,
@@ -225,19 +225,21 @@ def compute_advantages(
 ) -> tuple[Float[Array, "B G"], Any, Float[Array, "R T"] | None]:
     """Advantages, the credit's state after them, and the KL per token that was taken from the rewards; None = none.
 
-    With objective.kl_in=reward, advantages are of rewards less the KL of all tokens drawn. What the loss leaves out,
+    With loss.kl_in=reward, advantages are of rewards less the KL of all tokens drawn. What the loss leaves out,
     such as truncated completions, counts in a group's rewards, and so its KL does too: without it, completions that
     ended would pay alone.
     """
-    o = config.objective
+    o = config.loss
     kl = None
     if o.kl_coef > 0 and o.kl_in == "reward":
         rows = rows_of(groups_of(rollouts, rewards, rewards, state.step), state.step, config)
         rows = dataclasses.replace(rows, mask=rollouts.mask.reshape(rows.mask.shape))
-        reference = score(policy, reference_weights(state), rows, rollouts.temperature, config)[0]
+        reference = score(model, reference_weights(state), rows, rollouts.temperature, config)[0]
         kl = kl_estimate(rows.behaviour_log_probs, reference, o.kl_estimator)
         rewards = rewards - o.kl_coef * jnp.where(rows.mask, kl, 0).sum(axis=1).reshape(rewards.shape)
-    found = algorithm.credit.estimate(state.credit, rollouts.prompts.ids, rewards, rollouts.lengths, state.movement)
+    found = algorithm.estimator.estimate(
+        state.advantage, rollouts.prompts.ids, rewards, rollouts.lengths, state.policy_drift
+    )
     return *found, kl
 
 
@@ -245,12 +247,12 @@ def scaled_over_round(
     algorithm: Algorithm, advantages: Float[Array, "B G"], rewards: Float[Array, "B G"]
 ) -> Float[Array, "B G"]:
     """Advantages as they would be if the groups rolled out together were the batch that trains."""
-    over_batch = algorithm.credit.over_batch
+    over_batch = algorithm.estimator.over_batch
     return advantages if over_batch is None else over_batch(advantages, rewards, jnp.ones(len(rewards), bool))
 
 
 def _update(
-    policy: Model,
+    model: Model,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
@@ -260,22 +262,22 @@ def _update(
     sampling_log_probs: Float[Array, "B G T"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Replay exchange, then the optimizer's updates."""
-    replays = config.replay.name == "fill"
+    replays = config.replay.name == "popo"
     metrics: Metrics = {}
 
     def distance(stored: Groups) -> Float[Array, "C"]:
-        return behaviour_divergence(policy, state, stored, temperature, config)
+        return behaviour_divergence(model, state, stored, temperature, config)
 
     key = purpose_key(state.key, state.step, REPLAY)
     groups, replay_state = algorithm.replay.exchange(state.replay, groups, state.step, key, distance)
-    if algorithm.credit.over_batch is not None:
-        scaled = algorithm.credit.over_batch(groups.advantages, groups.rewards, groups.counted)
+    if algorithm.estimator.over_batch is not None:
+        scaled = algorithm.estimator.over_batch(groups.advantages, groups.rewards, groups.counted)
         groups = dataclasses.replace(groups, advantages=scaled)
         in_batch = jnp.maximum(groups.counted.sum() * scaled.shape[1], 1)
         metrics["advantages/abs_mean"] = jnp.where(groups.counted[:, None], jnp.abs(scaled), 0).sum() / in_batch
     rows = rows_of(groups, state.step, config, sampling_log_probs)
     stale = stale_groups(groups, state.step) if replays or samples_dynamically(config) else None
-    rows = with_log_probs(policy, state, rows, stale, temperature, config)
+    rows = with_log_probs(model, state, rows, stale, temperature, config)
     if stale is not None:
         metrics |= replay_metrics(groups, rows, state.step, config)
         replay_state = algorithm.replay.settle(replay_state, metrics["replay/ess"])
@@ -284,12 +286,12 @@ def _update(
         metrics["replay/max_share"] = replay_state.share
     if config.replay.name != "none" or samples_dynamically(config):
         metrics["groups/in_batch"] = groups.counted.sum().astype(jnp.float32)
-    params, opt_state, skipped, updates = optimize(policy, optimizer, config, state, rows, temperature)
+    params, opt_state, skipped, updates = optimize(model, optimizer, config, state, rows, temperature)
     metrics |= update_metrics(updates, config)
-    movement = state.movement
+    drift = state.policy_drift
     if needs_policy_drift(config):
-        metrics["policy/movement"] = policy_drift(policy, state, params, rows, temperature, config)
-        movement = movement + metrics["policy/movement"]
+        metrics["policy/drift"] = policy_drift(model, state, params, rows, temperature, config)
+        drift = drift + metrics["policy/drift"]
     applied = state.updates + updates.applied.sum().astype(jnp.int32)
     metrics["updates"] = applied.astype(jnp.float32)
     metrics["skipped_updates"] = skipped.astype(jnp.float32)
@@ -301,23 +303,23 @@ def _update(
         replay=replay_state,
         updates=applied,
         skipped=skipped,
-        movement=movement,
+        policy_drift=drift,
     )
     return state, metrics
 
 
 def policy_drift(
-    policy: Model, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
+    model: Model, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, ""]:
     """Mean |change of log-prob| per token of one microbatch by the step's updates."""
     part = jax.tree.map(lambda x: x[0], split_microbatches(rows, microbatches(rows, config)))
-    before = score(policy, state.weights, part, temperature, config)[0]
-    after = score(policy, merge_params(params, state.frozen), part, temperature, config)[0]
+    before = score(model, state.weights, part, temperature, config)[0]
+    after = score(model, merge_params(params, state.frozen), part, temperature, config)[0]
     return jnp.where(part.mask, jnp.abs(after - before), 0).sum() / jnp.maximum(part.mask.sum(), 1)
 
 
 def behaviour_divergence(
-    policy: Model, state: TrainState, stored: Groups, temperature: Float[Array, ""], config: Config
+    model: Model, state: TrainState, stored: Groups, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, "C"]:
     """Mean over tokens of k3's estimate of KL(behaviour || policy) for each stored group; one pass over the ring."""
     capacity = stored.counted.shape[0]
@@ -325,6 +327,6 @@ def behaviour_divergence(
     groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
     stored = take(stored, jnp.arange(groups) % capacity)
     rows = rows_of(stored, state.step, config)
-    now = score(policy, state.weights, rows, temperature, config)[0]
+    now = score(model, state.weights, rows, temperature, config)[0]
     kl = jnp.where(rows.mask, kl_estimate(rows.behaviour_log_probs, now, "k3"), 0).reshape(groups, -1).sum(axis=1)
     return (kl / jnp.maximum(rows.mask.reshape(groups, -1).sum(axis=1), 1))[:capacity]

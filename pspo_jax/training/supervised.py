@@ -87,24 +87,24 @@ def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
 
 
-def sft_loss(policy: Model, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
+def sft_loss(model: Model, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
     """Mean negative log-prob of the completions' tokens."""
     log_probs, _ = completion_log_probs(
-        policy, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
+        model, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
     )
     mask = jnp.arange(log_probs.shape[1]) < batch["completion_lengths"][:, None]
     return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def make_sft_steps(
-    policy: Model, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
+    model: Model, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
 ) -> Callable[..., Any]:
     """`steps(params, opt_state, batches [K, ...], frozen=None) -> (params, opt_state, losses [K])`, jitted: K steps."""
 
     def steps(params: Any, opt_state: Any, batches: dict[str, Array], frozen: Any = None) -> tuple[Any, Any, Array]:
         def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
             params, opt_state = carry
-            loss, grads = jax.value_and_grad(lambda p: sft_loss(policy, merge_params(p, frozen), batch, logits_mib))(
+            loss, grads = jax.value_and_grad(lambda p: sft_loss(model, merge_params(p, frozen), batch, logits_mib))(
                 params
             )
             updates, opt_state = in_float32(optimizer).update(grads, opt_state, params)
@@ -129,7 +129,7 @@ class Kept(Protocol):
 def cold_start(
     config: Config,
     task: Task,
-    policy: Model,
+    model: Model,
     params: Any,
     progress: Progress,
     stop: Callable[[], bool],
@@ -145,7 +145,7 @@ def cold_start(
     optimizer = adamw(s, s.steps)
     source = dataset(config, task)
     batches = source.batch(s.batch * per_call)
-    steps = make_sft_steps(policy, optimizer, config.objective.logits_mib)
+    steps = make_sft_steps(model, optimizer, config.loss.logits_mib)
     opt_state = jax.jit(optimizer.init)(params)
     tree, begun = {"params": params, "opt_state": opt_state}, 0
     if kept is not None:
@@ -173,10 +173,10 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
     Data, tokenizer and checkpoint stand in it by what they hold, and not by where they are.
     """
     stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
-    places = ("task.train_data", "task.heldout_data", "policy.source", "policy.revision", "policy.tokenizer")
+    places = ("task.train_data", "task.heldout_data", "model.source", "model.revision", "model.tokenizer")
     free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
     fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
-    for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "objective.logits_mib"):
+    for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "loss.logits_mib"):
         fields[name] = flatten(config)[name]
     fields["version"] = __version__
     fields["train"] = task.train.fingerprint()

@@ -67,7 +67,7 @@ class UpdateMetrics(NamedTuple):
 
 
 def optimize(
-    policy: Model,
+    model: Model,
     optimizer: optax.GradientTransformation,
     config: Config,
     state: TrainState,
@@ -75,7 +75,7 @@ def optimize(
     temperature: Float[Array, ""],
 ) -> tuple[Params, Any, Int[Array, ""], UpdateMetrics]:
     """num_iterations passes over the minibatches; returns metrics stacked over updates."""
-    o = config.objective
+    o = config.loss
     minibatches = split_minibatches(rows, o.minibatches, config.rollout.group_size)
     drops = state.frozen is not None and config.lora.dropout > 0
     step_key = purpose_key(state.key, state.step, DROPOUT) if drops else None
@@ -88,11 +88,11 @@ def optimize(
             return merge_params(params, state.frozen, None if key is None else jax.random.fold_in(key, microbatch))
 
         if o.top_entropy < 1:
-            _, entropy = score(policy, merge_params(params, state.frozen), minibatch, temperature, config)
+            _, entropy = score(model, merge_params(params, state.frozen), minibatch, temperature, config)
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked)
-        grads, metrics, gap, places = _gradient(policy, weights, params, minibatch, temperature, config, total)
+        grads, metrics, gap, places = _gradient(model, weights, params, minibatch, temperature, config, total)
         useful = places.needed / jnp.maximum(places.computed, 1)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
@@ -115,7 +115,7 @@ def optimize(
 
 
 def _gradient(
-    policy: Model,
+    model: Model,
     weights: Callable[[Params, Array | int], Any],
     params: Params,
     rows: Rows,
@@ -128,12 +128,12 @@ def _gradient(
     weights(params, microbatch) is what the policy's functions take.
     """
 
-    packed = uses_packing(policy, rows, config)
+    packed = uses_packing(model, rows, config)
 
     def loss_fn(
         params: Params, part: Rows, microbatch: Array | int, leads: Bool[Array, "b M"] | None = None
     ) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
-        return _loss(policy, weights(params, microbatch), part, temperature, config, total, leads)
+        return _loss(model, weights(params, microbatch), part, temperature, config, total, leads)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = microbatches(rows, config)
@@ -151,7 +151,7 @@ def _gradient(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
     start = zeros, zero_metrics(), _no_gap()
     if packed:
-        planned = assign(policy, rows, loss_lengths(rows), config)
+        planned = assign(model, rows, loss_lengths(rows), config)
         bins = bins_at_a_time(rows.tokens.shape[0], config)
 
         def microbatch(i: Array, carry: Any) -> Any:
@@ -174,7 +174,7 @@ def padded_places(rows: Rows) -> int:
 
 
 def _loss(
-    policy: Model,
+    model: Model,
     weights: Any,
     rows: Rows,
     temperature: Array,
@@ -183,14 +183,14 @@ def _loss(
     leads: Bool[Array, "b M"] | None,
 ) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
     """Of rows that are computed in the bins of a plan, with its `leads`; None = each by itself."""
-    o = config.objective
+    o = config.loss
     bonus = o.entropy_coef > 0
     if leads is not None:
-        shares = shares_prompts(policy, config)
-        found = packed_log_probs(policy, weights, rows, leads, temperature, o.logits_mib, bonus, shares)
+        shares = shares_prompts(model, config)
+        found = packed_log_probs(model, weights, rows, leads, temperature, o.logits_mib, bonus, shares)
     else:
         found = completion_log_probs(
-            policy, weights, rows.prompts, rows.lengths, rows.tokens, temperature, o.logits_mib, bonus
+            model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, o.logits_mib, bonus
         )
     log_probs, entropy = found
     loss, metrics = compute_loss(log_probs, entropy, rows, o, total, config.rollout.max_new_tokens)
@@ -252,11 +252,11 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
         "sampling/importance_sampling_ratio/min": first.ratio_min,
         "sampling/importance_sampling_ratio/max": first.ratio_max,
     }
-    if config.objective.kl_coef > 0 and config.objective.kl_in == "loss":
+    if config.loss.kl_coef > 0 and config.loss.kl_in == "loss":
         metrics["kl"] = loss.kl.mean()
-    if config.objective.surrogate == "cispo":
+    if config.loss.surrogate == "cispo":
         metrics["cispo_clip_ratio"] = loss.high.mean()
-    if config.objective.surrogate == "vespo":
+    if config.loss.surrogate == "vespo":
         metrics["vespo/phi_seq_mean"] = loss.gamma.mean()
     return metrics
 

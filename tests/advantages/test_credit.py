@@ -79,7 +79,7 @@ def test_standard_deviations_match_other_trainers(golden, setting, case):
 
 
 def test_every_name_has_a_credit():
-    assert set(ESTIMATORS) == {preset["credit.name"] for preset in PRESETS.values()}
+    assert set(ESTIMATORS) == {preset["advantage.name"] for preset in PRESETS.values()}
 
 
 def test_unknown_scale_is_named():
@@ -177,17 +177,17 @@ class PlainErs:
         match self.config.alpha_mode:
             case "count":
                 return 1 / (self.visits[prompt] + 1)
-            case "movement":
+            case "policy_drift":
                 return 1 - min(max(2 ** (-moved / f.half_life), f.low), f.high)
         return self.config.alpha
 
-    def visit(self, prompt, rewards, movement):
+    def visit(self, prompt, rewards, policy_drift):
         mu, s2 = statistics.fmean(judged(rewards)), plain_variance(rewards, self.config.ddof)
         mode = self.config.stat_mode
         m, spread = mu, math.sqrt(s2) if mode == "linear_std" else s2
         if prompt in self.history:
             m_old, old, when = self.history[prompt]
-            a = self.alpha(prompt, movement - when)
+            a = self.alpha(prompt, policy_drift - when)
             m = m_old + a * (mu - m_old)
             if mode == "released_head":
                 old = old**2
@@ -196,15 +196,15 @@ class PlainErs:
                 spread += a * (1 - a) * (mu - m_old) ** 2
         scale = math.sqrt(spread) if mode == "variance" else spread
         got = [0.0 if math.isnan(r) else (r - m) / (scale + self.config.eps) for r in rewards]
-        return got, (m, spread, movement)
+        return got, (m, spread, policy_drift)
 
-    def estimate(self, ids, groups, movement):
+    def estimate(self, ids, groups, policy_drift):
         out, news = [], {}
         for prompt, rewards in zip(ids, groups, strict=True):
             if len(judged(rewards)) < 2:
                 out.append([0.0] * len(rewards))
                 continue
-            got, news[prompt] = self.visit(prompt, rewards, movement)
+            got, news[prompt] = self.visit(prompt, rewards, policy_drift)
             out.append(got)
         usable = [i for i, rewards in zip(ids, groups, strict=True) if len(judged(rewards)) > 1]
         self.history |= news
@@ -220,18 +220,18 @@ def batches(ids, verdicts):
 
 @functools.cache
 def compiled(config):
-    credit = ers(config, MOVING)
-    return credit, jax.jit(credit.estimate)
+    advantage = ers(config, MOVING)
+    return advantage, jax.jit(advantage.estimate)
 
 
 def assert_equals_plain_python(config, steps):
-    (credit, estimate), plain, movement = compiled(config), PlainErs(config, MOVING), 0.0
-    state = credit.init(4)
+    (advantage, estimate), plain, policy_drift = compiled(config), PlainErs(config, MOVING), 0.0
+    state = advantage.init(4)
     for ids, groups, moves in steps:
-        args = jnp.asarray(ids), jnp.asarray(groups, jnp.float32), None, jnp.float32(movement)
+        args = jnp.asarray(ids), jnp.asarray(groups, jnp.float32), None, jnp.float32(policy_drift)
         got, state = estimate(state, *args)
-        np.testing.assert_allclose(got, plain.estimate(ids, groups, movement), rtol=1e-4, atol=2e-5)
-        movement += moves
+        np.testing.assert_allclose(got, plain.estimate(ids, groups, policy_drift), rtol=1e-4, atol=2e-5)
+        policy_drift += moves
     assert np.asarray(state.visits)[:4].tolist() == [plain.visits[i] for i in range(4)]
     for i, (m, spread, when) in plain.history.items():
         assert float(state.mean[i]) == pytest.approx(m, abs=1e-5)
@@ -240,7 +240,7 @@ def assert_equals_plain_python(config, steps):
 
 
 STAT_MODES = ("variance", "linear_std", "released_head")
-ALPHAS = [("fixed", 0.1), ("fixed", 0.99), ("fixed", 1.0), ("count", 0.99), ("movement", 0.99)]
+ALPHAS = [("fixed", 0.1), ("fixed", 0.99), ("fixed", 1.0), ("count", 0.99), ("policy_drift", 0.99)]
 DISTINCT = st.permutations(range(4)).map(lambda order: order[:3])
 REPEATED = st.lists(st.integers(0, 1), min_size=3, max_size=3)
 COMPLETE = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4)
@@ -254,7 +254,7 @@ def test_ers_equals_plain_python(alpha_mode, alpha, stat_mode, steps):
     assert_equals_plain_python(AdvantageConfig("ers", None, 1, 0.05, alpha, alpha_mode, stat_mode), steps)
 
 
-@pytest.mark.parametrize("alpha_mode", ["fixed", "count", "movement"])
+@pytest.mark.parametrize("alpha_mode", ["fixed", "count", "policy_drift"])
 @given(batches(REPEATED, COMPLETE))
 def test_ers_of_repeated_prompts_reads_the_old_history_and_keeps_the_last(alpha_mode, steps):
     assert_equals_plain_python(AdvantageConfig("ers", None, 0, 0.05, 0.3, alpha_mode), steps)
@@ -269,11 +269,11 @@ def test_ers_of_repeated_prompts_keeps_the_last_that_is_usable(order):
 
 def histories(groups, **settings):
     """ERS state of prompt 0 after these groups of complete verdicts."""
-    credit = ers(AdvantageConfig(eps=1e-9, ddof=0, **settings), FIXED)
-    state = credit.init(1)
+    advantage = ers(AdvantageConfig(eps=1e-9, ddof=0, **settings), FIXED)
+    state = advantage.init(1)
     for rewards in groups:
-        _, state = credit.estimate(state, jnp.array([0]), jnp.asarray([rewards], jnp.float32))
-    return credit, state
+        _, state = advantage.estimate(state, jnp.array([0]), jnp.asarray([rewards], jnp.float32))
+    return advantage, state
 
 
 GROUPS = st.lists(st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
@@ -300,54 +300,54 @@ def test_counted_visits_average_all_groups_alike(groups):
 
 @pytest.mark.parametrize(("moves", "alpha"), [(0.0, 0.1), (0.06, 0.5), (0.03, 1 - 2**-0.5), (9.0, 0.9)])
 def test_history_counts_less_the_further_the_policy_moved(moves, alpha):
-    credit = ers(AdvantageConfig(alpha_mode="movement"), MOVING)
-    state = credit.init(1)
-    for rewards, movement in ([0.0, 0, 0, 1], 5.0), ([NAN, NAN, 1, NAN], 5.01), ([1.0, 1, 1, 1], 5.0 + moves):
-        _, state = credit.estimate(state, jnp.array([0]), jnp.array([rewards]), None, movement)
+    advantage = ers(AdvantageConfig(alpha_mode="policy_drift"), MOVING)
+    state = advantage.init(1)
+    for rewards, policy_drift in ([0.0, 0, 0, 1], 5.0), ([NAN, NAN, 1, NAN], 5.01), ([1.0, 1, 1, 1], 5.0 + moves):
+        _, state = advantage.estimate(state, jnp.array([0]), jnp.array([rewards]), None, policy_drift)
     assert float(state.mean[0]) == pytest.approx(0.25 + alpha * 0.75, abs=1e-5)
 
 
-@pytest.mark.parametrize(("alpha", "advantage"), [(0.99, 0.071), (0.5, 0.577)])
-def test_zero_variance_group_keeps_a_signal(alpha, advantage):
+@pytest.mark.parametrize(("alpha", "want"), [(0.99, 0.071), (0.5, 0.577)])
+def test_zero_variance_group_keeps_a_signal(alpha, want):
     """Old mean .5 and sd .5, new group all right: A = (1 - m) / sqrt(v)."""
-    credit, state = histories([[0.0, 1, 0, 1]], alpha=alpha)
-    got, _ = credit.estimate(state, jnp.array([0]), jnp.ones((1, 4)))
-    np.testing.assert_allclose(got[0], advantage, atol=1e-3)
+    advantage, state = histories([[0.0, 1, 0, 1]], alpha=alpha)
+    got, _ = advantage.estimate(state, jnp.array([0]), jnp.ones((1, 4)))
+    np.testing.assert_allclose(got[0], want, atol=1e-3)
 
 
 def test_first_visit_is_grpo_and_history_belongs_to_the_prompt():
-    credit = ers(AdvantageConfig(alpha=0.3), FIXED)
-    state = credit.init(4)
-    _, state = credit.estimate(state, jnp.array([3]), jnp.array([[0.0, 0, 0, 1]]))
+    advantage = ers(AdvantageConfig(alpha=0.3), FIXED)
+    state = advantage.init(4)
+    _, state = advantage.estimate(state, jnp.array([3]), jnp.array([[0.0, 0, 0, 1]]))
     rewards = jnp.array([[1.0, 0, 1, 1]])
-    fresh, after = credit.estimate(state, jnp.array([1]), rewards)
+    fresh, after = advantage.estimate(state, jnp.array([1]), rewards)
     np.testing.assert_allclose(fresh, group_advantages(rewards), atol=1e-5)
     assert float(after.mean[3]) == 0.25
     assert np.asarray(after.visits)[:4].tolist() == [0, 1, 0, 1]
-    again, _ = credit.estimate(after, jnp.array([3]), rewards)
+    again, _ = advantage.estimate(after, jnp.array([3]), rewards)
     assert np.abs(np.asarray(again - fresh)).max() > 0.1
 
 
 def test_missing_verdicts_teach_nothing():
-    credit = ers(AdvantageConfig(alpha=0.5), FIXED)
-    state = credit.init(2)
-    got, after = credit.estimate(state, jnp.array([0, 1]), jnp.array([[NAN, NAN, NAN, 1], [NAN, 1, 0, 1]]))
+    advantage = ers(AdvantageConfig(alpha=0.5), FIXED)
+    state = advantage.init(2)
+    got, after = advantage.estimate(state, jnp.array([0, 1]), jnp.array([[NAN, NAN, NAN, 1], [NAN, 1, 0, 1]]))
     assert np.asarray(got[0]).tolist() == [0, 0, 0, 0]
     assert float(got[1, 0]) == 0
     assert np.asarray(after.visits)[:2].tolist() == [0, 1]
     assert float(after.mean[1]) == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("alpha_mode", ["fixed", "movement"])
+@pytest.mark.parametrize("alpha_mode", ["fixed", "policy_drift"])
 def test_history_follows_its_prompt_to_changed_data(alpha_mode):
-    credit = ers(AdvantageConfig(alpha=0.5, alpha_mode=alpha_mode), MOVING)
-    state = credit.init(3)
+    advantage = ers(AdvantageConfig(alpha=0.5, alpha_mode=alpha_mode), MOVING)
+    state = advantage.init(3)
     first, rewards = jnp.array([[0.0, 0, 0, 1], [1.0, 1, 0, 1]]), jnp.array([[1.0, 0, 1, 1]] * 3)
-    _, state = credit.estimate(state, jnp.array([0, 2]), first, None, 0.1)
-    want, _ = credit.estimate(state, jnp.array([2, 1, 0]), rewards, None, 0.2)
+    _, state = advantage.estimate(state, jnp.array([0, 2]), first, None, 0.1)
+    want, _ = advantage.estimate(state, jnp.array([2, 1, 0]), rewards, None, 0.2)
     places = np.full(300, -1)
     places[[7, 290]] = 2, 0
-    moved = credit.follow(state, credit.init(300), jnp.asarray(places))
-    got, _ = credit.estimate(moved, jnp.array([7, 8, 290]), rewards, None, 0.2)
+    moved = advantage.follow(state, advantage.init(300), jnp.asarray(places))
+    got, _ = advantage.estimate(moved, jnp.array([7, 8, 290]), rewards, None, 0.2)
     np.testing.assert_array_equal(got, want)
     assert np.flatnonzero(moved.visits).tolist() == [7, 290]

@@ -21,18 +21,18 @@ from pspo_jax.training.algorithm import build
 ALPHA, EPS, EXPONENT, BETA, FLOOR = 0.3, 0.05, 0.6, 0.4, 1e-6
 
 
-def released(compat="released", **fields):
+def released(variant="published_code", **fields):
     """The algorithm pspo on batches of three groups of four."""
     values = {
         "algorithm.name": "pspo",
-        "algorithm.compat": compat,
+        "algorithm.variant": variant,
         "rollout.prompts": 3,
         "rollout.group_size": 4,
         "selection.exponent": EXPONENT,
         "selection.correction": BETA,
         "selection.floor": FLOOR,
-        "credit.alpha": ALPHA,
-        "credit.eps": EPS,
+        "advantage.alpha": ALPHA,
+        "advantage.eps": EPS,
     }
     return build(replace(Config(), values | {k.replace("__", "."): v for k, v in fields.items()}))
 
@@ -64,7 +64,7 @@ GROUPS = st.lists(
     st.lists(st.sampled_from([0.0, 0.25, 1.0, 1.5, math.nan]), min_size=4, max_size=4), min_size=3, max_size=3
 )
 IDS = st.lists(st.integers(0, 8), min_size=3, max_size=3)
-CREDIT = released().credit
+CREDIT = released().estimator
 ESTIMATE = jax.jit(CREDIT.estimate)
 
 
@@ -76,9 +76,9 @@ def test_released_equals_plain_python_by_slot(steps):
         np.testing.assert_allclose(got, plain.estimate(groups), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("setting", [{"credit__stat_mode": "linear_std"}, {"credit__alpha_mode": "count"}])
+@pytest.mark.parametrize("setting", [{"advantage__stat_mode": "linear_std"}, {"advantage__alpha_mode": "count"}])
 def test_modes_of_ers_are_refused_beside_the_published_recursion(setting):
-    with pytest.raises(ConfigError, match=r"algorithm\.compat=released does not read it"):
+    with pytest.raises(ConfigError, match=r"algorithm\.variant=published_code does not read it"):
         released(**setting)
 
 
@@ -96,22 +96,22 @@ def test_slots_stay_where_they_are_when_the_data_changes():
     jax.tree.map(np.testing.assert_array_equal, followed, state)
 
 
-@pytest.mark.parametrize(("compat", "centred"), [("none", True), ("released", False)])
-def test_advantages_of_a_group_sum_to_zero_without_the_defects_alone(compat, centred):
-    credit = released(compat).credit
-    got, _ = credit.estimate(credit.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
+@pytest.mark.parametrize(("variant", "centred"), [("paper", True), ("published_code", False)])
+def test_advantages_of_a_group_sum_to_zero_without_the_defects_alone(variant, centred):
+    advantage = released(variant).estimator
+    got, _ = advantage.estimate(advantage.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
     assert (np.abs(got.sum(1)) < 1e-4).all() == centred
 
 
 def test_without_a_correction_advantages_are_not_weighted():
-    credit = released(selection__correction=0.0).credit
-    got, _ = credit.estimate(credit.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
+    advantage = released(selection__correction=0.0).estimator
+    got, _ = advantage.estimate(advantage.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
     np.testing.assert_allclose(got, [[-0.25 / 0.3] * 3 + [0.75 / 0.3]] * 3, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("compat", "alike"), [("none", False), ("released", True)])
-def test_loss_weights_are_one(compat, alike):
-    selector = released(compat).selector
+@pytest.mark.parametrize(("variant", "alike"), [("paper", False), ("published_code", True)])
+def test_loss_weights_are_one(variant, alike):
+    selector = released(variant).selector
     state, ids = jax.jit(selector.init, static_argnums=0)(9), jnp.arange(3)
     advantages = jnp.array([[0.1] * 4, [1.0] * 4, [9.0] * 4])
     outcome = RolloutOutcome(jnp.tile(jnp.arange(4.0), (3, 1)), advantages, advantages)
@@ -121,22 +121,23 @@ def test_loss_weights_are_one(compat, alike):
     assert all(weight == [1.0] * 3 for weight in weights) == alike
 
 
-REFUSED = sorted(name for name in PRESETS if PRESETS[name]["credit.name"] != "ers")
+REFUSED = sorted(name for name in PRESETS if PRESETS[name]["advantage.name"] != "ers")
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_released_is_refused_for_algorithms_without_ers(name):
     with pytest.raises(
-        ConfigError, match=r"^algorithm\.compat=released: credit\.name=\w+ does not read it.* set credit\.name to ers$"
+        ConfigError,
+        match=r"^algorithm\.variant=published_code: advantage\.name=\w+ does not read it.* set advantage\.name to ers$",
     ):
-        command_line.parse(["--algorithm.name", name, "--algorithm.compat", "released"], "train", "")
+        command_line.parse(["--algorithm.name", name, "--algorithm.variant", "published_code"], "train", "")
 
 
 @pytest.mark.parametrize("name", ["ers", "pspo"])
 def test_released_is_taken_for_ers(name):
-    config = command_line.parse(["--algorithm.name", name, "--algorithm.compat", "released"], "train", "")
-    assert resolve(config).algorithm.compat == "released" and build(config) is not None
-    with pytest.raises(ConfigError, match=r"credit\.name=rloo"):
+    config = command_line.parse(["--algorithm.name", name, "--algorithm.variant", "published_code"], "train", "")
+    assert resolve(config).algorithm.variant == "published_code" and build(config) is not None
+    with pytest.raises(ConfigError, match=r"advantage\.name=rloo"):
         command_line.parse(
-            ["--algorithm.name", name, "--algorithm.compat", "released", "--credit.name", "rloo"], "train", ""
+            ["--algorithm.name", name, "--algorithm.variant", "published_code", "--advantage.name", "rloo"], "train", ""
         )

@@ -22,9 +22,9 @@ CONFIG = tiny_config(run__steps=4)
         {"run.steps": 8},
         {"optimizer.learning_rate": 1e-4, "optimizer.warmup": 0},
         {"optimizer.schedule": "constant", "optimizer.final_fraction": 0.5, "optimizer.max_skipped": 50},
-        {"policy.source": "/moved", "policy.tokenizer": "/moved"},
+        {"model.source": "/moved", "model.tokenizer": "/moved"},
         {"task.train_data": "/moved/rows.jsonl", "task.heldout_data": "/moved/test.jsonl"},
-        {"eval.every": 3, "checkpoint.keep": 9, "policy.remat": "full"},
+        {"eval.every": 3, "checkpoint.keep": 9, "model.remat": "full"},
     ],
 )
 def test_what_may_change_is_said_and_noted(tmp_path, fields):

@@ -68,7 +68,7 @@ def task(tmp_path, folders):
             "task__train_data": str(path),
             "task__train_prompts": 0,
             "task__heldout_prompts": 1,
-            "policy__tokenizer": folders[template],
+            "model__tokenizer": folders[template],
             "rollout__prompts": 1,
         }
         config = tiny_config(**(values | fields))

@@ -226,7 +226,7 @@ def test_judge_of_the_own_alphabet():
     for b, g in np.ndindex(*lengths.shape):
         tokens[b, g, : lengths[b, g]] = ids[b][g]
     ended = np.array([[t.endswith("$") for t in row] for row in texts])
-    scores = task.judge(CompletionBatch(task.train, rows, tokens, lengths, ended, 0))()
+    scores = task.reward_fn(CompletionBatch(task.train, rows, tokens, lengths, ended, 0))()
     expected = np.array([[1, 0, 0.1, 0.1, 0, 0, 0, 0.1]] * 2, np.float32)
     np.testing.assert_array_equal(scores.reward, expected)
     np.testing.assert_array_equal(scores.terms["accuracy"], expected)
@@ -303,7 +303,7 @@ def test_source_of_text():
 
 @pytest.mark.skipif(not TOKENIZER.exists(), reason=f"the Qwen2.5 tokenizer is not at {TOKENIZER}")
 def test_task_of_text(tmp_path):
-    c = config(policy__tokenizer=str(TOKENIZER), task__cache=str(tmp_path), task__train_prompts=20)
+    c = config(model__tokenizer=str(TOKENIZER), task__cache=str(tmp_path), task__train_prompts=20)
     validate(c)
     tokenizer = load_tokenizer(c, None, None)
     task = make_task(c, tokenizer)

@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(tiny_config(policy__tokenizer=str(TOKENIZER)), None, None)
+    return load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER)), None, None)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def config(tmp_path):
             "task__cache": str(tmp_path / "prompts"),
             "task__train_prompts": 0,
             "task__heldout_prompts": 2,
-            "policy__tokenizer": str(TOKENIZER),
+            "model__tokenizer": str(TOKENIZER),
             "rollout__prompts": 4,
             "prompt__max_tokens": 2048,
         }
@@ -289,7 +289,7 @@ def test_the_cache_is_for_one_template_tokenizer_and_data(tmp_path, tokenizer, c
     vocabulary = json.loads((folder / "tokenizer.json").read_text())
     vocabulary["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
-    other = counting(load_tokenizer(config(policy__tokenizer=str(folder)), None, None))
+    other = counting(load_tokenizer(config(model__tokenizer=str(folder)), None, None))
     make_task(config(task__train_data=path), other)
     assert other.calls == len(ROWS)
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return load_tokenizer(tiny_config(policy__tokenizer=folder), None, None)
+    return load_tokenizer(tiny_config(model__tokenizer=folder), None, None)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def config(tmp_path, folder):
             "task__cache": str(tmp_path / "prompts"),
             "task__train_prompts": 0,
             "task__heldout_prompts": 1,
-            "policy__tokenizer": folder,
+            "model__tokenizer": folder,
             "rollout__prompts": 1,
             "prompt__max_tokens": 4096,
         }

@@ -75,7 +75,7 @@ def config(folder, tmp_path):
             "task__train_prompts": 0,
             "task__heldout_prompts": 1,
             "prompt__template": "none",
-            "policy__tokenizer": str(folder),
+            "model__tokenizer": str(folder),
             "rollout__prompts": 1,
             "rollout__max_new_tokens": 8,
         }
@@ -93,7 +93,7 @@ def judged(config, pool, rows, texts, paid=True):
     tokens = np.zeros((*lengths.shape, lengths.max()), np.int32)
     for place, one in ((place, one) for place, group in enumerate(ids) for one in enumerate(group)):
         tokens[place, one[0], : len(one[1])] = one[1]
-    return task.judge(
+    return task.reward_fn(
         CompletionBatch(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1, paid)
     )()
 
@@ -174,7 +174,7 @@ def test_special_tokens_of_the_answer_are_judged(tmp_path, folder, config):
     hf = transformers.AutoTokenizer.from_pretrained(added)
     hf.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
     hf.save_pretrained(added)
-    tokenizer = load_tokenizer(config(policy__tokenizer=str(added)), None, None)
+    tokenizer = load_tokenizer(config(model__tokenizer=str(added)), None, None)
     ids = tokenizer.encode("<think>1</think><answer>2</answer>")
     assert len(ids) == 6
     ends = [tokenizer.stop_ids[0], tokenizer.pad_token_id]

@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(tiny_config(policy__tokenizer=str(TOKENIZER)), None, None)
+    return load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER)), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def config(tmp_path):
             "task__cache": str(tmp_path),
             "task__train_prompts": 10,
             "task__heldout_prompts": 4,
-            "policy__tokenizer": str(TOKENIZER),
+            "model__tokenizer": str(TOKENIZER),
             "rollout__prompts": 4,
         }
         return tiny_config(**(values | fields))
@@ -101,7 +101,7 @@ def test_completions_are_judged_by_their_dataset(tokenizer, config, pool):
         tokens[b, g, : lengths[b, g]] = ids[b][g]
     ended = np.ones((4, 4), bool)
     ended[:, 3] = False
-    scores = task.judge(CompletionBatch(task.train, np.array(rows), tokens, lengths, ended, 0))()
+    scores = task.reward_fn(CompletionBatch(task.train, np.array(rows), tokens, lengths, ended, 0))()
     wrong = [
         reasoning_gym.create_dataset(name, size=7, seed=0).score_answer("word", {"answer": a, "metadata": {}})
         for name, a in zip(["leg_counting", "chain_sum"] * 2, gold, strict=True)

@@ -41,7 +41,7 @@ def config(tmp_path, folder):
             "task__cache": str(tmp_path / "prompts"),
             "task__train_prompts": 0,
             "task__heldout_prompts": 20,
-            "policy__tokenizer": folder,
+            "model__tokenizer": folder,
             "rollout__prompts": 1,
             "prompt__template": "none",
         }
@@ -170,7 +170,7 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(tmp_path, config)
     image = "<image_soft_token>"
     folder = write_tokenizer(tmp_path / "more", CHATML, special=(*SPECIAL, image))
     path = tmp_path / "x.jsonl"
-    fields = {"task__mixture": None, "task__name": "math", "task__train_data": str(path), "policy__tokenizer": folder}
+    fields = {"task__mixture": None, "task__name": "math", "task__train_data": str(path), "model__tokenizer": folder}
     rows = 256 + len(SPECIAL)
     for extra in ("", image):
         path.write_text("\n".join(json.dumps({"problem": f"p{i}{extra}", "answer": "1"}) for i in range(30)))
@@ -179,5 +179,5 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(tmp_path, config)
         if not extra:
             assert len(make_task(c, tokenizer).train.lengths) == 10
             continue
-        with pytest.raises(ConfigError, match=rf"^policy\.tokenizer=.* 10 prompts hold .*{image}.* {rows} rows"):
+        with pytest.raises(ConfigError, match=rf"^model\.tokenizer=.* 10 prompts hold .*{image}.* {rows} rows"):
             make_task(c, tokenizer)

@@ -29,7 +29,7 @@ def load(tmp_path):
         for name, content in dict(files).items():
             (Path(folder) / name).write_text(json.dumps(content))
         config = tiny_config(
-            task__name="gsm8k", policy__tokenizer=folder, **{k: v for k, v in fields.items() if "__" in k}
+            task__name="gsm8k", model__tokenizer=folder, **{k: v for k, v in fields.items() if "__" in k}
         )
         return load_tokenizer(config, None, rows)
 

@@ -48,7 +48,7 @@ def chat(system, question="2 + 2?"):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(tiny_config(policy__tokenizer=str(TOKENIZER)), None, None)
+    return load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER)), None, None)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_message_without_the_question_is_refused():
     with pytest.raises(
         ConfigError, match=r"^prompt\.question='Hm\.': must hold {question}, or be one of lighteval, boxed$"
     ):
-        load_tokenizer(tiny_config(policy__tokenizer=str(TOKENIZER), prompt__question="Hm."), None, None)
+        load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER), prompt__question="Hm."), None, None)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_what_a_template_begins_of_the_answer(tokenizer):
 
 
 def test_a_chat_template_may_begin_the_answer():
-    tokenizer = load_tokenizer(tiny_config(policy__tokenizer=str(TOKENIZER)), None, None)
+    tokenizer = load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER)), None, None)
     for tail in ("<think>\n", "<think>"):
         tokenizer.hf.chat_template = "{{ messages[-1].content }}|{{ " + repr(tail) + " }}"
         assert tokenizer.decode(tokenizer.prompt("2 + 2?", PromptConfig())) == "2 + 2?|" + tail

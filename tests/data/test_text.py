@@ -61,7 +61,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(tiny_config(policy__tokenizer=str(TOKENIZER)), None, None)
+    return load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER)), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def config(tmp_path):
             "task__cache": str(tmp_path / "prompts"),
             "task__train_prompts": 0,
             "task__heldout_prompts": 4,
-            "policy__tokenizer": str(TOKENIZER),
+            "model__tokenizer": str(TOKENIZER),
             "rollout__prompts": 4,
             "rollout__max_new_tokens": 64,
         }
@@ -115,7 +115,7 @@ def judged(task, rows, texts, ended=True, step=7):
     for b, row in enumerate(ids):
         for g, found in enumerate(row):
             tokens[b, g, : len(found)] = found
-    return task.judge(CompletionBatch(task.train, np.array(rows), tokens, lengths, ended, step))()
+    return task.reward_fn(CompletionBatch(task.train, np.array(rows), tokens, lengths, ended, step))()
 
 
 # --- gold answers ---
@@ -185,7 +185,7 @@ from pspo_jax.tasks import make_task
 from pspo_jax.tasks.tokenizer import load_tokenizer
 from tests.helpers import tiny_config
 c = tiny_config(task__mixture={mixture!r}, task__cache={str(tmp_path / "other")!r}, task__train_prompts=0,
-                task__heldout_prompts=4, policy__tokenizer={str(TOKENIZER)!r}, rollout__prompts=4)
+                task__heldout_prompts=4, model__tokenizer={str(TOKENIZER)!r}, rollout__prompts=4)
 print(make_task(c, load_tokenizer(c, None, None)).train.fingerprint())
 """
     task = make_task(config(task__mixture=mixture), tokenizer)

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def load(folder, rows=None, **fields):
-    config = tiny_config(task__name="gsm8k", policy__tokenizer=str(folder), **fields)
+    config = tiny_config(task__name="gsm8k", model__tokenizer=str(folder), **fields)
     return load_tokenizer(config, None, rows)
 
 
@@ -73,9 +73,9 @@ def test_padding_is_a_special_token_or_a_stop_id(folder):
 def test_rows_of_the_embedding_without_a_token_are_never_drawn(folder):
     t = load(folder, rows=151_936)
     assert t.forbidden == tuple(range(151_665, 151_936)) and t.vocab_size == 151_936
-    policy, params, _ = tiny_policy(vocab_size=40, forbidden=tuple(range(30, 40)))
+    model, params, _ = tiny_policy(vocab_size=40, forbidden=tuple(range(30, 40)))
     params["head"] = params["head"].at[:, 30:].add(5.0)  # the most probable ones, were they not forbidden
-    sample = make_sampler(policy, 8, 12, 0)
+    sample = make_sampler(model, 8, 12, 0)
     settings = SamplingParams(1.0, 1.0, 0, jnp.array([-1]), 12)
     for seed in range(3):
         assert int(sample(params, random_prompts(4, 6), jax.random.key(seed), settings).tokens.max()) < 30
@@ -84,7 +84,7 @@ def test_rows_of_the_embedding_without_a_token_are_never_drawn(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rows": 1000}, ["151,665 entries", "only 1,000 rows", "policy.tokenizer="]),
+        ({"rows": 1000}, ["151,665 entries", "only 1,000 rows", "model.tokenizer="]),
         ({"eos": None, "template": "none"}, ["names an EOS token"]),
         ({"template": None}, ["prompt.template=chat", "use none"]),
         ({"broken": True}, ["cannot be read"]),
@@ -104,5 +104,5 @@ def test_bad_tokenizer_is_named(folder, change, words):
 
 
 def test_missing_folder():
-    with pytest.raises(ConfigError, match=r"policy\.tokenizer=/no/such: no such folder"):
+    with pytest.raises(ConfigError, match=r"model\.tokenizer=/no/such: no such folder"):
         load("/no/such")

@@ -21,14 +21,14 @@ LAYERS, WIDTH, MLP = 6, 64, 192
 
 def setup_on(fsdp, tensor=1, **fields):  # mesh (1, fsdp, 1, tensor) unless fields say otherwise
     wide = {
-        "policy.layers": LAYERS,
-        "policy.width": WIDTH,
-        "policy.heads": 8,
-        "policy.kv_heads": 8,
-        "policy.head_dim": 8,
+        "model.layers": LAYERS,
+        "model.width": WIDTH,
+        "model.heads": 8,
+        "model.kv_heads": 8,
+        "model.head_dim": 8,
     }
-    named = {k.replace(".", "__"): v for k, v in (TINY | wide | {"policy.mlp_width": MLP}).items()}
-    named |= {"mesh__data": 1, "mesh__fsdp": fsdp, "mesh__tensor": tensor, "policy__scan_unroll": 1}
+    named = {k.replace(".", "__"): v for k, v in (TINY | wide | {"model.mlp_width": MLP}).items()}
+    named |= {"mesh__data": 1, "mesh__fsdp": fsdp, "mesh__tensor": tensor, "model__scan_unroll": 1}
     return prepare(tiny_config(**(named | fields)))
 
 
@@ -69,7 +69,7 @@ def test_what_the_step_sends_is_what_arithmetic_says(mesh, capfd):
     """Gathers to 5 %: each weight once for the forward and once for the backward pass. The CPU's compiler has no
     reduce-scatter: its gradients are all-reduced whole, over all devices that hold rows."""
     data, fsdp, tensor = mesh
-    setup = setup_on(fsdp, tensor, mesh__data=data, objective__microbatch_rows=16)
+    setup = setup_on(fsdp, tensor, mesh__data=data, loss__microbatch_rows=16)
     with jax.set_mesh(setup.mesh):
         text = lower_programs(setup)["step"].compile().as_text()
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
@@ -91,8 +91,8 @@ def test_split_weights_decode_the_same(mesh):
     found, texts = {}, {}
     for weights in ("gathered", "split"):
         setup = setup_on(fsdp, tensor, mesh__data=data, rollout__weights=weights)
-        params = jax.device_put(setup.policy.init(jax.random.key(0)), setup.shardings.params)
-        sample = make_sampler(setup.policy, 4, 12, 14)
+        params = jax.device_put(setup.model.init(jax.random.key(0)), setup.shardings.params)
+        sample = make_sampler(setup.model, 4, 12, 14)
         args = params, random_prompts(8, 16), jax.random.key(1), SamplingParams.of(setup.config.rollout, (13,))
         with jax.set_mesh(setup.mesh):
             texts[weights] = sample.lower(*args).compile().as_text()
@@ -109,5 +109,5 @@ def test_split_weights_decode_the_same(mesh):
 
 
 def test_split_weights_must_divide():
-    with pytest.raises(ConfigError, match=r"rollout.weights=split.*=8: does not divide policy.mlp_width=180; 6 would"):
-        setup_on(8, policy__mlp_width=180, rollout__weights="split")
+    with pytest.raises(ConfigError, match=r"rollout.weights=split.*=8: does not divide model.mlp_width=180; 6 would"):
+        setup_on(8, model__mlp_width=180, rollout__weights="split")

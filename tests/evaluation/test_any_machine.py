@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     config = tiny_config(run__dir=str(folder), **TRAINED_ON)
     setup = prepare(config)
     with jax.set_mesh(setup.mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
-        init = jax.jit(setup.policy.init, out_shardings=setup.shardings.params)
+        init = jax.jit(setup.model.init, out_shardings=setup.shardings.params)
         state = place_state(setup, init(jax.random.key(0)))
         metadata = {
             "dataset": setup.task.train.fingerprint(),

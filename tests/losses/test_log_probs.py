@@ -57,12 +57,12 @@ def test_logits_never_materialise(tied, skips):
     t, d, v = 4096, 1536, 151_936
     spec = jax.ShapeDtypeStruct
     shape = ModelConfig(layers=1, width=d, heads=2, kv_heads=2, head_dim=64, mlp_width=64, tied=tied)
-    policy, head = transformer(built_in(shape, v)), spec((v, d) if tied else (d, v), jnp.float32)
+    model, head = transformer(built_in(shape, v)), spec((v, d) if tied else (d, v), jnp.float32)
 
     def loss(hidden, head, targets):
         params, mib = {"embed" if tied else "head": head}, 4 * 1024 * v // 2**20 + 1
         live = targets > 0 if skips else None
-        return chunked_log_probs(policy, params, hidden, targets, logits_mib=mib, live=live)[0].sum()
+        return chunked_log_probs(model, params, hidden, targets, logits_mib=mib, live=live)[0].sum()
 
     def compiled(rows, frozen=False):
         args = spec((rows, t, d), jnp.float32), head, spec((rows, t), jnp.int32)
@@ -118,15 +118,13 @@ def test_pack_rows(p, t, seed):
 
 def test_padding_changes_nothing():
     """A row's log-probs depend on its own tokens alone, wherever the prompt's padding ends."""
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     rng = np.random.default_rng(0)
     prompt, completion = rng.integers(0, 13, (1, 5)), rng.integers(0, 13, (1, 6))
     got = []
     for p in (5, 9):
         padded = np.full((1, p), 14)
         padded[:, :5] = prompt
-        log_probs, _ = completion_log_probs(
-            policy, params, jnp.asarray(padded), jnp.array([5]), jnp.asarray(completion)
-        )
+        log_probs, _ = completion_log_probs(model, params, jnp.asarray(padded), jnp.array([5]), jnp.asarray(completion))
         got.append(np.asarray(log_probs))
     np.testing.assert_allclose(got[0], got[1], atol=1e-5)

@@ -33,7 +33,7 @@ def complaint(folder):
     with pytest.raises(ConfigError) as error:
         read_source(ModelConfig(source=str(folder)))
     text = str(error.value)
-    assert "\n" not in text and "policy.source=" in text
+    assert "\n" not in text and "model.source=" in text
     return text
 
 

@@ -136,8 +136,8 @@ def test_a_wrong_id_in_the_generation_config_is_named(copies):
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "generation_config.json"])
 def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path, name):
     (tmp_path / name).write_text('{"a": ')
-    with pytest.raises(ConfigError, match=f"policy.tokenizer=x: {name} cannot be read: it is not JSON"):
-        check_side_files(tmp_path, "policy.tokenizer=x")
+    with pytest.raises(ConfigError, match=f"model.tokenizer=x: {name} cannot be read: it is not JSON"):
+        check_side_files(tmp_path, "model.tokenizer=x")
 
 
 def test_a_tensor_in_two_files_is_refused(copies):
@@ -172,12 +172,12 @@ def test_another_head_than_the_tied_embedding_is_used_as_it_stands(copies):
     """As transformers does, whose logits are the oracle."""
     folder = copies()
     add_head(folder, lambda x: x[::-1].copy())
-    policy, params, source = load(folder)
+    model, params, source = load(folder)
     assert source.untied and not source.architecture.tied
     tokens = np.random.default_rng(0).integers(3, 97, (2, 9))
-    ours = np.asarray(policy.logits(params, policy.hidden(params, jnp.asarray(tokens))))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    assert np.abs(ours - torch_logits(model, tokens)).max() <= 1e-4
+    ours = np.asarray(model.logits(params, model.hidden(params, jnp.asarray(tokens))))
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    assert np.abs(ours - torch_logits(torch_model, tokens)).max() <= 1e-4
 
 
 def test_one_number_decides_whether_a_head_is_tied(copies):
@@ -197,7 +197,7 @@ def test_numbers_that_are_not_finite_are_found_while_reading(copies):
         tensors[EMBED][3, 5], tensors[layer][-1, -1] = np.nan, -np.inf
 
     change_tensors(folder, damage)
-    with pytest.raises(ConfigError, match=f"policy.source=.*: NaN or infinity in {EMBED}, {layer}") as error:
+    with pytest.raises(ConfigError, match=f"model.source=.*: NaN or infinity in {EMBED}, {layer}") as error:
         load(folder)
     assert "\n" not in str(error.value)
 
@@ -206,7 +206,7 @@ def test_a_long_row_is_said(copies):
     folder = copies("llama")
     a = read_source(ModelConfig(source=str(folder))).architecture
     assert a.max_positions == 256 and beyond_context(a, 56, 200) is None
-    assert "more than the 256 that policy.source was made for" in beyond_context(a, 57, 200)
+    assert "more than the 256 that model.source was made for" in beyond_context(a, 57, 200)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
     change_config(folder, rope_parameters=yarn)
     assert read_source(ModelConfig(source=str(folder))).architecture.max_positions == 1024

@@ -111,7 +111,7 @@ def test_a_kernel_that_does_not_run_here_is_dropped_by_auto_with_a_line_each():
 
 
 def test_a_named_kernel_that_cannot_serve_is_one_clear_line():
-    with pytest.raises(ConfigError, match=r'policy.attention=splash: is for tpu, not for cpu; use "auto" or "xla"'):
+    with pytest.raises(ConfigError, match=r'model.attention=splash: is for tpu, not for cpu; use "auto" or "xla"'):
         with_kernels(shape(), "splash", "cpu", 64, ONE, probe=True, say=print)
 
 

@@ -36,33 +36,33 @@ TOKENS = np.random.default_rng(0).integers(3, 97, (3, 12))
 
 def adapted(folder, family="qwen2", targets="q,k,v,o,gate,up,down", rank=4, dropout=0.0, seed=1, **fields):
     """(torch model, source, policy, base, random adapters) of a new checkpoint."""
-    model = write_checkpoint(folder, family, **fields)
+    torch_model = write_checkpoint(folder, family, **fields)
     _, base, source = load(folder)
     config = tiny_config(lora__rank=rank, lora__alpha=6.0, lora__targets=targets, lora__dropout=dropout)
     a = dataclasses.replace(source.architecture, lora=lora_of(config.lora))
-    policy = transformer(a)
-    start = policy.init(jax.random.key(seed))
+    model = transformer(a)
+    start = model.init(jax.random.key(seed))
     keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
     adapters = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), start)
-    return model, source._replace(architecture=a), policy, base, adapters
+    return torch_model, source._replace(architecture=a), model, base, adapters
 
 
-def logits(policy, params, tokens=TOKENS):
-    return np.asarray(policy.logits(params, policy.hidden(params, jnp.asarray(tokens))))
+def logits(model, params, tokens=TOKENS):
+    return np.asarray(model.logits(params, model.hidden(params, jnp.asarray(tokens))))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3_text"])
 @pytest.mark.parametrize("targets", ["q,k,v,o,gate,up,down", "q_proj,down_proj"])
 def test_merge_and_logits_are_pefts(tmp_path, family, targets):
     extra = {"head_dim": 8, "layer_types": ["full_attention"] * 2} if family == "gemma3_text" else {}
-    model, source, policy, base, adapters = adapted(tmp_path / "base", family, targets, **extra)
+    torch_model, source, model, base, adapters = adapted(tmp_path / "base", family, targets, **extra)
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", source.architecture, adapters, str(tmp_path / "base"))
-    other = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    other = peft.PeftModel.from_pretrained(torch_model, tmp_path / "adapter").eval()
 
-    ours = logits(policy, LoraParams(base, adapters))
+    ours = logits(model, LoraParams(base, adapters))
     assert np.abs(ours - torch_logits(other, TOKENS)).max() <= 1e-4
-    assert np.abs(ours - logits(policy, LoraParams(base, None))).max() > 0.1
+    assert np.abs(ours - logits(model, LoraParams(base, None))).max() > 0.1
 
     merged = dict(merged_tensors(source.architecture, source, adapters, lambda name: np.float32))
     wanted = other.merge_and_unload().state_dict()
@@ -72,16 +72,16 @@ def test_merge_and_logits_are_pefts(tmp_path, family, targets):
 
 
 def test_new_adapters_change_nothing_and_are_float32(tmp_path):
-    _, source, policy, base, _ = adapted(tmp_path)
+    _, source, model, base, _ = adapted(tmp_path)
     base16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-    fresh = policy.init(jax.random.key(0))
+    fresh = model.init(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
-    np.testing.assert_array_equal(logits(policy, LoraParams(base16, fresh)), logits(policy, LoraParams(base16, None)))
+    np.testing.assert_array_equal(logits(model, LoraParams(base16, fresh)), logits(model, LoraParams(base16, None)))
     names = set(lora_table(source.architecture)["layers"])
     assert names == {f"{n}_lora_{x}" for n in ("q", "k", "v", "o", "gate", "up", "down") for x in "ab"}
 
 
-def train_once(policy, base, adapters, config, steps=2):
+def train_once(model, base, adapters, config, steps=2):
     """(first state, last state, metrics, rollouts) of steps with random rewards."""
     optimizer = optax.adam(1e-2)
     state = init_state(
@@ -95,8 +95,8 @@ def train_once(policy, base, adapters, config, steps=2):
         jax.tree.map(jnp.copy, base),
     )
     first = jax.tree.map(jnp.copy, state)
-    sample = make_sampler(policy, config.rollout.group_size, config.rollout.max_new_tokens, 0)
-    step = make_train_step(policy, optimizer, build(config), config)
+    sample = make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, 0)
+    step = make_train_step(model, optimizer, build(config), config)
     settings = SamplingParams.of(config.rollout, [2])
     for i in range(steps):
         rollouts = sample(state.weights, random_prompts(8, 6), jax.random.key(i), settings)
@@ -106,9 +106,9 @@ def train_once(policy, base, adapters, config, steps=2):
 
 
 def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
-    _, _, policy, base, adapters = adapted(tmp_path)
-    config = tiny_config(objective__kl_coef=0.04, lora__rank=4)
-    first, last, metrics, _ = train_once(policy, base, adapters, config)
+    _, _, model, base, adapters = adapted(tmp_path)
+    config = tiny_config(loss__kl_coef=0.04, lora__rank=4)
+    first, last, metrics, _ = train_once(model, base, adapters, config)
     assert first.reference is None and last.reference is None
     jax.tree.map(np.testing.assert_array_equal, first.frozen, last.frozen)
     assert relative(last.params, first.params) > 1e-3
@@ -118,42 +118,42 @@ def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
     assert float(metrics["sampling/sampling_logp_difference/max"]) <= 1e-4
     assert not hasattr(last.to_save(), "frozen")
 
-    zero = policy.init(jax.random.key(3))
-    _, _, at_zero, _ = train_once(policy, base, zero, config, steps=1)
+    zero = model.init(jax.random.key(3))
+    _, _, at_zero, _ = train_once(model, base, zero, config, steps=1)
     assert float(at_zero["kl"]) == pytest.approx(0, abs=1e-9)
 
 
 def test_dropout_acts_in_the_gradient_alone(tmp_path):
-    _, _, policy, base, adapters = adapted(tmp_path, dropout=0.5)
-    with_dropout = logits(policy, LoraParams(base, adapters, jax.random.key(0)))
-    assert np.abs(with_dropout - logits(policy, merge_params(adapters, base))).max() > 0.1
-    again = logits(policy, LoraParams(base, adapters, jax.random.key(0)))
+    _, _, model, base, adapters = adapted(tmp_path, dropout=0.5)
+    with_dropout = logits(model, LoraParams(base, adapters, jax.random.key(0)))
+    assert np.abs(with_dropout - logits(model, merge_params(adapters, base))).max() > 0.1
+    again = logits(model, LoraParams(base, adapters, jax.random.key(0)))
     np.testing.assert_array_equal(with_dropout, again)
-    config = tiny_config(lora__rank=4, lora__dropout=0.5, objective__microbatch_rows=8)
-    _, _, metrics, _ = train_once(policy, base, adapters, config, steps=1)
+    config = tiny_config(lora__rank=4, lora__dropout=0.5, loss__microbatch_rows=8)
+    _, _, metrics, _ = train_once(model, base, adapters, config, steps=1)
     assert float(metrics["sampling/sampling_logp_difference/mean"]) > 1e-3
     dry = replace_fields(config, {"lora.dropout": 0.0})
-    _, _, metrics, _ = train_once(policy, base, adapters, dry, steps=1)
+    _, _, metrics, _ = train_once(model, base, adapters, dry, steps=1)
     assert float(metrics["sampling/sampling_logp_difference/max"]) <= 1e-4
 
 
 def test_dropout_keeps_the_mean(tmp_path):
     """Inverted dropout: averaged over many keys, an adapter's output is that without dropout."""
-    _, _, policy, base, adapters = adapted(tmp_path, targets="down", dropout=0.3, num_hidden_layers=1)
+    _, _, model, base, adapters = adapted(tmp_path, targets="down", dropout=0.3, num_hidden_layers=1)
     # The final norm is not linear: small adapters make it nearly so.
     small = jax.tree.map(lambda x: x * 0.1, adapters)
-    one = jax.jit(lambda key: policy.hidden(LoraParams(base, small, key), jnp.asarray(TOKENS)))
+    one = jax.jit(lambda key: model.hidden(LoraParams(base, small, key), jnp.asarray(TOKENS)))
     mean = np.mean([np.asarray(one(jax.random.key(i))) for i in range(300)], axis=0)
-    exact = np.asarray(policy.hidden(LoraParams(base, small), jnp.asarray(TOKENS)))
-    nothing = np.asarray(policy.hidden(LoraParams(base, None), jnp.asarray(TOKENS)))
+    exact = np.asarray(model.hidden(LoraParams(base, small), jnp.asarray(TOKENS)))
+    nothing = np.asarray(model.hidden(LoraParams(base, None), jnp.asarray(TOKENS)))
     assert np.abs(mean - exact).mean() < 0.15 * np.abs(nothing - exact).mean()
 
 
 def test_supervised_steps_train_adapters_alone(tmp_path):
-    _, _, policy, base, _ = adapted(tmp_path)
+    _, _, model, base, _ = adapted(tmp_path)
     before = jax.tree.map(np.asarray, base)
     optimizer = optax.adam(1e-2)
-    adapters = policy.init(jax.random.key(0))
+    adapters = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
         "prompts": jnp.asarray(rng.integers(3, 97, (1, 4, 6))),
@@ -162,7 +162,7 @@ def test_supervised_steps_train_adapters_alone(tmp_path):
         "completion_lengths": jnp.full((1, 4), 5),
     }
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 60, axis=0), batch)
-    steps = make_sft_steps(policy, optimizer, 160)
+    steps = make_sft_steps(model, optimizer, 160)
     _, _, losses = steps(adapters, optimizer.init(adapters), repeated, base)
     assert float(losses[-1]) < 0.5 * float(losses[0])
     jax.tree.map(np.testing.assert_array_equal, before, base)
@@ -182,7 +182,7 @@ def test_bad_settings_are_named(fields, words):
 
 
 def test_merging_into_fewer_bits_is_said():
-    a = dataclasses.replace(built_in(tiny_config().policy, 16), lora=Lora(2, 4.0, 0.0, ("q", "down")))
+    a = dataclasses.replace(built_in(tiny_config().model, 16), lora=Lora(2, 4.0, 0.0, ("q", "down")))
     assert rounding(a, lambda _: np.dtype("float32")) is None
     line = rounding(a, lambda name: jnp.dtype("bfloat16" if "q_proj" in name else "float32"))
     assert "merged into bfloat16" in line and "--dtype float32" in line and "--adapter-only" in line

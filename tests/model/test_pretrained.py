@@ -95,29 +95,29 @@ def load(folder, mesh=None, **fields):
     """(policy, params, source) of a checkpoint on one device or a mesh."""
     source = read_source(ModelConfig(source=str(folder), **fields))
     mesh = mesh or make_mesh(tiny_config(mesh__data=1))
-    weights, policy = table(source.architecture), transformer(source.architecture)
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    params = load_params(source, weights, params_shardings(mesh, shapes, policy.axes), source.architecture.param_dtype)
-    return policy, params, source
+    weights, model = table(source.architecture), transformer(source.architecture)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = load_params(source, weights, params_shardings(mesh, shapes, model.axes), source.architecture.param_dtype)
+    return model, params, source
 
 
 @pytest.mark.parametrize(("family", "fields"), CASES)
 def test_logits_and_greedy_tokens_are_torchs(tmp_path, family, fields):
-    model = write_checkpoint(tmp_path, family, seed=len(str(fields)), **fields)
-    policy, params, _ = load(tmp_path)
+    torch_model = write_checkpoint(tmp_path, family, seed=len(str(fields)), **fields)
+    model, params, _ = load(tmp_path)
     rng = np.random.default_rng(0)
     lengths = np.array([16, 9, 1, 12])
     tokens = np.where(np.arange(16) < lengths[:, None], rng.integers(3, 97, (4, 16)), 0)
 
-    got = jax.jit(lambda p, x: policy.logits(p, policy.hidden(p, x)))(params, jnp.asarray(tokens))
-    want = torch_logits(model, tokens)  # causal: padding on the right changes no real token
+    got = jax.jit(lambda p, x: model.logits(p, model.hidden(p, x)))(params, jnp.asarray(tokens))
+    want = torch_logits(torch_model, tokens)  # causal: padding on the right changes no real token
     real = np.arange(16) < lengths[:, None]
     assert np.abs(want[real]).max() > 1
     assert np.abs(np.asarray(got) - want)[real].max() <= 1e-4
 
-    sample = make_sampler(policy, 1, 32, 0)
+    sample = make_sampler(model, 1, 32, 0)
     settings = SamplingParams(0.0, 1.0, 0, jnp.array([-1]), 32)
     prompts = Prompts(jnp.arange(4), jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.ones(4))
     rollouts = sample(params, prompts, jax.random.key(0), settings)
     for left in (True, False):
-        np.testing.assert_array_equal(rollouts.tokens[:, 0], torch_greedy(model, tokens, lengths, 32, left))
+        np.testing.assert_array_equal(rollouts.tokens[:, 0], torch_greedy(torch_model, tokens, lengths, 32, left))

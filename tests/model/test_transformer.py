@@ -69,10 +69,10 @@ def plain_forward(a, params, tokens):
     ],
 )
 def test_forward_equals_plain_numpy(shape):
-    policy, params, a = tiny_policy(**shape)
+    model, params, a = tiny_policy(**shape)
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
     tokens = np.array([3, 1, 4, 1, 5, 9, 2])
-    got = policy.logits(params, policy.hidden(params, jnp.asarray(tokens)[None]))[0]
+    got = model.logits(params, model.hidden(params, jnp.asarray(tokens)[None]))[0]
     want = plain_forward(a, params, tokens)
     np.testing.assert_allclose(got[:, :14], want[:, :14], atol=1e-4)
 
@@ -82,14 +82,14 @@ REMAT = ("none", "dots", "full", "offload")
 
 @pytest.fixture(scope="module")
 def gradients():
-    """By policy.remat: the compiled gradient of a loss over 8 layers, and its value."""
+    """By model.remat: the compiled gradient of a loss over 8 layers, and its value."""
     tokens = jax.random.randint(jax.random.key(1), (8, 64), 0, 14)
     found = {}
     for remat in REMAT:
-        policy, params, _ = tiny_policy(layers=8, width=64, mlp_width=192, scan_unroll=1, remat=remat)
+        model, params, _ = tiny_policy(layers=8, width=64, mlp_width=192, scan_unroll=1, remat=remat)
 
-        def loss(params, policy=policy):
-            return (policy.hidden(params, tokens) ** 2).sum()
+        def loss(params, model=model):
+            return (model.hidden(params, tokens) ** 2).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         found[remat] = compiled, compiled(params)
@@ -110,9 +110,9 @@ def test_remat_keeps_less(gradients):
 
 def test_offloaded_inputs_go_to_the_host():
     """What the CPU's compiler drops, as it has one memory: every block's input is copied out and back."""
-    policy, params, _ = tiny_policy(layers=8, scan_unroll=1, remat="offload")
+    model, params, _ = tiny_policy(layers=8, scan_unroll=1, remat="offload")
     tokens = jnp.zeros((2, 8), jnp.int32)
-    text = str(jax.make_jaxpr(jax.grad(lambda p: policy.hidden(p, tokens).sum()))(params))
+    text = str(jax.make_jaxpr(jax.grad(lambda p: model.hidden(p, tokens).sum()))(params))
     assert "<host>" in text and "<host>" not in text.replace("f32<host>", "")
 
 
@@ -172,13 +172,13 @@ def test_blocks_of_queries_along_context_change_nothing(monkeypatch):
 
 
 def test_default_policy_has_108864_parameters():
-    policy, params, _ = tiny_policy(layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False)
+    model, params, _ = tiny_policy(layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False)
     assert sum(x.size for x in jax.tree.leaves(params)) == 108_864
-    assert ModelConfig().width == 64 and policy.vocab_size == 16
+    assert ModelConfig().width == 64 and model.vocab_size == 16
 
 
 def test_table_init_and_axes_are_one_tree():
-    policy, params, a = tiny_policy(qkv_bias=True, qk_norm=True)
+    model, params, a = tiny_policy(qkv_bias=True, qk_norm=True)
     weights = table(a)
     flat = jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "axes"))
     assert jax.tree.structure(params) == jax.tree.structure(
@@ -186,7 +186,7 @@ def test_table_init_and_axes_are_one_tree():
     )
     for w, value in zip(flat, jax.tree.leaves(params), strict=True):
         assert value.shape == w.shape and len(w.axes) == len(w.shape)
-    assert policy.axes == weight_axes(weights)
+    assert model.axes == weight_axes(weights)
 
 
 def test_rope_keeps_relative_positions():
@@ -222,11 +222,11 @@ def test_gradient_of_the_product_is_autodiffs(spec):
 
 def test_no_product_of_two_float32_matrices_in_a_bfloat16_backward_pass():
     """Autodiff of float32 accumulation would put one there for each projection."""
-    policy, params, _ = tiny_policy(compute_dtype="bfloat16")
+    model, params, _ = tiny_policy(compute_dtype="bfloat16")
     x = jnp.ones((2, 16), jnp.bfloat16)
 
     def loss(params, x):
-        return policy.logits(params, x)[:, :14].sum()
+        return model.logits(params, x)[:, :14].sum()
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]

@@ -120,7 +120,7 @@ def rows(call):
 
 def test_released_cosine_counts_characters():
     """It ends at 1,000 characters and turns back beyond, whatever the lengths in tokens are."""
-    config = RewardConfig(compat="released", cosine_right="0.25,2", cosine_wrong="-1,-0.5", cosine_length=7)
+    config = RewardConfig(variant="published_code", cosine_right="0.25,2", cosine_wrong="-1,-0.5", cosine_length=7)
     bounds = ((0.25, 2), (-1, -0.5))
     want = rows(lambda i, j: cosine(float(RIGHT[i, j]), len(TEXTS[i][j]), 1000, bounds, clamp=False))
     found = shaped("cosine", config, SHAPE)

@@ -26,11 +26,11 @@ def settings(temperature=1.0, top_p=1.0, top_k=0, stop=(EOS,), limit=T):
     )
 
 
-def trainer_log_probs(policy, params, rollouts):
+def trainer_log_probs(model, params, rollouts):
     b, g = rollouts.lengths.shape
     p = rollouts.prompts
     return completion_log_probs(
-        policy,
+        model,
         params,
         jnp.repeat(p.tokens, g, axis=0),
         jnp.repeat(p.lengths, g, axis=0),
@@ -42,29 +42,29 @@ def trainer_log_probs(policy, params, rollouts):
 @pytest.mark.parametrize("shape", [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}, {"kv_heads": 1}])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree(shape, temperature):
-    policy, params, _ = tiny_policy(**shape)
+    model, params, _ = tiny_policy(**shape)
     if "qkv_bias" in shape:
         params["layers"] |= {k: v + 0.3 for k, v in params["layers"].items() if "bias" in k}
-    sample = make_sampler(policy, 4, T, PAD)
+    sample = make_sampler(model, 4, T, PAD)
     rollouts = sample(params, random_prompts(6, 9), jax.random.key(0), settings(temperature, top_p=0.95))
-    want = trainer_log_probs(policy, params, rollouts)
+    want = trainer_log_probs(model, params, rollouts)
     gap = jnp.where(rollouts.mask, jnp.abs(rollouts.log_probs - want), 0).max()
     assert float(gap) <= 1e-4
     assert bool(jnp.all(rollouts.sampling_log_probs >= rollouts.log_probs - 1e-5))
 
 
 def test_forbidden_ids_have_no_share_on_either_side():
-    policy, params, _ = tiny_policy()
-    rollouts = make_sampler(policy, 16, T, PAD)(params, random_prompts(8, 9), jax.random.key(0), settings())
+    model, params, _ = tiny_policy()
+    rollouts = make_sampler(model, 16, T, PAD)(params, random_prompts(8, 9), jax.random.key(0), settings())
     drawn = np.asarray(rollouts.tokens)[np.asarray(rollouts.mask)]
     assert not np.isin(drawn, [14, 15]).any()
-    logits = policy.logits(params, jnp.ones((3, 16)))
+    logits = model.logits(params, jnp.ones((3, 16)))
     assert float(jax.nn.softmax(logits)[:, 14:].max()) == 0
 
 
 def test_ends_are_as_documented():
-    policy, params, _ = tiny_policy()
-    rollouts = make_sampler(policy, 8, T, PAD)(params, random_prompts(8, 9), jax.random.key(3), settings())
+    model, params, _ = tiny_policy()
+    rollouts = make_sampler(model, 8, T, PAD)(params, random_prompts(8, 9), jax.random.key(3), settings())
     tokens, mask, lengths = map(np.asarray, (rollouts.tokens, rollouts.mask, rollouts.lengths))
     ended = np.asarray(rollouts.ended)
     assert ended.any() and not ended.all()
@@ -77,8 +77,8 @@ def test_ends_are_as_documented():
 
 
 def test_several_stop_ids_and_a_traced_limit():
-    policy, params, _ = tiny_policy()
-    sample = make_sampler(policy, 8, T, PAD)
+    model, params, _ = tiny_policy()
+    sample = make_sampler(model, 8, T, PAD)
     rollouts = sample(params, random_prompts(8, 9), jax.random.key(3), settings(stop=(1, 2, 3), limit=5))
     assert int(rollouts.lengths.max()) <= 5
     last = np.take_along_axis(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)[..., None] - 1, 2)[..., 0]
@@ -86,8 +86,8 @@ def test_several_stop_ids_and_a_traced_limit():
 
 
 def test_changing_settings_or_lengths_does_not_recompile():
-    policy, params, _ = tiny_policy()
-    sample = make_sampler(policy, 4, T, PAD)
+    model, params, _ = tiny_policy()
+    sample = make_sampler(model, 4, T, PAD)
     variants = [
         settings(0.7),
         settings(top_p=0.5),
@@ -106,8 +106,8 @@ def test_changing_settings_or_lengths_does_not_recompile():
 
 def test_rows_do_not_depend_on_the_rest_of_the_batch():
     """Row keys come from the row's number: the first prompts of a larger batch give the same tokens."""
-    policy, params, _ = tiny_policy()
-    sample = make_sampler(policy, 4, T, PAD)
+    model, params, _ = tiny_policy()
+    sample = make_sampler(model, 4, T, PAD)
     whole = random_prompts(6, 9)
     part = jax.tree.map(lambda x: x[:2], whole)
     a = sample(params, whole, jax.random.key(5), settings())
@@ -118,32 +118,32 @@ def test_rows_do_not_depend_on_the_rest_of_the_batch():
 def test_first_token_frequencies_through_the_whole_sampler():
     from scipy import stats
 
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     n = 4096
-    rollouts = make_sampler(policy, n, 1, PAD)(params, random_prompts(1, 5), jax.random.key(1), settings(limit=1))
-    hidden = policy.hidden(params, rollouts.prompts.tokens)[0, int(rollouts.prompts.lengths[0]) - 1]
-    p = np.asarray(jax.nn.softmax(policy.logits(params, hidden)), np.float64)
+    rollouts = make_sampler(model, n, 1, PAD)(params, random_prompts(1, 5), jax.random.key(1), settings(limit=1))
+    hidden = model.hidden(params, rollouts.prompts.tokens)[0, int(rollouts.prompts.lengths[0]) - 1]
+    p = np.asarray(jax.nn.softmax(model.logits(params, hidden)), np.float64)
     counts = np.bincount(np.asarray(rollouts.tokens).ravel(), minlength=16)
     assert stats.chisquare(counts[:14], n * p[:14] / p[:14].sum()).pvalue > 1e-3
 
 
 def test_a_model_of_logits_samples_the_same_tokens():
     """The cacheless adapter around the same network draws what the cached decoder draws."""
-    policy, params, a = tiny_policy()
+    model, params, a = tiny_policy()
     plain = from_logits(
-        lambda p, tokens: policy.logits(p, policy.hidden(p, tokens)), policy.init, a.vocab_size, a.forbidden
+        lambda p, tokens: model.logits(p, model.hidden(p, tokens)), model.init, a.vocab_size, a.forbidden
     )
     prompts, key = random_prompts(5, 9), jax.random.key(2)
-    want = make_sampler(policy, 3, T, PAD)(params, prompts, key, settings())
+    want = make_sampler(model, 3, T, PAD)(params, prompts, key, settings())
     got = make_sampler(plain, 3, T, PAD)(params, prompts, key, settings())
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
 
 
 def test_bfloat16_gap_is_small():
-    policy, params, _ = tiny_policy(tiny_config(), compute_dtype="bfloat16")
-    rollouts = make_sampler(policy, 4, T, PAD)(params, random_prompts(6, 9), jax.random.key(0), settings())
-    gap = jnp.abs(rollouts.log_probs - trainer_log_probs(policy, params, rollouts))
+    model, params, _ = tiny_policy(tiny_config(), compute_dtype="bfloat16")
+    rollouts = make_sampler(model, 4, T, PAD)(params, random_prompts(6, 9), jax.random.key(0), settings())
+    gap = jnp.abs(rollouts.log_probs - trainer_log_probs(model, params, rollouts))
     assert float(jnp.where(rollouts.mask, gap, 0).max()) <= 0.1
 
 
@@ -151,10 +151,10 @@ def test_bfloat16_gap_is_small():
 @pytest.mark.parametrize("slots", [1, 5, 23])
 def test_slots_change_no_row(shape, slots):
     """Rows that take turns in fewer slots are those that are all decoded at once."""
-    policy, params, _ = tiny_policy(**shape)
+    model, params, _ = tiny_policy(**shape)
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, top_p=0.95, stop=(EOS, 3, 5), limit=10)
-    at_once = make_sampler(policy, 4, T, PAD)(*args)
-    in_turns = make_sampler(policy, 4, T, PAD, slots)(*args)
+    at_once = make_sampler(model, 4, T, PAD)(*args)
+    in_turns = make_sampler(model, 4, T, PAD, slots)(*args)
     lengths = np.asarray(at_once.lengths)
     assert lengths.min() < 4 and lengths.max() == 10
     for name in ("tokens", "lengths", "ended", "mask"):
@@ -164,13 +164,13 @@ def test_slots_change_no_row(shape, slots):
 
 
 def test_a_cache_that_grows_changes_no_row(monkeypatch):
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3), limit=11)
-    at_once = make_sampler(policy._replace(resize=None), 4, T, PAD)(*args)
+    at_once = make_sampler(model._replace(resize=None), 4, T, PAD)(*args)
     assert sampler.sizes(T) == [T] and sampler.sizes(1024) == [256, 512, 1024] and sampler.sizes(300) == [150, 300]
     monkeypatch.setattr(sampler, "SMALLEST", 2)
     assert sampler.sizes(T) == [3, 6, T]
-    grown = make_sampler(policy, 4, T, PAD)(*args)
+    grown = make_sampler(model, 4, T, PAD)(*args)
     lengths = np.asarray(at_once.lengths)
     assert lengths.min() < 3 and lengths.max() > 6
     np.testing.assert_array_equal(at_once.tokens, grown.tokens)
@@ -180,12 +180,12 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
 @pytest.mark.parametrize(("chunk", "limit"), [(4, T), (5, 7), (16, 1), (5, T)])
 def test_chunks_of_tokens_change_no_row(chunk, limit, monkeypatch):
     """Whether chunks divide the longest completion, the limit and the sizes of the cache or not."""
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, PAD), limit=limit)
-    one_by_one = make_sampler(policy, 4, T, PAD)(*args)
+    one_by_one = make_sampler(model, 4, T, PAD)(*args)
     monkeypatch.setattr(sampler, "SMALLEST", 2)
     assert sampler.sizes(32, 4) == [8, 16, 32] and sampler.sizes(30, 4) == [4, 12, 30]
-    in_chunks = make_sampler(policy, 4, T, PAD, chunk=chunk)(*args)
+    in_chunks = make_sampler(model, 4, T, PAD, chunk=chunk)(*args)
     for name in ("tokens", "mask", "lengths", "ended"):
         np.testing.assert_array_equal(getattr(one_by_one, name), getattr(in_chunks, name), name)
     for name in ("log_probs", "sampling_log_probs"):
@@ -199,15 +199,15 @@ def test_a_gpu_tests_once_a_chunk():
 
 def test_slots_on_eight_devices_change_no_row():
     """Each device refills its own slots, from its own rows."""
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     args = random_prompts(8, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, 5), limit=10)
-    at_once = make_sampler(policy, 4, T, PAD)(params, *args)
+    at_once = make_sampler(model, 4, T, PAD)(params, *args)
     mesh = make_mesh(replace(Config(), {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
     with jax.set_mesh(mesh):
-        split = jax.device_put(params, params_shardings(mesh, params, policy.axes))
-        in_turns = make_sampler(policy, 4, T, PAD, slots=8)(split, *args)
+        split = jax.device_put(params, params_shardings(mesh, params, model.axes))
+        in_turns = make_sampler(model, 4, T, PAD, slots=8)(split, *args)
         with pytest.raises(ValueError, match=r"rollout.slots=6: must be a multiple of the 4 devices"):
-            make_sampler(policy, 4, T, PAD, slots=6)(split, *args)
+            make_sampler(model, 4, T, PAD, slots=6)(split, *args)
     np.testing.assert_array_equal(at_once.tokens, in_turns.tokens)
     np.testing.assert_array_equal(at_once.ended, in_turns.ended)
     np.testing.assert_allclose(at_once.log_probs, in_turns.log_probs, atol=1e-5)
@@ -215,10 +215,10 @@ def test_slots_on_eight_devices_change_no_row():
 
 def test_useful_tokens_are_counted():
     """Slots compute less than a batch that waits for its longest row."""
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, 5), limit=10)
-    (rows, all_at_once), (_, in_turns) = (jax.jit(counting_sampler(policy, 4, T, PAD, s))(*args) for s in (None, 2))
+    (rows, all_at_once), (_, in_turns) = (jax.jit(counting_sampler(model, 4, T, PAD, s))(*args) for s in (None, 2))
     assert int(all_at_once) == rows.lengths.size * int(rows.lengths.max())
     assert int(rows.lengths.sum()) <= int(in_turns) < int(all_at_once)
     with pytest.raises(ValueError, match=r"rollout.slots: this policy has no `slots`"):
-        make_sampler(policy._replace(slots=None), 4, T, PAD, slots=2)(*args)
+        make_sampler(model._replace(slots=None), 4, T, PAD, slots=2)(*args)

@@ -28,8 +28,8 @@ def loop_bodies(text):
 def test_no_cache_is_copied_in_the_token_loop(slots, shape, monkeypatch):
     """A copy of the cache a token would double what decoding reads."""
     monkeypatch.setattr(sampler, "SMALLEST", 4)
-    policy, params, _ = tiny_policy(kv_heads=2, head_dim=4)
-    sample = make_sampler(policy, 3, 17, 14, slots)
+    model, params, _ = tiny_policy(kv_heads=2, head_dim=4)
+    sample = make_sampler(model, 3, 17, 14, slots)
     text = sample.lower(params, random_prompts(5, 9), jax.random.key(0), SETTINGS).compile().as_text()
     bodies = loop_bodies(text)
     held = [line for body in bodies.values() for line in body.splitlines() if f"f32[{shape}]" in line]

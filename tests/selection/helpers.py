@@ -44,7 +44,7 @@ class Rig(NamedTuple):
 
     def table(self, state: Any, prompts: int, step: int = 0) -> dict[str, np.ndarray]:
         """The table without its padding."""
-        return {name: np.asarray(x)[:prompts] for name, x in self.selector.table(state, jnp.int32(step)).items()}
+        return {name: np.asarray(x)[:prompts] for name, x in self.selector.to_table(state, jnp.int32(step)).items()}
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def test_what_is_drawn_stays_and_the_longest_come_first(name):
         one = plain.observe(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
         other = ordered.observe(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
         np.testing.assert_allclose(np.asarray(other.of_prompt)[order], length[order])
-    jax.tree.map(np.testing.assert_array_equal, plain.table(one, 12), ordered.table(other, 12))
+    jax.tree.map(np.testing.assert_array_equal, plain.to_table(one, 12), ordered.to_table(other, 12))
 
 
 def test_a_changed_length_changes_the_next_batch():
@@ -104,10 +104,10 @@ def test_every_part_is_dealt_its_longest_first(parts, each):
 
 def test_slots_end_earlier_with_the_longest_first():
     """Greedy lengths depend on the prompt alone, so an order is all that changes."""
-    policy, params, _ = tiny_policy()
+    model, params, _ = tiny_policy()
     prompts = random_prompts(12, 9)
     settings = SamplingParams(0.0, 1.0, 0, jnp.asarray([13, 3, 5]), 24)
-    sample = jax.jit(counting_sampler(policy, 1, 24, 14, 3))
+    sample = jax.jit(counting_sampler(model, 1, 24, 14, 3))
     rows, _ = sample(params, prompts, jax.random.key(0), settings)
     order = np.argsort(-np.asarray(rows.lengths[:, 0]), kind="stable")
     assert len(set(np.asarray(rows.lengths).ravel())) > 2

@@ -237,7 +237,7 @@ def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
     kinds = tuple(f"task{i:03d}" for i in range(tasks))
     rig = make(name, 4, kinds=kinds, quotas=", ".join(f"{kind}={0.9 / named}" for kind in kinds[:named]))
     state = rig.init(tasks, PromptMetadata(jnp.arange(tasks)))
-    assert int(rig.selector.survey(state, jnp.int32(0))["selection/eligible"]) == tasks
+    assert int(rig.selector.summary(state, jnp.int32(0))["selection/eligible"]) == tasks
     assert (np.asarray(state.label)[:tasks] >= 0).all()
 
 

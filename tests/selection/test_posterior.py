@@ -23,9 +23,9 @@ def made(name, batch, forgetting=FIXED, group=GROUP, seed=SEED, **fields):
     return selector(SelectionConfig(name=name, **fields), forgetting, SelectorContext(batch, group, STEPS, seed))
 
 
-def outcome(rewards, movement=0.0):
+def outcome(rewards, policy_drift=0.0):
     rewards = jnp.asarray(rewards, jnp.float32)
-    return RolloutOutcome(rewards, jnp.zeros_like(rewards), jnp.zeros_like(rewards), movement)
+    return RolloutOutcome(rewards, jnp.zeros_like(rewards), jnp.zeros_like(rewards), policy_drift)
 
 
 class Plain:
@@ -40,7 +40,7 @@ class Plain:
     def prior(self):
         f = self.forgetting
         a0, b0 = f.prior_successes, f.prior_failures
-        if not f.drift:
+        if not f.shrinkage:
             return a0, b0
         means = [a / (a + b) for (a, b), seen in zip(self.stored, self.seen, strict=True) if seen]
         share = (sum(means) + a0) / (len(means) + a0 + b0)
@@ -53,20 +53,20 @@ class Plain:
             for stored, keep, seen in zip(self.stored, self.keep, self.seen, strict=True)
         ]
 
-    def step(self, ids, rewards, movement):
+    def step(self, ids, rewards, policy_drift):
         f, prior, now = self.forgetting, self.prior() if self.toward_prior else (0.0, 0.0), self.now()
-        self.keep = [keep * (1 - f.drift) for keep in self.keep]
+        self.keep = [keep * (1 - f.shrinkage) for keep in self.keep]
         for row in set(ids):
             values = [min(max(x, 0), 1) for i, group in zip(ids, rewards, strict=True) if i == row for x in group]
             values = [x for x in values if x == x]
             self.stored[row], self.keep[row], self.seen[row] = now[row], 1.0, True
             if values:
                 rho = f.discount
-                if f.mode == "movement":
-                    rho = min(max(2 ** (-(movement - self.moved[row]) / f.half_life), f.low), f.high)
+                if f.mode == "policy_drift":
+                    rho = min(max(2 ** (-(policy_drift - self.moved[row]) / f.half_life), f.low), f.high)
                 counts = sum(values), len(values) - sum(values)
                 self.stored[row] = tuple(p + rho * (x - p) + c for p, x, c in zip(prior, now[row], counts, strict=True))
-                self.moved[row] = movement
+                self.moved[row] = policy_drift
 
 
 def p_mixed(a, b, group):
@@ -88,10 +88,10 @@ SCORES = {
     ("name", "forgetting"),
     [
         ("mopps", ForgettingConfig(mode="fixed", discount=0.9)),
-        ("mopps", ForgettingConfig(mode="movement", drift=0.03, prior_failures=3.0)),
-        ("posterior_mixed", ForgettingConfig(mode="fixed", discount=0.7, drift=0.1)),
-        ("spo", ForgettingConfig(mode="movement")),
-        ("spo", ForgettingConfig(mode="fixed", discount=0.8, drift=0.05)),
+        ("mopps", ForgettingConfig(mode="policy_drift", shrinkage=0.03, prior_failures=3.0)),
+        ("posterior_mixed", ForgettingConfig(mode="fixed", discount=0.7, shrinkage=0.1)),
+        ("spo", ForgettingConfig(mode="policy_drift")),
+        ("spo", ForgettingConfig(mode="fixed", discount=0.8, shrinkage=0.05)),
     ],
 )
 def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
@@ -99,8 +99,8 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
     tested = made(name, batch, forgetting)
 
     def one(state, x):
-        step, ids, rewards, movement = x
-        state = tested.observe(state, ids, outcome(rewards, movement), step)
+        step, ids, rewards, policy_drift = x
+        state = tested.observe(state, ids, outcome(rewards, policy_drift), step)
         return state, (state.own, tested.table(state, step + 1)["priority"], state.score)
 
     play = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
@@ -113,11 +113,13 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
         ids = rng.integers(0, rng.choice([30, n]), (steps, batch))
         rewards = rng.choice([0, 1, 0.5, 2, np.nan], (steps, batch, GROUP), p=[0.4, 0.3, 0.1, 0.1, 0.1])
         rewards[rng.random((steps, batch)) < 0.1] = np.nan
-        movement = np.cumsum(rng.random(steps) * pace)
-        own, priority, score = play((jnp.arange(steps), jnp.asarray(ids), jnp.asarray(rewards), jnp.asarray(movement)))
+        policy_drift = np.cumsum(rng.random(steps) * pace)
+        own, priority, score = play(
+            (jnp.arange(steps), jnp.asarray(ids), jnp.asarray(rewards), jnp.asarray(policy_drift))
+        )
         plain = Plain(n, forgetting, toward_prior=name != "spo")
         for t in range(steps):
-            plain.step(ids[t].tolist(), rewards[t].tolist(), float(movement[t]))
+            plain.step(ids[t].tolist(), rewards[t].tolist(), float(policy_drift[t]))
             for found, want in zip((own.a, own.b), zip(*plain.stored, strict=True), strict=True):
                 np.testing.assert_allclose(found[t, :n], want, rtol=1e-4)
             np.testing.assert_allclose(own.moved[t, :n], plain.moved, rtol=1e-5)

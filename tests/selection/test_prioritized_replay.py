@@ -239,11 +239,11 @@ def test_a_mixed_group_brings_a_problem_back(group):
     rewards = table_of(40, HALF)
     rewards[:, 7] = group
     ids, state = batches(PLAIN, FIXED, 4, rewards)
-    assert made.table(state, STEPS)["priority"][7] == 0
+    assert made.to_table(state, STEPS)["priority"][7] == 0
     retest = visits_of(ids, 7)[1]
     rewards[retest:, 7] = HALF
     ids, state = batches(PLAIN, FIXED, 4, rewards)
-    assert made.table(state, STEPS)["priority"][7] == 0.25
+    assert made.to_table(state, STEPS)["priority"][7] == 0.25
     # Now it takes its turn with all others: every ten steps.
     assert np.diff(visits_of(ids, 7)[1:4]).tolist() == [10, 10]
 
@@ -287,7 +287,7 @@ def test_with_nothing_to_rank_pools_are_drawn_in_epochs(group, pool):
     config = dataclasses.replace(PLAIN, retest_share=0.0)
     ids, state = batches(config, FIXED, 4, table_of(12, group))
     assert (np.sort(ids.reshape(-1, 12)) == np.arange(12)).all()
-    assert player(config, FIXED, 4)[0].survey(state, STEPS)[f"selection/pool_{pool}"] == 12
+    assert player(config, FIXED, 4)[0].summary(state, STEPS)[f"selection/pool_{pool}"] == 12
 
 
 def test_first_picks_are_uniform_over_seeds():
@@ -324,7 +324,7 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     after = jax.jit(made.observe)(before, jnp.arange(12), nothing, STEPS)
     for name in ("pool", "wait", "last", "beliefs"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after.own, name), getattr(before.own, name))
-    old, new = made.table(before, STEPS), made.table(after, STEPS + 1)
+    old, new = made.to_table(before, STEPS), made.to_table(after, STEPS + 1)
     for name in ("priority", "success"):
         np.testing.assert_array_equal(new[name], old[name])
     assert new["visits"][:12].tolist() == (old["visits"][:12] + 1).tolist()
@@ -337,7 +337,7 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     ("forgetting", "group"),
     [
         (ForgettingConfig(mode="fixed", prior_successes=1, prior_failures=3), HALF),
-        (ForgettingConfig(mode="fixed", drift=0.1), [1, 0, 0, 0]),
+        (ForgettingConfig(mode="fixed", shrinkage=0.1), [1, 0, 0, 0]),
     ],
 )
 def test_everything_is_tried_once_whatever_the_prior(forgetting, group):

@@ -415,7 +415,7 @@ def history():
     for step in range(12):
         ids, _, state = rig.select(state, step)
         before = {name: values.copy() for name, values in book.items()}
-        shown = rig.selector.describe(state, jnp.asarray(ids), jnp.int32(step))
+        shown = rig.selector.batch_metrics(state, jnp.asarray(ids), jnp.int32(step))
         seen = rewards(ids, step)
         state = rig.observe(state, ids, seen, step)
         judged = ~np.isnan(seen[:, 0])
@@ -428,7 +428,7 @@ def history():
 
 def test_the_table_is_what_happened(history):
     rig, state, book, *_ = history
-    found = rig.selector.table(state, jnp.int32(12))
+    found = rig.selector.to_table(state, jnp.int32(12))
     for name, want in book.items():
         np.testing.assert_allclose(np.asarray(found[name])[:N], want, rtol=1e-5)
     assert np.isnan(np.asarray(found["priority"])[N:]).all()
@@ -436,7 +436,7 @@ def test_the_table_is_what_happened(history):
 
 def test_the_survey_is_of_all_prompts_and_no_padding(history):
     rig, state, book, *_ = history
-    found = rig.selector.survey(state, jnp.int32(12))
+    found = rig.selector.summary(state, jnp.int32(12))
     excluded = (book["visits"] >= 1) & np.isnan(book["success"])
     resting = (book["visits"] > 0) & (book["last_step"] >= 10) & ~excluded
     able = ~excluded & ~resting
@@ -479,8 +479,8 @@ def test_the_description_is_of_the_batch_before_its_visit(history):
 def test_reports_count_pools():
     rig = make("prioritized_replay", B, discount=0.0)
     state = rig.observe(rig.init(N), [0, 1, 2, 3], [[1] * 4, [0] * 4, [1, 1, 1, 1], [0, 1, 1, 1]], 0)
-    found = rig.selector.survey(state, jnp.int32(1))
+    found = rig.selector.summary(state, jnp.int32(1))
     sizes = [float(found[f"selection/pool_{name}"]) for name in ("ranked", "solved", "unsolved")]
     assert sizes == [N - 3, 2, 1]
-    shown = rig.selector.describe(state, jnp.array([0, 1, 3, 9]), jnp.int32(1))
+    shown = rig.selector.batch_metrics(state, jnp.array([0, 1, 3, 9]), jnp.int32(1))
     assert [float(shown[f"selection/from_{name}"]) for name in ("ranked", "solved", "unsolved")] == [2, 1, 1]

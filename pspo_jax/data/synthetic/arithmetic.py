@@ -68,7 +68,7 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
         stop_ids=(EOS,),
         train=train,
         heldout=heldout,
-        grade=grade,
+        reward_fn=grade,
         demonstrations=demonstrations,
         encode_prompt=TOKENIZER.encode,
     )

@@ -213,7 +213,7 @@ def countdown_task(config: TaskConfig, prompt_bucket: int, max_new_tokens: int) 
         stop_ids=(tokenizer.eos_token_id,),
         train=_prompt_set(train, tokenizer, width),
         heldout=_prompt_set(heldout, tokenizer, width),
-        judge=_judge(tokenizer),
+        reward_fn=_judge(tokenizer),
         demonstrations=demonstrations,
         encode_prompt=tokenizer.encode,
     )

@@ -1,6 +1,6 @@
 """Attention kernels of accelerators for whole rows: what each can do, and how it is called.
 
-Which one a run uses is said by `policy.attention`; see `kernel_choice`. Kernels never hold a row's scores, forward or
+Which one a run uses is said by `model.attention`; see `kernel_choice`. Kernels never hold a row's scores, forward or
 backward. Each computes causal grouped-query attention; sliding windows and rows split along context are XLA's.
 """
 
@@ -122,7 +122,7 @@ def obstacle(name: str, platform: str, architecture: Any, context: int) -> str |
     if platform != KERNELS[name].platform:
         return f"is for {KERNELS[name].platform}, not for {platform}"
     if a.compute_dtype == "float32":
-        return "computes in 16 bits; policy.compute_dtype is float32"
+        return "computes in 16 bits; model.compute_dtype is float32"
     if any(a.windows):
         return "has no sliding windows, which this model has"
     if context > 1:

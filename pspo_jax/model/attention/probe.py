@@ -42,12 +42,12 @@ def with_kernels(
     """The architecture with the kernels for plain and for packed rows.
 
     Args:
-      wanted: policy.attention.
+      wanted: model.attention.
       places: of the longest row.
       mesh: sizes by axis; heads are along tensor.
       probe: False = the devices are not there, as in a plan: what could serve is taken.
       say: told what was dropped, and what was taken.
-      share_prompts: objective.share_prompts; with it packed rows are XLA's.
+      share_prompts: loss.share_prompts; with it packed rows are XLA's.
     Raises:
       ConfigError: a kernel was named that cannot serve or is wrong here.
     """
@@ -66,7 +66,7 @@ def with_kernels(
                 found[packed] = name
                 break
             if wanted != "auto":
-                raise ConfigError(f'policy.attention={wanted}: {reason}; use "auto" or "xla"')
+                raise ConfigError(f'model.attention={wanted}: {reason}; use "auto" or "xla"')
             if KERNELS[name].platform == platform:
                 say(f"attention: {name}{' for packed rows' if packed else ''} dropped: it {reason}")
     say(f"attention: {found[False]}, packed rows {found[True]}{'' if probe else ' (not tried here)'}")

@@ -17,7 +17,7 @@ from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture, Rotary, plain_frequencies
 
 
-def architecture_of(hf: Any, policy: ModelConfig, where: str) -> Architecture:
+def architecture_of(hf: Any, model: ModelConfig, where: str) -> Architecture:
     """The architecture of a transformers config object.
 
     Args:
@@ -51,18 +51,18 @@ def architecture_of(hf: Any, policy: ModelConfig, where: str) -> Architecture:
             fields["layer_rotary"] = (0,) * hf.num_hidden_layers
         fields |= family(hf, fields, where)
     except KeyError as error:
-        raise ConfigError(f"policy.source={where}: config.json's rope_parameters lack {error}") from error
+        raise ConfigError(f"model.source={where}: config.json's rope_parameters lack {error}") from error
     return Architecture(
         **fields,
-        param_dtype=policy.param_dtype,
-        compute_dtype=policy.compute_dtype or "float32",
-        scan_unroll=policy.scan_unroll,
-        remat=policy.remat or "none",
+        param_dtype=model.param_dtype,
+        compute_dtype=model.compute_dtype or "float32",
+        scan_unroll=model.scan_unroll,
+        remat=model.remat or "none",
     )
 
 
 def unknown_family(model_type: str, where: str) -> str:
-    return f"policy.source={where}: model_type {model_type!r} is not supported; choose one of {', '.join(FAMILIES)}"
+    return f"model.source={where}: model_type {model_type!r} is not supported; choose one of {', '.join(FAMILIES)}"
 
 
 def _qwen2(hf: Any, fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -166,10 +166,10 @@ def _refuse(hf: Any, where: str) -> None:
     }
     for name, value in unsupported.items():
         if value:
-            raise ConfigError(f"policy.source={where}: config.json has {name}={value!r:.200}, which is not supported")
+            raise ConfigError(f"model.source={where}: config.json has {name}={value!r:.200}, which is not supported")
     kinds = set(getattr(hf, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ConfigError(f"policy.source={where}: config.json has layer_types {sorted(kinds)}, not supported")
+        raise ConfigError(f"model.source={where}: config.json has layer_types {sorted(kinds)}, not supported")
 
 
 def rotary(parameters: dict[str, Any], head_dim: int, where: str) -> Rotary:
@@ -179,10 +179,10 @@ def rotary(parameters: dict[str, Any], head_dim: int, where: str) -> Rotary:
     """
     kind = parameters.get("rope_type", "default")
     if set(parameters) & {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"policy.source={where}: config.json has rope_parameters per kind of layer, not supported")
+        raise ConfigError(f"model.source={where}: config.json has rope_parameters per kind of layer, not supported")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
-            f"policy.source={where}: config.json has partial_rotary_factor="
+            f"model.source={where}: config.json has partial_rotary_factor="
             f"{parameters['partial_rotary_factor']}, which is not supported"
         )
     theta = float(parameters.get("rope_theta", 10_000.0))
@@ -197,7 +197,7 @@ def rotary(parameters: dict[str, Any], head_dim: int, where: str) -> Rotary:
         case "yarn":
             return _yarn(plain, theta, head_dim, parameters)
     raise ConfigError(
-        f"policy.source={where}: config.json has rope_type={kind!r}; supported: default, linear, llama3, yarn"
+        f"model.source={where}: config.json has rope_type={kind!r}; supported: default, linear, llama3, yarn"
     )
 
 

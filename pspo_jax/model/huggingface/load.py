@@ -101,19 +101,19 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
         ) from error
 
 
-def read_source(policy: ModelConfig, weights: bool = True) -> Source:
-    """Everything about `policy.source` but its weights.
+def read_source(model: ModelConfig, weights: bool = True) -> Source:
+    """Everything about `model.source` but its weights.
 
     Args:
       weights: False = the config alone, for a plan: neither needs the tensors to be there.
     Raises:
       ConfigError: names what is missing, extra, misshapen, truncated or unsupported.
     """
-    assert policy.source is not None
-    name = policy.source
-    folder = fetch(name, policy.revision, "policy.source", weights)
-    architecture = architecture_of(_read_config(folder, name), policy, name)
-    check_side_files(folder, f"policy.source={name}", ("generation_config.json",))
+    assert model.source is not None
+    name = model.source
+    folder = fetch(name, model.revision, "model.source", weights)
+    architecture = architecture_of(_read_config(folder, name), model, name)
+    check_side_files(folder, f"model.source={name}", ("generation_config.json",))
     tensors = _read_headers(folder, name) if weights else {}
     untied = architecture.tied and _has_own_head(tensors)
     architecture = dataclasses.replace(architecture, tied=architecture.tied and not untied)
@@ -135,7 +135,7 @@ def _has_own_head(tensors: dict[str, Tensor]) -> bool:
 
 
 def _read_config(folder: Path, name: str) -> Any:
-    where = f"policy.source={name}"
+    where = f"model.source={name}"
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: {what_it_is(folder)}")
     model_type = read_model_config(folder, where)["model_type"]
@@ -163,13 +163,13 @@ def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
                     part = opened.get_slice(key)
                     if key in found:
                         raise ConfigError(
-                            f"policy.source={name}: {key} stands in {found[key].file.name} and in {file}; remove the "
+                            f"model.source={name}: {key} stands in {found[key].file.name} and in {file}; remove the "
                             "file that is not the model's"
                         )
                     found[key] = Tensor(path, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ConfigError(
-                f"policy.source={name}: {file} is damaged or cut off ({' '.join(str(error).split())}); fetch it again"
+                f"model.source={name}: {file} is damaged or cut off ({' '.join(str(error).split())}); fetch it again"
             ) from error
     return found
 
@@ -180,18 +180,18 @@ def _weight_files(folder: Path, name: str) -> list[str]:
     if not index.exists():
         files = [whole] if (folder / whole).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:
-            raise ConfigError(f"policy.source={name}: {what_it_is(folder)}")
+            raise ConfigError(f"model.source={name}: {what_it_is(folder)}")
         return files
-    weight_map = read_json(index, f"policy.source={name}").get("weight_map")
+    weight_map = read_json(index, f"model.source={name}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
-        raise ConfigError(f"policy.source={name}: {index.name} has no weight_map from tensors to files; fetch it again")
+        raise ConfigError(f"model.source={name}: {index.name} has no weight_map from tensors to files; fetch it again")
     files = sorted(set(weight_map.values()))
     for file in files:
         if not (folder / file).exists():
-            raise ConfigError(f"policy.source={name}: {file} is missing; {index.name} names it")
+            raise ConfigError(f"model.source={name}: {file} is missing; {index.name} names it")
     if (folder / whole).exists() and whole not in files:
         raise ConfigError(
-            f"policy.source={name}: holds {whole} and {index.name}, which names other files; remove the one that is "
+            f"model.source={name}: holds {whole} and {index.name}, which names other files; remove the one that is "
             "not the model's"
         )
     return files
@@ -207,15 +207,15 @@ def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
     for kind, names in (("lacks", missing), ("has, and the architecture does not,", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(f"policy.source={where}: the checkpoint {kind} {', '.join(names[:3])}{more}")
+            raise ConfigError(f"model.source={where}: the checkpoint {kind} {', '.join(names[:3])}{more}")
     for name, shape in wanted.items():
         found = tensors[name]
         if found.shape != shape:
             raise ConfigError(
-                f"policy.source={where}: {name} has shape {list(found.shape)}, config.json implies {list(shape)}"
+                f"model.source={where}: {name} has shape {list(found.shape)}, config.json implies {list(shape)}"
             )
         if found.dtype not in _DTYPES:
-            raise ConfigError(f"policy.source={where}: {name} is {found.dtype}; supported: {', '.join(_DTYPES)}")
+            raise ConfigError(f"model.source={where}: {name} is {found.dtype}; supported: {', '.join(_DTYPES)}")
 
 
 def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
@@ -259,7 +259,7 @@ def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any
     if bad:
         more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
         raise ConfigError(
-            f"policy.source={source.name}: NaN or infinity in {', '.join(sorted(bad)[:3])}{more}, read as {dtype}; "
+            f"model.source={source.name}: NaN or infinity in {', '.join(sorted(bad)[:3])}{more}, read as {dtype}; "
             "fetch the checkpoint again, or one from before it diverged"
         )
     return jax.tree.unflatten(structure, out)

@@ -37,5 +37,5 @@ def what_it_is(path: Path) -> str:
     if inside is not None:
         return f"holds no config.json, but its folder {inside.name} does; name {path / inside.name}"
     if any((path / name).exists() for name in _TOKENIZERS):
-        return "holds a tokenizer and no model; name the model's folder (policy.tokenizer is the field for a tokenizer)"
+        return "holds a tokenizer and no model; name the model's folder (model.tokenizer is the field for a tokenizer)"
     return "holds no config.json: No such file; name the folder of a checkpoint, with config.json and *.safetensors"

@@ -193,9 +193,7 @@ def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pa
         (a.biases, a.qk_norm)
     )
     if family is None:
-        raise ConfigError(
-            "policy.qkv_bias with policy.qk_norm: no family of checkpoints has both; it cannot be exported"
-        )
+        raise ConfigError("model.qkv_bias with model.qk_norm: no family of checkpoints has both; it cannot be exported")
     return {
         "architectures": [f"{family}ForCausalLM"],
         "model_type": family.lower(),

@@ -73,9 +73,9 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
         select,
         observe,
         follow,
-        lambda state, ids, step: selector.describe(state.selector, ids, step),
-        lambda state, step: selector.survey(state.selector, step),
-        lambda state, step: selector.table(state.selector, step),
+        lambda state, ids, step: selector.batch_metrics(state.selector, ids, step),
+        lambda state, step: selector.summary(state.selector, step),
+        lambda state, step: selector.to_table(state.selector, step),
     )
 
 
