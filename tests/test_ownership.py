@@ -82,7 +82,7 @@ UNREAD = [
     ({"sft.steps": 0, "sft.share": not Config().sft.share}, "sft.steps=0"),
     ({"forgetting.discount": 0.5}, "selection.name=pps"),
     ({"forgetting.mode": "policy_drift"}, "advantage.name=ers"),
-    ({"forgetting.discount": 0.5, "algorithm.name": "spo"}, "forgetting.mode=movement"),
+    ({"forgetting.discount": 0.5, "algorithm.name": "spo"}, "forgetting.mode=policy_drift"),
     ({"forgetting.half_life": 0.5, "algorithm.name": "mopps"}, "forgetting.mode=fixed"),
     (
         {"forgetting.shrinkage": 0.5, "selection.name": "pps", "advantage.name": "tracked_baseline"},

@@ -1,0 +1,1 @@
+"""The run folder: its lock, its logs, its history, and what commands read from it."""
