@@ -5,15 +5,12 @@ Runs in worker processes, as math-verify can hang on hostile input; only `final_
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
-from pspo_jax.verifiers import notation, quantities
+from pspo_jax.verifiers import expressions, notation, quantities
 from pspo_jax.verifiers.variable_names import name_of
 
 ALTERNATIVES = "\x1e"
@@ -31,12 +28,14 @@ _GAP = r"(?:[\s$~]|\\[,;: ]|\\q?quad(?![a-z])|\\text\{\s*\})*"
 _BETWEEN_BOXES = re.compile(
     rf"{_GAP}(?:[,;/|]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
 )
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
-_IN_BASE = re.compile(r"(?<![A-Za-z\d])\(?[0-9A-Z]*\d[0-9A-Z]*\)?\s*_\s*(?:\{\s*\(?\s*(\d+)\s*\)?\s*\}|(\d))")
+_NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{[^{}]*\}))?'?(?:\([a-z]\))?"
+_NAMED_BOX = re.compile(rf"{_BETWEEN_BOXES.pattern}({_NAME}){_GAP}={_GAP}")
+_NAME_BEFORE = re.compile(rf"(?<![\w\\^+*/-])({_NAME}){_GAP}={_GAP}$")
+_MEMBER = re.compile(r"\s*([A-Za-z])\s*=[^=]+")
+_INDEX = re.compile(r"_(?:\w|\{[^{}]*\})")
 _ONE_LETTER_UNIT = re.compile(r"(\S.{0,60}?)(\s*)[mslghLJNWVKCF]")
 """Behind a number without letters: 5 m, and 5m beside a plain number."""
 _TAGS = ("<answer>", "</answer>")
-_VARIABLE = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?![A-Za-z_])")
 _RATIO = re.compile(r"\s*([\d.]+)\s*(?::|to)\s*([\d.]+)\s*")
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])")
 _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*(?=\()|[A-Za-z]\s*\\in\s*(?=[(\[\\])")
@@ -78,10 +77,19 @@ def _last_boxes(text: str) -> str | None:
             continue  # cut off, or denied: an earlier one may be whole
         if close is None:
             break
-        if begin is not None and not (begin - close <= _TAIL and _BETWEEN_BOXES.fullmatch(text, close, begin)):
+        if begin is not None and not (begin - close <= _TAIL and _joined(text, start, close, begin)):
             break
         begin, end = start, end or close
     return None if begin is None else text[begin:end]
+
+
+def _joined(text: str, start: int, close: int, begin: int) -> bool:
+    """Whether the box from `start` to `close` and the one at `begin` give one list: 3 and 5, or x=3 or x=5."""
+    if _BETWEEN_BOXES.fullmatch(text, close, begin):
+        return True
+    second = _NAMED_BOX.fullmatch(text, close, begin)
+    first = _NAME_BEFORE.search(text[max(0, start - 60) : start]) if second else None
+    return bool(first and second and _INDEX.sub("", first[1]) == _INDEX.sub("", second[1]))
 
 
 def _closing_brace(text: str, begin: int, stop: int) -> int | None:
@@ -109,15 +117,44 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         return 0.0, None
     answers, named = _statements(answer), _tagged(answer)
     # What is spelled as the answer is comes first: comparing it with the other alternatives may take for ever.
-    spelled = {_spelling(text) for text in answers}
+    spelled = {_spelling(text) for text in answers} - {""}
     golds.sort(key=lambda gold: _spelling(unboxed(gold)) not in spelled)
     readable = False
     for alternative in golds:
         wanted = unboxed(alternative)
         readable |= _readable(wanted)
-        if readable and (_named(wanted, named) or any(same(wanted, text) for text in answers)):
+        wordings = _restated(wanted) or [wanted]
+        verbatim = _spelling(wanted) in spelled or _named(wanted, named)
+        if readable and (verbatim or any(same(one, text) for one in wordings for text in answers)):
             return 1.0, canonical(_BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
+
+
+def _restated(gold: str) -> list[str]:
+    """The wordings of a gold answer that states one value twice: 0.56 = 56 %, 1/2 or 0.5. None where there is
+    arithmetic, as for 2 + 3 = 5, which may answer how 5 is written."""
+    first, *others = notation.sides(notation.respelled(gold))
+    if not others or len(others) > 4 or not all(_is_value(text) for text, _ in (first, *others)):
+        return []
+    equal = all(_rounded(first[0], text) if about else same(first[0], text) for text, about in others)
+    return [text for text, _ in (first, *others)] if equal else []
+
+
+def _is_value(text: str) -> bool:
+    bare = notation.plain(text)
+    one = quantities.quantity(bare)
+    if quantities.number((one.core if one else bare).rstrip("%\\ ")) is not None:
+        return True
+    if re.search(r"[+*!,;]|(?!^)-|\\(?:times|cdot|div|pm)(?![A-Za-z])", bare):
+        return False
+    return expressions.float_of(bare) is not None
+
+
+def _rounded(exact: str, text: str) -> bool:
+    """Whether a decimal is what a number is rounded to, or cut off to, at its last place."""
+    value, decimal = expressions.float_of(exact), quantities.number(notation.plain(text))
+    places = len(text.strip().partition(".")[2])
+    return value is not None and decimal is not None and abs(value - decimal) < 10.0**-places
 
 
 def _tagged(answer: str) -> str | None:
@@ -146,7 +183,7 @@ def _spelling(text: str) -> str:
 
 def _readable(gold: str) -> bool:
     text = notation.respelled(gold)
-    return bool(text) and (quantities.number(text) is not None or bool(_parse(_boxed(text))))
+    return bool(text) and (quantities.number(text) is not None or bool(expressions.parse(expressions.boxed(text))))
 
 
 def unboxed(text: str) -> str:
@@ -184,7 +221,7 @@ def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
     numbers = list(_ONE_NUMBER.finditer(right))
     behind = bool(equals and numbers and not right[: numbers[0].start()].strip(" $"))
     if not behind and (re.search(r"\\(?!%)|[\^_]|\d[A-Za-z]", bare) or not numbers):
-        found = _parse(bare if explicit or (numbers and "\\end" not in bare) else answer)
+        found = expressions.parse(bare if explicit or (numbers and "\\end" not in bare) else answer)
         return str(found[-1]) if found and not notation.hedged(bare) else None
     number = numbers[0] if explicit or behind else numbers[-1]
     if notation.qualified(right, number.start(), number.end()):
@@ -220,7 +257,7 @@ def same(gold: str, answer: str) -> bool:
         verdict = rule((gold, answer), (bare[0], bare[1]))
         if verdict is not None:
             return verdict
-    return _verified(gold, answer)
+    return expressions.verified(gold, answer)
 
 
 Pair = tuple[str, str]
@@ -303,10 +340,20 @@ def _as_lists(_: Pair, bare: Pair) -> bool | None:
         bracket = answer.opening if not gold.opening else gold.opening if not answer.opening else ""
         if bracket == "[" and len(gold.members) == 2:
             return False  # an interval is no list
+        gold, answer = (side._replace(members=_by_name(side.members)) for side in (gold, answer))
         return all(map(same, gold.members, answer.members))
     if gold.opening == answer.opening == "\\{":
         return _equal_sets(gold, answer)
     return _matched(gold.members, answer.members, same)
+
+
+def _by_name(members: list[str]) -> list[str]:
+    """Members in the order of their names, where these are neighbours in the alphabet: y=3, x=2 is (2,3)."""
+    found = [_MEMBER.fullmatch(member) for member in members]
+    names = [match[1] if match else "" for match in found]
+    if not all(names) or len(set(names)) < len(names) or ord(max(names)) - ord(min(names)) > 3:
+        return members
+    return [member for _, member in sorted(zip(names, members, strict=True))]
 
 
 def _equal_sets(gold: notation.Group, answer: notation.Group) -> bool:
@@ -378,95 +425,6 @@ def _as_words(texts: Pair, bare: Pair) -> bool | None:
     return re.sub(r"[\W_]", "", keys[0]) == re.sub(r"[\W_]", "", keys[1])
 
 
-def _verified(gold: str, answer: str) -> bool:
-    from math_verify import verify
-
-    gold, answer = _distinct_cases(gold, answer)
-    wanted, parsed = _parse(_boxed(gold)), _parse(_boxed(answer))
-    if not wanted or not parsed or _differs(gold, answer):
-        return False
-    # No time limit here: the pool has the deadline, and signals would be lost in C code.
-    options: dict[str, Any] = {**_places(wanted), "allow_set_relation_comp": True, "timeout_seconds": None}
-    return bool(verify(list(wanted), list(parsed), **options)) and not _without_solutions(wanted[0], parsed[0])
-
-
-def _distinct_cases(gold: str, answer: str) -> Pair:
-    """math-verify takes N for n; where both are there, N gets an index. Letters within words and commands stay."""
-    letters = set(_VARIABLE.findall(gold + " " + answer))
-    both = {letter for letter in letters if letter.isupper() and letter.lower() in letters}
-    if not both:
-        return gold, answer
-    return tuple(_VARIABLE.sub(lambda m: m[1] + ("_{9}" if m[1] in both else ""), t) for t in (gold, answer))  # type: ignore[return-value]
-
-
-def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
-    """More decimals for a small gold answer: math-verify compares 6, so 8.2e-19 and 4.2e-19 would be equal."""
-    try:
-        size = abs(float(wanted[0]))
-    except (TypeError, ValueError, OverflowError):
-        return {}  # no number
-    places = -math.floor(math.log10(size)) if 0 < size < 1e-3 else 3
-    return {"float_rounding": 3 + places, "numeric_precision": 12 + places}
-
-
-def _boxed(text: str) -> str:
-    """A respelled expression as math-verify reads it best; 1e-5 would be a product with e."""
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text.replace("°", "^\\circ "))
-    return _BOX + text + "}"
-
-
-def _differs(gold: str, answer: str) -> bool:
-    """What math-verify overlooks: the base of a number (52_8, 52_5), a wrong equation (8=7)."""
-    bases = [{match[1] or match[2] for match in _IN_BASE.finditer(text)} for text in (gold, answer)]
-    if bases[0] != bases[1]:
-        return True
-    return _false_equation(answer)
-
-
-def _false_equation(text: str) -> bool:
-    """True for `a = b`, or `a = x = b`, with two numbers that are not equal, not even rounded."""
-    sides = re.split(r"=|\\approx(?![A-Za-z])", text)
-    if not 2 <= len(sides) <= 8:
-        return False
-    values = [value for side in sides if (value := _float_of(side)) is not None]
-    return any(abs(one - values[0]) > 0.01 * max(abs(one), abs(values[0])) for one in values[1:])
-
-
-def _float_of(text: str) -> float | None:
-    try:
-        return float(_parse(_boxed(text.strip()))[0])
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return None  # x
-
-
-def _without_solutions(gold: Any, answer: Any) -> bool:
-    """Whether two equations are called equal as neither has a real solution, and are not multiples of each other."""
-    import sympy
-
-    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)) or gold == answer:
-        return False
-    try:
-        if sympy.solve(gold, list(gold.free_symbols)):
-            return False
-    except NotImplementedError:
-        pass  # sympy cannot solve for f and x at once
-    sides = [equation.lhs - equation.rhs for equation in (gold, answer)]
-    return not sympy.simplify(sides[0] / sides[1]).is_number
-
-
-@lru_cache(4096)
-def _parse(text: str) -> tuple[Any, ...]:
-    from math_verify import parse
-    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
-
-    # A box that is no LaTeX it can read must be matched as text: the other reader would take its last number for all.
-    # Units are read here, as math-verify would take a last letter for one: 1 + s, 1 + m and 1 would be the same.
-    spelling = replace(LatexExtractionConfig().normalization_config, units=False)
-    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)
-    targets = (latex,) if _BOX in text else (latex, ExprExtractionConfig())
-    return tuple(parse(text, extraction_config=targets, parsing_timeout=None))
-
-
 def canonical(answer: str) -> str | None:
     """A short name of an answer's value, for majority votes: equal numbers get equal names. None = nothing was read.
 
@@ -485,5 +443,5 @@ def canonical(answer: str) -> str | None:
         return name_of(Rational(value.numerator, value.denominator))
     if word := notation.words(text):
         return name_of(word)  # March is no product of its letters
-    parsed = _parse(_boxed(text)) if text else ()
+    parsed = expressions.parse(expressions.boxed(text)) if text else ()
     return name_of(parsed[0]) if parsed else None

@@ -30,6 +30,11 @@ _SPACES = re.compile(
 )
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
 _TRIGONOMETRY = re.compile(r"\\?(sin|cos|tan|cot|sec|csc)\s*[({]?\s*(\d+(?:\.\d+)?)\s*°\s*[)}]?")
+_TURN = re.compile(
+    r"(?:\\(?:operatorname|text|mathrm)\s*\{\s*cis\s*\}|\\?(?<![A-Za-z])cis(?![A-Za-z]))\s*"
+    r"(?:\(([^()]*)\)|\{([^{}]*)\}|((?:\d+\s*)?\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[\d.]+\s*°|(?:[\d.]+\s*)?\\pi(?:\s*/\s*\d+)?))"
+)
+"""cis x, which is cos x + i sin x."""
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\w+))")
@@ -53,6 +58,7 @@ _NAMES = (
     (re.compile(r"\\lbrack(?![A-Za-z])"), "["),
     (re.compile(r"\\rbrack(?![A-Za-z])"), "]"),
     (re.compile(r"\\colon(?![A-Za-z])"), ":"),
+    (re.compile(r"\\([ij])math(?![A-Za-z])"), r"\1"),
     (re.compile(r"\\pounds(?![A-Za-z])"), "£"),
     (re.compile(r"\\euro(?![A-Za-z])"), "€"),
     (re.compile(r"\\mp(?![A-Za-z])"), r"\\pm"),
@@ -120,6 +126,9 @@ _AFTER = re.compile(
 _SEPARATOR = re.compile(
     r"\s*(?:[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|\\(?:lor|vee|land|wedge|cup)(?![A-Za-z])|\\\\)\s*"
 )
+_EQUAL = re.compile(r"(=|\\approx(?![A-Za-z])|≈|(?:,\s*)?(?:\\text\s*\{\s*or\s*\}|\bor\b))")
+_REMARK = re.compile(r"([^()=]*[^()=\s])\s+\(([^()=]+)\)")
+_NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{[^{}]*\}))?(?:\s*\([^()]*\))?")
 _MARKED = re.compile(
     r"\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d))?"
 )
@@ -165,6 +174,7 @@ def respelled(text: str) -> str:
         text = pattern.sub(name, text)
     text = _ALL_REALS.sub(r"(-\\infty,\\infty)", text) if _ALL_REALS.fullmatch(text.strip()) else text
     text = _DEGREES.sub("°", text)
+    text = _TURN.sub(lambda m: "(\\cos({0})+i\\sin({0}))".format(m[1] or m[2] or m[3] or ""), text)
     text = _TRIGONOMETRY.sub(r"\\\1(\\frac{\2\\pi}{180})", text)
     return _trimmed(text)
 
@@ -270,6 +280,17 @@ def split(text: str) -> list[str]:
     if not parts or len(parts) > MOST_PARTS:
         return [text]
     return [signed for part in parts for signed in _both_signs(part)]
+
+
+def sides(text: str) -> list[tuple[str, bool]]:
+    """What stands between the signs of equality of a respelled text, and whether it is only about equal; also what "or"
+    joins, or a remark in parentheses repeats: 0.5 (50 %). A name in front of all is left out."""
+    remark = _REMARK.fullmatch(text)
+    parts = [remark[1], "=", remark[2]] if remark else _EQUAL.split(text)
+    found = [
+        (part.strip(), sign in (r"\approx", "≈")) for part, sign in zip(parts[::2], ["", *parts[1::2]], strict=True)
+    ]
+    return found[1:] if len(found) > 1 and _NAME.fullmatch(found[0][0]) else found
 
 
 def _both_signs(text: str) -> list[str]:

@@ -82,6 +82,9 @@ def test_there_are_enough_pairs_of_either_verdict():
             "\\frac{\\text{a}}{\\text{b}",
             "3 have ",
             "/(m",
+            "cis ",
+            "cis(1",
+            "x_{",
         ),
     ],
 )
@@ -97,6 +100,7 @@ def test_hostile_texts_are_read_at_once(head, piece):
         notation.is_bare(spelled)
         notation.marked_unit(spelled)
         notation.tells(spelled)
+        notation.sides(spelled)
         notation.larger_part(spelled)
         quantities.may_be_unit(spelled)
         quantities.same_unit(spelled, "m/s")
