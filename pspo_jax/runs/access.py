@@ -11,12 +11,10 @@ import yaml
 
 from pspo_jax.checkpoint.store import saved_steps
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import Config
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.runs.run_folder import read_lines
 from pspo_jax.system.storage import writing
-
-
 
 
 def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", prog: str = "export") -> Config:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pspo_jax.system.storage import write_whole, writing
 from pspo_jax.data.task import CompletionBatch, RewardResult, Task
+from pspo_jax.system.storage import write_whole, writing
 
 Line = dict[str, Any]
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import Config
-from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.defaults import flatten, replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.runs.lock import NAME as LOCK
 from pspo_jax.runs.run_folder import read_lines
 from pspo_jax.system.storage import append_whole, unread, write_whole, writing

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config
-from pspo_jax.config.defaults import uses_char_tokenizer, replace
 from pspo_jax.distributed import processes
 
 

@@ -20,14 +20,14 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from pspo_jax.runs import verdicts
-from pspo_jax.config.schema import Config
-from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
+from pspo_jax.distributed import processes
+from pspo_jax.runs import verdicts
 from pspo_jax.runs.completions import print_completions, write_completions
 from pspo_jax.runs.events import Events
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing
-from pspo_jax.distributed import processes
 
 _ERRORS_BYTES = 2**20
 """Bytes up to which reward_errors.log grows."""
