@@ -149,7 +149,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
     from pspo_jax.distributed import xla_flags
 
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
-    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+    fields = {f"model.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "pspo",
         "model.tied": True,
         "model.qkv_bias": True,

@@ -47,7 +47,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
         jax.config.update("jax_compilation_cache_dir", work.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)  # as entry points set it
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
-    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+    fields = {f"model.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "grpo",
         "model.tied": True,
         "model.compute_dtype": work.dtype,

@@ -113,7 +113,7 @@ def test_every_config_of_the_folder_is_valid(path):
 def test_a_mixture_is_a_list_in_yaml(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
-        "policy: {tokenizer: x}\ntask:\n  mixture:\n    - {name: countdown, weight: 0.25}\n"
+        "model: {tokenizer: x}\ntask:\n  mixture:\n    - {name: countdown, weight: 0.25}\n"
         "    - {name: math, train_data: y.jsonl, heldout_prompts: 7}\n"
     )
     config = parse("--config", str(path))

@@ -59,7 +59,7 @@ def _check_relations(c: Config) -> None:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
     _check_rounds(c)
     _check_distributed(c)
-    _check_objective(c)
+    _check_loss(c)
     _check_schedules(c)
     _check_rewards(c)
     if c.rollout.prompts % c.loss.minibatches:
@@ -96,7 +96,7 @@ def _check_rounds(c: Config) -> None:
         raise ConfigError(f"{field}, more than task.train_prompts={c.task.train_prompts}; lower it")
 
 
-def _check_objective(c: Config) -> None:
+def _check_loss(c: Config) -> None:
     """Loss and replay settings must go together."""
     c = resolve(c)
     o, r = c.loss, c.replay
@@ -114,7 +114,7 @@ def _check_objective(c: Config) -> None:
                 raise ValueError("they must be finite")
         except ValueError as error:
             raise ConfigError(
-                f"objective.{name}={getattr(o, name)!r}: must be k and lambda, such as 2,3 ({error})"
+                f"loss.{name}={getattr(o, name)!r}: must be k and lambda, such as 2,3 ({error})"
             ) from error
     if o.kl_in == "reward" and o.kl_estimator.endswith("+"):
         raise ConfigError(
