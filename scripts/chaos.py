@@ -72,7 +72,7 @@ def main() -> int:
     mounts = _may_mount(work)
     if args.case is not None:
         given = json.loads(args.case)
-        numbered = iter([(0, Case(configs.BASE | given["fields"], given["faults"]))])
+        numbered = iter([(0, Case(configs.without_shape(configs.BASE | given["fields"]), given["faults"]))])
     else:
         # Trials of one configuration stay together, as they share its uninterrupted run.
         mine = [n for n in range(args.trials) if n // TRIALS_A_CONFIGURATION % args.shards == args.shard]
