@@ -3,10 +3,14 @@
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.losses.log_probs import completion_log_probs, pack_rows
 from pspo_jax.losses.losses import Denominators, compute_loss, denominators
+from pspo_jax.losses.ratios import Surrogate, SurrogateInputs, SurrogateTerms
 
 __all__ = [
     "Denominators",
     "LossInputs",
+    "Surrogate",
+    "SurrogateInputs",
+    "SurrogateTerms",
     "completion_log_probs",
     "compute_loss",
     "denominators",

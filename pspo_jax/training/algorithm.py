@@ -45,7 +45,7 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     made = advantages.make(config.advantage, config.forgetting, batch_differs)
     if config.algorithm.variant == "published_code":
         exponent = chosen.exponent * (chosen.correction or 0.0)
-        made = advantages.released(
+        made = advantages.published_code_ers(
             config.advantage, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0
         )
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)

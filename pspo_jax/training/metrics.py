@@ -17,30 +17,30 @@ AGES = 8
 """Ages with a metric of their own; the last one stands for all beyond."""
 
 
-def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"]) -> Metrics:
+def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"]) -> Metrics:
     """TRL's names where TRL has them; NaN = there is nothing to take a mean of.
 
     A group is solved where all its verdicts are 1, unsolved where all are 0, and neither where it has none.
 
     Args:
-      right: verdicts in [0, 1]; NaN = none.
+      verdicts: in [0, 1]; NaN = none.
     """
     stats = group_statistics(rewards, ddof=1)
     valid = ~jnp.isnan(rewards)
-    rewarded = stats.verdicts > 0
+    rewarded = stats.judged > 0
     std = jnp.sqrt(stats.variance)
     lengths = rollouts.lengths.astype(jnp.float32)
     ended = rollouts.ended
-    same = rewarded & ~((stats.variance > 0) & (stats.verdicts > 1))
-    judged = ~jnp.isnan(right)
+    same = rewarded & ~((stats.variance > 0) & (stats.judged > 1))
+    judged = ~jnp.isnan(verdicts)
     known = judged.any(axis=1)
     return {
         "reward": jnp.where(valid, rewards, 0).sum() / valid.sum(),
         "reward_std": jnp.where(rewarded, std, 0).sum() / rewarded.sum(),
         "frac_reward_zero_std": same.sum() / rewarded.sum(),
         "rewards/no_verdict": 1 - valid.mean(),
-        "groups/solved": (known & (~judged | (right >= 1)).all(axis=1)).mean(),
-        "groups/unsolved": (known & (~judged | (right <= 0)).all(axis=1)).mean(),
+        "groups/solved": (known & (~judged | (verdicts >= 1)).all(axis=1)).mean(),
+        "groups/unsolved": (known & (~judged | (verdicts <= 0)).all(axis=1)).mean(),
         "groups/no_verdict": 1 - known.mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),

@@ -45,9 +45,9 @@ from pspo_jax.training.update import optimize, update_metrics
 
 MAX_REWARD = 1e15
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
-"""(state, rollouts, rewards [B, G], right [B, G] | None = None)"""
+"""(state, rollouts, rewards [B, G], verdicts [B, G] | None = None)"""
 Collect = Callable[..., tuple[TrainState, Metrics]]
-"""(state, rollouts, rewards [B, G], right [B, G] | None = None)"""
+"""(state, rollouts, rewards [B, G], verdicts [B, G] | None = None)"""
 Update = Callable[[TrainState, Float[Array, ""]], tuple[TrainState, Metrics]]
 
 
@@ -115,9 +115,9 @@ def make_train_step(
     config: Config,
     state_shardings: Any = None,
 ) -> TrainStep:
-    """`train_step(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted; `state` is donated.
+    """`train_step(state, rollouts, rewards, verdicts=None) -> (state, metrics)`, jitted; `state` is donated.
 
-    rewards [B, G] are what is trained on, NaN = none; those beyond 1e15 count as NaN. right [B, G] are the verdicts in
+    rewards [B, G] are what is trained on, NaN = none; those beyond 1e15 count as NaN. verdicts [B, G] are the verdicts in
     [0, 1], NaN = none, by which selectors and metrics count successes; None = the rewards within [0, 1]. An update
     whose loss or gradient is not finite leaves params and optimizer state as they were.
 
@@ -127,9 +127,9 @@ def make_train_step(
     config = resolve(config)
 
     def train_step(
-        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
+        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, verdicts)
         state, more = _update(
             model, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
         )
@@ -140,7 +140,7 @@ def make_train_step(
 
 
 def make_collect(model: Model, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
-    """`collect(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted, `state` donated: a round of dynamic
+    """`collect(state, rollouts, rewards, verdicts=None) -> (state, metrics)`, jitted, `state` donated: a round of dynamic
     sampling. Rewards and verdicts are as in `make_train_step`.
 
     Its effective groups wait in `state.queue`; metrics["groups/waiting"] says how many there are.
@@ -148,9 +148,9 @@ def make_collect(model: Model, algorithm: Algorithm, config: Config, state_shard
     config = resolve(config)
 
     def collect(
-        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
+        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, verdicts)
         wanted = effective(groups, config.replay.effective)
         queue = append(state.queue, groups, wanted, rollouts.sampling_log_probs)
         metrics["groups/waiting"] = queue.held.astype(jnp.float32)
@@ -192,7 +192,7 @@ def assign_advantages(
     state: TrainState,
     rollouts: Rollouts,
     rewards: Float[Array, "B G"],
-    right: Float[Array, "B G"] | None,
+    verdicts: Float[Array, "B G"] | None,
 ) -> tuple[TrainState, Groups, Metrics]:
     """What rewards and verdicts say of prompts: advantages, and what credit and selector remember."""
     ids = rollouts.prompts.ids
@@ -201,10 +201,10 @@ def assign_advantages(
     advantages, credit_state, kl = compute_advantages(model, algorithm, config, state, rollouts, rewards)
     raw = group_advantages(rewards, ddof=config.advantage.ddof, eps=config.advantage.eps)
     seen = scaled_over_round(algorithm, advantages, rewards)
-    outcome = RolloutOutcome(rewards, seen, raw, state.policy_drift, rollouts.lengths, right)
+    outcome = RolloutOutcome(rewards, seen, raw, state.policy_drift, rollouts.lengths, verdicts)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
     groups = groups_of(rollouts, rewards, advantages, state.step)
-    metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if right is None else right)
+    metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if verdicts is None else verdicts)
     metrics["groups/effective"] = effective(groups, config.replay.effective).sum().astype(jnp.float32)
     if algorithm.estimator.over_batch is None:
         metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
@@ -269,7 +269,7 @@ def _update(
         return behaviour_divergence(model, state, stored, temperature, config)
 
     key = purpose_key(state.key, state.step, REPLAY)
-    groups, replay_state = algorithm.replay.exchange(state.replay, groups, state.step, key, distance)
+    groups, replay_state = algorithm.replay.mix_batch(state.replay, groups, state.step, key, distance)
     if algorithm.estimator.over_batch is not None:
         scaled = algorithm.estimator.over_batch(groups.advantages, groups.rewards, groups.counted)
         groups = dataclasses.replace(groups, advantages=scaled)
@@ -280,7 +280,7 @@ def _update(
     rows = with_log_probs(model, state, rows, stale, temperature, config)
     if stale is not None:
         metrics |= replay_metrics(groups, rows, state.step, config)
-        replay_state = algorithm.replay.settle(replay_state, metrics["replay/ess"])
+        replay_state = algorithm.replay.adapt_share(replay_state, metrics["replay/ess"])
     if replays:
         metrics["replay/stored"] = replay_state.groups.counted.sum().astype(jnp.float32)
         metrics["replay/max_share"] = replay_state.share

@@ -208,7 +208,7 @@ def test_retests_have_their_turn_though_their_own_step_had_no_round():
 
 def verdicts(rewards, right):
     centred = jnp.asarray(rewards - rewards.mean(1, keepdims=True), jnp.float32)
-    return RolloutOutcome(jnp.asarray(rewards, jnp.float32), centred, centred, right=jnp.asarray(right, jnp.float32))
+    return RolloutOutcome(jnp.asarray(rewards, jnp.float32), centred, centred, verdicts=jnp.asarray(right, jnp.float32))
 
 
 def test_success_is_the_verdict_and_not_the_shaped_reward():

@@ -264,13 +264,13 @@ def _put(per_prompt: Any, rows: Int[Array, "m"], values: Any) -> Any:
 def _news(
     config: SelectionConfig, outcome: RolloutOutcome, look: PromptStats, group: Array, writes: Array
 ) -> VisitUpdate:
-    signal = outcome.rewards if config.success == "reward" or outcome.right is None else outcome.right
+    signal = outcome.rewards if config.success == "reward" or outcome.verdicts is None else outcome.verdicts
     judged = ~jnp.isnan(signal)
     if config.success_threshold is None:
         success = jnp.clip(signal, 0, 1)
     else:
         success = jnp.where(signal >= config.success_threshold, 1.0, 0.0)
-    right = summed(jnp.where(judged, success, 0).sum(1), group)
+    verdicts = summed(jnp.where(judged, success, 0).sum(1), group)
     count = summed(judged.sum(1).astype(jnp.float32), group)
     rewarded = ~jnp.isnan(outcome.rewards)
     low = jnp.where(rewarded, outcome.rewards, jnp.inf).min(1)
@@ -278,9 +278,9 @@ def _news(
     return VisitUpdate(
         look=look,
         judged=count > 0,
-        successes=right,
-        failures=count - right,
-        success=right / jnp.maximum(count, 1),
+        successes=verdicts,
+        failures=count - verdicts,
+        success=verdicts / jnp.maximum(count, 1),
         mixed=high > low,
         outcome=outcome,
         writes=writes,
