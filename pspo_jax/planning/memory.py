@@ -29,7 +29,7 @@ from pspo_jax.distributed.devices import (
     parse_target,
 )
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
-from pspo_jax.losses.packing import whole_blocks
+from pspo_jax.losses.packing import padded_length
 from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.scoring import bins_at_a_time, packs_lengths
@@ -220,7 +220,7 @@ def _update_details(setup: Setup) -> dict[str, float]:
         packed = packs_lengths(rows, new, c)
         at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.loss.microbatch_rows)
     length = setup.task.train.tokens.shape[1] + new
-    length = whole_blocks(length - 1) if packed else length
+    length = padded_length(length - 1) if packed else length
     places = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
     # The backward pass of attention needs q, k and v, that of the MLP its two inner halves, whichever weights train.
     inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor

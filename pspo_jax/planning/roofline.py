@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pspo_jax.config.schema import round_prompts
 from pspo_jax.distributed.devices import DeviceSpec
 from pspo_jax.distributed.mesh import ROWS, WEIGHTS, microbatch_size, size_along
-from pspo_jax.losses.packing import whole_blocks
+from pspo_jax.losses.packing import padded_length
 from pspo_jax.training.optimizer import decays
 from pspo_jax.training.scoring import bins_at_a_time, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup
@@ -155,7 +155,7 @@ def _passes(setup: Setup) -> int:
     rows = c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         if _packed(setup):
-            length = whole_blocks(setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens - 1)
+            length = padded_length(setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens - 1)
             bins = _update_work(setup).places / c.loss.minibatches / length
             parts = max(math.ceil(bins / bins_at_a_time(rows, c)), 1)
         else:

@@ -274,7 +274,7 @@ def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, f
         return x
 
     if not w.stacked:
-        return read(w.hf, sharding).astype(dtype)
+        return read(w.hf_name, sharding).astype(dtype)
     leaf = jax.jit(functools.partial(jnp.zeros, w.shape, dtype), out_shardings=sharding)()
     one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     put = jax.jit(
@@ -283,7 +283,7 @@ def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, f
         out_shardings=sharding,
     )
     for i in range(w.shape[0]):
-        leaf = put(leaf, read(w.hf.format(i), one), i)
+        leaf = put(leaf, read(w.hf_name.format(i), one), i)
     return leaf
 
 
