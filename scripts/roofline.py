@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     print("| " + " | ".join(_COLUMNS) + " |")
     print("|---" * len(_COLUMNS) + "|")
     for target in targets:
-        device = DEVICES[target.device or ""]
+        device = DEVICES[target.kind or ""]
         setup = prepare(config, weights=False, capacity=device.memory, devices=jax.devices()[: target.devices])
         mesh = " x ".join(str(n) for n in setup.mesh.shape.values())
         cells = [target.name, mesh]
