@@ -15,19 +15,19 @@ from pspo_jax.config.fields import ConfigError
 
 
 class DeviceSpec(NamedTuple):
-    """One device, as its maker states it."""
+    """The data sheet of one device."""
 
     memory: float
-    """Bytes."""
+    """Size of its memory, in bytes."""
     flops: float
-    """bfloat16 products with float32 sums, FLOP/s, without sparsity."""
+    """Rate of bfloat16 products with float32 sums and without sparsity, in FLOP/s."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Bandwidth of its memory, in bytes/s."""
     link: float
-    """To the other devices of a slice or a machine, bytes/s in one direction, all its links together: half of what is
-    stated for both."""
+    """Bandwidth of all its links to the other devices of a slice or a machine, in bytes/s in one direction: half of a
+    number that is stated for both directions."""
     cores: int = 1
-    """By how many a slice's name counts a device: v5p-8 has four."""
+    """Number of cores that a device counts for in the name of a slice: v5p-8 has eight cores, on four devices."""
 
 
 _GIB = 2**30
@@ -73,7 +73,7 @@ class Target(NamedTuple):
 
     name: str
     kind: str | None
-    """A key of KINDS; None = this machine."""
+    """A key of DEVICES; None = this machine."""
     devices: int
 
 
