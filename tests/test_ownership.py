@@ -222,6 +222,6 @@ def test_the_names_that_fields_take_are_those_of_the_tables():
 
 def test_help_lists_what_the_tables_hold(capsys):
     with pytest.raises(SystemExit):
-        command_line.parse(["--help"], "train", "")
+        command_line.parse(["--help-all"], "train", "")
     text = capsys.readouterr().out
     assert "posterior_mixed" in text and "tracked_baseline" in text and str(Path("FILE.yaml")) in text

@@ -29,7 +29,7 @@ def flags(values):
 
 
 SELECTOR, QUOTAS, POOLS = "selection.name", "selection.quotas", "selection.pool_weights"
-RULE_QUOTAS, RULE_POOLS = "share in (0, 1], each task once, such as", "must be three numbers from 0"
+RULE_QUOTAS, RULE_POOLS = "share in (0, 1], each task once, such as", "must be three numbers of at least 0"
 WEIGHTED = "drop it, or set selection.name to pps, spo, difficulty_pools or curriculum"
 
 

@@ -70,7 +70,7 @@ def _check_distributed(c: Config) -> None:
     """A process must know its place, and a mesh its size."""
     d = c.distributed
     if c.mesh.data == 0:
-        raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
+        raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that the other axes leave")
     if d.coordinator is None:
         return
     host, _, port = d.coordinator.rpartition(":")
