@@ -5,8 +5,9 @@
     python -m pspo_jax.evaluate --model FOLDER_OR_HUB_ID --out DIR
 
 It writes one JSONL file for each checkpoint and benchmark, results.json, table.md and, with matplotlib, curve.png.
-After a kill the same command carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. It uses
-the devices of this machine, whatever the run was trained on; several processes, started as in training, share the work.
+After a kill the same command carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. It
+uses the devices of this machine, whatever the run was trained on; several processes, started as in training, share the
+work.
 """
 
 from __future__ import annotations
