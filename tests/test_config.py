@@ -169,7 +169,7 @@ def test_text_tasks_have_their_own_defaults():
         (["--task.name", "gsm8k", "--model.source", "x", "--task.train_data", "y", "--sft.steps", "3"],
          ["sft.steps=3", "sft.data"]),
         (["--task.name", "gsm8k", "--model.source", "x", "--task.train_data", "y", "--lora.targets", "q,wk"],
-         ["lora.targets='q,wk'", "by wk"]),
+         ["lora.targets='q,wk'", "wk is not a projection"]),
         (["--lora.rank", "4"], ["lora.rank=4", "set model.source"]),
         (["--task.train_prompts", "0"], ["task.train_prompts=0"]),
     ],

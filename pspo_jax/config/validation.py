@@ -199,10 +199,8 @@ def _check_model(c: Config) -> None:
     _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))
     unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
     if unknown or not c.lora.target_names():
-        raise ConfigError(
-            f"lora.targets={c.lora.targets!r}: names no projection{' by ' + ', '.join(unknown) if unknown else ''}; "
-            f"choose among {', '.join(PROJECTIONS)}"
-        )
+        reason = f"{', '.join(unknown)} is not a projection" if unknown else "names no projection"
+        raise ConfigError(f"lora.targets={c.lora.targets!r}: {reason}; choose among {', '.join(PROJECTIONS)}")
 
 
 def _check_prompt(c: Config) -> None:
