@@ -1,4 +1,4 @@
-"""The least time of a step on several targets, as a Markdown table: a model by arithmetic, not a measurement.
+"""The least time of a step on several targets, as a Markdown table. It is computed, not measured.
 
 python scripts/roofline.py v5e-8 v6e-8 h200x8 -- --config configs/pspo_qwen25_math_1p5b.yaml ...
 """

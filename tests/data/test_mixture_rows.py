@@ -145,18 +145,18 @@ def test_a_label_that_no_quota_can_name_is_refused(label, config, file):
 
 
 def test_a_label_that_stands_twice_is_refused(config, file):
-    with pytest.raises(ConfigError, match=r"^task\.mixture: label='x' stands twice"):
+    with pytest.raises(ConfigError, match=r"^task\.mixture: label='x' appears twice"):
         validate(config(file("a", 9, label="x"), file("b", 9, label="x")))
 
 
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        ({"train_data": "x"}, "lacks a name; name a task of text, one of countdown, math"),
-        ({"name": "arithmetic"}, "name='arithmetic' cannot be mixed"),
-        ({"name": "maths"}, "name='maths' cannot be mixed"),
-        ({"name": ["math"]}, "cannot be mixed"),
-        ({"name": "countdown", "mixture": "[]"}, "holds a mixture of its own"),
+        ({"train_data": "x"}, "lacks a name; add one of countdown, math"),
+        ({"name": "arithmetic"}, "name='arithmetic' is not a text task"),
+        ({"name": "maths"}, "name='maths' is not a text task"),
+        ({"name": ["math"]}, "is not a text task"),
+        ({"name": "countdown", "mixture": "[]"}, "contains another mixture"),
     ],
 )
 def test_what_an_item_lacks_is_said(item, words, config):

@@ -201,7 +201,7 @@ def test_a_refusal_names_what_is_wrong_and_what_there_is():
         shares_of("maths=0.5", KINDS)
     with pytest.raises(ConfigError, match="nothing for gsm8k, logic"):
         shares_of("math=1", KINDS)
-    with pytest.raises(ConfigError, match=r"gsm8k=2.* is no task=share"):
+    with pytest.raises(ConfigError, match=r"gsm8k=2.* is not task=share"):
         shares_of("math=0.5, gsm8k=2", KINDS)
     with pytest.raises(ConfigError, match="more than 1"):
         shares_of("math=0.6, gsm8k=0.6", KINDS)
