@@ -81,8 +81,8 @@ class Ours:
     def __init__(self, name: str, size: int, batch: int):
         config = resolve(replace(Config(), {"selection.name": name}))
         self.strategy = selector(config.selection, config.forgetting, SelectorContext(batch, GROUP, 1000, 0))
-        columns = PromptMetadata(np.zeros(size, np.int8), np.random.default_rng(0).random(size, np.float32))  # type: ignore[arg-type]
-        self.state = jax.jit(lambda known: self.strategy.init(size, known))(columns)
+        metadata = PromptMetadata(np.zeros(size, np.int8), np.random.default_rng(0).random(size, np.float32))
+        self.state = jax.jit(lambda known: self.strategy.init(size, known))(metadata)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
         step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))

@@ -17,7 +17,7 @@ from pspo_jax.advantages.interface import AdvantageEstimator, OverBatchFn, group
 from pspo_jax.arrays.per_prompt import last_of_each, padded_rows
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
-from pspo_jax.selection.beliefs import Beliefs, init_beliefs, learned, mean
+from pspo_jax.selection.beliefs import Beliefs, init_beliefs, mean, update_beliefs
 
 
 class TrackedState(NamedTuple):
@@ -65,7 +65,7 @@ def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> A
             # Advantages are divided by their own size: the standard deviation of a batch of equal rewards would be 0.
             centred = centred / (jnp.sqrt((centred**2).sum() / jnp.maximum(known.sum(), 1)) + config.eps)
         success = jnp.where(valid, jnp.clip(rewards, 0, 1), 0).sum(1)
-        after = learned(
+        after = update_beliefs(
             forgetting,
             before,
             None,

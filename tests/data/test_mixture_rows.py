@@ -14,7 +14,7 @@ from pspo_jax.config.validation import validate
 from pspo_jax.data.loading import quiet
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
-from pspo_jax.selection.columns import load_metadata
+from pspo_jax.selection.metadata import load_metadata
 from tests.data.small_tokenizer import CHATML, SPECIAL, write_tokenizer
 from tests.helpers import tiny_config
 
@@ -128,9 +128,9 @@ def test_tasks_of_one_name_are_told_apart(config, file):
         for label, kind, text in zip(prompts.labels, prompts.kinds, prompts.texts, strict=True):
             assert kind == "countdown" if label == "countdown" else (kind == "math" and text[0] == first[label])
     quotas = tiny_config(selection__quotas="math=.25,math_2=.25,hard=.25,countdown=.25", rollout__prompts=4)
-    kinds, columns = load_metadata(quotas, task.train)
-    assert kinds == ("countdown", "hard", "math", "math_2")
-    assert [kinds[k] for k in columns.kind] == list(task.train.labels)
+    task_names, metadata = load_metadata(quotas, task.train)
+    assert task_names == ("countdown", "hard", "math", "math_2")
+    assert [task_names[k] for k in metadata.task_ids] == list(task.train.labels)
 
 
 def test_labels_follow_the_names_that_are_taken(config, file):
