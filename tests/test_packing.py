@@ -20,13 +20,14 @@ from pspo_jax.model import transformer
 from pspo_jax.training.scoring import (
     assign,
     bins_at_a_time,
+    padded_tokens,
     score,
     score_some,
     shares_prompts,
     split_microbatches,
     uses_packing,
 )
-from pspo_jax.training.update import _gradient, padded_places
+from pspo_jax.training.update import loss_gradient
 from tests.helpers import relative, tiny_config, tiny_policy
 
 R, P, T, G = 24, 9, 20, 4
@@ -121,7 +122,7 @@ def test_groups_share_a_prompt_in_a_bin(groups):
 
 
 def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
-    """(packed, padded) results of `_gradient`: gradients, metrics, gap, places."""
+    """(packed, padded) results of `loss_gradient`: gradients, metrics, gap, places."""
     fields = {"loss__name": loss, "loss__microbatch_rows": 4} | fields
     config = tiny_config(**fields)
     model, params, _ = tiny_policy(**(policy_fields or {}))
@@ -133,7 +134,7 @@ def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
 
     def run(packing):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
+        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
 
     return run(True), run(False)
 
@@ -265,7 +266,7 @@ def test_a_mesh_changes_nothing(mesh):
 
     def run(packing, params, rows):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p, x: _gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
+        return jax.jit(lambda p, x: loss_gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
 
     names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor")
     grid = make_mesh(replace(config, dict(zip(names, mesh, strict=True))))
@@ -286,7 +287,7 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
 
     def run(packing):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
+        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
 
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
@@ -301,4 +302,4 @@ def test_padded_rows_of_many_places_are_counted_as_they_are_computed():
     rows = rows_with()
     longer = rows.replace(prompts=jnp.pad(rows.prompts, ((0, 0), (0, 1100 - P)), constant_values=14))
     assert bin_length(longer) == 1152
-    assert padded_places(longer) == compact_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)
+    assert padded_tokens(longer) == compact_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)

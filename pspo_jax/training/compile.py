@@ -119,7 +119,7 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     state = setup.abstract
     if rounds:
         collect = make_collect(setup.model, setup.algorithm, c, without_buffer(setup.shardings))
-        lowered["collect"] = collect.lower(without_buffer(state), rollouts, rewards, rewards)  # type: ignore[attr-defined]
+        lowered["collect"] = collect.lower(without_buffer(state), rollouts, rewards, rewards)
         step: Any = make_update(setup.model, setup.optimizer, setup.algorithm, c, setup.shardings)
         lowered["step"] = step.lower(state, rollouts.temperature)
     else:
