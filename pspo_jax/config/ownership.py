@@ -15,6 +15,7 @@ from pspo_jax.config.defaults import defaults_of, flatten, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError, Value
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ModelConfig, round_prompts
+from pspo_jax.config.strategies import SURROGATES
 from pspo_jax.config.text_fields import parse_terms
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
@@ -83,6 +84,15 @@ def term(name: str) -> Condition:
     return Condition(lambda c: name in parse_terms(c.reward), _unread("reward.terms"), f"add {name} to reward.terms")
 
 
+def surrogate(*names: str) -> Condition:
+    """The condition that the loss has one of these surrogates, or a user's own, which may read every field."""
+    return Condition(
+        lambda c: c.loss.surrogate in names or c.loss.surrogate not in SURROGATES,
+        _unread("loss.surrogate"),
+        f"set loss.surrogate to {_any_of(names)}",
+    )
+
+
 def task(*names: str) -> Condition:
     """The condition that the task has one of these names."""
     return when("task.name", *names)
@@ -124,7 +134,7 @@ def _trains_on_older_groups(c: Config) -> bool:
 
 def _reads_ratio(c: Config) -> bool:
     loss = c.loss
-    return loss.surrogate in ("clip", "cispo", "sapo") or (
+    return loss.surrogate not in ("vespo", "reinforce") or (
         loss.kl_coef > 0 and loss.kl_in == "loss" and loss.kl_unbiased
     )
 
@@ -176,7 +186,7 @@ RANDOM_WEIGHTS = Condition(
 ADAPTERS = unless("lora.rank", 0, "set lora.rank")
 POPO = when("replay.name", "popo")
 DYNAMIC_SAMPLING = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
-CLIP = when("loss.surrogate", "clip")
+CLIP = surrogate("clip")
 KL = unless("loss.kl_coef", 0.0, "set loss.kl_coef")
 PAPER_VARIANT = when("algorithm.variant", "paper")
 HAS_COORDINATOR = unless("distributed.coordinator", None, "set distributed.coordinator")
@@ -388,10 +398,10 @@ OWNERS: dict[str, Owner] = {
     "loss.ratio": (Condition(_reads_ratio, _unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
     "loss.count_masked": (when("loss.aggregation", "grpo", "dr_grpo", "luspo"),),
     "loss.clip_low": (CLIP,),
-    "loss.clip_high": (when("loss.surrogate", "clip", "cispo"),),
+    "loss.clip_high": (surrogate("clip", "cispo"),),
     **_all("loss", ("delta", "dual_clip"), CLIP),
-    **_all("loss", ("sapo_positive", "sapo_negative"), when("loss.surrogate", "sapo")),
-    **_all("loss", ("vespo_positive", "vespo_negative"), when("loss.surrogate", "vespo")),
+    **_all("loss", ("sapo_positive", "sapo_negative"), surrogate("sapo")),
+    **_all("loss", ("vespo_positive", "vespo_negative"), surrogate("vespo")),
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
     "loss.off_policy": (OLDER_GROUPS,),

@@ -15,7 +15,7 @@ from pspo_jax.config.fields import ConfigError, Value, nearest
 from pspo_jax.config.ownership import is_read
 from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.schema import Config
-from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, AlgorithmName, LossName
+from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, SURROGATES, AlgorithmName, LossName
 
 _GRPO: dict[str, Value] = {"advantage.name": "group", "advantage.scale": "group", "loss.name": "dapo"}
 _MEAN_ONLY: dict[str, Value] = {"advantage.scale": "none", "loss.name": "dapo"}
@@ -96,9 +96,10 @@ CHOICES: dict[str, Collection[str]] = {
     "advantage.name": ESTIMATORS,
     "replay.name": REPLAYS,
     "loss.name": LOSSES,
+    "loss.surrogate": SURROGATES,
 }
 """Field that names an entry of a table -> the names in that table."""
-PLUGINS = ("selection.name", "advantage.name")
+PLUGINS = ("selection.name", "advantage.name", "loss.surrogate")
 """Fields that also take a user's own function as module:function."""
 
 

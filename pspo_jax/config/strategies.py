@@ -31,7 +31,9 @@ REPLAYS = ("none", "filter", "popo")
 LossName = str
 """A key of `presets.LOSSES`."""
 Scale = Literal["group", "batch", "none"]
-Surrogate = Literal["clip", "cispo", "sapo", "vespo", "reinforce"]
+SurrogateName = str
+SURROGATES = ("clip", "cispo", "sapo", "vespo", "reinforce")
+"""Names of the surrogates that `losses.ratios.SURROGATES` holds."""
 Ratio = Literal["token", "sequence", "sequence_token"]
 Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "token_sum"]
 
@@ -223,9 +225,10 @@ class LossConfig:
     name: LossName | None = None
     """Published loss, which fills surrogate, ratio, aggregation and the clip range where they are None (table in
     docs/objectives.md); None = the algorithm's."""
-    surrogate: Surrogate | None = None
+    surrogate: SurrogateName | None = None
     """Function of ratio and advantage that is maximised: PPO's clip, CISPO's truncated weight, SAPO's gate, VESPO's
-    gamma weight, or the log-prob alone (reinforce). None = the loss's."""
+    gamma weight, or the log-prob alone (reinforce); or a function of your own, as module:function
+    (docs/extending/loss.md). None = the loss's."""
     ratio: Ratio | None = None
     """Probability ratio: of each token, of the sequence as its geometric mean, or of the sequence with the gradient of
     the token (sequence_token, as in GSPO-token). None = the loss's."""
