@@ -190,7 +190,7 @@ def prepare(
         say(line)
     learnt = settings(config, task)  # reads sft.data: a missing file is found out here
     if config.sft.steps and config.sft.data is not None:
-        processes.check_same("sft.data", learnt["sft.data"])
+        processes.check_same("sft.data", str(learnt["sft.data"]))
     check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,
