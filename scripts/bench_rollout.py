@@ -3,7 +3,7 @@
     python scripts/bench_rollout.py --peer-python PYTHON_WITH_TORCH --tunix-python PYTHON_WITH_TUNIX --out bench.jsonl
 
 Each draws 64 new tokens for 8 samples of each of 8 prompts of 64 tokens, at temperature 1 and with no stop
-token, from random weights of the same shape. docs/performance.md says how the numbers are taken.
+token, from random weights of the same shape. docs/performance.md describes the method.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OURS, PEER = "pspo_jax", "Hugging Face generate"
 
 
 def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
-    """Config, policy and prompts of a piece of work, after the process settings that entry points apply."""
+    """Config, model and prompts of a piece of work, after the process settings of the entry points."""
     from pspo_jax.distributed.runtime import keep_freed_memory
 
     keep_freed_memory()
@@ -138,7 +138,7 @@ def serve_peer(work: Work) -> None:
 
 
 def contenders(shape: str, dtype: str, peers: list[str], options: argparse.Namespace, cache: str) -> list[Contender]:
-    """Ours, then the peers that are there."""
+    """This package, then the peers that are installed."""
     work = Work(SHAPES[shape], dtype)
     interpreters = {PEER: ("peer", options.peer_python), TUNIX: ("tunix", options.tunix_python)}
     ours = Contender(OURS, "ours", sys.executable, dataclasses.replace(work, cache=cache), ours=True)

@@ -13,20 +13,21 @@ from pspo_jax.arrays.rows import Rows
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
-from pspo_jax.losses.log_probs import pack_rows
+from pspo_jax.losses.log_probs import compact_rows
 from pspo_jax.losses.losses import denominators
 from pspo_jax.losses.packing import ROWS_PER_BIN, assign_bins, assign_shared_bins, bin_length, loss_lengths
 from pspo_jax.model import transformer
 from pspo_jax.training.scoring import (
     assign,
     bins_at_a_time,
+    padded_tokens,
     score,
     score_some,
     shares_prompts,
     split_microbatches,
     uses_packing,
 )
-from pspo_jax.training.update import _gradient, padded_places
+from pspo_jax.training.update import loss_gradient
 from tests.helpers import relative, tiny_config, tiny_policy
 
 R, P, T, G = 24, 9, 20, 4
@@ -67,12 +68,16 @@ def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
     needs = np.asarray(needs)
     plan = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
-    assert int(plan.used) == sum(needs) and plan.leads.all()
+    assert int(plan.num_tokens) == sum(needs) and plan.owns_prompt.all()
     rows = np.asarray(plan.rows)
     placed = rows[rows < r]
     assert sorted(placed) == [i for i, n in enumerate(needs) if n]
     sizes = [sum(needs[i] for i in bin_ if i < r) for bin_ in rows]
-    assert max(sizes) <= length and all(s > 0 for s in sizes[: int(plan.bins)]) and not any(sizes[int(plan.bins) :])
+    assert (
+        max(sizes) <= length
+        and all(s > 0 for s in sizes[: int(plan.num_bins)])
+        and not any(sizes[int(plan.num_bins) :])
+    )
     # First-fit decreasing, naively.
     room: list[list[int]] = []
     for i in sorted(range(r), key=lambda i: -needs[i]):
@@ -83,7 +88,7 @@ def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
                 room.append([i])
             else:
                 home.append(i)
-    assert [[i for i in bin_ if i < r] for bin_ in rows[: int(plan.bins)]] == room
+    assert [[i for i in bin_ if i < r] for bin_ in rows[:used]] == room
 
 
 GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=3, max_size=3)), min_size=1)
@@ -97,7 +102,7 @@ def test_groups_share_a_prompt_in_a_bin(groups):
     r, length = len(prompts), 17
     args = jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32)
     plan = assign_bins(*args, jnp.arange(r) // 3, length, r)
-    rows, leads = np.asarray(plan.rows), np.asarray(plan.leads)
+    rows, leads = np.asarray(plan.rows), np.asarray(plan.owns_prompt)
     assert sorted(rows[rows < r]) == [i for i in range(r) if answers[i]]
     used = 0
     for bin_, lead in zip(rows, leads, strict=True):
@@ -108,14 +113,16 @@ def test_groups_share_a_prompt_in_a_bin(groups):
         places = sum(answers[i] - 1 + (prompts[i] if x else 0) for i, x in zip(held, lead, strict=False))
         assert places <= length
         used += places
-    assert int(plan.used) == used
+    assert int(plan.num_tokens) == used
     alone = assign_bins(*args, jnp.arange(r), length, r)
-    assert used <= int(alone.used)
-    assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).bins) == min(int(plan.bins), int(alone.bins))
+    assert used <= int(alone.num_tokens)
+    assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).num_bins) == min(
+        int(plan.num_bins), int(alone.num_bins)
+    )
 
 
 def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
-    """(packed, padded) results of `_gradient`: gradients, metrics, gap, places."""
+    """(packed, padded) results of `loss_gradient`: gradients, metrics, gap, places."""
     fields = {"loss__name": loss, "loss__microbatch_rows": 4} | fields
     config = tiny_config(**fields)
     model, params, _ = tiny_policy(**(policy_fields or {}))
@@ -127,7 +134,7 @@ def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
 
     def run(packing):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
+        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
 
     return run(True), run(False)
 
@@ -190,7 +197,7 @@ def test_rows_dealt_over_parts_share_with_their_own_group_alone():
     config = tiny_config(loss__microbatch_rows=2)
     part = jax.tree.map(lambda x: x[1], split_microbatches(rows_with(3), 3))
     on = replace(config, {"loss.packing": True})
-    assert not assign(model, part, loss_lengths(part), on).leads.all()
+    assert not assign(model, part, loss_lengths(part), on).owns_prompt.all()
     packed, padded = (score(model, params, part, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(jnp.where(part.mask, packed, 0), jnp.where(part.mask, padded, 0), atol=1e-5)
 
@@ -210,7 +217,7 @@ def test_a_row_sees_only_itself():
     model, params, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(loss__microbatch_rows=8, loss__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
-    assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).bins) < 10
+    assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).num_bins) < 10
     a, b = (score(model, params, x, jnp.float32(1), config)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
@@ -230,7 +237,7 @@ def test_many_short_completions_of_a_short_prompt():
     config = tiny_config(loss__microbatch_rows=4)
     on = replace(config, {"loss.packing": True})
     planned = assign(model, rows, loss_lengths(rows), on)
-    assert (int(planned.bins), int(planned.used)) == (1, 1 + r) and 2 * r > P + T - 1
+    assert (int(planned.num_bins), int(planned.num_tokens)) == (1, 1 + r) and 2 * r > P + T - 1
     packed, padded = (score(model, params, rows, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(packed[:, :2], padded[:, :2], atol=1e-5)
 
@@ -242,9 +249,9 @@ def test_packing_is_chosen_for_long_completions():
     assert not uses_packing(model, rows, config) and uses_packing(model, long, config)
     assert not uses_packing(model, long, replace(config, {"loss.packing": False}))
     assert not uses_packing(model, long, replace(config, {"loss.microbatch_rows": 0}))
-    assert not uses_packing(model._replace(uses_packing=False), long, config)
+    assert not uses_packing(model._replace(packs=False), long, config)
     with pytest.raises(ValueError, match=r"loss.packing=true: this policy's `hidden` takes no packed rows"):
-        uses_packing(model._replace(uses_packing=False), rows, replace(config, {"loss.packing": True}))
+        uses_packing(model._replace(packs=False), rows, replace(config, {"loss.packing": True}))
     with pytest.raises(ValueError, match=r"loss.share_prompts=true: this policy's `hidden` cannot"):
         shares_prompts(model._replace(shares=False), replace(config, {"loss.share_prompts": True}))
 
@@ -259,7 +266,7 @@ def test_a_mesh_changes_nothing(mesh):
 
     def run(packing, params, rows):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p, x: _gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
+        return jax.jit(lambda p, x: loss_gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
 
     names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor")
     grid = make_mesh(replace(config, dict(zip(names, mesh, strict=True))))
@@ -280,11 +287,11 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
 
     def run(packing):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
+        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
 
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
-    needed = int(assign(model, rows, loss_lengths(rows), config).bins)
+    needed = int(assign(model, rows, loss_lengths(rows), config).num_bins)
     assert needed < 40 and bins_at_a_time(64, config) == 8
     assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
     assert int(padded[3].computed) == 64 * (P + T)
@@ -295,4 +302,4 @@ def test_padded_rows_of_many_places_are_counted_as_they_are_computed():
     rows = rows_with()
     longer = rows.replace(prompts=jnp.pad(rows.prompts, ((0, 0), (0, 1100 - P)), constant_values=14))
     assert bin_length(longer) == 1152
-    assert padded_places(longer) == pack_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)
+    assert padded_tokens(longer) == compact_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)

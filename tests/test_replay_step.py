@@ -273,7 +273,7 @@ def test_one_full_round_is_the_plain_step():
     state, _ = update(state, rollouts.temperature)
     assert relative(state.params, expected.params) < 1e-6
     jax.tree.map(np.testing.assert_array_equal, state.advantage, expected.advantage)
-    jax.tree.map(np.testing.assert_array_equal, state.selector.own, expected.selector.own)
+    jax.tree.map(np.testing.assert_array_equal, state.selector.per_prompt, expected.selector.per_prompt)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopps", "greso")]

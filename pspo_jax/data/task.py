@@ -112,7 +112,7 @@ class RewardResult(NamedTuple):
     """For training; NaN = none."""
     terms: dict[str, Float[np.ndarray, "B G"]]
     """Unweighted rewards by name."""
-    right: Float[np.ndarray, "B G"]
+    verdicts: Float[np.ndarray, "B G"]
     """The verdict that evaluation counts, in [0, 1]; NaN = no verdict."""
     answers: list[list[str | None]]
     """The answers found, in a canonical form; None = none found."""

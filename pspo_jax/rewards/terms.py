@@ -19,7 +19,7 @@ RELEASED_LENGTH = 1000
 class Shape(NamedTuple):
     """What shaping rewards are computed from."""
 
-    right: Float[np.ndarray, "B G"]
+    verdicts: Float[np.ndarray, "B G"]
     """The verdict; NaN = none."""
     lengths: Int[np.ndarray, "B G"]
     """Tokens."""
@@ -45,14 +45,14 @@ def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "
         }[name]
         return np.array([[call(text) for text in row] for row in shape.texts], np.float32)
     if name == "length":
-        return shaping.length_kimi(shape.right, shape.lengths)
+        return shaping.length_kimi(shape.verdicts, shape.lengths)
     if name == "overlong":
         cache = config.overlong_cache or max(1, shape.max_length // 5)
         return shaping.soft_overlong(shape.lengths, shape.max_length, min(cache, shape.max_length))
     released = config.variant == "published_code"
     characters = np.array([[len(text) for text in row] for row in shape.texts])
     return shaping.cosine(
-        shape.right,
+        shape.verdicts,
         characters if released else shape.lengths,
         RELEASED_LENGTH if released else config.cosine_length or shape.max_length,
         interval(config.cosine_right, "reward.cosine_right"),
@@ -64,7 +64,7 @@ def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "
 def weighted_sum(
     terms: dict[str, Float[np.ndarray, "B G"]],
     weights: dict[str, float],
-    right: Float[np.ndarray, "B G"],
+    verdicts: Float[np.ndarray, "B G"],
     failed: Mapping[str, Bool[np.ndarray, "B G"]] = MappingProxyType({}),
 ) -> Float[np.ndarray, "B G"]:
     """The reward: NaN where the verifier or a term gave no verdict, or no term has a value; else the terms' sum.
@@ -76,7 +76,7 @@ def weighted_sum(
     values = np.stack([weights[name] * terms[name] for name in weights])
     known = ~np.isnan(values)
     total = np.where(known, values, 0).sum(axis=0)
-    whole = known.any(axis=0) & ~np.isnan(right)
+    whole = known.any(axis=0) & ~np.isnan(verdicts)
     for name, bad in failed.items():
         if weights.get(name):
             whole &= ~bad

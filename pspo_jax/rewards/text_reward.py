@@ -69,7 +69,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
             for i, row in enumerate(batch.lengths)
         ]
         asks = _verdict_asks(batch, kinds, texts, config, pool)
-        verdicts = pool.submit([ask.request for ask in asks])
+        verified = pool.submit([ask.request for ask in asks])
         extra = {
             name: (found := _function_asks(name, batch, texts, pool, config), pool.submit([a.request for a in found]))
             for name in weights
@@ -77,7 +77,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
         }
 
         def result() -> RewardResult:
-            return _scores(batch, kinds, texts, asks, verdicts, extra, weights, config)
+            return _scores(batch, kinds, texts, asks, verified, extra, weights, config)
 
         return result
 
@@ -172,28 +172,28 @@ def _scores(
     kinds: list[str],
     texts: list[list[str]],
     asks: list[_Ask],
-    verdicts: Batch,
+    verified: Batch,
     extra: dict[str, tuple[list[_Ask], Batch]],
     weights: dict[str, float],
     config: Config,
 ) -> RewardResult:
     shape = batch.lengths.shape
-    filled = {"accuracy": _filled(shape, asks, verdicts.result(), unasked=0.0)}
+    filled = {"accuracy": _filled(shape, asks, verified.result(), unasked=0.0)}
     filled |= {name: _filled(shape, found, replies.result()) for name, (found, replies) in extra.items()}
     value = filled["accuracy"].value
     graded = np.array([[kind in GRADED] for kind in kinds])
-    right = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
+    verdicts = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
-    what = Shape(right, batch.lengths, texts, config.rollout.max_new_tokens)
+    what = Shape(verdicts, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:
         terms[name] = filled[name].value if name in filled else shaped(name, config.reward, what)
     failed = {name: one.failed for name, one in filled.items()}
-    reward = weighted_sum(terms, weights, right, failed)
+    reward = weighted_sum(terms, weights, verdicts, failed)
     # The verdict is reported whether or not it is paid for.
     return RewardResult(
         reward,
         {"accuracy": value} | terms,
-        right,
+        verdicts,
         filled["accuracy"].answers,
         filled["accuracy"].reasons,
         tuple(dict.fromkeys(error for one in filled.values() for error in one.errors)),

@@ -44,7 +44,7 @@ def completion_lines(
                     "answer": batch.prompts.answers[row],
                     "completion": task.tokenizer.decode(batch.tokens[i, j, : batch.lengths[i, j]].tolist()),
                     "found": scores.answers[i][j],
-                    "verdict": _number(scores.right[i, j]),
+                    "verdict": _number(scores.verdicts[i, j]),
                     "reward": _number(scores.reward[i, j]),
                     **{f"rewards/{name}": _number(value[i, j]) for name, value in scores.terms.items()},
                     **{f"logged/{name}": rows[i][j] for name, rows in scores.columns.items()},

@@ -11,6 +11,7 @@ from pspo_jax.config.ownership import believes
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.config.validation import validate
+from pspo_jax.losses.ratios import check_surrogate
 
 
 class Algorithm(NamedTuple):
@@ -32,6 +33,7 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     if config.given != frozenset(flatten(config)):
         validate(config)
     config = resolve(config)
+    check_surrogate(config.loss)
     r = config.rollout
     rounds = r.dynamic_sampling_rounds or 1
     sizes = selection.SelectorContext(
@@ -45,7 +47,7 @@ def build(config: Config, kinds: tuple[str, ...] = ()) -> Algorithm:
     made = advantages.make(config.advantage, config.forgetting, batch_differs)
     if config.algorithm.variant == "published_code":
         exponent = chosen.exponent * (chosen.correction or 0.0)
-        made = advantages.released(
+        made = advantages.published_code_ers(
             config.advantage, config.forgetting, round_prompts(config), exponent, chosen.floor or 0.0
         )
         chosen = dataclasses.replace(chosen, correction=0.0, correction_end=None)

@@ -45,7 +45,7 @@ from pspo_jax.rewards.task import make_task, own_tokenizer
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import PromptMetadata
-from pspo_jax.selection.columns import load_metadata
+from pspo_jax.selection.metadata import load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
@@ -190,7 +190,7 @@ def prepare(
         say(line)
     learnt = settings(config, task)  # reads sft.data: a missing file is found out here
     if config.sft.steps and config.sft.data is not None:
-        processes.check_same("sft.data", learnt["sft.data"])
+        processes.check_same("sft.data", str(learnt["sft.data"]))
     check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,

@@ -236,7 +236,7 @@ def assert_equals_plain_python(config, steps):
     for i, (m, spread, when) in plain.history.items():
         assert float(state.mean[i]) == pytest.approx(m, abs=1e-5)
         assert float(state.spread[i]) == pytest.approx(spread, rel=1e-4, abs=1e-5)
-        assert state.moved is None or float(state.moved[i]) == pytest.approx(when, abs=1e-5)
+        assert state.policy_drift is None or float(state.policy_drift[i]) == pytest.approx(when, abs=1e-5)
 
 
 STAT_MODES = ("variance", "linear_std", "released_head")

@@ -97,7 +97,7 @@ def verdict(prompts, tokens, lengths):
     """Of one completion a prompt."""
     ended = np.ones((len(tokens), 1), bool)
     scores = grade(CompletionBatch(prompts, np.arange(len(tokens)), tokens[:, None], lengths[:, None], ended, 0))()
-    assert scores.reward is scores.right and not scores.reasons
+    assert scores.reward is scores.verdicts and not scores.reasons
     return scores.reward
 
 

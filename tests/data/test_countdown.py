@@ -230,7 +230,7 @@ def test_judge_of_the_own_alphabet():
     expected = np.array([[1, 0, 0.1, 0.1, 0, 0, 0, 0.1]] * 2, np.float32)
     np.testing.assert_array_equal(scores.reward, expected)
     np.testing.assert_array_equal(scores.terms["accuracy"], expected)
-    np.testing.assert_array_equal(scores.right, expected == 1)
+    np.testing.assert_array_equal(scores.verdicts, expected == 1)
     assert [row[:5] for row in scores.answers] == [[t.removesuffix("$") or None for t in row[:5]] for row in texts]
     assert not scores.reasons
 

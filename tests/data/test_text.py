@@ -292,9 +292,9 @@ CHOICES_AS_MATH = [{"problem": f"Count to {i}.", "answer": str(i)} for i in rang
         ('[{"name": "countdown", "weight": "much"}]', "must be a list of tasks"),
         ("[]", "needs at least one task, and weights above 0"),
         ('[{"name": "countdown", "weight": 0}]', "weights above 0"),
-        ('[{"weight": 1}]', "{'weight': 1}: lacks a name; name a task of text, one of countdown, math"),
-        ('[{"name": "arithmetic"}]', "name a task of text"),
-        ('[{"name": "countdown", "mixture": "[]"}]', "name a task of text"),
+        ('[{"weight": 1}]', "{'weight': 1}: lacks a name; add one of countdown, math"),
+        ('[{"name": "arithmetic"}]', "is not a text task"),
+        ('[{"name": "countdown", "mixture": "[]"}]', "contains another mixture"),
         ('[{"name": "countdown", "colour": 1}]', "task.colour: there is no such field"),
         ('[{"name": "math"}]', "task.train_data=None: task.name=math needs a file"),
         ('[{"name": "countdown", "numbers": "x"}]', "task.numbers='x': must be numbers from 2 to 6"),
@@ -330,7 +330,7 @@ def test_each_row_has_its_own_verifier(tmp_path, tokenizer, config, mixture, poo
     ]
     scores = judged(task, rows, texts)
     np.testing.assert_allclose(scores.reward, [[1, 0, 0], [1, 0, 0], [1, 0.1, 0.1], [0.5, 0.5, 0.5]], rtol=1e-6)
-    np.testing.assert_allclose(scores.right, [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0.5, 0.5, 0.5]])
+    np.testing.assert_allclose(scores.verdicts, [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0.5, 0.5, 0.5]])
     assert scores.answers[1][:2] == [gold[1], wrong] and scores.answers[2][0] == solution
     assert not scores.reasons and not scores.errors
 
@@ -346,13 +346,13 @@ def test_right_wrong_and_cut_off(tokenizer, config, data, pool):
     ended = [[True, True, True, False]] * 2
     task = make_task(config(task__train_data=data), tokenizer, pool)
     scores = judged(task, [0, 1], texts, ended)
-    assert scores.reward.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]] == scores.right.tolist()
+    assert scores.reward.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]] == scores.verdicts.tolist()
     assert scores.reward.dtype == np.float32 and not scores.reasons
     assert (
         scores.answers[0][2:] == [None, None] and scores.answers[1][0] == scores.answers[1][1] != scores.answers[1][2]
     )
     lenient = make_task(config(task__train_data=data, reward__require_end=False), tokenizer, pool)
-    assert judged(lenient, [0, 1], texts, ended).right.tolist() == [[1, 0, 0, 1], [1, 1, 0, 1]]
+    assert judged(lenient, [0, 1], texts, ended).verdicts.tolist() == [[1, 0, 0, 1], [1, 1, 0, 1]]
 
 
 def test_no_verdict_is_nan(tmp_path, tokenizer, config, pool):
@@ -360,9 +360,9 @@ def test_no_verdict_is_nan(tmp_path, tokenizer, config, pool):
     fields = {"task__train_data": jsonl(tmp_path / "x.jsonl", rows), "task__check_gold": False}
     task = make_task(config(reward__terms="accuracy, repetition=0.5, length", **fields), tokenizer, pool)
     scores = judged(task, [0, 1], [["\\boxed{3}", "none"], ["\\boxed{0}", "\\boxed{0} it is, it is, it is"]])
-    assert np.isnan(scores.reward[0]).all() and np.isnan(scores.right[0]).all()
+    assert np.isnan(scores.reward[0]).all() and np.isnan(scores.verdicts[0]).all()
     assert np.isnan(scores.terms["length"][0]).all() and scores.terms["repetition"][0].tolist() == [0, 0]
-    assert sum(scores.reasons.values()) == 2 and scores.right[1].tolist() == [1, 1]
+    assert sum(scores.reasons.values()) == 2 and scores.verdicts[1].tolist() == [1, 1]
 
 
 def test_terms_and_weights(tokenizer, config, data, pool):
@@ -407,8 +407,8 @@ def test_python_function_sees_every_column(tmp_path, tokenizer, config, pool):
     validate(c)
     task = make_task(c, tokenizer, pool)
     scores = judged(task, [3, 5], [["a3", "no"], ["x", "it is a5"]], [[True, True], [True, False]])
-    np.testing.assert_allclose(scores.right, [[0.3, np.nan], [np.nan, 0.5]], rtol=1e-6)  # it sees what was cut off
-    np.testing.assert_allclose(scores.reward, scores.right)
+    np.testing.assert_allclose(scores.verdicts, [[0.3, np.nan], [np.nan, 0.5]], rtol=1e-6)  # it sees what was cut off
+    np.testing.assert_allclose(scores.reward, scores.verdicts)
     assert scores.reasons == {"the function returned None": 2} and not scores.errors
     failing = judged(task, [0], [["a0", "a0"]], step=8)
     assert np.isnan(failing.reward).all() and len(failing.errors) == 1 and "AssertionError" in failing.errors[0]

@@ -171,9 +171,9 @@ def test_supervised_steps_train_adapters_alone(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"lora.targets": "qproj"}, "lora.targets='qproj': matches no projection by qproj; choose among q, k, v"),
+        ({"lora.targets": "qproj"}, "lora.targets='qproj': qproj is not a projection; choose among q, k, v"),
         ({"lora.targets": " , "}, "lora.targets"),
-        ({"lora.rank": 8}, "lora.rank=8: adapters need a checkpoint under them"),
+        ({"lora.rank": 8}, "lora.rank=8: adapters need a checkpoint"),
     ],
 )
 def test_bad_settings_are_named(fields, words):

@@ -141,7 +141,7 @@ def test_blocks_of_queries_change_nothing(window, packed, monkeypatch):
     in_blocks = jax.jit(both)(q, k, v)
     assert xla.block_size(s, 1) == 138 and xla.block_size(1023, 1) == 1023
     assert xla.block_size(s, 2) == s and xla.block_size(1152, 2) == 144
-    monkeypatch.setattr(xla, "LONG", 10_000)
+    monkeypatch.setattr(xla, "BLOCKWISE_FROM_TOKENS", 10_000)
     whole = jax.jit(lambda *args: both(*args))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
 
@@ -165,8 +165,8 @@ def test_blocks_of_queries_along_context_change_nothing(monkeypatch):
     biggest = max(
         int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     )
-    assert biggest <= 4 * s // 4 // xla.BLOCKS * s * 2
-    monkeypatch.setattr(xla, "LONG", 10_000)
+    assert biggest <= 4 * s // 4 // xla.QUERY_BLOCKS * s * 2
+    monkeypatch.setattr(xla, "BLOCKWISE_FROM_TOKENS", 10_000)
     whole = jax.jit(both)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
 

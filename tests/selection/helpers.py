@@ -25,8 +25,8 @@ class Rig(NamedTuple):
     batch: int
     compiled: dict[str, Callable[..., Any]]
 
-    def init(self, prompts: int, columns: PromptMetadata | None = None) -> Any:
-        return self.selector.init(prompts, columns)
+    def init(self, prompts: int, metadata: PromptMetadata | None = None) -> Any:
+        return self.selector.init(prompts, metadata)
 
     def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
         key = jax.random.key(step if seed is None else seed)
@@ -54,14 +54,16 @@ def make(
     *,
     steps: int = 100,
     seed: int = 0,
-    kinds: tuple[str, ...] = (),
+    task_names: tuple[str, ...] = (),
     discount: float = 0.9,
     **fields: Any,
 ) -> Rig:
     """One for each combination of arguments, so that tests share what is compiled."""
     config = SelectionConfig(name=name, **fields)  # type: ignore[arg-type]
     made = selector(
-        config, ForgettingConfig(mode="fixed", discount=discount), SelectorContext(batch, GROUP, steps, seed, kinds)
+        config,
+        ForgettingConfig(mode="fixed", discount=discount),
+        SelectorContext(batch, GROUP, steps, seed, task_names),
     )
 
     def draws(state: Any, keys: Any, step: Any) -> Any:
@@ -119,12 +121,12 @@ def play(rig: Rig, state: Any, steps: int, rewards: Rewards = alike, start: int 
     return np.stack(drawn), state
 
 
-def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, columns: PromptMetadata | None = None) -> Any:
+def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, metadata: PromptMetadata | None = None) -> Any:
     """State of pps in which each prompt has the given priority."""
     n = len(priority)
     value = np.tile(np.asarray(priority, np.float32)[:, None] - np.float32(floor), (1, GROUP))
     seen = RolloutOutcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
-    return rig.observe(rig.init(n, columns), np.arange(n), seen, -1)
+    return rig.observe(rig.init(n, metadata), np.arange(n), seen, -1)
 
 
 def assert_fits(counts: Any, chances: Any) -> None:

@@ -197,7 +197,7 @@ KIND = np.random.default_rng(5).permutation(np.repeat([0, 1, 2], [6, 10, 24]))
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_batch_has_each_tasks_quota(name):
-    rig = make(name, 8, kinds=KINDS, quotas=QUOTAS, cooldown=2)
+    rig = make(name, 8, task_names=KINDS, quotas=QUOTAS, cooldown=2)
     state = rig.init(N, PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     drawn, _ = play(rig, state, 15, random_rewards(6))
     for ids, last in zip(drawn, last_visits(drawn, N), strict=True):
@@ -211,20 +211,20 @@ def test_every_batch_has_each_tasks_quota(name):
 
 @pytest.fixture(scope="module")
 def weighted():
-    return make("pps", 8, kinds=KINDS, quotas=QUOTAS, exponent=1.0, correction=0.7, floor=1e-6)
+    return make("pps", 8, task_names=KINDS, quotas=QUOTAS, exponent=1.0, correction=0.7, floor=1e-6)
 
 
 def test_quotas_leave_the_order_of_preference_within_a_task(weighted):
     best = np.concatenate([np.flatnonzero(k == KIND)[:count] for k, count in enumerate((4, 2, 2))])
     priority = np.full(N, 1e-6)
     priority[best] = 1.0
-    state = with_priorities(weighted, priority, columns=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
+    state = with_priorities(weighted, priority, metadata=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     assert sorted(weighted.select(state, 0)[0]) == sorted(best)
 
 
 def test_loss_weights_use_the_probability_within_a_quota(weighted):
     priority = np.random.default_rng(7).uniform(0.1, 2, N)
-    state = with_priorities(weighted, priority, columns=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
+    state = with_priorities(weighted, priority, metadata=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     ids, weight, _ = weighted.select(state, 0)
     share = np.array([0.5, 0.25, 0.25])[KIND]
     p = share * priority / np.bincount(KIND, priority)[KIND]
@@ -234,8 +234,9 @@ def test_loss_weights_use_the_probability_within_a_quota(weighted):
 
 @pytest.mark.parametrize(("tasks", "name", "named"), [(44, "prioritized_replay", 44), (130, "uniform", 1)])
 def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
-    kinds = tuple(f"task{i:03d}" for i in range(tasks))
-    rig = make(name, 4, kinds=kinds, quotas=", ".join(f"{kind}={0.9 / named}" for kind in kinds[:named]))
+    task_names = tuple(f"task{i:03d}" for i in range(tasks))
+    quotas = ", ".join(f"{task}={0.9 / named}" for task in task_names[:named])
+    rig = make(name, 4, task_names=task_names, quotas=quotas)
     state = rig.init(tasks, PromptMetadata(jnp.arange(tasks)))
     assert int(rig.selector.summary(state, jnp.int32(0))["selection/eligible"]) == tasks
     assert (np.asarray(state.label)[:tasks] >= 0).all()
@@ -295,14 +296,14 @@ def test_a_prompt_twice_in_a_batch_counts_twice(name):
 def test_beliefs_count_both_groups_of_a_prompt_twice_in_a_batch(name):
     rig = make(name, B, discount=0.0)
     state = rig.observe(rig.init(N, COLUMNS), TWICE, GROUPS, 6)
-    beliefs = state.own if isinstance(state.own, Beliefs) else state.own.beliefs
+    beliefs = state.per_prompt if isinstance(state.per_prompt, Beliefs) else state.per_prompt.beliefs
     prior = 0 if name == "spo" else 1
     np.testing.assert_allclose(np.asarray(beliefs.a)[[3, 7, 9]], np.array([3, 4, 2]) + prior)
     np.testing.assert_allclose(np.asarray(beliefs.b)[[3, 7, 9]], np.array([1, 4, 2]) + prior)
-    if state.world.seen > 0:
+    if state.shared.seen > 0:
         means = np.asarray(beliefs.a / (beliefs.a + beliefs.b))[[3, 7, 9]]
-        assert float(state.world.seen) == 3
-        assert float(state.world.total) == pytest.approx(means.sum(), rel=1e-5)
+        assert float(state.shared.seen) == 3
+        assert float(state.shared.total) == pytest.approx(means.sum(), rel=1e-5)
 
 
 def test_the_last_group_of_a_prompt_twice_in_a_batch_makes_its_priority():

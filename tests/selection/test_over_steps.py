@@ -10,7 +10,7 @@ from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.selection.engine.quotas import check_prompts
-from pspo_jax.selection.engine.selector import evaluate_all
+from pspo_jax.selection.engine.selector import score_all
 from tests.selection.helpers import GROUP, alike, assert_valid, counted, make, only, play, random_rewards, wrong
 
 KINDS = ("a", "b")
@@ -43,8 +43,8 @@ def expected_weights(score, ids, slots, share, correction):
 def test_loss_weights_never_collapse(name, fields, seed):
     """No weight is below what the chances of the batch's own prompts give, whatever filled the batch."""
     rig = make(name, 8, steps=20, correction=0.4, **fields)
-    columns = PromptMetadata(np.zeros(14, np.int16), np.random.default_rng(seed).random(14).astype(np.float32))
-    state, rewards = rig.init(14, columns), random_rewards(seed, missing=0.2)
+    metadata = PromptMetadata(np.zeros(14, np.int16), np.random.default_rng(seed).random(14).astype(np.float32))
+    state, rewards = rig.init(14, metadata), random_rewards(seed, missing=0.2)
     for step in range(8):
         ids, weight, state = rig.select(state, step, seed)
         score = np.asarray(state.score)[:14]
@@ -67,7 +67,7 @@ def test_prompts_that_teach_keep_their_weight_beside_those_of_weight_zero():
 
 
 def test_a_quota_whose_prompts_all_rest_leaves_the_others_their_weight():
-    rig = make("pps", 8, kinds=KINDS, quotas="a=0.5, b=0.5", correction=0.4, cooldown=9)
+    rig = make("pps", 8, task_names=KINDS, quotas="a=0.5, b=0.5", correction=0.4, cooldown=9)
     state = rig.init(104, PromptMetadata(kinds_of(4, 100)))
     ids, _, state = rig.select(state, 0)
     state = rig.observe(state, ids, alike(ids), 0)
@@ -77,13 +77,13 @@ def test_a_quota_whose_prompts_all_rest_leaves_the_others_their_weight():
 
 
 def test_weights_correct_for_the_share_of_a_quota_and_not_for_what_one_batch_gave_it():
-    rig = make("pps", 4, kinds=KINDS, quotas="a=0.3", correction=1.0)
+    rig = make("pps", 4, task_names=KINDS, quotas="a=0.3", correction=1.0)
     state = rig.init(40, PromptMetadata(kinds_of(20, 20)))
     seen = {0: set(), 1: set()}
     for step in range(10):
         ids, weight, state = rig.select(state, step)
-        for kind in (0, 1):
-            seen[kind] |= {round(float(w), 5) for w in weight[(ids >= 20) == bool(kind)]}
+        for task_ids in (0, 1):
+            seen[task_ids] |= {round(float(w), 5) for w in weight[(ids >= 20) == bool(task_ids)]}
     # P = 0.3 / 20 and 0.7 / 20; a batch that holds only one of the kinds has weight 1 throughout.
     assert seen[0] == {1.0} and seen[1] <= {round(0.3 / 0.7, 5), 1.0}
 
@@ -98,12 +98,12 @@ def test_weights_correct_for_the_share_of_a_quota_and_not_for_what_one_batch_gav
     ],
 )
 def test_quotas_are_exact_over_steps_and_batches_distinct(name, fields):
-    rig = make(name, 8, kinds=("a", "b", "c"), quotas="a=0.03, b=0.37", **fields)
-    kind = kinds_of(9, 40, 60)
-    drawn, _ = play(rig, rig.init(len(kind), PromptMetadata(kind)), 30, random_rewards(0))
+    rig = make(name, 8, task_names=("a", "b", "c"), quotas="a=0.03, b=0.37", **fields)
+    task_ids = kinds_of(9, 40, 60)
+    drawn, _ = play(rig, rig.init(len(task_ids), PromptMetadata(task_ids)), 30, random_rewards(0))
     for ids in drawn:
-        assert_valid(ids, len(kind), 8)
-    total = np.stack([np.bincount(kind[ids], minlength=3) for ids in drawn]).cumsum(axis=0)
+        assert_valid(ids, len(task_ids), 8)
+    total = np.stack([np.bincount(task_ids[ids], minlength=3) for ids in drawn]).cumsum(axis=0)
     due = np.arange(1, 31)[:, None] * 8 * np.array([0.03, 0.37, 0.6])
     assert np.abs(total - due).max() < 1
     assert total[-1, 0] == 7
@@ -111,12 +111,12 @@ def test_quotas_are_exact_over_steps_and_batches_distinct(name, fields):
 
 def test_the_best_of_a_quota_are_drawn_however_many_it_has_this_time():
     """Epochs stay epochs: no prompt of a task comes twice before all of its task have come."""
-    rig = make("uniform", 8, kinds=("a", "b", "c"), quotas="a=0.03, b=0.37")
-    kind = kinds_of(9, 40, 60)
-    drawn, _ = play(rig, rig.init(len(kind), PromptMetadata(kind)), 40)
-    visits = counted(drawn, len(kind))
+    rig = make("uniform", 8, task_names=("a", "b", "c"), quotas="a=0.03, b=0.37")
+    task_ids = kinds_of(9, 40, 60)
+    drawn, _ = play(rig, rig.init(len(task_ids), PromptMetadata(task_ids)), 40)
+    visits = counted(drawn, len(task_ids))
     for k in range(3):
-        assert np.ptp(visits[kind == k]) <= 1
+        assert np.ptp(visits[task_ids == k]) <= 1
 
 
 def test_a_quota_with_too_few_prompts_for_a_round_is_refused():
@@ -127,7 +127,7 @@ def test_a_quota_with_too_few_prompts_for_a_round_is_refused():
 
 
 def test_a_quota_with_too_few_prompts_repeats_none_of_them():
-    rig = make("uniform", 8, kinds=KINDS, quotas="a=0.5, b=0.5")
+    rig = make("uniform", 8, task_names=KINDS, quotas="a=0.5, b=0.5")
     for ids in play(rig, rig.init(20, PromptMetadata(kinds_of(2, 18))), 4)[0]:
         assert_valid(ids, 20, 8)
         assert {0, 1} <= set(ids.tolist())
@@ -175,14 +175,14 @@ def test_who_rests_depends_on_steps_alone(rounds, keeps):
 def evaluate_all_scores(rig, state):
     """What the scores would be if all were scored now."""
     e = rig.selector.observe.args[0]
-    return evaluate_all(e, state, state.now).score
+    return score_all(e, state, state.now).score
 
 
 def test_no_score_is_old_after_steps_without_a_round():
     rig = make("curriculum", 4, steps=500, curriculum_steps=10, curriculum_start=0.1)
     n = 20_000
-    columns = PromptMetadata(np.zeros(n, np.int16), np.arange(n, dtype=np.float32))
-    ids, _, state = rig.select(rig.init(n, columns), 0)
+    metadata = PromptMetadata(np.zeros(n, np.int16), np.arange(n, dtype=np.float32))
+    ids, _, state = rig.select(rig.init(n, metadata), 0)
     state = rig.observe(state, ids, alike(ids), 0)
     _, _, state = rig.select(state, 60)
     assert np.asarray(state.score)[:n].min() == 1
@@ -208,7 +208,7 @@ def test_retests_have_their_turn_though_their_own_step_had_no_round():
 
 def verdicts(rewards, right):
     centred = jnp.asarray(rewards - rewards.mean(1, keepdims=True), jnp.float32)
-    return RolloutOutcome(jnp.asarray(rewards, jnp.float32), centred, centred, right=jnp.asarray(right, jnp.float32))
+    return RolloutOutcome(jnp.asarray(rewards, jnp.float32), centred, centred, verdicts=jnp.asarray(right, jnp.float32))
 
 
 def test_success_is_the_verdict_and_not_the_shaped_reward():

@@ -101,7 +101,7 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
     def one(state, x):
         step, ids, rewards, policy_drift = x
         state = tested.observe(state, ids, outcome(rewards, policy_drift), step)
-        return state, (state.own, tested.table(state, step + 1)["priority"], state.score)
+        return state, (state.per_prompt, tested.table(state, step + 1)["priority"], state.score)
 
     play = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
 
@@ -114,15 +114,15 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
         rewards = rng.choice([0, 1, 0.5, 2, np.nan], (steps, batch, GROUP), p=[0.4, 0.3, 0.1, 0.1, 0.1])
         rewards[rng.random((steps, batch)) < 0.1] = np.nan
         policy_drift = np.cumsum(rng.random(steps) * pace)
-        own, priority, score = play(
+        per_prompt, priority, score = play(
             (jnp.arange(steps), jnp.asarray(ids), jnp.asarray(rewards), jnp.asarray(policy_drift))
         )
         plain = Plain(n, forgetting, toward_prior=name != "spo")
         for t in range(steps):
             plain.step(ids[t].tolist(), rewards[t].tolist(), float(policy_drift[t]))
-            for found, want in zip((own.a, own.b), zip(*plain.stored, strict=True), strict=True):
+            for found, want in zip((per_prompt.a, per_prompt.b), zip(*plain.stored, strict=True), strict=True):
                 np.testing.assert_allclose(found[t, :n], want, rtol=1e-4)
-            np.testing.assert_allclose(own.moved[t, :n], plain.moved, rtol=1e-5)
+            np.testing.assert_allclose(per_prompt.policy_drift[t, :n], plain.moved, rtol=1e-5)
             want = [SCORES[name](a, b) for a, b in plain.now()]
             np.testing.assert_allclose(priority[t, :n], want, rtol=1e-4, atol=1e-5)
             if name != "mopps":
@@ -184,8 +184,10 @@ def many(draws, state, count, step):
 
 
 def with_beliefs(state, a, b):
-    own = state.own._replace(a=state.own.a.at[: len(a)].set(a), b=state.own.b.at[: len(b)].set(b))
-    return state._replace(own=own)
+    per_prompt = state.per_prompt._replace(
+        a=state.per_prompt.a.at[: len(a)].set(a), b=state.per_prompt.b.at[: len(b)].set(b)
+    )
+    return state._replace(per_prompt=per_prompt)
 
 
 def test_mopps_with_certain_beliefs_takes_those_nearest_to_one_half():

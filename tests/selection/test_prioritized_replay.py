@@ -147,14 +147,14 @@ def batches(config, forgetting, batch, rewards):
 
 def random_rewards(rng, n, weights, constancy):
     """Groups all right, all wrong, mixed or without a verdict; a problem's kind of group stays with some chance."""
-    kind = rng.choice(4, (STEPS, n), p=weights)
+    task_ids = rng.choice(4, (STEPS, n), p=weights)
     for t in range(1, STEPS):
-        kind[t] = np.where(rng.random(n) < constancy, kind[t - 1], kind[t])
+        task_ids[t] = np.where(rng.random(n) < constancy, task_ids[t - 1], task_ids[t])
     shape = (STEPS, n, GROUP)
     mixed = rng.choice([0, 0.25, 1], shape)
     mixed[..., 0], mixed[..., 1] = 1, 0
-    kinds = [rng.choice([1, 1.5], shape), rng.choice([0, -0.5], shape), mixed]
-    rewards = np.select([kind[..., None] == i for i in range(3)], kinds, np.nan)
+    task_names = [rng.choice([1, 1.5], shape), rng.choice([0, -0.5], shape), mixed]
+    rewards = np.select([task_ids[..., None] == i for i in range(3)], task_names, np.nan)
     rewards[..., 2:][rng.random((STEPS, n, GROUP - 2)) < 0.2] = np.nan
     return rewards.astype(np.float32)
 
@@ -323,14 +323,14 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     nothing = RolloutOutcome(jnp.full((12, GROUP), jnp.nan), zeros, zeros)
     after = jax.jit(made.observe)(before, jnp.arange(12), nothing, STEPS)
     for name in ("pool", "wait", "last", "beliefs"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after.own, name), getattr(before.own, name))
+        jax.tree.map(np.testing.assert_array_equal, getattr(after.per_prompt, name), getattr(before.per_prompt, name))
     old, new = made.to_table(before, STEPS), made.to_table(after, STEPS + 1)
     for name in ("priority", "success"):
         np.testing.assert_array_equal(new[name], old[name])
     assert new["visits"][:12].tolist() == (old["visits"][:12] + 1).tolist()
     assert new["last_step"][:12].tolist() == [STEPS] * 12
     # The wait, as long as it was, counts from the visit.
-    np.testing.assert_array_equal(after.own.due[:8], STEPS + before.own.wait[:8])
+    np.testing.assert_array_equal(after.per_prompt.due[:8], STEPS + before.per_prompt.wait[:8])
 
 
 @pytest.mark.parametrize(

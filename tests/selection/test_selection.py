@@ -335,9 +335,9 @@ def test_the_curriculums_window_holds_a_batch_of_changed_data():
 
 
 @pytest.mark.parametrize("columns", [None, PromptMetadata(jnp.zeros(9, jnp.int8))])
-def test_a_curriculum_without_difficulties_is_refused(columns):
+def test_a_curriculum_without_difficulties_is_refused(metadata):
     with pytest.raises(ConfigError, match="difficulty"):
-        make("curriculum", B).init(9, columns)
+        make("curriculum", B).init(9, metadata)
 
 
 # All of them
@@ -406,7 +406,7 @@ def history():
     """A run of pps with gaps and cooldown, and the same in NumPy."""
     rig = make("pps", B, cooldown=2, max_unjudged=1, floor=0.1)
     rewards, state = random_rewards(4, missing=0.3), rig.init(N)
-    book = {
+    table = {
         "visits": np.zeros(N, int),
         "last_step": np.full(N, -1),
         "success": np.full(N, np.nan),
@@ -414,53 +414,53 @@ def history():
     }
     for step in range(12):
         ids, _, state = rig.select(state, step)
-        before = {name: values.copy() for name, values in book.items()}
+        before = {name: values.copy() for name, values in table.items()}
         shown = rig.selector.batch_metrics(state, jnp.asarray(ids), jnp.int32(step))
         seen = rewards(ids, step)
         state = rig.observe(state, ids, seen, step)
         judged = ~np.isnan(seen[:, 0])
-        book["visits"][ids] += 1
-        book["last_step"][ids] = step
-        book["success"][ids[judged]] = seen[judged].mean(1)
-        book["priority"][ids[judged]] = np.abs(np.asarray(outcome(seen).raw_advantages)[judged, -1]) + 0.1
-    return rig, state, book, before, ids, shown
+        table["visits"][ids] += 1
+        table["last_step"][ids] = step
+        table["success"][ids[judged]] = seen[judged].mean(1)
+        table["priority"][ids[judged]] = np.abs(np.asarray(outcome(seen).raw_advantages)[judged, -1]) + 0.1
+    return rig, state, table, before, ids, shown
 
 
 def test_the_table_is_what_happened(history):
-    rig, state, book, *_ = history
+    rig, state, table, *_ = history
     found = rig.selector.to_table(state, jnp.int32(12))
-    for name, want in book.items():
+    for name, want in table.items():
         np.testing.assert_allclose(np.asarray(found[name])[:N], want, rtol=1e-5)
     assert np.isnan(np.asarray(found["priority"])[N:]).all()
 
 
 def test_the_survey_is_of_all_prompts_and_no_padding(history):
-    rig, state, book, *_ = history
+    rig, state, table, *_ = history
     found = rig.selector.summary(state, jnp.int32(12))
-    excluded = (book["visits"] >= 1) & np.isnan(book["success"])
-    resting = (book["visits"] > 0) & (book["last_step"] >= 10) & ~excluded
+    excluded = (table["visits"] >= 1) & np.isnan(table["success"])
+    resting = (table["visits"] > 0) & (table["last_step"] >= 10) & ~excluded
     able = ~excluded & ~resting
-    share = book["priority"][able] / book["priority"][able].sum()
+    share = table["priority"][able] / table["priority"][able].sum()
     entropy = -(share * np.log(share)).sum()
     want = {
         "priority_entropy": entropy,
         "effective_prompts": np.exp(entropy),
-        "never_seen": (book["visits"] == 0).mean(),
+        "never_seen": (table["visits"] == 0).mean(),
         "visits_mean": 12 * B / N,
-        "visits_max": book["visits"].max(),
+        "visits_max": table["visits"].max(),
         "eligible": able.sum(),
         "resting": resting.sum(),
         "excluded": excluded.sum(),
     }
-    assert excluded.any() and resting.any() and (book["visits"] == 0).any()
+    assert excluded.any() and resting.any() and (table["visits"] == 0).any()
     scalars = {name: float(x) for name, x in found.items() if name.startswith("selection/")}
     assert scalars == pytest.approx({f"selection/{name}": x for name, x in want.items()}, rel=1e-5)
     for name in ("priority", "visits"):
         counts, edges = (np.asarray(found[name][x]) for x in ("counts", "edges"))
         assert counts.sum() == N
-        assert (edges[0], edges[-1]) == pytest.approx((book[name].min(), book[name].max()), rel=1e-5)
+        assert (edges[0], edges[-1]) == pytest.approx((table[name].min(), table[name].max()), rel=1e-5)
         # In places of the values, not of bins: rounding may move a value that is an edge to the bin below.
-        assert np.repeat(edges[:-1], counts) == pytest.approx(np.sort(book[name]), abs=1.01 * (edges[1] - edges[0]))
+        assert np.repeat(edges[:-1], counts) == pytest.approx(np.sort(table[name]), abs=1.01 * (edges[1] - edges[0]))
 
 
 def test_the_description_is_of_the_batch_before_its_visit(history):

@@ -175,7 +175,7 @@ def write_responses(
 def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
     """accuracy: 1 if the completion ends in EOS and its last number, after its last `=`, is the answer; else 0."""
     b, g = batch.lengths.shape
-    right = np.zeros((b, g), np.float32)
+    verdicts = np.zeros((b, g), np.float32)
     answers: list[list[str | None]] = []
     for i in range(b):
         answer = batch.prompts.answers[int(batch.rows[i])]
@@ -184,8 +184,8 @@ def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
             ids = batch.tokens[i, j, : batch.lengths[i, j]].tolist()
             _, equals, found = TOKENIZER.decode(ids).removesuffix("$").rpartition("=")
             answers[-1].append(found if equals else None)
-            right[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
-    return lambda: RewardResult(right, {"accuracy": right}, right, answers, Counter())
+            verdicts[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
+    return lambda: RewardResult(verdicts, {"accuracy": verdicts}, verdicts, answers, Counter())
 
 
 def _split(config: TaskConfig, width: int) -> tuple[PromptDataset, PromptDataset]:

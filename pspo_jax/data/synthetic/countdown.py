@@ -271,7 +271,7 @@ def _judge(tokenizer: CharTokenizer) -> Callable[[CompletionBatch], Callable[[],
                 answers[-1].append(text or None)
                 if batch.ended[i, j] and countdown.evaluated(text)[0] is not None:
                     value[i, j] = countdown.score(text, extra["numbers"], extra["target"])
-        right = (value == 1).astype(np.float32)
-        return lambda: RewardResult(value, {"accuracy": value}, right, answers, Counter())
+        verdicts = (value == 1).astype(np.float32)
+        return lambda: RewardResult(value, {"accuracy": value}, verdicts, answers, Counter())
 
     return judge

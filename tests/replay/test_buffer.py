@@ -50,29 +50,29 @@ def batch_of(groups, step):
 def made(**fields):
     config = replace(Config(), {"rollout.prompts": B, **{f"replay.{k}": v for k, v in fields.items()}})
     replay = popo(config)
-    return replay, jax.jit(replay.exchange)
+    return replay, jax.jit(replay.mix_batch)
 
 
-def run(history, replay, exchange, plain):
+def run(history, replay, mix_batch, plain):
     """Both through a history of (prompt, kind of rewards) batches and gaps of steps; compare at each step."""
-    ring = replay.init(B, G, P, T)
+    buffer = replay.init(B, G, P, T)
     name, step = 1, 0
     for gap, groups in history:
         step += gap
         batch = [Stored(name + i, prompt, step, REWARDS[kind]) for i, (prompt, kind) in enumerate(groups)]
         name += B
-        out, ring = exchange(ring, batch_of(batch, step), jnp.int32(step), jax.random.key(0))
-        expected = plain.exchange(batch, step)
+        out, buffer = mix_batch(buffer, batch_of(batch, step), jnp.int32(step), jax.random.key(0))
+        expected = plain.mix_batch(batch, step)
         found = [int(n) if c else None for n, c in zip(out.tokens[:, 0, 0], out.counted, strict=True)]
         assert found == expected
         stored = {
             int(n): (int(s), int(u))
             for n, s, u, c in zip(
-                ring.groups.tokens[:, 0, 0], ring.groups.step, ring.uses, ring.groups.counted, strict=True
+                buffer.groups.tokens[:, 0, 0], buffer.groups.step, buffer.uses, buffer.groups.counted, strict=True
             )
             if c
         }
-        assert stored == {g.name: (g.step, g.uses) for g in plain.ring}
+        assert stored == {g.name: (g.step, g.uses) for g in plain.buffer}
         check_contents(out)
 
 
@@ -105,25 +105,25 @@ histories = st.lists(
 @given(histories, st.sampled_from([(5, 3, 2), (3, 2, 1), (12, 6, 3), (1, 1, 1), (7, 9, 9)]))
 def test_newest_first_is_the_deques(history, sizes):
     capacity, age, uses = sizes
-    replay, exchange = made(capacity=capacity, max_age=age, max_uses=uses)
-    run(history, replay, exchange, PlainReplay(capacity, age, uses))
+    replay, mix_batch = made(capacity=capacity, max_age=age, max_uses=uses)
+    run(history, replay, mix_batch, PlainReplay(capacity, age, uses))
 
 
 @settings(max_examples=30)
 @given(histories, st.sampled_from(["variance", "fresh_priority"]), st.sampled_from([1, 3]))
 def test_other_orders_are_the_deques(history, order, least):
-    replay, exchange = made(capacity=8, max_age=5, max_uses=2, min_age=least, order=order, tau=1.7)
-    run(history, replay, exchange, PlainReplay(8, 5, 2, least, order=order, tau=1.7))
+    replay, mix_batch = made(capacity=8, max_age=5, max_uses=2, min_age=least, order=order, tau=1.7)
+    run(history, replay, mix_batch, PlainReplay(8, 5, 2, least, order=order, tau=1.7))
 
 
 @given(histories, st.sampled_from([0.2, 0.4, 0.79, 1.0]))
 def test_share_limits_what_is_replayed(history, share):
-    replay, exchange = made(max_share=share)
-    run(history, replay, exchange, PlainReplay(B, 3, 2, share=share))
+    replay, mix_batch = made(max_share=share)
+    run(history, replay, mix_batch, PlainReplay(B, 3, 2, share=share))
 
 
 def ring_with(replay, groups, step):
-    return replay.exchange(replay.init(B, G, P, T), batch_of(groups, step), jnp.int32(step), jax.random.key(0))[1]
+    return replay.mix_batch(replay.init(B, G, P, T), batch_of(groups, step), jnp.int32(step), jax.random.key(0))[1]
 
 
 def five(first, prompt, kinds, step):
@@ -131,29 +131,29 @@ def five(first, prompt, kinds, step):
 
 
 def test_random_order_is_by_key_and_covers_all():
-    replay, exchange = made(order="random", max_uses=9)
-    ring = ring_with(replay, five(1, 10, (2, 2, 2, 2, 2), 0), 0)
+    replay, mix_batch = made(order="random", max_uses=9)
+    buffer = ring_with(replay, five(1, 10, (2, 2, 2, 2, 2), 0), 0)
     batch = batch_of(five(6, 20, (0, 2, 2, 2, 2), 1), 1)
-    seen = {int(exchange(ring, batch, jnp.int32(1), jax.random.key(k))[0].tokens[0, 0, 0]) for k in range(60)}
+    seen = {int(mix_batch(buffer, batch, jnp.int32(1), jax.random.key(k))[0].tokens[0, 0, 0]) for k in range(60)}
     assert seen == {1, 2, 3, 4, 5}
 
 
 def test_kl_order_takes_the_nearest_and_needs_a_measure():
     replay, _ = made(order="kl")
-    ring = ring_with(made()[0], five(1, 10, (2, 2, 2, 2, 2), 0), 0)
+    buffer = ring_with(made()[0], five(1, 10, (2, 2, 2, 2, 2), 0), 0)
     batch = batch_of(five(6, 20, (0, 0, 2, 2, 2), 1), 1)
     distance = lambda stored: jnp.abs(stored.tokens[:, 0, 0] - 3.2)  # noqa: E731
-    out, _ = replay.exchange(ring, batch, jnp.int32(1), jax.random.key(0), distance)
+    out, _ = replay.mix_batch(buffer, batch, jnp.int32(1), jax.random.key(0), distance)
     assert out.tokens[:2, 0, 0].tolist() == [3, 4]
     with pytest.raises(ValueError, match="distance"):
-        replay.exchange(ring, batch, jnp.int32(1), jax.random.key(0))
+        replay.mix_batch(buffer, batch, jnp.int32(1), jax.random.key(0))
 
 
 def test_nothing_changes_while_every_group_is_effective():
-    replay, exchange = made()
-    ring = ring_with(replay, five(1, 10, (2, 3, 4, 2, 3), 0), 0)
+    replay, mix_batch = made()
+    buffer = ring_with(replay, five(1, 10, (2, 3, 4, 2, 3), 0), 0)
     batch = batch_of(five(6, 20, (2, 3, 4, 2, 3), 1), 1)
-    out, after = exchange(ring, batch, jnp.int32(1), jax.random.key(0))
+    out, after = mix_batch(buffer, batch, jnp.int32(1), jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, out, batch)
     assert sorted(after.groups.tokens[:, 0, 0].tolist()) == [6, 7, 8, 9, 10]
 
@@ -182,29 +182,29 @@ def test_an_advantage_can_make_a_group_effective():
 def test_the_filter_drops_ineffective_groups():
     replay = filter_ineffective(Config())
     groups = batch_of(five(1, 10, (2, 0, 1, 3, 2), 0), 0)
-    out, state = replay.exchange((), groups, jnp.int32(0), jax.random.key(0))
+    out, state = replay.mix_batch((), groups, jnp.int32(0), jax.random.key(0))
     assert out.counted.tolist() == [True, False, False, True, True] and state == ()
     check_contents(out)
 
 
 def test_the_guard_halves_the_share_and_lets_it_grow():
     replay, _ = made(ess_floor=0.5, max_share=0.8)
-    ring = replay.init(B, G, P, T)
+    buffer = replay.init(B, G, P, T)
     shares = []
     for ess in (0.1, 0.2, 0.3, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0):
-        ring = replay.settle(ring, jnp.float32(ess))
-        shares.append(round(float(ring.share), 4))
+        buffer = replay.adapt_share(buffer, jnp.float32(ess))
+        shares.append(round(float(buffer.share), 4))
     assert shares == [0.4, 0.2, 0.2, 0.25, 0.3125, 0.3906, 0.4883, 0.6104, 0.7629]
-    assert float(replay.settle(ring, jnp.float32(1.0)).share) == pytest.approx(0.8)
+    assert float(replay.adapt_share(buffer, jnp.float32(1.0)).share) == pytest.approx(0.8)
     off, _ = made(max_share=0.8)
-    assert float(off.settle(off.init(B, G, P, T), jnp.float32(0)).share) == pytest.approx(0.8)
+    assert float(off.adapt_share(off.init(B, G, P, T), jnp.float32(0)).share) == pytest.approx(0.8)
 
 
 def test_an_empty_batch_is_filled():
     """Dynamic sampling may have found nothing at all."""
-    replay, exchange = made()
-    ring = ring_with(replay, five(1, 10, (2, 3, 4, 2, 3), 0), 0)
-    out, _ = exchange(ring, empty_groups(B, G, P, T), jnp.int32(1), jax.random.key(0))
+    replay, mix_batch = made()
+    buffer = ring_with(replay, five(1, 10, (2, 3, 4, 2, 3), 0), 0)
+    out, _ = mix_batch(buffer, empty_groups(B, G, P, T), jnp.int32(1), jax.random.key(0))
     # Largest variance first; of equals the first of its batch.
     assert out.tokens[:, 0, 0].tolist() == [3, 2, 5, 1, 4]
 

@@ -1,4 +1,4 @@
-"""Which rows a process answers for, which cluster it is in, which mesh it takes; on one process."""
+"""The rows that a process owns, the cluster that it is in, the mesh that it takes; on one process."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from pspo_jax.distributed.mesh import smallest_fsdp
 from pspo_jax.training.host_step import _over_rounds
 
 
-def test_on_one_process_all_is_the_identity():
+def test_on_one_process_every_function_is_the_identity():
     mesh = jax.make_mesh((8, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     value = np.arange(32).reshape(16, 2)
@@ -26,11 +26,11 @@ def test_on_one_process_all_is_the_identity():
     np.testing.assert_array_equal(processes.share_rows({"x": value}, np.arange(16), 16)["x"], value)
     assert processes.any_process(True) and not processes.any_process(False)
     with processes.fail_together(), pytest.raises(OSError):
-        raise OSError("left alone")
+        raise OSError("raised inside")
 
 
-def test_a_cluster_is_known_by_its_variables(monkeypatch):
-    """As JAX knows it; a cluster of one process is none, and a SLURM allocation without srun is none."""
+def test_a_cluster_is_recognised_by_its_variables(monkeypatch):
+    """A cluster of one process does not count, nor does a SLURM allocation without srun."""
     slurm = {
         "SLURM_JOB_ID": "1",
         "SLURM_STEP_NODELIST": "localhost",
@@ -84,7 +84,7 @@ def test_rounds_are_one_step():
         (["--mesh.fsdp", "0"], "mesh.fsdp=0: must be at least 1"),
     ],
 )
-def test_a_wrong_place_is_refused_in_one_line(words, says):
+def test_a_wrong_number_of_a_process_is_refused_in_one_line(words, says):
     with pytest.raises(ConfigError, match=says):
         parse(words, "train", "")
 
@@ -99,7 +99,7 @@ def test_the_smallest_fsdp_leaves_half_of_the_memory(state, capacity, devices, w
 
 
 def test_fsdp_of_known_models():
-    """1.5B and 7B parameters: AdamW in float32 needs 16 bytes a weight, adapters on bfloat16 two."""
+    """AdamW in float32 needs 16 bytes per weight; adapters on a bfloat16 base need 2."""
     gib = 2**30
     assert smallest_fsdp(1.54e9 * 16, 80e9, 8, 1536) == 1
     assert smallest_fsdp(1.54e9 * 16, 16 * gib, 8, 1536) == 4

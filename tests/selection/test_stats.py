@@ -1,4 +1,4 @@
-"""The book: who may be drawn, which of equals is first, and what a visit writes."""
+"""Visit statistics: which prompts are eligible, which of equal prompts comes first, and what a visit records."""
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ ROWS = st.lists(st.integers(0, 2**31 - 1), min_size=ROW_COUNT, max_size=ROW_COUN
 LASTS = st.lists(st.just(-1) | STEPS | st.integers(0, 3), min_size=ROW_COUNT, max_size=ROW_COUNT)
 
 
-def a_book(last=-1, visits=0, unjudged=0, success=np.nan, kind=0):
-    """A book of one prompt, or of as many as the lists are long."""
-    values = np.broadcast_arrays(*map(np.atleast_1d, (last, visits, unjudged, success, kind)))
+def stats_of(last=-1, visits=0, unjudged=0, success=np.nan, task_ids=0):
+    """Statistics of one prompt, or of as many as the lists are long."""
+    values = np.broadcast_arrays(*map(np.atleast_1d, (last, visits, unjudged, success, task_ids)))
     types = (jnp.int32, jnp.int32, jnp.int8, jnp.float32, jnp.int8)
     return VisitStats(*(jnp.asarray(x, t) for x, t in zip(values, types, strict=True)))
 
@@ -42,14 +42,14 @@ def age(rows, last, seed=0):
     return np.asarray(age_key(jnp.asarray(rows, jnp.int32), jnp.asarray(last, jnp.int32), seed))
 
 
-def test_a_new_book_knows_nothing_and_marks_padding():
-    book = init_stats(3, 5, jnp.asarray([1, 0, 2]))
-    assert book.kind.tolist() == [1, 0, 2, -1, -1]
-    assert init_stats(3, 5, None).kind.tolist() == [0, 0, 0, -1, -1]
-    assert book.last.tolist() == [-1] * 5
-    assert book.visits.tolist() == book.unjudged.tolist() == [0] * 5
-    assert np.isnan(book.success).all()
-    assert sum(x.dtype.itemsize for x in book) == 15
+def test_new_statistics_know_no_visit_and_mark_padding():
+    visit_stats = init_stats(3, 5, jnp.asarray([1, 0, 2]))
+    assert visit_stats.task_ids.tolist() == [1, 0, 2, -1, -1]
+    assert init_stats(3, 5, None).task_ids.tolist() == [0, 0, 0, -1, -1]
+    assert visit_stats.last_step.tolist() == [-1] * 5
+    assert visit_stats.visits.tolist() == visit_stats.unjudged.tolist() == [0] * 5
+    assert np.isnan(visit_stats.success).all()
+    assert sum(x.dtype.itemsize for x in visit_stats) == 15
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_new_book_knows_nothing_and_marks_padding():
     ],
 )
 def test_tier(limits, prompt, now, want):
-    assert eligibility(SelectionConfig(**limits), a_book(**prompt), jnp.int32(now)).tolist() == [want]
+    assert eligibility(SelectionConfig(**limits), stats_of(**prompt), jnp.int32(now)).tolist() == [want]
 
 
 def test_tiers_are_in_the_order_in_which_a_batch_is_filled():
@@ -182,20 +182,20 @@ def test_summed_is_over_all_entries_of_a_prompt(entries):
 
 
 def test_a_visit_with_a_verdict_writes_its_success():
-    before = a_book(
-        last=[-1, 3, 3], visits=[0, 4, 4], unjudged=[0, 2, -1], success=[np.nan, np.nan, 0.25], kind=[0, 1, 2]
+    before = stats_of(
+        last=[-1, 3, 3], visits=[0, 4, 4], unjudged=[0, 2, -1], success=[np.nan, np.nan, 0.25], task_ids=[0, 1, 2]
     )
     after = record_visit(before, jnp.ones(3, bool), jnp.asarray([0.5, 0.0, 1.0]), jnp.asarray([1, 1, 2]), jnp.int32(9))
-    assert after.last.tolist() == [9, 9, 9]
+    assert after.last_step.tolist() == [9, 9, 9]
     assert after.visits.tolist() == [1, 5, 6]
     assert after.unjudged.tolist() == [-1, -1, -1]
     assert after.success.tolist() == [0.5, 0.0, 1.0]
-    assert after.kind.tolist() == [0, 1, 2]
+    assert after.task_ids.tolist() == [0, 1, 2]
     assert [x.dtype for x in after] == [x.dtype for x in before]
 
 
 def test_a_visit_without_a_verdict_counts_and_keeps_the_last_success():
-    before = a_book(
+    before = stats_of(
         last=3,
         visits=[0, 1, 4, 9, 200, 9],
         unjudged=[0, 1, -1, 126, 127, 126],
@@ -203,7 +203,7 @@ def test_a_visit_without_a_verdict_counts_and_keeps_the_last_success():
     )
     times = jnp.asarray([1, 2, 1, 1, 1, 128])
     after = record_visit(before, jnp.zeros(6, bool), jnp.zeros(6), times, jnp.int32(9))
-    assert after.last.tolist() == [9] * 6
+    assert after.last_step.tolist() == [9] * 6
     assert after.visits.tolist() == [1, 3, 5, 10, 201, 137]
     assert after.unjudged.tolist() == [1, 3, -1, 127, 127, 127]
     np.testing.assert_array_equal(after.success, before.success)
@@ -211,12 +211,14 @@ def test_a_visit_without_a_verdict_counts_and_keeps_the_last_success():
 
 
 def test_a_verdict_once_keeps_a_prompt_from_being_left_out():
-    book, config = a_book(), SelectionConfig(max_unjudged=2)
+    visit_stats, config = stats_of(), SelectionConfig(max_unjudged=2)
     verdicts = [False, True, *[False] * 5]
     for step, judged in enumerate(verdicts):
-        book = record_visit(book, jnp.asarray([judged]), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step))
-        assert eligibility(config, book, jnp.int32(step + 1)).tolist() == [ELIGIBLE]
-    never = a_book()
+        visit_stats = record_visit(
+            visit_stats, jnp.asarray([judged]), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step)
+        )
+        assert eligibility(config, visit_stats, jnp.int32(step + 1)).tolist() == [ELIGIBLE]
+    never = stats_of()
     for step in range(2):
         assert eligibility(config, never, jnp.int32(step)).tolist() == [ELIGIBLE]
         never = record_visit(never, jnp.zeros(1, bool), jnp.ones(1), jnp.ones(1, jnp.int32), jnp.int32(step))
