@@ -460,9 +460,7 @@ def test_the_survey_is_of_all_prompts_and_no_padding(history):
         assert counts.sum() == N
         assert (edges[0], edges[-1]) == pytest.approx((table[name].min(), table[name].max()), rel=1e-5)
         # In places of the values, not of bins: rounding may move a value that is an edge to the bin below.
-        assert np.repeat(edges[:-1], counts) == pytest.approx(
-            np.sort(table[name]), abs=1.01 * (edges[1] - edges[0])
-        )
+        assert np.repeat(edges[:-1], counts) == pytest.approx(np.sort(table[name]), abs=1.01 * (edges[1] - edges[0]))
 
 
 def test_the_description_is_of_the_batch_before_its_visit(history):
