@@ -440,7 +440,7 @@ def test_the_table_is_what_happened(history):
     assert np.isnan(np.asarray(found["priority"])[N:]).all()
 
 
-def test_the_survey_is_of_all_prompts_and_no_padding(history):
+def test_the_summary_is_of_all_prompts_and_no_padding(history):
     compiled, state, table, *_ = history
     found = compiled.selector.summary(state, jnp.int32(12))
     excluded = (table["visits"] >= 1) & np.isnan(table["success"])
