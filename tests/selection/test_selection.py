@@ -340,7 +340,7 @@ def test_the_curriculums_window_holds_a_batch_of_changed_data():
     assert (np.sort(ids, axis=1) == np.arange(b)).all()
 
 
-@pytest.mark.parametrize("columns", [None, PromptMetadata(jnp.zeros(9, jnp.int8))])
+@pytest.mark.parametrize("metadata", [None, PromptMetadata(jnp.zeros(9, jnp.int8))])
 def test_a_curriculum_without_difficulties_is_refused(metadata):
     with pytest.raises(ConfigError, match="difficulty"):
         make("curriculum", B).init(9, metadata)
