@@ -95,7 +95,7 @@ def test_changed_data_keeps_what_is_known():
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
-def test_every_part_is_dealt_its_longest_first(parts, each):
+def test_every_part_starts_with_its_longest(parts, each):
     order = np.asarray(interleave(jnp.arange(parts * each), parts)).reshape(parts, each)
     assert sorted(order.ravel()) == list(range(parts * each))
     assert (np.diff(order, axis=1) > 0).all()
