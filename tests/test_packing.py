@@ -66,17 +66,14 @@ def rows_with(seed=0, masked=(), r=R):
 def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
     needs = np.asarray(needs)
-    plan = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
-    assert int(plan.num_tokens) == sum(needs) and plan.owns_prompt.all()
-    rows = np.asarray(plan.rows)
+    bins = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
+    assert int(bins.num_tokens) == sum(needs) and bins.owns_prompt.all()
+    rows = np.asarray(bins.rows)
     placed = rows[rows < r]
     assert sorted(placed) == [i for i, n in enumerate(needs) if n]
     sizes = [sum(needs[i] for i in bin_ if i < r) for bin_ in rows]
-    assert (
-        max(sizes) <= length
-        and all(s > 0 for s in sizes[: int(plan.num_bins)])
-        and not any(sizes[int(plan.num_bins) :])
-    )
+    count = int(bins.num_bins)
+    assert max(sizes) <= length and all(s > 0 for s in sizes[:count]) and not any(sizes[count:])
     # First-fit decreasing, naively.
     room: list[list[int]] = []
     for i in sorted(range(r), key=lambda i: -needs[i]):
@@ -87,7 +84,7 @@ def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
                 room.append([i])
             else:
                 home.append(i)
-    assert [[i for i in bin_ if i < r] for bin_ in rows[:used]] == room
+    assert [[i for i in bin_ if i < r] for bin_ in rows[:count]] == room
 
 
 GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=3, max_size=3)), min_size=1)
@@ -100,8 +97,8 @@ def test_groups_share_a_prompt_in_a_bin(groups):
     answers = np.array([c for _, cs in groups for c in cs])
     r, length = len(prompts), 17
     args = jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32)
-    plan = assign_bins(*args, jnp.arange(r) // 3, length, r)
-    rows, leads = np.asarray(plan.rows), np.asarray(plan.owns_prompt)
+    bins = assign_bins(*args, jnp.arange(r) // 3, length, r)
+    rows, leads = np.asarray(bins.rows), np.asarray(bins.owns_prompt)
     assert sorted(rows[rows < r]) == [i for i in range(r) if answers[i]]
     used = 0
     for bin_, lead in zip(rows, leads, strict=True):
@@ -112,11 +109,11 @@ def test_groups_share_a_prompt_in_a_bin(groups):
         places = sum(answers[i] - 1 + (prompts[i] if x else 0) for i, x in zip(held, lead, strict=False))
         assert places <= length
         used += places
-    assert int(plan.num_tokens) == used
+    assert int(bins.num_tokens) == used
     alone = assign_bins(*args, jnp.arange(r), length, r)
     assert used <= int(alone.num_tokens)
     assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).num_bins) == min(
-        int(plan.num_bins), int(alone.num_bins)
+        int(bins.num_bins), int(alone.num_bins)
     )
 
 
