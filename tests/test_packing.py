@@ -138,7 +138,7 @@ def both(loss="grpo", masked=(), seed=0, model_fields=None, **fields):
 
 
 SOME = ("grpo", "gspo", "cispo", "vespo")
-"""Ratios by token and by row, and weights by row; packing ends before the loss begins, so that the other losses are computed in the same way."""
+"""Ratios by token and by row, and weights by row. Packing ends before the loss begins, so that these stand for all."""
 OTHERS = sorted(set(LOSSES) - set(SOME))
 
 
