@@ -11,6 +11,7 @@ from typing import Any
 
 from pspo_jax.data.conversations import scalar_text
 from pspo_jax.data.files import exact_json
+from pspo_jax.verifiers import boxed
 from pspo_jax.verifiers.math_answer import ALTERNATIVES
 
 PROSE = "gold answer is prose without a box"
@@ -62,7 +63,7 @@ def is_prose(gold: str) -> bool:
     It has no `\\\\boxed{}`, and more words than an answer, several sentences or lines of words, or a conclusion such as
     "the answer is".
     """
-    if "\\boxed{" in gold:
+    if boxed.BOX in gold:
         return False
     words = _WORD.findall(_TYPESET.sub(" ", gold))
     told = len(words) > _FEW_WORDS and _SENTENCES.search(gold) is not None
@@ -117,19 +118,17 @@ def _members(value: Any) -> str:
     return ALTERNATIVES.join(dict.fromkeys(scalar_text(v).strip() for v in found if not missing(v)))
 
 
-def _in_box(value: Any) -> str:
-    head, box, tail = scalar_text(value).rpartition("\\boxed{")
-    depth = 1
-    for i, char in enumerate(tail if box else ""):
-        depth += {"{": 1, "}": -1}.get(char, 0)
-        if not depth:
-            return tail[:i].strip()
-    raise ValueError(f"no \\boxed{{}} in {head!r}")
+def _in_last_box(value: Any) -> str:
+    text = scalar_text(value)
+    found = boxed.last_if_complete(text)
+    if found is None:
+        raise ValueError(f"no complete \\boxed{{}} at the end of {text!r}")
+    return found.strip()
 
 
 TRANSFORMS: dict[str, Callable[[Any], str]] = {
     "none": _as_it_is,
     "gsm8k": _after_hashes,
     "stringified_list": _members,
-    "boxed": _in_box,
+    "boxed": _in_last_box,
 }

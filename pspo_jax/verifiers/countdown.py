@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from pspo_jax.verifiers import boxed
+
 MAX_CHARS = 200
 """Longer expressions are rejected unread: what the parser costs, and how deep it nests, stays bounded."""
 WRONG = 0.1
@@ -21,7 +23,6 @@ WRONG = 0.1
 _TYPOGRAPHY = {"×": "*", "·": "*", "÷": "/", "−": "-", r"\times": "*", r"\cdot": "*", r"\div": "/"}
 _ALPHABET = re.compile(r"[0-9+\-*/() \t]+")
 _LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
-_BRACES = re.compile(r"\\boxed\{|[{}]")
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -70,21 +71,7 @@ def answer_of(completion: str) -> str | None:
     if start >= 0:
         start += len("<answer>")
         return completion[start : completion.find("</answer>", start)]
-    return _last_boxed(completion)
-
-
-def _last_boxed(text: str) -> str | None:
-    """Content of the complete \\boxed{} that starts last. Linear in the text, however its braces nest."""
-    open_braces: list[int | None] = []  # where the content of a box starts; None for other braces
-    best: tuple[int, int] | None = None
-    for match in _BRACES.finditer(text):
-        if match[0] != "}":
-            open_braces.append(match.end() if match[0] != "{" else None)
-        elif open_braces:
-            start = open_braces.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = start, match.start()
-    return None if best is None else text[best[0] : best[1]]
+    return boxed.last_complete(completion)
 
 
 def score(expression: str | None, numbers: Sequence[int], target: int) -> float:

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from pspo_jax.verifiers import values
+from pspo_jax.verifiers.boxed import BOX
 
-BOX = "\\boxed{"
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _IN_BASE = re.compile(r"(?<![A-Za-z\d])\(?[0-9A-Z]*\d[0-9A-Z]*\)?\s*_\s*(?:\{\s*\(?\s*(\d+)\s*\)?\s*\}|(\d))")
 _VARIABLE = re.compile(
@@ -26,7 +26,7 @@ def verified(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     gold, answer = _distinct_cases(gold, answer)
-    wanted, parsed = parse(boxed(gold)), parse(boxed(answer))
+    wanted, parsed = parse(in_box(gold)), parse(in_box(answer))
     if not wanted or not parsed or _differs(gold, answer):
         return False
     verdict = values.complex_verdict(wanted[0], parsed[0], "." in gold + answer)
@@ -89,7 +89,7 @@ def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
     return {"float_rounding": 3 + places, "numeric_precision": 12 + places}
 
 
-def boxed(text: str) -> str:
+def in_box(text: str) -> str:
     """A respelled expression as math-verify reads it best; 1e-5 would be a product with e."""
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text.replace("°", "^\\circ "))
     return BOX + text + "}"
@@ -114,7 +114,7 @@ def _false_equation(text: str) -> bool:
 
 def float_of(text: str) -> float | None:
     try:
-        return float(parse(boxed(text.strip()))[0])
+        return float(parse(in_box(text.strip()))[0])
     except (TypeError, ValueError, OverflowError, IndexError):
         return None  # x
 

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from pspo_jax.verifiers import expressions, notation, quantities
+from pspo_jax.verifiers.boxed import BOX, LONGEST_BOX, MOST_BOXES, box_ends, unboxed
 from pspo_jax.verifiers.variable_names import name_of
 
 ALTERNATIVES = "\x1e"
@@ -20,8 +21,6 @@ RULES = 4
 MAX_ANSWER = 2000
 """Characters; a longer answer is wrong unless the gold answer is as long."""
 _TAIL = 500
-_BOX = "\\boxed{"
-_MOST_BOXES = 20
 _DENIED = re.compile(r"(?:\bnot|n['’]t|\brather than|\binstead of|\\neq?)[\s($:be]*$", re.IGNORECASE)
 """Right before a box that is no answer."""
 _GAP = r"(?:[\s$~]|\\[,;: ]|\\q?quad(?![a-z])|\\text\{\s*\})*"
@@ -66,13 +65,17 @@ def final_answer(completion: str) -> str | None:
 
 
 def _last_boxes(text: str) -> str | None:
+    """The last complete box, with those before it that are joined to it; None without one."""
+    ends = box_ends(text)
     begin = end = None
     start = len(text)
-    for _ in range(_MOST_BOXES):
-        start = text.rfind(_BOX, 0, start)
+    for _ in range(MOST_BOXES):
+        start = text.rfind(BOX, 0, start)
         if start < 0:
             break
-        close = _closing_brace(text, start + len(_BOX), len(text) if begin is None else begin)
+        close = ends.get(start)
+        if close is not None and (close - start - len(BOX) > LONGEST_BOX or (begin is not None and close > begin)):
+            close = None  # too long, or it holds the box at `begin`
         if begin is None and (close is None or _DENIED.search(text, max(0, start - 20), start)):
             continue  # cut off, or denied: an earlier one may be whole
         if close is None:
@@ -90,19 +93,6 @@ def _joined(text: str, start: int, close: int, begin: int) -> bool:
     second = _NAMED_BOX.fullmatch(text, close, begin)
     first = _NAME_BEFORE.search(text[max(0, start - 60) : start]) if second else None
     return bool(first and second and _INDEX.sub("", first[1]) == _INDEX.sub("", second[1]))
-
-
-def _closing_brace(text: str, begin: int, stop: int) -> int | None:
-    """Index after the brace that closes the one before `begin`; a box that opens at or after `stop` is not entered."""
-    depth = 1
-    for i in range(begin, min(stop, begin + 4 * MAX_ANSWER)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if not depth:
-                return i + 1
-    return None
 
 
 def score(gold: str, answer: str) -> tuple[float | None, str | None]:
@@ -126,7 +116,7 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         wordings = _restated(wanted) or [wanted]
         verbatim = _spelling(wanted) in spelled or _named(wanted, named)
         if readable and (verbatim or any(same(one, text) for one in wordings for text in answers)):
-            return 1.0, canonical(_BOX + wanted + "}")
+            return 1.0, canonical(BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
 
 
@@ -159,7 +149,7 @@ def _rounded(exact: str, text: str) -> bool:
 
 def _tagged(answer: str) -> str | None:
     """The one line within the tags of an answer, unless it asks or negates: words are answers there, not in prose."""
-    if not answer.startswith(_TAGS[0]) or not answer.endswith(_TAGS[1]) or _BOX in answer:
+    if not answer.startswith(_TAGS[0]) or not answer.endswith(_TAGS[1]) or BOX in answer:
         return None
     text = answer[len(_TAGS[0]) : -len(_TAGS[1])].strip()
     return None if not text or re.search(r"[\n?]|[!~¬≠](?=.)", text) else text
@@ -183,26 +173,13 @@ def _spelling(text: str) -> str:
 
 def _readable(gold: str) -> bool:
     text = notation.respelled(gold)
-    return bool(text) and (quantities.number(text) is not None or bool(expressions.parse(expressions.boxed(text))))
-
-
-def unboxed(text: str) -> str:
-    """The contents of a text's boxes, joined by commas; a text without a box as it is."""
-    inner: list[str] = []
-    at = text.find(_BOX)
-    while at >= 0 and len(inner) < _MOST_BOXES:
-        close = _closing_brace(text, at + len(_BOX), len(text))
-        if close is None:
-            break
-        inner.append(text[at + len(_BOX) : close - 1])
-        at = text.find(_BOX, close)
-    return ", ".join(inner) if inner else text
+    return bool(text) and (quantities.number(text) is not None or bool(expressions.parse(expressions.in_box(text))))
 
 
 def _statements(answer: str) -> list[str]:
     """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
-    if _BOX in answer:
-        return [] if _DENIED.search(answer, 0, answer.index(_BOX)) else [unboxed(answer)]
+    if BOX in answer:
+        return [] if _DENIED.search(answer, 0, answer.index(BOX)) else [unboxed(answer)]
     answer = answer.removeprefix(_TAGS[0]).removesuffix(_TAGS[1]) if answer.endswith(_TAGS[1]) else answer
     sentence, explicit = notation.stated(answer)
     bare = notation.plain(notation.respelled(sentence))
@@ -443,5 +420,5 @@ def canonical(answer: str) -> str | None:
         return name_of(Rational(value.numerator, value.denominator))
     if word := notation.words(text):
         return name_of(word)  # March is no product of its letters
-    parsed = expressions.parse(expressions.boxed(text)) if text else ()
+    parsed = expressions.parse(expressions.in_box(text)) if text else ()
     return name_of(parsed[0]) if parsed else None

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from pspo_jax.verifiers import notation
-from pspo_jax.verifiers.math_answer import final_answer, unboxed
+from pspo_jax.verifiers.boxed import BOX, unboxed
+from pspo_jax.verifiers.math_answer import final_answer
 
 _TAIL = 4000
 _MOST_STATEMENTS = 8
@@ -43,7 +44,7 @@ def chosen(completion: str, options: int, texts: Sequence[str] = ()) -> str | No
     if part is None:
         return None
     letters = [chr(ord("A") + i) for i in range(options)]
-    if "\\boxed{" in part and (found := _settled(unboxed(part), letters, texts)) is not None:
+    if BOX in part and (found := _settled(unboxed(part), letters, texts)) is not None:
         return found or None
     _, tag, tail = text.rpartition("<answer>")
     if tag and "</answer>" in tail and (found := _settled(tail.partition("</answer>")[0], letters, texts)) is not None:
