@@ -61,7 +61,7 @@ def render(hf: PreTrainedTokenizerBase, messages: Conversation, config: PromptCo
     try:
         return str(
             hf.apply_chat_template(
-                cast("list[dict[str, str]]", messages),
+                turns,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=generate,

@@ -165,7 +165,7 @@ def _join(left: _Node, op: str, right: _Node) -> _Node | None:
 
 
 def question(problem_numbers: Sequence[int], target: int) -> str:
-    """The question of a problem. Its example has a target beyond the default `max_target`, so that it is no problem's."""
+    """The question of a problem. Its example has a target beyond the default `max_target`, so it is no problem's."""
     given = ", ".join(map(str, problem_numbers))
     return (
         f"You are given the numbers {given}. Write an arithmetic expression that equals {target}. It must use each of "
