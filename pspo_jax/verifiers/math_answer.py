@@ -51,9 +51,9 @@ _ONE_NUMBER = re.compile(
 def final_answer(completion: str) -> str | None:
     """The part of a completion that states its answer, or None if nothing is there. Linear in the text's length.
 
-    Reasoning up to the last `</think>` is dropped. Of what is left: the last `\\boxed{}` with those joined to it ("3
-    and 5"), else the last `<answer>` block with its tags, else the last 500 characters, of which the worker takes what
-    "the answer is" states, or math-verify the last number or formula.
+    Reasoning up to the last `</think>` is dropped. The part is the last `\\boxed{}` with the boxes joined to it ("3 and
+    5"), else the last `<answer>` block with its tags, else the last 500 characters. In these, the worker looks
+    for the words "the answer is", or else math-verify takes the last number or formula.
     """
     text = completion.rpartition("</think>")[2]
     if boxes := _last_boxes(text):
@@ -80,7 +80,7 @@ def _last_boxes(text: str) -> str | None:
         if close is not None and (close - start - len(BOX) > LONGEST_BOX or (begin is not None and close > begin)):
             close = None  # too long, or it holds the box at `begin`
         if begin is None and (close is None or _DENIED.search(text, max(0, start - 20), start)):
-            continue  # cut off, or denied: an earlier one may be whole
+            continue  # it is cut off, or denied; an earlier one may be complete
         if close is None:
             break
         if begin is not None and not (begin - close <= _TAIL and _joined(text, start, close, begin)):
@@ -90,7 +90,7 @@ def _last_boxes(text: str) -> str | None:
 
 
 def _joined(text: str, start: int, close: int, begin: int) -> bool:
-    """Whether the box from `start` to `close` and the one at `begin` give one list: 3 and 5, or x=3 or x=5."""
+    """Whether the box from `start` to `close` and the box at `begin` form one list, as "3 and 5" or "x=3 or x=5" do."""
     if _BETWEEN_BOXES.fullmatch(text, close, begin):
         return True
     second = _NAMED_BOX.fullmatch(text, close, begin)
