@@ -14,7 +14,7 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
-from pspo_jax.data.loading import from_data, quiet
+from pspo_jax.data.loading import from_data, quiet_datasets
 from pspo_jax.data.synthetic.countdown import generate
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.text import benchmark_prompts
@@ -54,7 +54,7 @@ def opinion(completion):
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
