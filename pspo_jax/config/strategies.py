@@ -50,14 +50,12 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which prompts a step takes. A field that begins with a selector's name is read by that selector alone."""
+    """Which prompts a step takes. Only the selectors that a field's text names first read that field."""
 
     name: SelectorName | None = None
-    """Selector, which chooses the prompts of a step; None = the algorithm's. module:function names a selector of your
-    own."""
+    """Selector, which chooses the prompts of a step, or module:function for one of your own; None = the algorithm's."""
     cooldown: Annotated[int | None, Range(0, 10_000)] = None
-    """Number of steps for which a prompt is not drawn again; None = 5 for prioritized_replay and posterior_mixed, else
-    0."""
+    """Number of steps before a prompt is drawn again; None = 5 for prioritized_replay and posterior_mixed, else 0."""
     max_visits: Annotated[int, Range(0, 2**30)] = 0
     """Largest number of times that a prompt is drawn; 0 = no limit. When fewer prompts are left than a batch needs,
     those drawn longest ago return."""
@@ -103,8 +101,7 @@ class SelectionConfig:
     """prioritized_replay: number of steps between retests of solved and unsolved prompts, and before the first retest
     of a prompt."""
     retest_share: Annotated[float, Range(0.0, 0.5)] = 0.05
-    """prioritized_replay: share of the batch that is retested from each of the two pools, at least one prompt; 0 =
-    none."""
+    """prioritized_replay: share of the batch retested from each of the two pools, at least one prompt; 0 = none."""
     draw: Literal["expected", "thompson"] = "expected"
     """posterior_mixed: order of the prompts: all of them by the belief's expectation (expected), or a pool of
     candidates by one sample from each belief (thompson)."""
@@ -135,8 +132,8 @@ class AdvantageConfig:
     """How rewards become advantages."""
 
     name: EstimatorName | None = None
-    """Advantage estimator, which turns rewards into advantages; None = the algorithm's. module:function names an
-    estimator of your own."""
+    """Advantage estimator, which turns rewards into advantages, or module:function for one of your own; None = the
+    algorithm's."""
     scale: Scale | None = None
     """Divisor of the advantages. group, rloo, opo: the standard deviation of the group, of the batch, or none;
     tracked_baseline: the root mean square over the batch, or none. None = the algorithm's."""
