@@ -131,7 +131,7 @@ def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None])
 def accepted(fields: Fields, world: Path, start: Callable[[Fields], str | None]) -> Fields:
     """`fields` without those that the program refuses in this combination."""
     if "model.source" in fields:
-        fields = {k: v for k, v in fields.items() if not k.startswith("policy.") or k == "model.source"}
+        fields = {k: v for k, v in fields.items() if not k.startswith("model.") or k == "model.source"}
     while (named := _refused(flags(fields, world / "run")) or start(fields)) is not None:
         if named not in fields:
             raise ValueError(f"the program refuses {named}, which no choice set: {fields}")
