@@ -159,19 +159,19 @@ class ForgettingConfig:
 
     mode: Literal["fixed", "policy_drift"] | None = None
     """Share of the past that a visit leaves: forgetting.discount (fixed), or clip(2^(-D / half_life), low, high)
-    (policy_drift), where D is the policy drift since the last visit, the mean |change of log-prob|. None = policy_drift
-    for spo, else fixed."""
+    (policy_drift). D is the policy drift since the last visit: the mean |change of log-prob| per token, summed over the
+    steps. None = policy_drift for spo, else fixed."""
     discount: Annotated[float, Range(0.0, 1.0)] = 0.9
     """fixed: weight of the past at a visit; 1 = nothing is forgotten, 0 = only the last group counts."""
     half_life: Annotated[float, Range(above=0.0)] = 0.06
-    """policy_drift: drift D at which half of the past is left, in nats per token."""
+    """policy_drift: drift D, in nats per token, at which half of the past is left."""
     low: Annotated[float, Range(0.0, 1.0)] = 0.875
     """policy_drift: smallest weight of the past."""
     high: Annotated[float, Range(0.0, 1.0)] = 0.96
     """policy_drift: largest weight of the past."""
     shrinkage: Annotated[float, Range(0.0, 1.0)] = 0.0
-    """Share by which the belief about a prompt that is not visited approaches the population's mean in each step; 0 =
-    the belief stays as it is."""
+    """Share by which, in each step, the belief about a prompt that is not visited approaches a prior with the mean of
+    all prompts; 0 = the belief stays as it is."""
     prior_successes: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter a of the Beta belief about a prompt before its first visit."""
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0
