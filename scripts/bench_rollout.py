@@ -38,8 +38,9 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     import jax.numpy as jnp
 
     from pspo_jax.arrays.state import Prompts
-    from pspo_jax.config import schema
+    from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
+    from pspo_jax.config.schema import Config
     from pspo_jax.config.validation import validate
     from pspo_jax.model import built_in, transformer
 
@@ -59,7 +60,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
         "loss.packing": work.packing,
         "loss.share_prompts": work.share_prompts if work.packing else None,
     }
-    settings = resolve(schema.replace(schema.Config(), fields))
+    settings = resolve(replace(Config(), fields))
     validate(settings)
     model = transformer(built_in(settings.model, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
