@@ -41,7 +41,7 @@ def test_example_learns():
 def code_spans(page: Path) -> list[str]:
     """What stands in backticks outside of code blocks."""
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    return re.findall(r"`([^`\n]+)`", prose)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
 def anchors(page: Path) -> set[str]:
