@@ -15,7 +15,8 @@ from pspo_jax.config.schema import Config
 from tests.conftest import REPO
 
 PAGES = sorted([REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").rglob("*.md")])
-FOLDERS = ("pspo_jax", "configs", "docs", "scripts", "tests", *(p.name for p in (REPO / "pspo_jax").iterdir()))
+FOLDERS = tuple(path.name for base in (REPO, REPO / "pspo_jax") for path in base.iterdir() if path.is_dir())
+"""First parts of paths, from the root or from the package."""
 PATH = re.compile(r"[\w./-]+?(?:/|\.(?:py|md|yaml|sh|svg|jsonl|sbatch))")
 """A folder, or a file of a kind that this repository has."""
 
@@ -70,6 +71,7 @@ def test_paths_of_the_repository_exist(page: Path):
         if PATH.fullmatch(span.split(" ")[0]) and "/" in span.split(" ")[0]
     }
     ours = {name for name in named if name.split("/")[0] in FOLDERS}
+    ours |= set(re.findall(r"(?<![\w./-])(?:configs|scripts|examples)/[\w./-]+\.\w+", page.read_text(encoding="utf-8")))
     absent = {name for name in ours if not (REPO / name).exists() and not (REPO / "pspo_jax" / name).exists()}
     assert absent == set()
 
