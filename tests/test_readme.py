@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pspo_jax
 from pspo_jax.config.schema import Config
 from tests.conftest import REPO
 
@@ -96,6 +97,12 @@ def test_fields_exist(page: Path):
         if stage in stages and name not in stages[stage] and name not in ("py", "md", "yaml", "log", "lock", "jsonl")
     }
     assert unknown == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_public_names_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"\bpj\.([A-Za-z_]+)", text)) <= set(pspo_jax.__all__)
 
 
 def test_the_picture_is_up_to_date():
