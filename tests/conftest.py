@@ -1,4 +1,4 @@
-"""Test set-up: eight CPU devices, a shared compilation cache, and the data folder beside the repository."""
+"""Test set-up: eight CPU devices, a shared compilation cache, and the folder of data."""
 
 import os
 import sys
@@ -14,7 +14,12 @@ import pytest
 from hypothesis import settings
 
 REPO = Path(__file__).resolve().parents[1]
-DATA = REPO.parent / "shared" / "data"
+DATA = REPO / "tests" / "data"
+"""Samples, a tokenizer and golden values; tests/data/README.md says where they come from."""
+EVERY_ROW = Path(os.environ["PSPO_TEST_DATA"]) if "PSPO_TEST_DATA" in os.environ else None
+"""A folder of the whole data sets, which slow tests read where it is given."""
+every_row = [pytest.mark.slow, pytest.mark.skipif(EVERY_ROW is None, reason="PSPO_TEST_DATA names no folder")]
+"""Marks of a test that reads it."""
 CACHE = REPO / ".jax_cache"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -35,10 +40,7 @@ def golden():
     """Losses and advantages computed with TRL 1.16 and others."""
     import json
 
-    path = DATA / "golden" / "trl_verl.json"
-    if not path.exists():
-        pytest.skip(f"golden values not found: {path}")
-    return json.loads(path.read_text())
+    return json.loads((DATA / "golden" / "trl_verl.json").read_text())
 
 
 @pytest.fixture(scope="session")
