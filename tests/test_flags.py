@@ -54,7 +54,7 @@ def test_xla_knows_every_flag_of_the_table(child_env):
     program = """
 import sys
 from pspo_jax.cli import parse
-from pspo_jax.setup import configure_runtime
+from pspo_jax.training.setup import configure_runtime
 configure_runtime(parse(["--runtime.xla_flags=" + sys.argv[1]], "train", ""))
 import jax
 print(jax.device_count(), float(jax.jit(lambda x: x + 1)(1.0)))

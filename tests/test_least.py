@@ -33,7 +33,7 @@ BLOCK = D * (H + 2 * K) * WIDTH + H * WIDTH * D + 3 * D * F
 def setup_of(lora=None, **fields):
     """As much of a `Setup` as the arithmetic reads, on one device."""
     shape = {"layers": L, "width": D, "heads": H, "kv_heads": K, "head_dim": WIDTH, "mlp_width": F}
-    values = {f"policy.{k}": v for k, v in shape.items()}
+    values = {f"model.{k}": v for k, v in shape.items()}
     values |= {"rollout.prompts": B, "rollout.group_size": G, "rollout.max_new_tokens": T, "mesh.data": 1}
     values |= {k.replace("__", "."): v for k, v in fields.items()}
     config = resolve(parse([w for k, v in values.items() for w in (f"--{k}", str(v))], "train", ""))

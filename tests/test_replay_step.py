@@ -265,7 +265,7 @@ def test_rounds_fill_a_batch_and_what_is_left_over_waits():
 
 def test_one_full_round_is_the_plain_step():
     """Collect and update on groups that are all effective: the parameters, selector and credit of the step."""
-    plain, cut = (setup(optax.adamw(1e-2), algorithm__name="pspo", rollout__max_rounds=n) for n in (1, 3))
+    plain, cut = (setup(optax.adamw(1e-2), algorithm__name="pspo", rollout__dynamic_sampling_rounds=n) for n in (1, 3))
     rollouts, rewards = plain[5](plain[4].params, 0), mixed(0)
     expected, _ = stepper(plain)(plain[4], rollouts, rewards)
     collect, update, state, _ = rounds_of(cut)
@@ -282,7 +282,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopp
 @pytest.mark.parametrize("name", ["pps", "prioritized_replay", *SLOW])
 def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
-    config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
+    config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__dynamic_sampling_rounds=3)
     selector = build(config).selector
     select, observe = jax.jit(selector.select, static_argnums=3), jax.jit(selector.observe)
     nothing = RolloutOutcome(*[jnp.zeros((B, G))] * 3)

@@ -394,7 +394,7 @@ def test_the_embedded_policy_exports_too(uninterrupted, tmp_path, child_env):
     ids = tokenizer("27-4+8-3=")["input_ids"]
     assert tokenizer.decode(ids) == "27-4+8-3=" and tokenizer.eos_token == "$"
     trained = params(uninterrupted)["params"]
-    a = built_in(replace(Config(), {k: v for k, v in SMALL.items() if k.startswith("policy.")}).model, 16)
+    a = built_in(replace(Config(), {k: v for k, v in SMALL.items() if k.startswith("model.")}).model, 16)
     model = transformer(a)
     ours = model.logits(trained, model.hidden(trained, np.array([ids])))
     with torch.no_grad():

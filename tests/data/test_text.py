@@ -178,8 +178,8 @@ def test_fingerprint_depends_on_prompts_answers_order_and_template(tmp_path, tok
 def test_fingerprint_is_the_same_in_another_process(tmp_path, tokenizer, config, data, child_env):
     mixture = json.dumps([{"name": "math", "train_data": data}, {"name": "countdown", "train_prompts": 20}])
     code = f"""
-from pspo_jax.tasks import make_task
-from pspo_jax.tasks.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
+from pspo_jax.data.tokenizer import load_tokenizer
 from tests.helpers import tiny_config
 c = tiny_config(task__mixture={mixture!r}, task__cache={str(tmp_path / "other")!r}, task__train_prompts=0,
                 task__heldout_prompts=4, model__tokenizer={str(TOKENIZER)!r}, rollout__prompts=4)

@@ -98,7 +98,7 @@ def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
     breaks.write_text(
         "import sys\n"
         "if '--distributed.process' in sys.argv and sys.argv[sys.argv.index('--distributed.process') + 1] == '1':\n"
-        "    from pspo_jax import verdicts\n"
+        "    from pspo_jax.runs import verdicts\n"
         "    plain = verdicts.check\n"
         "    def check(scores, done, *rest):\n"
         "        if done == 3:\n"
@@ -138,13 +138,13 @@ def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, r
 WAITS = """
 import sys, time, jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from pspo_jax.parallel import hosts
-hosts.wait_for_all("here")
+from pspo_jax.distributed import processes
+processes.wait_for_all("here")
 if sys.argv[2] == "1":
     time.sleep(4)
 else:
     try:
-        hosts.wait_for_all("there", 1)
+        processes.wait_for_all("there", 1)
     except TimeoutError as error:
         print(error)
 """

@@ -18,7 +18,7 @@ R, T = 6, 7
 
 
 def settings(**fields) -> LossConfig:
-    preset = {name.removeprefix("objective."): value for name, value in LOSSES["dapo"].items()}
+    preset = {name.removeprefix("loss."): value for name, value in LOSSES["dapo"].items()}
     return LossConfig(**preset | fields)
 
 
@@ -92,7 +92,7 @@ def test_loss_and_gradient_are_torchs(seed, off_policy, importance, dual):
 def test_with_behaviour_the_old_policy_all_three_are_one(loss):
     """mu = pi_old: the decoupled objective is the coupled one, to the bit, for every loss."""
     log_probs, inputs = drawn(3, stale=0)
-    preset = {name.removeprefix("objective."): value for name, value in LOSSES[loss].items()}
+    preset = {name.removeprefix("loss."): value for name, value in LOSSES[loss].items()}
     config = LossConfig(**preset)
     found = [
         evaluate(log_probs, jnp.zeros((R, T)), inputs, replaced(config, off_policy=mode), denominators(inputs))[:2]
@@ -107,7 +107,7 @@ def test_with_behaviour_the_old_policy_all_three_are_one(loss):
 def test_rows_that_are_in_no_batch_change_nothing(loss):
     """Whatever stands in them, infinities included."""
     log_probs, inputs = drawn(5)
-    preset = {name.removeprefix("objective."): value for name, value in LOSSES[loss].items()}
+    preset = {name.removeprefix("loss."): value for name, value in LOSSES[loss].items()}
     config = LossConfig(**preset, entropy_coef=0.01)
     entropy = jnp.ones((R, T))
     keep = np.array([0, *range(2, R)])
