@@ -63,6 +63,8 @@ def initialize(config: Config) -> None:
         }
     # JAX's own notice of a pre-emption would take the place of the handler of SIGTERM, and the run would not stop.
     jax.config.update("jax_enable_preemption_service", False)
+    # Gloo, which joins CPU processes, mixes up the messages of two programs that are under way at once.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             **explicit,

@@ -21,7 +21,7 @@ def config_of(kw: dict) -> LossConfig:
     preset |= {"clip_low": low, "clip_high": high - 1 if kind == "cispo" else high}
     preset["ratio"] = kw.get("level", "token")
     return LossConfig(
-        loss=kind,
+        name=kind,
         **preset,
         delta=kw.get("delta", 0.0),
         kl_coef=kw.get("beta", 0.0),
