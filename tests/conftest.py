@@ -28,6 +28,43 @@ settings.register_profile("suite", deadline=None, max_examples=30)
 settings.load_profile("suite")
 
 
+LONGEST = (
+    "test_run",
+    "distributed/test_processes",
+    "pool",
+    "small-lora",
+    "test_text_run",
+    "test_replay_step",
+    "test_packing",
+    "test_recipes",
+    "test_step",
+    "selection/test_sharded",
+    "test_run_faults",
+    "test_chaos",
+    "test_plan",
+    "test_precision",
+)
+"""Groups of tests that take a minute or so."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Put the tests of a file into a group, which one worker runs, and the longest groups first.
+
+    Tests of a group share its module's fixtures and compiled programs. Tests that name a group of their own keep it.
+    """
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    ranks = []
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        name = mark.args[0] if mark else item.path.relative_to(REPO / "tests").with_suffix("").as_posix()
+        if mark is None:
+            item.add_marker(pytest.mark.xdist_group(name))
+        ranks.append(rank.get(name, len(rank)))
+    order = sorted(range(len(items)), key=ranks.__getitem__)
+    items[:] = [items[i] for i in order]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs():
     """A compiled program keeps memory mapped, and a process may have 65,530 mappings: more programs end in a crash."""

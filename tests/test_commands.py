@@ -37,7 +37,7 @@ def test_a_run_folder_that_is_not_there_is_one_line(child_env, command, tmp_path
 
 GUARDED = """
 import sys
-from pspo_jax.cli import run
+from pspo_jax.config.command_line import run
 def main(argv):
     {body}
     return 0

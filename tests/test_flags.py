@@ -53,7 +53,7 @@ def test_xla_knows_every_flag_of_the_table(child_env):
     words = " ".join(f"--{f.name}={f.value}" for f in xla_flags.TABLE if f.platform == "gpu")
     program = """
 import sys
-from pspo_jax.cli import parse
+from pspo_jax.config.command_line import parse
 from pspo_jax.training.setup import configure_runtime
 configure_runtime(parse(["--runtime.xla_flags=" + sys.argv[1]], "train", ""))
 import jax

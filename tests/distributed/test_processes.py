@@ -13,7 +13,7 @@ from tests.distributed.processes import finish_all, free_port, launch, output
 from tests.helpers import relative
 from tests.test_run import _wait_for_step, finish, metrics, params, start
 
-pytestmark = pytest.mark.xdist_group("resume")
+STEPS = 12
 MESHES = {"data": {"mesh__data": 8}, "mixed": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}
 EQUAL = (
     "crc/prompt_ids",
@@ -40,10 +40,30 @@ def alone(child_env, runs):
     def get(algorithm):
         if algorithm not in done:
             done[algorithm] = runs / f"alone-{algorithm}"
-            finish(start(child_env, done[algorithm], run__steps=20, algorithm__name=algorithm))
+            finish(start(child_env, done[algorithm], run__steps=STEPS, algorithm__name=algorithm))
         return done[algorithm]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def together(child_env, runs):
+    """Finished runs of several processes, by algorithm, number of processes and mesh."""
+    done = {}
+
+    def get(algorithm="popo", processes=2, mesh="mixed"):
+        key = algorithm, processes, mesh
+        if key not in done:
+            done[key] = runs / f"{algorithm}-{processes}-{mesh}"
+            fields = {"run__steps": STEPS, "algorithm__name": algorithm, **MESHES[mesh]}
+            finish_all(done[key], launch(child_env, done[key], processes, 8 // processes, **fields))
+        return done[key]
+
+    return get
+
+
+SAME = {"run__steps": STEPS, "algorithm__name": "popo", **MESHES["mixed"]}
+"""Fields of the run that is killed, stopped and compared with the one that was not: one set of programs for all."""
 
 
 @pytest.mark.parametrize(
@@ -58,13 +78,8 @@ def alone(child_env, runs):
         pytest.param("dapo", 2, "mixed", marks=pytest.mark.slow),
     ],
 )
-def test_processes_do_what_one_does(child_env, runs, alone, algorithm, processes, mesh):
-    folder = runs / f"{algorithm}-{processes}-{mesh}"
-    one = alone(algorithm)
-    finish_all(
-        folder,
-        launch(child_env, folder, processes, 8 // processes, run__steps=20, algorithm__name=algorithm, **MESHES[mesh]),
-    )
+def test_processes_do_what_one_does(alone, together, algorithm, processes, mesh):
+    one, folder = alone(algorithm), together(algorithm, processes, mesh)
     for a, b in zip(metrics(one), metrics(folder), strict=True):
         for key in EQUAL:
             assert a.get(key) == b.get(key), (a["step"], key)
@@ -74,9 +89,9 @@ def test_processes_do_what_one_does(child_env, runs, alone, algorithm, processes
     assert len(list((folder / "completions").iterdir())) == len(list((one / "completions").iterdir()))
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(child_env, runs, alone):
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(child_env, runs, together):
     folder = runs / "killed"
-    fields = {"run__steps": 20, "checkpoint__every": 2, **MESHES["data"]}
+    fields = SAME | {"checkpoint__every": 2}
     processes = launch(child_env, folder, 2, 4, **fields)
     assert _wait_for_step(processes[0], folder, at_least=5)
     processes[1].send_signal(signal.SIGKILL)
@@ -87,8 +102,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(child_env, runs, a
     processes[1].wait()
     finish_all(folder, launch(child_env, folder, 2, 4, **fields))
     assert "resuming at step" in output(folder, 0)
-    for a, b in zip(metrics(alone("pspo")), metrics(folder), strict=True):
-        assert [a.get(key) for key in EQUAL] == [b.get(key) for key in EQUAL]
+    assert metrics(folder) == metrics(together())
 
 
 def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
@@ -107,7 +121,7 @@ def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
         "    verdicts.check = check\n"
     )
     env = child_env | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
-    processes = launch(env, folder, 2, 4, run__steps=20, **MESHES["data"])
+    processes = launch(env, folder, 2, 4, **SAME)
     assert _wait_for_step(processes[0], folder, at_least=2)
     assert all(process.wait(timeout=60) != 0 for process in processes)
     for number in (0, 1):
@@ -115,15 +129,13 @@ def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
 
 
 @pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))])
-def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, runs, trial):
+def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, runs, together, trial):
     """SIGTERM to all at a random moment; the resumed run equals one that was not stopped, on the same topology."""
-    fields = {"run__steps": 20, "checkpoint__every": 1000, **MESHES["data"]}
-    whole, folder = runs / "whole", runs / f"stopped-{trial}"
-    if not whole.exists():
-        finish_all(whole, launch(child_env, whole, 2, 4, **fields))
+    fields = SAME | {"checkpoint__every": 1000}
+    folder = runs / f"stopped-{trial}"
     processes = launch(child_env, folder, 2, 4, **fields)
     rng = np.random.default_rng(trial)
-    assert _wait_for_step(processes[0], folder, at_least=int(rng.integers(1, 12)))
+    assert _wait_for_step(processes[0], folder, at_least=int(rng.integers(1, STEPS - 4)))
     time.sleep(rng.random() * 0.2)
     order = rng.permutation(2)
     processes[order[0]].terminate()
@@ -132,7 +144,7 @@ def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, r
     finish_all(folder, processes)
     if "stopped after step" in output(folder, 0):
         finish_all(folder, launch(child_env, folder, 2, 4, **fields))
-    assert metrics(folder) == metrics(whole)
+    assert metrics(folder) == metrics(together())
 
 
 WAITS = """
