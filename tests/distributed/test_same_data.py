@@ -3,12 +3,8 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import REPO
 from tests.distributed.processes import free_port
-
-pytestmark = pytest.mark.xdist_group("resume")
 
 SCRIPT = """
 import sys, time
