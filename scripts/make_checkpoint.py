@@ -65,7 +65,7 @@ def clear(out: Path, force: bool) -> None:
     """Make room for the folder.
 
     Raises:
-    ConfigError: the folder exists and must not be replaced, or this script did not make it.
+      ConfigError: the folder exists and must not be replaced, or this script did not make it.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -81,8 +81,8 @@ def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | Non
     out.mkdir(parents=True)
     (out / MARK).write_text("random weights, made by scripts/make_checkpoint.py\n")
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))
-    end, padding = config["eos_token_id"], config["bos_token_id"]
-    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, padding], "pad_token_id": padding}))
+    stop_ids = [i for i in (config["eos_token_id"], config["bos_token_id"]) if i is not None]
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids, "pad_token_id": stop_ids[-1]}))
     if tokenizer:
         copy_files(out, tokenizer, TOKENIZER_FILES)
     if config_only:
