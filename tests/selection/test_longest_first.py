@@ -109,7 +109,7 @@ def test_slots_end_earlier_with_the_longest_first():
     settings = SamplingParams(0.0, 1.0, 0, jnp.asarray([13, 3, 5]), 24)
     sample = jax.jit(counting_sampler(model, 1, 24, 14, 3))
     rows, _ = sample(params, prompts, jax.random.key(0), settings)
-    order = np.argsort(-np.asarray(rows.lengths[:, 0]), task_ids="stable")
+    order = np.argsort(-np.asarray(rows.lengths[:, 0]), kind="stable")
     assert len(set(np.asarray(rows.lengths).ravel())) > 2
 
     def computed(order):
