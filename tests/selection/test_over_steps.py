@@ -93,7 +93,7 @@ def test_weights_correct_for_the_share_of_a_quota_and_not_for_what_one_batch_gav
     for step in range(10):
         ids, weight, state = compiled.select(state, step)
         for task in (0, 1):
-            seen[task] |= {round(float(w), 5) for w in weight[(ids >= 20) == bool(task_ids)]}
+            seen[task] |= {round(float(w), 5) for w in weight[(ids >= 20) == bool(task)]}
     # P = 0.3 / 20 and 0.7 / 20; a batch that holds only one of the kinds has weight 1 throughout.
     assert seen[0] == {1.0} and seen[1] <= {round(0.3 / 0.7, 5), 1.0}
 
