@@ -184,8 +184,8 @@ def test_who_rests_depends_on_steps_alone(rounds, keeps):
 
 def evaluate_all_scores(compiled, state):
     """The scores of all prompts, computed at this step."""
-    e = compiled.selector.observe.args[0]
-    return score_all(e, state, state.now).score
+    engine = compiled.selector.observe.args[0]
+    return score_all(engine, state, state.now).score
 
 
 def test_no_score_is_old_after_steps_without_a_round():
@@ -213,7 +213,7 @@ def test_retests_have_their_turn_though_their_own_step_had_no_round():
     ids, _, later = compiled.select(state, 23)
     assert 0 in ids
     later = compiled.observe(later, ids, half_right(ids), 23)
-    assert int(later.last_round) == 23
+    assert int(later.last_rollout_step) == 23
 
 
 def verdicts(rewards, right):

@@ -101,7 +101,7 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
     def one(state, x):
         step, ids, rewards, policy_drift = x
         state = tested.observe(state, ids, outcome(rewards, policy_drift), step)
-        return state, (state.per_prompt, tested.table(state, step + 1)["priority"], state.score)
+        return state, (state.per_prompt, tested.to_table(state, step + 1)["priority"], state.score)
 
     run_steps = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
 

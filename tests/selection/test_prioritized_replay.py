@@ -322,7 +322,7 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     zeros = jnp.zeros((12, GROUP))
     nothing = RolloutOutcome(jnp.full((12, GROUP), jnp.nan), zeros, zeros)
     after = jax.jit(made.observe)(before, jnp.arange(12), nothing, STEPS)
-    for name in ("pool", "wait", "last", "beliefs"):
+    for name in ("pool", "wait", "last_success", "beliefs"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after.per_prompt, name), getattr(before.per_prompt, name))
     old, new = made.to_table(before, STEPS), made.to_table(after, STEPS + 1)
     for name in ("priority", "success"):
