@@ -128,7 +128,7 @@ def test_first_token_frequencies_through_the_whole_sampler():
 
 
 def test_a_model_of_logits_samples_the_same_tokens():
-    """The cacheless adapter around the same network draws what the cached decoder draws."""
+    """The cacheless adapter around the same network draws the same tokens as the cached decoder."""
     model, params, a = tiny_policy()
     plain = from_logits(
         lambda p, tokens: model.logits(p, model.hidden(p, tokens)), model.init, a.vocab_size, a.forbidden
@@ -150,7 +150,7 @@ def test_bfloat16_gap_is_small():
 @pytest.mark.parametrize("shape", slow_except([{}], [{}, {"kv_heads": 1, "qkv_bias": True}]))
 @pytest.mark.parametrize("slots", slow_except([5], [1, 5, 23]))
 def test_slots_change_no_row(shape, slots):
-    """Rows that take turns in fewer slots are those that are all decoded at once."""
+    """Rows that take turns in fewer slots equal rows that are all decoded at once."""
     model, params, _ = tiny_policy(**shape)
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, top_p=0.95, stop=(EOS, 3, 5), limit=10)
     at_once = make_sampler(model, 4, T, PAD)(*args)
@@ -183,7 +183,7 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
 
 @pytest.mark.parametrize(("chunk", "limit"), [(4, T), (5, 7), (16, 1), (5, T)])
 def test_chunks_of_tokens_change_no_row(chunk, limit, monkeypatch):
-    """Whether chunks divide the longest completion, the limit and the sizes of the cache or not."""
+    """This holds whether or not chunks divide the longest completion, the limit and the sizes of the cache."""
     model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, PAD), limit=limit)
     one_by_one = make_sampler(model, 4, T, PAD)(*args)

@@ -15,7 +15,7 @@ from pspo_jax.selection import PromptMetadata, Selector, SelectorContext, select
 
 GROUP = 4
 Rewards = Callable[[Any, int], np.ndarray]
-"""(ids, step) -> [B, GROUP]"""
+"""Function of (ids, step) to rewards [B, GROUP]."""
 
 
 class CompiledSelector(NamedTuple):
@@ -38,7 +38,7 @@ class CompiledSelector(NamedTuple):
         return self.functions["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
 
     def draws(self, state: Any, count: int, step: int = 0) -> np.ndarray:
-        """Ids [count, batch] for as many keys."""
+        """Ids [count, batch] of `count` draws, each with a key of its own."""
         keys = jax.random.split(jax.random.key(count), count)
         return np.asarray(self.functions["draws"](state, keys, jnp.int32(step)))
 
@@ -58,7 +58,7 @@ def make(
     discount: float = 0.9,
     **fields: Any,
 ) -> CompiledSelector:
-    """One for each combination of arguments, so that tests share what is compiled."""
+    """A compiled selector; tests with equal arguments share it."""
     config = SelectionConfig(name=name, **fields)  # type: ignore[arg-type]
     made = selector(
         config,
@@ -76,7 +76,7 @@ def make(
 
 
 def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
-    """Advantages are those within the group unless given."""
+    """The outcome of these rewards; advantages are those within the group unless they are given."""
     rewards = np.asarray(rewards, np.float32)
     valid = ~np.isnan(rewards)
     count = np.maximum(valid.sum(1, keepdims=True), 1)
@@ -88,22 +88,22 @@ def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
 
 
 def half_right(ids: Any, step: int = 0) -> np.ndarray:
-    """Half of every group is right."""
+    """Rewards of groups that are half right."""
     return np.tile([0.0, 1.0], (len(ids), GROUP // 2))
 
 
 def all_wrong(ids: Any, step: int = 0) -> np.ndarray:
-    """Nothing is right."""
+    """Rewards of groups that are all wrong."""
     return np.zeros((len(ids), GROUP))
 
 
 def half_right_only(mixed: Iterable[int]) -> Rewards:
-    """Groups of these prompts are half right, those of all others wrong."""
+    """Rewards of which the groups of these prompts are half right, and all other groups are wrong."""
     return lambda ids, step: np.where(np.isin(ids, list(mixed))[:, None], half_right(ids), all_wrong(ids))
 
 
 def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
-    """Right or wrong by chance, each group with its own; a share of groups has no verdict at all."""
+    """Random rewards; each group has a success probability of its own, and a share of groups has no verdict."""
     rng = np.random.default_rng(seed)
 
     def rewards(ids: Any, step: int) -> np.ndarray:
@@ -116,7 +116,7 @@ def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
 def run_steps(
     compiled: CompiledSelector, state: Any, steps: int, rewards: Rewards = half_right, start: int = 0
 ) -> tuple[np.ndarray, Any]:
-    """Ids [steps, batch] of some steps, and the state after them."""
+    """The ids [steps, batch] that a selector draws in some steps, and its state after them."""
     drawn = []
     for step in range(start, start + steps):
         ids, _, state = compiled.select(state, step)
@@ -136,13 +136,13 @@ def with_priorities(
 
 
 def assert_fits(counts: Any, chances: Any) -> None:
-    """Counts of independent draws are as probable as they should be."""
+    """Counts of independent draws fit these probabilities."""
     counts, chances = np.asarray(counts, float), np.asarray(chances, float)
     assert stats.chisquare(counts, chances / chances.sum() * counts.sum()).pvalue > 1e-3
 
 
 def assert_even(counts: Any, batch: int) -> None:
-    """Counts of prompts in batches of distinct ones, all sets of prompts being as likely."""
+    """Counts of prompts fit batches of distinct prompts in which all sets are equally likely."""
     counts = np.asarray(counts, float)
     n, mean = len(counts), counts.mean()
     # Draws without replacement vary less than independent ones, by exactly this factor.
@@ -158,5 +158,5 @@ def assert_valid(ids: np.ndarray, prompts: int, batch: int) -> None:
 
 
 def counted(ids: np.ndarray, prompts: int) -> np.ndarray:
-    """How often each prompt is named."""
+    """How often each prompt occurs."""
     return np.bincount(ids.reshape(-1), minlength=prompts)

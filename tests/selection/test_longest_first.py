@@ -1,4 +1,4 @@
-"""Batches in the order of expected length: what is drawn stays, what starts first changes."""
+"""Batches in the order of expected length: the same prompts are drawn, and the longest start first."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What all selectors share: cooldown, limits, exploration, quotas, odd sizes, repeated prompts, changed data."""
+"""Options of all selectors: cooldown, limits, exploration, quotas, odd sizes, repeated prompts, changed data."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +30,7 @@ COLUMNS = PromptMetadata(jnp.zeros(N, jnp.int8), jnp.arange(N, dtype=jnp.float32
 
 
 def last_visits(drawn, prompts):
-    """Step of each prompt's last visit before each step, -1 = none [steps, prompts]."""
+    """Steps [steps, prompts] of each prompt's last visit before each step; -1 = never visited."""
     last, rows = np.full(prompts, -1), []
     for step, ids in enumerate(drawn):
         rows.append(last.copy())
@@ -146,7 +146,7 @@ def test_batches_are_full_where_no_prompt_ever_had_a_verdict(name):
 
 
 def with_favourites(compiled, n):
-    """The state of n prompts of which 0 and 1 are the only ones that are worth anything."""
+    """The state of n prompts of which only 0 and 1 have a priority."""
     state = compiled.init(n)
     for step in range(12):
         state = compiled.observe(state, np.arange(n), half_right_only({0, 1})(np.arange(n), step), step)

@@ -1,4 +1,4 @@
-"""What holds over many draws: loss weights that do not collapse, exact quotas, cooldowns that count steps."""
+"""Properties over many draws: loss weights do not collapse, quotas are exact, cooldowns count steps."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,7 @@ def kinds_of(*counts):
 
 
 def expected_weights(score, ids, slots, share, correction):
-    """(1 / (N P))^beta over the batch's maximum, in float64; what has no weight counts as the batch's likeliest."""
+    """(1 / (N P))^beta over the batch's maximum, in float64; prompts without a weight count as the likeliest."""
     score = score.astype(float)
     sums = np.array([max(score[slots == slot].sum(), 1e-30) for slot in range(len(share))])
     p = np.where(score[ids] > 1e-30, np.array(share)[slots[ids]] * score[ids] / sums[slots[ids]], 0)
@@ -51,7 +51,7 @@ def expected_weights(score, ids, slots, share, correction):
 @settings(max_examples=5)
 @given(seed=st.integers(0, 1000))
 def test_loss_weights_never_collapse(name, fields, seed):
-    """No weight is below what the chances of the batch's own prompts give, whatever filled the batch."""
+    """No loss weight is below the one that the batch's own probabilities give, whatever filled the batch."""
     compiled = make(name, 8, steps=20, correction=0.4, **fields)
     metadata = PromptMetadata(np.zeros(14, np.int16), np.random.default_rng(seed).random(14).astype(np.float32))
     state, rewards = compiled.init(14, metadata), random_rewards(seed, missing=0.2)
@@ -92,8 +92,8 @@ def test_weights_correct_for_the_share_of_a_quota_and_not_for_what_one_batch_gav
     seen = {0: set(), 1: set()}
     for step in range(10):
         ids, weight, state = compiled.select(state, step)
-        for task_ids in (0, 1):
-            seen[task_ids] |= {round(float(w), 5) for w in weight[(ids >= 20) == bool(task_ids)]}
+        for task in (0, 1):
+            seen[task] |= {round(float(w), 5) for w in weight[(ids >= 20) == bool(task)]}
     # P = 0.3 / 20 and 0.7 / 20; a batch that holds only one of the kinds has weight 1 throughout.
     assert seen[0] == {1.0} and seen[1] <= {round(0.3 / 0.7, 5), 1.0}
 
@@ -120,7 +120,7 @@ def test_quotas_are_exact_over_steps_and_batches_distinct(name, fields):
 
 
 def test_the_best_of_a_quota_are_drawn_however_many_it_has_this_time():
-    """Epochs stay epochs: no prompt of a task comes twice before all of its task have come."""
+    """No prompt of a task comes twice before all prompts of its task have come."""
     compiled = make("uniform", 8, task_names=("a", "b", "c"), quotas="a=0.03, b=0.37")
     task_ids = kinds_of(9, 40, 60)
     drawn, _ = run_steps(compiled, compiled.init(len(task_ids), PromptMetadata(task_ids)), 40)
@@ -167,7 +167,7 @@ def test_a_cooldown_ends_after_its_steps_though_nothing_was_rolled_out_in_them()
 @settings(max_examples=15)
 @given(rounds=st.lists(st.booleans(), min_size=8, max_size=20), keeps=st.booleans())
 def test_who_rests_depends_on_steps_alone(rounds, keeps):
-    """Against a dict of last visits; whether the state that `select` returns is kept makes no difference."""
+    """Cooldowns equal those by a dict of last visits, whether or not the state that `select` returns is kept."""
     compiled = make("pps", 4, cooldown=3)
     state, last = compiled.init(13), {}
     for step, there in enumerate(rounds):
@@ -183,9 +183,9 @@ def test_who_rests_depends_on_steps_alone(rounds, keeps):
 
 
 def evaluate_all_scores(compiled, state):
-    """What the scores would be if all were scored now."""
-    e = compiled.selector.observe.args[0]
-    return score_all(e, state, state.now).score
+    """The scores of all prompts, computed at this step."""
+    engine = compiled.selector.observe.args[0]
+    return score_all(engine, state, state.now).score
 
 
 def test_no_score_is_old_after_steps_without_a_round():
@@ -213,7 +213,7 @@ def test_retests_have_their_turn_though_their_own_step_had_no_round():
     ids, _, later = compiled.select(state, 23)
     assert 0 in ids
     later = compiled.observe(later, ids, half_right(ids), 23)
-    assert int(later.last_round) == 23
+    assert int(later.last_rollout_step) == 23
 
 
 def verdicts(rewards, right):
@@ -222,7 +222,7 @@ def verdicts(rewards, right):
 
 
 def test_success_is_the_verdict_and_not_the_shaped_reward():
-    """Well-formed wrong answers have a reward near 1, right ones with a penalty a negative one."""
+    """Well-formed wrong answers have a reward near 1; right answers with a penalty have a negative reward."""
     ids = np.array([0, 1, 2])
     rewards = np.array([[0.9, 1.0, 0.8, 1.1], [-0.5, -0.4, -0.6, -0.2], [0.7, 0.1, 0.4, 0.2]])
     right = np.array([[0, 0, 0, 0], [1, 1, 1, 1], [np.nan, np.nan, np.nan, np.nan]])
@@ -235,7 +235,7 @@ def test_success_is_the_verdict_and_not_the_shaped_reward():
 
 
 def test_verdicts_decide_what_is_drawn_next():
-    """Of two prompts with equal rewards the one whose verdicts are mixed is drawn again, the solved one is not."""
+    """Two prompts have equal rewards; the one with mixed verdicts is drawn again, and the solved one is not."""
     compiled = make("prioritized_replay", 2, cooldown=0, retest_share=0.0)
     rewards, state = np.tile([0.5, 2.0, 0.5, 2.0], (2, 1)), compiled.init(4)
     for step, ids in enumerate(([0, 1], [2, 3])):

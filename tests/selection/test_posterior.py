@@ -1,4 +1,4 @@
-"""Selectors by belief: beliefs as plain floats have them, exact rankings, draw frequencies, and that they act."""
+"""Selectors by belief: beliefs equal those in plain floats, rankings are exact, frequencies fit, rewards act."""
 
 from functools import lru_cache
 
@@ -29,7 +29,7 @@ def outcome(rewards, policy_drift=0.0):
 
 
 class Plain:
-    """Beliefs in plain floats; each step, those not visited come nearer to the population."""
+    """Beliefs in plain floats; at each step, beliefs that are not visited move toward the population."""
 
     def __init__(self, n, forgetting, toward_prior):
         f = self.forgetting = forgetting
@@ -101,7 +101,7 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
     def one(state, x):
         step, ids, rewards, policy_drift = x
         state = tested.observe(state, ids, outcome(rewards, policy_drift), step)
-        return state, (state.per_prompt, tested.table(state, step + 1)["priority"], state.score)
+        return state, (state.per_prompt, tested.to_table(state, step + 1)["priority"], state.score)
 
     run_steps = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
 
@@ -178,7 +178,7 @@ def programs(name, draw, candidates=4):
 
 
 def many(draws, state, count, step):
-    """Batches [count, 2], each by its own key."""
+    """Batches [count, 2], each drawn with a key of its own."""
     keys = jax.random.split(jax.random.key(5), (count // DRAWS, DRAWS))
     return np.concatenate([draws(state, k, step) for k in keys])
 

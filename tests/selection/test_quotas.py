@@ -1,4 +1,4 @@
-"""Quotas: batches are divided exactly over steps, and what cannot be divided is refused in one line."""
+"""Quotas: batches are divided exactly over steps, and quotas that cannot be met are refused in one line."""
 
 import math
 from fractions import Fraction
@@ -20,7 +20,7 @@ PARTS = st.lists(st.integers(1, 1000), min_size=1, max_size=8)
 
 
 def divisions(shares, batch, steps):
-    """Counts [steps, slots] of as many batches."""
+    """Prompts [steps, slots] of each slot in successive batches."""
     carry, found = jnp.zeros(shares.slots, jnp.int32), []
     for _ in range(steps):
         counts, carry = shares.divide(carry, batch)

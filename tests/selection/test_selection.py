@@ -1,4 +1,4 @@
-"""Selectors: exact frequencies and weights, epochs without gaps, that outcomes act, and what reports show."""
+"""Selectors: exact frequencies and weights, epochs without gaps, the effect of outcomes, and reports."""
 
 import itertools
 import math
@@ -383,7 +383,7 @@ def test_the_step_changes_what_the_curriculum_draws():
 def test_without_information_all_prompts_are_drawn_alike(name):
     compiled = make(name, B, discount=0.0)
     state = compiled.init(N, COLUMNS)
-    # Every prompt once, so that none differs by what is not known of it; from step 50 the curriculum holds everything.
+    # Every prompt is visited once, so that no prompt lacks a visit; from step 50 the curriculum holds all prompts.
     for step in range(40, 50):
         ids = B * (step - 40) + np.arange(B)
         state = compiled.observe(state, ids, half_right(ids), step)

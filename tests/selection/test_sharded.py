@@ -137,7 +137,7 @@ def _parts(name):
     "name", ["prioritized_replay", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pps", "mopps", "curriculum"))]
 )
 def test_nothing_as_long_as_the_data_travels_or_is_copied(name):
-    """What devices send each other, and what a donated state does not alias, is far smaller than N."""
+    """Devices send each other far less than N, and a donated state is aliased except for far less than N."""
     n = 2_000_000
     rows = padded_rows(n)
     chosen, mesh = strategy(name, exploration=0.25, cooldown=2), mesh_of(8)
