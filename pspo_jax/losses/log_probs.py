@@ -109,7 +109,7 @@ class _Head(Protocol):
 
 @dataclass(frozen=True)
 class _Settings:
-    """What is known when `_chunks` is traced."""
+    """The static arguments of `_chunks`."""
 
     head: _Head
     entropy_gradient: bool
@@ -122,7 +122,7 @@ Results = tuple[Float[Array, "R N C"], Float[Array, "R N C"]]
 
 
 class _Saved(NamedTuple):
-    """What the forward pass keeps for the backward pass."""
+    """The values that the forward pass keeps for the backward pass."""
 
     hidden: Float[Array, "R N C D"]
     targets: Int[Array, "R N C"]

@@ -219,16 +219,29 @@ def packed_log_probs(
     targets = _gather_tokens(rows, row_of, by_prediction(prompt_lengths) + predictions.positions)
     hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
     found = chunked_log_probs(model, weights, hidden, targets, temperature, logits_mib, entropy_gradient, valid=valid)
-    # Token k of a row's completion is prediction first_prediction + k of its bin.
-    index = first_prediction[:, :, None] + jnp.arange(t)
-    in_loss = jnp.arange(t) < completion_lengths[:, :, None]
-    index = jnp.where(in_loss, index, 0).reshape(bins, -1)
+    return _by_row(found, first_prediction, completion_lengths, t)
 
-    def by_row(x: Float[Array, "b Q"]) -> Float[Array, "R T"]:
+
+def _by_row(
+    found: tuple[Float[Array, "b Q"], Float[Array, "b Q"]],
+    first_prediction: Int[Array, "b M"],
+    completion_lengths: Int[Array, "b M"],
+    t: int,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probs and entropies of the bins' predictions, row by row; 0 after a row's last token in the loss.
+
+    Args:
+      first_prediction: index of each row's first prediction in its bin; its token k is that many entries further on.
+      t: T.
+    """
+    in_loss = jnp.arange(t) < completion_lengths[:, :, None]
+    index = jnp.where(in_loss, first_prediction[:, :, None] + jnp.arange(t), 0).reshape(in_loss.shape[0], -1)
+
+    def one(x: Float[Array, "b Q"]) -> Float[Array, "R T"]:
         return jnp.where(in_loss, jnp.take_along_axis(x, index, axis=1).reshape(in_loss.shape), 0).reshape(-1, t)
 
     log_probs, entropy = found
-    return by_row(log_probs), by_row(entropy)
+    return one(log_probs), one(entropy)
 
 
 def _lay_out(

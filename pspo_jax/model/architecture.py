@@ -86,7 +86,7 @@ class Architecture:
     scan_unroll: int = 2
     """Number of layers in one turn of the loop over layers."""
     remat: Remat = "none"
-    """What the forward pass keeps for the backward pass; see model.remat."""
+    """Activations that the forward pass keeps for the backward pass; see model.remat."""
     attention: str = "xla"
     """Implementation of attention over whole rows: "xla" or one of `attention.kernels.KERNELS`."""
     packed_attention: str = "xla"

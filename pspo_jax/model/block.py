@@ -1,7 +1,7 @@
 """Blocks of the transformer, and its forward pass over whole rows.
 
-A block does what its weights say: a bias, a norm or an adapter that is in the table is applied, and no other switch
-exists for it.
+The weights decide what a block computes: a bias, a norm or an adapter that is in the table is applied, and no other
+switch exists for it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def finish_block(
 
     Args:
       x: the residual stream before the block.
-      mixed: what attention returned.
+      mixed: the result of attention.
       split: whether the MLP's weights are split along fsdp too, as in decoding with rollout.weights=split.
     """
     x = x + norm(a, w, "attn_post_norm", project(a, w, "o", mixed, key))
@@ -182,7 +182,7 @@ def forward(
 
 
 def _remat(kind: Remat, block: Callable[P, T]) -> Callable[P, T]:
-    """The block, which keeps for its backward pass what `model.remat` says and computes the rest again."""
+    """The block, with the activations of `model.remat` kept for its backward pass and the others computed again."""
     policies = jax.checkpoint_policies
     if kind == "none":
         return block

@@ -37,7 +37,7 @@ every layer, which was several times as slow on CPU.
 """
 
 Prefilled = tuple[Int[Array, "S"], list[KeysValues]]
-"""What S slots hold of their prompts: the lengths and, for each layer, keys and values [S, K, P, h]."""
+"""The prompts of S slots: their lengths and, for each layer, keys and values [S, K, P, h]."""
 
 
 def group_decoder(
@@ -105,7 +105,7 @@ def slot_decoder(
 ) -> SlotDecoder:
     """The built-in model's `SlotDecoderFn`.
 
-    What the slots hold of their prompts is `Prefilled`. The cache is, for each layer, keys and values [S, K, T, h] of
+    The prompts of the slots are a `Prefilled`. The cache is, for each layer, keys and values [S, K, T, h] of
     the S = n x s slots' completions, a circular buffer over the steps: all slots write the same column in a step.
     """
     last, prefixes = _prefill(a, params, prompts, lengths)
@@ -185,7 +185,7 @@ def _decode_token(
     """The tokens through all blocks and the head: logits, and the cache with their keys and values.
 
     Args:
-      write: `write(held, new)` puts new keys or values into those that a layer's cache holds.
+      write: `write(held, new)` puts new keys or values into those of a layer's cache.
       attend: `attend(layer, q, keys, values)` mixes the values of the prompt and of the layer's cache.
     """
     x = _embedded(a, params, tokens)

@@ -50,7 +50,7 @@ class InitFn(Protocol):
 
 
 class HiddenFn(Protocol):
-    """Runs the model over whole rows, up to what `LogitsFn` needs at each position.
+    """Runs the model over whole rows, up to the hidden states from which `LogitsFn` computes logits.
 
     `packed` is given only to a model with `Model.packs`, and its `prompt_row` only to one with `Model.shares`. D is
     the model's own choice; the trainer does nothing with hidden states but select positions of them.
@@ -87,8 +87,8 @@ class Decoder(NamedTuple):
     logits: Float[Array, "B V"]
     """Logits of the first token of each prompt's completions."""
     cache: PyTree
-    """What `step` needs of the tokens so far. The sampler carries it through a `lax.while_loop`: a step returns the
-    same shapes and types."""
+    """The tokens so far, in the form that `step` needs. The sampler carries it through a `lax.while_loop`: a step
+    returns the same shapes and types."""
     step: DecodeStep
 
 
@@ -119,9 +119,9 @@ class LoadPromptFn(Protocol):
     """Gives some slots the prompt of the row that they take on next.
 
     Args:
-      prefilled: what the slots hold of their prompts.
+      prefilled: the prompts of the slots.
       prompt: index of each slot's prompt among the prompts of its shard.
-      is_new: the slots that take on a row; the others keep what they hold.
+      is_new: the slots that take on a row; the others keep their prompt.
     """
 
     def __call__(self, prefilled: PyTree, prompt: Int[Array, "n s"], is_new: Bool[Array, "n s"]) -> PyTree: ...
@@ -131,8 +131,8 @@ class SlotStep(Protocol):
     """Appends one token to the row of every slot and returns the logits of the next one, and the new cache.
 
     Args:
-      prefilled: what the slots hold of their prompts.
-      cache: what they hold of their completions.
+      prefilled: the prompts of the slots.
+      cache: the completions of the slots, up to the token before `tokens`.
       tokens: token `t` of each slot's completion.
       t: index of that token in its completion; slots differ, since their rows began at different times.
       steps: a traced scalar that counts the calls.
@@ -149,9 +149,9 @@ class SlotDecoder(NamedTuple):
     logits: Float[Array, "B V"]
     """Logits of the first token of each prompt's completions."""
     prefilled: PyTree
-    """What each slot holds of its row's prompt; arbitrary before the slot's first `load_prompt`."""
+    """The prompt of each slot's row, in the form that `step` needs; arbitrary before the first `load_prompt`."""
     cache: PyTree
-    """What each slot holds of its row's completion."""
+    """The completion of each slot's row, in the form that `step` needs."""
     load_prompt: LoadPromptFn
     step: SlotStep
 

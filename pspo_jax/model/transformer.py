@@ -1,7 +1,7 @@
 """The built-in model: a decoder-only transformer (RMSNorm, rotary positions, grouped-query attention, gated MLP).
 
-A block does what its weights say: a bias, a norm or an adapter that is in the table of weights is applied, and no other
-switch exists for it (block.py). Training scans over stacked layers; decoding runs them unrolled (decoding.py).
+The weights decide what a block computes: a bias, a norm or an adapter that is in the table of weights is applied, and
+no other switch exists for it (block.py). Training scans over stacked layers; decoding runs them unrolled (decoding.py).
 
 Precision: products run in `compute_dtype` with float32 accumulation. Float32 always: softmax and its scores (sums of
 many terms of one sign), norms (a mean of squares), rotary angles (positions beyond 256 have no bfloat16), logits and

@@ -82,7 +82,7 @@ _ANSWERS: tuple[Answer, ...] = ("fits", "capacity unknown", "may not fit", "does
 
 
 class Verdict(NamedTuple):
-    """Whether a phase fits on a device, and what its memory is."""
+    """The answer whether a phase fits on a device, and the memory that it needs."""
 
     answer: Answer
     need: str

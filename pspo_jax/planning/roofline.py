@@ -31,7 +31,7 @@ class LowerBound(NamedTuple):
     memory: float
     """Seconds for the traffic to and from the device's memory."""
     links: float
-    """Seconds for what the device sends to others."""
+    """Seconds for the bytes that the device sends to others."""
 
     @property
     def seconds(self) -> float:

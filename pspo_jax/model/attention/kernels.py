@@ -1,4 +1,4 @@
-"""Attention kernels of accelerators for whole rows: what each can do, and how it is called.
+"""Attention kernels of accelerators for whole rows: their abilities, and a common way to call them.
 
 `model.attention` says which one a run uses, and probe.py chooses among them. A kernel never holds the scores of a row,
 forward or backward. All compute causal grouped-query attention; sliding windows and rows that are split along context

@@ -63,7 +63,7 @@ class Gemma3Config(HfConfig, Protocol):
 
 
 class FamilyFn(Protocol):
-    """What one family adds to the architecture that all families have in common.
+    """Completes the architecture that all families have in common for one family.
 
     Args:
       hf: the config, as transformers reads it.
@@ -123,7 +123,7 @@ def architecture_of(hf: HfConfig, model: ModelConfig, where: str) -> Architectur
 
 
 def unknown_family(model_type: str, where: str) -> str:
-    """The message that a model_type is not supported, with those that are."""
+    """The message that a model_type is not supported, with the supported ones."""
     return f"model.source={where}: model_type {model_type!r} is not supported; choose one of {', '.join(FAMILIES)}"
 
 
@@ -183,7 +183,7 @@ FAMILIES: dict[str, FamilyFn] = {
     "olmo2": _olmo2,
     "gemma3_text": _gemma3,
 }
-"""The supported values of `model_type`, and what each family adds to the common architecture."""
+"""The supported values of `model_type`, each with the function that completes its architecture."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 """Supported entries of config.json's layer_types."""
 _FACTOR_STRETCHES_CONTEXT = ("linear", "dynamic", "yarn")

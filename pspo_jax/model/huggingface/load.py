@@ -216,7 +216,7 @@ def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
     # Old checkpoints store the rotary frequencies, and some store the head although it is tied.
     ignored = {"lm_head.weight"} if a.tied else set()
     extra = [n for n in tensors if n not in wanted and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
-    for kind, names in (("lacks", missing), ("has, and the architecture does not,", extra)):
+    for kind, names in (("lacks", missing), ("has tensors that the architecture lacks:", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ConfigError(f"model.source={where}: the checkpoint {kind} {', '.join(names[:3])}{more}")

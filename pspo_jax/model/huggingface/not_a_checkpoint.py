@@ -1,4 +1,4 @@
-"""The message for a path that is not a checkpoint: what is there, and what to do about it."""
+"""The message for a path that is not a checkpoint: its contents, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vo
 
 
 def what_it_is(path: Path) -> str:
-    """What a path holds that is not a checkpoint, and what to do, in one line.
+    """The contents of a path that is not a checkpoint, and the remedy, in one line.
 
     Args:
       path: a file, or a folder without config.json or without *.safetensors.

@@ -173,7 +173,7 @@ def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def copy_files(folder: Path, source: Path, names: tuple[str, ...]) -> None:
-    """Copy those of the files that exist."""
+    """Copy the files that exist; the others are left out."""
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
