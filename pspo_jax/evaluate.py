@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The evaluation's own arguments, and the words of the command line that are left."""
     parser = command_line.Parser(
         prog="python -m pspo_jax.evaluate",
         description="Evaluate checkpoints on benchmarks. Fields of the config, such as --prompt.template, may follow.",
@@ -153,6 +154,7 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
 
 
 def _benchmarks(args: argparse.Namespace, config: Config, data: dict[str, str]) -> list[str]:
+    """Names of the benchmarks to run."""
     if uses_char_tokenizer(config):
         wanted = args.benchmarks or config.task.name
         if wanted not in (config.task.name, HELDOUT):

@@ -98,6 +98,7 @@ def read_config(argv: Sequence[str]) -> Config:
 
 
 def _checked(config: Config) -> Config:
+    """The config, if it has steps to train."""
     if not config.sft.steps:
         raise ConfigError("sft.steps=0: leaves nothing to train; raise it")
     return config

@@ -146,12 +146,13 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
 
     model.attention is the kernel that passed the check on this machine.
     """
-    from pspo_jax.config import schema
+    from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
+    from pspo_jax.config.schema import Config
     from pspo_jax.distributed import xla_flags
 
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
-    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+    fields = {f"model.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "pspo",
         "model.tied": True,
         "model.qkv_bias": True,
@@ -164,7 +165,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
         "loss.microbatch_rows": work.microbatch_rows,
         "optimizer.learning_rate": 1e-6,
     }
-    settings = resolve(schema.replace(schema.Config(), fields | job.fields))
+    settings = resolve(replace(Config(), fields | job.fields))
     xla_flags.apply(settings)
     import jax
 
@@ -190,7 +191,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
         say=lambda s: print(s, file=sys.stderr),
         share_prompts=settings.loss.share_prompts,
     )
-    return schema.replace(settings, {"model.attention": a.attention}), transformer(a)
+    return replace(settings, {"model.attention": a.attention}), transformer(a)
 
 
 def our_sampler(settings: Config, model: Model, work: Work, platform: str) -> Callable[..., Rollouts]:

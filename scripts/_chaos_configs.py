@@ -128,10 +128,16 @@ def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None])
     return accepted(BASE | fields, world, start)
 
 
+def without_shape(fields: Fields) -> Fields:
+    """`fields` without a model's own, where its checkpoint has them."""
+    if "model.source" not in fields:
+        return fields
+    return {k: v for k, v in fields.items() if not k.startswith("model.") or k == "model.source"}
+
+
 def accepted(fields: Fields, world: Path, start: Callable[[Fields], str | None]) -> Fields:
     """`fields` without those that the program refuses in this combination."""
-    if "model.source" in fields:
-        fields = {k: v for k, v in fields.items() if not k.startswith("policy.") or k == "model.source"}
+    fields = without_shape(fields)
     while (named := _refused(flags(fields, world / "run")) or start(fields)) is not None:
         if named not in fields:
             raise ValueError(f"the program refuses {named}, which no choice set: {fields}")

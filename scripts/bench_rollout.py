@@ -38,8 +38,9 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     import jax.numpy as jnp
 
     from pspo_jax.arrays.state import Prompts
-    from pspo_jax.config import schema
+    from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
+    from pspo_jax.config.schema import Config
     from pspo_jax.config.validation import validate
     from pspo_jax.model import built_in, transformer
 
@@ -47,7 +48,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
         jax.config.update("jax_compilation_cache_dir", work.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)  # as entry points set it
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
-    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+    fields = {f"model.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "grpo",
         "model.tied": True,
         "model.compute_dtype": work.dtype,
@@ -59,7 +60,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
         "loss.packing": work.packing,
         "loss.share_prompts": work.share_prompts if work.packing else None,
     }
-    settings = resolve(schema.replace(schema.Config(), fields))
+    settings = resolve(replace(Config(), fields))
     validate(settings)
     model = transformer(built_in(settings.model, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)

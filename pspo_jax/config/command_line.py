@@ -86,8 +86,8 @@ def run(main: Callable[[Sequence[str]], int], prog: str) -> None:
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, StorageError) as error:
-        told = exhausted(error) if isinstance(error, OSError) else error
+    except (OSError, RuntimeError, StorageError) as error:
+        told = error if isinstance(error, StorageError) else exhausted(error)
         if told is None:
             raise
         print(f"{prog}: error: {told}", file=sys.stderr)
@@ -141,11 +141,13 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_flag(word: str) -> bool:
+    """Whether a word of the command line is a flag of this program."""
     name = word.partition("=")[0].removeprefix("--").replace("-", "_")
     return word.startswith("--") and (name in flatten(Config()) or name == "config" or word == _ALLOW_CHANGE)
 
 
 def _check_flag(flag: str, name: str) -> None:
+    """Raise ConfigError for a flag that names no field."""
     known = flatten(Config())
     if name not in known:
         near = fields.nearest(name, [*known, "config"]).replace("mean ", "mean --")
@@ -153,6 +155,7 @@ def _check_flag(flag: str, name: str) -> None:
 
 
 def _kind(config: Config, name: str) -> fields.Kind:
+    """The type of a field, by its dotted name."""
     stage, _, field = check_name(config, name).partition(".")
     return fields.kinds(getattr(config, stage))[field]
 

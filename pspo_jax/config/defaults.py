@@ -120,6 +120,7 @@ def check_name(config: Config, key: object) -> str:
 
 
 def _put(config: Config, values: Mapping[str, Value]) -> Config:
+    """A copy of `config` with converted values set, by their dotted names."""
     stages: dict[str, dict[str, Value]] = {}
     for key, value in values.items():
         stage, _, name = key.partition(".")

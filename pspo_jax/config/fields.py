@@ -111,6 +111,7 @@ def _kinds(stage: type) -> dict[str, Kind]:
 
 
 def _kind(hint: object) -> Kind:
+    """The parts of a field's type annotation."""
     ranges = tuple(m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range))
     bare = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     is_union = typing.get_origin(bare) is not Literal and bool(typing.get_args(bare))
@@ -200,6 +201,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _text(path: str, kind: Kind, value: object) -> str:
+    """A value of a text field."""
     if not isinstance(value, str):
         value = _written(path, value)
     if not value.isprintable() and any(ch == "\x00" or "\ud800" <= ch <= "\udfff" for ch in value):
@@ -213,6 +215,7 @@ def _text(path: str, kind: Kind, value: object) -> str:
 
 
 def _path(path: str, value: str) -> str:
+    """A path with ~ expanded."""
     if not value.strip():
         raise ConfigError(f"{path}={value!r}: must name a file or folder; leave it out for the default")
     if any(ord(ch) < 32 or ord(ch) == 127 for ch in value):
@@ -242,5 +245,6 @@ def _written(path: str, value: object) -> str:
 
 
 def _wanted(kind: Kind) -> str:
+    """The values that a field takes, in words."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return f"one of {', '.join(kind.choices)}" if kind.choices else names[kind.base]

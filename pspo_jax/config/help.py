@@ -69,6 +69,7 @@ def help_text(argv: Sequence[str], prog: str, description: str) -> str:
 
 
 def _add_fields(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
+    """Add an argument for each dotted field name to a group of the help text."""
     config = Config()
     for name in names:
         stage, _, field = name.partition(".")
@@ -80,6 +81,7 @@ def _add_fields(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
 
 
 def _metavar(name: str, kind: Kind) -> str:
+    """The placeholder of a field's value."""
     if _choices(name, kind):
         return "NAME"
     if name in PATH_FIELDS:
@@ -88,6 +90,7 @@ def _metavar(name: str, kind: Kind) -> str:
 
 
 def _choices(name: str, kind: Kind) -> tuple[str, ...]:
+    """The texts that a field may hold; () = any value."""
     return kind.choices or tuple(CHOICES.get(name, ()))
 
 
@@ -108,6 +111,7 @@ def _facts(name: str, kind: Kind, default: Value) -> str:
 
 
 def _shown(value: Value) -> str:
+    """A default as it is typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return '""' if value == "" else str(value)

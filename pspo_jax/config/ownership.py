@@ -99,40 +99,48 @@ def task(*names: str) -> Condition:
 
 
 def _any_of(values: Sequence[Value]) -> str:
+    """The values in words: "a", "a or b", "a, b or c"."""
     *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def _shown(value: Value) -> str:
+    """A value as messages print it, at most 80 characters."""
     if isinstance(value, float):
         return f"{value:g}"
     return repr(value) if value == "" else str(value)[:80]
 
 
 def _get(c: Config, field: str) -> Value:
+    """The value of a field, by its dotted name."""
     stage, _, name = field.partition(".")
     value: Value = getattr(getattr(c, stage), name)
     return value
 
 
 def _unread(*fields: str) -> Callable[[Config], str]:
+    """A function that says that these fields, with their values, do not read the field in question."""
     verb = "does not" if len(fields) == 1 else "do not"
     return lambda c: f"{' and '.join(f'{field}={_shown(_get(c, field))}' for field in fields)} {verb} read it"
 
 
 def _completions_at_once(c: Config) -> int:
+    """Number of completions that are rolled out together."""
     return round_prompts(c) * c.rollout.group_size // c.rollout.chunks
 
 
 def _is_local(data: str | None) -> bool:
+    """Whether data or a model is a file or folder of this machine."""
     return data is not None and Path(data).expanduser().exists()
 
 
 def _trains_on_older_groups(c: Config) -> bool:
+    """Whether a batch may hold groups from earlier steps."""
     return c.replay.name == "popo" or c.rollout.dynamic_sampling_rounds != 1
 
 
 def _reads_ratio(c: Config) -> bool:
+    """Whether the loss depends on the probability ratio."""
     loss = c.loss
     return loss.surrogate not in ("vespo", "reinforce") or (
         loss.kl_coef > 0 and loss.kl_in == "loss" and loss.kl_unbiased
@@ -140,6 +148,7 @@ def _reads_ratio(c: Config) -> bool:
 
 
 def _reads_deviation(c: Config) -> bool:
+    """Whether some strategy divides by a group's or batch's standard deviation."""
     by_estimator = (
         c.advantage.scale != "none" if c.advantage.name in ("group", "rloo", "opo") else c.advantage.name == "ers"
     )
@@ -151,10 +160,12 @@ def _reads_deviation(c: Config) -> bool:
 
 
 def _reads_eps(c: Config) -> bool:
+    """Whether some strategy adds advantage.eps to a divisor."""
     return _reads_deviation(c) or (c.advantage.name == "tracked_baseline" and c.advantage.scale == "batch")
 
 
 def _selector_has_beliefs(c: Config) -> bool:
+    """Whether the selector keeps beliefs about prompts."""
     s = c.selection
     by_name = s.name in BELIEFS or s.name not in _BY_SELECTOR
     return by_name and not (s.name == "prioritized_replay" and s.estimate == "last")
@@ -166,6 +177,7 @@ def believes(c: Config) -> bool:
 
 
 def _reads_policy_drift(c: Config) -> bool:
+    """Whether some strategy depends on the policy drift."""
     by_estimator = (
         c.advantage.name == "ers" and c.advantage.alpha_mode == "policy_drift" and c.algorithm.variant == "paper"
     )
@@ -220,6 +232,8 @@ _DEVIATION_CHOICE = "choose advantage.name ers, an advantage.scale other than no
 
 
 def _has_splits(field: str) -> Condition:
+    """The condition that `field` names data with splits: a hub dataset or a folder."""
+
     def holds(c: Config) -> bool:
         data = _get(c, field)
         return isinstance(data, str) and not Path(data).expanduser().is_file()
@@ -232,10 +246,12 @@ def _has_splits(field: str) -> Condition:
 
 
 def _selection(name: str, *more: Condition) -> Owner:
+    """The condition that the selector reads the field `name`, and more conditions."""
     return (by_name("selection.name", _BY_SELECTOR, name), *more)
 
 
 def _estimator(name: str, *more: Condition) -> Owner:
+    """The condition that the advantage estimator reads the field `name`, and more conditions."""
     return (by_name("advantage.name", _BY_ESTIMATOR, name), *more)
 
 
@@ -264,6 +280,7 @@ _LOG = ("progress", "tensorboard", "completions_every", "selection_every", "repo
 
 
 def _all(stage: str, names: tuple[str, ...], *owner: Condition) -> dict[str, Owner]:
+    """Dotted field -> owner, for fields of one stage with the same owner."""
     return {f"{stage}.{name}": owner for name in names}
 
 

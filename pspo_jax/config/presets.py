@@ -129,6 +129,7 @@ def resolve(config: Config) -> Config:
 
 
 def _algorithm_preset(c: Config) -> dict[str, Value]:
+    """The fields that the algorithm fills, adapted to the estimator."""
     preset = _REST | PRESETS[c.algorithm.name]
     if c.advantage.name == "tracked_baseline" and preset.get("advantage.scale") == "group":
         preset["advantage.scale"] = "batch"  # a group has no deviation around a tracked baseline

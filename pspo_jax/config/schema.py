@@ -35,15 +35,14 @@ class RunConfig:
     """The run folder, its length and its seed."""
 
     dir: str = "runs/default"
-    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/ and report.html. A run resumes
-    from the checkpoint that it finds there."""
+    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A run resumes from
+    a checkpoint in it."""
     steps: Annotated[int, Range(1)] = 150
     """Number of training steps. One step rolls out rollout.prompts x rollout.group_size completions."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Seed of the initial weights, the cold start, the choice of prompts and the sampling of tokens."""
     fingerprint: bool = False
-    """Whether every line of metrics.jsonl holds checksums (CRC) of prompt ids, tokens, parameters and strategy
-    state."""
+    """Whether metrics.jsonl holds checksums (CRC) of prompt ids, tokens, parameters and strategy state."""
     print_config: bool = False
     """Whether to print the resolved configuration as YAML and exit."""
     start_over: bool = False
@@ -66,8 +65,7 @@ class TaskConfig:
     heldout_prompts: Annotated[int, Range(1)] = 384
     """Number of prompts to evaluate on; none of them is a training prompt."""
     seed: Annotated[int, Range(0)] = 0
-    """Seed of prompts that are generated or mixed. It is separate from run.seed, so that runs with different seeds
-    train on the same prompts."""
+    """Seed of prompts that are generated or mixed; runs with different run.seed thus train on the same prompts."""
     train_data: str | None = None
     """Training data: a file (.jsonl, .json, .parquet, .arrow, .csv), a folder saved by `datasets`, or a hub id."""
     heldout_data: str | None = None
@@ -84,8 +82,7 @@ class TaskConfig:
     """Column of the question or conversation; None = the first column found among problem, question, prompt, messages,
     conversations. A dot enters an object: extra_info.question."""
     answer_column: str | None = None
-    """Column of the gold answer, such as answer or reward_model.ground_truth; None = the first column found among
-    answer, solution, target."""
+    """Column of the gold answer, such as reward_model.ground_truth; None = the first of answer, solution, target."""
     answer_transform: AnswerTransform | None = None
     """Form of the gold answer in its column: the answer itself (none), the text after `####` (gsm8k), a list or the
     text of a list, each member of which is correct (stringified_list), or the last \\boxed{} (boxed). None = a list's
@@ -148,7 +145,7 @@ class ModelConfig:
 
     source: str | None = None
     """Checkpoint to train: a folder in Hugging Face's format, or a hub id such as Qwen/Qwen2.5-Math-1.5B. It decides
-    the model's shape. None = random weights with the shape below."""
+    the model's shape. None = random weights, with the shape that this stage's other fields give."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None = its main branch."""
     tokenizer: str | None = None
@@ -183,8 +180,7 @@ class ModelConfig:
     of a text task) = bfloat16 on an accelerator and float32 on a CPU, since most CPUs emulate bfloat16. The choice is
     printed at the start and recorded in config.yaml, so that a resumed run keeps it."""
     scan_unroll: Annotated[int, Range(1)] = 2
-    """Number of layers unrolled in each iteration of the training scan. A larger number compiles longer and may run
-    faster."""
+    """Number of layers unrolled in an iteration of the training scan; more compile longer and may run faster."""
     remat: Remat | None = "none"
     """Activations of a block that the backward pass recomputes: none; all but the results of projections (dots); all
     but the block's input (full, about a third more work); or the same with the inputs in host memory (offload). None
@@ -211,8 +207,7 @@ class LoraConfig:
     alpha: Annotated[float, Range(above=0.0)] = 64.0
     """Scale of the adapters, before it is divided by rank."""
     dropout: Annotated[float, Range(0.0, 0.99)] = 0.0
-    """Dropout rate of the adapters' inputs during updates. Rollouts have no dropout, so it makes importance ratios
-    noisy."""
+    """Dropout rate of the adapters' inputs in updates, not in rollouts; it makes importance ratios noisy."""
     targets: str = ",".join(PROJECTIONS)
     """Projections that have an adapter, separated by commas; q_proj means q."""
 
@@ -242,8 +237,7 @@ class SftConfig:
     clip_norm: Annotated[float, Range(above=0.0)] = 1.0
     """Largest global norm of the gradient; larger gradients are scaled down to it."""
     data: str | None = None
-    """JSONL file of demonstrations with the text fields "prompt" and "completion"; None = the task's own
-    demonstrations."""
+    """JSONL file with the text fields "prompt" and "completion"; None = the task's own demonstrations."""
     share: bool = True
     """Whether to reuse a finished cold start with the same settings from a run in a sibling folder."""
 
@@ -278,8 +272,7 @@ class RolloutConfig:
     temperature: Annotated[float, Range(above=0.0)] = 1.0
     """Sampling temperature: the divisor of the logits, in the sampler and in the trainer alike."""
     top_p: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
-    """Probability of nucleus sampling: tokens come from the smallest set that has at least this probability; 1 =
-    off."""
+    """Probability of nucleus sampling, from the smallest set of tokens with at least this probability; 1 = off."""
     top_k: Annotated[int, Range(0)] = 0
     """Number of most probable tokens to sample from; 0 = all."""
     dynamic_sampling_rounds: Annotated[int | None, Range(1, 1000)] = None
@@ -322,8 +315,7 @@ class MeshConfig:
     """Devices along each axis of the mesh. The product of the four numbers is the number of devices."""
 
     data: Annotated[int, Range(-1)] = -1
-    """Number of devices that split the batch and hold copies of the weights; -1 = all devices that fsdp, tensor and
-    context leave."""
+    """Number of devices that split the batch and hold copies of the weights; -1 = all that the other axes leave."""
     fsdp: Annotated[int | None, Range(1)] = None
     """Number of devices that split the batch, the weights and the optimizer state. None = the fewest that leave half of
     a device's memory free; 1 where that memory is unknown, as on CPUs."""
@@ -358,8 +350,7 @@ class RuntimeConfig:
     """Compiler flags that are set before JAX starts; docs/distributed.md lists them."""
 
     flags: bool = True
-    """Whether to set the recommended compiler flags for GPUs and TPUs. Flags that the environment already sets stay as
-    they are."""
+    """Whether to set the recommended compiler flags for GPUs and TPUs, except those that the environment sets."""
     xla_flags: str = ""
     """Additional flags for XLA_FLAGS, as --name=value, separated by spaces."""
     libtpu_flags: str = ""
@@ -371,8 +362,7 @@ class EvalConfig:
     """Evaluation on the held-out prompts during training."""
 
     every: Annotated[int, Range(0)] = 20
-    """Number of steps between evaluations on the held-out prompts; 0 = only before the first and after the last
-    step."""
+    """Number of steps between evaluations on held-out prompts; 0 = only before the first and after the last step."""
     samples: Annotated[int, Range(1)] = 4
     """Number of completions for each held-out prompt in the sampled accuracy, at rollout.temperature."""
 
@@ -417,7 +407,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Reward terms; a field that begins with a term's name belongs to that term."""
+    """Reward terms. Only the term that a field's text names first reads that field."""
 
     terms: str = "accuracy"
     """Reward terms and their weights, such as "format=1, cosine=2"; the reward is the weighted sum. Terms: accuracy,
@@ -426,7 +416,7 @@ class RewardConfig:
     """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), or exactly one line
     </think> (open_rs)."""
     cosine_length: Annotated[int, Range(0)] = 0
-    """cosine: length in tokens at which the reward reaches the end of its range; 0 = rollout.max_new_tokens."""
+    """cosine: length in tokens at the end of the reward's range; 0 = rollout.max_new_tokens."""
     cosine_right: str = "0.5,1.0"
     """cosine: rewards of a correct completion of that length, and of an empty one."""
     cosine_wrong: str = "-0.5,0.0"
@@ -451,8 +441,7 @@ class VerifierConfig:
     """Processes that grade completions, and their limits."""
 
     workers: Annotated[int, Range(0)] = 0
-    """Number of processes that verify the completions of text tasks; 0 = one for each core, at least 2 and at most
-    8."""
+    """Number of processes that verify the completions of text tasks; 0 = one for each core, from 2 to 8."""
     deadline: Annotated[float, Range(above=0.0)] = 5.0
     """Seconds of processor time for one completion, or for one group if a function takes a list. Its worker is then
     killed, and the completion has no verdict."""

@@ -52,14 +52,12 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which prompts a step takes. A field that begins with a selector's name is read by that selector alone."""
+    """Which prompts a step takes. Only the selectors that a field's text names first read that field."""
 
     name: SelectorName | None = None
-    """Selector, which chooses the prompts of a step; None = the algorithm's. module:function names a selector of your
-    own."""
+    """Selector, which chooses the prompts of a step, or module:function for one of your own; None = the algorithm's."""
     cooldown: Annotated[int | None, Range(0, 10_000)] = None
-    """Number of steps for which a prompt is not drawn again; None = 5 for prioritized_replay and posterior_mixed, else
-    0."""
+    """Number of steps before a prompt is drawn again; None = 5 for prioritized_replay and posterior_mixed, else 0."""
     max_visits: Annotated[int, Range(0, 2**30)] = 0
     """Largest number of times that a prompt is drawn; 0 = no limit. When fewer prompts are left than a batch needs,
     those drawn longest ago return."""
@@ -105,8 +103,7 @@ class SelectionConfig:
     """prioritized_replay: number of steps between retests of solved and unsolved prompts, and before the first retest
     of a prompt."""
     retest_share: Annotated[float, Range(0.0, 0.5)] = 0.05
-    """prioritized_replay: share of the batch that is retested from each of the two pools, at least one prompt; 0 =
-    none."""
+    """prioritized_replay: share of the batch retested from each of the two pools, at least one prompt; 0 = none."""
     draw: Literal["expected", "thompson"] = "expected"
     """posterior_mixed: order of the prompts: all of them by the belief's expectation (expected), or a pool of
     candidates by one sample from each belief (thompson)."""
@@ -137,8 +134,8 @@ class AdvantageConfig:
     """How rewards become advantages."""
 
     name: EstimatorName | None = None
-    """Advantage estimator, which turns rewards into advantages; None = the algorithm's. module:function names an
-    estimator of your own."""
+    """Advantage estimator, which turns rewards into advantages, or module:function for one of your own; None = the
+    algorithm's."""
     scale: Scale | None = None
     """Divisor of the advantages. group, rloo, opo: the standard deviation of the group, of the batch, or none;
     tracked_baseline: the root mean square over the batch, or none. None = the algorithm's."""
@@ -164,19 +161,19 @@ class ForgettingConfig:
 
     mode: Literal["fixed", "policy_drift"] | None = None
     """Share of the past that a visit leaves: forgetting.discount (fixed), or clip(2^(-D / half_life), low, high)
-    (policy_drift), where D is the policy drift since the last visit, the mean |change of log-prob|. None = policy_drift
-    for spo, else fixed."""
+    (policy_drift). D is the policy drift since the last visit: the mean |change of log-prob| per token, summed over the
+    steps. None = policy_drift for spo, else fixed."""
     discount: Annotated[float, Range(0.0, 1.0)] = 0.9
     """fixed: weight of the past at a visit; 1 = nothing is forgotten, 0 = only the last group counts."""
     half_life: Annotated[float, Range(above=0.0)] = 0.06
-    """policy_drift: drift D at which half of the past is left, in nats per token."""
+    """policy_drift: drift D, in nats per token, at which half of the past is left."""
     low: Annotated[float, Range(0.0, 1.0)] = 0.875
     """policy_drift: smallest weight of the past."""
     high: Annotated[float, Range(0.0, 1.0)] = 0.96
     """policy_drift: largest weight of the past."""
     shrinkage: Annotated[float, Range(0.0, 1.0)] = 0.0
-    """Share by which the belief about a prompt that is not visited approaches the population's mean in each step; 0 =
-    the belief stays as it is."""
+    """Share by which, in each step, the belief about a prompt that is not visited approaches a prior with the mean of
+    all prompts; 0 = the belief stays as it is."""
     prior_successes: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter a of the Beta belief about a prompt before its first visit."""
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0

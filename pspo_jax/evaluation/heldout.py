@@ -52,7 +52,7 @@ def evaluate(
             tokens, lengths, ended = (
                 processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            held = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
+            held = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, wants_reward=False)
             judged[name].append(task.reward_fn(held))
     scores = {name: [wait() for wait in waits] for name, waits in judged.items()}
     for one in (one for found in scores.values() for one in found):

@@ -107,7 +107,7 @@ def run_benchmark(
         tokens, lengths, ended = processes.to_host((rollouts.tokens, rollouts.lengths, rollouts.ended))
         real = min(work.batch, total - start)
         completions = CompletionBatch(
-            work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
+            work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, wants_reward=False
         )
         sampled += int(lengths[:real].sum())
         waiting = (completions, real, work.reward_fn(completions)) if leads else None

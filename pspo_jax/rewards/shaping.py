@@ -1,9 +1,9 @@
-"""Shaping terms: what a reward can hold beside the verdict on the answer. Plain Python and NumPy, on the host.
+"""Shaping terms: the parts of a reward beside the verdict on the answer. Plain Python and NumPy, on the host.
 
-A text term maps one completion to a float, in time linear in its characters: a policy writes what pays, and a regular
-expression that backtracks lets one odd completion hold up a whole step. An array term maps [B, G] (B prompts, G
-completions of each) to [B, G] float32. A length is in whatever unit the caller counts, tokens or characters; a limit
-is in the same unit. `verdicts` says what the verifier found: 1 = right, anything less = wrong, NaN = no verdict.
+A text term maps one completion to a float, in time linear in its characters: a model learns to write whatever raises
+its reward, and a regular expression that backtracks would let one odd completion hold up a whole step. An array term
+maps [B, G] (B prompts, G completions of each) to [B, G] float32. A length is in whatever unit the caller counts, tokens
+or characters; a limit is in the same unit. In `verdicts`, 1 = right, anything less = wrong, NaN = no verdict.
 """
 
 from __future__ import annotations

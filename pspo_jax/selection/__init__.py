@@ -12,7 +12,7 @@ from pspo_jax.config.plugins import load_plugin
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.engine.draw import select
 from pspo_jax.selection.engine.longest_first import longest_first
-from pspo_jax.selection.engine.selector import SelectorState, follow, init, make_engine, observe
+from pspo_jax.selection.engine.selector import LOWEST_SCORE, SelectorState, follow, init, make_engine, observe
 from pspo_jax.selection.engine.summary import batch_metrics, summary, to_table
 from pspo_jax.selection.greso import greso
 from pspo_jax.selection.interface import (
@@ -86,6 +86,7 @@ def _factory(name: str) -> ScorerFactory:
 
 
 __all__ = [
+    "LOWEST_SCORE",
     "SCORERS",
     "PromptMetadata",
     "PromptStats",

@@ -11,7 +11,7 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels
 from pspo_jax.config.validation import validate
-from pspo_jax.data.loading import quiet
+from pspo_jax.data.loading import quiet_datasets
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.selection.metadata import load_metadata
@@ -23,7 +23,7 @@ from tests.helpers import tiny_config
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 

@@ -27,7 +27,7 @@ def loop_bodies(text):
 @pytest.mark.parametrize(("slots", "shape"), [(None, "5,3,2,17,4"), (7, "7,2,17,4")])
 def test_no_cache_is_copied_in_the_token_loop(slots, shape, monkeypatch):
     """A copy of the cache a token would double what decoding reads."""
-    monkeypatch.setattr(sampler, "SMALLEST", 4)
+    monkeypatch.setattr(sampler, "SMALLEST_CACHE_TOKENS", 4)
     model, params, _ = tiny_policy(kv_heads=2, head_dim=4)
     sample = make_sampler(model, 3, 17, 14, slots)
     text = sample.lower(params, random_prompts(5, 9), jax.random.key(0), SETTINGS).compile().as_text()

@@ -18,29 +18,29 @@ Rewards = Callable[[Any, int], np.ndarray]
 """(ids, step) -> [B, GROUP]"""
 
 
-class Rig(NamedTuple):
+class CompiledSelector(NamedTuple):
     """A selector, compiled for a batch size."""
 
     selector: Selector
     batch: int
-    compiled: dict[str, Callable[..., Any]]
+    functions: dict[str, Callable[..., Any]]
 
     def init(self, prompts: int, metadata: PromptMetadata | None = None) -> Any:
         return self.selector.init(prompts, metadata)
 
     def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
         key = jax.random.key(step if seed is None else seed)
-        ids, weight, state = self.compiled["select"](state, key, jnp.int32(step))
+        ids, weight, state = self.functions["select"](state, key, jnp.int32(step))
         return np.asarray(ids), np.asarray(weight), state
 
     def observe(self, state: Any, ids: Any, rewards: Any, step: int) -> Any:
         seen = rewards if isinstance(rewards, RolloutOutcome) else outcome(rewards)
-        return self.compiled["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
+        return self.functions["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
 
     def draws(self, state: Any, count: int, step: int = 0) -> np.ndarray:
         """Ids [count, batch] for as many keys."""
         keys = jax.random.split(jax.random.key(count), count)
-        return np.asarray(self.compiled["draws"](state, keys, jnp.int32(step)))
+        return np.asarray(self.functions["draws"](state, keys, jnp.int32(step)))
 
     def table(self, state: Any, prompts: int, step: int = 0) -> dict[str, np.ndarray]:
         """The table without its padding."""
@@ -57,7 +57,7 @@ def make(
     task_names: tuple[str, ...] = (),
     discount: float = 0.9,
     **fields: Any,
-) -> Rig:
+) -> CompiledSelector:
     """One for each combination of arguments, so that tests share what is compiled."""
     config = SelectionConfig(name=name, **fields)  # type: ignore[arg-type]
     made = selector(
@@ -70,7 +70,9 @@ def make(
         return jax.lax.map(lambda key: made.select(state, key, step, batch)[0], keys)
 
     select = functools.partial(made.select, batch=batch)
-    return Rig(made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)})
+    return CompiledSelector(
+        made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)}
+    )
 
 
 def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
@@ -85,19 +87,19 @@ def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
     return RolloutOutcome(jnp.asarray(rewards), jnp.asarray(smoothed), jnp.asarray(raw))
 
 
-def alike(ids: Any, step: int = 0) -> np.ndarray:
+def half_right(ids: Any, step: int = 0) -> np.ndarray:
     """Half of every group is right."""
     return np.tile([0.0, 1.0], (len(ids), GROUP // 2))
 
 
-def wrong(ids: Any, step: int = 0) -> np.ndarray:
+def all_wrong(ids: Any, step: int = 0) -> np.ndarray:
     """Nothing is right."""
     return np.zeros((len(ids), GROUP))
 
 
-def only(mixed: Iterable[int]) -> Rewards:
+def half_right_only(mixed: Iterable[int]) -> Rewards:
     """Groups of these prompts are half right, those of all others wrong."""
-    return lambda ids, step: np.where(np.isin(ids, list(mixed))[:, None], alike(ids), wrong(ids))
+    return lambda ids, step: np.where(np.isin(ids, list(mixed))[:, None], half_right(ids), all_wrong(ids))
 
 
 def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
@@ -111,22 +113,26 @@ def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
     return rewards
 
 
-def play(rig: Rig, state: Any, steps: int, rewards: Rewards = alike, start: int = 0) -> tuple[np.ndarray, Any]:
+def run_steps(
+    compiled: CompiledSelector, state: Any, steps: int, rewards: Rewards = half_right, start: int = 0
+) -> tuple[np.ndarray, Any]:
     """Ids [steps, batch] of some steps, and the state after them."""
     drawn = []
     for step in range(start, start + steps):
-        ids, _, state = rig.select(state, step)
-        state = rig.observe(state, ids, rewards(ids, step), step)
+        ids, _, state = compiled.select(state, step)
+        state = compiled.observe(state, ids, rewards(ids, step), step)
         drawn.append(ids)
     return np.stack(drawn), state
 
 
-def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, metadata: PromptMetadata | None = None) -> Any:
+def with_priorities(
+    compiled: CompiledSelector, priority: Any, floor: float = 1e-6, metadata: PromptMetadata | None = None
+) -> Any:
     """State of pps in which each prompt has the given priority."""
     n = len(priority)
     value = np.tile(np.asarray(priority, np.float32)[:, None] - np.float32(floor), (1, GROUP))
     seen = RolloutOutcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
-    return rig.observe(rig.init(n, metadata), np.arange(n), seen, -1)
+    return compiled.observe(compiled.init(n, metadata), np.arange(n), seen, -1)
 
 
 def assert_fits(counts: Any, chances: Any) -> None:

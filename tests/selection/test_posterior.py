@@ -70,11 +70,11 @@ class Plain:
 
 
 def p_mixed(a, b, group):
-    right = wrong = 1.0
+    right = all_wrong = 1.0
     for i in range(group):
         right *= (a + i) / (a + b + i)
-        wrong *= (b + i) / (a + b + i)
-    return 1 - right - wrong
+        all_wrong *= (b + i) / (a + b + i)
+    return 1 - right - all_wrong
 
 
 SCORES = {
@@ -103,7 +103,7 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
         state = tested.observe(state, ids, outcome(rewards, policy_drift), step)
         return state, (state.per_prompt, tested.table(state, step + 1)["priority"], state.score)
 
-    play = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
+    run_steps = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
 
     @given(seed=st.integers(0, 2**32), pace=st.sampled_from([0.0, 0.002, 0.02]))
     @settings(max_examples=6)
@@ -114,7 +114,7 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
         rewards = rng.choice([0, 1, 0.5, 2, np.nan], (steps, batch, GROUP), p=[0.4, 0.3, 0.1, 0.1, 0.1])
         rewards[rng.random((steps, batch)) < 0.1] = np.nan
         policy_drift = np.cumsum(rng.random(steps) * pace)
-        per_prompt, priority, score = play(
+        per_prompt, priority, score = run_steps(
             (jnp.arange(steps), jnp.asarray(ids), jnp.asarray(rewards), jnp.asarray(policy_drift))
         )
         plain = Plain(n, forgetting, toward_prior=name != "spo")
@@ -145,11 +145,11 @@ def test_posterior_mixed_takes_those_most_likely_mixed(discount, cooldown, seed,
     rho, one = np.float32(discount), np.float32(1)
     tie_new, tie_seen = (np.asarray(age_key(jnp.arange(n), jnp.full(n, x), SEED)) for x in (-1, 0))
     for step in range(STEPS):
-        right, wrong = np.ones_like(a), np.ones_like(a)
+        right, all_wrong = np.ones_like(a), np.ones_like(a)
         for i in range(GROUP):
-            right, wrong = right * (a + i) / (a + b + i), wrong * (b + i) / (a + b + i)
+            right, all_wrong = right * (a + i) / (a + b + i), all_wrong * (b + i) / (a + b + i)
         resting = (last >= 0) & (last + cooldown >= step)
-        score = np.where(resting, 0, one - right - wrong)
+        score = np.where(resting, 0, one - right - all_wrong)
         tie = np.where(last < 0, tie_new, tie_seen)
         want = np.lexsort((np.arange(n), -tie, last, -score, resting))[:4]
         assert sorted(got[step].tolist()) == sorted(want.tolist()), f"step {step}"

@@ -128,20 +128,20 @@ def player(config, forgetting, batch):
         zeros = jnp.zeros((batch, GROUP))
         return made.observe(state, ids, RolloutOutcome(rewards[ids], zeros, zeros), step), ids
 
-    def play(state, rewards):
+    def run_steps(state, rewards):
         return jax.lax.scan(one, state, (jnp.arange(len(rewards)), rewards))
 
-    return made, jax.jit(made.init, static_argnums=0), jax.jit(play)
+    return made, jax.jit(made.init, static_argnums=0), jax.jit(run_steps)
 
 
 def batches(config, forgetting, batch, rewards):
     """What the selector draws, with rewards [T, N, G]; and its last state."""
-    _, init, play = player(config, forgetting, batch)
+    _, init, run_steps = player(config, forgetting, batch)
     n = rewards.shape[1]
     rows = -(-n // 128) * 128
     padded = np.full((len(rewards), rows, GROUP), np.nan, np.float32)
     padded[:, :n] = rewards
-    state, ids = play(init(n), jnp.asarray(padded))
+    state, ids = run_steps(init(n), jnp.asarray(padded))
     return np.asarray(ids), state
 
 

@@ -106,7 +106,7 @@ def test_no_batch_takes_more_than_the_most(parts, batch, want):
 
 
 @pytest.mark.parametrize("quotas", ["", "  ", ",", " , "])
-@pytest.mark.parametrize("kinds", [(), KINDS], ids=["unnamed", "named"])
+@pytest.mark.parametrize("task_names", [(), KINDS], ids=["unnamed", "named"])
 def test_no_quotas_are_one_slot_with_the_whole_batch(quotas, task_names):
     shares = shares_of(quotas, task_names)
     assert shares.slots == 1 and shares.most(8, 0) == 8

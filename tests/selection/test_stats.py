@@ -80,9 +80,9 @@ def test_new_statistics_know_no_visit_and_mark_padding():
         ({"cooldown": 5, "max_visits": 1}, {"last": 8, "visits": 1}, 9, EXCLUDED),
         ({"cooldown": 5, "max_unjudged": 1}, {"last": 8, "visits": 1, "unjudged": 1}, 9, EXCLUDED),
         # Padding is padding whatever else it says.
-        ({}, {"kind": -1}, 0, PADDING),
-        ({"cooldown": 5}, {"kind": -1, "last": 8, "visits": 1}, 9, PADDING),
-        ({"max_visits": 1}, {"kind": -1, "last": 8, "visits": 1}, 9, PADDING),
+        ({}, {"task_ids": -1}, 0, PADDING),
+        ({"cooldown": 5}, {"task_ids": -1, "last": 8, "visits": 1}, 9, PADDING),
+        ({"max_visits": 1}, {"task_ids": -1, "last": 8, "visits": 1}, 9, PADDING),
     ],
 )
 def test_tier(limits, prompt, now, want):
