@@ -218,7 +218,7 @@ def test_all_of_the_state_is_donated():
 
 
 def test_state_moves_with_the_step():
-    """Selector and credit learn inside the step: the prompts seen get new priorities and a history."""
+    """Selector and estimator learn inside the step: the prompts seen get new priorities and a history."""
     _, _, state, step, sample = setup(algorithm__name="pspo")
     rollouts = sample(state.params, 0)
     state, _ = step(state, rollouts, rewards_of(rollouts))

@@ -36,11 +36,11 @@ class Denominators(NamedTuple):
     """Completions of the batch / minibatches."""
     tokens: Float[Array, ""]
     """Tokens of the batch / minibatches."""
-    own_tokens: Float[Array, ""]
+    minibatch_tokens: Float[Array, ""]
     """Tokens of this minibatch, at least 1."""
     bonus_tokens: Float[Array, ""]
     """Tokens of this minibatch that the entropy bonus is taken from, at least 1."""
-    own_rows: Float[Array, ""]
+    minibatch_rows: Float[Array, ""]
     """Completions of this minibatch, at least 1."""
 
 
@@ -166,11 +166,11 @@ def loss_metrics(
     mask = inputs.mask
 
     def mean(x: Float[Array, "R T"]) -> Float[Array, ""]:
-        return jnp.where(mask, x, 0).sum() / total.own_tokens
+        return jnp.where(mask, x, 0).sum() / total.minibatch_tokens
 
     def share(cut: Bool[Array, "R T|1"]) -> Float[Array, ""]:
         """Share of tokens that are cut, or of rows where there is one ratio per row."""
-        rows = (cut[:, 0] & inputs.counted).sum() / total.own_rows
+        rows = (cut[:, 0] & inputs.counted).sum() / total.minibatch_rows
         return rows if cut.shape[1] == 1 else mean(cut)
 
     def share_by_row(cut: Bool[Array, "R T|1"]) -> Float[Array, "R"]:
@@ -186,7 +186,7 @@ def loss_metrics(
         share(high),
         jnp.where(mask.any(axis=1), share_by_row(low), jnp.inf).min(),
         share_by_row(high).max(),
-        jnp.where(inputs.counted, gamma, 0).sum() / total.own_rows,
+        jnp.where(inputs.counted, gamma, 0).sum() / total.minibatch_rows,
     )
 
 
@@ -213,7 +213,7 @@ def aggregate(
         case "dapo":
             return losses.sum() / total.tokens
         case "bnpo":
-            return losses.sum() / total.own_tokens
+            return losses.sum() / total.minibatch_tokens
         case "dr_grpo":
             return losses.sum() / (total.rows * max_length)
         case "luspo":

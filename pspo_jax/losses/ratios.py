@@ -78,7 +78,7 @@ class SurrogateTerms(NamedTuple):
 
 
 class Surrogate(Protocol):
-    """What of ratio and advantage is maximised. `loss.surrogate=module:function` names one of a user's own."""
+    """The function of ratio and advantage that is maximised; `loss.surrogate=module:function` names a user's."""
 
     def __call__(self, inputs: SurrogateInputs, config: LossConfig, /) -> SurrogateTerms:
         """The surrogate of these completions, traced under jit and differentiated in `log_probs`.
@@ -151,7 +151,7 @@ def find_surrogate(name: str | None) -> Surrogate:
 
 
 def check_surrogate(config: LossConfig) -> None:
-    """Try a user's surrogate on shapes alone, before anything is compiled; the package's own pass unseen.
+    """Try a user's surrogate on shapes alone, before anything is compiled. Those of the package are not tried.
 
     Raises:
       ConfigError: it cannot be imported, raises, or returns something other than `SurrogateTerms` of the right shapes.

@@ -100,8 +100,8 @@ class Microbatch(NamedTuple):
     """The rows, r of them."""
     owns_prompt: Bool[Array, "b M"] | None
     """Whether each row of a bin holds its own prompt; None = rows are not packed."""
-    place: Int[Array, "r"] | Int[Array, ""] | int
-    """Where the microbatch's results stand in those of all rows."""
+    indices: Int[Array, "r"] | None
+    """Index of each row of the bins among all rows, R = no row; None = rows are not packed."""
 
 
 class Microbatches(NamedTuple):
@@ -149,7 +149,7 @@ def _split(rows: Rows, parts: int) -> Microbatches:
     split = split_microbatches(rows, parts)
     return Microbatches(
         num_parts=parts,
-        take=lambda i: Microbatch(i, jax.tree.map(lambda x: x[i], split), None, i),
+        take=lambda i: Microbatch(i, jax.tree.map(lambda x: x[i], split), None, None),
         put=_put_part,
         merge=merge_microbatches,
         shape=split.tokens.shape,
@@ -168,7 +168,7 @@ def _wanted_first(rows: Rows, wanted: Bool[Array, "B"], parts: int) -> Microbatc
 
     def take(i: Array | int) -> Microbatch:
         part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
-        return Microbatch(i, part, None, i)
+        return Microbatch(i, part, None, None)
 
     needed = -(-wanted.sum() * group_size // size)
     return Microbatches(
@@ -203,7 +203,7 @@ def _packed(model: Model, rows: Rows, wanted: Bool[Array, "B"] | None, config: C
     return Microbatches(
         num_parts=num_parts,
         take=take,
-        put=lambda found, part, new: found.at[part.place].set(new, mode="drop"),
+        put=lambda found, part, new: found.at[part.indices].set(new, mode="drop"),
         merge=lambda x: x,
         shape=rows.tokens.shape,
         utilisation=TokenUtilisation(assignment.num_tokens, num_parts * bins * bin_length(rows)),

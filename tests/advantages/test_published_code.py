@@ -21,7 +21,7 @@ from pspo_jax.training.algorithm import build
 ALPHA, EPS, EXPONENT, BETA, FLOOR = 0.3, 0.05, 0.6, 0.4, 1e-6
 
 
-def released(variant="published_code", **fields):
+def published_code(variant="published_code", **fields):
     """The algorithm pspo on batches of three groups of four."""
     values = {
         "algorithm.name": "pspo",
@@ -37,7 +37,7 @@ def released(variant="published_code", **fields):
     return build(replace(Config(), values | {k.replace("__", "."): v for k, v in fields.items()}))
 
 
-class PlainReleased:
+class PlainPublishedCode:
     """The published code as its formulas read, by slot of the batch."""
 
     def __init__(self):
@@ -64,13 +64,13 @@ GROUPS = st.lists(
     st.lists(st.sampled_from([0.0, 0.25, 1.0, 1.5, math.nan]), min_size=4, max_size=4), min_size=3, max_size=3
 )
 IDS = st.lists(st.integers(0, 8), min_size=3, max_size=3)
-CREDIT = released().estimator
-ESTIMATE = jax.jit(CREDIT.estimate)
+ESTIMATOR = published_code().estimator
+ESTIMATE = jax.jit(ESTIMATOR.estimate)
 
 
 @given(st.lists(st.tuples(IDS, GROUPS), min_size=1, max_size=6))
-def test_released_equals_plain_python_by_slot(steps):
-    state, plain = CREDIT.init(9), PlainReleased()
+def test_published_code_equals_plain_python_by_slot(steps):
+    state, plain = ESTIMATOR.init(9), PlainPublishedCode()
     for ids, groups in steps:
         got, state = ESTIMATE(state, jnp.asarray(ids), jnp.asarray(groups, jnp.float32))
         np.testing.assert_allclose(got, plain.estimate(groups), rtol=1e-4, atol=1e-4)
@@ -79,39 +79,39 @@ def test_released_equals_plain_python_by_slot(steps):
 @pytest.mark.parametrize("setting", [{"advantage__stat_mode": "linear_std"}, {"advantage__alpha_mode": "count"}])
 def test_modes_of_ers_are_refused_beside_the_published_recursion(setting):
     with pytest.raises(ConfigError, match=r"algorithm\.variant=published_code does not read it"):
-        released(**setting)
+        published_code(**setting)
 
 
 def test_the_history_of_a_prompt_is_that_of_its_slot():
     rewards = jnp.array([[0.0, 0, 0, 1], [1.0, 1, 0, 1], [0.0, 1, 0, 1]])
-    _, state = CREDIT.estimate(CREDIT.init(9), jnp.array([3, 4, 5]), rewards)
-    same, _ = CREDIT.estimate(state, jnp.array([5, 3, 4]), rewards)
-    other, _ = CREDIT.estimate(state, jnp.array([6, 7, 8]), rewards)
+    _, state = ESTIMATOR.estimate(ESTIMATOR.init(9), jnp.array([3, 4, 5]), rewards)
+    same, _ = ESTIMATOR.estimate(state, jnp.array([5, 3, 4]), rewards)
+    other, _ = ESTIMATOR.estimate(state, jnp.array([6, 7, 8]), rewards)
     np.testing.assert_array_equal(same, other)
 
 
 def test_slots_stay_where_they_are_when_the_data_changes():
-    _, state = CREDIT.estimate(CREDIT.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
-    followed = CREDIT.follow(state, CREDIT.init(500), jnp.full(500, -1))
+    _, state = ESTIMATOR.estimate(ESTIMATOR.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
+    followed = ESTIMATOR.follow(state, ESTIMATOR.init(500), jnp.full(500, -1))
     jax.tree.map(np.testing.assert_array_equal, followed, state)
 
 
 @pytest.mark.parametrize(("variant", "centred"), [("paper", True), ("published_code", False)])
 def test_advantages_of_a_group_sum_to_zero_without_the_defects_alone(variant, centred):
-    advantage = released(variant).estimator
+    advantage = published_code(variant).estimator
     got, _ = advantage.estimate(advantage.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
     assert (np.abs(got.sum(1)) < 1e-4).all() == centred
 
 
 def test_without_a_correction_advantages_are_not_weighted():
-    advantage = released(selection__correction=0.0).estimator
+    advantage = published_code(selection__correction=0.0).estimator
     got, _ = advantage.estimate(advantage.init(9), jnp.arange(3), jnp.array([[0.0, 0, 0, 1]] * 3))
     np.testing.assert_allclose(got, [[-0.25 / 0.3] * 3 + [0.75 / 0.3]] * 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("variant", "alike"), [("paper", False), ("published_code", True)])
 def test_loss_weights_are_one(variant, alike):
-    selector = released(variant).selector
+    selector = published_code(variant).selector
     state, ids = jax.jit(selector.init, static_argnums=0)(9), jnp.arange(3)
     advantages = jnp.array([[0.1] * 4, [1.0] * 4, [9.0] * 4])
     outcome = RolloutOutcome(jnp.tile(jnp.arange(4.0), (3, 1)), advantages, advantages)
@@ -125,7 +125,7 @@ REFUSED = sorted(name for name in PRESETS if PRESETS[name]["advantage.name"] != 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_released_is_refused_for_algorithms_without_ers(name):
+def test_published_code_is_refused_for_algorithms_without_ers(name):
     with pytest.raises(
         ConfigError,
         match=r"^algorithm\.variant=published_code: advantage\.name=\w+ does not read it.* set advantage\.name to ers$",
@@ -134,7 +134,7 @@ def test_released_is_refused_for_algorithms_without_ers(name):
 
 
 @pytest.mark.parametrize("name", ["ers", "pspo"])
-def test_released_is_taken_for_ers(name):
+def test_published_code_is_taken_for_ers(name):
     config = command_line.parse(["--algorithm.name", name, "--algorithm.variant", "published_code"], "train", "")
     assert resolve(config).algorithm.variant == "published_code" and build(config) is not None
     with pytest.raises(ConfigError, match=r"advantage\.name=rloo"):

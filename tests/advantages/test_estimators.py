@@ -1,4 +1,4 @@
-"""Advantages against those of other trainers, and every credit's statistics against plain Python."""
+"""Advantages against those of other trainers, and every estimator's statistics against plain Python."""
 
 import functools
 import math
@@ -78,7 +78,7 @@ def test_standard_deviations_match_other_trainers(golden, setting, case):
         assert want is None or value == pytest.approx(want, abs=1e-6)
 
 
-def test_every_name_has_a_credit():
+def test_every_name_has_an_estimator():
     assert set(ESTIMATORS) == {preset["advantage.name"] for preset in PRESETS.values()}
 
 
