@@ -443,10 +443,12 @@ def prompt_dataset(
     parts = column_array(rows, "part")
 
     def columns(i: int) -> Record:
+        """The record of a row."""
         record = rows[int(i)]
         return dict(records_of_part[record["part"]][record["row"]])
 
     def column(name: str) -> list[object]:
+        """The values of a column in all rows."""
         values: np.ndarray = np.full(len(rows), None, object)
         row = column_array(rows, "row")
         for i, source in enumerate(records_of_part):

@@ -64,6 +64,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
     prefix = tokenizer.begun(config.prompt)
 
     def reward_fn(batch: CompletionBatch) -> Callable[[], RewardResult]:
+        """Starts verification of a batch."""
         if pool is None:
             raise RuntimeError("this task was made without verifiers")
         weights = terms if batch.wants_reward else {"accuracy": 1.0}
@@ -81,6 +82,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
                 extra[name] = found, pool.submit([question.request for question in found])
 
         def result() -> RewardResult:
+            """Waits for the rewards."""
             return _result(batch, kinds, texts, questions, verdicts, extra, weights, config)
 
         return result
@@ -204,9 +206,9 @@ def _result(
     graded = np.array([[kind in PARTIAL_CREDIT] for kind in kinds])
     right = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
-    what = ShapingInputs(right, batch.lengths, texts, config.rollout.max_new_tokens)
+    inputs = ShapingInputs(right, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:
-        terms[name] = filled[name].value if name in filled else shaping_term(name, config.reward, what)
+        terms[name] = filled[name].value if name in filled else shaping_term(name, config.reward, inputs)
     failed = {name: one.failed for name, one in filled.items()}
     reward = weighted_sum(terms, weights, right, failed)
     # The verdict is reported whether or not it is a term of the reward.
