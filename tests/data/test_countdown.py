@@ -1,4 +1,4 @@
-"""Countdown problems: solvable, distinct, the same for a seed, and asked for clearly."""
+"""Countdown problems are solvable, distinct, the same for a seed, and asked for clearly."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_question():
     assert isinstance(Problem((1, 2), 3, "1+2"), tuple)
 
 
-# --- the task in its own alphabet ---
+# --- the task with one token per character ---
 
 
 def config(**fields):
@@ -208,7 +208,7 @@ def test_sizes_and_targets_follow_the_config():
     assert max(target for _, target in keys(task.train)) <= 30
 
 
-def test_judge_of_the_own_alphabet():
+def test_rewards_without_a_checkpoint():
     task = made()
     known = {write_prompt(p): p for p in generate(0, 76)}
     rows = np.array([0, 5])
