@@ -200,29 +200,29 @@ def _result(
       weights: weight of each term.
     """
     shape = batch.lengths.shape
-    filled = {"accuracy": _fill(shape, questions, verdicts.result(), unasked=0.0)}
-    filled |= {name: _fill(shape, found, replies.result()) for name, (found, replies) in extra.items()}
-    value = filled["accuracy"].value
+    values = {"accuracy": _fill(shape, questions, verdicts.result(), unasked=0.0)}
+    values |= {name: _fill(shape, found, replies.result()) for name, (found, replies) in extra.items()}
+    value = values["accuracy"].value
     graded = np.array([[kind in PARTIAL_CREDIT] for kind in kinds])
     right = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
     inputs = ShapingInputs(right, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:
-        terms[name] = filled[name].value if name in filled else shaping_term(name, config.reward, inputs)
-    failed = {name: one.failed for name, one in filled.items()}
+        terms[name] = values[name].value if name in values else shaping_term(name, config.reward, inputs)
+    failed = {name: one.failed for name, one in values.items()}
     reward = weighted_sum(terms, weights, right, failed)
     # The verdict is reported whether or not it is a term of the reward.
     return RewardResult(
         reward,
         {"accuracy": value} | terms,
         right,
-        filled["accuracy"].answers,
-        filled["accuracy"].reasons,
-        tuple(dict.fromkeys(error for one in filled.values() for error in one.errors)),
+        values["accuracy"].answers,
+        values["accuracy"].reasons,
+        tuple(dict.fromkeys(error for one in values.values() for error in one.errors)),
         failed,
-        {name: one.reasons for name, one in filled.items()},
-        _merged([one.metrics for one in filled.values()]),
-        {name: rows for one in filled.values() for name, rows in one.columns.items()},
+        {name: one.reasons for name, one in values.items()},
+        _merged([one.metrics for one in values.values()]),
+        {name: rows for one in values.values() for name, rows in one.columns.items()},
     )
 
 
