@@ -61,7 +61,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
       pool: verifies; None = the function raises RuntimeError, for plans and exports.
     """
     terms = parse_terms(config.reward)
-    prefix = tokenizer.begun(config.prompt)
+    prefix = tokenizer.answer_beginning(config.prompt)
 
     def reward_fn(batch: CompletionBatch) -> Callable[[], RewardResult]:
         """Starts verification of a batch."""
@@ -70,7 +70,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
         weights = terms if batch.wants_reward else {"accuracy": 1.0}
         kinds = [_at(batch.prompts.kinds, int(row)) for row in batch.rows]
         texts = [
-            [prefix + tokenizer.answer(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
+            [prefix + tokenizer.completion_text(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
             for i, row in enumerate(batch.lengths)
         ]
         questions = _verdict_questions(batch, kinds, texts, config, pool)

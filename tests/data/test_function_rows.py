@@ -180,7 +180,7 @@ def test_special_tokens_of_the_answer_are_verified(tmp_path, folder, config):
     ids = tokenizer.encode("<think>1</think><answer>2</answer>")
     assert len(ids) == 6
     ends = [tokenizer.stop_ids[0], tokenizer.pad_token_id]
-    assert tokenizer.answer(ids + ends) == "<think>1</think><answer>2</answer>"
+    assert tokenizer.completion_text(ids + ends) == "<think>1</think><answer>2</answer>"
 
 
 def test_only_verdicts_on_gold_answers_are_remembered(tmp_path, config):
