@@ -103,7 +103,11 @@ def test_braces_in_a_question_are_left_as_they_are(template, message, question, 
 
 
 def test_what_a_template_begins_of_the_answer(tokenizer):
-    assert tokenizer.answer_beginning(PromptConfig()) == tokenizer.begun(PromptConfig(template="qwen_math")) == ""
+    assert (
+        tokenizer.answer_beginning(PromptConfig())
+        == tokenizer.answer_beginning(PromptConfig(template="qwen_math"))
+        == ""
+    )
     assert tokenizer.answer_beginning(PromptConfig(prefill="<think>\n")) == "<think>\n"
     assert tokenizer.answer_beginning(PromptConfig(template="r1")) == "<think>"
     assert tokenizer.answer_beginning(PromptConfig(template="r1", prefill="\n")) == "<think>\n"
