@@ -18,7 +18,7 @@ from pspo_jax.config.validation import validate
 from pspo_jax.data.synthetic.countdown import MAX_VALUE, Problem, generate, question, source, write_prompt
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
-from pspo_jax.rewards.task import make_task, own_tokenizer
+from pspo_jax.rewards.task import make_char_tokenizer, make_task
 from pspo_jax.verifiers.countdown import answer_of, expression_value, score
 from tests.conftest import DATA
 from tests.helpers import tiny_config
@@ -172,7 +172,7 @@ def config(**fields):
 def made(**fields):
     c = config(**fields)
     validate(c)
-    return make_task(c, own_tokenizer(c))
+    return make_task(c, make_char_tokenizer(c))
 
 
 def keys(prompts):
