@@ -13,8 +13,7 @@ from pspo_jax.data.answers import listed
 READINGS: tuple[ChoicesAnswer, ...] = get_args(ChoicesAnswer)
 """The ways to name an option; where several fit and name the same options, the first one is taken."""
 _MOST_MISFITS = 0.1
-"""The largest share of rows whose gold answer a reading need not fit. Those rows are left out; with a larger share the
-column is refused."""
+"""Share of rows that a reading need not fit. Those rows are left out; with a larger share the column is refused."""
 
 
 class Options(NamedTuple):

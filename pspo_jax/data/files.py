@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import numpy as np
 
@@ -25,7 +25,9 @@ Record = dict[str, object]
 _FORMAT = "1"
 """Version of the kept rows, to be raised when the same file would give other rows."""
 _COLUMN = "json"
+"""The one column of the kept table: rows as JSON texts."""
 _BATCH_BYTES = 16 * 2**20
+"""Size from which rows are written to the table."""
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 
@@ -142,17 +144,19 @@ def exact_json(text: str) -> object:
     Raises:
       ValueError: the text is not JSON, is nested too deeply, or an object has a key twice.
     """
-    return _exact(text)
-
-
-def _exact(text: str) -> Record:
     with _no_recursion():
         return json.loads(text, parse_int=Literal, parse_float=Literal, object_pairs_hook=_without_repetition)
 
 
-def _plain(text: str) -> Record:
+def _exact_record(text: str) -> Record:
+    """A row from its JSON text, with numbers as `Literal`s."""
+    return cast(Record, exact_json(text))
+
+
+def _plain_record(text: str) -> Record:
+    """A row from its JSON text, with whole numbers of any size."""
     with _no_recursion():
-        return json.loads(text, parse_int=_integer)
+        return cast(Record, json.loads(text, parse_int=_integer))
 
 
 @contextmanager
@@ -216,8 +220,8 @@ def read_files(paths: Sequence[Path], form: str, folder: Path) -> Records | None
     return Records(
         table,
         names,
-        lambda row: empty | _plain(str(row[_COLUMN])),
-        lambda row: empty | _exact(str(row[_COLUMN])),
+        lambda row: empty | _plain_record(str(row[_COLUMN])),
+        lambda row: empty | _exact_record(str(row[_COLUMN])),
     )
 
 

@@ -146,6 +146,7 @@ def _load(
     manager = datasets.DownloadManager(dataset_name=name, download_config=datasets.DownloadConfig())
 
     def rows(part: str) -> Records | None:
+        """All rows of a split."""
         paths = [Path(file) for file in manager.iter_files(manager.download_and_extract(files[part]))]
         return read_files(paths, builder.name, cache_folder(config))
 
@@ -183,6 +184,7 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     finds_prose = c.check_gold and c.name in ("math", "gsm8k")
 
     def convert(record: Record, exact: Record | None = None) -> Question:
+        """The question in a record, or the reason why the record is left out."""
         exact = record if exact is None else exact
         try:
             text = transcript(_prompt(record, exact, prompt))
@@ -315,16 +317,12 @@ def tokenised(
         say(source.note)
 
     def prepare(batch: dict[str, list[object]], indices: list[int]) -> dict[str, object]:
-        names = list(batch)
+        """The columns of some records; `datasets` calls it for one block after the other."""
         out: dict[str, list[object]] = {name: [] for name in features}
         for place, index in enumerate(indices):
-            row = {name: batch[name][place] for name in names}
-            q, prompt, ids = _encoded(source, records, row, encode)
-            written = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-            line = (q.text, q.answer, source.kind, json.dumps(q.extra, default=str), q.reason)
-            hashes = (digest(f"{source.kind}\0{written}".encode(), q.answer), digest(written.encode(), ""))
-            numbers = (len(ids), max(ids, default=-1), ids, part, index)
-            for name, item in zip(features, (*line, *hashes, *numbers), strict=True):
+            row = {name: column[place] for name, column in batch.items()}
+            items = (*_tokenised_row(source, records, row, encode), part, index)
+            for name, item in zip(features, items, strict=True):
                 out[name].append(item)
         return {**out, **{name: np.array(out[name], np.uint64) for name in ("digest", "question")}}
 
@@ -351,13 +349,24 @@ def tokenised(
 
 
 def _features(datasets: ModuleType) -> datasets.Features:
-    """The columns of `tokenised` and their types."""
+    """The columns of `tokenised` and their types, in their order."""
     texts = dict.fromkeys(("text", "answer", "kind", "extra", "reason"), "string")
     hashes = dict.fromkeys(("digest", "question"), "uint64")
     columns = {name: datasets.Value(dtype) for name, dtype in (texts | hashes).items()}
     columns |= {name: datasets.Value("int32") for name in ("length", "largest")}
     columns["ids"] = datasets.Sequence(datasets.Value("int32"))
     return datasets.Features(**columns, part=datasets.Value("int32"), row=datasets.Value("int64"))
+
+
+def _tokenised_row(
+    source: Source, records: Records, row: Record, encode: Callable[[str | Conversation], list[int]]
+) -> tuple[object, ...]:
+    """The columns of `_features` for one row, in their order, without part and row."""
+    q, prompt, ids = _encoded(source, records, row, encode)
+    written = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    texts = (q.text, q.answer, source.kind, json.dumps(q.extra, default=str), q.reason)
+    hashes = (digest(f"{source.kind}\0{written}".encode(), q.answer), digest(written.encode(), ""))
+    return (*texts, *hashes, len(ids), max(ids, default=-1), ids)
 
 
 def _encoded(

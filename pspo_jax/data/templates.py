@@ -53,7 +53,7 @@ TEXTS = {
 }
 """Whole prompts for tokenizers without a chat template, with {question} where the question goes."""
 
-BEGUN = {"r1": "<think>"}
+ANSWER_BEGINNINGS = {"r1": "<think>"}
 """The beginning of the answer that a template writes itself."""
 
 TURN_ENDS = {"qwen_math": "<|im_end|>"}

@@ -47,7 +47,7 @@ _SHOWN = 200
 """Characters of a question that the list of left-out rows shows."""
 
 
-class _Pick(NamedTuple):
+class _Picked(NamedTuple):
     """A tokenised data set, and its rows that are prompts."""
 
     rows: datasets.Dataset
@@ -135,7 +135,7 @@ def text_task(
     records: list[datasets.Dataset | Records] = []
     for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
         if config.task.mixture:
-            part = _whole_part(part, config.task.heldout_prompts, share)
+            part = _config_of_part(part, config.task.heldout_prompts, share)
         train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
@@ -143,7 +143,7 @@ def text_task(
     if len(parts) == 1:
         train_pick, heldout_pick = trains[0], heldouts[0]
     else:
-        train_pick, heldout_pick = _mixed(config, [part for part, _ in parts], shares, trains, heldouts)
+        train_pick, heldout_pick = _mix(config, [part for part, _ in parts], shares, trains, heldouts)
     _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
     needs = {} if pool is None else pool.required_columns
@@ -212,23 +212,23 @@ def _split(
     pool: Pool | None,
     part: int,
     say: Callable[[str], None],
-) -> tuple[_Pick, _Pick, list[datasets.Dataset | Records]]:
+) -> tuple[_Picked, _Picked, list[datasets.Dataset | Records]]:
     """Training and held-out rows of one task, and the records of the parts `part` and `part + 1`."""
     t, folder = c.task, cache_folder(c.task)
     if t.name in GENERATED:
         count = (t.train_prompts or GENERATED_PROMPTS) + t.heldout_prompts
         source = GENERATED[t.name](c, t.seed, count)
         pick = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, None, say)
-        return (*_cut(pick, c), [source.records, source.records])
+        return (*_hold_out_last(pick, c), [source.records, source.records])
     assert t.train_data is not None
     source = from_data(t.train_data, "task.train_data", t.train_split, t)
     train = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, pool, say)
     if t.heldout_data is None:
-        return (*_cut(train, c), [source.records, source.records])
+        return (*_hold_out_last(train, c), [source.records, source.records])
     other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
     heldout = _filter(tokenised(other, encode, identity, folder, part + 1, say), other.name, c, pool, say)
     heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
-    train = _without(train, heldout, source.name)
+    train = _drop_shared(train, heldout, source.name)
     return (
         train._replace(keep=train.keep[: t.train_prompts or None]),
         heldout,
@@ -236,7 +236,7 @@ def _split(
     )
 
 
-def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
+def _hold_out_last(pick: _Picked, c: Config) -> tuple[_Picked, _Picked]:
     """Training and held-out rows of one data set, whose last rows are held out."""
     n = c.task.heldout_prompts
     if len(pick.keep) <= n:
@@ -245,7 +245,7 @@ def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
             f"{' (' + why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
         )
     train = pick._replace(keep=pick.keep[:-n][: c.task.train_prompts or None])
-    return train, _Pick(pick.rows, pick.keep[-n:], [])
+    return train, _Picked(pick.rows, pick.keep[-n:], [])
 
 
 def _filter(
@@ -255,7 +255,7 @@ def _filter(
     pool: Pool | None,
     say: Callable[[str], None],
     duplicates: bool = False,
-) -> _Pick:
+) -> _Picked:
     """Rows that are prompts: readable, short enough, not repeated, and with a gold answer that its verifier accepts."""
     reason = np.array(rows["reason"], object)
     _check_conversations(reason, name, c)
@@ -273,7 +273,7 @@ def _filter(
     out = np.flatnonzero(reason != "")
     texts = rows.select(out)["text"] if len(out) else []
     left_out = [LeftOut(name, int(i), str(reason[i]), text[:_SHOWN]) for i, text in zip(out, texts, strict=True)]
-    return _Pick(rows, keep, left_out)
+    return _Picked(rows, keep, left_out)
 
 
 def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
@@ -288,38 +288,42 @@ def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
             raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
 
 
-def _whole_part(part: Config, total: int, share: float) -> Config:
+def _config_of_part(part: Config, total: int, share: float) -> Config:
     """The config of a mixture's task. It holds out only as many rows as the mixture evaluates of that task."""
     most = part.task.train_prompts if part.task.name in GENERATED else 0
     held_out = min(part.task.heldout_prompts, math.ceil(total * share))
     return replace(part, {"task.heldout_prompts": held_out, "task.train_prompts": most})
 
 
-def _mixed(
-    c: Config, parts: list[Config], shares: Float[np.ndarray, "m"], trains: list[_Pick], heldouts: list[_Pick]
-) -> tuple[_Pick, _Pick]:
+def _mix(
+    c: Config,
+    parts: list[Config],
+    shares: Float[np.ndarray, "m"],
+    trains: list[_Picked],
+    heldouts: list[_Picked],
+) -> tuple[_Picked, _Picked]:
     """Training and held-out rows of a mixture. Rows that are neither are listed as left out."""
     rng = np.random.default_rng([c.task.seed, 3])
     names = [part.task.name if part.task.name in GENERATED else str(part.task.train_data) for part in parts]
-    chosen = _chosen(heldouts, shares, c.task.heldout_prompts, rng)
-    trains = [_given_back(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
+    chosen = _choose_by_share(heldouts, shares, c.task.heldout_prompts, rng)
+    trains = [_return_unused(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
     heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
-    trains = _apart(trains, heldouts, names)
+    trains = _make_disjoint(trains, heldouts, names)
     limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
     trains = [
-        _listing(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
+        _keep_only(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
         for train, limit, name in zip(trains, limits, names, strict=True)
     ]
-    chosen = _chosen(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
+    chosen = _choose_by_share(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
     trains = [
-        _listing(train, kept, name, "beyond its share of task.mixture", part.task.name not in GENERATED)
+        _keep_only(train, kept, name, "beyond its share of task.mixture", part.task.name not in GENERATED)
         for train, kept, name, part in zip(trains, chosen, names, parts, strict=True)
     ]
-    return _joined(trains, rng), _joined(heldouts, rng)
+    return _concatenated(trains, rng), _concatenated(heldouts, rng)
 
 
-def _chosen(
-    picks: list[_Pick], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
+def _choose_by_share(
+    picks: list[_Picked], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
 ) -> list[Int[np.ndarray, "n"]]:
     """Random rows of every task in proportion to its share: as many as possible without repetition, at most `total`."""
     n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
@@ -330,34 +334,34 @@ def _chosen(
     ]
 
 
-def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"]) -> _Pick:
+def _return_unused(train: _Picked, heldout: _Picked, kept: Int[np.ndarray, "n"]) -> _Picked:
     """Training rows, with the rows that were held out of the same data but that the mixture does not evaluate."""
     if train.rows is not heldout.rows:
         return train
     return train._replace(keep=np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)])))
 
 
-def _apart(trains: list[_Pick], heldouts: list[_Pick], names: list[str]) -> list[_Pick]:
+def _make_disjoint(trains: list[_Picked], heldouts: list[_Picked], names: list[str]) -> list[_Picked]:
     """Training rows whose question no task of the mixture holds out; a question of several tasks stays in the first."""
-    out: list[_Pick] = []
+    out: list[_Picked] = []
     for train, name in zip(trains, names, strict=True):
         for heldout in heldouts:
-            train = _without(train, heldout, name)
+            train = _drop_shared(train, heldout, name)
         for other in out:
-            train = _without(train, other, name, "duplicate")
+            train = _drop_shared(train, other, name, "duplicate")
         if not len(train.keep):
             raise ConfigError(f"task.mixture: {name} leaves no prompt ({why(train.left_out)}); change it or drop it")
         out.append(train)
     return out
 
 
-def _without(train: _Pick, other: _Pick, name: str, reason: str = "also held out") -> _Pick:
+def _drop_shared(train: _Picked, other: _Picked, name: str, reason: str = "also held out") -> _Picked:
     """Training rows whose question is not among the rows of `other`."""
     also = np.isin(column_array(train.rows, "question")[train.keep], column_array(other.rows, "question")[other.keep])
-    return _listing(train, train.keep[~also], name, reason)
+    return _keep_only(train, train.keep[~also], name, reason)
 
 
-def _listing(pick: _Pick, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Pick:
+def _keep_only(pick: _Picked, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Picked:
     """`pick` with the rows `keep` alone; the other rows are listed as left out, for a reason."""
     out = np.setdiff1d(pick.keep, keep) if listed else np.zeros(0, int)
     texts = pick.rows.select(out)["text"] if len(out) else []
@@ -365,13 +369,13 @@ def _listing(pick: _Pick, keep: Int[np.ndarray, "n"], name: str, reason: str, li
     return pick._replace(keep=keep, left_out=pick.left_out + items)
 
 
-def _joined(picks: list[_Pick], rng: np.random.Generator) -> _Pick:
+def _concatenated(picks: list[_Picked], rng: np.random.Generator) -> _Picked:
     """The rows of several tasks as one set, shuffled."""
     rows = quiet_datasets().concatenate_datasets([pick.rows.select(pick.keep) for pick in picks])
-    return _Pick(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
+    return _Picked(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
 
 
-def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
+def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Picked) -> None:
     """Refuses prompts with a token for which the embedding has no row."""
     for pick in picks:
         bad = pick.keep[column_array(pick.rows, "largest")[pick.keep] >= tokenizer.vocab_size]
@@ -386,7 +390,7 @@ def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
         )
 
 
-def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
+def _check_sizes(c: Config, train: _Picked, heldout: _Picked) -> None:
     """Refuses data that leave too few prompts."""
     for pick, name in ((train, "train_data"), (heldout, "heldout_data")):
         if not len(pick.keep):
@@ -418,7 +422,7 @@ def why(left_out: Sequence[LeftOut]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "it has no rows"
 
 
-def _width(config: Config, *picks: _Pick) -> int:
+def _width(config: Config, *picks: _Picked) -> int:
     """Padded length of the prompts: a multiple of rollout.prompt_bucket."""
     longest = max(int(column_array(pick.rows, "length")[pick.keep].max()) for pick in picks)
     bucket = config.rollout.prompt_bucket
@@ -426,7 +430,12 @@ def _width(config: Config, *picks: _Pick) -> int:
 
 
 def prompt_dataset(
-    pick: _Pick, sources: list[datasets.Dataset | Records], width: int, pad: int, identity: str, names: Sequence[str]
+    pick: _Picked,
+    sources: list[datasets.Dataset | Records],
+    width: int,
+    pad: int,
+    identity: str,
+    names: Sequence[str],
 ) -> PromptDataset:
     """The kept rows as a data set that reads them from disk through a grain.MapDataset.
 
@@ -443,10 +452,12 @@ def prompt_dataset(
     parts = column_array(rows, "part")
 
     def columns(i: int) -> Record:
+        """The record of a row."""
         record = rows[int(i)]
         return dict(records_of_part[record["part"]][record["row"]])
 
     def column(name: str) -> list[object]:
+        """The values of a column in all rows."""
         values: np.ndarray = np.full(len(rows), None, object)
         row = column_array(rows, "row")
         for i, source in enumerate(records_of_part):

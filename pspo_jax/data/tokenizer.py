@@ -14,7 +14,7 @@ from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.conversations import Conversation, content_of
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
 from pspo_jax.data.stop_ids import describe, stop_ids
-from pspo_jax.data.templates import BEGUN, QUESTIONS, SYSTEM_PROMPTS, TEXTS
+from pspo_jax.data.templates import ANSWER_BEGINNINGS, QUESTIONS, SYSTEM_PROMPTS, TEXTS
 from pspo_jax.model.huggingface.json_files import check_side_files
 from pspo_jax.model.huggingface.load import fetch, import_transformers
 
@@ -43,7 +43,7 @@ class TextTokenizer:
         """Rows of the embedding; the tokenizer may have fewer ids, or a few more, which are never drawn."""
         self.eos_token_id = stop_ids[0]
         self.pad_token_id = _padding_id(hf, stop_ids)
-        self._before = _before_text(hf)
+        self._before = _ids_before_text(hf)
 
     def identity(self) -> str:
         """Hash of everything that encoding depends on."""
@@ -69,7 +69,7 @@ class TextTokenizer:
         """Text with its special tokens, so that every token that was drawn can be seen."""
         return str(self.hf.decode(list(ids), skip_special_tokens=False))
 
-    def answer(self, ids: list[int]) -> str:
+    def completion_text(self, ids: list[int]) -> str:
         """Text of a completion without stop and padding tokens, for a verifier.
 
         Other special tokens stay: some checkpoints have `<think>` and `<answer>` among them.
@@ -77,13 +77,13 @@ class TextTokenizer:
         ends = {*self.stop_ids, self.pad_token_id}
         return self.decode(i for i in ids if i not in ends)
 
-    def begun(self, config: PromptConfig) -> str:
+    def answer_beginning(self, config: PromptConfig) -> str:
         """The part of the answer that the prompt already holds; rewards see it before the completion.
 
         Some chat templates, such as DeepSeek-R1-Distill's, write the opening <think> themselves.
         """
-        if config.template in BEGUN:
-            return BEGUN[config.template] + config.prefill
+        if config.template in ANSWER_BEGINNINGS:
+            return ANSWER_BEGINNINGS[config.template] + config.prefill
         rendered = self.decode(self.prompt("?", config)).removesuffix(config.prefill)
         return next((tag for tag in ("<think>\n", "<think>") if rendered.endswith(tag)), "") + config.prefill
 
@@ -131,7 +131,7 @@ def _message(question: str, config: PromptConfig) -> str:
     return QUESTIONS.get(config.question, config.question).replace("{question}", question)
 
 
-def _before_text(hf: PreTrainedTokenizerBase) -> list[int]:
+def _ids_before_text(hf: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer itself puts before a text, such as BOS."""
     bare, whole = (list(hf.encode("a", add_special_tokens=special)) for special in (False, True))
     place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)

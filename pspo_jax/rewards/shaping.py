@@ -108,7 +108,7 @@ def cosine(
     is_right = _is_correct(verdicts)
     low, high = (np.where(is_right, a, b) for a, b in zip(right_range, wrong_range, strict=True))
     value = low + (high - low) / 2 * (1 + np.cos(np.pi * share))
-    return _judged(verdicts, value)
+    return _with_verdict(verdicts, value)
 
 
 def length_kimi(verdicts: Float[np.ndarray, "B G"], length: Int[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
@@ -126,7 +126,7 @@ def length_kimi(verdicts: Float[np.ndarray, "B G"], length: Int[np.ndarray, "B G
     differ = longest > shortest
     lam = 0.5 - (lengths - shortest) / np.where(differ, longest - shortest, 1.0)
     value = np.where(_is_correct(verdicts), lam, np.minimum(lam, 0.0))
-    return _judged(verdicts, np.where(differ, value, 0.0))
+    return _with_verdict(verdicts, np.where(differ, value, 0.0))
 
 
 def soft_overlong(length: Int[np.ndarray, "B G"], max_length: int, cache: int) -> Float[np.ndarray, "B G"]:
@@ -143,10 +143,10 @@ def soft_overlong(length: Int[np.ndarray, "B G"], max_length: int, cache: int) -
 
 
 def _is_correct(verdicts: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, "B G"]:
-    """Partial credit is not right; nor is NaN."""
+    """True for right completions; partial credit and NaN are not right."""
     return np.asarray(verdicts) >= 1
 
 
-def _judged(verdicts: Float[np.ndarray, "B G"], value: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
+def _with_verdict(verdicts: Float[np.ndarray, "B G"], value: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
     """`value` as float32, NaN where there is no verdict."""
     return np.where(np.isnan(verdicts), np.nan, value).astype(np.float32)

@@ -15,7 +15,7 @@ from pspo_jax.rewards.text_reward import reward_functions, text_reward
 from pspo_jax.verifiers.workers.pool import Pool
 
 
-def own_tokenizer(config: Config) -> CharTokenizer:
+def make_char_tokenizer(config: Config) -> CharTokenizer:
     """The tokenizer of a task with one token per character."""
     return TOKENIZER if config.task.name == "arithmetic" else CharTokenizer(CHARACTERS, VOCAB)
 

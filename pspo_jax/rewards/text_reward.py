@@ -61,15 +61,16 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
       pool: verifies; None = the function raises RuntimeError, for plans and exports.
     """
     terms = parse_terms(config.reward)
-    prefix = tokenizer.begun(config.prompt)
+    prefix = tokenizer.answer_beginning(config.prompt)
 
     def reward_fn(batch: CompletionBatch) -> Callable[[], RewardResult]:
+        """Starts verification of a batch."""
         if pool is None:
             raise RuntimeError("this task was made without verifiers")
         weights = terms if batch.wants_reward else {"accuracy": 1.0}
         kinds = [_at(batch.prompts.kinds, int(row)) for row in batch.rows]
         texts = [
-            [prefix + tokenizer.answer(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
+            [prefix + tokenizer.completion_text(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
             for i, row in enumerate(batch.lengths)
         ]
         questions = _verdict_questions(batch, kinds, texts, config, pool)
@@ -81,6 +82,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
                 extra[name] = found, pool.submit([question.request for question in found])
 
         def result() -> RewardResult:
+            """Waits for the rewards."""
             return _result(batch, kinds, texts, questions, verdicts, extra, weights, config)
 
         return result
@@ -198,29 +200,29 @@ def _result(
       weights: weight of each term.
     """
     shape = batch.lengths.shape
-    filled = {"accuracy": _fill(shape, questions, replies.result(), unasked=0.0)}
-    filled |= {name: _fill(shape, found, answered.result()) for name, (found, answered) in extra.items()}
-    value = filled["accuracy"].value
+    values = {"accuracy": _fill(shape, questions, replies.result(), unasked=0.0)}
+    values |= {name: _fill(shape, found, answered.result()) for name, (found, answered) in extra.items()}
+    value = values["accuracy"].value
     graded = np.array([[kind in PARTIAL_CREDIT] for kind in kinds])
     verdicts = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
-    what = ShapingInputs(verdicts, batch.lengths, texts, config.rollout.max_new_tokens)
+    inputs = ShapingInputs(verdicts, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:
-        terms[name] = filled[name].value if name in filled else shaping_term(name, config.reward, what)
-    failed = {name: one.failed for name, one in filled.items()}
+        terms[name] = values[name].value if name in values else shaping_term(name, config.reward, inputs)
+    failed = {name: one.failed for name, one in values.items()}
     reward = weighted_sum(terms, weights, verdicts, failed)
     # The verdict is reported whether or not it is a term of the reward.
     return RewardResult(
         reward,
         {"accuracy": value} | terms,
         verdicts,
-        filled["accuracy"].answers,
-        filled["accuracy"].reasons,
-        tuple(dict.fromkeys(error for one in filled.values() for error in one.errors)),
+        values["accuracy"].answers,
+        values["accuracy"].reasons,
+        tuple(dict.fromkeys(error for one in values.values() for error in one.errors)),
         failed,
-        {name: one.reasons for name, one in filled.items()},
-        _merged([one.metrics for one in filled.values()]),
-        {name: rows for one in filled.values() for name, rows in one.columns.items()},
+        {name: one.reasons for name, one in values.items()},
+        _merged([one.metrics for one in values.values()]),
+        {name: rows for one in values.values() for name, rows in one.columns.items()},
     )
 
 

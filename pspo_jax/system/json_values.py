@@ -7,7 +7,7 @@ from typing import SupportsFloat
 
 
 def json_number(value: SupportsFloat) -> int | float | None:
-    """A number of Python or NumPy as JSON writes it; None for NaN and infinities, for which JSON has no notation."""
+    """A number of Python or NumPy as JSON writes it; None for NaN and infinities, which JSON cannot write."""
     if isinstance(value, int):
         return value
     number = float(value)

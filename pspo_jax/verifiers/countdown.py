@@ -33,7 +33,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 
 
 def expression_value(text: str, numbers: Sequence[int]) -> Fraction | None:
-    """The exact value of an expression of + - * / and parentheses that uses each number once; None for others."""
+    """The exact value of an expression of + - * / and parentheses with each number used once; None for others."""
     value, used = evaluated(text)
     return value if Counter(used) == Counter(numbers) else None
 

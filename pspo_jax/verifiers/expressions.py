@@ -1,4 +1,4 @@
-"""Formulas as math-verify reads and compares them, with checks of what math-verify overlooks."""
+"""Formulas as math-verify reads and compares them, with checks for differences that it overlooks."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def _readable(gold: str) -> bool:
 
 
 def _statements(answer: str) -> list[str]:
-    """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
+    """Readings of an answer, the broadest first: a box's content; or the statement in prose, and the value in it."""
     if BOX in answer:
         return [] if _DENIED.search(answer, 0, answer.index(BOX)) else [unboxed(answer)]
     answer = answer.removeprefix(_TAGS[0]).removesuffix(_TAGS[1]) if answer.endswith(_TAGS[1]) else answer
@@ -425,7 +425,7 @@ def _as_words(texts: Pair, bare: Pair) -> bool | None:
 def canonical(answer: str) -> str | None:
     """A short name of an answer's value, for majority votes: equal numbers get equal names. None = nothing was read.
 
-    It names the expression that the check has parsed, whose parse is remembered, so that a name costs next to nothing.
+    It names the expression that the check has parsed. That parse is remembered, so that a name costs next to nothing.
     """
     statements = _statements(answer) or [named for named in [_tagged(answer)] if named]
     if not statements:

@@ -49,11 +49,8 @@ def chosen(completion: str, options: int, texts: Sequence[str] = ()) -> str | No
     if BOX in part and (found := _letter_in(unboxed(part), letters, texts)) is not None:
         return found or None
     _, tag, tail = text.rpartition("<answer>")
-    if (
-        tag
-        and "</answer>" in tail
-        and (found := _letter_in(tail.partition("</answer>")[0], letters, texts)) is not None
-    ):
+    inner, end, _ = tail.partition("</answer>")
+    if tag and end and (found := _letter_in(inner, letters, texts)) is not None:
         return found or None
     return _in_prose(text[-_TAIL:], letters, texts) or None
 

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import sympy
 
 Parsed: TypeAlias = "sympy.Basic | str"
-"""What math-verify reads in a text: a sympy object, or a text that is no mathematics."""
+"""A value that math-verify reads in a text: a sympy object, or a text that is no mathematics."""
 _DIGITS = 120
 """Decimal digits of computed values."""
 _ALIKE = 1e-100
 """Relative difference up to which two values of _DIGITS digits are equal. It is so small that no large part of a value
 hides a small one."""
 _LONGEST = 300
-"""Nodes of an expression whose value is computed."""
+"""Nodes of the longest expression whose value is computed."""
 _POINTS = 48
 """Points at which two formulas are compared."""
 _MOST_VARIABLES = 8

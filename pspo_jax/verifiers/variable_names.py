@@ -1,7 +1,7 @@
 """Short names of mathematical values, for majority votes and for the logs that show which answer was found.
 
 Runs in worker processes after a check, on the expression that the check has parsed. A name must cost less than the
-check: only what a fixed amount of arithmetic evaluates is evaluated.
+check, so only expressions are evaluated that need a bounded amount of arithmetic.
 """
 
 from __future__ import annotations

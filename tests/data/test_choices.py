@@ -1,4 +1,4 @@
-"""Answers of multiple choice: which option a row's answer names, decided for a whole column."""
+"""Multiple choice: the option that a row's answer names is decided for a whole column."""
 
 import pytest
 

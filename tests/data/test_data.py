@@ -1,4 +1,4 @@
-"""Rows of files and folders become prompts: columns, answers, what is left out, what is kept, and what is refused."""
+"""Rows of files and folders become prompts, are left out with a reason, or are refused; tokenised rows are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as they stand in their files: numbers, dates, nulls, objects, and columns inside objects."""
+"""Rows keep the values of their files: numbers, dates, nulls, objects, and columns inside objects."""
 
 from __future__ import annotations
 

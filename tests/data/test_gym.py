@@ -84,7 +84,7 @@ def test_questions_that_come_twice_are_left_out(tokenizer, config):
     assert not set(task.train.texts) & set(task.heldout.texts)
 
 
-def test_completions_are_judged_by_their_dataset(tokenizer, config, pool):
+def test_completions_are_verified_by_their_dataset(tokenizer, config, pool):
     task = make_task(config(), tokenizer, pool)
     rows = [0, 1, 2, 3]
     gold = [task.train.answers[i] for i in rows]

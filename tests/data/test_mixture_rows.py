@@ -127,7 +127,7 @@ def test_tasks_of_one_name_are_told_apart(config, file):
     for prompts in (task.train, task.heldout):
         for label, kind, text in zip(prompts.labels, prompts.kinds, prompts.texts, strict=True):
             assert kind == "countdown" if label == "countdown" else (kind == "math" and text[0] == first[label])
-    quotas = tiny_config(selection__quotas="math=.25,math_2=.25,hard=.25,countdown=.25", rollout__prompts=4)
+    quotas = tiny_config(selection__quotas="math=0.25,math_2=0.25,hard=0.25,countdown=0.25", rollout__prompts=4)
     task_names, metadata = load_metadata(quotas, task.train)
     assert task_names == ("countdown", "hard", "math", "math_2")
     assert [task_names[k] for k in metadata.task_ids] == list(task.train.labels)

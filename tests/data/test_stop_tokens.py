@@ -1,4 +1,4 @@
-"""What ends a completion, where BOS stands, and what a chat template may do; on tokenizers of every family's form."""
+"""Stop tokens, the one BOS, and odd chat templates, on small tokenizers in the form of every family."""
 
 from __future__ import annotations
 

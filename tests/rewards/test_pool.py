@@ -1,4 +1,4 @@
-"""The pool of verifiers with real processes: hanging, dying and misbehaving requests, and what is left of them."""
+"""The pool of verifiers with real processes: requests that hang, die or misbehave, and the processes they leave."""
 
 import contextlib
 import os

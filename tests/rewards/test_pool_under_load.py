@@ -1,4 +1,4 @@
-"""Verdicts do not depend on what else the machine does, nor on what a function before did to its worker."""
+"""Verdicts depend neither on the load of the machine nor on what an earlier function did to its worker."""
 
 import os
 import signal

@@ -59,12 +59,14 @@ class Problem(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """An expression: its value, its text, how tightly it binds, and the largest value on the way to its own."""
+    """An expression."""
 
     value: int
     text: str
     precedence: int
+    """How tightly its outermost operator binds."""
     peak: int
+    """The largest value of its parts, in any order of evaluation."""
 
 
 def generate(
@@ -103,7 +105,7 @@ def generate(
         # The sizes take turns: by chance alone, larger ones would be rarer, as they fail more often.
         size = sizes[(len(problems) + misses // _TRIES_PER_SIZE) % len(sizes)]
         numbers = tuple(low + int(u * (high - low + 1)) for u in row[:size])
-        # The tree has an order of its own, or the prompt would give the solution's away.
+        # The tree has another order than the prompt, which would otherwise reveal the solution's.
         order = sorted(range(size), key=row[size : 2 * size].__getitem__)
         root = _tree([numbers[i] for i in order], iter(row[2 * size :]))
         misses += 1
@@ -149,7 +151,7 @@ def _tree(numbers: list[int], uniforms: Iterator[float]) -> _Node | None:
 
 
 def _join(left: _Node, op: str, right: _Node) -> _Node | None:
-    """`left op right` with the parentheses it needs; None if a value on the way is not in 1..MAX_VALUE or not whole."""
+    """`left op right` with the parentheses that it needs; None if a value in it is not whole or not in 1..MAX_VALUE."""
     a, b = left.value, right.value
     if (op == "-" and a <= b) or (op == "/" and a % b):
         return None

@@ -16,7 +16,7 @@ model that is rewarded for finding holes. Neither `multiprocessing.Pool`, nor `c
   and holds the accelerator. It does not import the main script again, as `multiprocessing` does, sees no accelerator in
   its environment, and ends when its socket closes, whatever killed the training process.
 - Confinement of each worker: limits on address space and processor time, no core files, no network unless
-  `verifier.network` is true, standard input closed, output to a file, a process group of its own, which is killed as a
+  `verifier.network` is true, no standard input, output to a file, a process group of its own, which is killed as a
   whole. It guards against honest code that hangs or leaks; it is no sandbox for hostile native code.
 - Replies that are not trusted. They are JSON with a number that must match the request; a worker that writes anything
   else is replaced. Requests travel as pickles, from the training process to the worker only.

@@ -367,12 +367,15 @@ class _Logs(NamedTuple):
     columns: dict[str, list[object]]
 
     def log_metric(self, name: str, value: SupportsFloat) -> None:
+        """Logs a number, as TRL's `log_metric`."""
         self.metrics.setdefault(str(name), []).append(float(value))
 
     def log_extra(self, column: str, values: Iterable[object]) -> None:
+        """Logs a value for each completion, as TRL's `log_extra`."""
         self.columns.setdefault(str(column), []).extend(_json_value(value) for value in values)
 
     def clear(self) -> None:
+        """Forgets everything logged."""
         self.metrics.clear()
         self.columns.clear()
 

@@ -47,7 +47,7 @@ _SLOW_NICE = 5
 _START_SECONDS = 120.0
 """Seconds that a worker, or the fork server, may take to become ready."""
 _TRIES = 2
-"""Tries of a request whose workers die of themselves."""
+"""Tries of a request whose workers die on their own."""
 _TRIES_IF_KILLED = 5
 """Tries of a request whose workers are killed or stopped from outside, which says nothing about the request."""
 _OUTSIDE_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
@@ -81,7 +81,7 @@ class _Job:
 
 
 class _Worker:
-    """A worker process, its job, and the clock of what it does now."""
+    """A worker process, its job, and the clock of that job (or of its start)."""
 
     def __init__(self, channel: Connection, pid: int, number: int):
         self.channel = channel
@@ -100,7 +100,7 @@ class _Worker:
         self.begun = usage(self.pid)
 
     def time_spent(self) -> TimeSpent:
-        """The time that it has spent on what it does now."""
+        """The time that it has spent on its job, or on its start."""
         return time_spent(self.pid, self.begun, time.monotonic() - self.since)
 
 

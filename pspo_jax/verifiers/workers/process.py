@@ -102,7 +102,7 @@ def verify_function(
     messages: list[functions.Message] | None = None,
     steps: int = 0,
 ) -> functions.FunctionScores:
-    """Scores completions of one prompt by a user's `module:function`; the module `functions` says what it is given.
+    """Scores completions of one prompt by a user's `module:function`; the module `functions` describes its arguments.
 
     Args:
       answer: the row's own value, of any type.
@@ -250,7 +250,7 @@ def _serve_forks(control: socket.socket, limits: WorkerLimits, alive: dict[int, 
         if message[:1] == SPAWN:
             pid = os.fork()
             if pid == 0:
-                os.setpgid(0, 0)  # what a user's function starts ends with its worker
+                os.setpgid(0, 0)  # processes that a user's function starts end with the worker
                 control.close()
                 status = 1
                 try:
