@@ -25,7 +25,7 @@ from typing import Any
 
 from _chaos_configs import Fields, flags
 
-from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.checkpoint.reading import saved_steps
 from pspo_jax.config import command_line
 from pspo_jax.train import main
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.checkpoint.reading import saved_steps
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError

@@ -12,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.store import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
 from pspo_jax.distributed import processes
 from pspo_jax.system.storage import StorageError, os_reason, room, write_whole
 

@@ -10,12 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import hashlib
-import json
-import logging
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +24,8 @@ from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.metadata import damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.reading import partial_load, saved_steps, whole_ones
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.distributed import processes
@@ -43,30 +40,6 @@ from pspo_jax.system.storage import (
     size,
     writing,
 )
-
-RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
-"""What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
-_DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
-"""What TensorStore says where the bytes that it read make no sense."""
-
-
-def silence_orbax() -> None:
-    """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
-
-    TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
-    this hook or to `sys.excepthook`, which `cli.run` sets.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
-    if getattr(before, "__module__", None) == __name__:
-        return
-
-    def without_late_answers(event: Any) -> None:
-        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
-            before(event)
-
-    sys.unraisablehook = without_late_answers
 
 
 class _Save(NamedTuple):
@@ -338,7 +311,7 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, wanted: Any) -> Any:
-        with _partial_load():
+        with partial_load():
             try:
                 found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
             except RAISED as error:
@@ -380,122 +353,10 @@ class Checkpoints:
         return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 
-def whole_ones(steps: list[int]) -> str:
-    """Which checkpoints are there, in words."""
-    if not steps:
-        return "no whole checkpoint is there"
-    return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
-
-
-def judged(error: Exception, path: Path) -> Exception:
-    """What to raise where Orbax raised: DamageError if files are damaged, else the error itself."""
-    reason, certain = damage.complaint(path)
-    if reason is not None:
-        return DamageError(reason)
-    if os_reason(error) is not None:
-        return StorageError(f"{path}: cannot be read now ({os_reason(error)}); it is left as it is")
-    last: BaseException = error
-    while last.__cause__ is not None:
-        last = last.__cause__
-    if not certain and (isinstance(last, FileNotFoundError) or _DECODING.search(str(last))):
-        return DamageError(" ".join(str(last).split())[:200])
-    return error
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoint is complete, ascending; only looks, so a run that is going on is not disturbed."""
-    done = [p for p in folder.glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
-    return sorted(int(p.name) for p in done)
-
-
-def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = None) -> tuple[Any, dict[str, Any]]:
-    """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
-
-    Args:
-      place: a tree of shapes -> shardings; None = the default device.
-    Raises:
-      ConfigError: the checkpoint is damaged.
-      StorageError: it cannot be read now.
-    """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def abstract(saved: Any) -> Any:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-        shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-    return read_part(folder, step, "params", abstract)
-
-
-def params_identity(folder: Path, step: int) -> str:
-    """Hash of the checksums of a checkpoint's params, and of the base under them.
-
-    Raises:
-      ConfigError: the checkpoint's metadata is damaged.
-      StorageError: it cannot be read now.
-    """
-    try:
-        found = read_metadata(folder / str(step))
-    except DamageError as error:
-        raise _unusable(folder / str(step), error) from error
-    own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
-    words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
-
-
-def _unusable(path: Path, error: ValueError) -> ConfigError:
-    """What a reader is told of a damaged checkpoint, or of one that a run has removed meanwhile."""
-    if not path.exists():
-        return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
-    return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
-
-
-def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
-    """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
-
-    Args:
-      part: name of the field, such as params or selector.
-      abstract: the shapes on disk -> pytree of ShapeDtypeStruct with shardings.
-    Raises:
-      ConfigError: the checkpoint is damaged.
-      StorageError: it cannot be read now.
-    """
-    path = (folder / str(step)).absolute()
-    silence_orbax()
-    try:
-        metadata = read_metadata(path)
-    except DamageError as error:
-        raise _unusable(path, error) from error
-    try:
-        wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
-        with _partial_load():
-            value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
-    except RAISED as error:
-        told = judged(error, path)
-        if isinstance(told, DamageError):
-            raise _unusable(path, told) from error
-        if told is error:
-            raise
-        raise told from error
-    try:
-        saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
-        verify(value, saved)
-    except ValueError as error:
-        raise _unusable(path, error) from error
-    return value, metadata
-
-
 def _present(state: Any) -> dict[str, Any]:
     """The fields that hold something: one that is younger than a checkpoint and empty need not be in it."""
     fields = state if isinstance(state, dict) else {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
-
-
-def _partial_load() -> ocp.Context:
-    """Load what is asked for, whatever else is there."""
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    return context
 
 
 def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:

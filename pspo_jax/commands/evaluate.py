@@ -15,7 +15,7 @@ import jax
 
 from pspo_jax.arrays.lora import merge_params
 from pspo_jax.checkpoint.checksums import files_identity, verify
-from pspo_jax.checkpoint.store import params_identity, read_params
+from pspo_jax.checkpoint.reading import params_identity, read_params
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config

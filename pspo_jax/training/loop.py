@@ -11,7 +11,8 @@ import jax
 
 from pspo_jax.arrays.state import TrainState
 from pspo_jax.checkpoint.checksums import named_checksums
-from pspo_jax.checkpoint.store import Checkpoints, saved_steps, whole_ones
+from pspo_jax.checkpoint.reading import saved_steps, whole_ones
+from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.schema import Config
 from pspo_jax.data.text import write_left_out
 from pspo_jax.distributed import processes

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.checkpoint.store import read_part
+from pspo_jax.checkpoint.reading import read_part
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs.access import choose_steps, read_config
