@@ -16,7 +16,8 @@ from pspo_jax.distributed import processes
 from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.runs import history
 from pspo_jax.system.progress import Progress
-from pspo_jax.training.setup import FirstParams, Setup, architecture_for, prepare
+from pspo_jax.training.first_params import FirstParams
+from pspo_jax.training.setup import Setup, architecture_for, prepare
 
 
 def prepare_supervised(config: Config, pool: Any, progress: Progress) -> Setup:

@@ -51,7 +51,7 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
 def _check_name(item: dict[str, Any]) -> None:
     """A task of a mixture is one of text, by name."""
     where = f"task.mixture={str(item)[:80]}"
-    texts = [name for name in typing.get_args(TaskName) if name != "arithmetic"]
+    texts = [name for name in typing.get_args(TaskName) if name not in ("arithmetic", "own")]
     if "name" not in item:
         raise ConfigError(f"{where}: lacks a name; name a task of text, one of {', '.join(texts)}")
     if item["name"] not in texts:

@@ -23,7 +23,9 @@ from pspo_jax.config.strategies import (
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
-TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
+TaskName = Literal[
+    "arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function", "own"
+]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -101,7 +101,9 @@ class RunLog:
         persist: Persist | None = None,
         say: Callable[[str], None] = lambda _: None,
         strategy_lines: int = 0,
+        warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ):
+        self._warn = warn
         self._writes = writes
         self._seen: set[str] = set()
         self._persist = persist or Persist()
@@ -164,7 +166,7 @@ class RunLog:
                 continue
             self._seen.add(kind)
             if not self._writes:
-                print(f"step {step}: a reward raised\n{_printable(text)}", file=sys.stderr)
+                self._warn(f"step {step}: a reward raised\n{_printable(text)}")
                 continue
             path = self._folder / "reward_errors.log"
             there = path.stat().st_size if path.exists() else 0
@@ -184,7 +186,7 @@ class RunLog:
                 continue
             self._said.add(kind)
             if not self._writes or self._console is None:
-                print(f"step {step}: {line}", file=sys.stderr)
+                self._warn(f"step {step}: {line}")
             else:
                 self._console.print(f"step {step}: {line}", markup=False)
 

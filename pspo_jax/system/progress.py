@@ -1,7 +1,8 @@
-"""What a person sees while a run goes: rich bars on a terminal, a plain line now and then elsewhere."""
+"""Progress of a run on the screen: rich bars on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,15 +24,24 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Phases of a run, each with a count and a line of numbers."""
+    """Phases of a run, each with a count and a line of numbers.
+
+    Args:
+      enabled: whether phases are shown.
+      quiet: whether nothing is printed; lines go to the logger "pspo_jax" then.
+    """
 
     def __init__(self, enabled: bool, quiet: bool = False):
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._enabled = enabled
+        self._quiet = quiet
 
     def say(self, text: str) -> None:
-        """One line, whatever is shown."""
-        self.console.print(text, markup=False)
+        """Print one line, whether or not phases are shown."""
+        if self._quiet:
+            logging.getLogger("pspo_jax").info(text)
+        else:
+            self.console.print(text, markup=False)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
