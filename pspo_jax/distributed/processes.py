@@ -26,7 +26,7 @@ from jax.sharding import Sharding
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
-from pspo_jax.distributed.private import cluster_processes, coordination_client
+from pspo_jax.distributed.private import CoordinationClient, cluster_processes, coordination_client
 from pspo_jax.system.storage import StorageError
 
 _FAILURES = "pspo_jax/failed/"
@@ -298,7 +298,7 @@ def fail_together() -> Iterator[None]:
         done.set()
 
 
-def _watch(client: Any, done: Callable[[], bool]) -> None:
+def _watch(client: CoordinationClient, done: Callable[[], bool]) -> None:
     """End this process once another one has said that it failed."""
     while not done():
         try:
