@@ -12,16 +12,16 @@ from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.system.storage import StorageError, os_reason
 
 RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
-"""What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
+"""Types that Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
 _DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
-"""What TensorStore says where the bytes that it read make no sense."""
+"""How TensorStore's messages begin where it cannot decode the bytes that it read."""
 
 
 def silence_orbax() -> None:
-    """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
+    """Keep Orbax from printing errors of its threads: they reach the caller too.
 
-    TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
-    this hook or to `sys.excepthook`, which `cli.run` sets.
+    TensorStore also answers event loops that Orbax has closed after a first error. The RuntimeError that this raises
+    reaches the hook set here, or `sys.excepthook`, which `command_line.run` sets.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -37,7 +37,10 @@ def silence_orbax() -> None:
 
 
 def judged(error: Exception, path: Path) -> Exception:
-    """What to raise where Orbax raised: DamageError if files are damaged, else the error itself."""
+    """The error to raise in place of Orbax's.
+
+    It is a DamageError if files are damaged, a StorageError if the disk is the reason, and else the error itself.
+    """
     reason, certain = damage.complaint(path)
     if reason is not None:
         return DamageError(reason)

@@ -6,36 +6,36 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.checkpoint.checksums import verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.metadata import read_metadata
+from pspo_jax.checkpoint.metadata import Metadata, read_metadata
 from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
 from pspo_jax.config.fields import ConfigError
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoint is complete, ascending; only looks, so a run that is going on is not disturbed."""
+    """Steps whose checkpoint is complete, ascending."""
     done = [p for p in folder.glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
     return sorted(int(p.name) for p in done)
 
 
-def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = None) -> tuple[Any, dict[str, Any]]:
+def read_params(folder: Path, step: int, place: Callable[[PyTree], PyTree] | None = None) -> tuple[PyTree, Metadata]:
     """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
 
     Args:
-      place: a tree of shapes -> shardings; None = the default device.
+      place: gives the shardings of a tree of shapes; None = all on the default device.
     Raises:
       ConfigError: the checkpoint is damaged.
       StorageError: it cannot be read now.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def abstract(saved: Any) -> Any:
+    def abstract(saved: PyTree) -> PyTree:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
         shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -60,18 +60,18 @@ def params_identity(folder: Path, step: int) -> str:
 
 
 def _unusable(path: Path, error: ValueError) -> ConfigError:
-    """What a reader is told of a damaged checkpoint, or of one that a run has removed meanwhile."""
+    """The error of a damaged checkpoint, or of one that a run has removed meanwhile."""
     if not path.exists():
         return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
     return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
 
 
-def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
+def read_part(folder: Path, step: int, part: str, abstract: Callable[[PyTree], PyTree]) -> tuple[PyTree, Metadata]:
     """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
 
     Args:
       part: name of the field, such as params or selector.
-      abstract: the shapes on disk -> pytree of ShapeDtypeStruct with shardings.
+      abstract: gives a pytree of ShapeDtypeStruct with shardings, from the shapes on disk.
     Raises:
       ConfigError: the checkpoint is damaged.
       StorageError: it cannot be read now.
@@ -102,14 +102,14 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]
 
 
 def whole_ones(steps: list[int]) -> str:
-    """Which checkpoints are there, in words."""
+    """A clause on which checkpoints are there."""
     if not steps:
         return "no whole checkpoint is there"
     return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
 
 
 def partial_load() -> ocp.Context:
-    """Load what is asked for, whatever else is there."""
+    """A context in which Orbax loads the arrays that are asked for, whatever else is there."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     return context

@@ -1,8 +1,8 @@
-"""Checkpoints: asynchronous, atomic, kept by policy, verified when read.
+"""Writes and restores the checkpoints of a run: asynchronous, atomic, kept by policy, verified when restored.
 
-Everything Orbax is in this file. A checkpoint is a TrainState and metadata (config, dataset fingerprint, accounting).
-Its metadata also holds a checksum of every array, and a record of its files lies beside them, so that damage is found
-out instead of trained on, and that an error which passes, such as too little memory, is not taken for damage.
+A checkpoint is a train state and its metadata (config, dataset fingerprint, accounting). The metadata also holds a
+checksum of every array, and a record of the files lies beside them. Damage is therefore found and not trained on, and
+an error that passes, such as too little memory, is not mistaken for damage.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.metadata import damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.checkpoint.metadata import Metadata, damaged_metadata, finite, mend_scores, read_metadata
 from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
 from pspo_jax.checkpoint.reading import partial_load, saved_steps, whole_ones
 from pspo_jax.config.fields import ConfigError
@@ -46,8 +47,8 @@ class _Save(NamedTuple):
     """A checkpoint to be written."""
 
     step: int
-    state: Any
-    metadata: dict[str, Any]
+    state: PyTree
+    metadata: Metadata
     scores: dict[str, float] | None
 
 
@@ -55,8 +56,8 @@ class Checkpoints:
     """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last save.
 
     Args:
-      say: told of what is mended, and of writes that failed and are tried again.
-      stop: whether to give up trying again.
+      say: is told of files that are mended, and of writes that failed and are tried again.
+      stop: says whether to give up trying again.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Checkpoints:
         self._opened = 0
         self._orbax = self._open()
 
-    def _open(self) -> Any:
+    def _open(self) -> ocp.training.Checkpointer:
+        """Open the folder with Orbax, after damaged metadata and scores are out of its way."""
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(self._config.keep)]
         if self._config.keep_best:
@@ -113,7 +115,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._saver.shutdown()
         late = None if self._writing is None else self._writing[1].exception()
         try:
@@ -131,7 +133,7 @@ class Checkpoints:
         """Whether the last save has failed already; the next `save` or `wait` says why."""
         return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any], scores: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: PyTree, metadata: Metadata, scores: dict[str, float] | None = None) -> None:
         """Start saving; the write to disk goes on in the background. A finite `scores["greedy"]` ranks keep_best.
 
         Raises:
@@ -197,7 +199,7 @@ class Checkpoints:
             return
         self._writing = save._replace(state=None), self._saver.submit(self._finish, save, response)
 
-    def _finish(self, save: _Save, response: Any) -> None:
+    def _finish(self, save: _Save, response: ocp.async_types.AsyncResponse[None]) -> None:
         """Wait until a checkpoint is there, and record its files."""
         response.result()
         path = self.folder / str(save.step)
@@ -215,9 +217,9 @@ class Checkpoints:
         self._last = None
 
     def _settle(self) -> StorageError | None:
-        """Wait for the last save; what kept it from being written, if something did.
+        """Wait for the last save; returns the disk's error if it could not be written.
 
-        What is no error of a disk is raised.
+        Any other error is raised.
         """
         error = None if self._writing is None else self._writing[1].exception()
         failed = processes.any_process(error is not None)
@@ -242,7 +244,7 @@ class Checkpoints:
         )
 
     def _reopen(self) -> None:
-        """A fresh Orbax, which removes what was half written: one that failed once raises it again."""
+        """Open the folder again, which removes half-written files; an Orbax that failed once would raise the error again."""
         self._writing = None
         try:
             self._orbax.close()
@@ -251,8 +253,8 @@ class Checkpoints:
                 raise
         self._orbax = self._open()
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given for this step.
+    def metadata(self, step: int) -> Metadata:
+        """The metadata that `save` was given for this step.
 
         Raises:
           DamageError: it is not what was written.
@@ -261,12 +263,15 @@ class Checkpoints:
         return read_metadata(self.folder / str(step))
 
     def restore(
-        self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], Any | None] = lambda _: None
-    ) -> tuple[Any, dict[str, Any]] | None:
+        self,
+        abstract: PyTree,
+        warn: Callable[[str], None],
+        check: Callable[[Metadata], PyTree | None] = lambda _: None,
+    ) -> tuple[PyTree, Metadata] | None:
         """The newest checkpoint that is whole, or None if there is none at all.
 
-        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again. Damaged is what
-        a checksum, or the layout of its files, says is so. Any other error is raised, and nothing is moved.
+        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again. Only a checksum
+        or the layout of the files decides that a checkpoint is damaged; any other error is raised, and nothing moves.
 
         Args:
           abstract: pytree of ShapeDtypeStruct with shardings, like the state.
@@ -278,7 +283,7 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
-            found: tuple[Any, dict[str, Any]] | None = None
+            found: tuple[PyTree, Metadata] | None = None
             metadata = None
             reason = ""
             try:
@@ -310,7 +315,7 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, step: int, wanted: Any) -> Any:
+    def _load(self, step: int, wanted: PyTree) -> PyTree:
         with partial_load():
             try:
                 found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
@@ -353,14 +358,14 @@ class Checkpoints:
         return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 
-def _present(state: Any) -> dict[str, Any]:
-    """The fields that hold something: one that is younger than a checkpoint and empty need not be in it."""
+def _present(state: PyTree) -> dict[str, PyTree]:
+    """The fields of a state that hold arrays; a checkpoint need not have the empty ones, which may be newer than it."""
     fields = state if isinstance(state, dict) else {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
 
 
-def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:
-    """Raise ConfigError if a checkpoint is of a state of another make: it is whole, and must not pass as damaged."""
+def _check_layout(step: int, wanted: PyTree, metadata: Metadata) -> None:
+    """Raise ConfigError if a checkpoint's arrays have other shapes: it is whole, and must not pass as damaged."""
     now, before = layout(wanted), metadata["layout"]
     differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differs:

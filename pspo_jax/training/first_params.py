@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
@@ -21,13 +22,14 @@ from pspo_jax.training.supervised import cold_start, settings
 
 
 class FirstParams(NamedTuple):
-    """What a run starts from."""
+    """The weights that a run begins from."""
 
-    params: Any | None
-    """What trains; None if a stop was asked for on the way."""
-    frozen: Any | None
-    """The base under adapters."""
+    params: PyTree | None
+    """The weights that train; None if a stop was asked for on the way."""
+    frozen: PyTree | None
+    """The base under adapters; None without adapters."""
     origin: str
+    """Where the weights come from, in words."""
 
 
 def first_params(
@@ -35,15 +37,15 @@ def first_params(
     folder: Path,
     progress: Progress,
     stop: Callable[[], bool],
-    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> FirstParams:
     """The weights before step 0, cold-started if the config says so.
 
-    A cold start is kept in `<folder>/cold_start`; with sft.share a finished one of equal settings in a sibling folder
-    is taken instead, with a line. One that is stopped is kept too, and carried on.
+    A cold start is kept in `<folder>/cold_start`. With sft.share, a finished one of equal settings in a sibling folder
+    is used instead. A cold start that is stopped is kept too, and the next call carries it on.
 
     Args:
-      phase: told what the time goes to: "load" for weights that are read or drawn, "sft" for the cold start.
+      phase: opens a context that times "load" (weights are read or drawn) or "sft" (the cold start).
     """
     with phase("load"):
         params, frozen, origin = _initial(setup, progress)
@@ -68,8 +70,8 @@ def first_params(
     return FirstParams(params, frozen, "cold start")
 
 
-def _initial(setup: Setup, progress: Progress) -> tuple[Any, Any | None, str]:
-    """Weights that train and weights that are frozen, before any cold start, and where they are from."""
+def _initial(setup: Setup, progress: Progress) -> tuple[PyTree, PyTree | None, str]:
+    """Weights that train and frozen weights, before any cold start, and where they come from, in words."""
     shardings = setup.shardings.params
     frozen, origin = None, "random weights"
     if setup.source is not None:
@@ -83,12 +85,12 @@ def _initial(setup: Setup, progress: Progress) -> tuple[Any, Any | None, str]:
 
 
 def _finished_start(
-    setup: Setup, folder: Path, wanted: dict[str, Any], say: Callable[[str], None]
-) -> tuple[Any, Path] | None:
-    """Params of a finished cold start of these settings, and whose it is; a neighbour's is copied."""
+    setup: Setup, folder: Path, wanted: dict[str, object], say: Callable[[str], None]
+) -> tuple[PyTree, Path] | None:
+    """Params of a finished cold start of these settings, and its folder; one in a sibling run folder is copied."""
     own, passed = folder / "cold_start", set[Path]()
     while True:
-        # The leading process looks: a folder that appears meanwhile must not lead processes apart.
+        # The leading process alone looks, so that all processes find the same, even if a folder appears meanwhile.
         found = _find_start(own, setup.config.sft.share, wanted, passed, say) if processes.is_primary() else ""
         name = processes.text_from_primary(found)
         if not name:
@@ -105,7 +107,9 @@ def _finished_start(
         return params, place
 
 
-def _find_start(own: Path, share: bool, wanted: dict[str, Any], passed: set[Path], say: Callable[[str], None]) -> str:
+def _find_start(
+    own: Path, share: bool, wanted: dict[str, object], passed: set[Path], say: Callable[[str], None]
+) -> str:
     """Name of the run folder whose cold start has these settings, this one's first; "" if there is none."""
     mine = own.absolute()
     neighbours = sorted(mine.parent.parent.glob("*/cold_start")) if share else []
@@ -137,13 +141,13 @@ def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], sa
 def _keep(
     setup: Setup,
     folder: Path,
-    tree: Any,
-    wanted: dict[str, Any],
+    tree: PyTree,
+    wanted: dict[str, object],
     say: Callable[[str], None],
     stop: Callable[[], bool],
     supersedes: bool = False,
 ) -> None:
-    """`save_folder`, tried again as checkpoint.on_error says; several processes do not wait for each other's disks."""
+    """`save_folder`, tried again as checkpoint.on_error says; with several processes it is tried once."""
     c = setup.config.checkpoint
     persist = Persist(c.on_error if processes.process_count() == 1 else "stop", c.retry_minutes, say, stop)
     persist(lambda: save_folder(folder, tree, wanted, supersedes))
@@ -154,12 +158,12 @@ class _StoppedStart(NamedTuple):
 
     setup: Setup
     folder: Path
-    wanted: dict[str, Any]
+    wanted: dict[str, object]
     say: Callable[[str], None]
     stop: Callable[[], bool]
 
-    def load(self, template: Any) -> tuple[Any, int]:
-        """What it had reached and after how many calls; the template and 0 if there is none of these settings."""
+    def load(self, template: PyTree) -> tuple[PyTree, int]:
+        """The state that was reached and the calls that led to it; the template and 0 if there is none."""
         done = int(processes.text_from_primary(str(self._done()) if processes.is_primary() else ""))
         if not done:
             return template, 0
@@ -178,14 +182,14 @@ class _StoppedStart(NamedTuple):
         except DamageError as error:
             self.say(f"{self.folder}: is damaged ({error}); the cold start begins again")
             return 0
-        return int(found["calls"]) if found == {**self.wanted, "calls": found.get("calls")} else 0
+        return int(str(found["calls"])) if found == {**self.wanted, "calls": found.get("calls")} else 0
 
-    def save(self, tree: Any, calls: int) -> None:
-        """Keep what was reached."""
+    def save(self, tree: PyTree, calls: int) -> None:
+        """Keep the state that was reached."""
         _keep(self.setup, self.folder, tree, {**self.wanted, "calls": calls}, self.say, lambda: False, True)
         self.say("stopped during the cold start, saved; the same command carries on")
 
     def drop(self) -> None:
-        """The cold start has ended, and is kept itself."""
+        """Remove the folder, once the finished cold start is kept itself."""
         if processes.is_primary():
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -13,6 +13,7 @@ import jax
 
 from pspo_jax.arrays.state import TrainState
 from pspo_jax.checkpoint.checksums import named_checksums
+from pspo_jax.checkpoint.metadata import Metadata
 from pspo_jax.checkpoint.reading import saved_steps, whole_ones
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
@@ -277,7 +278,7 @@ class _Session(NamedTuple):
     def save(self, state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
         """Start saving step `done`."""
         setup, totals = self.run.setup, self.context.totals
-        metadata = {
+        metadata: Metadata = {
             "step": done,
             "config": history.settings(setup.config),
             "dataset": setup.task.train.fingerprint(),
