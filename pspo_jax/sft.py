@@ -13,9 +13,8 @@ in Hugging Face's format, which model.source takes and `python -m pspo_jax.expor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import yaml
@@ -38,7 +37,7 @@ PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
 EPOCHS = 3
 _NO_DATA = "sft.data=None: a language model needs demonstrations; name a JSONL file"
-TEXT_DEFAULTS: dict[str, Any] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10}
+TEXT_DEFAULTS: dict[str, float] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10}
 """What fields of `sft` are at most for a language model if they are not set: a file of few lines lowers batch and
 warm-up. Steps that are not set follow from the file's lines."""
 _UNSET = 2**30
@@ -100,11 +99,11 @@ def _checked(config: Config) -> Config:
     return config
 
 
-def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
+def _parse(defaults: Mapping[str, Mapping[str, object]], argv: Sequence[str]) -> Config:
     """`command_line.parse` with a file of defaults before all others."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defaults.yaml"
-        path.write_text(yaml.safe_dump(defaults))
+        path.write_text(yaml.safe_dump({stage: dict(fields) for stage, fields in defaults.items()}))
         return command_line.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
 
 

@@ -28,7 +28,9 @@ class _Record(NamedTuple):
 
 
 def save_folder(folder: Path, params: PyTree, settings: dict[str, object], supersedes: bool = False) -> None:
-    """Write params and their settings to a folder, which appears when it is whole. A folder that was there is set aside.
+    """Write params and their settings to a folder, which appears when it is whole.
+
+    A folder that was there is set aside.
 
     Args:
       supersedes: whether the folder that was there is an earlier state of the same, which is removed afterwards.

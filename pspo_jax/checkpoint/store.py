@@ -244,7 +244,7 @@ class Checkpoints:
         )
 
     def _reopen(self) -> None:
-        """Open the folder again, which removes half-written files; an Orbax that failed once would raise the error again."""
+        """Open the folder again, which removes half-written files; Orbax would otherwise raise its error again."""
         self._writing = None
         try:
             self._orbax.close()

@@ -56,7 +56,8 @@ class RunConfig:
 class TaskConfig:
     name: TaskName = "arithmetic"
     """Where prompts come from and what a right answer is. arithmetic and countdown make their own; math, gsm8k,
-    multiple_choice and python_function read task.train_data; reasoning_gym takes a dataset of that package."""
+    multiple_choice and python_function read task.train_data; reasoning_gym takes a dataset of that package. own is
+    the task that a program gives to pspo_jax.train, which sets it."""
     train_prompts: Annotated[int, Range(0)] = 512
     """Prompts to train on; 0 = all of the data, or 10,000 of a task that makes its own."""
     heldout_prompts: Annotated[int, Range(1)] = 384
