@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -160,3 +161,18 @@ def test_a_short_completion_is_read_without_its_end():
 
 
 TOKENIZER = own_task.TOKENIZER
+
+
+PAGE = (REPO / "docs" / "extending" / "task.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.S), ids=["task", "reward", "callback"])
+def test_the_pages_examples_run(code, tmp_path):
+    names = {"FOLDER": str(tmp_path)}
+    exec(compile(code, "task.md", "exec"), names)
+    assert names["result"].step >= 1
+
+
+@pytest.mark.parametrize("name", ["own_task.py", "own_reward.py"])
+def test_examples_are_short(name):
+    assert len((REPO / "examples" / name).read_text().splitlines()) <= 60
