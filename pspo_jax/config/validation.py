@@ -190,7 +190,7 @@ def _check_model(c: Config) -> None:
     model, own_characters = c.model, uses_char_tokenizer(c)
     if own_characters and not c.task.train_prompts:
         raise ConfigError(f"task.train_prompts=0: must be at least 1 for task.name={c.task.name}")
-    if not own_characters and model.source is None and model.tokenizer is None:
+    if not own_characters and c.task.name != "own" and model.source is None and model.tokenizer is None:
         raise ConfigError(f"model.source=None: task.name={c.task.name} needs a checkpoint; set it, or model.tokenizer")
     if not own_characters and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")

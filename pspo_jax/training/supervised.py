@@ -172,7 +172,7 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
 
     Data, tokenizer and checkpoint stand in it by what they hold, and not by where they are.
     """
-    stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
+    stages = ("model.", "lora.", "prompt.", "sft.", "task.")
     places = ("task.train_data", "task.heldout_data", "model.source", "model.revision", "model.tokenizer")
     free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
     fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
