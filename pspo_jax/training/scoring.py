@@ -180,13 +180,15 @@ def score_packed(
     planned = assign(model, rows, answers, config)
 
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
+        ids, owns_prompt = (
+            jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.owns_prompt)
+        )
         part = rows_of_bins(rows, ids)
         new = packed_log_probs(
             model,
             weights,
             part,
-            leads,
+            owns_prompt,
             temperature,
             config.loss.logits_mib,
             shares=shares_prompts(model, config),
@@ -194,7 +196,7 @@ def score_packed(
         return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
 
     zeros = jnp.zeros(rows.tokens.shape)
-    return jax.lax.fori_loop(0, -(-planned.bins // bins), one, (zeros, zeros))
+    return jax.lax.fori_loop(0, -(-planned.num_bins // bins), one, (zeros, zeros))
 
 
 def with_log_probs(

@@ -155,18 +155,18 @@ def _gradient(
         bins = bins_at_a_time(rows.tokens.shape[0], config)
 
         def microbatch(i: Array, carry: Any) -> Any:
-            ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
+            ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.owns_prompt))
             return accumulate(carry, (rows_of_bins(rows, ids), i, leads))[0]
 
-        needed = -(-planned.bins // bins)
-        places = TokenUtilisation(planned.used, needed * bins * bin_length(rows))
+        needed = -(-planned.num_bins // bins)
+        places = TokenUtilisation(planned.num_tokens, needed * bins * bin_length(rows))
         return *jax.lax.fori_loop(0, needed, microbatch, start), places
     carry, _ = jax.lax.scan(accumulate, start, (split_microbatches(rows, parts), jnp.arange(parts)))
     return *carry, places
 
 
 def padded_places(rows: Rows) -> int:
-    """Places of rows that are computed by themselves, prompts and completions at their longest as in `pack_rows`.
+    """Places of rows that are computed by themselves, prompts and completions at their longest as in `compact_rows`.
 
     A bin may be longer than such a row: its places are whole blocks of attention.
     """

@@ -77,7 +77,7 @@ def test_killed_export_leaves_no_folder_that_looks_whole(tmp_path, child_env):
     """A real process, killed between two shards."""
     code = (
         "import numpy as np, sys, time; from pathlib import Path\n"
-        "from pspo_jax.io.hf_folder import write_folder, write_tensors\n"
+        "from pspo_jax.model.huggingface.save import write_folder, write_tensors\n"
         "def tensors():\n"
         "    for i in range(100):\n"
         "        yield f't{i}', np.zeros(1000, np.float32); time.sleep(.05)\n"

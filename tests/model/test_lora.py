@@ -35,7 +35,7 @@ TOKENS = np.random.default_rng(0).integers(3, 97, (3, 12))
 
 
 def adapted(folder, family="qwen2", targets="q,k,v,o,gate,up,down", rank=4, dropout=0.0, seed=1, **fields):
-    """(torch model, source, policy, base, random adapters) of a new checkpoint."""
+    """(torch model, source, model, base, random adapters) of a new checkpoint."""
     torch_model = write_checkpoint(folder, family, **fields)
     _, base, source = load(folder)
     config = tiny_config(lora__rank=rank, lora__alpha=6.0, lora__targets=targets, lora__dropout=dropout)
