@@ -135,8 +135,10 @@ def _case(seed: int, number: int, work: Path, mounts: bool) -> Case:
 
 
 def _refused_at_start(fields: configs.Fields, work: Path) -> str | None:
-    """Name of the field that a real start refuses, such as a mesh that does not divide the model; None = the run
-    starts."""
+    """Name of the field that a real start refuses, such as a mesh that does not divide the model.
+
+    None = the run starts, or fails in another way, which the trial then finds.
+    """
     path = _reference_folder(fields, work)
     if (path / "results.json").exists():
         return None
@@ -146,8 +148,8 @@ def _refused_at_start(fields: configs.Fields, work: Path) -> str | None:
     run = trial.start()
     if run.wait() == 2:
         return configs.refused_field(faults.last_line(run.text()).partition("error: ")[2])
-    trial.end(run, {0})
-    (path / "results.json").write_text(json.dumps(runs.results(trial.folder)))
+    if run.codes[run.pids[0]] == 0:
+        (path / "results.json").write_text(json.dumps(runs.results(trial.folder)))
     return None
 
 
@@ -179,6 +181,10 @@ def _reference(fields: configs.Fields, work: Path) -> dict[str, Any]:
     """Results of the uninterrupted run of a configuration."""
     if named := _refused_at_start(fields, work):
         raise Finding("exit", f"the uninterrupted run refuses {named}")
+    path = _reference_folder(fields, work)
+    if not (path / "results.json").exists():
+        last = faults.last_line((path / "output-1.txt").read_text(errors="replace"))
+        raise Finding("uninterrupted", f"the run fails without any fault; {last}")
     return json.loads((_reference_folder(fields, work) / "results.json").read_text())
 
 

@@ -81,9 +81,8 @@ def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | Non
     out.mkdir(parents=True)
     (out / MARK).write_text("random weights, made by scripts/make_checkpoint.py\n")
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))
-    (out / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [151_645, 151_643], "pad_token_id": 151_643})
-    )
+    end, padding = config["eos_token_id"], config["bos_token_id"]
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, padding], "pad_token_id": padding}))
     if tokenizer:
         copy_files(out, tokenizer, TOKENIZER_FILES)
     if config_only:

@@ -1,4 +1,4 @@
-"""Test set-up: eight CPU devices, a shared compilation cache, and the data folder beside the repository."""
+"""Test set-up: eight CPU devices, a shared compilation cache, and the folder of data."""
 
 import os
 import sys
@@ -14,13 +14,55 @@ import pytest
 from hypothesis import settings
 
 REPO = Path(__file__).resolve().parents[1]
-DATA = REPO.parent / "shared" / "data"
+DATA = REPO / "tests" / "data"
+"""Samples, a tokenizer and golden values; tests/data/README.md says where they come from."""
+EVERY_ROW = Path(os.environ["PSPO_TEST_DATA"]) if "PSPO_TEST_DATA" in os.environ else None
+"""A folder of the whole data sets, which slow tests read where it is given."""
+every_row = [pytest.mark.slow, pytest.mark.skipif(EVERY_ROW is None, reason="PSPO_TEST_DATA names no folder")]
+"""Marks of a test that reads it."""
 CACHE = REPO / ".jax_cache"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 settings.register_profile("suite", deadline=None, max_examples=30)
 settings.load_profile("suite")
+
+
+LONGEST = (
+    "test_run",
+    "distributed/test_processes",
+    "pool",
+    "small-lora",
+    "test_text_run",
+    "test_replay_step",
+    "test_packing",
+    "test_recipes",
+    "test_step",
+    "selection/test_sharded",
+    "test_run_faults",
+    "test_chaos",
+    "test_plan",
+    "test_precision",
+)
+"""Groups of tests that take a minute or so."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Put the tests of a file into a group, which one worker runs, and the longest groups first.
+
+    Tests of a group share its module's fixtures and compiled programs. Tests that name a group of their own keep it.
+    """
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    ranks = []
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        name = mark.args[0] if mark else item.path.relative_to(REPO / "tests").with_suffix("").as_posix()
+        if mark is None:
+            item.add_marker(pytest.mark.xdist_group(name))
+        ranks.append(rank.get(name, len(rank)))
+    order = sorted(range(len(items)), key=ranks.__getitem__)
+    items[:] = [items[i] for i in order]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,10 +77,7 @@ def golden():
     """Losses and advantages computed with TRL 1.16 and others."""
     import json
 
-    path = DATA / "golden" / "trl_verl.json"
-    if not path.exists():
-        pytest.skip(f"golden values not found: {path}")
-    return json.loads(path.read_text())
+    return json.loads((DATA / "golden" / "trl_verl.json").read_text())
 
 
 @pytest.fixture(scope="session")

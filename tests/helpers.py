@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.defaults import FOLLOWERS, flatten, replace
@@ -29,6 +31,11 @@ TINY = {
     "rollout.max_new_tokens": 12,
     "sft.steps": 0,
 }
+
+
+def slow_except(kept: Sequence[Any], cases: Sequence[Any]) -> list[Any]:
+    """Cases of a grid, of which those that are not kept are slow tests."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def tiny_config(**fields: Any) -> Config:

@@ -19,12 +19,15 @@ def campaign(work, trials, seed, jobs=1):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [3, 4])
-def test_random_faults_lose_nothing_and_are_never_silent(tmp_path, seed):
-    done = campaign(tmp_path, trials=4, seed=seed)
+@pytest.mark.parametrize(
+    ("seed", "trials"),
+    [(3, 1), pytest.param(3, 4, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
+def test_random_faults_lose_nothing_and_are_never_silent(tmp_path, seed, trials):
+    done = campaign(tmp_path, trials=trials, seed=seed)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and {line["outcome"] for line in lines} <= {"equal", "refused", "said"}
+    assert len(lines) == trials and {line["outcome"] for line in lines} <= {"equal", "refused", "said"}
 
 
 @pytest.mark.slow

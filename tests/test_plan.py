@@ -108,7 +108,6 @@ def test_compiles_for_a_tpu_that_is_not_there(target, words, kernel, child_env):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}")
 def test_seven_billion_parameters_without_a_weight(tmp_path, child_env):
     """Qwen2.5-7B's shape with LoRA on 8 devices: the config alone is there."""
     make(tmp_path / "ck", SHAPES["qwen2.5-7b"], "bfloat16", TOKENIZER, config_only=True)

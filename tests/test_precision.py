@@ -62,7 +62,11 @@ def types(tree):
     return jax.tree.map(lambda x: str(x.dtype), tree)
 
 
-CASES = [(*case, adamw) for case in itertools.product(DTYPES, DTYPES, (0, 8), (0, 4))]
+USUAL = (("float32", "bfloat16", 0, 0), ("bfloat16", "float32", 8, 0), ("bfloat16", "bfloat16", 8, 4))
+CASES = [
+    (*case, adamw) if case in USUAL else pytest.param(*case, adamw, marks=pytest.mark.slow)
+    for case in itertools.product(DTYPES, DTYPES, (0, 8), (0, 4))
+]
 CASES += [("bfloat16", "bfloat16", 8, 0, lambda *_: optax.adam(1e-2))]
 
 
@@ -112,7 +116,7 @@ def test_a_skipped_update_leaves_bfloat16_weights_and_their_state_alone():
     assert jax.tree.all(same)
 
 
-@pytest.mark.parametrize("param", DTYPES)
+@pytest.mark.parametrize("param", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_cold_start_learns_in_both_types(param):
     _, model, _, state = made(param, param)
     rng = np.random.default_rng(0)

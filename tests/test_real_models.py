@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,23 +21,30 @@ from tests.model.checkpoints import torch_logits, transformers, write_talker
 from tests.model.test_pretrained import load
 from tests.test_run import TIMES, finish, metrics
 
-TOKENIZER = DATA / "tokenizers" / "qwen2.5"
+TOKENIZERS = DATA / "tokenizers"
 ROWS = DATA / "math" / "gsm8k_train.jsonl"
-TWO, FIVE, END = 17, 20, 151_645
 STEPS = 3
 
-pytestmark = pytest.mark.skipif(not ROWS.exists(), reason=f"GSM8K and the Qwen2.5 tokenizer are not at {DATA}")
 KINDS = [
-    pytest.param("full", marks=[pytest.mark.xdist_group("real-full"), pytest.mark.slow]),
-    pytest.param("lora", marks=pytest.mark.xdist_group("real-lora")),
+    pytest.param(("full", "qwen2.5"), marks=[pytest.mark.xdist_group("real-full"), pytest.mark.slow], id="full"),
+    pytest.param(("lora", "qwen2.5"), marks=[pytest.mark.xdist_group("real-lora"), pytest.mark.slow], id="lora"),
+    pytest.param(("lora", "qwen2.5-small"), marks=pytest.mark.xdist_group("small-lora"), id="lora-small"),
 ]
+"""What is trained, and the vocabulary: the real one, or its first 4,096 ranks."""
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("talker") / "ck"
-    write_talker(folder, TOKENIZER, (TWO, FIVE, END))
-    return folder
+def talkers(tmp_path_factory):
+    """The checkpoint of a vocabulary, by the name of its tokenizer."""
+    made = {}
+
+    def get(tokenizer):
+        if tokenizer not in made:
+            made[tokenizer] = tmp_path_factory.mktemp("talker") / "ck"
+            write_talker(made[tokenizer], TOKENIZERS / tokenizer)
+        return made[tokenizer]
+
+    return get
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,7 @@ def run(env, folder, talker, rows, devices, *argv):
         "eval.every": 0,
         "checkpoint.every": 1,
         "optimizer.learning_rate": 1e-4,
-        # At 1 many tokens come from a flat tail of 151,000, whose neighbours on the cumulative sum are no further apart
+        # At 1 many tokens come from a flat tail of 151,000, where neighbours on the cumulative sum are no further apart
         # than rounding differs between meshes.
         "rollout.temperature": 0.5,
         "log.report": False,
@@ -77,25 +86,33 @@ def run(env, folder, talker, rows, devices, *argv):
     return metrics(folder)
 
 
-LORA = ("--lora.rank", "4", "--model.param_dtype", "float32", "--loss.kl_coef", "0.04")
-FULL = ("--loss.kl_coef", "0.04")
+ARGUMENTS = {
+    "full": ("--loss.kl_coef", "0.04"),
+    "lora": ("--lora.rank", "4", "--model.param_dtype", "float32", "--loss.kl_coef", "0.04"),
+}
 SHARDED = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
+class Trained(NamedTuple):
+    kind: str
+    talker: Path
+    folder: Path
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def trained(request, tmp_path_factory, child_env, talker, rows):
-    """(kind, run folder) of three PSPO steps on one device."""
-    folder = tmp_path_factory.mktemp("run") / request.param
-    run(child_env, folder, talker, rows, 1, *(LORA if request.param == "lora" else FULL))
-    return request.param, folder
+def trained(request, tmp_path_factory, child_env, talkers, rows):
+    """A run of three PSPO steps on one device, from a checkpoint."""
+    kind, tokenizer = request.param
+    found = Trained(kind, talkers(tokenizer), tmp_path_factory.mktemp("run") / kind)
+    run(child_env, found.folder, found.talker, rows, 1, *ARGUMENTS[kind])
+    return found
 
 
-def test_one_device_equals_four(trained, tmp_path, child_env, talker, rows):
-    kind, folder = trained
-    one = metrics(folder)
+def test_one_device_equals_four(trained, tmp_path, child_env, rows):
+    one = metrics(trained.folder)
     assert len(one) == STEPS + 1
     assert any(line["groups/effective"] > 0 for line in one[1:]) and any(line["grad_norm"] > 0 for line in one[1:])
-    four = run(child_env, tmp_path / "four", talker, rows, 4, *(LORA if kind == "lora" else FULL), *SHARDED)
+    four = run(child_env, tmp_path / "four", trained.talker, rows, 4, *ARGUMENTS[trained.kind], *SHARDED)
     for a, b in zip(one, four, strict=True):
         for name in a:
             if name in ("crc/params", "crc/advantage", "crc/selector"):
@@ -106,22 +123,22 @@ def test_one_device_equals_four(trained, tmp_path, child_env, talker, rows):
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), name
 
 
-def test_adapter_checkpoints_are_small_and_resume_to_the_bit(trained, tmp_path, child_env, talker, rows):
-    kind, folder = trained
+def test_adapter_checkpoints_are_small_and_resume_to_the_bit(trained, tmp_path, child_env, rows):
+    kind, talker, folder = trained
     size = sum(p.stat().st_size for p in (folder / "checkpoints" / "3").rglob("*") if p.is_file())
     exported = (talker / "model.safetensors").stat().st_size
-    assert size < exported / 10 if kind == "lora" else size > exported
+    assert size < exported / (10 if exported > 10**7 else 2) if kind == "lora" else size > exported
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoints" / "3")
     (again / "summary.json").unlink()
-    after = run(child_env, again, talker, rows, 1, *(LORA if kind == "lora" else FULL))
+    after = run(child_env, again, talker, rows, 1, *ARGUMENTS[kind])
     assert [{k: v for k, v in x.items() if not k.startswith(TIMES)} for x in after] == metrics(folder)
 
 
-def test_exported_run_is_the_policy(trained, tmp_path, child_env, talker):
+def test_exported_run_is_the_policy(trained, tmp_path, child_env):
     """The folder loads in transformers with its tokenizer, and has the logits of the run's own params."""
-    kind, folder = trained
+    kind, talker, folder = trained
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(out)]
     done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=300)
@@ -158,14 +175,14 @@ def check_adapter(folder, talker, out, env, tokens, merged):
 
 
 def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, child_env):
-    kind, folder = trained
+    kind, folder = trained.kind, trained.folder
     if kind == "full":
         pytest.skip("the cheaper run is enough")
     call = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(tmp_path / "all")]
     done = subprocess.run([*call, "--step", "all", "--adapter-only"], env=child_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["step_000001", "step_000002", "step_000003"]
-    write_talker(tmp_path / "other", TOKENIZER, (TWO,), layers=3)
+    write_talker(tmp_path / "other", TOKENIZERS / "qwen2.5-small", layers=3)
     call[-1] = str(tmp_path / "one")
     for extra, words in (
         (["--step", "7"], "no such checkpoint; there are 1, 2, 3"),
@@ -175,9 +192,9 @@ def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, chi
         assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and words in bad.stderr, bad.stderr
 
 
-def test_sampler_and_trainer_agree(trained, talker):
+def test_sampler_and_trainer_agree(trained):
     """float32: within 1e-4 per token, as the run's own metrics say."""
-    _, folder = trained
+    _, talker, folder = trained
     for line in metrics(folder)[1:]:
         assert line["sampling/sampling_logp_difference/max"] <= 1e-4
     model = transformer(load(talker)[2].architecture)

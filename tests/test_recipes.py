@@ -13,8 +13,8 @@ from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import TINY
 
 NAMES = tuple(PRESETS)
-USUAL = {"pspo", "prioritized_replay", "mopps", "spo", "dapo", "popo"}
-"""One for each way to choose, to remember and to replay; the others are slow tests."""
+USUAL = {"prioritized_replay", "popo"}
+"""The largest state of a selector, and rounds with replay; the others are slow tests."""
 SURVEYED = {
     "selection/priority_entropy",
     "selection/effective_prompts",

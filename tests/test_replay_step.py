@@ -1,6 +1,7 @@
 """The step with groups that an older policy sampled: what is replayed, how it is weighed, and rounds of sampling."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,30 @@ from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 P, PAD, EOS, B, G = 9, 14, 13, 8, 4
 
 
-def setup(optimizer=None, **fields):
-    config = tiny_config(**fields)
+SGD, ADAMW = optax.sgd(0.5), optax.adamw(1e-2)
+
+
+@functools.cache
+def shared_model():
+    """(model, params, sampler): tests of one config share its programs."""
+    config = tiny_config()
     model, params, _ = tiny_policy(config)
-    algorithm = build(config)
-    optimizer = optimizer or optax.sgd(0.5)
+    return model, params, make_sampler(model, G, config.rollout.max_new_tokens, PAD)
+
+
+algorithm_of = functools.cache(build)
+
+
+@functools.cache
+def step_of(optimizer, config):
+    return make_train_step(shared_model()[0], optimizer, algorithm_of(config), config)
+
+
+def setup(optimizer=SGD, **fields):
+    config = tiny_config(**fields)
+    model, params, sample = shared_model()
+    algorithm = algorithm_of(config)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
-    sample = make_sampler(model, G, config.rollout.max_new_tokens, PAD)
     settings = SamplingParams.of(config.rollout, [EOS])
 
     def draw(params, i):
@@ -39,9 +57,8 @@ def setup(optimizer=None, **fields):
     return config, model, algorithm, optimizer, state, draw
 
 
-def stepper(made, **fields):
-    config, model, algorithm, optimizer, _, _ = made
-    return make_train_step(model, optimizer, algorithm, config, **fields)
+def stepper(made):
+    return step_of(made[3], made[0])
 
 
 def mixed(seed):
@@ -52,19 +69,32 @@ def mixed(seed):
     return rewards
 
 
-@pytest.mark.parametrize("name", [pytest.param("grpo", marks=pytest.mark.slow), "pspo"])
-def test_while_every_group_is_effective_replay_changes_no_bit(name):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("pspo", "popo"),
+        pytest.param("pspo", "filter", marks=pytest.mark.slow),
+        pytest.param("grpo", "popo", marks=pytest.mark.slow),
+        pytest.param("grpo", "filter", marks=pytest.mark.slow),
+    ],
+)
+def test_while_every_group_is_effective_replay_changes_no_bit(name, other):
     """POPO, the filter and plain runs: the same parameters, three steps of two iterations long."""
     found = []
-    for replay in ("none", "popo", "filter"):
-        made = setup(optax.adamw(1e-2), algorithm__name=name, replay__name=replay, loss__num_iterations=2)
+    for replay in ("none", other):
+        made = setup(ADAMW, algorithm__name=name, replay__name=replay, loss__num_iterations=2)
         step = jax.jit(stepper(made), donate_argnums=0, compiler_options=xla.AS_USERS_DO)
         state = made[4]
         for i in range(3):
             state, metrics = step(state, made[5](state.params, i), mixed(i))
         found.append((state.params, metrics["loss"]))
-    for other in found[1:]:
-        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@functools.cache
+def params_after_replay(off_policy):
+    made, state, _, (second, rewards) = replayed(loss__off_policy=off_policy)
+    return stepper(made)(state, second, rewards)[0].params
 
 
 def replayed(**fields):
@@ -134,11 +164,7 @@ def test_a_replayed_step_is_the_naive_one():
 
 @pytest.mark.parametrize("mode", ["coupled", "ignored"])
 def test_ablations_act(mode):
-    found = []
-    for off_policy in ("decoupled", mode):
-        made, state, _, (second, rewards) = replayed(loss__off_policy=off_policy)
-        found.append(stepper(made)(state, second, rewards)[0].params)
-    assert relative(*found) > 1e-6
+    assert relative(params_after_replay("decoupled"), params_after_replay(mode)) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -242,7 +268,7 @@ def rounds_of(made):
 
 
 def test_rounds_fill_a_batch_and_what_is_left_over_waits():
-    made = setup(algorithm__name="dapo", optimizer=optax.adamw(1e-2))
+    made = setup(algorithm__name="dapo", optimizer=ADAMW)
     collect, update, state, draw = rounds_of(made)
     waiting, drawn = [], []
     for i, dull in enumerate((5, 3, 2)):
@@ -265,7 +291,7 @@ def test_rounds_fill_a_batch_and_what_is_left_over_waits():
 
 def test_one_full_round_is_the_plain_step():
     """Collect and update on groups that are all effective: the parameters, selector and credit of the step."""
-    plain, cut = (setup(optax.adamw(1e-2), algorithm__name="pspo", rollout__max_rounds=n) for n in (1, 3))
+    plain, cut = (setup(ADAMW, algorithm__name="pspo", rollout__dynamic_sampling_rounds=n) for n in (1, 3))
     rollouts, rewards = plain[5](plain[4].params, 0), mixed(0)
     expected, _ = stepper(plain)(plain[4], rollouts, rewards)
     collect, update, state, _ = rounds_of(cut)
@@ -282,7 +308,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopp
 @pytest.mark.parametrize("name", ["pps", "prioritized_replay", *SLOW])
 def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
-    config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__max_rounds=3)
+    config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__dynamic_sampling_rounds=3)
     selector = build(config).selector
     select, observe = jax.jit(selector.select, static_argnums=3), jax.jit(selector.observe)
     nothing = RolloutOutcome(*[jnp.zeros((B, G))] * 3)

@@ -37,7 +37,6 @@ def same_end(folder, whole):
     jax.tree.map(np.testing.assert_array_equal, params(folder), params(whole))
 
 
-@pytest.mark.xdist_group("resume")
 def test_a_second_process_is_refused_and_spoilt_files_lose_nothing(child_env, whole, tmp_path):
     """The first one is killed; config, logs, prompts' hashes and the newest checkpoint are spoilt; it carries on."""
     folder = tmp_path / "run"
@@ -66,7 +65,6 @@ def test_a_second_process_is_refused_and_spoilt_files_lose_nothing(child_env, wh
     same_end(folder, whole)
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.slow
 def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_carries_on(child_env, whole, tmp_path):
     with small_disk(tmp_path / "disk", 20_000) as disk:
@@ -84,7 +82,6 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_carries_on(chil
         same_end(folder, whole)
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.slow
 def test_a_full_disk_is_waited_for_if_told_to(child_env, whole, tmp_path):
     with small_disk(tmp_path / "disk", 20_000) as disk:
@@ -99,7 +96,6 @@ def test_a_full_disk_is_waited_for_if_told_to(child_env, whole, tmp_path):
         same_end(folder, whole)
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_steps_and_other_rates(child_env, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
@@ -118,7 +114,6 @@ def test_a_finished_run_goes_on_with_more_steps_and_other_rates(child_env, whole
     ]
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.slow
 def test_a_run_without_its_checkpoints_is_not_begun_over_silently(child_env, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
@@ -132,7 +127,6 @@ def test_a_run_without_its_checkpoints_is_not_begun_over_silently(child_env, who
     same_end(folder, whole)
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_at_any_time_leaves_what_the_same_command_carries_on(child_env, whole, tmp_path, number):
@@ -148,7 +142,6 @@ def test_a_stop_at_any_time_leaves_what_the_same_command_carries_on(child_env, w
         same_end(folder, whole)
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.slow
 def test_a_cold_start_that_is_stopped_carries_on_to_the_bit(child_env, tmp_path):
     fields = FIELDS | {"sft__steps": 3000, "sft__batch": 4, "sft__share": False, "run__steps": 2}

@@ -19,8 +19,9 @@ from pspo_jax.sft import read_config
 from pspo_jax.training.setup import architecture_for
 from pspo_jax.training.supervised import settings
 from tests.conftest import DATA
+from tests.model.checkpoints import VOCABULARIES
 
-QWEN = DATA / "tokenizers" / "qwen2.5"
+QWEN = DATA / "tokenizers" / "qwen2.5-small"
 ROWS = [
     {"prompt": "What is 1+1?", "completion": "It is 2."},
     {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "It is 2."}]},
@@ -44,13 +45,12 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The tiny checkpoint of random weights with Qwen's vocabulary."""
-    if not QWEN.exists():
-        pytest.skip(f"tokenizer not found: {QWEN}")
+    """The tiny checkpoint of random weights with the first ranks of Qwen's vocabulary."""
     from scripts.make_checkpoint import SHAPES, make
 
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    make(folder, SHAPES["tiny"] | {"num_hidden_layers": 1, "hidden_size": 16}, "float32", QWEN, False)
+    fields = VOCABULARIES[QWEN.name] | {"num_hidden_layers": 1, "hidden_size": 16}
+    make(folder, SHAPES["tiny"] | fields, "float32", QWEN, False)
     return folder
 
 

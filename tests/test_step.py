@@ -1,6 +1,7 @@
 """The training step: against a naive version, invariant to how it is cut up, guarded, compiled once, donated."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,29 @@ from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 P, PAD, EOS = 9, 14, 13
 
 
-def setup(optimizer=None, **fields):
-    config = tiny_config(**fields)
+SGD, ADAMW = optax.sgd(0.5), optax.adamw(1e-3)
+
+
+@functools.cache
+def shared_model():
+    """(model, params, sampler): tests of one config share its programs."""
+    config = tiny_config()
     model, params, _ = tiny_policy(config)
+    return model, params, make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
+
+
+@functools.cache
+def step_of(optimizer, config):
+    """(algorithm, train step) of a config."""
     algorithm = build(config)
-    optimizer = optimizer or optax.sgd(0.5)
+    return algorithm, make_train_step(shared_model()[0], optimizer, algorithm, config)
+
+
+def setup(optimizer=SGD, **fields):
+    config = tiny_config(**fields)
+    model, params, sample = shared_model()
+    algorithm, step = step_of(optimizer, config)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
-    step = make_train_step(model, optimizer, algorithm, config)
-    sample = make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
     settings = SamplingParams.of(config.rollout, [EOS])
     return (
         config,
@@ -180,7 +196,7 @@ def test_absurd_rewards_never_reach_the_per_prompt_state(huge):
 
 
 def test_nothing_is_traced_after_the_second_step_and_state_is_donated():
-    _, _, state, step, sample = setup(optimizer=optax.adamw(1e-3))
+    _, _, state, step, sample = setup(optimizer=ADAMW)
     batches = [sample(state.params, i) for i in range(4)]
     rewards = [rewards_of(r) for r in batches]
     state, _ = step(state, batches[0], rewards[0])
@@ -194,7 +210,7 @@ def test_nothing_is_traced_after_the_second_step_and_state_is_donated():
 
 def test_all_of_the_state_is_donated():
     """Alias bytes cover params and optimizer state: nothing of them is held twice."""
-    _, _, state, step, sample = setup(optimizer=optax.adamw(1e-3))
+    _, _, state, step, sample = setup(optimizer=ADAMW)
     rollouts = sample(state.params, 0)
     memory = step.lower(state, rollouts, rewards_of(rollouts)).compile().memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))

@@ -28,8 +28,6 @@ from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import tiny_config
 from tests.test_run import metrics
 
-pytestmark = pytest.mark.xdist_group("text-run")
-
 FUNCTIONS = '''
 import time
 

@@ -86,8 +86,8 @@ def run(main: Callable[[Sequence[str]], int], prog: str) -> None:
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, StorageError) as error:
-        told = exhausted(error) if isinstance(error, OSError) else error
+    except (OSError, RuntimeError, StorageError) as error:
+        told = error if isinstance(error, StorageError) else exhausted(error)
         if told is None:
             raise
         print(f"{prog}: error: {told}", file=sys.stderr)

@@ -56,6 +56,8 @@ def initialize(config: Config) -> None:
     explicit = d.coordinator is not None
     # JAX's pre-emption service would replace the handler of SIGTERM, and the run would not stop.
     jax.config.update("jax_enable_preemption_service", False)
+    # Gloo, which joins CPU processes, mixes up the messages of two programs that are under way at once.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator_address=d.coordinator,

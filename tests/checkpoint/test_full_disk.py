@@ -14,7 +14,7 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config import command_line
 from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.runs.run_folder import RunLog, read_lines
-from pspo_jax.system.storage import Persist, StorageError, append_whole, os_reason, write_whole
+from pspo_jax.system.storage import Persist, StorageError, append_whole, exhausted, os_reason, write_whole
 from tests.checkpoint.trees import abstract, fill, small_disk, tree
 
 SIZE = 150
@@ -49,6 +49,15 @@ def test_a_save_that_fails_is_one_line_and_the_older_checkpoint_is_whole(tmp_pat
             np.testing.assert_array_equal(state["w"], tree(1, SIZE)["w"])
             checkpoints.save(2, tree(2, SIZE), {"note": 2})
         assert not list((disk / "c").glob("*tmp*"))
+
+
+def test_what_libraries_say_of_a_machine_that_ran_out_becomes_a_line():
+    for text, words in (
+        ("random_device::random_device(const std::string&): device not available", "ulimit -n"),
+        ("RESOURCE_EXHAUSTED: Cannot allocate memory", "free memory"),
+    ):
+        assert words in str(exhausted(RuntimeError(text)))
+    assert exhausted(RuntimeError("shapes differ")) is None
 
 
 def test_retry_waits_for_room_and_loses_nothing(tmp_path):

@@ -16,7 +16,7 @@ from pspo_jax.runs.lock import NAME, locked
 HOLD = """
 import sys, time
 from pathlib import Path
-from pspo_jax.io.lock import locked
+from pspo_jax.runs.lock import locked
 with locked(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)

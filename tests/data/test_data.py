@@ -15,13 +15,10 @@ from pspo_jax.data.text import write_left_out
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.math_answer import ALTERNATIVES
-from tests.conftest import DATA
+from tests.conftest import DATA, EVERY_ROW, every_row
 from tests.helpers import tiny_config
 
-MATH, TOKENIZER = DATA / "math", DATA / "tokenizers" / "qwen2.5"
-needs_tokenizer = pytest.mark.skipif(not TOKENIZER.exists(), reason=f"the Qwen2.5 tokenizer is not at {TOKENIZER}")
-needs_data = pytest.mark.skipif(not MATH.exists(), reason=f"the data of mathematics is not at {MATH}")
-pytestmark = needs_tokenizer
+MATH, TOKENIZER = DATA / "math", DATA / "tokenizers" / "qwen2.5-small"
 
 ROWS = [{"problem": f"What is {i} + {i}?\nThink.", "answer": f"{2 * i}", "level": i % 3} for i in range(12)]
 
@@ -159,22 +156,24 @@ def test_answer_transforms(name, value, gold):
 
 
 NATIVE = {
-    "gsm8k_test": ("gsm8k", 1319, ["18", "3", "70000"]),
-    "gsm8k_train": ("gsm8k", 7473, ["72", "10", "5"]),
-    "math_train": ("math", 7474, ["0"]),
-    "math500": ("math", 500, ["\\left( 3, \\frac{\\pi}{2} \\right)", "p - q"]),
-    "aime24": ("math", 30, ["204"]),
-    "amc23": ("math", 40, ["27.0"]),
-    "minerva": ("math", 272, ["9.6"]),
-    "olympiadbench": ("math", 675, ["2"]),
+    "gsm8k_test": ("gsm8k", (40, 1319), ["18", "3", "70000"]),
+    "gsm8k_train": ("gsm8k", (50, 7473), ["72", "10", "5"]),
+    "math_train": ("math", (20, 7474), ["0"]),
+    "math500": ("math", (24, 500), ["\\left( 3, \\frac{\\pi}{2} \\right)", "p - q"]),
+    "aime24": ("math", (4, 30), ["204"]),
+    "amc23": ("math", (4, 40), ["27.0"]),
+    "minerva": ("math", (8, 272), ["9.6"]),
+    "olympiadbench": ("math", (10, 675), ["2"]),
 }
+"""Task, rows of the sample and of the whole data set, and the first answers."""
 
 
-@needs_data
+@pytest.mark.parametrize("folder", [MATH, pytest.param(EVERY_ROW, marks=every_row)], ids=["sample", "every row"])
 @pytest.mark.parametrize("name", NATIVE)
-def test_native_columns(name, tokenizer, config):
-    kind, count, first = NATIVE[name]
-    path = MATH / f"{name}.jsonl"
+def test_native_columns(folder, name, tokenizer, config):
+    kind, counts, first = NATIVE[name]
+    count = counts[folder != MATH]
+    path = folder / f"{name}.jsonl"
     task = make_task(config(task__name=kind, task__train_data=str(path), prompt__template="none"), tokenizer)
     texts, answers, _ = whole(task)
     assert answers[: len(first)] == first and all(answers)

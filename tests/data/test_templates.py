@@ -1,4 +1,4 @@
-"""Prompts letter for letter, with the real Qwen2.5 tokenizer."""
+"""Prompts letter for letter, with Qwen2.5's template."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pspo_jax.data.tokenizer import load_tokenizer
 from tests.conftest import DATA
 from tests.helpers import tiny_config
 
-TOKENIZER = DATA / "tokenizers" / "qwen2.5"
-pytestmark = pytest.mark.skipif(not TOKENIZER.exists(), reason=f"the Qwen2.5 tokenizer is not at {TOKENIZER}")
+TOKENIZER = DATA / "tokenizers" / "qwen2.5-small"
 
 OPEN_RS = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "

@@ -1,4 +1,4 @@
-"""The real Qwen2.5 tokenizer: template, prefill, stop ids, padding, sizes."""
+"""Qwen2.5's tokenizer, whole and cut to 4,096 ranks: template, prefill, stop ids, padding, sizes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from pspo_jax.rollout.sampler import SamplingParams, make_sampler
 from tests.conftest import DATA
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 
-FOLDER = DATA / "tokenizers" / "qwen2.5"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"the Qwen2.5 tokenizer is not at {FOLDER}")
+WHOLE, FOLDER = DATA / "tokenizers" / "qwen2.5", DATA / "tokenizers" / "qwen2.5-small"
 
-END, TEXT_END = 151_645, 151_643
+TEXT_END, END, ENTRIES = 4096, 4098, 4118
 
 
 @pytest.fixture
@@ -32,16 +31,17 @@ def load(folder, rows=None, **fields):
     return load_tokenizer(config, None, rows)
 
 
-def test_text_and_template(folder):
-    t = load(folder)
+def test_text_and_template():
+    t = load(WHOLE)
     assert t.encode("Hello, world!") == [9707, 11, 1879, 0]
+    assert t.stop_ids == (151_645,) and t.pad_token_id == 151_643 and t.vocab_size == 151_665
     ids = t.prompt("2+2?", PromptConfig(system="Be brief.", prefill="<think>\n"))
     assert t.decode(ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     )
     assert t.prompt("2+2?", PromptConfig())[:2] == t.encode("<|im_start|>system")
     assert t.prompt("2+2?", PromptConfig(template="none")) == t.encode("2+2?")
-    assert t.answer([*t.encode("4"), END]) == "4"
+    assert t.answer([*t.encode("4"), 151_645]) == "4"
 
 
 def test_thinking_reaches_the_template(folder):
@@ -71,8 +71,8 @@ def test_padding_is_a_special_token_or_a_stop_id(folder):
 
 
 def test_rows_of_the_embedding_without_a_token_are_never_drawn(folder):
-    t = load(folder, rows=151_936)
-    assert t.forbidden == tuple(range(151_665, 151_936)) and t.vocab_size == 151_936
+    t = load(folder, rows=4352)
+    assert t.forbidden == tuple(range(ENTRIES, 4352)) and t.vocab_size == 4352
     model, params, _ = tiny_policy(vocab_size=40, forbidden=tuple(range(30, 40)))
     params["head"] = params["head"].at[:, 30:].add(5.0)  # the most probable ones, were they not forbidden
     sample = make_sampler(model, 8, 12, 0)
@@ -84,7 +84,7 @@ def test_rows_of_the_embedding_without_a_token_are_never_drawn(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rows": 1000}, ["151,665 entries", "only 1,000 rows", "model.tokenizer="]),
+        ({"rows": 1000}, ["4,118 entries", "only 1,000 rows", "model.tokenizer="]),
         ({"eos": None, "template": "none"}, ["names an EOS token"]),
         ({"template": None}, ["prompt.template=chat", "use none"]),
         ({"broken": True}, ["cannot be read"]),

@@ -13,8 +13,13 @@ from tests.distributed.processes import finish_all, free_port, launch, output
 from tests.helpers import relative
 from tests.test_run import _wait_for_step, finish, metrics, params, start
 
-pytestmark = pytest.mark.xdist_group("resume")
-MESHES = {"data": {"mesh__data": 8}, "mixed": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}
+STEPS = 12
+MESHES = {
+    "data": {"mesh__data": 8},
+    "mixed": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    "small": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2},
+}
+DEVICES = {"data": 8, "mixed": 8, "small": 4}
 EQUAL = (
     "crc/prompt_ids",
     "crc/tokens",
@@ -40,16 +45,37 @@ def alone(child_env, runs):
     def get(algorithm):
         if algorithm not in done:
             done[algorithm] = runs / f"alone-{algorithm}"
-            finish(start(child_env, done[algorithm], run__steps=20, algorithm__name=algorithm))
+            finish(start(child_env, done[algorithm], run__steps=STEPS, algorithm__name=algorithm))
         return done[algorithm]
 
     return get
 
 
+@pytest.fixture(scope="module")
+def together(child_env, runs):
+    """Finished runs of several processes, by algorithm, number of processes and mesh."""
+    done = {}
+
+    def get(algorithm="popo", processes=2, mesh="small"):
+        key = algorithm, processes, mesh
+        if key not in done:
+            done[key] = runs / f"{algorithm}-{processes}-{mesh}"
+            fields = {"run__steps": STEPS, "algorithm__name": algorithm, **MESHES[mesh]}
+            finish_all(done[key], launch(child_env, done[key], processes, DEVICES[mesh] // processes, **fields))
+        return done[key]
+
+    return get
+
+
+FIELDS = {"run__steps": STEPS, "algorithm__name": "popo", **MESHES["small"]}
+"""Those of `together()`, which faults are to leave as it is."""
+
+
 @pytest.mark.parametrize(
     ("algorithm", "processes", "mesh"),
     [
-        ("popo", 2, "mixed"),
+        ("popo", 2, "small"),
+        pytest.param("popo", 2, "mixed", marks=pytest.mark.slow),
         pytest.param("pspo", 2, "data", marks=pytest.mark.slow),
         pytest.param("pspo", 2, "mixed", marks=pytest.mark.slow),
         pytest.param("popo", 2, "data", marks=pytest.mark.slow),
@@ -58,13 +84,8 @@ def alone(child_env, runs):
         pytest.param("dapo", 2, "mixed", marks=pytest.mark.slow),
     ],
 )
-def test_processes_do_what_one_does(child_env, runs, alone, algorithm, processes, mesh):
-    folder = runs / f"{algorithm}-{processes}-{mesh}"
-    one = alone(algorithm)
-    finish_all(
-        folder,
-        launch(child_env, folder, processes, 8 // processes, run__steps=20, algorithm__name=algorithm, **MESHES[mesh]),
-    )
+def test_processes_do_what_one_does(alone, together, algorithm, processes, mesh):
+    one, folder = alone(algorithm), together(algorithm, processes, mesh)
     for a, b in zip(metrics(one), metrics(folder), strict=True):
         for key in EQUAL:
             assert a.get(key) == b.get(key), (a["step"], key)
@@ -74,56 +95,62 @@ def test_processes_do_what_one_does(child_env, runs, alone, algorithm, processes
     assert len(list((folder / "completions").iterdir())) == len(list((one / "completions").iterdir()))
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(child_env, runs, alone):
-    folder = runs / "killed"
-    fields = {"run__steps": 20, "checkpoint__every": 2, **MESHES["data"]}
-    processes = launch(child_env, folder, 2, 4, **fields)
-    assert _wait_for_step(processes[0], folder, at_least=5)
-    processes[1].send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    assert processes[0].wait(timeout=60) != 0
-    assert time.monotonic() - began < 60
-    assert output(folder, 0).strip()
-    processes[1].wait()
-    finish_all(folder, launch(child_env, folder, 2, 4, **fields))
-    assert "resuming at step" in output(folder, 0)
-    for a, b in zip(metrics(alone("pspo")), metrics(folder), strict=True):
-        assert [a.get(key) for key in EQUAL] == [b.get(key) for key in EQUAL]
+BREAKS = """
+import sys
+if "--distributed.process" in sys.argv and sys.argv[sys.argv.index("--distributed.process") + 1] == "1":
+    from pspo_jax.runs import verdicts
+    plain = verdicts.check
+    def check(scores, done, *rest):
+        if done == 3:
+            raise OSError("the disk of host 1 is gone")
+        plain(scores, done, *rest)
+    verdicts.check = check
+"""
 
 
-def test_an_exception_in_one_process_is_in_every_log(child_env, runs, tmp_path):
-    """Process 1 cannot read what the others can: all end within a minute, each with its traceback."""
-    folder = runs / "raised"
-    breaks = tmp_path / "sitecustomize.py"
-    breaks.write_text(
-        "import sys\n"
-        "if '--distributed.process' in sys.argv and sys.argv[sys.argv.index('--distributed.process') + 1] == '1':\n"
-        "    from pspo_jax import verdicts\n"
-        "    plain = verdicts.check\n"
-        "    def check(scores, done, *rest):\n"
-        "        if done == 3:\n"
-        "            raise OSError('the disk of host 1 is gone')\n"
-        "        plain(scores, done, *rest)\n"
-        "    verdicts.check = check\n"
-    )
-    env = child_env | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
-    processes = launch(env, folder, 2, 4, run__steps=20, **MESHES["data"])
+def test_one_that_raises_one_that_is_killed_and_a_stop_lose_nothing(child_env, runs, together, tmp_path):
+    """Three faults in a row, each followed by the same command; the run equals one that met none, to the bit."""
+    folder = runs / "faults"
+
+    def begin(env=child_env):
+        return launch(env, folder, 2, DEVICES["small"] // 2, **FIELDS | {"checkpoint__every": 2})
+
+    # Process 1 cannot read what the others can: all end within a minute, each with its traceback.
+    (tmp_path / "sitecustomize.py").write_text(BREAKS)
+    processes = begin(child_env | {"PYTHONPATH": f"{tmp_path}:{REPO}"})
     assert _wait_for_step(processes[0], folder, at_least=2)
     assert all(process.wait(timeout=60) != 0 for process in processes)
     for number in (0, 1):
         assert "the disk of host 1 is gone" in output(folder, number), output(folder, number)
 
+    processes = begin()
+    assert _wait_for_step(processes[0], folder, at_least=5)
+    processes[1].send_signal(signal.SIGKILL)
+    assert processes[0].wait(timeout=60) != 0
+    assert output(folder, 0).strip()
+    processes[1].wait()
 
-@pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))])
-def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, runs, trial):
+    processes = begin()
+    assert _wait_for_step(processes[0], folder, at_least=8)
+    processes[1].terminate()
+    time.sleep(0.2)
+    processes[0].terminate()
+    finish_all(folder, processes)
+    assert "resuming at step" in output(folder, 0)
+    if "stopped after step" in output(folder, 0):
+        finish_all(folder, begin())
+    assert metrics(folder) == metrics(together())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(20))
+def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, runs, together, trial):
     """SIGTERM to all at a random moment; the resumed run equals one that was not stopped, on the same topology."""
-    fields = {"run__steps": 20, "checkpoint__every": 1000, **MESHES["data"]}
-    whole, folder = runs / "whole", runs / f"stopped-{trial}"
-    if not whole.exists():
-        finish_all(whole, launch(child_env, whole, 2, 4, **fields))
-    processes = launch(child_env, folder, 2, 4, **fields)
+    fields = FIELDS | {"checkpoint__every": 1000}
+    folder = runs / f"stopped-{trial}"
+    processes = launch(child_env, folder, 2, DEVICES["small"] // 2, **fields)
     rng = np.random.default_rng(trial)
-    assert _wait_for_step(processes[0], folder, at_least=int(rng.integers(1, 12)))
+    assert _wait_for_step(processes[0], folder, at_least=int(rng.integers(1, STEPS - 4)))
     time.sleep(rng.random() * 0.2)
     order = rng.permutation(2)
     processes[order[0]].terminate()
@@ -131,20 +158,20 @@ def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, r
     processes[order[1]].terminate()
     finish_all(folder, processes)
     if "stopped after step" in output(folder, 0):
-        finish_all(folder, launch(child_env, folder, 2, 4, **fields))
-    assert metrics(folder) == metrics(whole)
+        finish_all(folder, launch(child_env, folder, 2, DEVICES["small"] // 2, **fields))
+    assert metrics(folder) == metrics(together())
 
 
 WAITS = """
 import sys, time, jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from pspo_jax.parallel import hosts
-hosts.wait_for_all("here")
+from pspo_jax.distributed import processes
+processes.wait_for_all("here")
 if sys.argv[2] == "1":
     time.sleep(4)
 else:
     try:
-        hosts.wait_for_all("there", 1)
+        processes.wait_for_all("there", 1)
     except TimeoutError as error:
         print(error)
 """

@@ -3,12 +3,8 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import REPO
 from tests.distributed.processes import free_port
-
-pytestmark = pytest.mark.xdist_group("resume")
 
 SCRIPT = """
 import sys, time
@@ -17,22 +13,23 @@ import numpy as np
 
 address, number = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, 2, number)
-from pspo_jax.config import ConfigError
-from pspo_jax.parallel import hosts
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.distributed import processes
 
-hosts.check_same("task.train_data", "equal")
+processes.check_same("task.train_data", "equal")
 if number == 0:
     time.sleep(1)  # the others wait for what it finds out
 kept = np.array([1, 0, -1, 1], np.int8)
 for _ in range(2):  # the same rows may be in a mixture twice
-    print(hosts.from_leader("gold/a", kept if hosts.leads() else None).tolist())
+    print(processes.from_primary("gold/a", kept if processes.is_primary() else None).tolist())
 try:
-    hosts.check_same("task.train_data", "other" if number == 1 else "equal")
+    processes.check_same("task.train_data", "other" if number == 1 else "equal")
 except ConfigError as error:
     print(error)
 
-from pspo_jax.config import Config, replace
-from pspo_jax.setup import configure_runtime
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.schema import Config
+from pspo_jax.training.setup import configure_runtime
 
 own = {"distributed.coordinator": address, "distributed.processes": 2, "distributed.process": number}
 own |= {"run.compilation_cache": "off", "verifier.workers": 1 + number, "task.train_data": f"/disk{number}/rows.jsonl"}

@@ -8,12 +8,13 @@ from tests.distributed.processes import free_port
 
 SCRIPT = """
 import os, signal, sys
-from pspo_jax.config import Config, replace
-from pspo_jax.io.stop import stop_requests
-from pspo_jax.parallel import hosts
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.schema import Config
+from pspo_jax.system.interrupts import stop_requests
+from pspo_jax.distributed import processes
 
 with stop_requests() as stop:
-    hosts.initialize(replace(Config(), {"distributed.coordinator": sys.argv[1]}))
+    processes.initialize(replace(Config(), {"distributed.coordinator": sys.argv[1]}))
     os.kill(os.getpid(), signal.SIGTERM)
     print(stop())
 """

@@ -16,12 +16,12 @@ TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 def config_of(kw: dict) -> LossConfig:
     """The settings of a golden case: TRL's arguments as fields."""
     kind = kw["loss_type"]
-    preset = {name.removeprefix("objective."): value for name, value in LOSSES[kind].items()}
+    preset = {name.removeprefix("loss."): value for name, value in LOSSES[kind].items()}
     low, high = kw.get("eps", 0.2), kw.get("eps_hi", kw.get("eps", 0.2))
     preset |= {"clip_low": low, "clip_high": high - 1 if kind == "cispo" else high}
     preset["ratio"] = kw.get("level", "token")
     return LossConfig(
-        loss=kind,
+        name=kind,
         **preset,
         delta=kw.get("delta", 0.0),
         kl_coef=kw.get("beta", 0.0),

@@ -70,22 +70,29 @@ def torch_greedy(model: Any, tokens: np.ndarray, lengths: np.ndarray, count: int
         return np.stack([r.numpy() for r in rows])
 
 
-def write_talker(folder: Path, tokenizer: Path, favoured: tuple[int, ...], layers: int = 4) -> None:
-    """A Qwen2 of random weights with the real vocabulary that says little but the favoured tokens.
+VOCABULARIES = {
+    "qwen2.5": {"vocab_size": 151_936, "bos_token_id": 151_643, "eos_token_id": 151_645},
+    "qwen2.5-small": {"vocab_size": 4352, "bos_token_id": 4096, "eos_token_id": 4098},
+}
+"""Fields of a checkpoint's config, by the folder of its tokenizer."""
+TWO, FIVE = 17, 20
+"""The ids of "2" and "5" in both."""
+
+
+def write_talker(folder: Path, tokenizer: Path, layers: int = 4) -> None:
+    """Write a Qwen2 of random weights that says little but "2", "5" and the end of its turn.
 
     The first dimension of every embedding is a constant, larger for these tokens: with a tied head their logits rise.
     """
-    import json
-
     from safetensors.numpy import load_file, save_file
 
     from scripts.make_checkpoint import SHAPES, make
 
-    make(folder, SHAPES["tiny"] | {"num_hidden_layers": layers}, "float32", tokenizer, config_only=False)
+    fields = VOCABULARIES[tokenizer.name]
+    make(folder, SHAPES["tiny"] | fields | {"num_hidden_layers": layers}, "float32", tokenizer, config_only=False)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     embedding = tensors["model.embed_tokens.weight"]
     embedding[:, 0] = 0.5
-    embedding[list(favoured), 0] = 2.5
+    embedding[[TWO, FIVE, fields["eos_token_id"]], 0] = 2.5
     save_file(tensors, path, metadata={"format": "pt"})
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 151_936

@@ -84,8 +84,18 @@ CONFIGS = {
         },
     ],
 }
+USUAL = {
+    "qwen2": (0, 3),
+    "qwen3": (1, 4),
+    "llama": (1, 3),
+    "mistral": (2,),
+    "smollm3": (2,),
+    "olmo2": (1,),
+    "gemma3_text": (0, 4),
+}
+"""Cases of each family that hold each rotary scaling, window and kind of head; the others are slow tests."""
 CASES = [
-    pytest.param(family, fields, id=f"{family}-{i}")
+    pytest.param(family, fields, id=f"{family}-{i}", marks=[] if i in USUAL[family] else pytest.mark.slow)
     for family, each in CONFIGS.items()
     for i, fields in enumerate(each)
 ]

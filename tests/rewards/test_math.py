@@ -13,9 +13,11 @@ from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.verifiers.math_answer import ALTERNATIVES, canonical, final_answer
 from pspo_jax.verifiers.workers.pool import Pool, Request
 from pspo_jax.verifiers.workers.process import verify_gold, verify_math
-from tests.conftest import DATA
+from tests.conftest import DATA, EVERY_ROW, every_row
 
 MEGABYTE = 1_000_000
+MATH = DATA / "math"
+FOLDERS = [pytest.param(MATH, id="sample"), pytest.param(EVERY_ROW, marks=every_row, id="every row")]
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -32,11 +34,9 @@ def pool():
         yield pool
 
 
-def golds(name):
+def golds(name, folder=MATH):
     """Gold answers of a data set, each a list of alternatives."""
-    path = DATA / "math" / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"data not found: {path}")
+    path = folder / f"{name}.jsonl"
     found = [json.loads(line)["answer"] for line in path.read_text().split("\n") if line]
     if name.startswith("gsm8k"):
         found = [answer.rpartition("####")[2] for answer in found]
@@ -59,36 +59,38 @@ def perturbed(gold, rng):
     return gold[:i] + rng.choice([d for d in "0123456789" if d != gold[i]]) + gold[i + 1 :]
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize(
-    ("name", "size", "every"),
+    ("name", "sizes"),
     [
-        ("math500", 500, 1),
-        ("aime24", 30, 1),
-        ("amc23", 40, 1),
-        ("gsm8k_test", 1319, 1),
-        ("minerva", 272, 2),
-        ("olympiadbench", 675, 2),  # all rows of these three are right too, in half a minute
-        ("math_train", 7470, 10),
+        ("math500", (24, 500)),
+        ("aime24", (4, 30)),
+        ("amc23", (4, 40)),
+        ("gsm8k_test", (40, 1319)),
+        ("minerva", (8, 272)),
+        ("olympiadbench", (10, 675)),
+        ("math_train", (16, 7470)),
     ],
 )
-def test_gold_answers_are_right(pool, name, size, every):
-    rows = golds(name)
-    assert len(rows) == size
-    pairs = [(gold, answer) for gold in rows[::every] for answer in gold]
+def test_gold_answers_are_right(pool, folder, name, sizes):
+    rows = golds(name, folder)
+    assert len(rows) == sizes[folder != MATH]
+    pairs = [(gold, answer) for gold in rows for answer in gold]
     assert [pair for pair, score in zip(pairs, scores(pool, pairs), strict=True) if score != 1] == []
 
 
 def test_whole_numbers_written_as_floats(pool):
     rows = golds("amc23")
     assert all(gold[0].endswith(".0") for gold in rows)
-    assert scores(pool, [(gold, gold[0].removesuffix(".0")) for gold in rows]) == [1.0] * 40
+    assert scores(pool, [(gold, gold[0].removesuffix(".0")) for gold in rows]) == [1.0] * len(rows)
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])
-def test_perturbed_answers_are_wrong(pool, name, seed):
+def test_perturbed_answers_are_wrong(pool, folder, name, seed):
     rng = random.Random(seed)
-    pairs = [(gold, perturbed(gold[0], rng)) for gold in golds(name)]
+    pairs = [(gold, perturbed(gold[0], rng)) for gold in golds(name, folder)]
     assert [pair for pair, score in zip(pairs, scores(pool, pairs), strict=True) if score != 0] == []
 
 

@@ -27,15 +27,13 @@ def test_a_name_is_the_number_in_the_prose():
 
 @pytest.mark.parametrize("gold", [None, "-0.123"], ids=["right", "wrong"])
 def test_solutions_without_a_box_have_verdicts_and_numbers(gold):
-    path = DATA / "math" / "gsm8k_test.jsonl"
-    if not path.exists():
-        pytest.skip(f"data not found: {path}")
-    rows = [json.loads(line)["answer"].rpartition("####") for line in path.read_text().split("\n")[:200]]
+    lines = (DATA / "math" / "gsm8k_test.jsonl").read_text().split("\n")
+    rows = [json.loads(line)["answer"].rpartition("####") for line in lines if line]
     asks = [Request("math", {"gold": gold or n.strip(), "answer": final_answer(text)}) for text, _, n in rows]
     with Pool(VerifierConfig(workers=2)) as pool:
         replies = pool.submit(asks).result()
     assert [reply.reason for reply in replies if reply.score is None] == []
-    assert sum(reply.answer == canonical(n) for reply, (_, _, n) in zip(replies, rows, strict=True)) >= 190
+    assert sum(reply.answer == canonical(n) for reply, (_, _, n) in zip(replies, rows, strict=True)) >= 0.95 * len(rows)
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,8 @@ def test_death_of_the_process_that_forks():
 
 def test_workers_do_not_outlive_a_killed_main_process():
     script = (
-        "import time\nfrom pspo_jax.config import VerifierConfig\nfrom pspo_jax.rewards.pool import Pool, Request\n"
+        "import time\nfrom pspo_jax.config.schema import VerifierConfig\n"
+        "from pspo_jax.verifiers.workers.pool import Pool, Request\n"
         "with Pool(VerifierConfig(workers=2, deadline=300.0)) as pool:\n"
         f"    pool.submit([Request('math', {{'gold': '42', 'answer': {HANGING!r}}})] * 2)\n"
         "    print(pool._nursery.pid, *pool.pids(), flush=True)\n    time.sleep(300)\n"

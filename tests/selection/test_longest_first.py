@@ -39,12 +39,12 @@ def drawn(selector, state, step):
     return np.asarray(ids), np.asarray(weight), state
 
 
-@pytest.mark.parametrize("name", ["pspo", "prioritized_replay"])
+@pytest.mark.parametrize("name", [pytest.param("pspo", marks=pytest.mark.slow), "prioritized_replay"])
 def test_what_is_drawn_stays_and_the_longest_come_first(name):
     plain, ordered = selectors(**{"algorithm.name": name})
     one, other = plain.init(N), ordered.init(N)
     length = np.random.default_rng(0).permutation(N) + 10.0
-    for step in range(12):
+    for step in range(6):
         ids, weight, one = drawn(plain, one, step)
         order, weights, other = drawn(ordered, other, step)
         assert dict(zip(ids, weight, strict=True)) == dict(zip(order, weights, strict=True))
@@ -54,7 +54,7 @@ def test_what_is_drawn_stays_and_the_longest_come_first(name):
         one = plain.observe(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
         other = ordered.observe(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
         np.testing.assert_allclose(np.asarray(other.of_prompt)[order], length[order])
-    jax.tree.map(np.testing.assert_array_equal, plain.to_table(one, 12), ordered.to_table(other, 12))
+    jax.tree.map(np.testing.assert_array_equal, plain.to_table(one, 6), ordered.to_table(other, 6))
 
 
 def test_a_changed_length_changes_the_next_batch():

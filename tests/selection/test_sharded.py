@@ -71,13 +71,17 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", SCORERS)
+USUAL = {"pps", "prioritized_replay"}
+"""A score for each prompt and a tree over all of them; the others are slow tests."""
+
+
+@pytest.mark.parametrize("name", [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in SCORERS])
 def test_eight_devices_draw_and_learn_what_one_does(name):
     chosen = strategy(name, exploration=0.25, cooldown=2)
     one, eight = Stepper(chosen, mesh_of(1)), Stepper(chosen, mesh_of(4, 2))
     rows = padded_rows(N)
     assert eight.state.score.sharding.shard_shape((rows,)) == (rows // 8,)
-    for step in range(5):
+    for step in range(4):
         for x, y in zip(one.step(step), eight.step(step), strict=True):
             np.testing.assert_array_equal(x, y)
     assert_equal(one.state, eight.state)
@@ -93,7 +97,7 @@ def test_a_restored_state_goes_on_as_the_saved_one_on_any_number_of_devices(name
         checkpoints.save(3, {"selector": saved.state}, {})
         checkpoints.wait()
         on = {}
-        for count in (1, 2, 8):
+        for count in (1, 2):
             mesh = mesh_of(count)
             shardings = prompts_shardings(mesh, saved.abstract, N)
             wanted = jax.tree.map(
@@ -129,7 +133,9 @@ def _parts(name):
     return config.selection, config.forgetting
 
 
-@pytest.mark.parametrize("name", ["prioritized_replay", "pps", "mopps", "curriculum"])
+@pytest.mark.parametrize(
+    "name", ["prioritized_replay", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pps", "mopps", "curriculum"))]
+)
 def test_nothing_as_long_as_the_data_travels_or_is_copied(name):
     """What devices send each other, and what a donated state does not alias, is far smaller than N."""
     n = 2_000_000

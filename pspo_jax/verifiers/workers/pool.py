@@ -49,6 +49,8 @@ _TRIES = 2
 _OUTSIDE_TRIES = 5
 """Tries of a request whose workers something outside kills or stops, which says nothing about the request."""
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_CLOSE_SECONDS = 10.0
+"""Seconds after which the process that forks workers is killed, if it has not ended by itself."""
 _MAX_FAILED_STARTS = 3
 """Workers per configured one that may end in a row before they are ready; then starting them is given up."""
 _CACHE = 100_000
@@ -164,7 +166,13 @@ class Pool:
         self._wake()
         self._thread.join()
         self._control.close()
-        self._nursery.wait()
+        try:
+            self._nursery.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:  # somebody has stopped it, and it would never come to its end
+            for pid in (*self.pids(), self._nursery.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._nursery.wait()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
