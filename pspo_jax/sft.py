@@ -31,7 +31,8 @@ from pspo_jax.distributed import processes
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import open_folder
 from pspo_jax.system.progress import Progress
-from pspo_jax.training.setup import first_params, started
+from pspo_jax.training.first_params import first_params
+from pspo_jax.training.setup import started
 
 PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of a model on demonstrations."

@@ -25,9 +25,9 @@ from typing import Any
 
 from _chaos_configs import Fields, flags
 
-from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.checkpoint.reading import saved_steps
+from pspo_jax.commands.train import main
 from pspo_jax.config import command_line
-from pspo_jax.train import main
 
 LIMIT_SECONDS = 240.0
 """A run that has not ended by then hangs; the slowest here takes a tenth of it on a quiet machine."""

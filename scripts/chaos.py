@@ -135,8 +135,10 @@ def _case(seed: int, number: int, work: Path, mounts: bool) -> Case:
 
 
 def _refused_at_start(fields: configs.Fields, work: Path) -> str | None:
-    """Name of the field that a real start refuses, such as a mesh that does not divide the model; None = it runs, or
-    fails in another way, which the trial then finds out."""
+    """Name of the field that a real start refuses, such as a mesh that does not divide the model.
+
+    None = the run starts, or fails in another way, which the trial then finds.
+    """
     path = _reference_folder(fields, work)
     if (path / "results.json").exists():
         return None

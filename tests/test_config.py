@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo_jax.commands.train import main
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import flatten, replace
 from pspo_jax.config.fields import ConfigError
@@ -15,7 +16,6 @@ from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import microbatch_size
 from pspo_jax.selection import PromptMetadata
-from pspo_jax.train import main
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.optimizer import schedule
 from tests.conftest import REPO

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspo_jax.commands.train import main
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS, flatten, replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig, TaskConfig
 from pspo_jax.config.validation import validate
-from pspo_jax.train import main
 
 TEXT = {"task.name": "math", "task.train_data": "rows.jsonl", "model.source": "org/model"}
 

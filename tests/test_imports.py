@@ -1,4 +1,4 @@
-"""Every module of the package can be the first that is imported."""
+"""Every module of the package can be the first that is imported, but for the entry point that a function hides."""
 
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 root = Path(sys.argv[1])
 names = [".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for p in
          sorted((root / "pspo_jax").rglob("*.py"))]
+names.remove("pspo_jax.train")  # `pspo_jax.train` is the function
 for name in names:
     importlib.import_module(name)
 for name in [name for name in sys.modules if name.partition(".")[0] == "pspo_jax"]:

@@ -8,7 +8,7 @@ from pspo_jax.config.presets import PRESETS
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.run_folder import RunLog
 from pspo_jax.training.compile import Programs, lower_programs
-from pspo_jax.training.host_step import one_step
+from pspo_jax.training.host_step import StepContext, one_step
 from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import TINY
 
@@ -49,7 +49,7 @@ def test_twenty_steps_compile_nothing_after_the_second(name, tmp_path):
             for step in range(1, 21):
                 # Nothing crosses between host and device but what is sent on purpose: ids out, rewards in.
                 with jax.transfer_guard("disallow" if step > 2 else "allow"):
-                    state, values = one_step(setup, state, programs, totals, log, step)
+                    state, values = one_step(StepContext(setup, programs, totals, log), state, step)
                 if step == 2:
                     compiled.clear()
         finally:

@@ -19,14 +19,14 @@ import pytest
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.checkpoint.reading import saved_steps
+from pspo_jax.commands.train import main
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.model import built_in, transformer
 from pspo_jax.report import main as report
-from pspo_jax.train import main
 from tests import xla
 from tests.helpers import relative
 

@@ -277,7 +277,7 @@ def test_killed_evaluation_continues_as_if_it_had_not_been(trained, place, child
 def test_importing_starts_no_backend(child_env):
     """Verifiers are forked before JAX touches a device; an array made at import would be one."""
     code = (
-        "import pspo_jax.train, pspo_jax.evaluate\n"
+        "import pspo_jax.commands.train, pspo_jax.evaluate\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
     )

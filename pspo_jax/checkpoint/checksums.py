@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, PyTree, UInt32
 
 from pspo_jax.distributed import processes
 
 
 @jax.jit
-def checksums(tree: Any) -> list[UInt32[Array, ""]]:
-    """One 32-bit checksum a leaf, over bits and positions; sums of integers, so the same on any topology."""
+def checksums(tree: PyTree) -> list[UInt32[Array, ""]]:
+    """A 32-bit checksum of each leaf, over its bits and positions; a sum of integers, the same on any topology."""
 
     def one(x: Array) -> Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -29,13 +28,13 @@ def checksums(tree: Any) -> list[UInt32[Array, ""]]:
     return [one(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def named_checksums(tree: Any) -> dict[str, int]:
+def named_checksums(tree: PyTree) -> dict[str, int]:
     """Path of each array -> its checksum."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return dict(zip(names, (int(x) for x in processes.to_host(checksums(tree))), strict=True))
 
 
-def verify(tree: Any, expected: dict[str, int]) -> None:
+def verify(tree: PyTree, expected: dict[str, int]) -> None:
     """Raise ValueError unless the arrays have these checksums."""
     found = named_checksums(tree)
     wrong = [name for name in expected if found.get(name) != expected[name]]
@@ -52,7 +51,7 @@ def files_identity(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def layout(tree: Any) -> dict[str, str]:
+def layout(tree: PyTree) -> dict[str, str]:
     """Path of each array -> its type and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}

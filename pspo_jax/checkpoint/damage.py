@@ -20,7 +20,7 @@ class DamageError(ValueError):
     """Files of a checkpoint are not what was written; the message says which."""
 
 
-def checksum(value: Any) -> int:
+def checksum(value: object) -> int:
     """CRC-32 of a JSON value."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 

@@ -1,11 +1,11 @@
-"""What a checkpoint holds beside its arrays: its metadata and scores, read without Orbax, and mended."""
+"""A checkpoint's metadata and scores, which lie beside its arrays: read without Orbax, and mended."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.damage import DamageError
@@ -15,8 +15,49 @@ from pspo_jax.system.storage import write_whole
 _METADATA = "_CHECKPOINT_METADATA"
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint was given, without Orbax, which takes a file that it cannot read for an empty one."""
+class AccountingRecord(TypedDict, total=False):
+    """A run's accounting as a checkpoint holds it."""
+
+    counts: dict[str, int]
+    seconds: dict[str, float]
+    """Seconds by phase."""
+    total: float
+    """Seconds since the run began, without pauses between its parts."""
+
+
+class Metadata(TypedDict, total=False):
+    """A checkpoint's metadata: JSON beside its arrays."""
+
+    step: int
+    config: dict[str, object]
+    """Dotted field -> value."""
+    dataset: str
+    """Fingerprint of the training prompts."""
+    heldout: str
+    """Fingerprint of the held-out prompts."""
+    source: str | None
+    """Fingerprint of the checkpoint that the run began from."""
+    base: dict[str, int]
+    """Checksums of the frozen weights, which the checkpoint leaves out."""
+    totals: AccountingRecord
+    scores: dict[str, float] | None
+    """Held-out scores, if the step was evaluated and they are finite."""
+    checksums: dict[str, int]
+    """Checksum of each array, by its path."""
+    layout: dict[str, str]
+    """Type and shape of each array, by its path."""
+    crc: int
+    """Checksum of all of the above."""
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The metadata of one checkpoint, read without Orbax, which takes a file that it cannot read for an empty one.
+
+    Raises:
+      DamageError: it is not what was written.
+      ConfigError: another version of the program wrote it.
+      StorageError: it cannot be read now.
+    """
     found = damage.read_json(path / _METADATA)
     if (reason := damage.complaint_of(path, _METADATA)) is not None:
         raise DamageError(reason)
@@ -31,7 +72,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     crc = custom.pop("crc")
     if damage.checksum(custom) != crc:
         raise DamageError(f"{_METADATA} is not what was written: its checksum differs")
-    return custom
+    return cast(Metadata, custom)
 
 
 def finite(scores: dict[str, float] | None) -> dict[str, float] | None:
@@ -54,8 +95,7 @@ def damaged_metadata(folder: Path) -> list[tuple[int, str]]:
 
 
 def mend_scores(folder: Path, steps: list[int]) -> list[str]:
-    """Write anew a checkpoint's scores, which its metadata holds too, where their file is damaged; returns
-    a line on each."""
+    """Rewrite damaged files of scores from the checkpoints' metadata, which holds them too; returns a line on each."""
     said = []
     for step in steps:
         path = folder / str(step) / "metrics" / "metrics"

@@ -1,29 +1,40 @@
-"""A folder of params alone, such as a cold start's, that belongs to the settings that it came from."""
+"""A folder of params alone, such as a cold start's, with a record of the settings that they came from."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.store import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
 from pspo_jax.distributed import processes
 from pspo_jax.system.storage import StorageError, os_reason, room, write_whole
 
 _SETTINGS = "settings.json"
 
 
-def save_folder(folder: Path, params: Any, settings: dict[str, Any], supersedes: bool = False) -> None:
-    """Write params and their settings to a folder, which appears when it is whole; one that was there is set aside.
+class _Record(NamedTuple):
+    """The contents of settings.json."""
+
+    settings: Mapping[str, object]
+    checksums: dict[str, int]
+
+
+def save_folder(folder: Path, params: PyTree, settings: Mapping[str, object], supersedes: bool = False) -> None:
+    """Write params and their settings to a folder, which appears when it is whole.
+
+    A folder that was there is set aside.
 
     Args:
-      supersedes: the one that was there is an earlier state of the same, and is removed afterwards.
+      supersedes: whether the folder that was there is an earlier state of the same, which is removed afterwards.
     Raises:
       StorageError: it cannot be written.
     """
@@ -64,7 +75,7 @@ def set_aside(folder: Path) -> Path | None:
     return target
 
 
-def belongs(folder: Path, settings: dict[str, Any]) -> bool:
+def belongs(folder: Path, settings: Mapping[str, object]) -> bool:
     """Whether a folder's params came from these settings.
 
     Raises:
@@ -74,12 +85,12 @@ def belongs(folder: Path, settings: dict[str, Any]) -> bool:
     return folder_settings(folder) == settings
 
 
-def folder_settings(folder: Path) -> dict[str, Any]:
+def folder_settings(folder: Path) -> Mapping[str, object]:
     """The settings that a folder's params came from; raises as `belongs`."""
-    return dict(_read(folder)["settings"])
+    return dict(_read(folder).settings)
 
 
-def load_folder(folder: Path, abstract: Any) -> Any:
+def load_folder(folder: Path, abstract: PyTree) -> PyTree:
     """Params of a folder that `save_folder` wrote.
 
     Raises:
@@ -89,7 +100,7 @@ def load_folder(folder: Path, abstract: Any) -> Any:
     silence_orbax()
     params, reason, checksums = None, "", {}
     try:
-        checksums = _read(folder)["checksums"]
+        checksums = _read(folder).checksums
         params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
     except DamageError as error:
         reason = str(error)
@@ -109,12 +120,12 @@ def load_folder(folder: Path, abstract: Any) -> Any:
     return params
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> _Record:
     """The contents of settings.json; DamageError unless it has the checksum that was written."""
     found = damage.read_json(folder / _SETTINGS)
     try:
         if damage.checksum({name: found[name] for name in ("settings", "checksums")}) == found["crc"]:
-            return dict(found)
+            return _Record(found["settings"], found["checksums"])
     except (KeyError, TypeError):
         pass
     raise DamageError(f"{_SETTINGS} is not what was written")

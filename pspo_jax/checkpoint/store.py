@@ -1,8 +1,8 @@
-"""Checkpoints: asynchronous, atomic, kept by policy, verified when read.
+"""Writes and restores the checkpoints of a run: asynchronous, atomic, kept by policy, verified when restored.
 
-Everything Orbax is in this file. A checkpoint is a TrainState and metadata (config, dataset fingerprint, accounting).
-Its metadata also holds a checksum of every array, and a record of its files lies beside them, so that damage is found
-out instead of trained on, and that an error which passes, such as too little memory, is not taken for damage.
+A checkpoint is a train state and its metadata (config, dataset fingerprint, accounting). The metadata also holds a
+checksum of every array, and a record of the files lies beside them. Damage is therefore found and not trained on, and
+an error that passes, such as too little memory, is not mistaken for damage.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import hashlib
-import json
-import logging
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.metadata import damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.checkpoint.metadata import Metadata, damaged_metadata, finite, mend_scores, read_metadata
+from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.reading import partial_load, saved_steps, whole_ones
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.distributed import processes
@@ -44,37 +42,13 @@ from pspo_jax.system.storage import (
     writing,
 )
 
-RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
-"""What Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
-_DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
-"""What TensorStore says where the bytes that it read make no sense."""
-
-
-def silence_orbax() -> None:
-    """Keep Orbax from printing what its threads raise: it reaches the caller too, who says it in a line.
-
-    TensorStore also answers event loops that Orbax closed when a first answer was an error. What that raises comes to
-    this hook or to `sys.excepthook`, which `cli.run` sets.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
-    if getattr(before, "__module__", None) == __name__:
-        return
-
-    def without_late_answers(event: Any) -> None:
-        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
-            before(event)
-
-    sys.unraisablehook = without_late_answers
-
 
 class _Save(NamedTuple):
     """A checkpoint to be written."""
 
     step: int
-    state: Any
-    metadata: dict[str, Any]
+    state: PyTree
+    metadata: Metadata
     scores: dict[str, float] | None
 
 
@@ -82,8 +56,8 @@ class Checkpoints:
     """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last save.
 
     Args:
-      say: told of what is mended, and of writes that failed and are tried again.
-      stop: whether to give up trying again.
+      say: is told of files that are mended, and of writes that failed and are tried again.
+      stop: says whether to give up trying again.
     """
 
     def __init__(
@@ -104,7 +78,8 @@ class Checkpoints:
         self._opened = 0
         self._orbax = self._open()
 
-    def _open(self) -> Any:
+    def _open(self) -> ocp.training.Checkpointer:
+        """Open the folder with Orbax, after damaged metadata and scores are out of its way."""
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(self._config.keep)]
         if self._config.keep_best:
@@ -140,7 +115,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._saver.shutdown()
         late = None if self._writing is None else self._writing[1].exception()
         try:
@@ -158,7 +133,7 @@ class Checkpoints:
         """Whether the last save has failed already; the next `save` or `wait` says why."""
         return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any], scores: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: PyTree, metadata: Metadata, scores: dict[str, float] | None = None) -> None:
         """Start saving; the write to disk goes on in the background. A finite `scores["greedy"]` ranks keep_best.
 
         Raises:
@@ -224,7 +199,7 @@ class Checkpoints:
             return
         self._writing = save._replace(state=None), self._saver.submit(self._finish, save, response)
 
-    def _finish(self, save: _Save, response: Any) -> None:
+    def _finish(self, save: _Save, response: ocp.async_types.AsyncResponse[None]) -> None:
         """Wait until a checkpoint is there, and record its files."""
         response.result()
         path = self.folder / str(save.step)
@@ -242,9 +217,9 @@ class Checkpoints:
         self._last = None
 
     def _settle(self) -> StorageError | None:
-        """Wait for the last save; what kept it from being written, if something did.
+        """Wait for the last save; returns the disk's error if it could not be written.
 
-        What is no error of a disk is raised.
+        Any other error is raised.
         """
         error = None if self._writing is None else self._writing[1].exception()
         failed = processes.any_process(error is not None)
@@ -269,7 +244,7 @@ class Checkpoints:
         )
 
     def _reopen(self) -> None:
-        """A fresh Orbax, which removes what was half written: one that failed once raises it again."""
+        """Open the folder again, which removes half-written files; Orbax would otherwise raise its error again."""
         self._writing = None
         try:
             self._orbax.close()
@@ -278,8 +253,8 @@ class Checkpoints:
                 raise
         self._orbax = self._open()
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given for this step.
+    def metadata(self, step: int) -> Metadata:
+        """The metadata that `save` was given for this step.
 
         Raises:
           DamageError: it is not what was written.
@@ -288,12 +263,15 @@ class Checkpoints:
         return read_metadata(self.folder / str(step))
 
     def restore(
-        self, abstract: Any, warn: Callable[[str], None], check: Callable[[dict[str, Any]], Any | None] = lambda _: None
-    ) -> tuple[Any, dict[str, Any]] | None:
+        self,
+        abstract: PyTree,
+        warn: Callable[[str], None],
+        check: Callable[[Metadata], PyTree | None] = lambda _: None,
+    ) -> tuple[PyTree, Metadata] | None:
         """The newest checkpoint that is whole, or None if there is none at all.
 
-        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again. Damaged is what
-        a checksum, or the layout of its files, says is so. Any other error is raised, and nothing is moved.
+        A damaged one is reported and moved to `<folder>.damaged`, so that its step can be saved again. Only a checksum
+        or the layout of the files decides that a checkpoint is damaged; any other error is raised, and nothing moves.
 
         Args:
           abstract: pytree of ShapeDtypeStruct with shardings, like the state.
@@ -305,7 +283,7 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
-            found: tuple[Any, dict[str, Any]] | None = None
+            found: tuple[PyTree, Metadata] | None = None
             metadata = None
             reason = ""
             try:
@@ -337,8 +315,8 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, step: int, wanted: Any) -> Any:
-        with _partial_load():
+    def _load(self, step: int, wanted: PyTree) -> PyTree:
+        with partial_load():
             try:
                 found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
             except RAISED as error:
@@ -380,126 +358,14 @@ class Checkpoints:
         return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 
-def whole_ones(steps: list[int]) -> str:
-    """Which checkpoints are there, in words."""
-    if not steps:
-        return "no whole checkpoint is there"
-    return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
-
-
-def judged(error: Exception, path: Path) -> Exception:
-    """What to raise where Orbax raised: DamageError if files are damaged, else the error itself."""
-    reason, certain = damage.complaint(path)
-    if reason is not None:
-        return DamageError(reason)
-    if os_reason(error) is not None:
-        return StorageError(f"{path}: cannot be read now ({os_reason(error)}); it is left as it is")
-    last: BaseException = error
-    while last.__cause__ is not None:
-        last = last.__cause__
-    if not certain and (isinstance(last, FileNotFoundError) or _DECODING.search(str(last))):
-        return DamageError(" ".join(str(last).split())[:200])
-    return error
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoint is complete, ascending; only looks, so a run that is going on is not disturbed."""
-    done = [p for p in folder.glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
-    return sorted(int(p.name) for p in done)
-
-
-def read_params(folder: Path, step: int, place: Callable[[Any], Any] | None = None) -> tuple[Any, dict[str, Any]]:
-    """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
-
-    Args:
-      place: a tree of shapes -> shardings; None = the default device.
-    Raises:
-      ConfigError: the checkpoint is damaged.
-      StorageError: it cannot be read now.
-    """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def abstract(saved: Any) -> Any:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-        shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-    return read_part(folder, step, "params", abstract)
-
-
-def params_identity(folder: Path, step: int) -> str:
-    """Hash of the checksums of a checkpoint's params, and of the base under them.
-
-    Raises:
-      ConfigError: the checkpoint's metadata is damaged.
-      StorageError: it cannot be read now.
-    """
-    try:
-        found = read_metadata(folder / str(step))
-    except DamageError as error:
-        raise _unusable(folder / str(step), error) from error
-    own = {name: value for name, value in found["checksums"].items() if name.startswith(".params")}
-    words = json.dumps([own, found.get("base"), found.get("source")], sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
-
-
-def _unusable(path: Path, error: ValueError) -> ConfigError:
-    """What a reader is told of a damaged checkpoint, or of one that a run has removed meanwhile."""
-    if not path.exists():
-        return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
-    return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
-
-
-def read_part(folder: Path, step: int, part: str, abstract: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
-    """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
-
-    Args:
-      part: name of the field, such as params or selector.
-      abstract: the shapes on disk -> pytree of ShapeDtypeStruct with shardings.
-    Raises:
-      ConfigError: the checkpoint is damaged.
-      StorageError: it cannot be read now.
-    """
-    path = (folder / str(step)).absolute()
-    silence_orbax()
-    try:
-        metadata = read_metadata(path)
-    except DamageError as error:
-        raise _unusable(path, error) from error
-    try:
-        wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
-        with _partial_load():
-            value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
-    except RAISED as error:
-        told = judged(error, path)
-        if isinstance(told, DamageError):
-            raise _unusable(path, told) from error
-        if told is error:
-            raise
-        raise told from error
-    try:
-        saved = {k.removeprefix(f".{part}"): v for k, v in metadata["checksums"].items() if k.startswith(f".{part}")}
-        verify(value, saved)
-    except ValueError as error:
-        raise _unusable(path, error) from error
-    return value, metadata
-
-
-def _present(state: Any) -> dict[str, Any]:
-    """The fields that hold something: one that is younger than a checkpoint and empty need not be in it."""
+def _present(state: PyTree) -> dict[str, PyTree]:
+    """The fields of a state that hold arrays; a checkpoint need not have the empty ones, which may be newer than it."""
     fields = state if isinstance(state, dict) else {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
 
 
-def _partial_load() -> ocp.Context:
-    """Load what is asked for, whatever else is there."""
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    return context
-
-
-def _check_layout(step: int, wanted: Any, metadata: dict[str, Any]) -> None:
-    """Raise ConfigError if a checkpoint is of a state of another make: it is whole, and must not pass as damaged."""
+def _check_layout(step: int, wanted: PyTree, metadata: Metadata) -> None:
+    """Raise ConfigError if a checkpoint's arrays have other shapes: it is whole, and must not pass as damaged."""
     now, before = layout(wanted), metadata["layout"]
     differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differs:

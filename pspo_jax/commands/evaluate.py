@@ -9,24 +9,27 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from pspo_jax.arrays.lora import merge_params
 from pspo_jax.checkpoint.checksums import files_identity, verify
-from pspo_jax.checkpoint.store import params_identity, read_params
+from pspo_jax.checkpoint.reading import params_identity, read_params
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.text import benchmark_prompts, why
+from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import make_mesh, params_shardings, smallest_fsdp
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, benchmark_source
-from pspo_jax.evaluation.runner import Work, read_summary, run_benchmark
-from pspo_jax.model import transformer
+from pspo_jax.evaluation.runner import Sampler, Work, read_summary, run_benchmark
+from pspo_jax.model import Model, transformer
 from pspo_jax.model.architecture import Architecture, beyond_context
 from pspo_jax.model.huggingface.load import Source, load_params
 from pspo_jax.model.weights import table
@@ -51,7 +54,7 @@ class Candidate(NamedTuple):
     step: int
     identity: str
     """Hash of the weights, which results belong to."""
-    load: Callable[[], Any]
+    load: Callable[[], PyTree]
 
 
 def evaluate_checkpoints(
@@ -65,6 +68,18 @@ def evaluate_checkpoints(
     stop: Callable[[], bool],
     pool: Pool | None,
 ) -> int:
+    """Evaluate the checkpoints that the arguments name, and write problems, tables and a curve to `out`.
+
+    Args:
+      names: benchmarks.
+      data: benchmark -> its data, where it is not where it is published.
+      steps: checkpoints of the run, if there is one.
+      stop: says whether a stop was asked for.
+    Returns:
+      The exit code.
+    Raises:
+      StoppedError: `stop()` became true; the same command carries on.
+    """
     configure_runtime(config)
     config, chosen = with_type(config, on_cpu=jax.default_backend() == "cpu")
     for words in chosen:
@@ -120,10 +135,10 @@ def _work(
     data: str | None,
     config: Config,
     args: argparse.Namespace,
-    tokenizer: Any,
+    tokenizer: TextTokenizer | CharTokenizer,
     pool: Pool | None,
-    sample: Any,
-    mesh: Any,
+    sample: Sampler,
+    mesh: Mesh,
     progress: Progress,
 ) -> Work:
     if isinstance(tokenizer, CharTokenizer):
@@ -158,12 +173,17 @@ def _work(
 
 
 def _candidates(
-    args: argparse.Namespace, steps: list[int], source: Source | None, architecture: Any, model: Any, mesh: Any
+    args: argparse.Namespace,
+    steps: list[int],
+    source: Source | None,
+    architecture: Architecture,
+    model: Model,
+    mesh: Mesh,
 ) -> list[Candidate]:
     """The checkpoints that the arguments name."""
-    base: list[Any] = []
+    base: list[PyTree] = []
 
-    def load_source() -> Any:
+    def load_source() -> PyTree:
         assert source is not None
         if not base:
             plain = transformer(dataclasses.replace(architecture, lora=None))
@@ -172,7 +192,7 @@ def _candidates(
             base.append(load_params(source, table(architecture), shardings, architecture.param_dtype))
         return base[0]
 
-    def load_step(step: int) -> Any:
+    def load_step(step: int) -> PyTree:
         params, metadata = read_params(
             args.run / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, model.axes)
         )
@@ -233,9 +253,9 @@ def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None
 def _evaluate(
     candidate: Candidate, works: list[Work], out: Path, ks: list[int], progress: Progress, stop: Callable[[], bool]
 ) -> dict[str, tables.Summary]:
-    loaded: list[Any] = []
+    loaded: list[PyTree] = []
 
-    def weights() -> Any:
+    def weights() -> PyTree:
         if not loaded:
             loaded.append(candidate.load())
         return loaded[0]

@@ -8,14 +8,17 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import yaml
+from jaxtyping import PyTree
 
-from pspo_jax.checkpoint.store import read_params, saved_steps
+from pspo_jax.checkpoint.reading import read_params, saved_steps
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
+from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.save import (
     TOKENIZER_FILES,
@@ -54,7 +57,7 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
 def write_model(
     folder: Path,
     config: Config,
-    params: Any,
+    params: PyTree,
     dtype: str | None = None,
     adapter_only: bool = False,
     began_from: str | None = None,
@@ -76,7 +79,7 @@ def write_model(
             "other tensors); name the right one with --base"
         )
 
-    def dtype_of(name: str) -> Any:
+    def dtype_of(name: str) -> np.dtype:
         stored = source.tensors[name].dtype if source else architecture.param_dtype
         return numpy_dtype(dtype or stored)
 
@@ -102,12 +105,12 @@ def write_model(
         copy_files(folder, tokenizer.folder, TOKENIZER_FILES)
 
 
-def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
+def _stop_ids(tokenizer: TextTokenizer | CharTokenizer) -> tuple[int, ...]:
     """Ids that ended completions in training."""
     return tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
 
 
-def rounding(a: Architecture, dtype_of: Callable[[str], Any]) -> str | None:
+def rounding(a: Architecture, dtype_of: Callable[[str], np.dtype]) -> str | None:
     """A line on merged weights that are written in fewer bits than they are trained in; None if none are.
 
     Args:
@@ -124,7 +127,13 @@ def rounding(a: Architecture, dtype_of: Callable[[str], Any]) -> str | None:
     )
 
 
-def _write_built_in(folder: Path, config: Config, architecture: Any, tokenizer: Any, dtype: str | None) -> None:
+def _write_built_in(
+    folder: Path,
+    config: Config,
+    architecture: Architecture,
+    tokenizer: TextTokenizer | CharTokenizer,
+    dtype: str | None,
+) -> None:
     """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
     stop_ids = _stop_ids(tokenizer)
     hf = built_in_config(architecture, config.model.rope_theta, stop_ids, tokenizer.pad_token_id)
@@ -144,7 +153,7 @@ def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
             k: v for k, v in line.items() if v is not None and k.startswith(("eval/", "reward", "rollouts/total"))
         }
     library = "peft" if adapter_only else "transformers"
-    head: dict[str, Any] = {"library_name": library, "tags": ["pspo_jax", config.algorithm.name]}
+    head: dict[str, object] = {"library_name": library, "tags": ["pspo_jax", config.algorithm.name]}
     if config.model.source is not None:
         head["base_model"] = config.model.source
     table = "".join(f"| {k} | {v:.4g} |\n" for k, v in sorted(shown.items()))

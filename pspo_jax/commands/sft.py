@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -16,10 +15,12 @@ from pspo_jax.distributed import processes
 from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.runs import history
 from pspo_jax.system.progress import Progress
-from pspo_jax.training.setup import FirstParams, Setup, architecture_for, prepare
+from pspo_jax.training.first_params import FirstParams
+from pspo_jax.training.setup import Setup, architecture_for, prepare
+from pspo_jax.verifiers.workers.pool import Pool
 
 
-def prepare_supervised(config: Config, pool: Any, progress: Progress) -> Setup:
+def prepare_supervised(config: Config, pool: Pool | None, progress: Progress) -> Setup:
     """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
     if uses_char_tokenizer(config):
         return prepare(config, pool=pool, say=progress.say)

@@ -49,7 +49,7 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Config:
         if name == "config":
             files |= read_yaml(config, text)
         else:
-            typed[name] = fields.parse(name, _kind(config, name), text)
+            typed[name] = fields.parse(name, _field_type(config, name), text)
     config = with_given(config, files | typed)
     validate(config)
     return resolve(config)
@@ -154,10 +154,10 @@ def _check_flag(flag: str, name: str) -> None:
         raise ConfigError(f"{flag}: there is no such field{near or '; --help-all lists all fields'}")
 
 
-def _kind(config: Config, name: str) -> fields.Kind:
+def _field_type(config: Config, name: str) -> fields.FieldType:
     """The type of a field, by its dotted name."""
     stage, _, field = check_name(config, name).partition(".")
-    return fields.kinds(getattr(config, stage))[field]
+    return fields.field_types(getattr(config, stage))[field]
 
 
 class _Loader(yaml.SafeLoader):
@@ -198,7 +198,9 @@ def read_yaml(config: Config, path: str) -> dict[str, Value]:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: must be a mapping of stages, such as `run: {{steps: 80}}`")
     try:
-        return {name: fields.from_yaml(name, _kind(config, name), value) for name, value in _leaves(config, values)}
+        return {
+            name: fields.from_yaml(name, _field_type(config, name), value) for name, value in _leaves(config, values)
+        }
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

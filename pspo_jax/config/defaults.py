@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pspo_jax.config.fields import ConfigError, Value, convert, kinds, nearest
+from pspo_jax.config.fields import ConfigError, Value, convert, field_types, nearest
 from pspo_jax.config.schema import Config
 
 TEXT_DEFAULTS: dict[str, Value] = {
@@ -95,7 +95,7 @@ def replace(config: Config, values: Mapping[str, object]) -> Config:
     converted = {}
     for key, value in values.items():
         stage, _, name = check_name(config, key).partition(".")
-        converted[key] = convert(key, kinds(getattr(config, stage))[name], value)
+        converted[key] = convert(key, field_types(getattr(config, stage))[name], value)
     return with_given(config, converted)
 
 

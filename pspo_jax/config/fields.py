@@ -87,7 +87,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FieldType:
     """The parts of a field's type."""
 
     base: type
@@ -99,18 +99,18 @@ class Kind:
     ranges: tuple[Range, ...]
 
 
-def kinds(section: object) -> dict[str, Kind]:
+def field_types(section: object) -> dict[str, FieldType]:
     """Field name -> type, for a stage of the configuration."""
     stage: type = type(section)
-    return _kinds(stage)
+    return _field_types(stage)
 
 
 @functools.cache
-def _kinds(stage: type) -> dict[str, Kind]:
-    return {name: _kind(hint) for name, hint in typing.get_type_hints(stage, include_extras=True).items()}
+def _field_types(stage: type) -> dict[str, FieldType]:
+    return {name: _field_type(hint) for name, hint in typing.get_type_hints(stage, include_extras=True).items()}
 
 
-def _kind(hint: object) -> Kind:
+def _field_type(hint: object) -> FieldType:
     """The parts of a field's type annotation."""
     ranges = tuple(m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range))
     bare = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
@@ -118,10 +118,10 @@ def _kind(hint: object) -> Kind:
     options = typing.get_args(bare) if is_union else (bare,)
     (base,) = (option for option in options if option is not type(None))
     choices = typing.get_args(base) if typing.get_origin(base) is Literal else ()
-    return Kind(str if choices else base, type(None) in options, choices, ranges)
+    return FieldType(str if choices else base, type(None) in options, choices, ranges)
 
 
-def convert(path: str, kind: Kind, value: object) -> Value:
+def convert(field: str, field_type: FieldType, value: object) -> Value:
     """A Python value, NumPy scalar or path in the form in which the field holds it.
 
     Raises:
@@ -132,66 +132,66 @@ def convert(path: str, kind: Kind, value: object) -> Value:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if value is None:
-        if kind.optional:
+        if field_type.optional:
             return None
-        raise ConfigError(f"{path}=None: must have a value: {_wanted(kind)}")
-    if kind.base is str:
-        return _text(path, kind, value)
-    if kind.base is bool:
+        raise ConfigError(f"{field}=None: must have a value: {_wanted(field_type)}")
+    if field_type.base is str:
+        return _text(field, field_type, value)
+    if field_type.base is bool:
         if isinstance(value, bool):
             return value
-        raise ConfigError(f"{path}={value!r}: must be true or false")
+        raise ConfigError(f"{field}={value!r}: must be true or false")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{path}={value!r}: must be {_wanted(kind)}")
+        raise ConfigError(f"{field}={value!r}: must be {_wanted(field_type)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{path}={value}: must be a finite number")
-    if kind.base is int:
+        raise ConfigError(f"{field}={value}: must be a finite number")
+    if field_type.base is int:
         if not isinstance(value, int):
-            raise ConfigError(f"{path}={value}: must be a whole number")
+            raise ConfigError(f"{field}={value}: must be a whole number")
         return int(value)
     try:
         return float(value)
     except OverflowError as error:
-        raise ConfigError(f"{path}={str(value)[:20]}...: is too large for a number") from error
+        raise ConfigError(f"{field}={str(value)[:20]}...: is too large for a number") from error
 
 
-def parse(path: str, kind: Kind, text: str) -> Value:
+def parse(field: str, field_type: FieldType, text: str) -> Value:
     """Text from the command line in the form in which the field holds it.
 
     Raises:
       ConfigError: the text is no value of the field's type.
     """
-    if kind.optional and text in _NOTHING:
+    if field_type.optional and text in _NOTHING:
         return None
-    if kind.base is str:
-        return convert(path, kind, text)
-    if kind.base is bool:
+    if field_type.base is str:
+        return convert(field, field_type, text)
+    if field_type.base is bool:
         if text.lower() in _TRUTH:
             return _TRUTH[text.lower()]
-        raise ConfigError(f"{path}={text!r}: must be true or false")
+        raise ConfigError(f"{field}={text!r}: must be true or false")
     try:
-        value = kind.base(text)
+        value = field_type.base(text)
     except ValueError as error:
-        raise ConfigError(f"{path}={text!r}: must be {_wanted(kind)}") from error
-    return convert(path, kind, value)
+        raise ConfigError(f"{field}={text!r}: must be {_wanted(field_type)}") from error
+    return convert(field, field_type, value)
 
 
-def from_yaml(path: str, kind: Kind, value: object) -> Value:
+def from_yaml(field: str, field_type: FieldType, value: object) -> Value:
     """A value from YAML in the form in which the field holds it. YAML reads 1e-3 as text and 1.0e-3 as a number."""
-    if kind.base is float and isinstance(value, str):
-        return parse(path, kind, value)
-    return convert(path, kind, value)
+    if field_type.base is float and isinstance(value, str):
+        return parse(field, field_type, value)
+    return convert(field, field_type, value)
 
 
-def check_range(path: str, kind: Kind, value: Value) -> None:
+def check_range(field: str, field_type: FieldType, value: Value) -> None:
     """Raise ConfigError for a converted value that is out of its field's range."""
-    if not isinstance(value, int | float) or kind.base not in (int, float):
+    if not isinstance(value, int | float) or field_type.base not in (int, float):
         return
-    if kind.base is int and abs(value) > LARGEST:
-        raise ConfigError(f"{path}={value}: must be at most {LARGEST}")
-    for bound in kind.ranges:
+    if field_type.base is int and abs(value) > LARGEST:
+        raise ConfigError(f"{field}={value}: must be at most {LARGEST}")
+    for bound in field_type.ranges:
         if complaint := bound.complaint(value):
-            raise ConfigError(f"{path}={value}: {complaint}")
+            raise ConfigError(f"{field}={value}: {complaint}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -200,51 +200,51 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _text(path: str, kind: Kind, value: object) -> str:
+def _text(field: str, field_type: FieldType, value: object) -> str:
     """A value of a text field."""
     if not isinstance(value, str):
-        value = _written(path, value)
+        value = _written(field, value)
     if not value.isprintable() and any(ch == "\x00" or "\ud800" <= ch <= "\udfff" for ch in value):
-        raise ConfigError(f"{path}={value!r}: contains bytes that are not UTF-8 text; write it in UTF-8")
-    if path in PATH_FIELDS:
-        return _path(path, value)
-    if kind.choices and value not in kind.choices:
-        close = nearest(value, kind.choices)
-        raise ConfigError(f"{path}={value!r}: choose one of {', '.join(kind.choices)}{close}")
+        raise ConfigError(f"{field}={value!r}: contains bytes that are not UTF-8 text; write it in UTF-8")
+    if field in PATH_FIELDS:
+        return _path(field, value)
+    if field_type.choices and value not in field_type.choices:
+        close = nearest(value, field_type.choices)
+        raise ConfigError(f"{field}={value!r}: choose one of {', '.join(field_type.choices)}{close}")
     return value
 
 
-def _path(path: str, value: str) -> str:
+def _path(field: str, value: str) -> str:
     """A path with ~ expanded."""
     if not value.strip():
-        raise ConfigError(f"{path}={value!r}: must name a file or folder; leave it out for the default")
+        raise ConfigError(f"{field}={value!r}: must name a file or folder; leave it out for the default")
     if any(ord(ch) < 32 or ord(ch) == 127 for ch in value):
-        raise ConfigError(f"{path}={value!r}: contains a control character; remove it")
+        raise ConfigError(f"{field}={value!r}: contains a control character; remove it")
     expanded = os.path.expanduser(value)
     if expanded.startswith("~"):
         raise ConfigError(
-            f"{path}={value}: this home folder does not exist; write ./{value} for a name that begins with ~"
+            f"{field}={value}: this home folder does not exist; write ./{value} for a name that begins with ~"
         )
     return expanded
 
 
-def _written(path: str, value: object) -> str:
+def _written(field: str, value: object) -> str:
     """A list or dict as the text that the field holds."""
     try:
-        if path in JSON_FIELDS and isinstance(value, list | tuple | dict):
+        if field in JSON_FIELDS and isinstance(value, list | tuple | dict):
             return json.dumps(value)
-        if path in SHARE_FIELDS and isinstance(value, dict):
+        if field in SHARE_FIELDS and isinstance(value, dict):
             return ", ".join(f"{name}={number}" for name, number in value.items())
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}={str(value)[:80]}: cannot be written as JSON ({error})") from error
+        raise ConfigError(f"{field}={str(value)[:80]}: cannot be written as JSON ({error})") from error
     items = value if isinstance(value, list | tuple) else [value]
     plain = all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items)
-    if plain and (path in LIST_FIELDS or (path in SHARE_FIELDS and items is value)):
+    if plain and (field in LIST_FIELDS or (field in SHARE_FIELDS and items is value)):
         return ",".join(map(str, items))
-    raise ConfigError(f"{path}={str(value)[:80]}: must be text; put it in quotes")
+    raise ConfigError(f"{field}={str(value)[:80]}: must be text; put it in quotes")
 
 
-def _wanted(kind: Kind) -> str:
+def _wanted(field_type: FieldType) -> str:
     """The values that a field takes, in words."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return f"one of {', '.join(kind.choices)}" if kind.choices else names[kind.base]
+    return f"one of {', '.join(field_type.choices)}" if field_type.choices else names[field_type.base]

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 
 from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS
-from pspo_jax.config.fields import PATH_FIELDS, Kind, Value, kinds
+from pspo_jax.config.fields import PATH_FIELDS, FieldType, Value, field_types
 from pspo_jax.config.presets import CHOICES
 from pspo_jax.config.schema import Config
 
@@ -75,30 +75,30 @@ def _add_fields(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
         stage, _, field = name.partition(".")
         section = getattr(config, stage)
         described: type = type(section)
-        kind = kinds(section)[field]
-        text = f"{field_docs(described)[field]} ({_facts(name, kind, getattr(section, field))})"
-        group.add_argument(f"--{name}", metavar=_metavar(name, kind), help=text.replace("%", "%%"))
+        field_type = field_types(section)[field]
+        text = f"{field_docs(described)[field]} ({_facts(name, field_type, getattr(section, field))})"
+        group.add_argument(f"--{name}", metavar=_metavar(name, field_type), help=text.replace("%", "%%"))
 
 
-def _metavar(name: str, kind: Kind) -> str:
+def _metavar(name: str, field_type: FieldType) -> str:
     """The placeholder of a field's value."""
-    if _choices(name, kind):
+    if _choices(name, field_type):
         return "NAME"
     if name in PATH_FIELDS:
         return "PATH"
-    return {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}[kind.base]
+    return {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}[field_type.base]
 
 
-def _choices(name: str, kind: Kind) -> tuple[str, ...]:
+def _choices(name: str, field_type: FieldType) -> tuple[str, ...]:
     """The texts that a field may hold; () = any value."""
-    return kind.choices or tuple(CHOICES.get(name, ()))
+    return field_type.choices or tuple(CHOICES.get(name, ()))
 
 
-def _facts(name: str, kind: Kind, default: Value) -> str:
+def _facts(name: str, field_type: FieldType, default: Value) -> str:
     """Choices, range and defaults of a field."""
-    choices = _choices(name, kind)
+    choices = _choices(name, field_type)
     facts = [f"one of {', '.join(choices)}"] if choices else []
-    facts += [bounds for interval in kind.ranges if (bounds := interval.words())]
+    facts += [bounds for interval in field_type.ranges if (bounds := interval.words())]
     facts.append(f"default: {_shown(default)}")
     for values, where in (
         (TEXT_DEFAULTS, "for text tasks"),

@@ -61,7 +61,7 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
 def _check_name(item: dict[str, Json]) -> None:
     """Raise ConfigError unless an entry of a mixture names a text task."""
     where = f"task.mixture={str(item)[:80]}"
-    text_tasks = [name for name in typing.get_args(TaskName) if name != "arithmetic"]
+    text_tasks = [name for name in typing.get_args(TaskName) if name not in ("arithmetic", "own")]
     if "name" not in item:
         raise ConfigError(f"{where}: lacks a name; add one of {', '.join(text_tasks)}")
     if item["name"] not in text_tasks:

@@ -23,7 +23,9 @@ from pspo_jax.config.strategies import (
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
-TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function"]
+TaskName = Literal[
+    "arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function", "own"
+]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -59,7 +61,7 @@ class TaskConfig:
     name: TaskName = "arithmetic"
     """Name of the task, which supplies prompts and decides which answers are correct. arithmetic and countdown generate
     their prompts; math, gsm8k, multiple_choice and python_function read task.train_data; reasoning_gym takes datasets
-    of the package of that name."""
+    of the package of that name. own is the task that a program gives to pspo_jax.train, which sets this field."""
     train_prompts: Annotated[int, Range(0)] = 512
     """Number of prompts to train on; 0 = all rows of the data, or 10,000 for a task that generates its prompts."""
     heldout_prompts: Annotated[int, Range(1)] = 384

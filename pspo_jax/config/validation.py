@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
-from pspo_jax.config.fields import ConfigError, check_range, convert, kinds
+from pspo_jax.config.fields import ConfigError, check_range, convert, field_types
 from pspo_jax.config.json_fields import labels, mixture, options
 from pspo_jax.config.ownership import check_owners
 from pspo_jax.config.presets import check_choices, resolve
@@ -35,9 +35,9 @@ def validate(config: Config) -> None:
 
 def _check_fields(stage: str, section: object) -> None:
     """Each field of a stage has the type and range that its annotation states."""
-    for name, kind in kinds(section).items():
+    for name, field_type in field_types(section).items():
         path = f"{stage}.{name}"
-        check_range(path, kind, convert(path, kind, getattr(section, name)))
+        check_range(path, field_type, convert(path, field_type, getattr(section, name)))
 
 
 def _check_relations(c: Config) -> None:
@@ -190,7 +190,7 @@ def _check_model(c: Config) -> None:
     model, own_characters = c.model, uses_char_tokenizer(c)
     if own_characters and not c.task.train_prompts:
         raise ConfigError(f"task.train_prompts=0: must be at least 1 for task.name={c.task.name}")
-    if not own_characters and model.source is None and model.tokenizer is None:
+    if not own_characters and c.task.name != "own" and model.source is None and model.tokenizer is None:
         raise ConfigError(f"model.source=None: task.name={c.task.name} needs a checkpoint; set it, or model.tokenizer")
     if not own_characters and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")

@@ -15,19 +15,19 @@ from pspo_jax.config.fields import ConfigError
 
 
 class DeviceSpec(NamedTuple):
-    """Figures of one device, as its maker states them."""
+    """The data sheet of one device."""
 
     memory: float
-    """Bytes of memory."""
+    """Size of its memory, in bytes."""
     flops: float
-    """FLOP/s of bfloat16 products with float32 sums, without sparsity."""
+    """Rate of bfloat16 products with float32 sums and without sparsity, in FLOP/s."""
     bandwidth: float
-    """Bandwidth of its memory, bytes/s."""
+    """Bandwidth of its memory, in bytes/s."""
     link: float
-    """Bandwidth of all its links to other devices of a slice or machine, bytes/s in one direction: half of the figure
-    that is usually stated for both directions."""
+    """Bandwidth of all its links to the other devices of a slice or a machine, in bytes/s in one direction: half of a
+    number that is stated for both directions."""
     cores: int = 1
-    """Number by which the name of a slice counts one device: v5p-8 has four devices of two cores."""
+    """Number of cores that a device counts for in the name of a slice: v5p-8 has eight cores, on four devices."""
 
 
 _GIB = 2**30

@@ -17,7 +17,6 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ from jaxtyping import PyTree
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
-from pspo_jax.distributed.private import cluster_processes, coordination_client
+from pspo_jax.distributed.private import CoordinationClient, cluster_processes, coordination_client
 from pspo_jax.system.storage import StorageError
 
 _FAILURES = "pspo_jax/failed/"
@@ -308,14 +307,7 @@ def fail_together() -> Iterator[None]:
         done.set()
 
 
-class _Store(Protocol):
-    """The key-value store of the coordination service, as far as `_watch` reads it."""
-
-    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
-        """(key, text) of every key that begins with `prefix`."""
-
-
-def _watch(client: _Store, done: Callable[[], bool]) -> None:
+def _watch(client: CoordinationClient, done: Callable[[], bool]) -> None:
     """End this process once another one has reported a failure."""
     while not done():
         try:

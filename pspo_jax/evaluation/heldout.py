@@ -1,44 +1,54 @@
-"""Held-out accuracy of a policy: greedy, and sampled at the rollout settings."""
+"""Held-out accuracy of a policy during training: greedy, and sampled at the rollout settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, cast
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from pspo_jax.arrays.state import Prompts
+from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.config.schema import Config
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardResult, Task
 from pspo_jax.distributed import processes
 from pspo_jax.rollout.sampler import SamplingParams
 
 
+class Sample(Protocol):
+    """Samples one completion of each prompt of a batch."""
+
+    def __call__(self, params: PyTree, prompts: Prompts, key: Key[Array, ""], settings: SamplingParams, /) -> Rollouts:
+        """The completions are a function of the key, whose random numbers each batch's caller chooses."""
+
+
 def evaluate(
-    sample: Callable[..., Any],
-    params: Any,
+    sample: Sample,
+    params: PyTree,
     task: Task,
     config: Config,
-    key: Any,
+    key: Key[Array, ""],
     batch: int,
-    place: Callable[[Any], Any],
-    told: Callable[[RewardResult], None] = lambda _: None,
+    place: Callable[[Prompts], Prompts],
+    report: Callable[[RewardResult], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Shares of the held-out prompts' completions: right ones, greedy and sampled, and those without a verdict.
-
-    `{"greedy": ..., "sampled": over eval.samples completions, "no_verdict": of all of them}`
+    """Sample and verify completions of all held-out prompts.
 
     Args:
-      sample: a sampler of one completion a prompt, for `batch` prompts.
-      key: the sampled completions are a function of it.
+      sample: the sampler, for `batch` prompts a call.
+      key: the key of all draws; equal keys give equal completions.
+      batch: prompts per call of the sampler.
       place: puts a batch of prompts on the devices.
-      told: gets the scores of this process's rows, batch by batch.
+      report: is called with the rewards of this process's rows, batch by batch.
+    Returns:
+      Shares in [0, 1]: `greedy`, the mean verdict of greedy completions; `sampled`, that of eval.samples completions
+      of each prompt; `no_verdict`, the share of all completions that have none.
     """
     greedy = SamplingParams.of(config.rollout, task.stop_ids, temperature=0.0)
     sampled = SamplingParams.of(config.rollout, task.stop_ids)
     n = len(task.heldout.lengths)
-    judged: dict[str, list[Callable[[], RewardResult]]] = {"greedy": [], "sampled": []}
+    waits: dict[str, list[Callable[[], RewardResult]]] = {"greedy": [], "sampled": []}
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch)
         real = rows < n
@@ -52,13 +62,18 @@ def evaluate(
             tokens, lengths, ended = (
                 processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            held = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, wants_reward=False)
-            judged[name].append(task.reward_fn(held))
-    scores = {name: [wait() for wait in waits] for name, waits in judged.items()}
-    for one in (one for found in scores.values() for one in found):
-        told(one)
-    verdicts = {name: np.concatenate([one.verdicts for one in found]) for name, found in scores.items()}
-    # (sum, verdicts, completions) of each, over all processes.
+            completions = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, wants_reward=False)
+            waits[name].append(task.reward_fn(completions))
+    scores = {name: [wait() for wait in of_kind] for name, of_kind in waits.items()}
+    for found in (found for of_kind in scores.values() for found in of_kind):
+        report(found)
+    return _means(scores)
+
+
+def _means(scores: dict[str, list[RewardResult]]) -> dict[str, float]:
+    """Shares over all processes, from each one's rewards."""
+    verdicts = {name: np.concatenate([found.verdicts for found in of_kind]) for name, of_kind in scores.items()}
+    # (sum of verdicts, number of verdicts, number of completions) of each kind.
     sums = processes.sum_over_processes(
         np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in verdicts.values()], np.float64)
     )
@@ -66,9 +81,15 @@ def evaluate(
     return means | {"no_verdict": float(1 - sums[:, 1].sum() / sums[:, 2].sum())}
 
 
-def gather(prompts: PromptDataset, rows: np.ndarray, loss_weight: Any) -> Prompts:
-    """The batch of these rows, on the host."""
-    build: Any = Prompts
-    return build(
-        ids=rows, tokens=prompts.tokens[rows], lengths=prompts.lengths[rows], loss_weight=np.asarray(loss_weight)
+def gather(prompts: PromptDataset, rows: Int[np.ndarray, "B"], loss_weight: Float[np.ndarray, "B"]) -> Prompts:
+    """The batch of these rows as arrays on the host; `processes.to_global` puts it on the devices."""
+
+    def host(x: np.ndarray) -> Array:
+        return cast(Array, x)
+
+    return Prompts(
+        ids=host(rows),
+        tokens=host(prompts.tokens[rows]),
+        lengths=host(prompts.lengths[rows]),
+        loss_weight=host(np.asarray(loss_weight)),
     )

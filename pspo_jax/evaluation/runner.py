@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import NamedTuple, Protocol, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key, PyTree
 
+from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.checkpoint.params_folder import set_aside
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer
@@ -19,6 +23,34 @@ from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
 from pspo_jax.rollout.sampler import SamplingParams
 from pspo_jax.system.storage import append_whole, write_whole, writing
+
+
+class Sampler(Protocol):
+    """Samples completions of a batch of prompts."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        prompts: Prompts,
+        key: Key[Array, ""],
+        settings: SamplingParams,
+        first_row: Int[Array, ""],
+        /,
+    ) -> Rollouts:
+        """`first_row` is the number of the batch's first completion, which its random numbers follow."""
+
+
+class Header(TypedDict):
+    """The first line of a file of results, which says what they belong to."""
+
+    weights: str
+    """Hash of the weights."""
+    benchmark: str
+    problems: int
+    samples: int
+    """Completions per problem."""
+    data: str
+    """Fingerprint of the prompts."""
 
 
 class Work(NamedTuple):
@@ -32,14 +64,14 @@ class Work(NamedTuple):
     """Completions a problem."""
     batch: int
     """Problems a call of the sampler."""
-    sample: Callable[..., Any]
-    """(weights, prompts, key, settings, first_row) -> Rollouts of `samples` completions a prompt."""
+    sample: Sampler
+    """Samples `samples` completions of each prompt."""
     settings: SamplingParams
-    key: Any
-    mesh: Any
+    key: Key[Array, ""]
+    mesh: Mesh
 
-    def header(self, identity: str) -> dict[str, Any]:
-        """What the results belong to; `identity` is a hash of the weights."""
+    def header(self, identity: str) -> Header:
+        """The first line of the file of results: what they belong to. `identity` is a hash of the weights."""
         return {
             "weights": identity,
             "benchmark": self.name,
@@ -55,7 +87,7 @@ class StoppedError(Exception):
 
 def run_benchmark(
     work: Work,
-    weights: Callable[[], Any],
+    weights: Callable[[], PyTree],
     identity: str,
     path: Path,
     tick: Callable[[int, str], None],
@@ -115,8 +147,8 @@ def run_benchmark(
     return sampled
 
 
-def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> list[dict[str, Any]]:
-    """A record per problem: every completion with its verdict."""
+def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> list[dict[str, object]]:
+    """A record per problem, with every completion and its verdict."""
     lines = []
     for i, row in enumerate(batch.rows):
         n = batch.lengths[i].tolist()
@@ -135,7 +167,7 @@ def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> l
     return lines
 
 
-def _recover(path: Path, header: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> int:
+def _recover(path: Path, header: Header, say: Callable[[str], None] = lambda _: None) -> int:
     """Problems that the file holds of these weights; a line that was cut off is dropped, another setting refused.
 
     Results of other weights, or of weights that they do not name, are set aside.
@@ -167,16 +199,21 @@ def _recover(path: Path, header: dict[str, Any], say: Callable[[str], None] = la
     return len(kept) - 1
 
 
-def _of_other_weights(found: Any, header: dict[str, Any]) -> bool:
+def _of_other_weights(found: object, header: Header) -> bool:
     """Whether a file's header differs from this one in its weights alone."""
     return isinstance(found, dict) and found != header and {**found, "weights": header["weights"]} == header
 
 
-def _whole(record: Any, problem: int, samples: int) -> bool:
+def _whole(record: object, problem: int, samples: int) -> bool:
     """Whether a line is the result of this problem, and nothing else."""
     if not isinstance(record, dict) or record.get("problem") != problem:
         return False
-    kinds: dict[str, Any] = {"right": float | int | None, "found": str | None, "lengths": int, "truncated": bool}
+    kinds: dict[str, type | UnionType] = {
+        "right": float | int | None,
+        "found": str | None,
+        "lengths": int,
+        "truncated": bool,
+    }
     columns = [record.get(name) for name in kinds]
     if not all(isinstance(column, list) and len(column) == samples for column in columns):
         return False

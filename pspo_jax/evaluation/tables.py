@@ -79,8 +79,8 @@ def curve(path: Path, rows: Rows, steps: Mapping[str, int], title: str, five: Se
             continue
         points = [(step, 100 * mean, 0 if math.isnan(se) else 100 * se) for step, mean, se in known]
         x, y, error = zip(*points, strict=True)
-        style: dict[str, Any] = {"color": "black", "linewidth": 2.5} if line is averages else {"linewidth": 1.2}
-        axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=4, capsize=3, **style)
+        color, width = ("black", 2.5) if line is averages else (None, 1.2)
+        axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=4, capsize=3, color=color, linewidth=width)
     axes.set_title(title, parse_math=False)
     axes.set_xlabel("training step")
     axes.set_ylabel("accuracy (percent)")
@@ -96,7 +96,7 @@ def curve(path: Path, rows: Rows, steps: Mapping[str, int], title: str, five: Se
     write_whole(path, image.getvalue())
 
 
-def to_json(summary: Summary) -> dict[str, Any]:
+def to_json(summary: Summary) -> dict[str, object]:
     """What JSON can hold: nan becomes None, whole-number keys become strings."""
 
     def plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Run folders -> the data of a report -> one HTML page.
 
-A report is often asked for while a run is still going or after it died, so only metrics.jsonl is required;
-what else is missing, cut off or unreadable becomes a note on the page. The page is report.html (structure and
-style) with the data put in as JSON and report_script.html behind it; the reader's browser does the drawing.
+A report is often asked for while a run is still going or after it died, so only metrics.jsonl is required. Any other
+file that is missing, cut off or unreadable becomes a note on the page. The page is report.html (structure and style)
+with the data put in as JSON, followed by report_script.html; the reader's browser draws the charts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import yaml
 
@@ -37,7 +37,15 @@ _PHASES = ("select", "rollout", "verify", "update")
 T = TypeVar("T")
 
 
-def read_runs(folders: Sequence[Path]) -> dict[str, Any]:
+class _Group(TypedDict):
+    """The completions of one prompt in a dump."""
+
+    prompt: str
+    answer: str
+    rows: list[dict[str, object]]
+
+
+def read_runs(folders: Sequence[Path]) -> dict[str, object]:
     """The report's data. A folder that is named twice counts once.
 
     Raises:
@@ -51,7 +59,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: dict[str, object]) -> str:
     """The page. Data can hold any text, so `<`, `>` and `&` are written as JSON escapes: no completion can
     end the script element that holds it."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
@@ -79,7 +87,7 @@ def thin(values: Sequence[float], limit: int) -> list[int]:
     return sorted(kept)
 
 
-def _read_run(folder: Path, name: str) -> dict[str, Any]:
+def _read_run(folder: Path, name: str) -> dict[str, object]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the run.dir of a training run")
     if not (folder / "metrics.jsonl").is_file():
@@ -109,16 +117,18 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _read_metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Lines in the order of their steps; of a step that a resumed run repeated, the last one."""
+def _read_metrics(folder: Path, notes: list[str]) -> list[dict[str, object]]:
+    """Lines in the order of their steps; where a resumed run repeated a step, its last line."""
     by_step = {
-        line["step"]: line for line in _lines(folder / "metrics.jsonl", notes) if _number(line.get("step")) is not None
+        step: line
+        for line in _lines(folder / "metrics.jsonl", notes)
+        if (step := _number(line.get("step"))) is not None
     }
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _columns(lines: list[dict[str, Any]]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """The x axes of the rows in use, and every metric as values with the rows they stand in.
+def _columns(lines: list[dict[str, object]]) -> tuple[dict[str, list[int | float | None]], dict[str, object]]:
+    """The x axes of the rows in use, and the values of every metric with the rows where they stand.
 
     Metrics are thinned one by one, as each has its own extremes; fingerprints (crc/...) are no quantities.
     """
@@ -136,7 +146,7 @@ def _columns(lines: list[dict[str, Any]]) -> tuple[dict[str, list[Any]], dict[st
     return rows, {key: {"at": [place[i] for i in at], "values": values} for key, (at, values) in picked.items()}
 
 
-def _read_config(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+def _read_config(folder: Path, notes: list[str]) -> dict[str, dict[str, object]]:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,8 +163,8 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _read_summary(folder: Path, lines: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
-    """summary.json; of a run that has not written one, what its metrics tell so far."""
+def _read_summary(folder: Path, lines: list[dict[str, object]], notes: list[str]) -> dict[str, object]:
+    """summary.json; for a run that has not written one, the same numbers from its metrics so far."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -183,10 +193,10 @@ def _read_summary(folder: Path, lines: list[dict[str, Any]], notes: list[str]) -
     }
 
 
-def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str, Any]]:
+def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str, object]]:
     """Histograms over all prompts, of the selector's priorities or of visits; none if it keeps none."""
     path = folder / "strategy.jsonl"
-    found: dict[float, dict[str, Any]] = {}
+    found: dict[float, dict[str, object]] = {}
     for line in _lines(path, notes) if path.is_file() else []:
         step, found_here = _number(line.get("step")), line.get(name)
         if step is None or not isinstance(found_here, dict):
@@ -197,16 +207,17 @@ def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str
     return _evenly([found[step] for step in sorted(found)], MAX_HISTOGRAMS, f"{name} histograms", notes)
 
 
-def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, object]]:
     """One entry a dump: its step, and its groups of completions in the order of the file."""
     dumps = []
     paths = sorted(p for p in (folder / "completions").glob("step_*") if p.suffix in (".jsonl", ".parquet"))
     for path in _evenly(paths, MAX_DUMPS, "completion dumps", notes):
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[str, _Group] = {}
         for i, line in enumerate(_parquet(path, notes) if path.suffix == ".parquet" else _lines(path, notes)):
             key = str(line.get("prompt_id", i))
-            head = {"prompt": _text(line.get("prompt")), "answer": _text(line.get("answer")), "rows": []}
-            groups.setdefault(key, head)["rows"].append(
+            if key not in groups:
+                groups[key] = _Group(prompt=_text(line.get("prompt")), answer=_text(line.get("answer")), rows=[])
+            groups[key]["rows"].append(
                 {
                     "completion": _text(line.get("completion")),
                     # A dump that has no verdict of its own may have accuracy, which is the same.
@@ -221,7 +232,7 @@ def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     return dumps
 
 
-def _parquet(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _parquet(path: Path, notes: list[str]) -> list[dict[str, object]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -232,8 +243,8 @@ def _parquet(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file; a line that is none, as when a writer was cut off, becomes a note."""
+def _lines(path: Path, notes: list[str]) -> list[dict[str, object]]:
+    """The JSON objects of a file; any other line, as when a writer was cut off, becomes a note."""
     objects, broken = [], 0
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -262,33 +273,33 @@ def _evenly(items: list[T], limit: int, what: str, notes: list[str]) -> list[T]:
     return [items[i * (len(items) - 1) // (limit - 1)] for i in range(limit)]
 
 
-def _number(value: Any) -> int | float | None:
+def _number(value: object) -> int | float | None:
     """`value` if it is a finite number: JSON in a page has no NaN, and a chart no place for it."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value
 
 
-def _numbers(values: Any) -> dict[str, int | float]:
+def _numbers(values: object) -> dict[str, int | float]:
     items = values.items() if isinstance(values, dict) else ()
     return {str(key): number for key, value in items if (number := _number(value)) is not None}
 
 
-def _list(values: Any) -> list[int | float | None]:
+def _list(values: object) -> list[int | float | None]:
     return [_number(value) for value in values] if isinstance(values, list) else []
 
 
 def _rounded(value: float) -> int | float:
-    """Six digits are more than a chart can show, and floats are most of the page's bytes."""
+    """The value with six digits: no chart shows more, and floats are most of the page's bytes."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def _last(lines: list[dict[str, Any]], key: str) -> int | float | None:
+def _last(lines: list[dict[str, object]], key: str) -> int | float | None:
     return next((v for line in reversed(lines) if (v := _number(line.get(key))) is not None), None)
 
 
-def _text(value: Any) -> str:
-    """`value` as text; of a very long one the beginning and the end, where question and answer stand."""
+def _text(value: object) -> str:
+    """`value` as text; a very long text is cut in the middle, as question and answer stand at its ends."""
     text = "" if value is None else str(value)
     # Half an emoji, as a tokenizer can leave behind, is a lone surrogate: no text that UTF-8 can carry on.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -298,7 +309,7 @@ def _text(value: Any) -> str:
     return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A config value as JSON can hold it: YAML also has dates, NaN and nested values."""
     if value is None or isinstance(value, bool | str) or _number(value) is not None:
         return value

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pspo_jax.checkpoint.store import saved_steps
+from pspo_jax.checkpoint.reading import saved_steps
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config

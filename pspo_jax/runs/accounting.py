@@ -1,22 +1,23 @@
-"""What a run has cost so far: time by phase, rollouts, tokens."""
+"""The cost of a run so far: seconds by phase, rollouts, tokens."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
+
+from pspo_jax.checkpoint.metadata import AccountingRecord
 
 PHASES = ("setup", "load", "compile", "sft", "select", "rollout", "verify", "update", "eval")
 
 
 class RunAccounting:
-    """Accounting since the run began, across resumes; it is saved with each checkpoint and affects nothing."""
+    """Counts and seconds since the run began, across resumes; checkpoints hold them, and they affect nothing."""
 
-    def __init__(self, saved: dict[str, Any] | None = None):
-        saved = saved or {}
+    def __init__(self, saved: AccountingRecord | None = None):
+        saved = saved or AccountingRecord()
         self.counts: dict[str, int] = {
             "rollouts": 0,
             "effective": 0,
@@ -30,9 +31,11 @@ class RunAccounting:
         self._began = time.monotonic()
 
     def total(self) -> float:
+        """Seconds since the run began, without pauses between its parts."""
         return self._before + time.monotonic() - self._began
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> AccountingRecord:
+        """The accounting as a checkpoint holds it."""
         return {"counts": self.counts, "seconds": self.seconds, "total": self.total()}
 
     @contextmanager
@@ -47,11 +50,15 @@ class RunAccounting:
             self.seconds[name] += out["seconds"]
 
 
-def add_step(totals: RunAccounting, values: dict[str, Any], rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Cumulative rollouts and tokens, as every curve may be drawn against them: all that were rolled out count.
+def add_step(
+    totals: RunAccounting, values: dict[str, float | int], rounds: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Count a step's rollouts and tokens, and put the cumulative counts into its metrics `values`.
+
+    All rollouts count, those too that no update used.
 
     Args:
-      rounds: lengths of the prompts [B], and of their completions [B, G].
+      rounds: for each batch that was rolled out, lengths of the prompts [B] and of their completions [B, G].
     """
     for prompts, lengths in rounds:
         generated = int(lengths.sum())

@@ -1,11 +1,11 @@
-"""What a run folder says of the run in it: which settings it had, how they changed, and how far it came."""
+"""The history of the run in a folder: its settings, their changes, and how far it came."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -20,8 +20,8 @@ from pspo_jax.system.storage import append_whole, unread, write_whole, writing
 _NOT_KEPT = {"run.start_over": False, "run.print_config": False, "task.allow_change": False}
 """Fields that hold for one command and are never kept, with the value that the folder keeps instead."""
 _UNSAID = ("run.dir", "run.fingerprint", "run.compilation_cache", "sft.share", "task.cache", *_NOT_KEPT)
-"""Fields that only say where things are and what is shown, with every field of the stages below; they change without a
-line."""
+"""Fields that only say where files are and what is shown, with every field of `_UNSAID_STAGES`. A resumed run may
+change them without a record."""
 _UNSAID_STAGES = ("distributed.", "runtime.", "log.")
 _DATA = (
     "task.train_data",
@@ -31,7 +31,7 @@ _DATA = (
     "task.heldout_split",
     "task.revision",
 )
-"""Where data are; what they hold decides whether the run can be carried on."""
+"""Fields that say where data are; the contents of the data decide whether the run can be carried on."""
 MAY_CHANGE = (
     "run.steps",
     "optimizer.learning_rate",
@@ -55,7 +55,7 @@ MAY_CHANGE = (
     "loss.share_prompts",
     *_DATA,
 )
-"""Fields that a resumed run may change, each with a line and a record, with every field of the stages below."""
+"""Fields that a resumed run may change, with every field of `_FREE_STAGES`; each change is printed and recorded."""
 _FREE_STAGES = ("mesh.", "eval.", "checkpoint.", "verifier.")
 
 
@@ -63,11 +63,11 @@ class Change(NamedTuple):
     """A setting that a resumed run has changed."""
 
     field: str
-    old: Any
-    new: Any
+    old: object
+    new: object
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: Config) -> dict[str, object]:
     """The config as a folder and its checkpoints keep it: dotted field -> value."""
     return dict(json.loads(json.dumps(flatten(replace(config, _NOT_KEPT)))))
 
@@ -81,11 +81,11 @@ def write_config(folder: Path, config: Config) -> None:
     write_whole(folder / "config.yaml", command_line.to_yaml(replace(config, _NOT_KEPT)).encode())
 
 
-def changes(folder: Path, saved: dict[str, Any], config: Config) -> list[Change]:
-    """What differs from the settings that a checkpoint was saved under and may differ.
+def changes(folder: Path, saved: dict[str, object], config: Config) -> list[Change]:
+    """The changes since a checkpoint was saved that a resumed run may make.
 
     Raises:
-      ConfigError: something else differs, which would make it another run.
+      ConfigError: another setting differs, which would make it another run.
     """
     now = settings(config)
     free = (*_FREE_STAGES, "task.") if config.task.allow_change else _FREE_STAGES
@@ -106,12 +106,12 @@ def changes(folder: Path, saved: dict[str, Any], config: Config) -> list[Change]
     return found
 
 
-def _same_mixture(old: Any, new: Any) -> bool:
+def _same_mixture(old: object, new: object) -> bool:
     """Whether two mixtures differ in where their data are alone."""
     places = {name.removeprefix("task.") for name in _DATA}
 
-    def bare(text: Any) -> Any:
-        return [{name: value for name, value in part.items() if name not in places} for part in json.loads(text)]
+    def bare(text: object) -> list[dict[str, object]]:
+        return [{name: value for name, value in part.items() if name not in places} for part in json.loads(str(text))]
 
     return bool(old and new and bare(old) == bare(new))
 

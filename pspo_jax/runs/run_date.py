@@ -1,10 +1,9 @@
-"""The day that a run's chat template takes for today."""
+"""The date that a run's chat template is given as today's."""
 
 from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -31,7 +30,7 @@ def with_date(config: Config, kept: Path, joined: bool = True) -> Config:
 def _ordinal(kept: Path) -> int:
     """The date in a file of settings as an ordinal; today's without the file, 0 for a run that began without one."""
     try:
-        saved: Any = yaml.safe_load(kept.read_text(encoding="utf-8"))
+        saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
         date = saved["prompt"].get("date")
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return datetime.date.today().toordinal()  # no run has begun here; a damaged file is refused elsewhere

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
+from jaxtyping import ArrayLike, PyTree
 from rich.console import Console
 
 from pspo_jax.config.defaults import replace
@@ -24,7 +25,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed import processes
 from pspo_jax.runs import verdicts
-from pspo_jax.runs.completions import print_completions, write_completions
+from pspo_jax.runs.completions import Line, print_completions, write_completions
 from pspo_jax.runs.events import Events
 from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing
@@ -36,7 +37,7 @@ _ERROR_KINDS = 200
 
 
 def open_folder(path: str) -> Path:
-    """The folder, made and writable.
+    """Make the folder if need be, and check that it can be written.
 
     Raises:
       ConfigError: it is no folder that this process may write to.
@@ -101,7 +102,9 @@ class RunLog:
         persist: Persist | None = None,
         say: Callable[[str], None] = lambda _: None,
         strategy_lines: int = 0,
+        warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ):
+        self._warn = warn
         self._writes = writes
         self._seen: set[str] = set()
         self._persist = persist or Persist()
@@ -138,14 +141,14 @@ class RunLog:
             shown = {k: v for k, v in clean.items() if v is not None and not k.startswith("crc/")}
             self._persist(lambda: events.scalars(step, shown))
 
-    def strategy(self, step: int, histograms: dict[str, dict[str, Any]]) -> None:
+    def strategy(self, step: int, histograms: dict[str, dict[str, ArrayLike]]) -> None:
         """Histograms over all prompts, each with counts and edges, such as of priorities."""
         if not histograms or not self._writes:
             return
         line = {name: {k: np.asarray(v).tolist() for k, v in h.items()} for name, h in histograms.items()}
         self._persist(lambda: append_whole(self._strategy, (json.dumps({"step": step, **line}) + "\n").encode()))
 
-    def completions(self, step: int, lines: list[dict[str, Any]], file_format: str) -> None:
+    def completions(self, step: int, lines: list[Line], file_format: str) -> None:
         """Sample completions of one step, to the folder and the screen."""
         if not self._writes:
             return
@@ -164,7 +167,7 @@ class RunLog:
                 continue
             self._seen.add(kind)
             if not self._writes:
-                print(f"step {step}: a reward raised\n{_printable(text)}", file=sys.stderr)
+                self._warn(f"step {step}: a reward raised\n{_printable(text)}")
                 continue
             path = self._folder / "reward_errors.log"
             there = path.stat().st_size if path.exists() else 0
@@ -184,25 +187,25 @@ class RunLog:
                 continue
             self._said.add(kind)
             if not self._writes or self._console is None:
-                print(f"step {step}: {line}", file=sys.stderr)
+                self._warn(f"step {step}: {line}")
             else:
                 self._console.print(f"step {step}: {line}", markup=False)
 
 
 def _kind(traceback: str) -> str:
-    """What tells one traceback from another: its lines of code and the name of the exception."""
+    """The kind of a traceback: its lines of code and the name of the exception."""
     lines = traceback.strip().split("\n")
     places = [line for line in lines if re.match(r'\s*File "', line)]
     return "\n".join([*places, re.split(r"[:\s]", lines[-1], maxsplit=1)[0]])
 
 
 def _printable(text: str) -> str:
-    """Text that any terminal takes: half a surrogate pair is written as its escape."""
+    """The text with lone surrogates, which no terminal takes, written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Records of a JSONL log that have a step, and how many lines are none; a last one that was cut off is not counted.
+    """The records of a JSONL log that have a step, and the number of other lines; a last line without end is ignored.
 
     Raises:
       StorageError: it cannot be read now.
@@ -238,8 +241,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         raise unread(path, error) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically.
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, atomically.
 
     Raises:
       StorageError: it cannot be written.
@@ -247,7 +250,7 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1).encode())
 
 
-def crc(tree: Any) -> int:
+def crc(tree: PyTree) -> int:
     """CRC-32 over the bytes of every array of a tree, in order."""
     value = 0
     for leaf in jax.tree.leaves(tree):
@@ -258,8 +261,10 @@ def crc(tree: Any) -> int:
 
 
 def _truncate(path: Path, last_step: int, say: Callable[[str], None]) -> None:
-    """Drop records after `last_step` and a line that was cut off. A log with other lines that are no records is kept
-    aside as it is."""
+    """Drop records after `last_step`, and a last line that was cut off.
+
+    A log with other damaged lines is first copied to <name>.damaged.
+    """
     records, broken = read_lines(path)
     if not path.exists():
         return

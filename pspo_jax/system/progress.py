@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,20 +25,25 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Progress of the phases of a run, each with a count and a line of numbers."""
+    """Progress of the phases of a run, each with a count and a line of numbers.
+
+    Args:
+      enabled: whether phases are shown.
+      quiet: whether nothing is printed, as on processes that are not the primary one; lines then go to the logger
+        "pspo_jax".
+    """
 
     def __init__(self, enabled: bool, quiet: bool = False):
-        """
-        Args:
-          enabled: whether phases are shown.
-          quiet: whether nothing at all is printed, as on processes that are not the primary one.
-        """
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._enabled = enabled
+        self._quiet = quiet
 
     def say(self, text: str) -> None:
         """Print one line, even if phases are not shown."""
-        self.console.print(text, markup=False)
+        if self._quiet:
+            logging.getLogger("pspo_jax").info(text)
+        else:
+            self.console.print(text, markup=False)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:

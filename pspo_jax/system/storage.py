@@ -38,19 +38,17 @@ class StorageError(Exception):
 
 
 def exhausted(error: OSError | RuntimeError) -> StorageError | None:
-    """The error of a machine that has run out of something, in one line; None for any other error.
+    """The one-line error of a machine that has run out of something; None for any other error.
 
-    Libraries in C++ raise RuntimeError, whose text alone says what the operating system refused.
+    Libraries in C++ raise a RuntimeError, of which only the text says what the operating system refused.
     """
     if isinstance(error, RuntimeError):
         text = str(error)
         number = errno.EMFILE if "random_device" in text else None
         number = next((n for n in EXHAUSTED if os.strerror(n) in text), number)
-        return (
-            None
-            if number is None
-            else StorageError(f"{' '.join(text.split())[:200]}; {EXHAUSTED[number]}, and the same command carries on")
-        )
+        if number is None:
+            return None
+        return StorageError(f"{' '.join(text.split())[:200]}; {EXHAUSTED[number]}, and the same command carries on")
     number = error.errno
     if number is None or number not in EXHAUSTED:
         return None

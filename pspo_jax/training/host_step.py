@@ -1,4 +1,7 @@
-"""One step of the loop on the host: select, roll out, verify, update. Data crosses to the host twice: ids, rewards."""
+"""One step of the loop on the host: select, roll out, verify, update.
+
+Data crosses between host and devices twice: the selected rows, and the rewards.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import EVALUATE, Prompts, Rollouts, TrainState
-from pspo_jax.config.schema import Config
 from pspo_jax.data.task import CompletionBatch, RewardResult
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding, replicated
@@ -26,174 +29,210 @@ from pspo_jax.runs.completions import completion_lines
 from pspo_jax.runs.run_folder import RunLog, crc
 from pspo_jax.training.compile import Programs, without_buffer
 from pspo_jax.training.setup import Setup
+from pspo_jax.training.step import Metrics
 
 Values = dict[str, float | int]
+"""Metrics by name."""
 
 
-class _Rolled(NamedTuple):
+class StepContext(NamedTuple):
+    """The parts of a run that every step uses."""
+
+    setup: Setup
+    programs: Programs
+    totals: RunAccounting
+    log: RunLog
+
+
+class _Rollout(NamedTuple):
+    """A batch that was sampled and handed to the verifiers."""
+
     rollouts: Rollouts
-    own: np.ndarray
-    """Rows of the batch that this process holds."""
-    host: CompletionBatch
-    """Those rows."""
-    judged: list[Callable[[], RewardResult]]
-    """One per chunk."""
+    owned: Int[np.ndarray, "b"]
+    """Rows of the batch that this process verifies and logs, ascending."""
+    completions: CompletionBatch
+    """The completions of those rows, on the host."""
+    waits: list[Callable[[], RewardResult]]
+    """One function per chunk, which waits for the chunk's rewards."""
 
 
 class _Round(NamedTuple):
-    """A batch that was rolled out and verified."""
+    """A batch that was sampled and verified."""
 
-    rows: np.ndarray
-    lengths: np.ndarray
-    rollouts: Rollouts
-    reward: jax.Array
-    verdicts: jax.Array
-    own: np.ndarray
-    """Rows of the batch that this process holds, judges and logs."""
-    own_weights: np.ndarray
-    own_host: CompletionBatch
-    own_scores: RewardResult
+    rows: Int[np.ndarray, "B"]
+    """Row of each prompt in the dataset."""
+    weights: Float[np.ndarray, "B"]
+    """Loss weight of each prompt."""
+    rollout: _Rollout
+    lengths: Int[np.ndarray, "B G"]
+    """Tokens of each completion."""
+    reward: Float[Array, "B G"]
+    """Rewards on the devices; NaN = no verdict."""
+    verdicts: Float[Array, "B G"]
+    """Verdicts on the devices, in [0, 1]; NaN = none."""
+    owned_scores: RewardResult
+    """Rewards of the rows that this process verified."""
     scores: RewardResult
-    """Of the whole batch; answers, reasons and errors are this process's."""
-    drawn: dict[str, Any]
-    """What the selector says of the draw."""
+    """Rewards of the whole batch. Its answers, reasons and errors are those of this process alone."""
+    draw_metrics: dict[str, Array]
+    """The selector's metrics of this draw."""
 
 
-def one_step(
-    setup: Setup, state: TrainState, programs: Programs, totals: RunAccounting, log: RunLog, done: int
-) -> tuple[TrainState, Values]:
-    """The state after step `done`, and its metrics.
+class _Trained(NamedTuple):
+    """A step whose update has been dispatched."""
 
+    state: TrainState
+    rounds: list[_Round]
+    round_metrics: list[Metrics]
+    update_metrics: Metrics
+    advantages: Float[Array, "B G"] | None
+    """Advantages of the last round, if its completions are to be logged."""
+
+
+def one_step(context: StepContext, state: TrainState, done: int) -> tuple[TrainState, Values]:
+    """Run step number `done` (the first is 1).
+
+    Returns:
+      The state after the step, and the step's metrics.
     Raises:
       verdicts.NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
     """
-    c = setup.config
-    times: dict[str, float] = {}
-    rounds: list[_Round] = []
-    found: list[dict[str, Any]] = []
-    advantages = None
-    if programs.collect is None:
-        state, one = _round(setup, state, programs, totals, times, log, done, 0)
-        rounds.append(one)
-        with _timed(totals, times, "update"):
-            if _dumps(c, done):
-                advantages = programs.advantages(without_buffer(state), one.rollouts, one.reward)
-            state = buffer_to_device(setup, state)
-            state, metrics = programs.step(state, one.rollouts, one.reward, one.verdicts)
-            found.append(metrics | one.drawn)
-    else:
-        waiting = 0 if state.queue is None else int(state.queue.held)
-        while waiting < c.rollout.prompts and len(rounds) < (c.rollout.dynamic_sampling_rounds or 1):
-            state, one = _round(setup, state, programs, totals, times, log, done, len(rounds))
-            rounds.append(one)
-            with _timed(totals, times, "update"):
-                if _dumps(c, done):
-                    advantages = programs.advantages(without_buffer(state), one.rollouts, one.reward)
-                bare, metrics = programs.collect(without_buffer(state), one.rollouts, one.reward, one.verdicts)
-                state = dataclasses.replace(bare, replay=state.replay)
-                found.append(metrics | one.drawn)
-                waiting = int(metrics["groups/waiting"])
-        with _timed(totals, times, "update"):
-            settings = SamplingParams.of(c.rollout, setup.task.stop_ids)
-            temperature = processes.to_global(settings.temperature, replicated(setup.mesh))
-            state = buffer_to_device(setup, state)
-            state, metrics = programs.step(state, temperature)
-    with _timed(totals, times, "update"):
-        values: Values = _over_rounds([{k: float(v) for k, v in processes.to_host(m).items()} for m in found])
-        values |= {k: float(v) for k, v in processes.to_host(metrics).items()}
-        state = _buffer_to_host(setup, state)
-    if programs.collect is not None:
-        values["rollouts/rounds"] = len(rounds)
-    values |= _accounts(setup, programs, totals, values, times, rounds)
-    if c.run.fingerprint:
-        values |= _fingerprints(state, rounds)
-    if advantages is not None:
-        last = rounds[-1]
-        held = processes.fetch_rows(advantages, last.own)
-        lines = completion_lines(setup.task, last.own_host, last.own_scores, held, last.own_weights, c.log.completions)
-        log.completions(done, lines, c.log.completions_format)
+    config = context.setup.config
+    seconds: dict[str, float] = {}
+    run = _one_round if context.programs.collect is None else _several_rounds
+    trained = run(context, state, seconds, done)
+    with _timed(context.totals, seconds, "update"):
+        values: Values = _over_rounds([_as_floats(found) for found in trained.round_metrics])
+        values |= _as_floats(trained.update_metrics)
+        state = _buffer_to_host(context.setup, trained.state)
+    if context.programs.collect is not None:
+        values["rollouts/rounds"] = len(trained.rounds)
+    values |= _costs(context, values, seconds, trained.rounds)
+    if config.run.fingerprint:
+        values |= _fingerprints(state, trained.rounds)
+    if trained.advantages is not None:
+        _log_completions(context, trained.rounds[-1], trained.advantages, done)
     return state, values
 
 
-def _accounts(
-    setup: Setup,
-    programs: Programs,
-    totals: RunAccounting,
-    values: Values,
-    times: dict[str, float],
-    rounds: list[_Round],
-) -> dict[str, Any]:
-    """What a step cost, its rewards, and the learning rate."""
+def _one_round(context: StepContext, state: TrainState, seconds: dict[str, float], done: int) -> _Trained:
+    """Roll out one batch and update on it."""
+    programs = context.programs
+    state, batch = _round(context, state, seconds, done, 0)
+    with _timed(context.totals, seconds, "update"):
+        advantages = _advantages(context, state, batch, done)
+        state = buffer_to_device(context.setup, state)
+        state, metrics = programs.step(state, batch.rollout.rollouts, batch.reward, batch.verdicts)
+    return _Trained(state, [batch], [metrics | batch.draw_metrics], {}, advantages)
+
+
+def _several_rounds(context: StepContext, state: TrainState, seconds: dict[str, float], done: int) -> _Trained:
+    """Roll out batches until enough effective groups wait, and update on those (dynamic sampling)."""
+    setup, programs, rollout = context.setup, context.programs, context.setup.config.rollout
+    assert programs.collect is not None
+    rounds: list[_Round] = []
+    found: list[Metrics] = []
+    advantages = None
+    waiting = 0 if state.queue is None else int(state.queue.held)
+    while waiting < rollout.prompts and len(rounds) < (rollout.dynamic_sampling_rounds or 1):
+        state, batch = _round(context, state, seconds, done, len(rounds))
+        rounds.append(batch)
+        with _timed(context.totals, seconds, "update"):
+            advantages = _advantages(context, state, batch, done)
+            bare, metrics = programs.collect(
+                without_buffer(state), batch.rollout.rollouts, batch.reward, batch.verdicts
+            )
+            state = dataclasses.replace(bare, replay=state.replay)
+            found.append(metrics | batch.draw_metrics)
+            waiting = int(metrics["groups/waiting"])
+    with _timed(context.totals, seconds, "update"):
+        settings = SamplingParams.of(rollout, setup.task.stop_ids)
+        temperature = processes.to_global(settings.temperature, replicated(setup.mesh))
+        state, update_metrics = programs.step(buffer_to_device(setup, state), temperature)
+    return _Trained(state, rounds, found, update_metrics, advantages)
+
+
+def _as_floats(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in processes.to_host(metrics).items()}
+
+
+def _advantages(context: StepContext, state: TrainState, batch: _Round, done: int) -> Float[Array, "B G"] | None:
+    """Advantages of a batch, if this step's completions are to be logged."""
+    every = context.setup.config.log.completions_every
+    if not every or done % every:
+        return None
+    return context.programs.advantages(without_buffer(state), batch.rollout.rollouts, batch.reward)
+
+
+def _log_completions(context: StepContext, batch: _Round, advantages: Float[Array, "B G"], done: int) -> None:
+    rollout, log = batch.rollout, context.setup.config.log
+    found = processes.fetch_rows(advantages, rollout.owned)
+    weights = batch.weights[rollout.owned]
+    lines = completion_lines(
+        context.setup.task, rollout.completions, batch.owned_scores, found, weights, log.completions
+    )
+    context.log.completions(done, lines, log.completions_format)
+
+
+def _costs(context: StepContext, values: Values, seconds: dict[str, float], rounds: list[_Round]) -> Values:
+    """Rollouts, tokens and seconds of a step, its reward metrics and its learning rate."""
     more = dict(values)
-    prompts = setup.task.train.lengths
-    add_step(totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
+    prompts = context.setup.task.train.lengths
+    add_step(context.totals, more, [(prompts[one.rows], one.lengths) for one in rounds])
     if rounds:
         more |= verdicts.metrics(_joined([one.scores for one in rounds]))
-        more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / times["rollout"]
-    more |= {f"time/{name}": seconds for name, seconds in times.items()}
-    more["step_time"] = sum(times.values())
-    before = processes.to_global(np.int32(max(values["updates"] - 1, 0)), replicated(setup.mesh))
-    more["learning_rate"] = float(processes.to_host(programs.learning_rate(before)))
+        more["tokens_per_second"] = sum(int(one.lengths.sum()) for one in rounds) / seconds["rollout"]
+    more |= {f"time/{name}": spent for name, spent in seconds.items()}
+    more["step_time"] = sum(seconds.values())
+    before = processes.to_global(np.int32(max(values["updates"] - 1, 0)), replicated(context.setup.mesh))
+    more["learning_rate"] = float(processes.to_host(context.programs.learning_rate(before)))
     return more
 
 
-def _dumps(config: Config, done: int) -> bool:
-    return bool(config.log.completions_every) and done % config.log.completions_every == 0
-
-
 @contextmanager
-def _timed(totals: RunAccounting, times: dict[str, float], phase: str) -> Iterator[None]:
-    """A phase of the run whose seconds are also added to this step's."""
+def _timed(totals: RunAccounting, seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the seconds of a block to the run's and to this step's."""
     with totals.phase(phase) as spent:
         yield
-    times[phase] = times.get(phase, 0.0) + spent["seconds"]
+    seconds[phase] = seconds.get(phase, 0.0) + spent["seconds"]
 
 
 def _round(
-    setup: Setup,
-    state: TrainState,
-    programs: Programs,
-    totals: RunAccounting,
-    times: dict[str, float],
-    log: RunLog,
-    done: int,
-    number: int,
+    context: StepContext, state: TrainState, seconds: dict[str, float], done: int, number: int
 ) -> tuple[TrainState, _Round]:
-    """Select, roll out, verify."""
-    with _timed(totals, times, "select"):
+    """Select, roll out and verify round `number` of a step."""
+    setup, programs, totals, log = context
+    with _timed(totals, seconds, "select"):
         place = processes.to_global(np.int32(number), replicated(setup.mesh))
-        ids, weight, selector, drawn = programs.select(state.selector, state.key, state.step, place)
+        ids, weight, selector, draw_metrics = programs.select(state.selector, state.key, state.step, place)
         rows, weights = processes.to_host((ids, weight))
         state = dataclasses.replace(state, selector=selector)
-    with _timed(totals, times, "rollout"):
-        rolled = _roll_out(setup, state, programs, rows, weights, done, number)
-    with _timed(totals, times, "verify"):
-        own_scores = _joined([wait() for wait in rolled.judged])
-        scores, lengths = _shared(own_scores, rolled, len(rows))
-    log.errors(done, own_scores.errors)
-    log.no_verdicts(done, own_scores.missing)
+    with _timed(totals, seconds, "rollout"):
+        rollout = _roll_out(context, state, rows, weights, done, number)
+    with _timed(totals, seconds, "verify"):
+        owned_scores = _joined([wait() for wait in rollout.waits])
+        scores, lengths = _shared(owned_scores, rollout, len(rows))
+    log.errors(done, owned_scores.errors)
+    log.no_verdicts(done, owned_scores.missing)
     verdicts.check(scores, done, setup.config, totals.counts)
-    reward, judged = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.verdicts))
-    own = rolled.own
-    return state, _Round(
-        rows, lengths, rolled.rollouts, reward, judged, own, weights[own], rolled.host, own_scores, scores, drawn
-    )
+    reward, correct = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.verdicts))
+    return state, _Round(rows, weights, rollout, lengths, reward, correct, owned_scores, scores, draw_metrics)
 
 
-def _shared(own: RewardResult, rolled: _Rolled, batch: int) -> tuple[RewardResult, np.ndarray]:
-    """Scores and lengths of the whole batch on every process, of what each one judged."""
-    values = {"reward": own.reward, "verdicts": own.verdicts, "lengths": rolled.host.lengths}
-    values |= {f"terms/{name}": value for name, value in own.terms.items()}
-    values |= {f"failed/{name}": value for name, value in own.failed.items()}
-    every = processes.share_rows(values, rolled.own, batch)
-    terms = {name: every[f"terms/{name}"] for name in own.terms}
-    failed = {name: every[f"failed/{name}"] for name in own.failed}
-    whole = own._replace(reward=every["reward"], verdicts=every["verdicts"], terms=terms, failed=failed)
+def _shared(owned: RewardResult, rollout: _Rollout, batch: int) -> tuple[RewardResult, Int[np.ndarray, "B G"]]:
+    """Rewards and lengths of the whole batch on every process, from those of the rows that each one verified."""
+    values = {"reward": owned.reward, "verdicts": owned.verdicts, "lengths": rollout.completions.lengths}
+    values |= {f"terms/{name}": value for name, value in owned.terms.items()}
+    values |= {f"failed/{name}": value for name, value in owned.failed.items()}
+    every = processes.share_rows(values, rollout.owned, batch)
+    terms = {name: every[f"terms/{name}"] for name in owned.terms}
+    failed = {name: every[f"failed/{name}"] for name in owned.failed}
+    whole = owned._replace(reward=every["reward"], verdicts=every["verdicts"], terms=terms, failed=failed)
     return whole, every["lengths"]
 
 
 def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's rounds as one: counts are summed, extremes kept, the rest averaged, without NaN."""
+    """One step's metrics from those of its rounds: counts are summed, extremes kept, the rest averaged without NaN."""
     if not found:
         return {}
 
@@ -212,10 +251,10 @@ def _over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
-    """CRCs of what was drawn, and of the state after the step."""
+    """CRC-32 of the prompts and tokens that were drawn, and of the state after the step."""
     return {
         "crc/prompt_ids": crc([one.rows for one in rounds]),
-        "crc/tokens": crc([one.rollouts.tokens for one in rounds]),
+        "crc/tokens": crc([one.rollout.rollouts.tokens for one in rounds]),
         "crc/params": crc(state.params),
         "crc/selector": crc(state.selector),
         "crc/advantage": crc(state.advantage),
@@ -224,59 +263,76 @@ def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
 
 
 def buffer_to_device(setup: Setup, state: TrainState) -> TrainState:
-    """The state with stored groups where the update, and a checkpoint, reads them."""
+    """The state with its stored groups on the devices, where an update and a checkpoint read them."""
     if setup.config.replay.memory == "device":
         return state
     return dataclasses.replace(state, replay=jax.device_put(state.replay, setup.shardings.replay))
 
 
 def _buffer_to_host(setup: Setup, state: TrainState) -> TrainState:
-    """The state with stored groups where replay.memory says."""
+    """The state with its stored groups in the memory that replay.memory names."""
     memory = setup.config.replay.memory
     if memory == "device":
         return state
-    places = jax.tree.map(lambda s: s.with_memory_kind(memory), setup.shardings.replay)
-    return dataclasses.replace(state, replay=jax.device_put(state.replay, places))
+    shardings = jax.tree.map(lambda s: s.with_memory_kind(memory), setup.shardings.replay)
+    return dataclasses.replace(state, replay=jax.device_put(state.replay, shardings))
 
 
 def _roll_out(
-    setup: Setup,
+    context: StepContext,
     state: TrainState,
-    programs: Programs,
-    rows: np.ndarray,
-    weights: np.ndarray,
+    rows: Int[np.ndarray, "B"],
+    weights: Float[np.ndarray, "B"],
     done: int,
     number: int,
-) -> _Rolled:
+) -> _Rollout:
     """Sample the batch in rollout.chunks parts; each is handed to the verifiers while the next is sampled."""
-    c, task, mesh = setup.config, setup.task, setup.mesh
-    whole = replicated(mesh)
-    settings = processes.to_global(SamplingParams.of(c.rollout, task.stop_ids), whole)
-    size = len(rows) // c.rollout.chunks
-    parts, places = [], [slice(k, k + size) for k in range(0, len(rows), size)]
-    for place in places:
-        prompts = processes.to_global(gather(task.train, rows[place], weights[place]), batch_sharding(mesh))
-        first = (number * len(rows) + place.start) * c.rollout.group_size
-        first_row = processes.to_global(np.int32(first), whole)
-        parts.append(programs.sample(state.weights, prompts, state.key, state.step, settings, first_row))
-    judged, held, owned = [], [], []
-    for place, part in zip(places, parts, strict=True):
-        own = processes.owned_rows(part.lengths)
-        tokens, lengths, ended = (processes.fetch_rows(x, own) for x in (part.tokens, part.lengths, part.ended))
-        held.append(CompletionBatch(task.train, rows[place][own], tokens, lengths, ended, done))
+    config, task = context.setup.config, context.setup.task
+    size = len(rows) // config.rollout.chunks
+    slices = [slice(start, start + size) for start in range(0, len(rows), size)]
+    chunks = _sample_chunks(context, state, rows, weights, slices, number)
+    waits, batches, owned = [], [], []
+    for place, chunk in zip(slices, chunks, strict=True):
+        own = processes.owned_rows(chunk.lengths)
+        tokens, lengths, ended = (processes.fetch_rows(x, own) for x in (chunk.tokens, chunk.lengths, chunk.ended))
+        batches.append(CompletionBatch(task.train, rows[place][own], tokens, lengths, ended, done))
         owned.append(place.start + own)
-        judged.append(task.reward_fn(held[-1]))
-    host = held[0]._replace(
-        rows=np.concatenate([h.rows for h in held]),
-        tokens=np.concatenate([h.tokens for h in held]),
-        lengths=np.concatenate([h.lengths for h in held]),
-        ended=np.concatenate([h.ended for h in held]),
+        waits.append(task.reward_fn(batches[-1]))
+    completions = batches[0]._replace(
+        rows=np.concatenate([batch.rows for batch in batches]),
+        tokens=np.concatenate([batch.tokens for batch in batches]),
+        lengths=np.concatenate([batch.lengths for batch in batches]),
+        ended=np.concatenate([batch.ended for batch in batches]),
     )
-    return _Rolled(programs.join(parts), np.concatenate(owned), host, judged)
+    return _Rollout(context.programs.join(chunks), np.concatenate(owned), completions, waits)
+
+
+def _sample_chunks(
+    context: StepContext,
+    state: TrainState,
+    rows: Int[np.ndarray, "B"],
+    weights: Float[np.ndarray, "B"],
+    slices: list[slice],
+    number: int,
+) -> list[Rollouts]:
+    """Dispatch the sampler on each chunk of the batch of round `number`."""
+    setup = context.setup
+    config, whole = setup.config.rollout, replicated(setup.mesh)
+    settings = processes.to_global(SamplingParams.of(config, setup.task.stop_ids), whole)
+    chunks = []
+    for place in slices:
+        prompts = processes.to_global(gather(setup.task.train, rows[place], weights[place]), batch_sharding(setup.mesh))
+        first_row = np.int32((number * len(rows) + place.start) * config.group_size)
+        chunks.append(
+            context.programs.sample(
+                state.weights, prompts, state.key, state.step, settings, processes.to_global(first_row, whole)
+            )
+        )
+    return chunks
 
 
 def _joined(parts: list[RewardResult]) -> RewardResult:
-    """The chunks' scores as one batch's."""
+    """The chunks' rewards as one batch's."""
     first = parts[0]
     names = dict.fromkeys(name for p in parts for name in p.logged)
     columns = dict.fromkeys(name for p in parts for name in p.columns)
@@ -297,21 +353,18 @@ def _joined(parts: list[RewardResult]) -> RewardResult:
     )
 
 
-def heldout_scores(
-    setup: Setup, state: TrainState, programs: Programs, totals: RunAccounting, log: RunLog
-) -> dict[str, float]:
-    """Accuracy on the held-out prompts; the same random numbers at every step, so that curves compare."""
-    c = setup.config
-    step = int(state.step)
-
-    def told(scores: RewardResult) -> None:
-        log.errors(step, scores.errors)
-        log.no_verdicts(step, scores.missing)
-
+def heldout_scores(context: StepContext, state: TrainState) -> dict[str, float]:
+    """Accuracy on the held-out prompts, in [0, 1]; the same random numbers at every step, so that curves compare."""
+    setup, programs, totals, log = context
+    config, step = setup.config, int(state.step)
     rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
     zero = processes.to_global(np.int32(0), whole)
 
-    def sample(params: Any, prompts: Prompts, key: Any, settings: SamplingParams) -> Rollouts:
+    def report(scores: RewardResult) -> None:
+        log.errors(step, scores.errors)
+        log.no_verdicts(step, scores.missing)
+
+    def sample(params: PyTree, prompts: Prompts, key: Key[Array, ""], settings: SamplingParams) -> Rollouts:
         return programs.eval_sample(
             params, prompts, jax.device_put(key, whole), zero, processes.to_global(settings, whole), zero
         )
@@ -321,10 +374,10 @@ def heldout_scores(
             sample,
             state.weights,
             setup.task,
-            c,
+            config,
             # The purpose is folded in before a batch's number, which might equal the number of another purpose.
             jax.random.fold_in(state.key, EVALUATE),
-            batch=c.rollout.prompts * c.rollout.group_size,
+            batch=config.rollout.prompts * config.rollout.group_size,
             place=lambda prompts: processes.to_global(prompts, rows),
-            told=told,
+            report=report,
         )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config, Dtype, Remat
@@ -45,10 +45,10 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
 
 
 def with_memory(
-    config: Config, a: Architecture, mesh: Any, prompt_length: int, on_cpu: bool
+    config: Config, a: Architecture, mesh: Mesh, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
     """`config` with model.remat and loss.packing, where nobody set them, and words on what was chosen and why."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     words = []
     if config.model.remat is None:
         values["model.remat"], why = _remat(config, a, mesh, prompt_length) if on_cpu else ("full", "memory is scarce")
@@ -59,7 +59,7 @@ def with_memory(
     return replace(config, values), words
 
 
-def _remat(config: Config, a: Architecture, mesh: Any, prompt_length: int) -> tuple[Remat, str]:
+def _remat(config: Config, a: Architecture, mesh: Mesh, prompt_length: int) -> tuple[Remat, str]:
     """The least that the backward pass need compute anew with a share of this machine's memory for activations."""
     allowed = host_bytes() * _MEMORY_SHARE / max(jax.local_device_count(), 1)
     kinds: tuple[Remat, ...] = ("none", "dots")
@@ -70,7 +70,7 @@ def _remat(config: Config, a: Architecture, mesh: Any, prompt_length: int) -> tu
     return "full", "activations would not fit"
 
 
-def activations(config: Config, a: Architecture, remat: Remat, mesh: Any, prompt_length: int) -> tuple[float, float]:
+def activations(config: Config, a: Architecture, remat: Remat, mesh: Mesh, prompt_length: int) -> tuple[float, float]:
     """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
     shape: Mapping[str, int] = mesh.shape
     tensor, width = shape["tensor"], jnp.dtype(a.compute_dtype).itemsize

@@ -1,27 +1,29 @@
-"""`python -m pspo_jax.report --prompts RUN`: what a run has made of each prompt, as a parquet file and a page."""
+"""`python -m pspo_jax.report --prompts RUN`: a run's statistics of each prompt, as a parquet file and a page."""
 
 from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspo_jax.checkpoint.store import read_part
+from pspo_jax.checkpoint.reading import read_part
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs.access import choose_steps, read_config
 from pspo_jax.training.setup import Setup, prepare, verifiers
 
+Column = Sequence[str] | np.ndarray
+"""The values of a column."""
 HEAD = 120
-"""Characters of a prompt's text."""
+"""Characters of a prompt's text that are shown, at most."""
 PAGE_ROWS = 500
-"""Prompts on the page; the parquet file has all."""
+"""Prompts on the page, at most; the parquet file has all."""
 
 
 def write_prompts(run: Path, wanted: str = "latest") -> tuple[Path, Path]:
@@ -42,8 +44,8 @@ def write_prompts(run: Path, wanted: str = "latest") -> tuple[Path, Path]:
     return _parquet(columns, run / "prompts.parquet"), _page(columns, run, step)
 
 
-def _columns(setup: Setup, run: Path, step: int) -> dict[str, Any]:
-    """Column name -> values, one row a prompt."""
+def _columns(setup: Setup, run: Path, step: int) -> dict[str, Column]:
+    """Values by column name, a row per prompt."""
     prompts = setup.task.train
     n = len(prompts.lengths)
     with jax.set_mesh(setup.mesh):
@@ -60,7 +62,7 @@ def _columns(setup: Setup, run: Path, step: int) -> dict[str, Any]:
     else:
         texts = [_head(text) for text in prompts.texts[:]]
     kinds = [str(setup.config.task.name)] * n if prompts.labels is None else list(prompts.labels)
-    columns = {"id": np.arange(n, dtype=np.int64), "text": texts, "task": kinds}
+    columns: dict[str, Column] = {"id": np.arange(n, dtype=np.int64), "text": texts, "task": kinds}
     return columns | {name: np.asarray(values)[:n] for name, values in found.items()}
 
 
@@ -69,11 +71,11 @@ def _head(text: str) -> str:
     return line if len(line) <= HEAD else line[: HEAD - 1] + "…"
 
 
-def _parquet(columns: dict[str, Any], path: Path) -> Path:
+def _parquet(columns: dict[str, Column], path: Path) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    def column(values: Any) -> Any:
+    def column(values: Column) -> pyarrow.Array:
         floats = isinstance(values, np.ndarray) and values.dtype.kind == "f"
         return pyarrow.array(values, from_pandas=True) if floats else pyarrow.array(values)
 
@@ -81,17 +83,18 @@ def _parquet(columns: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def _page(columns: dict[str, Any], run: Path, step: int) -> Path:
-    """The prompts with the most visits, and of these the highest priority, as a page that sorts by its columns."""
+def _page(columns: dict[str, Column], run: Path, step: int) -> Path:
+    """The prompts with the most visits, by priority where these are equal, as a page that sorts by its columns."""
     n = len(columns["id"])
-    priority = np.nan_to_num(columns["priority"], nan=-np.inf)
-    order = np.lexsort((-priority, -columns["visits"]))[:PAGE_ROWS]
+    priority = np.nan_to_num(np.asarray(columns["priority"]), nan=-np.inf)
+    visits = np.asarray(columns["visits"])
+    order = np.lexsort((-priority, -visits))[:PAGE_ROWS]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(values[i]))}</td>" for values in columns.values()) + "</tr>"
         for i in order
     )
-    seen = int((columns["visits"] > 0).sum())
+    seen = int((visits > 0).sum())
     some = f"the {len(order):,} most visited are shown, all are in prompts.parquet"
     shown = some if n > len(order) else "all are shown"
     caption = f"{run.resolve().name}, step {step}: {n:,} prompts, {seen:,} visited; {shown}"
@@ -102,7 +105,7 @@ def _page(columns: dict[str, Any], run: Path, step: int) -> Path:
     return path
 
 
-def _cell(value: Any) -> str:
+def _cell(value: str | np.generic) -> str:
     if isinstance(value, str):
         return value
     number = float(value)

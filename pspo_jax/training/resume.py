@@ -1,4 +1,4 @@
-"""Carrying a run on: the checkpoint, and what must not have changed since it was saved."""
+"""Carries a run on: restores its checkpoint, and checks that settings, data and weights still fit it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,37 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int, PyTree
 
-from pspo_jax.arrays.groups import keep, take
-from pspo_jax.arrays.state import SavedState, TrainState
+from pspo_jax.arrays.groups import Groups, keep, take
+from pspo_jax.arrays.state import Prompts, SavedState, TrainState
 from pspo_jax.checkpoint.checksums import verify
 from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.checkpoint.metadata import Metadata
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import prompts_shardings
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.history import Change, changes
+from pspo_jax.selection import PromptMetadata
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
 from pspo_jax.training.setup import Setup, load_base
+
+
+class _Holder(Protocol):
+    """A replay buffer, or the queue of dynamic sampling: a dataclass that stores groups."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[PyTree]]]
+    groups: Groups
+    held: Int[Array, ""]
+    """Groups in the queue."""
 
 
 class Restored(NamedTuple):
@@ -49,8 +60,8 @@ def early_check(setup: Setup, folder: Path, checkpoints: Checkpoints) -> None:
         return
 
 
-def _check_settings(setup: Setup, folder: Path, metadata: dict[str, Any]) -> list[Change]:
-    """What has changed of the settings, or ConfigError."""
+def _check_settings(setup: Setup, folder: Path, metadata: Metadata) -> list[Change]:
+    """The settings that have changed and may; ConfigError if another one has."""
     if "config" not in metadata or "step" not in metadata:
         raise ConfigError(
             f"run.dir={folder}: its checkpoints are of another version of this program, which did not keep their "
@@ -75,7 +86,7 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
     places: list[tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]] = []
     changed: list[Change] = []
 
-    def check(metadata: dict[str, Any]) -> SavedState | None:
+    def check(metadata: Metadata) -> SavedState | None:
         places.clear()
         changed[:] = _check_settings(setup, folder, metadata)
         if metadata.get("source") != source_fingerprint(setup):
@@ -114,8 +125,8 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
     return Restored(state, RunAccounting(metadata["totals"]), changed)
 
 
-def _check_heldout(setup: Setup, metadata: dict[str, Any]) -> list[Change]:
-    """The change of the held-out prompts, which curves are measured on; ConfigError if it is not allowed."""
+def _check_heldout(setup: Setup, metadata: Metadata) -> list[Change]:
+    """The change of the held-out prompts, by which runs are compared; ConfigError if it is not allowed."""
     before, now = metadata["heldout"], setup.task.heldout.fingerprint()
     if before == now:
         return []
@@ -147,12 +158,12 @@ def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
 
 
 def source_fingerprint(setup: Setup) -> str | None:
-    """Which checkpoint the run began from."""
+    """Fingerprint of the checkpoint that the run began from; None = it began from random weights."""
     return None if setup.source is None else setup.source.fingerprint()
 
 
 def save_content(setup: Setup, folder: Path) -> None:
-    """Keep a hash of every prompt beside the checkpoints, 8 bytes each, to tell later what has changed."""
+    """Keep a hash of every prompt beside the checkpoints, 8 bytes each, by which a later change of data is found."""
     fingerprint = setup.task.train.fingerprint()
     content = setup.task.train.content()
     path, before = _content_path(folder, fingerprint), saved_content(folder, fingerprint)
@@ -165,7 +176,7 @@ def save_content(setup: Setup, folder: Path) -> None:
 
 
 def saved_content(folder: Path, fingerprint: str) -> np.ndarray | None:
-    """What `save_content` kept; None if it is gone or damaged.
+    """The hashes that `save_content` kept; None if they are gone or damaged.
 
     Raises:
       StorageError: it cannot be read now.
@@ -211,14 +222,14 @@ def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> Sa
     """The saved state's shapes for another number of prompts, and for stored prompts of another padded length."""
     columns = None if setup.columns is None else jax.tree.map(lambda x: np.zeros(prompts, x.dtype), setup.columns)
 
-    def sized(init: Any, *known: Any) -> Any:
+    def sized(init: Callable[..., PyTree], *known: PyTree) -> PyTree:
         shapes = jax.eval_shape(lambda *args: init(prompts, *args), *known)
         shardings = prompts_shardings(setup.mesh, shapes, prompts)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     saved = setup.abstract.to_save()
     algorithm = setup.algorithm
-    stored = {}
+    stored: dict[str, PyTree] = {}
     for name in ("replay", "queue"):
         old = saved_layout.get(f".{name}.groups.prompts.tokens")
         if old is not None and hasattr(getattr(saved, name), "groups"):
@@ -231,8 +242,8 @@ def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> Sa
     )
 
 
-def _with_tokens(holder: Any, tokens: Any) -> Any:
-    """A ring or queue whose groups have these prompt tokens."""
+def _with_tokens(holder: _Holder, tokens: PyTree) -> _Holder:
+    """A buffer or queue whose groups have these prompt tokens."""
     prompts = dataclasses.replace(holder.groups.prompts, tokens=tokens)
     return dataclasses.replace(holder, groups=dataclasses.replace(holder.groups, prompts=prompts))
 
@@ -255,58 +266,76 @@ def _follow(
     n = len(places)
     algorithm, shardings = setup.algorithm, setup.shardings
 
-    def moved(strategy: Any, old: Any, where: Any, *known: Any) -> Any:
-        def move(state: Any, *args: Any) -> Any:
-            return strategy.follow(state, strategy.init(n, *args), jnp.asarray(places))
+    def move_selector(old: PyTree, columns: PromptMetadata | None) -> PyTree:
+        return algorithm.selector.follow(old, algorithm.selector.init(n, columns), jnp.asarray(places))
 
-        return jax.jit(move, out_shardings=where)(old, *known)
+    def move_advantage(old: PyTree) -> PyTree:
+        return algorithm.estimator.follow(old, algorithm.estimator.init(n), jnp.asarray(places))
 
-    stored = {}
+    stored: dict[str, PyTree] = {}
     for name in ("replay", "queue"):
         holder = getattr(saved, name)
         if hasattr(holder, "groups"):
             stored[name] = _stored(setup, name, holder, new_rows, say)
     return dataclasses.replace(
         saved,
-        selector=moved(algorithm.selector, saved.selector, shardings.selector, setup.columns),
-        advantage=moved(algorithm.estimator, saved.advantage, shardings.advantage),
+        selector=jax.jit(move_selector, out_shardings=shardings.selector)(saved.selector, setup.columns),
+        advantage=jax.jit(move_advantage, out_shardings=shardings.advantage)(saved.advantage),
         **stored,
     )
 
 
-def _stored(setup: Setup, name: str, holder: Any, new_rows: Int[np.ndarray, "M"], say: Callable[[str], None]) -> Any:
-    """A ring or queue whose groups have their prompts' new rows and padded length.
+def _stored(
+    setup: Setup, name: str, holder: _Holder, new_rows: Int[np.ndarray, "M"], say: Callable[[str], None]
+) -> _Holder:
+    """A buffer or queue whose groups have their prompts' new rows and padded length.
 
     Groups whose prompt is gone, or no longer consists of the same tokens, are dropped.
     """
-    prompts = processes.to_host(holder.groups.prompts)
+    in_queue = name == "queue"
     there = processes.to_host(holder.groups.step) >= 0
-    if name == "queue":
+    if in_queue:
         there &= np.arange(len(there)) < int(processes.to_host(holder.held))
+    rows, tokens = _rows_that_follow(setup, processes.to_host(holder.groups.prompts), there, new_rows, in_queue)
+    kept = rows >= 0
+    order = np.argsort(~kept, kind="stable") if in_queue else np.arange(len(rows))
+    say(
+        f"{'waiting' if in_queue else 'stored'} groups: {kept.sum()} follow their prompts, "
+        f"{there.sum() - kept.sum()} are dropped, as their prompts are gone"
+    )
+
+    def move(
+        old: _Holder, ids: Int[Array, "C"], tokens: Int[Array, "C P"], kept: Bool[Array, "C"], order: Int[Array, "C"]
+    ) -> _Holder:
+        groups = _with_tokens(old, tokens).groups
+        groups = keep(dataclasses.replace(groups, prompts=dataclasses.replace(groups.prompts, ids=ids)), kept)
+        groups = take(dataclasses.replace(groups, step=jnp.where(kept, groups.step, -1)), order)
+        new = dataclasses.replace(old, groups=groups)
+        return dataclasses.replace(new, held=kept.sum(dtype=jnp.int32)) if in_queue else new
+
+    program = jax.jit(move, out_shardings=getattr(setup.shardings, name))
+    return program(holder, np.maximum(rows, 0).astype(np.int32), tokens, kept, order)
+
+
+def _rows_that_follow(
+    setup: Setup, prompts: Prompts, there: Bool[np.ndarray, "C"], new_rows: Int[np.ndarray, "M"], once: bool
+) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "C P"]]:
+    """The new row of each stored group's prompt, -1 = the group is dropped, and the prompts' tokens.
+
+    Args:
+      prompts: the groups' prompts, on the host.
+      there: which groups are stored.
+      once: whether a prompt may have one group at most.
+    """
     rows = np.where(there, new_rows[np.clip(prompts.ids, 0, len(new_rows) - 1)], -1)
-    train, width = setup.task.train, setup.task.train.tokens.shape[1]
-    tokens = np.full((len(rows), width), setup.task.tokenizer.pad_token_id, np.int32)
+    train = setup.task.train
+    tokens = np.full((len(rows), train.tokens.shape[1]), setup.task.tokenizer.pad_token_id, np.int32)
     for i, row in enumerate(rows):
         if row < 0:
             continue
         length = int(train.lengths[row])
         tokens[i] = train.tokens[row]
-        seen = name == "queue" and row in rows[:i]
+        seen = once and row in rows[:i]
         if seen or length != prompts.lengths[i] or (tokens[i, :length] != prompts.tokens[i, :length]).any():
             rows[i] = -1
-    kept = rows >= 0
-    order = np.argsort(~kept, kind="stable") if name == "queue" else np.arange(len(rows))
-    say(
-        f"{'waiting' if name == 'queue' else 'stored'} groups: {kept.sum()} follow their prompts, "
-        f"{there.sum() - kept.sum()} are dropped, as their prompts are gone"
-    )
-
-    def move(old: Any, ids: Any, tokens: Any, kept: Any, order: Any) -> Any:
-        groups = _with_tokens(old, tokens).groups
-        groups = keep(dataclasses.replace(groups, prompts=dataclasses.replace(groups.prompts, ids=ids)), kept)
-        groups = take(dataclasses.replace(groups, step=jnp.where(kept, groups.step, -1)), order)
-        new = dataclasses.replace(old, groups=groups)
-        return dataclasses.replace(new, held=kept.sum(dtype=jnp.int32)) if name == "queue" else new
-
-    program = jax.jit(move, out_shardings=getattr(setup.shardings, name))
-    return program(holder, np.maximum(rows, 0).astype(np.int32), tokens, kept, order)
+    return rows, tokens

@@ -19,7 +19,7 @@ MOVED = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/private
         ("jax._src.clusters", "ClusterEnv.opt_in_only_method"),
         ("jax._src.clusters", "ClusterEnv.is_env_present"),
         ("jax._src.clusters", "ClusterEnv.get_process_count"),
-        ("jax._src.distributed", "global_state.client"),
+        ("orbax.checkpoint.multihost", "get_jax_distributed_client"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.wait_at_barrier"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_set"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_dir_get"),
@@ -40,7 +40,8 @@ def test_a_single_machine_is_not_a_cluster_and_has_no_coordination_service(monke
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "JOBSET_NAME", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)
     assert private.cluster_processes() == 1
-    assert private.coordination_client() is None
+    with pytest.raises(ValueError, match="initialize"):
+        private.coordination_client()
 
 
 def test_only_one_file_names_private_modules():

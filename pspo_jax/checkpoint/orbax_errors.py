@@ -1,0 +1,54 @@
+"""What Orbax and TensorStore raise: errors of damaged files, of a disk, and all others."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+from pspo_jax.checkpoint import damage
+from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.system.storage import StorageError, os_reason
+
+RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
+"""Types that Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
+_DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
+"""How TensorStore's messages begin where it cannot decode the bytes that it read."""
+
+
+def silence_orbax() -> None:
+    """Keep Orbax from printing errors of its threads: they reach the caller too.
+
+    TensorStore also answers event loops that Orbax has closed after a first error. The RuntimeError that this raises
+    reaches the hook set here, or `sys.excepthook`, which `command_line.run` sets.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def without_late_answers(event: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            before(event)
+
+    sys.unraisablehook = without_late_answers
+
+
+def judged(error: Exception, path: Path) -> Exception:
+    """The error to raise in place of Orbax's.
+
+    It is a DamageError if files are damaged, a StorageError if the disk is the reason, and else the error itself.
+    """
+    reason, certain = damage.complaint(path)
+    if reason is not None:
+        return DamageError(reason)
+    if os_reason(error) is not None:
+        return StorageError(f"{path}: cannot be read now ({os_reason(error)}); it is left as it is")
+    last: BaseException = error
+    while last.__cause__ is not None:
+        last = last.__cause__
+    if not certain and (isinstance(last, FileNotFoundError) or _DECODING.search(str(last))):
+        return DamageError(" ".join(str(last).split())[:200])
+    return error
