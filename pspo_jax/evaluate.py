@@ -1,12 +1,13 @@
-"""Entry point: benchmark tables over the checkpoints of a run, or of a Hugging Face checkpoint.
+"""Entry point of evaluation: benchmark tables for the checkpoints of a run, or for a Hugging Face checkpoint.
 
     python -m pspo_jax.evaluate --run RUN [--steps all]
     python -m pspo_jax.evaluate --run RUN --benchmarks math500,mine --data mine=FILE [--task.answer_column NAME]
     python -m pspo_jax.evaluate --model FOLDER_OR_HUB_ID --out DIR
 
-It writes one JSONL file per checkpoint and benchmark, results.json, table.md and curve.png. After a kill the same
-command carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. It uses the devices that
-are there, whatever the run was trained on; several processes, started as in training, share the work.
+It writes one JSONL file for each checkpoint and benchmark, results.json, table.md and, with matplotlib, curve.png.
+After a kill the same command carries on. Fields of the config (`--prompt.template`, `--mesh.fsdp`, ...) may follow. It
+uses the devices of this machine, whatever the run was trained on; several processes, started as in training, share the
+work.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def main(argv: Sequence[str]) -> int:
     with verifiers(config) as pool:
         processes.initialize(config)
         progress = Progress(processes.is_primary(), quiet=not processes.is_primary())
-        interrupted = f"interrupted; what is done is in {out}, and the same command carries on"
+        interrupted = f"interrupted; finished results are in {out}, and the same command carries on"
         try:
             with stop_requests() as stop, processes.fail_together():
                 if args.model:
                     config = with_date(config, out / "settings.json")
                 try:
                     return evaluate_checkpoints(args, config, names, data, steps, out, progress, stop, pool)
-                except StoppedError:  # on all processes at once
+                except StoppedError:  # all processes raise it together
                     progress.say(interrupted)
                     return 130
         except KeyboardInterrupt:
@@ -57,19 +58,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The evaluation's own arguments, and the words of the command line that are left."""
     parser = command_line.Parser(
         prog="python -m pspo_jax.evaluate",
         description="Evaluate checkpoints on benchmarks. Fields of the config, such as --prompt.template, may follow.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", metavar="RUN", type=Path, help="run folder, as run.dir in training")
-    what.add_argument("--model", metavar="SOURCE", help="folder in Hugging Face's format, or hub id")
-    parser.add_argument("--steps", default="all", help="of a run: all (default), latest, best, or some: 50,100")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="RUN", type=Path, help="run folder, as run.dir in training")
+    source.add_argument("--model", metavar="SOURCE", help="folder in Hugging Face's format, or hub id")
+    parser.add_argument("--steps", default="all", help="all (default), latest, best, or steps such as 50,100")
     parser.add_argument(
         "--benchmarks",
         help=(
-            f"some of {','.join(NAMES)}, or of --data; default: those of --data, else {HELDOUT} for a run (its own "
-            f"held-out prompts) and {','.join(FIVE)} for a model"
+            f"benchmarks, separated by commas: {','.join(NAMES)}, or names from --data. Default: those of --data, "
+            f"else {HELDOUT} (the run's held-out prompts) for a run and {','.join(FIVE)} for a model"
         ),
     )
     parser.add_argument(
@@ -77,19 +79,23 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="NAME=DATA",
         action="append",
         default=[],
-        help="a benchmark's file or hub id; a name of your own must stand in --benchmarks too",
+        help="file or hub id of a benchmark; --benchmarks must list a name of your own too",
     )
-    parser.add_argument("--samples", type=int, default=1, help="completions a problem, n (default 1)")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 = greedy (default 0.6)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the run's; 4096 for a model. Papers take 32768")
-    parser.add_argument("--limit", type=int, default=0, help="only the first problems of each benchmark; 0 = all")
+    parser.add_argument("--samples", type=int, default=1, help="completions for each problem, n (default 1)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 = greedy (default 0.6)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="probability of nucleus sampling (default 0.95)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="tokens (default: the run's, or 4096); papers take 32768",
+    )
+    parser.add_argument("--limit", type=int, default=0, help="first problems of each benchmark; 0 = all")
     parser.add_argument(
         "--batch", type=int, default=8, help="problems sampled at a time (default 8), rounded up for the devices"
     )
-    parser.add_argument("--k", default="1", help="k of pass@k and maj@k, such as 1,8 (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: RUN/evaluation")
+    parser.add_argument("--k", default="1", help="values of k for pass@k and maj@k, such as 1,8 (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the results (default: RUN/evaluation)")
     args, rest = parser.parse_known_args(argv)
     for name in ("samples", "batch"):
         if getattr(args, name) < 1:
@@ -99,11 +105,11 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not 0 <= args.seed < 2**31:
         raise ConfigError(f"--seed {args.seed}: must be from 0 to {2**31 - 1}")
     if not 0 < args.top_p <= 1 or not 0 <= args.temperature < float("inf"):
-        raise ConfigError(f"--temperature {args.temperature} --top-p {args.top_p}: needs T >= 0 and 0 < p <= 1")
+        raise ConfigError(f"--temperature {args.temperature} --top-p {args.top_p}: must be >= 0, and within (0, 1]")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if args.model and args.out is None:
-        raise ConfigError("--out: --model needs a folder for its results")
+        raise ConfigError("--out: is missing; name a folder for the results of --model")
     try:
         args.k = sorted({int(k) for k in args.k.split(",")})
     except ValueError as error:
@@ -114,12 +120,12 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]) -> Config:
-    """The run's config, or one for a model, with what this evaluation changes."""
+    """The config of the run, or of the model, with the fields that this evaluation changes."""
     if args.run is not None:
         config = read_config(args.run, overrides, prog="evaluate")
         longest = args.max_new_tokens or config.rollout.max_new_tokens
     else:
-        # The task reads a set of one's own, if there is one, and is else one that needs no data.
+        # The task reads the user's own benchmark if there is one; else it is a task that needs no data.
         own = next((where for name, where in data.items() if name not in NAMES), None)
         task = ["--task.name=countdown"] if own is None else ["--task.name=math", f"--task.train_data={own}"]
         config = command_line.parse(
@@ -142,16 +148,17 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
             "loss.minibatches": 1,
             "sft.steps": 0,
             "reward.terms": "accuracy",
-            "reward.require_end": False,  # as lighteval: what was written counts
+            "reward.require_end": False,  # as in lighteval: an answer counts in a cut-off completion too
         },
     )
 
 
 def _benchmarks(args: argparse.Namespace, config: Config, data: dict[str, str]) -> list[str]:
+    """Names of the benchmarks to run."""
     if uses_char_tokenizer(config):
         wanted = args.benchmarks or config.task.name
         if wanted not in (config.task.name, HELDOUT):
-            raise ConfigError(f"--benchmarks {wanted}: this policy speaks the alphabet of {config.task.name} alone")
+            raise ConfigError(f"--benchmarks {wanted}: this model knows {config.task.name} alone; name it")
         return [config.task.name]
     usual = list(data) or ([HELDOUT] if args.run is not None else list(FIVE))
     names = list(dict.fromkeys(args.benchmarks.split(","))) if args.benchmarks else usual
@@ -169,7 +176,7 @@ def _benchmarks(args: argparse.Namespace, config: Config, data: dict[str, str]) 
 
 
 def _steps(args: argparse.Namespace) -> list[int]:
-    """Checkpoints of the run that --steps means."""
+    """The steps of the checkpoints that --steps names."""
     if args.run is None:
         return []
     wanted = args.steps.split(",") if args.steps[:1].isdecimal() else [args.steps]
@@ -177,7 +184,7 @@ def _steps(args: argparse.Namespace) -> list[int]:
 
 
 def _data(args: argparse.Namespace) -> dict[str, str]:
-    """Benchmark -> its data. A name of one's own must be one of --benchmarks, so that a misspelt one is found out."""
+    """Benchmark -> its data. --benchmarks must list names that are not built in, so that a misspelt one is refused."""
     wanted = (args.benchmarks or "").split(",")
     out = {}
     for item in args.data:

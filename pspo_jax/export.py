@@ -1,7 +1,7 @@
-"""`python -m pspo_jax.export --run RUN --out DIR [--step N|latest|best|all] [--adapter-only]`: a run -> a checkpoint.
+"""Entry point of export: `python -m pspo_jax.export --run RUN --out DIR [--step N|latest|best|all] [--adapter-only]`.
 
-The folder holds safetensors, config, tokenizer, generation config and a model card. It is made on the CPU, so that it
-can run beside a training job, and appears when it is whole.
+It writes a run as a Hugging Face checkpoint: safetensors, config, tokenizer, generation config and a model card. It
+computes on the CPU, so that it can run beside a training job, and the folder appears when it is complete.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from pspo_jax.commands.export import copy_finished_model, exporter, push
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.model.huggingface.save import (
-    write_folder,
-)
+from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.runs.access import choose_steps, read_config
 
 
@@ -29,14 +27,14 @@ def main(argv: Sequence[str]) -> int:
     if args.base is not None:
         if config.model.source is None:
             raise ConfigError(
-                f"--base {args.base}: this run began from random weights (model.source=None); leave it out"
+                f"--base {args.base}: this run started from random weights (model.source=None); leave it out"
             )
         config = replace(config, {"model.source": args.base})
     if copy_finished_model(args):
         return 0
     steps = choose_steps(args.run, args.step)
     if args.push_to and len(steps) > 1:
-        raise ConfigError("--push-to: one checkpoint at a time; choose a --step")
+        raise ConfigError(f"--push-to {args.push_to}: uploads one checkpoint at a time; choose a --step")
     if args.out.exists():
         raise ConfigError(f"--out {args.out}: exists already; name a new folder")
     write = exporter(config, args.run, args.dtype, args.adapter_only)
@@ -55,15 +53,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--run", metavar="RUN", type=Path, required=True, help="run folder, as run.dir in training")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="new folder; of folders, with --step all"
+        "--out", metavar="DIR", type=Path, required=True, help="new folder; with --step all, a folder of folders"
     )
     parser.add_argument("--step", metavar="N", default="latest", help="a step, latest (default), best or all")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: each tensor's in the source"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="type of the weights (default: the source's)",
     )
-    parser.add_argument("--adapter-only", action="store_true", help="adapters in PEFT's layout, not merged")
-    parser.add_argument("--base", metavar="SOURCE", help="where the run's model.source is now, if it has moved")
-    parser.add_argument("--push-to", metavar="ID", help="upload to this repository of the hub as well")
+    parser.add_argument("--adapter-only", action="store_true", help="write adapters in PEFT's layout, not merged")
+    parser.add_argument("--base", metavar="SOURCE", help="new place of the run's model.source, if it has moved")
+    parser.add_argument("--push-to", metavar="ID", help="hub repository to upload to as well")
     return parser.parse_args(argv)
 
 

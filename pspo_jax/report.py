@@ -1,8 +1,7 @@
-"""`python -m pspo_jax.report RUN [RUN ...] [--out FILE]`: run folders -> one self-contained HTML page.
+"""Entry point of reports: `python -m pspo_jax.report RUN [RUN ...] [--out FILE]` writes one self-contained HTML page.
 
-The page needs no server, no network and nothing installed where it is read, so it can be mailed or archived.
-A run that is still going can be reported too; the page then says so. `--prompts` writes what a run has made of each
-prompt instead.
+The page needs no server and no network, so it can be mailed or archived. A run that has not ended can be reported too;
+the page then says so. `--prompts` writes a table of each run's prompts instead.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="write a table of each run's prompts to its prompts.parquet and prompts.html: visits, success, priority",
     )
-    parser.add_argument("--step", default="latest", help="with --prompts: a step, latest (default) or best")
+    parser.add_argument("--step", default="latest", help="checkpoint for --prompts: a step, latest (default) or best")
     args = parser.parse_args(argv)
-    # A report is made beside a training job, whose accelerators are not to be touched.
+    # A training job may be running beside the report; its accelerators must not be touched.
     jax.config.update("jax_platforms", "cpu")
     if args.prompts:
         from pspo_jax.training.prompt_table import write_prompts
 
         if args.out is not None:
-            raise ConfigError(f"--out {args.out}: --prompts writes to the run's folder; drop it")
+            raise ConfigError(f"--out {args.out}: --prompts writes to the run's folder; drop --out")
         for run_folder in args.runs:
             print(*write_prompts(run_folder, args.step), sep="\n")
         return 0

@@ -1,21 +1,21 @@
-"""Entry point: supervised fine-tuning alone.
+"""Entry point of supervised fine-tuning without RL.
 
     python -m pspo_jax.sft --model.source Qwen/Qwen2.5-0.5B --sft.data examples.jsonl --run.dir runs/sft
     python -m pspo_jax.sft --run.dir runs/sft
 
-The first trains a language model on lines {"prompt": ..., "completion": ...} or {"messages": [...]}; it needs no other
-data. The second trains the embedded policy on demonstrations of its task. Without sft.steps a language model goes
-through the file three times. What was learnt is left in <run.dir>/cold_start, where `python -m pspo_jax.train` with the
-same settings, in the same or a sibling folder, finds it. A language model is also written to <run.dir>/model, a folder
-in Hugging Face's format, which model.source takes and `python -m pspo_jax.export` copies.
+The first command trains a language model on lines {"prompt": ..., "completion": ...} or {"messages": [...]}; it needs
+no other data. The second trains the embedded model on demonstrations of its task. If sft.steps is not set, a language
+model passes through the file three times. The weights are written to <run.dir>/cold_start, where
+`python -m pspo_jax.train` with the same settings, in the same or a sibling folder, finds them. A language model is also
+written to <run.dir>/model, a folder in Hugging Face's format that model.source accepts and `python -m pspo_jax.export`
+copies.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import yaml
@@ -23,7 +23,7 @@ import yaml
 from pspo_jax.commands.sft import prepare_supervised, write_supervised
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import uses_char_tokenizer
-from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.fields import ConfigError, Value
 from pspo_jax.config.schema import Config
 from pspo_jax.data.demonstrations import read_text
 from pspo_jax.data.task import json_lines
@@ -34,14 +34,16 @@ from pspo_jax.system.progress import Progress
 from pspo_jax.training.setup import first_params, started
 
 PROG = "python -m pspo_jax.sft"
-DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
+DESCRIPTION = "Supervised fine-tuning of a model on demonstrations."
 EPOCHS = 3
+"""Passes through the file if sft.steps is not set."""
 _NO_DATA = "sft.data=None: a language model needs demonstrations; name a JSONL file"
-TEXT_DEFAULTS: dict[str, Any] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10}
-"""What fields of `sft` are at most for a language model if they are not set: a file of few lines lowers batch and
-warm-up. Steps that are not set follow from the file's lines."""
+MOST_BATCH, MOST_WARMUP = 16, 10
+TEXT_DEFAULTS: dict[str, Value] = {"batch": MOST_BATCH, "learning_rate": 1e-5, "warmup": MOST_WARMUP}
+"""Fields of `sft` for a language model, where the user does not set them; a file of few lines lowers batch and warm-up.
+The number of steps follows from the number of lines."""
 _UNSET = 2**30
-"""Steps that nobody sets."""
+"""Value of sft.steps that stands for "not set"; no user asks for as many steps."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,32 +53,34 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if config.run.start_over:
         raise ConfigError(
-            "run.start_over=true: is for pspo_jax.train; drop it, as a cold start of other settings is set aside anyway"
+            "run.start_over=true: applies to pspo_jax.train only; drop it, as a cold start with other settings is set "
+            "aside anyway"
         )
     folder = open_folder(config.run.dir)
-    with started(config, folder) as (pool, asked):
+    with started(config, folder) as (pool, stop_requested):
         config = with_date(config, folder / "config.yaml")
         progress = Progress(config.log.progress and processes.is_primary(), quiet=not processes.is_primary())
         setup = prepare_supervised(config, pool, progress)
         with jax.set_mesh(setup.mesh):
-            first = first_params(setup, folder, progress, lambda: processes.any_process(asked()))
+            first = first_params(setup, folder, progress, lambda: processes.any_process(stop_requested()))
             return 0 if first.params is None else write_supervised(setup, first, folder, progress)
 
 
 def read_config(argv: Sequence[str]) -> Config:
-    """The config of a command line. A policy of text that is to learn from sft.data needs no task.
+    """The config of a command line. A language model that learns from sft.data needs no task.
 
     Raises:
-      ConfigError: as `command_line.parse`, or there is nothing to learn from.
+      ConfigError: a field is invalid, as in `command_line.parse`, or there are no demonstrations.
     """
+    command_line.show_help(argv, PROG, DESCRIPTION)
     typed = {word.partition("=")[0] for word in argv}
-    if typed & {"--model.source", "--model.tokenizer"} and not typed & {"--sft.data", "--config", "-h", "--help"}:
+    if typed & {"--model.source", "--model.tokenizer"} and not typed & {"--sft.data", "--config"}:
         raise ConfigError(_NO_DATA)
     try:
         config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS | {"steps": _UNSET, "warmup": 0}}, argv)
     except ConfigError as error:
         try:
-            config = command_line.parse(argv, PROG, DESCRIPTION)  # fields of another task that has its own alphabet
+            config = command_line.parse(argv, PROG, DESCRIPTION)  # fields of a character task
         except ConfigError:
             raise error from None
     if uses_char_tokenizer(config):
@@ -85,25 +89,26 @@ def read_config(argv: Sequence[str]) -> Config:
         raise ConfigError(_NO_DATA)
     lines = len(json_lines(read_text(Path(config.sft.data))))
     if not lines:
-        raise ConfigError(f"sft.data={config.sft.data}: holds no rows; name another")
+        raise ConfigError(f"sft.data={config.sft.data}: contains no rows; name another file")
     batch = min(config.sft.batch, lines)
     steps = -(-EPOCHS * lines // batch) if config.sft.steps == _UNSET else config.sft.steps
-    few = {"batch": min(TEXT_DEFAULTS["batch"], lines), "warmup": min(TEXT_DEFAULTS["warmup"], steps // 10)}
+    few = {"batch": min(MOST_BATCH, lines), "warmup": min(MOST_WARMUP, steps // 10)}
     defaults = TEXT_DEFAULTS | few | {"steps": steps}
     return _checked(_parse({"task": {"name": "countdown"}, "sft": defaults}, argv))
 
 
 def _checked(config: Config) -> Config:
+    """The config, if it has steps to train."""
     if not config.sft.steps:
-        raise ConfigError("sft.steps=0: there is nothing to train; raise it")
+        raise ConfigError("sft.steps=0: leaves nothing to train; raise it")
     return config
 
 
-def _parse(defaults: dict[str, Any], argv: Sequence[str]) -> Config:
-    """`command_line.parse` with a file of defaults before all others."""
+def _parse(defaults: Mapping[str, Mapping[str, Value]], argv: Sequence[str]) -> Config:
+    """`command_line.parse` with a file of defaults, stage -> field -> value, before all other files."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defaults.yaml"
-        path.write_text(yaml.safe_dump(defaults))
+        path.write_text(yaml.safe_dump({stage: dict(values) for stage, values in defaults.items()}))
         return command_line.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
 
 

@@ -1,6 +1,6 @@
-"""Our parts of bench_accelerator.py: each runs in a process of its own and prints lines of JSON as it measures.
+"""This package's parts of bench_accelerator.py. Each runs in its own process and prints lines of JSON as it measures.
 
-A line carries what the work is in products and bytes; the parent, which knows the ceilings, makes shares of it.
+A line holds the work in products and bytes; the parent process knows the ceilings and derives shares from it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OURS = "pspo_jax"
 
 @dataclass(frozen=True)
 class Job:
-    """What every part is asked to do, as its process receives it."""
+    """The settings of a part, as its process receives them."""
 
     work: Work
     """Rollouts and whole steps."""
@@ -58,10 +58,11 @@ class Job:
         return Job(**{**found, **works})
 
     def left(self) -> float:
+        """Seconds until the time limit."""
         return self.limit - (time.perf_counter() - BEGAN)
 
     def ours(self) -> str:
-        """Our name, with the fields that were set."""
+        """This package's name in the results, with the fields that were set."""
         return OURS + "".join(f", {k}={v}" for k, v in self.fields.items())
 
 
@@ -70,7 +71,8 @@ def named(work: Work) -> str:
 
 
 def emit(case: str, contender: str, seconds: list[float], about: dict[str, Any], note: str = "", **more: Any) -> None:
-    """A line of JSON. `more`: "values", numbers to show; "work", products and bytes; "first", the first call."""
+    """Print a line of JSON. `more` holds "values" (numbers to show), "work" (products and bytes) or "first" (seconds of
+    the first call)."""
     first = more.pop("first", None)
     middle = statistics.median(seconds)
     line = {
@@ -90,9 +92,9 @@ def emit(case: str, contender: str, seconds: list[float], about: dict[str, Any],
 
 
 def repeat(job: Job, call: Callable[[], dict[str, float]]) -> tuple[float, list[dict[str, float]]]:
-    """Seconds from the start of the process to the end of the first call, and the calls after it.
+    """Seconds from the start of the process to the end of the first call, and of each later call.
 
-    Fewer than were asked for, if the time limit is near; at least one.
+    Near the time limit there are fewer calls than requested, but at least one.
     """
     call()
     first = time.perf_counter() - BEGAN
@@ -124,7 +126,7 @@ def jax_about() -> dict[str, Any]:
 
 
 def peak_mib() -> dict[str, float]:
-    """The most memory that arrays and temporaries have taken on the device, where its driver tells."""
+    """The largest memory of arrays and temporaries on the device, in MiB, if its driver reports it."""
     import jax
 
     stats = jax.devices()[0].memory_stats() or {}
@@ -132,7 +134,7 @@ def peak_mib() -> dict[str, float]:
 
 
 def check_platform(job: Job) -> None:
-    """Without a GPU, JAX takes the CPU, which would not end."""
+    """Exit unless there is a GPU: JAX would fall back to the CPU, which would take too long."""
     import jax
 
     if jax.default_backend() != job.platform:
@@ -140,16 +142,17 @@ def check_platform(job: Job) -> None:
 
 
 def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
-    """Config and policy; as entry points do it, the compiler's flags are set before JAX touches the device.
+    """Config and model. The compiler's flags are set before JAX touches the device, as in the entry points.
 
-    model.attention is what was found right here.
+    model.attention is the kernel that passed the check on this machine.
     """
-    from pspo_jax.config import schema
+    from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
+    from pspo_jax.config.schema import Config
     from pspo_jax.distributed import xla_flags
 
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
-    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+    fields = {f"model.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "pspo",
         "model.tied": True,
         "model.qkv_bias": True,
@@ -162,7 +165,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
         "loss.microbatch_rows": work.microbatch_rows,
         "optimizer.learning_rate": 1e-6,
     }
-    settings = resolve(schema.replace(schema.Config(), fields | job.fields))
+    settings = resolve(replace(Config(), fields | job.fields))
     xla_flags.apply(settings)
     import jax
 
@@ -188,7 +191,7 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
         say=lambda s: print(s, file=sys.stderr),
         share_prompts=settings.loss.share_prompts,
     )
-    return schema.replace(settings, {"model.attention": a.attention}), transformer(a)
+    return replace(settings, {"model.attention": a.attention}), transformer(a)
 
 
 def our_sampler(settings: Config, model: Model, work: Work, platform: str) -> Callable[..., Rollouts]:
@@ -200,7 +203,7 @@ def our_sampler(settings: Config, model: Model, work: Work, platform: str) -> Ca
 
 
 def our_training(settings: Config, model: Model, num_prompts: int, prompt_tokens: int) -> tuple[Any, Any, Any]:
-    """Algorithm, first state and step; nothing but the state holds its arrays, which the step donates."""
+    """Algorithm, first state and step. Only the state holds its arrays, since the step donates them."""
     import jax
 
     from pspo_jax.training.algorithm import build
@@ -230,7 +233,8 @@ def check(tokens: int, work: Work) -> None:
 
 
 def serve_ceilings(job: Job) -> None:
-    """Products in bfloat16, and reading an array: several calls in flight, so that launching them costs nothing."""
+    """Measure bfloat16 products and the reading of an array. Several calls are in flight, so that launching them costs
+    nothing."""
     import jax
     import jax.numpy as jnp
 
@@ -258,12 +262,12 @@ def serve_ceilings(job: Job) -> None:
 
 
 def low_limit(work: Work) -> int:
-    """The shorter of the two lengths that a token's step is the slope between."""
+    """The shorter of the two lengths whose difference gives the time of a token's step."""
     return max(1, work.new_tokens // 8)
 
 
 def decode_work(work: Work, low: int, high: int) -> dict[str, float]:
-    """Of a token of all rows, between two lengths."""
+    """Products and bytes of one token of all rows, on average between two lengths."""
     own, width = (low + high) / 2, 2 if work.dtype == "bfloat16" else 4
     return {
         "flops": decode_flops(work.shape, work.rows, work.prompt_tokens + own),
@@ -307,7 +311,7 @@ def serve_decode(job: Job) -> None:
 
 
 def serve_step(job: Job) -> None:
-    """Whole steps of PSPO: choice of prompts and rollout, a reward on the host, update."""
+    """Measure whole PSPO steps: choice of prompts and rollout, a reward on the host, update."""
     work = job.work
     settings, model = our_setup(job, work)
     import jax
@@ -362,7 +366,7 @@ def train_work(work: Work) -> dict[str, float]:
 
 
 def full_rollouts(work: Work) -> Rollouts:
-    """Completions that are as long as they may be, drawn by nobody."""
+    """Completions of the largest length, made without sampling."""
     import jax
     import jax.numpy as jnp
 
@@ -407,7 +411,9 @@ def serve_train(job: Job) -> None:
 
 
 def serve_gap(job: Job) -> None:
-    """|log-prob of the sampler - log-prob of the trainer| of the tokens drawn, and the seconds of the trainer's."""
+    """Measure
+    log-prob of the sampler - log-prob of the trainer
+    of the sampled tokens, and the seconds that the trainer takes."""
     work = job.gap
     settings, model = our_setup(job, work)
     import jax

@@ -1,4 +1,4 @@
-"""The PyTorch parts of bench_accelerator.py, for an interpreter that may lack JAX."""
+"""The PyTorch parts of bench_accelerator.py, which run in an interpreter that may lack JAX."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def torch_peak() -> dict[str, float]:
 
 
 def qwen(work: Work, dtype: str) -> Any:
-    """A transformers model of the same shape, random weights, made on the device."""
+    """A transformers model of the same shape with random weights, made on the device."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -58,7 +58,7 @@ def synchronise() -> None:
 
 
 def serve_generate(job: Job) -> None:
-    """`generate` at the same work; as many of the new tokens as half of its time limit has room for."""
+    """Measure `generate` at the same work, with as many of the new tokens as fit into half of its time limit."""
     import torch
     from transformers import GenerationConfig
 
@@ -83,7 +83,7 @@ def serve_generate(job: Job) -> None:
     timed(low)
     first = time.perf_counter() - BEGAN
     short = timed(low)
-    # Prompts included, so this guesses too high, and the time limit holds.
+    # This estimate includes the prompts and is therefore too high, so that the time limit holds.
     room = int(job.left() / 2 / max(short / low, 1e-6))
     high = max(low + 1, min(work.new_tokens, room))
     long = timed(high)
@@ -96,7 +96,7 @@ def serve_generate(job: Job) -> None:
 
 
 def serve_autocast(job: Job) -> None:
-    """A policy-gradient step of the same rows: autocast over float32 weights, checkpointed blocks, fused AdamW."""
+    """Measure a policy-gradient step of these rows: autocast over float32 weights, checkpointed blocks, fused AdamW."""
     import torch
 
     work, device = job.train, torch_device()

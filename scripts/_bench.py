@@ -1,10 +1,9 @@
-"""What the benchmarks share: model shapes, worker processes, the quiet gate, and lines of JSON.
+"""The parts that all benchmarks share: model shapes, worker processes, waiting for a quiet machine, lines of JSON.
 
-A contender lives in a process of its own, run by the interpreter that has its packages. It does its first
-call (imports, compilation, warm-up), then sleeps on stdin; each request makes it do a number of timed calls.
-The parent asks one contender at a time, in turns, and only while the machine is quiet. This file and the top
-level of the scripts that use it need the standard library alone, because each interpreter lacks the other's
-packages.
+A contender runs in its own process, under the interpreter that has its packages. It makes its first call (imports,
+compilation, warm-up) and then sleeps on stdin; each request makes it run a number of timed calls. The parent asks one
+contender at a time, in turns, and only while the machine is quiet. This file and the top level of the scripts that use
+it need only the standard library, because each interpreter lacks the other's packages.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender is asked to do, as its worker receives it."""
+    """The work of a contender, as its worker receives it."""
 
     shape: Shape
     dtype: str
@@ -82,13 +81,13 @@ class Work:
 
 
 def prompt_ids(work: Work) -> list[list[int]]:
-    """Prompts that are the same for every contender: any ids will do, they cost the same."""
+    """The prompts of every contender; their ids are arbitrary, as they do not change the cost."""
     v, n = work.shape.vocab, work.prompt_tokens
     return [[(7919 * (b * n + i) + 13) % v for i in range(n)] for b in range(work.prompts)]
 
 
 def transformers_fields(work: Work) -> dict[str, Any]:
-    """The shape as a config of transformers takes it, for Llama and Qwen2 alike; no id ends a row."""
+    """Fields of a transformers config with this shape, for Llama and Qwen2 alike; no id ends a row."""
     s = work.shape
     return {
         "vocab_size": s.vocab,
@@ -110,7 +109,7 @@ def transformers_fields(work: Work) -> dict[str, Any]:
 
 
 class Channel:
-    """Requests on stdin, answers on stdout. Whatever else the process prints goes to stderr."""
+    """Requests on stdin, answers on stdout. All other output of the process goes to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
@@ -121,13 +120,14 @@ class Channel:
         self._out.flush()
 
     def wait(self) -> int:
-        """Sleep until a request arrives; the number of calls it wants, 0 = leave."""
+        """Sleep until a request arrives; returns the number of calls that it asks for, 0 = end."""
         line = sys.stdin.readline()
         return int(line) if line.strip() else 0
 
 
 def serve(channel: Channel, call: Callable[[], dict[str, float]], about: dict[str, Any]) -> None:
-    """First call, then as many as are asked for. `call` returns its own timings, "seconds" among them."""
+    """Make the first call, then the number of calls that each request asks for. `call` returns its own timings,
+    "seconds" among them."""
     call()
     channel.send(about=about)
     while count := channel.wait():
@@ -138,7 +138,7 @@ def serve(channel: Channel, call: Callable[[], dict[str, float]], about: dict[st
 
 
 def busy_seconds() -> float:
-    """CPU seconds that all processes have used since boot, time stolen by the host included."""
+    """CPU seconds that all processes have used since boot, including time that the host has stolen."""
     with open("/proc/stat") as f:
         user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
@@ -158,9 +158,9 @@ def peak_rss_mib(pid: int) -> float:
 
 
 def wait_quiet(patience: float) -> bool:
-    """Sleep until a half-second window is quiet; False after `patience` seconds without one.
+    """Sleep until the machine is quiet for half a second; False after `patience` seconds without such a window.
 
-    Our own workers sleep meanwhile, so a contender whose threads spin while idle is seen here as well.
+    Workers sleep meanwhile, so that a contender whose threads spin while idle is noticed as well.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -206,7 +206,7 @@ class Repetition:
 
 @dataclass
 class Contender:
-    """How to start a worker: the role its script knows, the interpreter, the work."""
+    """How to start a worker: its role in the script, its interpreter, and the work."""
 
     name: str
     role: str
@@ -229,7 +229,7 @@ class Result:
     peak_rss_mib: float = math.nan
 
     def used(self) -> list[Repetition]:
-        """The quiet repetitions; all of them if there was none."""
+        """The quiet repetitions, or all of them if none was quiet."""
         return [r for r in self.repetitions if r.quiet] or self.repetitions
 
     def median(self, key: str = "seconds") -> float:
@@ -301,7 +301,7 @@ class Worker:
 
 
 def missing(python: str, modules: Sequence[str]) -> list[str]:
-    """Which of the modules an interpreter cannot find."""
+    """Names of the modules that an interpreter cannot find."""
     code = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
     return subprocess.run([python, "-c", code, *modules], capture_output=True, text=True, check=True).stdout.split()
 
@@ -319,7 +319,7 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
             worker, result = _start(script, contender, options.patience)
             workers.append(worker)
             results.append(result)
-        # A second warm-up; it tells how many calls make a repetition long enough.
+        # A second warm-up, which shows how many calls make a repetition long enough.
         counts = [max(1, math.ceil(options.seconds / w.run(2).calls[-1]["seconds"])) for w in workers]
         for _ in range(2 * options.runs):
             for worker, result, count in zip(workers, results, counts, strict=True):
@@ -335,7 +335,7 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
 
 
 def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, Result]:
-    """Start a worker; one with a compilation cache twice, since the first start fills the cache."""
+    """Start a worker. A worker with a compilation cache is started twice, since the first start fills the cache."""
     wait_quiet(patience)
     worker = Worker(script, contender)
     cold, cached = worker.first_call, None
@@ -351,9 +351,9 @@ def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, 
 
 
 def options(description: str, peers: bool = True, tunix: bool = False) -> argparse.ArgumentParser:
-    """The options that the benchmarks have in common."""
+    """Parser of the options that the benchmarks have in common."""
     from pspo_jax.system.one_line_parser import (
-        OneLineParser,  # a peer's interpreter, which imports this file too, may not have it
+        OneLineParser,  # a peer's interpreter also imports this file and may lack it
     )
 
     parser = OneLineParser(description=description, allow_abbrev=False)
@@ -383,7 +383,7 @@ def chosen(value: str, every: Sequence[str]) -> list[str]:
 
 
 def lacks(name: str, python: str, modules: Sequence[str], option: str) -> bool:
-    """Whether an interpreter lacks a contender's packages; says so, since the contender is skipped then."""
+    """Whether an interpreter lacks a contender's packages; if so, it prints that the contender is skipped."""
     try:
         gone = missing(python, modules)
     except OSError as error:
@@ -397,8 +397,8 @@ def measurement(bench: str, case: str, result: Result, key: str = "seconds", **v
     """A line of JSON: one contender at one piece of work.
 
     Args:
-      key: which of a call's timings is the one to report.
-      values: numbers derived from the calls.
+    key: name of the call's timing to report.
+    values: numbers derived from the calls.
     """
     used = result.used()
     return {
@@ -421,7 +421,7 @@ def measurement(bench: str, case: str, result: Result, key: str = "seconds", **v
 
 
 def emit(lines: Sequence[dict[str, Any]], out: Path | None) -> None:
-    """Print measurements, a line each, and append them to a file as soon as they are there."""
+    """Print measurements, one a line, and append them to a file at once."""
     text = "".join(json.dumps(rounded(line)) + "\n" for line in lines)
     print(text, end="", flush=True)
     if out:
@@ -430,7 +430,7 @@ def emit(lines: Sequence[dict[str, Any]], out: Path | None) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six digits, for reading; NaN as null, which JSON has no word for."""
+    """Values with floats rounded to six digits and NaN as None, which JSON can hold."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -441,7 +441,7 @@ def rounded(value: Any) -> Any:
 
 
 def check_tokens(group: Sequence[Result], tokens: int) -> None:
-    """Every call must have drawn every token: a row that stops early would be counted as speed."""
+    """Check that every call has drawn every token; a row that stops early would look like speed."""
     for result in group:
         drawn = {call["tokens"] for repetition in result.repetitions for call in repetition.calls}
         if drawn != {tokens}:

@@ -109,10 +109,10 @@ _MESHES: tuple[Fields, ...] = (
 
 
 def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None]) -> Fields:
-    """A random configuration that the program accepts; the fields that it refuses are dropped.
+    """A random configuration that the program accepts; fields that it refuses are dropped.
 
     Args:
-      start: starts a configuration and returns the field that the program refuses then, or None.
+    start: starts a configuration and returns the field that the program then refuses, or None.
     """
     fields = {"algorithm.name": rng.choice(_ALGORITHMS)}
     fields |= {name: rng.choice(values) for name, values in _CHOICES.items() if rng.random() < 0.15}
@@ -128,10 +128,16 @@ def draw(rng: random.Random, world: Path, start: Callable[[Fields], str | None])
     return accepted(BASE | fields, world, start)
 
 
+def without_shape(fields: Fields) -> Fields:
+    """`fields` without a model's own, where its checkpoint has them."""
+    if "model.source" not in fields:
+        return fields
+    return {k: v for k, v in fields.items() if not k.startswith("model.") or k == "model.source"}
+
+
 def accepted(fields: Fields, world: Path, start: Callable[[Fields], str | None]) -> Fields:
     """`fields` without those that the program refuses in this combination."""
-    if "model.source" in fields:
-        fields = {k: v for k, v in fields.items() if not k.startswith("policy.") or k == "model.source"}
+    fields = without_shape(fields)
     while (named := _refused(flags(fields, world / "run")) or start(fields)) is not None:
         if named not in fields:
             raise ValueError(f"the program refuses {named}, which no choice set: {fields}")
@@ -140,7 +146,7 @@ def accepted(fields: Fields, world: Path, start: Callable[[Fields], str | None])
 
 
 def _refused(words: list[str]) -> str | None:
-    """Name of the field that the command line refuses; None = it accepts all."""
+    """Name of the field that the command line refuses; None = it accepts all fields."""
     try:
         command_line.parse(words, "chaos", "")
     except ConfigError as error:
@@ -149,18 +155,18 @@ def _refused(words: list[str]) -> str | None:
 
 
 def refused_field(message: str) -> str:
-    """The field that a message of the program begins with."""
+    """Name of the field with which a message of the program begins."""
     return message.partition("=")[0].strip()
 
 
 def flags(fields: Fields, folder: Path) -> list[str]:
-    """The command's flags."""
+    """Flags of the command."""
     values = {k: v for k, v in fields.items() if k not in ("devices", "distributed.processes")}
     return [word for k, v in (values | {"run.dir": folder}).items() for word in (f"--{k}", str(v))]
 
 
 def write_world(world: Path, say: Callable[[str], None] = print) -> None:
-    """The files that runs read: rows, a tokenizer of 16 characters and a checkpoint of random weights over it."""
+    """Write the files that runs read: rows, a tokenizer of 16 characters, and a checkpoint of random weights for it."""
     if (world / "ready").exists():
         return
     world.mkdir(parents=True, exist_ok=True)

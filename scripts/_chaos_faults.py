@@ -1,6 +1,6 @@
 """The faults of scripts/chaos.py. Each is a JSON object with a kind and all its random choices, so that it repeats.
 
-A fault function starts the command, strikes, and returns what became of it; what it says against the program is raised
+A fault function starts the command, applies the fault, and returns the outcome; it raises misbehaviour of the program
 as a `Finding`.
 """
 
@@ -27,7 +27,7 @@ Fault = dict[str, Any]
 
 
 class Finding(Exception):
-    """A trial in which the program did what it must not: lost, silent, traceback, hang, leftover or exit."""
+    """A trial in which the program misbehaved. Kinds: lost, silent, traceback, hang, leftover, exit."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(f"{kind}: {detail}")
@@ -36,7 +36,7 @@ class Finding(Exception):
 
 @dataclasses.dataclass
 class Trial:
-    """One run folder on its way through several faults."""
+    """One run folder, through several faults."""
 
     fields: Fields
     place: Path
@@ -53,12 +53,12 @@ class Trial:
         return self.place / "run"
 
     def start(self, extra: dict[str, str] | None = None) -> runs.Run:
-        """The same command once more."""
+        """Start the same command again."""
         self.starts += 1
         return runs.Run(self.fields, self.folder, self.world, self.place / f"output-{self.starts}.txt", extra)
 
     def end(self, run: runs.Run, allowed: set[int], limit: float = runs.LIMIT_SECONDS) -> int:
-        """Wait for the run's end; its exit code must be an allowed one, and its output must hold no traceback.
+        """Wait for the run's end. Its exit code must be permitted, and its output must hold no traceback.
 
         A run that has lost its only checkpoint, or its config, to an earlier fault may always be refused.
         """
@@ -89,7 +89,7 @@ def last_line(text: str) -> str:
 
 
 def kill(trial: Trial, fault: Fault) -> None:
-    """SIGKILL to all processes."""
+    """Send SIGKILL to all processes."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
     run.signal(signal.SIGKILL)
@@ -97,11 +97,11 @@ def kill(trial: Trial, fault: Fault) -> None:
 
 
 def ask_to_stop(trial: Trial, fault: Fault) -> None:
-    """SIGTERM or SIGINT to all processes: a clean end, with everything that was done saved."""
+    """Send SIGTERM or SIGINT to all processes; they must end in order, with all finished work saved."""
     run = trial.start()
     alive = runs.wait_for(run, trial.folder, fault["moment"])
     run.signal(fault["signal"])
-    # Before the program has taken the signals over they end it as they end any program.
+    # Until the program has installed its handlers, the signals end it like any program.
     trial.end(run, {0, -fault["signal"], 130, 143} if alive else {0})
     text = run.text()
     if "stopped after step" in text:
@@ -111,7 +111,7 @@ def ask_to_stop(trial: Trial, fault: Fault) -> None:
 
 
 def kill_one(trial: Trial, fault: Fault) -> None:
-    """SIGKILL to one of several processes: the others end by themselves."""
+    """Send SIGKILL to one of several processes; the others must end by themselves."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
     victim = run.pids[fault["which"] % len(run.pids)]
@@ -122,7 +122,7 @@ def kill_one(trial: Trial, fault: Fault) -> None:
 
 
 def pause(trial: Trial, fault: Fault) -> None:
-    """SIGSTOP, some seconds, SIGCONT."""
+    """Send SIGSTOP, wait for some seconds, and send SIGCONT."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
     run.signal(signal.SIGSTOP)
@@ -132,7 +132,7 @@ def pause(trial: Trial, fault: Fault) -> None:
 
 
 def second(trial: Trial, fault: Fault) -> None:
-    """The same command once more while the first is at work: it ends at once and the first goes on."""
+    """Start the same command again while the first is running; it must end at once, and the first must continue."""
     run = trial.start()
     if not runs.wait_for(run, trial.folder, fault["moment"]):
         trial.end(run, {0})
@@ -140,7 +140,7 @@ def second(trial: Trial, fault: Fault) -> None:
     other = trial.start()
     code = other.wait()
     over = not run.living()
-    # Where both were only starting, either may come first to the folder.
+    # If both were still starting, either may be the first to reach the folder.
     trial.end(run, {0, 2} if code == 0 else {0})
     if code == 2 and len(other.text().splitlines()) > 1 and "error:" not in last_line(other.text()):
         raise Finding("silent", f"the second process did not say who holds the folder: {last_line(other.text())}")
@@ -150,13 +150,13 @@ def second(trial: Trial, fault: Fault) -> None:
 
 
 def full(trial: Trial, fault: Fault) -> None:
-    """The disk fills up: the run ends with one line, or with all its work done."""
+    """Fill the disk; the run must end with one line, or finish its work."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
     filler = trial.folder / "filler"
     with filler.open("wb") as out:
         free = shutil.disk_usage(trial.folder).free - fault["left"]
-        # The run may have taken the rest meanwhile, which is as good.
+        # The run may have filled the rest meanwhile, which is just as good.
         with contextlib.suppress(OSError):
             os.posix_fallocate(out.fileno(), 0, max(free, 1))
     trial.end(run, {0, 1, 2})
@@ -164,7 +164,7 @@ def full(trial: Trial, fault: Fault) -> None:
 
 
 def limited(trial: Trial, fault: Fault) -> None:
-    """No file may grow beyond a size, as under a quota."""
+    """Limit the size of files, as a quota does."""
     run = trial.start()
     if runs.wait_for(run, trial.folder, fault["moment"]):
         for pid in run.living():
@@ -173,7 +173,7 @@ def limited(trial: Trial, fault: Fault) -> None:
 
 
 def few_files(trial: Trial, fault: Fault) -> None:
-    """No more files can be opened."""
+    """Forbid the run to open more files."""
     run = trial.start()
     if runs.wait_for(run, trial.folder, fault["moment"]):
         for pid in run.living():
@@ -184,7 +184,7 @@ def few_files(trial: Trial, fault: Fault) -> None:
 
 
 def read_only(trial: Trial, fault: Fault) -> None:
-    """The folder becomes read-only."""
+    """Make the folder read-only."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
     trial.folder.mkdir(exist_ok=True)
@@ -196,7 +196,7 @@ def read_only(trial: Trial, fault: Fault) -> None:
 def _bound_read_only(folder: Path) -> Iterator[None]:
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
-        # It is busy while a file is being written through it.
+        # It is busy while a file is being written.
         for _ in range(100):
             if subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True).returncode == 0:
                 break
@@ -207,7 +207,7 @@ def _bound_read_only(folder: Path) -> Iterator[None]:
 
 
 def workers(trial: Trial, fault: Fault) -> None:
-    """Verifier workers are killed or stopped: nothing that they had to judge is lost, or the run says what is."""
+    """Kill or stop verifier workers; no completion may be lost without a message."""
     run = trial.start()
     runs.wait_for(run, trial.folder, fault["moment"])
     for pid in run.living():
@@ -225,7 +225,7 @@ def workers(trial: Trial, fault: Fault) -> None:
 
 
 def clock(trial: Trial, fault: Fault) -> None:
-    """The wall clock jumps."""
+    """Let the wall clock jump."""
     library = _clock_library(trial.world)
     offset = trial.place / "offset"
     offset.write_bytes(ctypes.c_int64(0))
@@ -312,7 +312,7 @@ _WAYS = ("truncate", "flip", "empty", "delete", "garbage", "append")
 
 
 def damage(trial: Trial, fault: Fault) -> None:
-    """A file of the folder is altered between two starts; of checkpoints' files, one of the newest's."""
+    """Alter a file of the folder between two starts; among files of checkpoints, one of the newest."""
     found = sorted(p for p in trial.folder.glob(FILES[fault["file"]]) if p.is_file())
     steps = runs.whole_checkpoints(trial.folder)
     if steps and fault["newest"]:
@@ -359,10 +359,10 @@ FAULTS: dict[str, Callable[[Trial, Fault], None]] = {
 
 
 def draw(rng: random.Random, fields: Fields, mounts: bool) -> list[Fault]:
-    """A random sequence of faults for a run; damage comes after a kill, else there is nothing to damage.
+    """A random sequence of faults for a run. Damage follows a kill, as there would be nothing to damage otherwise.
 
     Args:
-      mounts: whether this user may mount a small file system, or a read-only one.
+    mounts: whether this user may mount a small or read-only file system.
     """
     several = int(fields.get("distributed.processes", 1)) > 1
     kinds = ["kill", "kill", "stop", "pause", "second", "limited", "few_files", "clock", "damage", "damage", "damage"]

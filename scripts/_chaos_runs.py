@@ -1,7 +1,7 @@
-"""Real processes of a training run for scripts/chaos.py: starting them, waiting for a moment, looking at their folder.
+"""Real processes of a training run for scripts/chaos.py: starting them, waiting for a moment, reading their folder.
 
-A run of one process is forked from this one, which has imported the package and touched no device: that spares the
-seconds of the imports. Runs of several processes, and those that need another environment, are started with
+A run of one process is forked from this one, which has imported the package without touching a device, to save the
+seconds of the imports. Runs of several processes, and those that need another environment, start with
 `python -m pspo_jax.train`.
 """
 
@@ -79,7 +79,7 @@ class Run:
             self.pids.append(process.pid)
 
     def living(self) -> list[int]:
-        """Processes that have not ended."""
+        """The processes that have not ended."""
         for pid in self.pids:
             if pid not in self.codes:
                 found, status = os.waitpid(pid, os.WNOHANG)
@@ -92,7 +92,7 @@ class Run:
             os.kill(pid, number)
 
     def wait(self, limit: float = LIMIT_SECONDS) -> int | None:
-        """The first process's exit code, once all have ended; None = they did not end in time and were killed."""
+        """The first process's exit code after all have ended; None = they did not end in time and were killed."""
         until = time.monotonic() + limit
         while self.living():
             if time.monotonic() > until:
@@ -110,7 +110,7 @@ class Run:
 def _fork(words: list[str], env: dict[str, str], cwd: Path, output: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    # Opened here: the run may be forbidden to open files before it comes to it.
+    # It is opened here because the run may soon be forbidden to open files.
     out, null = os.open(output, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
     pid = os.fork()
     if pid:
@@ -141,7 +141,7 @@ def _fork(words: list[str], env: dict[str, str], cwd: Path, output: Path) -> int
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-        finally:  # whatever happens, the child must not go on as if it were the campaign
+        finally:  # the child must never continue as if it were the campaign
             os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
@@ -170,7 +170,7 @@ def random_moment(rng: random.Random, steps: int) -> Moment:
 
 
 def wait_for(run: Run, folder: Path, moment: Moment, limit: float = LIMIT_SECONDS) -> bool:
-    """Return at the moment: whether the run was still alive then."""
+    """Wait for the moment; returns whether the run was still alive then."""
     until = time.monotonic() + limit
     reached = _condition(folder, moment)
     while run.living() and not reached() and time.monotonic() < until:
@@ -211,7 +211,7 @@ def whole_checkpoints(folder: Path) -> dict[int, int]:
 
 
 def aside_checkpoints(folder: Path) -> set[int]:
-    """Steps of checkpoints that were moved out of the way and not deleted."""
+    """Steps of the checkpoints that were moved aside instead of deleted."""
     return {
         int("".join(c for c in p.name if c.isdigit()) or -1)
         for aside in folder.glob("*")
@@ -222,7 +222,7 @@ def aside_checkpoints(folder: Path) -> set[int]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that two equal runs have in common: metrics without times, checksums of the last checkpoint, dumps."""
+    """Everything in which equal runs agree: metrics without times, checksums of the last checkpoint, dumps."""
     metrics = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
     last = saved_steps(folder / "checkpoints")[-1]
     saved = json.loads((folder / "checkpoints" / str(last) / "_CHECKPOINT_METADATA").read_text())
@@ -237,7 +237,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], ignored: set[str]) -> str | None:
-    """The first thing in which two runs' results differ, but for the ignored ones; None = they are equal."""
+    """The first difference between the results of two runs, apart from the ignored ones; None = they are equal."""
     for name in a:
         if name not in ignored and a[name] != b[name]:
             one, other = a[name], b[name]
@@ -250,7 +250,7 @@ def difference(a: dict[str, Any], b: dict[str, Any], ignored: set[str]) -> str |
 
 
 def left_behind(folder: Path) -> list[int]:
-    """Processes that a trial's run has started and that are still alive; a forked run itself is waited for anyway."""
+    """Processes that a trial's run has started and that are still alive. A forked run is waited for elsewhere."""
     mark = f"{TRIAL}={folder}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):
@@ -264,7 +264,7 @@ def left_behind(folder: Path) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one, the nearest first."""
+    """All descendants of a process, the nearest first."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,7 +1,7 @@
 """Tunix as a contender: its sampler, and its GRPO learner with that sampler.
 
-Read by the interpreter that has google-tunix as well as by this package's, so the top level needs the standard library
-alone. Written for google-tunix 0.1.7.
+The interpreters of google-tunix and of this package both import it, so its top level needs only the standard library.
+It is written for google-tunix 0.1.7.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME, LEARNER = "Tunix Sampler", "Tunix GRPOLearner"
 
 
 class Ids:
-    """A tokenizer whose words are the ids. Pad and EOS lie outside the vocabulary, so no row ends early."""
+    """A tokenizer whose words are the ids. Pad and EOS lie outside the vocabulary, so that no row ends early."""
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -79,7 +79,7 @@ def serve_rollout(work: Work) -> None:
 
     s, length = work.shape, work.prompt_tokens + work.new_tokens
     sampler = Sampler(model(work), Ids(s.vocab), CacheConfig(length, s.layers, s.kv_heads, s.head_dim))
-    # It has no number of samples a prompt: its learner repeats prompts too.
+    # It has no option for samples per prompt; its learner repeats prompts too.
     prompts = [text for text in texts(work) for _ in range(work.group_size)]
     count = 0
 
@@ -138,7 +138,7 @@ def cluster(work: Work, learning_rate: float) -> Any:
 
 
 def serve_step(work: Work) -> None:
-    """Tunix's own loop. It asks the data set for the next prompts once a step is done, which is where it waits."""
+    """Measure Tunix's own loop. It asks the data set for the next prompts after each step, and waits there."""
     channel = Channel()
     import jax
     import numpy as np

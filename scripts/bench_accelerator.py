@@ -4,9 +4,10 @@
     python scripts/bench_accelerator.py --smoke                         # tiny shapes on CPU: does it run?
 
 Weights are random, in the shape of Qwen2.5-1.5B; products are bfloat16. Every part is a process of its own with a time
-limit; the most wanted come first, and one that does not fit before the deadline is reported as skipped. Lines of JSON
-appear as they are measured, again with what the ceilings of the end change, and a table on stderr comes last.
---set FIELD=VALUE changes a field of our config in all of our parts, under a name of its own in the table.
+limit. The most important parts come first, and a part that does not fit before the deadline is reported as skipped.
+Lines of JSON appear as they are measured, and again where the final ceilings change them; a table on stderr comes last.
+--set FIELD=VALUE changes a field of this package's config in all of its parts, which then have their own name in the
+table.
 """
 
 from __future__ import annotations

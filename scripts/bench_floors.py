@@ -1,11 +1,11 @@
-"""How close decoding and training come to what the machine can do, on CPU.
+"""How close decoding and training come to the machine's ceilings, on CPU.
 
     python scripts/bench_floors.py --out bench.jsonl
 
-Rates of products and of reading memory are measured by a worker of its own before and after; the best of both counts.
-A token's step is the slope between two length limits, so that the prompts and the call itself are left out. Its floor
-is the larger of its products at the measured rate and its reads at the measured bandwidth. Of an update, the model's
-own products count, and nothing that is computed a second time. docs/performance.md says how the numbers are taken.
+A separate worker measures the rates of products and of memory reads before and after; the better of the two counts. A
+token's step is the difference between two length limits, which leaves out the prompts and the call itself. Its floor is
+the larger of its products at the measured rate and its reads at the measured bandwidth. In an update, only the products
+of the model count, and no recomputation. docs/performance.md describes the method.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WIDTH = {"float32": 4, "bfloat16": 2}
 
 
 def fastest(call: Callable[[], Any], times: int = 3) -> float:
-    """Least seconds of a call."""
+    """Seconds of the fastest call."""
     found = []
     for _ in range(times):
         start = time.perf_counter()
@@ -41,7 +41,7 @@ def fastest(call: Callable[[], Any], times: int = 3) -> float:
 
 
 def serve_ceilings(work: Work) -> None:
-    """Products of 2,048 x 2,048 with float32 results, and reading an array far larger than the caches."""
+    """Measure products of 2,048 x 2,048 with float32 results, and reading an array far larger than the caches."""
     channel = Channel()
     import jax
     import jax.numpy as jnp
@@ -56,7 +56,7 @@ def serve_ceilings(work: Work) -> None:
     def call() -> dict[str, float]:
         start = time.perf_counter()
         products = fastest(lambda: product(a, b).block_until_ready())
-        # NumPy's maximum runs outside Python's lock, a vector at a time.
+        # NumPy's maximum runs without Python's lock, with vector instructions.
         reads = fastest(lambda: list(pool.map(np.max, parts)))
         return {"seconds": time.perf_counter() - start, "product": products, "read": reads}
 
@@ -64,13 +64,13 @@ def serve_ceilings(work: Work) -> None:
 
 
 def limits(work: Work) -> tuple[int, int]:
-    """Length limits that a token's step is the slope between."""
+    """The two length limits whose difference gives the time of a token's step."""
     return max(1, work.new_tokens // 4), work.new_tokens
 
 
 def serve_decode(work: Work) -> None:
     channel = Channel()
-    # A config's group has two rows or more; the sampler takes one as well.
+    # The group of a config has at least two rows; the sampler also takes one.
     settings, model, prompts = our_setup(dataclasses.replace(work, group_size=max(2, work.group_size)))
     import jax
     import numpy as np
@@ -96,7 +96,7 @@ def serve_decode(work: Work) -> None:
 
 
 def decoders(dtype: str, shape: str, rows: list[int]) -> list[Contender]:
-    """Groups of 8 where there are as many rows."""
+    """Contenders with groups of 8, if there are as many rows."""
     found = []
     for b in rows:
         prompts = max(1, b // 8)
@@ -111,7 +111,7 @@ def ceilings(dtype: str, options: argparse.Namespace) -> Result:
 
 
 def ceiling_lines(dtype: str, found: Result) -> tuple[Rates, list[dict[str, Any]]]:
-    """Rates of the fastest repetition, and the lines that say so."""
+    """Rates of the fastest repetition, and the lines that report them."""
     rates = Rates(2 * SIZE**3 / found.least("product"), READ_BYTES / found.least("read"))
     product = dataclasses.replace(found, name=f"{dtype} product {SIZE}^3")
     read = dataclasses.replace(found, name="read of 512 MiB", note=f"({len(os.sched_getaffinity(0))} threads)")
@@ -122,7 +122,7 @@ def ceiling_lines(dtype: str, found: Result) -> tuple[Rates, list[dict[str, Any]
 
 
 def decode_line(case: str, work: Work, found: Result, rates: Rates) -> dict[str, Any]:
-    # Tokens between the two limits are what the slope is of: their rows' own keys are so many in the mean.
+    # The difference covers the tokens between the two limits; this is the mean number of their rows' own keys.
     own = sum(limits(work)) / 2
     floor = decode_floor(work.shape, work.rows, work.prompts, work.prompt_tokens, own, WIDTH[work.dtype], rates)
     seconds = found.median("step")
@@ -139,7 +139,7 @@ def update_line(case: str, work: Work, found: Result, rates: Rates) -> dict[str,
 
 
 def measure(shape: str, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ceilings, decoding in turns, an update, and the ceilings again."""
+    """Measure the ceilings, decoding in turns, an update, and the ceilings again."""
     case = f"{shape} {dtype}"
     layers = SHAPES[shape].layers
     before = ceilings(dtype, options)

@@ -2,8 +2,8 @@
 
     python scripts/bench_ragged.py --shape tiny --out bench.jsonl
 
-Each token ends a row with a probability that makes lengths geometric, with a mean of .3 of the longest. All contenders
-of a case draw the same rows from the same keys. docs/performance.md says how the numbers are taken.
+Each token ends a row with a probability that makes lengths geometric, with a mean of 0.3 of the longest. All
+contenders of a case draw the same rows from the same keys. docs/performance.md describes the method.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ PADDED, PACKED, SHARED = "padded update", "packed update", "packed update, share
 
 
 def stop_ids(work: Work) -> list[int]:
-    """So many ids that a policy of random weights ends a row after `mean_tokens` in the mean; 0 = no row ends."""
+    """Number of ids that end a row so that a model of random weights draws `mean_tokens` tokens on average; 0 = no row
+    ends."""
     if not work.mean_tokens:
         return [-1]
     return list(range(max(1, round(work.shape.vocab / work.mean_tokens))))
@@ -87,7 +88,7 @@ def serve_update(work: Work) -> None:
 
 
 def contests(work: Work, options: argparse.Namespace) -> list[list[Contender]]:
-    """What is measured in turns: without and with refilled slots; without and with packing, and with shared prompts."""
+    """The contenders of each case: without and with refilled slots; without and with packing and shared prompts."""
     slots, rows = options.slots, options.microbatch_rows
     static = Contender(STATIC, "rollout", sys.executable, work, f"({work.rows} rows)")
     refilled = dataclasses.replace(work, slots=slots)

@@ -3,7 +3,7 @@
     python scripts/bench_rollout.py --peer-python PYTHON_WITH_TORCH --tunix-python PYTHON_WITH_TUNIX --out bench.jsonl
 
 Each draws 64 new tokens for 8 samples of each of 8 prompts of 64 tokens, at temperature 1 and with no stop
-token, from random weights of the same shape. docs/performance.md says how the numbers are taken.
+token, from random weights of the same shape. docs/performance.md describes the method.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OURS, PEER = "pspo_jax", "Hugging Face generate"
 
 
 def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
-    """Config, policy and prompts of a piece of work, after the process settings that entry points apply."""
+    """Config, model and prompts of a piece of work, after the process settings of the entry points."""
     from pspo_jax.distributed.runtime import keep_freed_memory
 
     keep_freed_memory()
@@ -38,8 +38,9 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     import jax.numpy as jnp
 
     from pspo_jax.arrays.state import Prompts
-    from pspo_jax.config import schema
+    from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
+    from pspo_jax.config.schema import Config
     from pspo_jax.config.validation import validate
     from pspo_jax.model import built_in, transformer
 
@@ -47,7 +48,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
         jax.config.update("jax_compilation_cache_dir", work.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)  # as entry points set it
     shape = {k: v for k, v in asdict(work.shape).items() if k != "vocab"}
-    fields = {f"policy.{k}": v for k, v in shape.items()} | {
+    fields = {f"model.{k}": v for k, v in shape.items()} | {
         "algorithm.name": "grpo",
         "model.tied": True,
         "model.compute_dtype": work.dtype,
@@ -59,7 +60,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
         "loss.packing": work.packing,
         "loss.share_prompts": work.share_prompts if work.packing else None,
     }
-    settings = resolve(schema.replace(schema.Config(), fields))
+    settings = resolve(replace(Config(), fields))
     validate(settings)
     model = transformer(built_in(settings.model, work.shape.vocab))
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
@@ -138,7 +139,7 @@ def serve_peer(work: Work) -> None:
 
 
 def contenders(shape: str, dtype: str, peers: list[str], options: argparse.Namespace, cache: str) -> list[Contender]:
-    """Ours, then the peers that are there."""
+    """This package, then the peers that are installed."""
     work = Work(SHAPES[shape], dtype)
     interpreters = {PEER: ("peer", options.peer_python), TUNIX: ("tunix", options.tunix_python)}
     ours = Contender(OURS, "ours", sys.executable, dataclasses.replace(work, cache=cache), ours=True)

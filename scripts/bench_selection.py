@@ -1,11 +1,11 @@
-"""Time and memory of choosing and observing 512 of N prompts, against N, beside the usual ways to do it.
+"""Time and memory of choosing and observing 512 of N prompts, against N, compared with the usual methods.
 
     python scripts/bench_selection.py [--sizes 10000 100000 1000000 10000000] [--out selection.json]
 
-Ours: `select` and `observe` of each selector as the training loop runs them, jitted, the state donated. Peers, in the
-same process: a sum-tree of Python lists (what prioritised samplers usually are), `np.random.choice(p=...)`,
-and in JAX one `top_k` over all priorities and Gumbel noise over all of them. One contender is measured after the
-other. Prints a Markdown table; --out keeps every repetition.
+This package: `select` and `observe` of each selector as the training loop runs them, jitted, with the state donated.
+Peers, in the same process: a sum-tree of Python lists, as in most prioritised samplers, `np.random.choice(p=...)`, and
+in JAX one `top_k` over all priorities and Gumbel noise over all of them. Contenders are measured one after the other.
+Prints a Markdown table; --out keeps every repetition.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SumTree:
         return node - self.size
 
     def batch(self, rng: np.random.Generator, count: int) -> list[int]:
-        """Distinct rows, each in proportion to its weight among the rest."""
+        """Distinct rows, each drawn in proportion to its weight among the remaining ones."""
         rows, held = [], []
         for _ in range(count):
             row = self.draw(rng.uniform(0, self.nodes[1]))
@@ -76,13 +76,13 @@ class SumTree:
 
 
 class Ours:
-    """A selector and its state, stepped like the training loop does."""
+    """A selector and its state, stepped as in the training loop."""
 
     def __init__(self, name: str, size: int, batch: int):
         config = resolve(replace(Config(), {"selection.name": name}))
         self.strategy = selector(config.selection, config.forgetting, SelectorContext(batch, GROUP, 1000, 0))
-        columns = PromptMetadata(np.zeros(size, np.int8), np.random.default_rng(0).random(size, np.float32))  # type: ignore[arg-type]
-        self.state = jax.jit(lambda known: self.strategy.init(size, known))(columns)
+        metadata = PromptMetadata(np.zeros(size, np.int8), np.random.default_rng(0).random(size, np.float32))
+        self.state = jax.jit(lambda known: self.strategy.init(size, known))(metadata)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
         step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
@@ -126,7 +126,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def peers(size: int, batch: int) -> Timed:
-    """What else one could do; the distribution is that of pps."""
+    """Alternatives; they draw from the distribution of pps."""
     rng = np.random.default_rng(2)
     weights = rng.random(size) ** 0.6
     out: Timed = {}
@@ -144,13 +144,13 @@ def peers(size: int, batch: int) -> Timed:
 
 
 def measure(size: int, batch: int, runs: int, names: list[str]) -> list[dict[str, Any]]:
-    """One line per contender and phase."""
+    """One line for each contender and phase."""
     times: dict[tuple[str, str], list[float]] = {}
     lines = []
     for name in names:
         ours = Ours(name, size, batch)
         for turn in range(runs + 3):
-            # The outcomes of a step are made outside the clock.
+            # Making the outcomes of a step is not timed.
             ours._draw_outcomes()
             took = {"select": seconds(ours.select), "observe": seconds(ours.observe)}
             if turn >= 3:

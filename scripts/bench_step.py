@@ -4,7 +4,7 @@
 
 A step draws 8 completions of 64 tokens for each of 8 prompts of 64 tokens, rewards them on the host (the
 share of even ids), and makes one AdamW update of the DAPO-normalised loss without a KL term.
-docs/performance.md says how the numbers are taken.
+docs/performance.md describes the method.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-5
 
 
 def serve_ours(work: Work) -> None:
-    """The first weights are made beside compilation, as the entry points do it."""
+    """Measure this package. The first weights are made while programs compile, as in the entry points."""
     channel = Channel()
     settings, model, prompts = our_setup(work)
     from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +84,7 @@ def serve_ours(work: Work) -> None:
 
 
 def tokenizer(work: Work) -> Any:
-    """Words that are the ids themselves. The eos id lies outside the vocabulary, so no row ends early."""
+    """A tokenizer whose words are the ids. The EOS id lies outside the vocabulary, so that no row ends early."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -130,11 +130,11 @@ def grpo_config(work: Work, folder: str) -> Any:
 
 
 class Finished(Exception):
-    """The parent wants no more steps."""
+    """The parent has asked for no more steps."""
 
 
 def serve_peer(work: Work) -> None:
-    """TRL's own loop; a callback sleeps before a step that nobody has asked for yet."""
+    """Measure TRL's own loop; a callback sleeps before a step until the parent asks for it."""
     channel = Channel()
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -191,12 +191,13 @@ def serve_peer(work: Work) -> None:
 
 
 def case_of(shape: str, dtype: str, peer: str | None) -> str:
-    """Peers are measured one at a time, as two would not fit into memory: with Tunix in a case of its own."""
+    """Name of the case. Peers are measured separately, as two would not fit into memory, and Tunix has a case of its
+    own."""
     return f"{shape} {dtype}" + (" (beside Tunix)" if peer == TUNIX else "")
 
 
 def measure(options: argparse.Namespace, shape: str, dtype: str, peer: str | None) -> list[dict[str, Any]]:
-    """Ours and a peer at one shape and type; every step must have drawn every token."""
+    """Measure this package and a peer at one shape and type; every step must have drawn every token."""
     unroll = options.scan_unroll or SHAPES[shape].layers
     note = f"({options.microbatch_rows or 'all'} rows a microbatch, unroll {unroll})"
     plain = Work(SHAPES[shape], dtype)

@@ -2,9 +2,9 @@
 
     python scripts/bench_tables.py bench.jsonl... [--write docs/performance.md]
 
-A later line for the same bench, case and contender replaces an earlier one. With --write, what stands between
-`<!-- table NAME -->` and `<!-- end NAME -->` in the document is replaced, for the tables there are lines for; the rest
-of the document stays as it is.
+A later line for the same bench, case and contender replaces an earlier one. With --write, the text between
+`<!-- table NAME -->` and `<!-- end NAME -->` in the document is replaced for every table that has lines; the rest of
+the document stays as it is.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ ON_CPU = ("rollout", "step", "ragged", "floors")
 
 
 def read(files: Iterable[Path]) -> list[Line]:
-    """What the files hold, by `latest`."""
+    """The lines of the files, reduced by `latest`."""
     found: list[Line] = []
     for file in files:
         for place, text in enumerate(file.read_text().splitlines(), 1):
@@ -134,9 +134,9 @@ def read(files: Iterable[Path]) -> list[Line]:
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """The last line of each bench, case and contender, where its first one stood.
+    """The last line of each bench, case and contender, at the place of its first one.
 
-    That a part was skipped is forgotten once it has been measured.
+    A line that reports a skipped part is dropped if the part was measured later.
     """
     found: dict[tuple[str, str, str], Line] = {}
     for line in lines:
@@ -146,7 +146,7 @@ def latest(lines: Iterable[Line]) -> list[Line]:
 
 
 def number(line: Line, path: str) -> Any:
-    """What a line has at a path; None if it has nothing there."""
+    """The number at a path of a line; None if there is none."""
     value: Any = line
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -183,7 +183,7 @@ def label(line: Line) -> str:
 
 
 def table(bench: str, lines: Sequence[Line]) -> str:
-    """Rows of a bench by case, each case followed by ours over every peer."""
+    """The rows of a bench by case, each with the ratios of this package to every peer."""
     own = [line for line in lines if line["bench"] == bench]
     columns = [c for c in COLUMNS[bench] if any(cell(line, c) for line in own)]
     rows = [["", *(c.heading for c in columns)], ["---", *["---:"] * len(columns)]]
@@ -200,7 +200,7 @@ def table(bench: str, lines: Sequence[Line]) -> str:
 
 
 def machine_table(lines: Sequence[Line]) -> str:
-    """Machines, versions and dates of the lines; what differs between them is listed."""
+    """Machines, versions and dates of the lines; where they differ, all are listed."""
     facts: dict[str, list[str]] = {}
 
     def add(name: str, value: Any) -> None:
@@ -221,7 +221,7 @@ def machine_table(lines: Sequence[Line]) -> str:
 
 
 def tables(lines: Sequence[Line]) -> dict[str, str]:
-    """Every table that there are lines for, by name."""
+    """Name -> table, for every table that has lines."""
     unknown = {line["bench"] for line in lines} - set(COLUMNS)
     if unknown:
         raise SystemExit(f"no table for the bench {', '.join(sorted(unknown))}")
@@ -237,7 +237,7 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
 
 
 def replaced(text: str, name: str, new: str, where: str) -> str:
-    """A document with what stands between the markers of a table replaced."""
+    """A document in which the text between the markers of a table is replaced."""
     begin, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
     if not re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL):
         raise SystemExit(f"{where}: no markers {begin} and {end}")

@@ -1,9 +1,9 @@
-"""Time the verification of completions as long as a reasoning model's, and the way out of hanging ones.
+"""Time the verification of completions as long as a reasoning model's, and of completions that hang.
 
     python scripts/bench_verify.py --rows math500.jsonl [--workers 2] [--json FILE]
 
 Completions are the problem, repeated to 2,000 characters of text with formulas, and an answer: the gold one in half of
-them, another row's in the rest. Requests have no key, so that the memory of verdicts does not help.
+them, another row's in the rest. Requests have no key, so that no verdict is reused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HANGING = (
 
 
 def completions(rows: list[dict[str, str]], count: int) -> list[tuple[str, str, bool]]:
-    """(gold, completion, whether it is right)."""
+    """(gold, completion, whether it is correct) for each row."""
     out = []
     for i in range(count):
         row, other = rows[i % len(rows)], rows[(i * 7 + 1 + i // len(rows)) % len(rows)]

@@ -1,4 +1,4 @@
-"""Random valid configurations times random faults, on real runs of the real command.
+"""Random valid configurations with random faults, in real runs of the command.
 
     python scripts/chaos.py --trials 100 --seed 1 --jobs 2
 
@@ -9,12 +9,13 @@ holds, killed and stopped verifier workers, jumps of the clock, a second process
 same command is started until it ends. Each trial must end in one of three ways:
 
     equal    metrics, dumps and the last checkpoint are those of an uninterrupted run, bit for bit
-    refused  the command ends with one line because a file is damaged, and every undamaged checkpoint is still there;
-             where the file is put back, the same command goes on to an equal end
-    said     the run differs from the uninterrupted one and says why, such as completions without a verdict
+    refused  the command ends with one line because a file is damaged, and every undamaged checkpoint still exists; once
+             the file is restored, the same command continues to an equal end
+    said     the run differs from the uninterrupted one and reports why, such as completions without a verdict
 
 Anything else is a finding; the exit code is then 1, and each finding is printed as a command that repeats it.
-`--minimise` first drops faults and fields that it does not need. Results are appended to WORK/results.jsonl.
+`--minimise` first drops the faults and fields that the finding does not need. Results are appended to
+WORK/results.jsonl.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ TMPFS_MIB = 48
 
 @dataclasses.dataclass
 class Case:
-    """A configuration and its faults: what repeats a trial."""
+    """A configuration and its faults, which together repeat a trial."""
 
     fields: configs.Fields
     faults: list[Fault]
 
     def command(self) -> str:
-        """The shell command that repeats it; fields of the base configuration are left out."""
+        """The shell command that repeats the trial, without the fields of the base configuration."""
         fields = {k: v for k, v in self.fields.items() if configs.BASE.get(k) != v}
         case = json.dumps({"fields": fields, "faults": self.faults})
         return "python scripts/chaos.py --case '" + case.replace("'", "'\\''") + "'"
@@ -72,7 +73,7 @@ def main() -> int:
     mounts = _may_mount(work)
     if args.case is not None:
         given = json.loads(args.case)
-        numbered = iter([(0, Case(configs.BASE | given["fields"], given["faults"]))])
+        numbered = iter([(0, Case(configs.without_shape(configs.BASE | given["fields"]), given["faults"]))])
     else:
         # Trials of one configuration stay together, as they share its uninterrupted run.
         mine = [n for n in range(args.trials) if n // TRIALS_A_CONFIGURATION % args.shards == args.shard]
@@ -111,7 +112,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _in_parallel(args: argparse.Namespace) -> int:
-    """The same campaign in several processes, each with every n-th trial."""
+    """Run the campaign in several processes, each with every n-th trial."""
     work = Path(args.work or tempfile.mkdtemp(prefix="chaos-")).absolute()
     configs.write_world(work / "world")
     words = ["--trials", args.trials, "--seed", args.seed, "--work", work, "--shards", args.jobs]
@@ -124,7 +125,7 @@ def _in_parallel(args: argparse.Namespace) -> int:
 
 
 def _case(seed: int, number: int, work: Path, mounts: bool) -> Case:
-    """Trial `number` of a campaign."""
+    """The case of trial `number` of a campaign."""
     drawn = configs.draw(
         random.Random(f"{seed}/configuration/{number // TRIALS_A_CONFIGURATION}"),
         work / "world",
@@ -151,7 +152,7 @@ def _refused_at_start(fields: configs.Fields, work: Path) -> str | None:
 
 
 def attempt(case: Case, work: Path, name: str) -> tuple[str, str]:
-    """How the case ends, and a detail; its folder stays where there is something to look at."""
+    """The outcome of a case, and a detail. The folder is kept if there is something to inspect."""
     place = work / "trials" / name
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -191,7 +192,7 @@ def _reference_folder(fields: configs.Fields, work: Path) -> Path:
 
 
 def _through(trial: Trial, drawn: list[Fault], reference: dict[str, Any]) -> tuple[str, str]:
-    """All faults one after the other, then the same command until it ends."""
+    """Apply all faults in turn, then start the same command until it ends."""
     for fault in drawn:
         before = _undamaged(trial)
         faults.FAULTS[fault["kind"]](trial, fault)
@@ -220,14 +221,14 @@ def _through(trial: Trial, drawn: list[Fault], reference: dict[str, Any]) -> tup
 
 
 def _undamaged(trial: Trial) -> set[int]:
-    """Steps of whole checkpoints none of whose files a fault has altered."""
+    """Steps of the complete checkpoints in which no fault has altered a file."""
     touched = {p.relative_to(trial.folder).parts for p in trial.damaged}
     steps = {int(parts[1]) for parts in touched if parts[0] == "checkpoints" and parts[1].isdigit()}
     return set(runs.whole_checkpoints(trial.folder)) - steps
 
 
 def _nothing_lost(trial: Trial, before: set[int]) -> None:
-    """The newest undamaged checkpoint is still there, or a newer one; those moved aside count for nothing."""
+    """Check that the newest undamaged checkpoint, or a newer one, still exists; one moved aside does not count."""
     now = set(runs.whole_checkpoints(trial.folder))
     if before and not any(step >= max(before) for step in now):
         aside = runs.aside_checkpoints(trial.folder)
@@ -237,7 +238,7 @@ def _nothing_lost(trial: Trial, before: set[int]) -> None:
 
 
 def _check_begin(text: str, before: set[int]) -> None:
-    """A run with a whole checkpoint resumes at it or at a later one."""
+    """Check that a run with a complete checkpoint resumes at that step or a later one."""
     if not before:
         return
     _, found, rest = text.partition("resuming at step ")
@@ -248,17 +249,18 @@ def _check_begin(text: str, before: set[int]) -> None:
 
 
 def _lost_logs(trial: Trial) -> set[str]:
-    """Logs whose lines a fault has altered and of which the program said so: what they held cannot come back."""
+    """Names of the logs that a fault has altered and that the program has reported; their contents cannot come back."""
     said = "".join(path.read_text(errors="replace") for path in trial.place.glob("output-*.txt"))
     names = {path.relative_to(trial.folder).parts[0] for path in trial.damaged}
     logs = {"metrics.jsonl": "metrics", "strategy.jsonl": "strategy"}
-    # Dumps of former steps are only for people to read, and the program does not look at them again.
+    # Dumps of earlier steps are only for people to read; the program never reads them again.
     ignored = {"completions"} if "completions" in names else set()
     return ignored | {logs[name] for name in names & set(logs) if name in said}
 
 
 def _put_back(trial: Trial) -> bool:
-    """Restore the damaged files outside checkpoints; False where one belongs to a checkpoint, which may have moved."""
+    """Restore the damaged files outside checkpoints; False if a damaged file belongs to a checkpoint, which may have
+    moved."""
     if any("checkpoints" in path.relative_to(trial.folder).parts for path in trial.damaged):
         return False
     for path, data in trial.damaged.items():
@@ -268,7 +270,7 @@ def _put_back(trial: Trial) -> bool:
 
 
 def minimise(case: Case, outcome: str, work: Path) -> Case:
-    """A smaller case with the same kind of finding: fewer faults, then fewer fields."""
+    """A smaller case with the same kind of finding: first with fewer faults, then with fewer fields."""
 
     def same(smaller: Case) -> bool:
         return attempt(smaller, work, f"minimise-{os.getpid()}")[0] == outcome
@@ -293,7 +295,7 @@ def minimise(case: Case, outcome: str, work: Path) -> Case:
 
 
 def _may_mount(work: Path) -> bool:
-    """Whether this user may mount a small file system; without it two kinds of faults are left out."""
+    """Whether this user may mount a small file system; if not, two kinds of faults are left out."""
     place = work / f"mount-{os.getpid()}"
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -317,7 +319,7 @@ def _named(fault: Fault) -> str:
 
 
 def _table(path: Path) -> str:
-    """How many trials of each kind of fault ended how."""
+    """Number of trials by kind of fault and outcome."""
     if not path.exists():
         return "no trials"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

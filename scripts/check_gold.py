@@ -1,8 +1,8 @@
-"""How a verifier judges gold answers and wrong ones: the table of docs/tasks.md.
+"""How a verifier grades gold answers and wrong ones: the table of docs/tasks.md.
 
     python scripts/check_gold.py gsm8k_test.jsonl math500.jsonl minerva.jsonl ...
 
-Each gold answer is given back as \\boxed{gold}. A wrong one is the gold answer with one digit changed or, where there
+Each gold answer is submitted as \\boxed{gold}. A wrong one is the gold answer with one digit changed or, where there
 is no digit, with 1 added (at most 500, of rows with one alternative). Misses are printed.
 """
 
@@ -28,7 +28,7 @@ def perturbed(gold: str, rng: random.Random) -> str:
 
 
 def judged(pool: Pool, pairs: list[tuple[str, str]]) -> list[Reply]:
-    """(gold, answer) pairs; those that time out are asked once more, alone."""
+    """Verdicts of (gold, answer) pairs. Pairs that exceed the deadline are graded once more, alone."""
     requests = [Request("math", {"gold": gold, "answer": "\\boxed{" + answer + "}"}) for gold, answer in pairs]
     replies = pool.submit(requests).result()
     for i, reply in enumerate(replies):
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def check(files: list[str]) -> None:
-    """Print a table of the files, then what each of its figures is made of."""
+    """Print a table of the files, then the composition of each of its figures."""
     print("| Data | Gold accepted | Wrong accepted | Wrong without a verdict |\n|---|---|---|---|")
     notes = []
     with Pool(VerifierConfig(workers=2)) as pool:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The papers' five benchmarks through lighteval, on a checkpoint that pspo_jax.export wrote: figures that others can compare.
+# The papers' five benchmarks by lighteval, on a checkpoint that pspo_jax.export wrote, for comparison with others.
 # It needs a GPU, network, and an environment of its own: pip install 'lighteval[math,vllm]'
 #
 #   scripts/eval_lighteval.sh EXPORTED_FOLDER OUT_FOLDER [--dry-run]
 #
-# Settings are those of open-rs and PSPO: one sample a problem, temperature .6, top-p .95, 32,768 new tokens.
+# Settings are those of open-rs and PSPO: one sample for each problem, temperature 0.6, top-p 0.95, 32,768 new tokens.
 # MATH-500 and AIME24 are lighteval's own tasks; AMC23, Minerva and OlympiadBench come from the file named in
 # LIGHTEVAL_TASKS (open-rs's src/open_r1/evaluate.py) and are left out without it.
 # shellcheck source=scripts/launch.sh

@@ -1,11 +1,11 @@
 # Shared by the launchers; source it. It prints commands without secrets, runs them as children that are stopped together
-# with the launcher, and repeats what a repetition can help.
+# with the launcher, and repeats commands that a retry can help.
 # shellcheck shell=bash
 set -euo pipefail
 
 DRY_RUN=""
 GRACE=120     # seconds that a child has to end after it was asked to
-FIRST_WAIT=5  # seconds before the first retry of what failed; each further wait is twice as long, up to five minutes
+FIRST_WAIT=5  # seconds before the first retry; each further wait is twice as long, up to five minutes
 SIGNAL=""     # the signal that asked this launcher to stop
 LIFE=""       # pipe to the watch
 CHILDREN=()
@@ -25,24 +25,24 @@ usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# need NAME VALUE: refuse an empty setting, and say how to give it.
+# need NAME VALUE: refuse an empty setting, and name the option that sets it.
 need() {
   [[ -n $2 ]] || die "--$1 is missing; see --help"
 }
 
-# value WORDS...: the option that stands first must have a value behind it.
+# value WORDS...: the first word is an option, and a value must follow it.
 value() {
   (($# > 1)) || die "$1: needs a value; see --help"
 }
 
-# number OPTION VALUE LEAST: refuse what is no whole number, or less than LEAST.
+# number OPTION VALUE LEAST: refuse a value that is not a whole number of at least LEAST.
 number() {
   if [[ ! $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3)); then
     die "$1 $2: must be a whole number of at least $3"
   fi
 }
 
-# name_of WORD: a word for a message, without the value that may stand behind =.
+# name_of WORD: the part of a word before =, for messages.
 name_of() {
   printf '%s' "${1%%=*}"
 }

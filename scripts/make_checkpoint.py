@@ -1,8 +1,8 @@
-"""A checkpoint of random weights in Hugging Face's format, written tensor by tensor: for tests, plans and benchmarks.
+"""Write a checkpoint of random weights in Hugging Face's format, for tests, plans and benchmarks.
 
 python scripts/make_checkpoint.py OUT --shape NAME [--tokenizer DIR] [--dtype bfloat16] [--config-only] [--force]
 
-A folder that is there already is left alone. --force replaces one that this script made, and no other.
+An existing folder is left alone; --force replaces it if this script made it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def clear(out: Path, force: bool) -> None:
     """Make room for the folder.
 
     Raises:
-      ConfigError: it is there, and not to be replaced or not this script's.
+      ConfigError: the folder exists and must not be replaced, or this script did not make it.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -77,12 +77,12 @@ def clear(out: Path, force: bool) -> None:
 
 
 def make(out: Path, config: dict[str, object], dtype: str, tokenizer: Path | None, config_only: bool) -> None:
-    """Write the folder; weights are normal with standard deviation 0.02, norms one, biases zero."""
+    """Write the folder: weights are normal with standard deviation 0.02, norms are one, biases are zero."""
     out.mkdir(parents=True)
     (out / MARK).write_text("random weights, made by scripts/make_checkpoint.py\n")
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))
-    end, padding = config["eos_token_id"], config["bos_token_id"]
-    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, padding], "pad_token_id": padding}))
+    stop_ids = [i for i in (config["eos_token_id"], config["bos_token_id"]) if i is not None]
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids, "pad_token_id": stop_ids[-1]}))
     if tokenizer:
         copy_files(out, tokenizer, TOKENIZER_FILES)
     if config_only:

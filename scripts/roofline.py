@@ -1,4 +1,4 @@
-"""The least time of a step on several targets, as a Markdown table: a model by arithmetic, not a measurement.
+"""The least time of a step on several targets, as a Markdown table. It is computed, not measured.
 
 python scripts/roofline.py v5e-8 v6e-8 h200x8 -- --config configs/pspo_qwen25_math_1p5b.yaml ...
 """
@@ -37,18 +37,18 @@ def main(argv: Sequence[str]) -> int:
     print("| " + " | ".join(_COLUMNS) + " |")
     print("|---" * len(_COLUMNS) + "|")
     for target in targets:
-        kind = DEVICES[target.kind or ""]
-        setup = prepare(config, weights=False, capacity=kind.memory, devices=jax.devices()[: target.devices])
+        device = DEVICES[target.kind or ""]
+        setup = prepare(config, weights=False, capacity=device.memory, devices=jax.devices()[: target.devices])
         mesh = " x ".join(str(n) for n in setup.mesh.shape.values())
         cells = [target.name, mesh]
-        for floor in (rollout_lower_bound(setup, kind), update_lower_bound(setup, kind)):
-            cells += [f"{floor.seconds:.2g}", _bound(floor)]
+        for bound in (rollout_lower_bound(setup, device), update_lower_bound(setup, device)):
+            cells += [f"{bound.seconds:.2g}", _bound(bound)]
         print("| " + " | ".join([*cells, f"{sum(traffic(setup)) / 1e9:.1f}"]) + " |")
     return 0
 
 
-def _bound(floor: LowerBound) -> str:
-    return max(floor._fields, key=lambda name: getattr(floor, name))
+def _bound(bound: LowerBound) -> str:
+    return max(bound._fields, key=lambda name: getattr(bound, name))
 
 
 if __name__ == "__main__":

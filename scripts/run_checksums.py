@@ -3,7 +3,7 @@
     python scripts/run_checksums.py --write FILE
     python scripts/run_checksums.py --compare FILE
 
-A change that is meant to change no number, such as a renaming, gives the same file before and after on one machine.
+A change that must not alter any number, such as a renaming, gives the same file before and after on one machine.
 """
 
 from __future__ import annotations

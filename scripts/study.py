@@ -3,10 +3,10 @@
     python scripts/study.py --out runs/study --steps 40 --seeds 0 1 2 3 4 \\
         --arm grpo --arm dr_grpo --arm ers --arm pps --arm pspo --arm "pspo selection.floor=1e-6"
 
-An arm is an algorithm and overrides of fields. Runs go one after the other, each in its own folder; those that are
-finished are not run again, and runs of one seed share their cold start. The first arm is the baseline of the paired
-differences: the same seed has the same cold start and the same problems. An arm that rolls out more than it (dapo) is
-also read at its last evaluation within the baseline's rollouts: give it a small eval.every.
+An arm is an algorithm with overrides of fields. Runs follow one another, each in its own folder; finished runs are not
+repeated, and runs of one seed share their cold start. The first arm is the baseline of the paired differences: the same
+seed has the same cold start and the same problems. An arm that rolls out more than the baseline (dapo) is also read at
+its last evaluation within the baseline's rollouts, so give it a small eval.every.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
 
 
 def flags(folder: Path, arm: str, seed: int, steps: int) -> list[str]:
-    """Arguments of pspo_jax.train for one run."""
+    """Command-line arguments of pspo_jax.train for one run."""
     algorithm, *overrides = arm.split()
     words = [
         "--run.dir",
@@ -55,7 +55,7 @@ def run(out: Path, arm: str, seed: int, steps: int) -> None:
 
 
 def read(folder: Path, budget: float = float("inf")) -> dict[str, float]:
-    """The figures of one run that the table needs, as of its last evaluation within `budget` rollouts."""
+    """Figures of one run for the table, at its last evaluation within `budget` rollouts."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "eval/greedy" in line]
     last = [line for line in evaluated if line["rollouts/total"] <= budget][-1]

@@ -12,17 +12,26 @@ from hypothesis import strategies as st
 
 from pspo_jax.arrays.per_prompt import last_of_each
 from pspo_jax.config.strategies import ForgettingConfig
-from pspo_jax.selection.beliefs import Beliefs, Population, counted, current, discount, init_beliefs, learned, p_mixed
+from pspo_jax.selection.beliefs import (
+    Beliefs,
+    Population,
+    current,
+    discount,
+    init_beliefs,
+    p_mixed,
+    update_beliefs,
+    update_population,
+)
 
 FIXED = ForgettingConfig(mode="fixed", discount=0.9)
 MOVEMENT = ForgettingConfig(mode="policy_drift")
 NOBODY = Population(jnp.float32(0), jnp.float32(0))
-COUNTED, LAST_OF_EACH = jax.jit(counted), jax.jit(last_of_each)
+COUNTED, LAST_OF_EACH = jax.jit(update_population), jax.jit(last_of_each)
 
 
-def beliefs(a, b, moved=0.0):
+def beliefs(a, b, drift=0.0):
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    return Beliefs(a, b, jnp.full(a.shape, moved, jnp.float32))
+    return Beliefs(a, b, jnp.full(a.shape, drift, jnp.float32))
 
 
 @pytest.mark.parametrize(("p", "want"), [(0.02, 0.149), (0.05, 0.337), (0.1, 0.570), (0.2, 0.832), (0.5, 0.992)])
@@ -63,23 +72,23 @@ def test_a_fixed_discount_does_not_see_movement():
 
 
 def test_movement_halves_the_past_each_half_life_between_its_limits():
-    moved = jnp.array([0.0, 0.002, 0.006, 0.011, 0.06, 5])
+    drift = jnp.array([0.0, 0.002, 0.006, 0.011, 0.06, 5])
     want = [0.96, 0.96, 2**-0.1, 2 ** -(0.011 / 0.06), 0.875, 0.875]
-    np.testing.assert_allclose(discount(MOVEMENT, moved), want, rtol=1e-6)
+    np.testing.assert_allclose(discount(MOVEMENT, drift), want, rtol=1e-6)
     wide = ForgettingConfig(mode="policy_drift", half_life=0.5, low=0.0, high=1.0)
     np.testing.assert_allclose(discount(wide, jnp.array([0.0, 0.5, 1, 2])), [1, 0.5, 0.25, 0.0625], rtol=1e-6)
 
 
 @pytest.mark.parametrize("config", [FIXED, MOVEMENT])
 def test_a_group_adds_its_counts_to_what_is_left_of_the_past(config):
-    before = beliefs([5, 5], [3, 3], moved=0.1)
-    moved = jnp.float32(0.11)
+    before = beliefs([5, 5], [3, 3], drift=0.1)
+    drift = jnp.float32(0.11)
     rho = 0.9 if config is FIXED else 2 ** -(0.01 / 0.06)
-    new = learned(config, before, NOBODY, jnp.array([3.0, 0]), jnp.array([1.0, 4]), moved)
+    new = update_beliefs(config, before, NOBODY, jnp.array([3.0, 0]), jnp.array([1.0, 4]), drift)
     np.testing.assert_allclose(new.a, [1 + rho * 4 + 3, 1 + rho * 4], rtol=1e-5)
     np.testing.assert_allclose(new.b, [1 + rho * 2 + 1, 1 + rho * 2 + 4], rtol=1e-5)
-    np.testing.assert_allclose(new.moved, 0.11)
-    spo = learned(config, before, None, jnp.array([3.0, 0]), jnp.array([1.0, 4]), moved, toward_prior=False)
+    np.testing.assert_allclose(new.policy_drift, 0.11)
+    spo = update_beliefs(config, before, None, jnp.array([3.0, 0]), jnp.array([1.0, 4]), drift, toward_prior=False)
     np.testing.assert_allclose(spo.a, [rho * 5 + 3, rho * 5], rtol=1e-5)
     np.testing.assert_allclose(spo.b, [rho * 3 + 1, rho * 3 + 4], rtol=1e-5)
 
@@ -87,8 +96,10 @@ def test_a_group_adds_its_counts_to_what_is_left_of_the_past(config):
 @pytest.mark.parametrize("toward_prior", [True, False])
 @pytest.mark.parametrize("config", [FIXED, MOVEMENT, ForgettingConfig(mode="fixed", shrinkage=0.2)])
 def test_no_verdict_leaves_a_belief_as_it_is(config, toward_prior):
-    before = beliefs([5, 1, 0.3], [3, 1, 9], moved=0.1)
-    new = learned(config, before, Population(3.0, 5.0), jnp.zeros(3), jnp.zeros(3), jnp.float32(0.7), toward_prior)
+    before = beliefs([5, 1, 0.3], [3, 1, 9], drift=0.1)
+    new = update_beliefs(
+        config, before, Population(3.0, 5.0), jnp.zeros(3), jnp.zeros(3), jnp.float32(0.7), toward_prior
+    )
     jax.tree.map(np.testing.assert_array_equal, new, before)
 
 

@@ -1,4 +1,4 @@
-"""Every command meets its surroundings with one line: readers that leave, other alphabets, folders that are there."""
+"""Every command answers with one line: closed pipes, other encodings, folders that exist already."""
 
 from __future__ import annotations
 

@@ -104,9 +104,9 @@ def test_the_program_prints_the_defaults_of_the_task(capsys):
         ("run.dir", 7, "run.dir=7: must be text; put it in quotes"),
         ("run.dir", ["a"], "must be text"),
         ("run.dir", " ", "run.dir=' ': must name a file or folder"),
-        ("run.dir", "a\nb", "holds a control character"),
-        ("run.dir", "a\udcffb", "holds bytes that are no text"),
-        ("run.dir", "~nobody-of-this-name/x", "there is no such home folder"),
+        ("run.dir", "a\nb", "contains a control character"),
+        ("run.dir", "a\udcffb", "contains bytes that are not UTF-8 text"),
+        ("run.dir", "~nobody-of-this-name/x", "this home folder does not exist"),
         ("task.name", "maths", "task.name='maths': choose one of"),
         ("task.name", ("math",), "task.name=('math',): must be text"),
         ("loss.name", "dappo", "did you mean dapo?"),
@@ -118,9 +118,9 @@ def test_the_program_prints_the_defaults_of_the_task(capsys):
         ("optimizer.warmup", 150, "optimizer.warmup=150: must be less than the 150 updates of run.steps=150"),
         ("sft.warmup", 3000, "sft.warmup=3000: must be less than sft.steps=3000"),
         ("task.numbers", "3,,4", "task.numbers='3,,4': has an empty entry"),
-        ("task.numbers", "3,3", "task.numbers='3,3': 3 stands there twice"),
+        ("task.numbers", "3,3", "task.numbers='3,3': 3 appears twice"),
         ("lora.targets", "q,,q", "lora.targets='q,,q': has an empty entry"),
-        ("lora.targets", "q,q_proj", "q stands there twice"),
+        ("lora.targets", "q,q_proj", "q appears twice"),
         ("task.dataset", "a,", "task.dataset='a,': has an empty entry"),
         ("task.options", "[1]", "task.options='[1]': must be a JSON object"),
         ("task.prompt_column", "", "must not be empty"),
@@ -137,7 +137,7 @@ def test_values_of_another_type_or_meaning_are_refused_in_one_line(field, value,
     ("values", "words"),
     [
         ({"reward.terms": "accuracy=0, format=0"}, "every weight is 0"),
-        ({"reward.terms": "accuracy,,format"}, "no reward ''"),
+        ({"reward.terms": "accuracy,,format"}, "'' is not a reward term"),
         ({"reward.terms": "overlong", "reward.overlong_cache": 2000}, "reward.overlong_cache=2000: must be at most"),
         ({"loss.kl_coef": 0.1, "loss.kl_in": "reward", "loss.kl_estimator": "k3+"}, "set k3"),
         ({"lora.rank": 4, "lora.targets": "q,,v"}, "lora.targets='q,,v': has an empty entry"),
@@ -191,14 +191,14 @@ def test_words_of_the_command_line():
         (["--run.steps", "--run.seed", "3"], "--run.steps: needs a value"),
         (["--config"], "--config: needs a value"),
         (["--config="], "--config: needs the name of a YAML file"),
-        (["80"], "'80': is no flag"),
+        (["80"], "'80': is not a flag"),
         (["--run.stepz", "3"], "did you mean --run.steps?"),
         (["--selection.pool-weight", "1"], "did you mean --selection.pool_weights?"),
         (["--confg", "x"], "did you mean --config?"),
         (["--run.steps", "1e3"], "run.steps='1e3': must be a whole number"),
         (["--run.fingerprint", "yes"], "run.fingerprint='yes': must be true or false"),
         (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate='fast': must be a number"),
-        (["--task.mixture", "[{}]", "--model.tokenizer", "x"], "lacks a name; name a task of text"),
+        (["--task.mixture", "[{}]", "--model.tokenizer", "x"], "lacks a name; add one of"),
         (["--task.mixture", "[{'name'", "--model.tokenizer", "x"], "must be a list of tasks"),
     ],
 )  # fmt: skip
@@ -217,8 +217,8 @@ def test_bad_command_lines_are_refused_in_one_line(words, message):
         ("run: {stepz: 3}\n", "run.stepz: there is no such field; did you mean run.steps?"),
         ("ruin: {steps: 3}\n", "ruin: there is no such stage; did you mean run?"),
         ("1: {steps: 3}\n", "1: there is no such stage"),
-        ("run: {steps: 3, steps: 4}\n", "steps: stands twice in one mapping (line 1); keep one of them"),
-        ("run: {steps: 3}\nrun: {seed: 4}\n", "run: stands twice in one mapping (line 2)"),
+        ("run: {steps: 3, steps: 4}\n", "steps: appears twice in one mapping (line 1); keep one of them"),
+        ("run: {steps: 3}\nrun: {seed: 4}\n", "run: appears twice in one mapping (line 2)"),
         ("run:\n\tsteps: 3\n", "not YAML: "),
         ("run: {dir: true}\n", "run.dir=True: must be text; put it in quotes"),
         ("run: {dir: 12:30:00}\n", "run.dir=45000: must be text; put it in quotes"),
@@ -229,7 +229,7 @@ def test_bad_command_lines_are_refused_in_one_line(words, message):
         ("run: {x: &a [*a]}\n", "run.x: there is no such field"),
         ("task: {mixture: &a [*a]}\n", "task.mixture"),
         ("run: !!python/object:os.system {}\n", "not YAML: "),
-        (b"run: {dir: \xff}\n", "is no text in UTF-8 (byte 11)"),
+        (b"run: {dir: \xff}\n", "is not UTF-8 text (byte 11)"),
         (b"run: {dir: a\x00b}\n", "not YAML: "),
     ],
 )
@@ -285,7 +285,9 @@ def test_help_tells_of_plan_config_and_their_precedence(capsys):
     assert stop.value.code == 0
     for words in ("--plan [TARGET]", "--config FILE.yaml", "--allow-data-change", "flags override all files"):
         assert words in text
-    assert "Defaults of a task of text" in text and "optimizer.learning_rate 1e-06" in text
+    for words in ("start here", "--help-all", "--run.dir PATH", "default: 0.0008; 1e-06 for text tasks"):
+        assert words in text
+    assert "--advantage.ddof" not in text and text.count("python -m pspo_jax.train --") == 2
 
 
 def test_names_without_a_field_are_refused_with_the_nearest_one():

@@ -1,4 +1,4 @@
-"""Compiler flags: the table, what the environment says already, and that XLA knows them."""
+"""Compiler flags: the table, flags that the environment already sets, and that XLA knows every one."""
 
 import subprocess
 import sys
@@ -43,13 +43,13 @@ def test_the_environment_wins_and_the_config_overrides_the_table(on_gpu):
     assert environment == {"LIBTPU_INIT_ARGS": "--b=2"}
 
 
-def test_words_that_are_no_flags_are_refused():
+def test_words_that_are_not_flags_are_refused():
     with pytest.raises(ConfigError, match=r"runtime.xla_flags=fast: write flags as --name=value"):
         xla_flags.apply(config("--runtime.xla_flags=fast"), {})
 
 
 def test_xla_knows_every_flag_of_the_table(child_env):
-    """One that it does not know would end the process; and the config's own reach it before its devices exist."""
+    """An unknown flag would end the process. The config's flags reach XLA before its devices exist."""
     words = " ".join(f"--{f.name}={f.value}" for f in xla_flags.TABLE if f.platform == "gpu")
     program = """
 import sys

@@ -48,8 +48,7 @@ def setup_of(lora=None, **fields):
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), "float32")) if lora else None
     frozen = placed(base, weight_axes(table(a))) if lora else None
     opt_state = jax.eval_shape(adamw(config.optimizer, 1).init, params)
-    build = TrainState
-    state = build(None, params, opt_state, (), (), (), None, frozen=frozen)
+    state = TrainState(None, params, opt_state, (), (), (), None, frozen=frozen)
     train = SimpleNamespace(tokens=np.zeros((9, P)), lengths=np.array([5, 20, 7]))
     return SimpleNamespace(
         config=config, architecture=a, model=model, mesh=mesh, abstract=state, task=SimpleNamespace(train=train)
@@ -57,24 +56,24 @@ def setup_of(lora=None, **fields):
 
 
 def test_an_update_of_all_weights_takes_three_products_a_matrix():
-    floor = roofline.update_lower_bound(setup_of(loss__packing=False), ONE)
+    bound = roofline.update_lower_bound(setup_of(loss__packing=False), ONE)
     rows, length = B * G, P + T
     attention = L * 3 * 4 * H * WIDTH * length * (length + 1) / 2
-    assert floor.products == pytest.approx(rows * (6 * L * BLOCK * length + attention + 6 * V * D * T))
+    assert bound.products == pytest.approx(rows * (6 * L * BLOCK * length + attention + 6 * V * D * T))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_an_update_of_adapters_takes_two_products_a_frozen_matrix(remat):
     lora = Lora(2, 4.0, 0.0, ("q", "down"))
-    floor = roofline.update_lower_bound(setup_of(lora, loss__packing=False, model__remat=remat), ONE)
+    bound = roofline.update_lower_bound(setup_of(lora, loss__packing=False, model__remat=remat), ONE)
     rows, length, again = B * G, P + T, remat == "full"
     adapters = L * (2 * (D + H * WIDTH) + 2 * (F + D))
     first = D * (H + 2 * K) * WIDTH  # below them nothing trains
     blocks = 2 * length * ((2 + again) * L * BLOCK - first + (3 + again) * adapters)
     attention = L * (3 + again) * 4 * H * WIDTH * length * (length + 1) / 2
-    assert floor.products == pytest.approx(rows * (blocks + attention + 4 * V * D * T))
+    assert bound.products == pytest.approx(rows * (blocks + attention + 4 * V * D * T))
     whole = roofline.update_lower_bound(setup_of(loss__packing=False, model__remat=remat), ONE)
-    assert floor.products < whole.products and floor.memory < whole.memory
+    assert bound.products < whole.products and bound.memory < whole.memory
 
 
 def test_packed_updates_take_less_than_padded_ones():
@@ -87,11 +86,11 @@ def test_packed_updates_take_less_than_padded_ones():
 
 
 def test_a_rollout_computes_logits_of_what_is_drawn_alone():
-    floor = roofline.rollout_lower_bound(setup_of(), ONE)
+    bound = roofline.rollout_lower_bound(setup_of(), ONE)
     decoded = B * G * (T - 1)
     pairs = B * P * (P + 1) / 2 + decoded * (5 + T / 2)
     wanted = 2 * L * BLOCK * (B * P + decoded) + 2 * V * D * (B + decoded) + 4 * L * H * WIDTH * pairs
-    assert floor.products == pytest.approx(wanted)
+    assert bound.products == pytest.approx(wanted)
 
 
 def cache(**fields):

@@ -1,4 +1,4 @@
-"""Defaults that follow from the machine: what a CPU or an accelerator is good at."""
+"""Defaults that follow the machine, a CPU or an accelerator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def text_config(*words):
     return command_line.parse([*TEXT, *words], "train", "")
 
 
-def test_text_leaves_to_the_machine_what_nobody_set():
+def test_fields_of_text_tasks_that_are_not_set_follow_the_machine():
     config = text_config()
     assert config.model.compute_dtype is config.model.remat is config.loss.packing is None
     chosen, words = machine.with_type(config, on_cpu=False)
@@ -57,7 +57,7 @@ def test_the_embedded_tasks_do_not_follow_the_machine():
     assert config.model.compute_dtype == "float32" and config.model.remat == "none"
 
 
-def test_a_cpu_computes_anew_no_more_than_its_memory_asks_for(monkeypatch):
+def test_a_cpu_recomputes_no_more_than_its_memory_requires(monkeypatch):
     config = text_config()
     a = built_in(dataclasses.replace(config.model, layers=24, width=1024, mlp_width=4096), 1000)
     mesh = make_mesh(tiny_config(), tiny_config().model, jax.devices()[:1])

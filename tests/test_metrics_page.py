@@ -33,16 +33,22 @@ def written() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted((ROOT / "pspo_jax").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        of_metrics = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and _returns_metrics(n)]
+        of_metrics = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and _writes_metrics(n)]
         names = {key for key in _keys(tree) if "/" in key} | {key for n in of_metrics for key in _keys(n)}
         found |= {key: str(path.relative_to(ROOT)) for key in names if KEY.fullmatch(key) and key not in NOT_METRICS}
     return found
 
 
-def _returns_metrics(function: ast.FunctionDef) -> bool:
-    if function.name in ("count", "_accounts"):  # they add to what they are given
+METRICS = re.compile(r"\b(?:Metrics|Values)\b")
+
+
+def _writes_metrics(function: ast.FunctionDef) -> bool:
+    """Whether a function returns metrics, or is given a dictionary of them, to which it may add."""
+    arguments = {argument.arg: ast.unparse(argument.annotation or ast.Constant("")) for argument in function.args.args}
+    given = (arguments.get(name, "") for name in ("values", "metrics"))
+    if "self" not in arguments and any(METRICS.search(kind) or kind.startswith("dict") for kind in given):
         return True
-    return function.returns is not None and bool(re.search(r"\b(?:Metrics|Values)\b", ast.unparse(function.returns)))
+    return function.returns is not None and bool(METRICS.search(ast.unparse(function.returns)))
 
 
 def _keys(tree: ast.AST) -> set[str]:

@@ -12,9 +12,9 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.ownership import _BY_ESTIMATOR, _BY_SELECTOR, OWNERS
 from pspo_jax.config.presets import LOSSES, PRESETS, resolve
 from pspo_jax.config.schema import Config
-from pspo_jax.config.strategies import ESTIMATORS as STRATEGY_CREDITS
-from pspo_jax.config.strategies import REPLAYS as STRATEGY_REPLAYS
-from pspo_jax.config.strategies import SELECTORS
+from pspo_jax.config.strategies import ESTIMATORS as CONFIG_ESTIMATORS
+from pspo_jax.config.strategies import REPLAYS as CONFIG_REPLAYS
+from pspo_jax.config.strategies import SELECTORS as CONFIG_SELECTORS
 from pspo_jax.config.validation import validate
 from pspo_jax.replay import REPLAYS
 from pspo_jax.selection import SCORERS
@@ -70,8 +70,8 @@ UNREAD = [
     ({"loss.kl_in": "reward"}, "loss.kl_coef=0"),
     ({"loss.kl_estimator": "k1"}, "loss.kl_coef=0"),
     ({"loss.share_prompts": True, "loss.packing": False}, "loss.packing=False"),
-    ({"rollout.slots": 256}, "no more than 256 completions"),
-    ({"rollout.slots": 64, "rollout.chunks": 4}, "no more than 64 completions"),
+    ({"rollout.slots": 256}, "at most 256 completions"),
+    ({"rollout.slots": 64, "rollout.chunks": 4}, "at most 64 completions"),
     ({"rollout.longest_first": True}, "rollout.slots=None"),
     ({"rollout.oversampling": 2.0}, "rollout.dynamic_sampling_rounds=1"),
     ({"rollout.weights": "split", "mesh.fsdp": 1}, "mesh.fsdp=1"),
@@ -123,11 +123,11 @@ def words_of(values):
 
 
 def test_every_field_has_an_owner():
-    """A new field belongs in OWNERS, with the conditions under which it is read."""
+    """A new field must be added to OWNERS with the conditions under which it is read."""
     assert set(OWNERS) == set(flatten(Config()))
 
 
-def test_what_selectors_and_credits_read_are_fields_of_theirs():
+def test_selectors_and_estimators_read_fields_that_exist():
     for table, stage, strategies in ((_BY_SELECTOR, "selection", SCORERS), (_BY_ESTIMATOR, "advantage", ESTIMATORS)):
         assert set(table) == set(strategies)
         assert {f"{stage}.{name}" for reads in table.values() for name in reads} <= set(flatten(Config()))
@@ -155,7 +155,7 @@ def test_a_field_that_nothing_reads_is_refused_through_every_door(values, owner,
 
 
 @pytest.mark.parametrize("values", [values for values, _ in UNREAD[:12]])
-def test_building_strategies_refuses_the_same(values):
+def test_building_strategies_refuses_unread_fields_too(values):
     with pytest.raises(ConfigError, match="drop it, or"):
         build(replace(Config(), values))
 
@@ -181,7 +181,7 @@ def test_the_config_of_a_run_reads_back_as_itself(name, tmp_path):
         assert resolve(replace(Config(), flatten(config))) == config
 
 
-def test_a_task_of_a_mixture_is_held_to_what_it_reads():
+def test_a_task_of_a_mixture_may_set_only_fields_that_it_reads():
     def parsed(*tasks, **values):
         config = replace(Config(), {"model.tokenizer": "x", "task.mixture": list(tasks), **values})
         validate(config)
@@ -198,16 +198,22 @@ def test_a_task_of_a_mixture_is_held_to_what_it_reads():
         parsed(countdown, **{"task.name": "math"})
 
 
-MINE = "pspo_jax.selection.pps:pps"
-OWN = "pspo_jax.advantages.group:group"
+OWN_SELECTOR = "pspo_jax.selection.pps:pps"
+OWN_ESTIMATOR = "pspo_jax.advantages.group:group"
 
 
-def test_a_new_selector_credit_and_algorithm_need_no_edit_of_the_package(monkeypatch):
-    """A field names a function of any module; what a new strategy reads is its own affair."""
-    monkeypatch.setitem(PRESETS, "ours", {"selection.name": MINE, "advantage.name": OWN, "loss.name": "dapo"})
+def test_a_new_selector_estimator_and_algorithm_need_no_edit_of_the_package(monkeypatch):
+    """A field names a function of any module, and a new strategy may read every field of its stage."""
+    monkeypatch.setitem(
+        PRESETS, "ours", {"selection.name": OWN_SELECTOR, "advantage.name": OWN_ESTIMATOR, "loss.name": "dapo"}
+    )
     words = ["--algorithm.name", "ours", "--selection.exponent", "0.9", "--selection.replacement", "true"]
     config = command_line.parse([*words, "--advantage.scale", "none"], "train", "")
-    assert (config.selection.name, config.advantage.name, config.selection.exponent) == (MINE, OWN, 0.9)
+    assert (config.selection.name, config.advantage.name, config.selection.exponent) == (
+        OWN_SELECTOR,
+        OWN_ESTIMATOR,
+        0.9,
+    )
     assert build(config).selector.init(40) is not None
     with pytest.raises(ConfigError, match="did you mean ours"):
         command_line.parse(["--algorithm.name", "our"], "train", "")
@@ -216,12 +222,12 @@ def test_a_new_selector_credit_and_algorithm_need_no_edit_of_the_package(monkeyp
 
 
 def test_the_names_that_fields_take_are_those_of_the_tables():
-    assert (set(SELECTORS), set(STRATEGY_CREDITS)) == (set(SCORERS), set(ESTIMATORS))
-    assert set(STRATEGY_REPLAYS) == set(REPLAYS)
+    assert (set(CONFIG_SELECTORS), set(CONFIG_ESTIMATORS)) == (set(SCORERS), set(ESTIMATORS))
+    assert set(CONFIG_REPLAYS) == set(REPLAYS)
 
 
 def test_help_lists_what_the_tables_hold(capsys):
     with pytest.raises(SystemExit):
-        command_line.parse(["--help"], "train", "")
+        command_line.parse(["--help-all"], "train", "")
     text = capsys.readouterr().out
     assert "posterior_mixed" in text and "tracked_baseline" in text and str(Path("FILE.yaml")) in text

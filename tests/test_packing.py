@@ -1,4 +1,4 @@
-"""Packed rows: bins that hold what they may, and the padded computation's results."""
+"""Packed rows: bins hold what they may, and give the results of padded rows."""
 
 import dataclasses
 
@@ -13,20 +13,21 @@ from pspo_jax.arrays.rows import Rows
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
-from pspo_jax.losses.log_probs import pack_rows
+from pspo_jax.losses.log_probs import compact_rows
 from pspo_jax.losses.losses import denominators
 from pspo_jax.losses.packing import ROWS_PER_BIN, assign_bins, assign_shared_bins, bin_length, loss_lengths
 from pspo_jax.model import transformer
 from pspo_jax.training.scoring import (
     assign,
     bins_at_a_time,
+    padded_tokens,
     score,
     score_some,
     shares_prompts,
     split_microbatches,
     uses_packing,
 )
-from pspo_jax.training.update import _gradient, padded_places
+from pspo_jax.training.update import loss_gradient
 from tests.helpers import relative, tiny_config, tiny_policy
 
 R, P, T, G = 24, 9, 20, 4
@@ -36,8 +37,8 @@ def rows_with(seed=0, masked=(), r=R):
     """Rows of random tokens and lengths, a third as long as they may be in the mean; four of a prompt."""
     rng = np.random.default_rng(seed)
     lengths = np.repeat(rng.integers(1, P + 1, r // G), G)
-    answers = np.clip(rng.geometric(3 / T, r), 1, T)
-    answers[0], answers[list(masked)] = T, 0
+    completion_lengths = np.clip(rng.geometric(3 / T, r), 1, T)
+    completion_lengths[0], completion_lengths[list(masked)] = T, 0
     tokens = rng.integers(0, 13, (r, T))
     prompts = np.where(np.arange(P) < lengths[:, None], np.repeat(rng.integers(0, 13, (r // G, P)), G, axis=0), 14)
 
@@ -50,7 +51,7 @@ def rows_with(seed=0, masked=(), r=R):
         prompts=jnp.asarray(prompts, jnp.int32),
         lengths=jnp.asarray(lengths, jnp.int32),
         tokens=jnp.asarray(tokens, jnp.int32),
-        mask=jnp.asarray(np.arange(T) < answers[:, None]),
+        mask=jnp.asarray(np.arange(T) < completion_lengths[:, None]),
         counted=jnp.ones(r, bool),
         advantages=jnp.asarray(rng.normal(size=r), jnp.float32),
         loss_weight=jnp.asarray(rng.uniform(0.5, 1, r), jnp.float32),
@@ -71,13 +72,14 @@ MANY = st.sampled_from([1, 7, 40])
 def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
     needs = np.asarray(needs)
-    plan = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
-    assert int(plan.used) == sum(needs) and plan.leads.all()
-    rows = np.asarray(plan.rows)
+    bins = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
+    assert int(bins.num_tokens) == sum(needs) and bins.owns_prompt.all()
+    rows = np.asarray(bins.rows)
     placed = rows[rows < r]
     assert sorted(placed) == [i for i, n in enumerate(needs) if n]
     sizes = [sum(needs[i] for i in bin_ if i < r) for bin_ in rows]
-    assert max(sizes) <= length and all(s > 0 for s in sizes[: int(plan.bins)]) and not any(sizes[int(plan.bins) :])
+    count = int(bins.num_bins)
+    assert max(sizes) <= length and all(s > 0 for s in sizes[:count]) and not any(sizes[count:])
     # First-fit decreasing, naively.
     room: list[list[int]] = []
     for i in sorted(range(r), key=lambda i: -needs[i]):
@@ -88,7 +90,7 @@ def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
                 room.append([i])
             else:
                 home.append(i)
-    assert [[i for i in bin_ if i < r] for bin_ in rows[: int(plan.bins)]] == room
+    assert [[i for i in bin_ if i < r] for bin_ in rows[:count]] == room
 
 
 GROUP = st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=3, max_size=3))
@@ -98,32 +100,36 @@ GROUP = st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=3, max
 def test_groups_share_a_prompt_in_a_bin(groups):
     """Every row once, a prompt once for neighbours of its group, and in a bin that holds it where there is room."""
     prompts = np.repeat([p for p, _ in groups], 3)
-    answers = np.array([c for _, cs in groups for c in cs])
+    completion_lengths = np.array([c for _, cs in groups for c in cs])
     r, length = len(prompts), 17
-    args = jnp.asarray(prompts, jnp.int32), jnp.asarray(answers, jnp.int32)
-    plan = assign_bins(*args, jnp.arange(r) // 3, length, r)
-    rows, leads = np.asarray(plan.rows), np.asarray(plan.leads)
-    assert sorted(rows[rows < r]) == [i for i in range(r) if answers[i]]
+    args = jnp.asarray(prompts, jnp.int32), jnp.asarray(completion_lengths, jnp.int32)
+    bins = assign_bins(*args, jnp.arange(r) // 3, length, r)
+    rows, owners = np.asarray(bins.rows), np.asarray(bins.owns_prompt)
+    assert sorted(rows[rows < r]) == [i for i in range(r) if completion_lengths[i]]
     used = 0
-    for bin_, lead in zip(rows, leads, strict=True):
+    for bin_, owns in zip(rows, owners, strict=True):
         held = [i for i in bin_ if i < r]
-        assert [bool(x) for x in lead[: len(held)]] == [
+        assert [bool(x) for x in owns[: len(held)]] == [
             k == 0 or held[k] // 3 != held[k - 1] // 3 for k in range(len(held))
         ]
-        places = sum(answers[i] - 1 + (prompts[i] if x else 0) for i, x in zip(held, lead, strict=False))
-        assert places <= length
-        used += places
-    assert int(plan.used) == used
+        length_of_bin = sum(
+            completion_lengths[i] - 1 + (prompts[i] if x else 0) for i, x in zip(held, owns, strict=False)
+        )
+        assert length_of_bin <= length
+        used += length_of_bin
+    assert int(bins.num_tokens) == used
     alone = assign_bins(*args, jnp.arange(r), length, r)
-    assert used <= int(alone.used)
-    assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).bins) == min(int(plan.bins), int(alone.bins))
+    assert used <= int(alone.num_tokens)
+    assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).num_bins) == min(
+        int(bins.num_bins), int(alone.num_bins)
+    )
 
 
-def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
-    """(packed, padded) results of `_gradient`: gradients, metrics, gap, places."""
+def both(loss="grpo", masked=(), seed=0, model_fields=None, **fields):
+    """What `loss_gradient` returns, packed and padded: gradients, metrics, sampler mismatch, token utilisation."""
     fields = {"loss__name": loss, "loss__microbatch_rows": 4} | fields
     config = tiny_config(**fields)
-    model, params, _ = tiny_policy(**(policy_fields or {}))
+    model, params, _ = tiny_policy(**(model_fields or {}))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
     rows = rows_with(seed, masked)
     if not config.loss.kl_coef:
@@ -132,7 +138,7 @@ def both(loss="grpo", masked=(), seed=0, policy_fields=None, **fields):
 
     def run(packing):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
+        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
 
     return run(True), run(False)
 
@@ -158,7 +164,7 @@ def test_every_loss_is_the_padded_one(loss):
     [
         {"masked": (3, 5)},
         {"masked": tuple(range(R))},
-        {"policy_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}},
+        {"model_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}},
         {"loss__logits_mib": 1, "loss__microbatch_rows": 24},
         {"loss__share_prompts": False},
     ],
@@ -189,13 +195,13 @@ def test_scores_are_the_padded_ones():
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
-def test_rows_dealt_over_parts_share_with_their_own_group_alone():
+def test_rows_split_over_minibatches_share_with_their_own_group_alone():
     """Rows of a group need not stand side by side, nor be whole groups."""
     model, params, _ = tiny_policy()
     config = tiny_config(loss__microbatch_rows=2)
     part = jax.tree.map(lambda x: x[1], split_microbatches(rows_with(3), 3))
     on = replace(config, {"loss.packing": True})
-    assert not assign(model, part, loss_lengths(part), on).leads.all()
+    assert not assign(model, part, loss_lengths(part), on).owns_prompt.all()
     packed, padded = (score(model, params, part, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(jnp.where(part.mask, packed, 0), jnp.where(part.mask, padded, 0), atol=1e-5)
 
@@ -215,14 +221,14 @@ def test_a_row_sees_only_itself():
     model, params, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(loss__microbatch_rows=8, loss__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
-    assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).bins) < 10
+    assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).num_bins) < 10
     a, b = (score(model, params, x, jnp.float32(1), config)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
 
 
 def test_many_short_completions_of_a_short_prompt():
-    """A shared prompt's last place predicts a token of every row: there may be more predictions than places."""
+    """The last token of a shared prompt predicts a token of every row: there may be more predictions than tokens."""
     r = 16
     rows = rows_with(2, r=r)
     rows = rows.replace(
@@ -235,7 +241,7 @@ def test_many_short_completions_of_a_short_prompt():
     config = tiny_config(loss__microbatch_rows=4)
     on = replace(config, {"loss.packing": True})
     planned = assign(model, rows, loss_lengths(rows), on)
-    assert (int(planned.bins), int(planned.used)) == (1, 1 + r) and 2 * r > P + T - 1
+    assert (int(planned.num_bins), int(planned.num_tokens)) == (1, 1 + r) and 2 * r > P + T - 1
     packed, padded = (score(model, params, rows, jnp.float32(1), c)[0] for c in (on, config))
     np.testing.assert_allclose(packed[:, :2], padded[:, :2], atol=1e-5)
 
@@ -247,9 +253,9 @@ def test_packing_is_chosen_for_long_completions():
     assert not uses_packing(model, rows, config) and uses_packing(model, long, config)
     assert not uses_packing(model, long, replace(config, {"loss.packing": False}))
     assert not uses_packing(model, long, replace(config, {"loss.microbatch_rows": 0}))
-    assert not uses_packing(model._replace(uses_packing=False), long, config)
+    assert not uses_packing(model._replace(packs=False), long, config)
     with pytest.raises(ValueError, match=r"loss.packing=true: this policy's `hidden` takes no packed rows"):
-        uses_packing(model._replace(uses_packing=False), rows, replace(config, {"loss.packing": True}))
+        uses_packing(model._replace(packs=False), rows, replace(config, {"loss.packing": True}))
     with pytest.raises(ValueError, match=r"loss.share_prompts=true: this policy's `hidden` cannot"):
         shares_prompts(model._replace(shares=False), replace(config, {"loss.share_prompts": True}))
 
@@ -267,7 +273,7 @@ def test_a_mesh_changes_nothing(mesh):
 
     def run(packing, params, rows):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p, x: _gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
+        return jax.jit(lambda p, x: loss_gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
 
     names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor")
     grid = make_mesh(replace(config, dict(zip(names, mesh, strict=True))))
@@ -288,19 +294,19 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
 
     def run(packing):
         c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: _gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
+        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
 
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
-    needed = int(assign(model, rows, loss_lengths(rows), config).bins)
+    needed = int(assign(model, rows, loss_lengths(rows), config).num_bins)
     assert needed < 40 and bins_at_a_time(64, config) == 8
     assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
     assert int(padded[3].computed) == 64 * (P + T)
 
 
-def test_padded_rows_of_many_places_are_counted_as_they_are_computed():
-    """Bins of so many places are whole blocks of attention, 1,152; padded rows are not."""
+def test_long_padded_rows_are_counted_as_they_are_computed():
+    """The length of so long a bin is rounded up for attention, to 1,152; that of padded rows is not."""
     rows = rows_with()
     longer = rows.replace(prompts=jnp.pad(rows.prompts, ((0, 0), (0, 1100 - P)), constant_values=14))
     assert bin_length(longer) == 1152
-    assert padded_places(longer) == pack_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)
+    assert padded_tokens(longer) == compact_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)

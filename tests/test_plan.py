@@ -41,13 +41,40 @@ def rows_of(out):
     return {name.strip(): float(size) for name, size in re.findall(r"│ +([^│]+?) +│ ([\d.]+) +│", out)}
 
 
-def test_the_ring_is_in_the_plan(capsys):
+def test_the_replay_buffer_is_in_the_plan_and_the_first_line_gives_the_answer(capsys):
     """256 groups of 8 completions of 8,192 tokens: tokens and log-probs of 4 bytes, a mask of 1, and small change."""
     words = ["--algorithm.name", "popo", "--rollout.prompts", "256", "--rollout.max_new_tokens", "8192"]
     config = parse([*words, "--mesh.data", "1"], "train", "")
     assert plan.show(config, THIS_MACHINE) == 0
-    found = rows_of(capsys.readouterr().out)["replay"]
+    out = capsys.readouterr().out
+    assert re.match(r"(fits|may not fit|does not fit) on this machine", out)
+    found = rows_of(out)["replay"]
     assert found == pytest.approx(256 * 8 * 8192 * 9 / 2**30, abs=0.006)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("rollout", "update", "line"),
+    [
+        ((3, 4), (5, 6), "fits on v5e-8, per device: rollout 4.00 GiB of 16.00, update 6.00 GiB of 16.00"),
+        ((3, 4), (12, 20), "may not fit on v5e-8: the update needs 12.00 to 20.00 GiB of 16.00 per device; raise"),
+        ((17, 20), (5, 6), "does not fit on v5e-8: the rollout needs 17.00 to 20.00 GiB of 16.00 per device; raise"),
+    ],
+)
+def test_the_headline_says_whether_a_run_fits_and_what_to_change(rollout, update, line):
+    peaks = {"rollout": plan.Peak(*(x * GIB for x in rollout)), "update": plan.Peak(*(x * GIB for x in update))}
+    verdicts = {phase: plan._verdict(peak, 16 * GIB, exact=False) for phase, peak in peaks.items()}
+    assert plan._headline(verdicts, "v5e-8").startswith(line)
+
+
+def test_a_peak_between_the_least_and_the_compilers_fits_or_not_if_the_compiler_is_the_devices_own():
+    peak = plan.Peak(12 * GIB, 20 * GIB)
+    assert plan._verdict(peak, 16 * GIB, exact=True).answer == "does not fit"
+    assert plan._verdict(peak, float("inf"), exact=True).answer == "capacity unknown"
+    refused = plan.Peak(12 * GIB, float("inf"), "Used 17G of 16G hbm")
+    assert plan._verdict(refused, 16 * GIB, exact=True) == ("does not fit", "Used 17G of 16G hbm")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
@@ -74,6 +101,7 @@ def test_compiles_for_a_tpu_that_is_not_there(target, words, kernel, child_env):
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
     assert 0 < rows["peak of the update: by the TPU's compiler"] < 1
+    assert done.stdout.startswith(f"fits on {target}")
     assert "rollout: fits" in done.stdout and "update: fits" in done.stdout
     assert "least time of a step by arithmetic" in done.stdout
     assert (f"attention: {kernel}, packed rows {kernel} (not tried here)" in done.stdout) == (kernel is not None)

@@ -207,7 +207,7 @@ def test_eight_devices_do_what_one_does():
 
 
 def test_slots_for_which_nothing_is_stored_are_in_no_mean():
-    """At the first step the ring is empty: the update is that of the effective groups alone."""
+    """At the first step the buffer is empty: the update is that of the effective groups alone."""
     made = setup(algorithm__name="popo")
     rollouts, rewards = made[5](made[4].params, 0), mixed(0)
     rewards[3], rewards[4] = 0, 1
@@ -290,7 +290,7 @@ def test_rounds_fill_a_batch_and_what_is_left_over_waits():
 
 
 def test_one_full_round_is_the_plain_step():
-    """Collect and update on groups that are all effective: the parameters, selector and credit of the step."""
+    """Collect and update on groups that are all effective: the parameters, selector and estimator of the step."""
     plain, cut = (setup(ADAMW, algorithm__name="pspo", rollout__dynamic_sampling_rounds=n) for n in (1, 3))
     rollouts, rewards = plain[5](plain[4].params, 0), mixed(0)
     expected, _ = stepper(plain)(plain[4], rollouts, rewards)
@@ -299,7 +299,7 @@ def test_one_full_round_is_the_plain_step():
     state, _ = update(state, rollouts.temperature)
     assert relative(state.params, expected.params) < 1e-6
     jax.tree.map(np.testing.assert_array_equal, state.advantage, expected.advantage)
-    jax.tree.map(np.testing.assert_array_equal, state.selector.own, expected.selector.own)
+    jax.tree.map(np.testing.assert_array_equal, state.selector.per_prompt, expected.selector.per_prompt)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopps", "greso")]
@@ -327,7 +327,7 @@ def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     assert everyone == set(range(40))
 
 
-def test_kl_in_the_reward_is_taken_before_the_credit():
+def test_kl_in_the_reward_is_taken_before_the_advantages():
     made = setup(algorithm__name="grpo", loss__kl_coef=0.3, loss__kl_in="reward", advantage__scale="none")
     rollouts, rewards = made[5](made[4].params, 0), mixed(0)
     state = dataclasses.replace(made[4], reference=jax.tree.map(lambda x: x * 1.2, made[4].params))

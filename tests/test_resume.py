@@ -74,7 +74,7 @@ def test_uniform_begins_a_new_epoch():
         state = chosen.observe(state, ids, nothing, jnp.int32(step))
     places = jnp.array([0, 1, 2, 3, 4, 5, -1, -1])
     state = chosen.follow(state, chosen.init(8), places)
-    assert state.book.visits[:8].sum() == 8  # visits are kept, and yet the order begins anew
+    assert state.visit_stats.visits[:8].sum() == 8  # visits are kept, and yet the order begins anew
     seen = []
     for step in range(2, 4):
         ids, weight, state = chosen.select(state, jax.random.key(step), jnp.int32(step), 4)

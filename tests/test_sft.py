@@ -129,7 +129,7 @@ def test_a_row_of_another_form_is_named(tmp_path, row):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"", "holds no rows"), (b"\xff\n", "is not UTF-8")])
+@pytest.mark.parametrize(("content", "says"), [(b"", "contains no rows"), (b"\xff\n", "is not UTF-8")])
 def test_a_file_without_rows_is_refused(base, tmp_path, content, says):
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=says):
@@ -139,7 +139,7 @@ def test_a_file_without_rows_is_refused(base, tmp_path, content, says):
 def test_nothing_to_learn_from_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match=r"sft\.data=None: a language model needs demonstrations"):
         read_config(["--model.source", str(base), "--run.dir", str(tmp_path)])
-    with pytest.raises(ConfigError, match=r"sft\.steps=0: there is nothing to train"):
+    with pytest.raises(ConfigError, match=r"sft\.steps=0: leaves nothing to train"):
         read_config(["--sft.steps", "0"])
 
 

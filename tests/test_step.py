@@ -191,7 +191,7 @@ def test_absurd_rewards_never_reach_the_per_prompt_state(huge):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    assert np.isfinite(after.selector.own).all()
+    assert np.isfinite(after.selector.per_prompt).all()
     assert np.isfinite(after.selector.score).all()
 
 
@@ -218,13 +218,13 @@ def test_all_of_the_state_is_donated():
 
 
 def test_state_moves_with_the_step():
-    """Selector and credit learn inside the step: the prompts seen get new priorities and a history."""
+    """Selector and estimator learn inside the step: the prompts seen get new priorities and a history."""
     _, _, state, step, sample = setup(algorithm__name="pspo")
     rollouts = sample(state.params, 0)
     state, _ = step(state, rollouts, rewards_of(rollouts))
     assert np.asarray(state.advantage.visits)[:8].tolist() == [1] * 8
-    assert (np.asarray(state.selector.own)[:8] != 1).all()
-    assert (np.asarray(state.selector.own)[8:] == 1).all()
+    assert (np.asarray(state.selector.per_prompt)[:8] != 1).all()
+    assert (np.asarray(state.selector.per_prompt)[8:] == 1).all()
 
 
 def test_masked_logits_carry_no_gradient():

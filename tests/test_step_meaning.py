@@ -242,7 +242,7 @@ def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
             microbatch_size(20, 0)
 
 
-def test_released_credit_has_a_slot_for_each_prompt_of_a_round():
+def test_published_codes_estimator_has_a_slot_for_each_prompt_of_a_round():
     fields = {"algorithm.name": "pspo", "algorithm.variant": "published_code", "rollout.dynamic_sampling_rounds": 3}
     fields |= {"rollout.prompts": 100, "rollout.oversampling": 4.0}
     made = build(replace(Config(), fields)).estimator

@@ -1,4 +1,4 @@
-"""Settings of selectors and credits: what is refused and in which words, and what a name fills in."""
+"""Settings of selectors and advantage estimators: refusals and their messages, and the fields that a name fills."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def flags(values):
 
 
 SELECTOR, QUOTAS, POOLS = "selection.name", "selection.quotas", "selection.pool_weights"
-RULE_QUOTAS, RULE_POOLS = "share in (0, 1], each task once, such as", "must be three numbers from 0"
+RULE_QUOTAS, RULE_POOLS = "share in (0, 1], each task once, such as", "must be three numbers of at least 0"
 WEIGHTED = "drop it, or set selection.name to pps, spo, difficulty_pools or curriculum"
 
 
@@ -278,5 +278,5 @@ def test_defaults_of_a_selector_reach_the_command_line():
         ({"algorithm.name": "pps", "advantage.alpha_mode": "policy_drift"}, False),
     ],
 )
-def test_movement_is_measured_only_where_a_strategy_asks_for_it(values, needed):
+def test_policy_drift_is_measured_only_where_a_strategy_asks_for_it(values, needed):
     assert needs_policy_drift(replace(Config(), values)) == needed

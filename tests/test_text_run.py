@@ -199,7 +199,7 @@ def test_statistics_follow_their_prompts(tmp_path):
         marks = np.arange(1, n + 1, dtype=np.float32)
         padded = np.pad(marks, (0, len(state.advantage.mean) - n))
         state = state.replace(
-            selector=state.selector._replace(own=jax.device_put(padded, state.selector.own.sharding)),
+            selector=state.selector._replace(per_prompt=jax.device_put(padded, state.selector.per_prompt.sharding)),
             advantage=state.advantage._replace(mean=jax.device_put(-padded, state.advantage.mean.sharding)),
         )
         resume.save_content(before, tmp_path)
@@ -226,7 +226,7 @@ def test_statistics_follow_their_prompts(tmp_path):
     wanted = [old.get(h, 0) for h in after.task.train.content().tolist()]
     assert 0 < sum(w > 0 for w in wanted) < 56
     initial = before.config.selection.initial
-    np.testing.assert_array_equal(found.state.selector.own[:56], [w or initial for w in wanted])
+    np.testing.assert_array_equal(found.state.selector.per_prompt[:56], [w or initial for w in wanted])
     np.testing.assert_array_equal(found.state.advantage.mean[:56], [-w for w in wanted])
 
 

@@ -1,39 +1,47 @@
-"""What a reward is worth. A credit is pure functions over its own per-prompt state; a new one is a file and a line."""
+"""Rewards to advantages. An estimator is pure functions over per-prompt arrays; see `interface` for the contract.
+
+A new estimator is one module here and one line in `ESTIMATORS`, or a function outside the package that
+`advantage.name=module:function` names.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-from pspo_jax.advantages.ers import ers, released
+from pspo_jax.advantages.ers import ers, published_code_ers
 from pspo_jax.advantages.group import group, group_advantages, opo, opo_advantages, rloo, rloo_advantages
-from pspo_jax.advantages.interface import AdvantageEstimator, over_deviation
-from pspo_jax.advantages.tracked import over_size, tracked_baseline
+from pspo_jax.advantages.interface import AdvantageEstimator, MakeEstimator, OverBatchFn, divide_by_deviation
+from pspo_jax.advantages.tracked import divide_by_rms, tracked_baseline
 from pspo_jax.config.plugins import load_plugin
 from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 
-ESTIMATORS: dict[str, Callable[[AdvantageConfig, ForgettingConfig], AdvantageEstimator]] = {
+ESTIMATORS: dict[str, MakeEstimator] = {
     "group": group,
     "ers": ers,
     "rloo": rloo,
     "tracked_baseline": tracked_baseline,
     "opo": opo,
 }
+"""Constructor of each estimator, by the name that `advantage.name` gives it."""
 
-BATCH_SCALES: dict[str, Callable[[AdvantageConfig], Callable[..., Any]]] = {
-    "group": over_deviation,
-    "rloo": over_deviation,
-    "opo": over_deviation,
-    "tracked_baseline": over_size,
+BATCH_SCALES: dict[str, Callable[[AdvantageConfig], OverBatchFn]] = {
+    "group": divide_by_deviation,
+    "rloo": divide_by_deviation,
+    "opo": divide_by_deviation,
+    "tracked_baseline": divide_by_rms,
 }
-"""How the credits that advantage.scale=batch is for divide by a scale of the batch."""
+"""For each estimator that reads advantage.scale=batch, the division by a scale of the batch."""
 
 
 def make(config: AdvantageConfig, forgetting: ForgettingConfig, batch_differs: bool = False) -> AdvantageEstimator:
-    """The credit that `config.name` names.
+    """The estimator that `config.name` names.
 
     Args:
+      config: a resolved config, whose name is not None.
       batch_differs: whether the batch that trains is another than what is rolled out at a time, as under dynamic
-        sampling and replay. A scale of the batch is then left to `Credit.over_batch`.
+        sampling and replay. The division by a scale of the batch is then left to `AdvantageEstimator.over_batch`.
+
+    Raises:
+      ConfigError: the name is module:function, and there is no such function.
     """
     assert config.name is not None
     if config.name not in ESTIMATORS:
@@ -54,7 +62,7 @@ __all__ = [
     "make",
     "opo",
     "opo_advantages",
-    "released",
+    "published_code_ers",
     "rloo",
     "rloo_advantages",
     "tracked_baseline",

@@ -14,21 +14,21 @@ from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig, Scale
 def group_advantages(
     rewards: Float[Array, "B G"], scale: Scale | None = "group", ddof: int = 1, eps: float = 1e-4
 ) -> Float[Array, "B G"]:
-    """(r - group mean) / (std + eps); the std is the group's, the whole batch's, or 1 with no eps.
+    """(r - group mean) / (std + eps), where the std is the group's or the whole batch's; scale="none" does not divide.
 
-    NaN rewards are left out of mean and std and get advantage 0; so does a group's only verdict. These are TRL 1.16's
-    conventions, to which the golden values belong. Dr.GRPO is scale="none".
+    NaN rewards are left out of mean and std and get advantage 0; so does a group's only verdict. The conventions are
+    those of TRL 1.16, to which the golden values of the tests belong. Dr.GRPO is scale="none".
     """
     stats = group_statistics(rewards, ddof)
-    known = ~jnp.isnan(rewards) & (stats.verdicts > 1)[:, None]
+    known = ~jnp.isnan(rewards) & (stats.judged > 1)[:, None]
     return scaled(rewards - stats.mean[:, None], rewards, known, scale, ddof, eps)
 
 
 def rloo_advantages(
     rewards: Float[Array, "B G"], scale: Scale | None = "none", ddof: int = 1, eps: float = 1e-4
 ) -> Float[Array, "B G"]:
-    """r_i less the mean of the group's other rewards, n / (n - 1) (r_i - mean) (Ahmadian et al., arXiv 2402.14740)."""
-    n = group_statistics(rewards, ddof).verdicts
+    """r_i minus the mean of the group's other rewards: n / (n - 1) (r_i - mean) (Ahmadian et al., arXiv 2402.14740)."""
+    n = group_statistics(rewards, ddof).judged
     return group_advantages(rewards, scale, ddof, eps) * (n / jnp.maximum(n - 1, 1))[:, None]
 
 
@@ -39,41 +39,47 @@ def opo_advantages(
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Float[Array, "B G"]:
-    """r_i less the length-weighted mean sum(l r) / sum(l), the optimal baseline if a gradient's square norm grows with
-    the completion's length (OPO, arXiv 2505.23585)."""
+    """r_i minus the length-weighted mean sum(l r) / sum(l), the optimal baseline if the squared norm of a completion's
+    gradient grows with its length (OPO, arXiv 2505.23585).
+
+    Args:
+      lengths: tokens of each completion; a completion without tokens counts as one token.
+    """
     stats = group_statistics(rewards, ddof)
     valid = ~jnp.isnan(rewards)
     weight = jnp.where(valid, jnp.maximum(lengths, 1), 0).astype(jnp.float32)
     baseline = (weight * jnp.where(valid, rewards, 0)).sum(1) / jnp.maximum(weight.sum(1), 1)
-    known = valid & (stats.verdicts > 1)[:, None]
+    known = valid & (stats.judged > 1)[:, None]
     return scaled(rewards - baseline[:, None], rewards, known, scale, ddof, eps)
 
 
 def group(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
-    """GRPO, Dr.GRPO."""
+    """The estimator of GRPO, and of Dr.GRPO with advantage.scale=none."""
     del forgetting
     return _stateless(lambda rewards, lengths: group_advantages(rewards, config.scale, config.ddof, config.eps))
 
 
 def rloo(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
-    """RLOO."""
+    """The estimator of RLOO."""
     del forgetting
     return _stateless(lambda rewards, lengths: rloo_advantages(rewards, config.scale, config.ddof, config.eps))
 
 
 def opo(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
-    """OPO; `estimate` needs lengths."""
+    """The estimator of OPO; its `estimate` raises ValueError without lengths."""
     del forgetting
 
     def advantages(rewards: Array, lengths: Array | None) -> Array:
         if lengths is None:
-            raise ValueError("lengths=None: credit opo weighs rewards by the tokens of each completion; pass them")
+            raise ValueError("lengths=None: opo weighs rewards by the tokens of each completion; pass them")
         return opo_advantages(rewards, lengths, config.scale, config.ddof, config.eps)
 
     return _stateless(advantages)
 
 
 def _stateless(advantages: Callable[[Array, Array | None], Array]) -> AdvantageEstimator:
+    """An estimator without memory, from a function of rewards and lengths."""
+
     def estimate(
         state: tuple[()],
         ids: Int[Array, "B"],

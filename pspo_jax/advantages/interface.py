@@ -1,49 +1,111 @@
-"""The contract of a credit, and the statistics that credits share."""
+"""The contract of an advantage estimator, and the statistics of groups that estimators share.
+
+Letters: B groups, G completions per group, N prompts in the dataset.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pspo_jax.arrays.per_prompt import follow_rows
-from pspo_jax.config.strategies import AdvantageConfig, Scale
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig, Scale
+
+
+class InitFn(Protocol):
+    """Makes an estimator's state before the first step."""
+
+    def __call__(self, num_prompts: int, /) -> PyTree:
+        """Per-prompt arrays with `per_prompt.padded_rows(num_prompts)` rows; () = there is nothing to remember."""
+        ...
+
+
+class EstimateFn(Protocol):
+    """Turns the rewards of a batch into advantages, and remembers what later steps need."""
+
+    def __call__(
+        self,
+        state: PyTree,
+        ids: Int[Array, "B"],
+        rewards: Float[Array, "B G"],
+        lengths: Int[Array, "B G"] | None = None,
+        policy_drift: Float[Array, ""] | float = 0.0,
+        /,
+    ) -> tuple[Float[Array, "B G"], PyTree]:
+        """The advantages, and the state after the batch.
+
+        Args:
+          state: the state of `InitFn`, or of the batch before.
+          ids: row of each group's prompt in the dataset. If a prompt is there twice, both groups see the same history,
+            and the last group with a usable verdict is kept.
+          rewards: reward of each completion. NaN = no verdict: it is left out of every statistic, and its advantage
+            is 0.
+          lengths: tokens of each completion.
+          policy_drift: `TrainState.policy_drift` when the completions were sampled.
+        """
+        ...
+
+
+class FollowFn(Protocol):
+    """Carries an estimator's state over to changed data."""
+
+    def __call__(self, old: PyTree, fresh: PyTree, places: Int[Array, "N"], /) -> PyTree:
+        """The state for the new prompts.
+
+        Args:
+          fresh: the state that `InitFn` makes for the new prompts.
+          places: each new prompt's row in the old data; -1 = the prompt is new.
+        """
+        ...
+
+
+class OverBatchFn(Protocol):
+    """Divides advantages by a scale of the batch that trains."""
+
+    def __call__(
+        self, advantages: Float[Array, "B G"], rewards: Float[Array, "B G"], counted: Bool[Array, "B"], /
+    ) -> Float[Array, "B G"]:
+        """The divided advantages; only the groups that are `counted` are in the batch and enter the scale."""
+        ...
 
 
 class AdvantageEstimator(NamedTuple):
-    """Which advantage, as pure functions over a per-prompt state S.
+    """How rewards become advantages, as pure functions over a state of per-prompt arrays."""
 
-    init(num_prompts) -> S
-    estimate(S, ids [B], rewards [B, G], lengths [B, G] = None, movement = 0) -> (advantages [B, G], S)
-        A NaN reward is a missing verdict: left out of every statistic, advantage 0. lengths are tokens; movement is
-        TrainState.movement. Of ids that are named twice, all see the same history, and the last usable one is kept.
-    follow(S, fresh, places [N]) -> S
-        The state for changed data: `fresh` is init's for the new prompts, `places` their old rows, -1 = new.
-    over_batch(advantages [B, G], rewards [B, G], counted [B]) -> advantages
-        Divided by a scale of the batch that trains, the groups that are counted in it; None = `estimate` has done all.
-    """
+    init: InitFn
+    estimate: EstimateFn
+    follow: FollowFn = follow_rows
+    over_batch: OverBatchFn | None = None
+    """Applied to the batch that trains, after replay and dynamic sampling; None = `estimate` has done everything."""
 
-    init: Callable[[int], Any]
-    estimate: Callable[..., tuple[Any, Any]]
-    follow: Callable[..., Any] = follow_rows
-    over_batch: Callable[..., Any] | None = None
+
+class MakeEstimator(Protocol):
+    """Makes an estimator from its part of the config. `advantage.name=module:function` names one of a user's own."""
+
+    def __call__(self, config: AdvantageConfig, forgetting: ForgettingConfig, /) -> AdvantageEstimator:
+        """The estimator for a resolved config."""
+        ...
 
 
 class GroupStatistics(NamedTuple):
-    verdicts: Float[Array, "B"]
-    """Rewards with a verdict."""
+    """Statistics of each group over the rewards that are not NaN."""
+
+    judged: Float[Array, "B"]
+    """Number of rewards that are not NaN."""
     mean: Float[Array, "B"]
+    """Mean reward; 0 without any."""
     variance: Float[Array, "B"]
-    """Divides by verdicts - ddof; 0 where that is not positive."""
+    """Sum of squared deviations / max(judged - ddof, 1)."""
 
 
 def group_statistics(rewards: Float[Array, "B G"], ddof: int) -> GroupStatistics:
     """Mean and variance of each group over the rewards that are not NaN."""
     valid = ~jnp.isnan(rewards)
     count = valid.sum(axis=1).astype(jnp.float32)
-    # About the first reward, so that the mean of equal rewards is exact: its rounding would be an advantage.
+    # The mean is taken about the first reward, so that the mean of equal rewards is exact: a rounding of it would be an
+    # advantage.
     first = jnp.take_along_axis(rewards, jnp.argmax(valid, axis=1)[:, None], axis=1)
     mean = jnp.where(count > 0, first[:, 0], 0) + jnp.where(valid, rewards - first, 0).sum(axis=1) / jnp.maximum(
         count, 1
@@ -60,9 +122,13 @@ def scaled(
     ddof: int,
     eps: float,
 ) -> Float[Array, "B G"]:
-    """Rewards less a baseline as advantages: over the std of the group or the batch plus eps, or as they are.
+    """Centred rewards as advantages: divided by the std of the group or of the batch plus eps, or left as they are.
 
-    The std is of the rewards. What is not `known` gets 0.
+    Args:
+      centred: rewards less their baseline.
+      rewards: the rewards, whose standard deviation is taken.
+      known: completions with an advantage; the others get 0.
+      scale: None = group.
     """
     match scale:
         case "group" | None:
@@ -77,13 +143,13 @@ def scaled(
     return jnp.where(known, centred, 0.0)
 
 
-def over_deviation(config: AdvantageConfig) -> Callable[..., Float[Array, "B G"]]:
-    """`Credit.over_batch`: over the standard deviation of the batch's rewards plus eps."""
+def divide_by_deviation(config: AdvantageConfig) -> OverBatchFn:
+    """Division by the standard deviation of the batch's rewards plus eps."""
 
     def over_batch(
         advantages: Float[Array, "B G"], rewards: Float[Array, "B G"], counted: Bool[Array, "B"]
     ) -> Float[Array, "B G"]:
-        of_batch = jnp.where(counted[:, None], rewards, jnp.nan).reshape(1, -1)
-        return advantages / (jnp.sqrt(group_statistics(of_batch, config.ddof).variance) + config.eps)
+        in_batch = jnp.where(counted[:, None], rewards, jnp.nan).reshape(1, -1)
+        return advantages / (jnp.sqrt(group_statistics(in_batch, config.ddof).variance) + config.eps)
 
     return over_batch

@@ -2,35 +2,41 @@
 
     A_i = (r_i - v) / scale,   v the mean of the prompt's Beta belief before this group
 
-SPO (arXiv 2509.13232) and KRPO (arXiv 2505.07527) take a tracked value for the baseline. A group whose rewards are all
-equal has no advantage within itself, but has one against what was expected of the prompt.
+SPO (arXiv 2509.13232) and KRPO (arXiv 2505.07527) use a tracked value as the baseline. A group whose rewards are all
+equal has no advantage within itself, but it has one against the value that was expected of its prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pspo_jax.advantages.interface import AdvantageEstimator, group_statistics
+from pspo_jax.advantages.interface import AdvantageEstimator, OverBatchFn, group_statistics
 from pspo_jax.arrays.per_prompt import last_of_each, padded_rows
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
-from pspo_jax.selection.beliefs import Beliefs, init_beliefs, learned, mean
+from pspo_jax.selection.beliefs import Beliefs, init_beliefs, mean, update_beliefs
 
 
 class TrackedState(NamedTuple):
+    """The belief about each prompt."""
+
     beliefs: Beliefs
+    """Beta belief about each prompt's success probability."""
     seen: Bool[Array, "R"]
+    """Whether the prompt has had a group with a verdict."""
 
 
 def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
-    """The first visit has no history and takes the group's own mean. Rewards are taken within [0, 1] for the belief.
+    """Advantages against the mean of the prompt's belief, or against the group's mean at the first visit.
 
-    scale="batch" divides by the root mean square of the batch's advantages plus eps; "none" does not divide. A group's
-    own standard deviation is no scale here: where its rewards are equal it is 0.
+    The belief learns from rewards clipped to [0, 1]. scale="batch" divides by the root mean square of the batch's
+    advantages plus eps; "none" does not divide.
+
+    Raises:
+      ConfigError: scale="group". A group's own standard deviation is 0 where its rewards are equal.
     """
     if config.scale == "group":
         raise ConfigError(
@@ -52,14 +58,14 @@ def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> A
         stats, valid = group_statistics(rewards, config.ddof), ~jnp.isnan(rewards)
         before, seen = Beliefs(*(x[ids] for x in state.beliefs)), state.seen[ids]
         baseline = jnp.where(seen, mean(before), stats.mean)
-        # A single verdict says something against a history, and nothing against itself.
-        known = valid & (seen | (stats.verdicts > 1))[:, None]
+        # A single verdict has an advantage against a history, and none against itself.
+        known = valid & (seen | (stats.judged > 1))[:, None]
         centred = jnp.where(known, rewards - baseline[:, None], 0.0)
         if config.scale == "batch":
-            # The size of the advantages, not the rewards' deviation: a batch of equal rewards has none to divide by.
+            # Advantages are divided by their own size: the standard deviation of a batch of equal rewards would be 0.
             centred = centred / (jnp.sqrt((centred**2).sum() / jnp.maximum(known.sum(), 1)) + config.eps)
         success = jnp.where(valid, jnp.clip(rewards, 0, 1), 0).sum(1)
-        after = learned(
+        after = update_beliefs(
             forgetting,
             before,
             None,
@@ -76,8 +82,8 @@ def tracked_baseline(config: AdvantageConfig, forgetting: ForgettingConfig) -> A
     return AdvantageEstimator(init, estimate)
 
 
-def over_size(config: AdvantageConfig) -> Callable[..., Float[Array, "B G"]]:
-    """`Credit.over_batch`: over the root mean square of the batch's advantages plus eps."""
+def divide_by_rms(config: AdvantageConfig) -> OverBatchFn:
+    """Division by the root mean square of the batch's advantages plus eps."""
 
     def over_batch(
         advantages: Float[Array, "B G"], rewards: Float[Array, "B G"], counted: Bool[Array, "B"]

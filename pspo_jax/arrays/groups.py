@@ -1,4 +1,7 @@
-"""Whole groups with their rewards and advantages: what the optimizer sees and what a replay buffer stores."""
+"""Whole groups with their rewards and advantages, as the optimizer sees them and a replay buffer stores them.
+
+Letters: B groups, G completions per group, T completion length.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,26 @@ from pspo_jax.arrays.state import Prompts, Rollouts
 
 @struct.dataclass
 class Groups:
-    """What the optimizer sees: whole groups with their rewards and advantages."""
+    """Completions of each prompt with their rewards and advantages."""
 
     prompts: Prompts
+    """The prompt of each group."""
     tokens: Int[Array, "B G T"]
+    """Completions with their EOS, then padding."""
     mask: Bool[Array, "B G T"]
+    """Whether the place holds a token that was drawn."""
     log_probs: Float[Array, "B G T"]
-    """Of the policy that drew the tokens: the behaviour policy."""
+    """Log-probs under the behaviour policy, the one that drew the tokens."""
     rewards: Float[Array, "B G"]
+    """Reward of each completion; NaN = none."""
     advantages: Float[Array, "B G"]
-    """The group's own, from the step that sampled it."""
+    """Advantages, computed in the step that sampled the group."""
     ended: Bool[Array, "B G"]
+    """Whether a stop token ended the completion, and not the length limit."""
     step: Int[Array, "B"]
-    """Step that sampled the group; -1 = there is none."""
+    """Step that sampled the group; -1 = the slot is empty."""
     counted: Bool[Array, "B"]
-    """Whether the group is in the batch: no mean counts the others."""
+    """Whether the group is in the batch; no mean counts the others."""
 
 
 def groups_of(
@@ -50,7 +58,7 @@ def groups_of(
 
 
 def empty_groups(groups: int, group_size: int, prompt_length: int, max_new_tokens: int) -> Groups:
-    """Room for groups, none of them there."""
+    """Empty slots for `groups` groups."""
     # Every leaf has a buffer of its own: donated states may not share any.
     prompts = Prompts(
         jnp.zeros(groups, jnp.int32),
@@ -73,7 +81,7 @@ def empty_groups(groups: int, group_size: int, prompt_length: int, max_new_token
 
 
 def keep(groups: Groups, kept: Bool[Array, "B"]) -> Groups:
-    """`groups` with the others out of the batch: their tokens masked, their advantages 0."""
+    """`groups` with those that are not kept out of the batch: their tokens are masked, their advantages 0."""
     return dataclasses.replace(
         groups,
         mask=groups.mask & kept[:, None, None],
@@ -83,10 +91,10 @@ def keep(groups: Groups, kept: Bool[Array, "B"]) -> Groups:
 
 
 def take(groups: Groups, rows: Int[Array, "m"]) -> Groups:
-    """Some groups."""
+    """The groups in these rows."""
     return jax.tree.map(lambda x: x[rows], groups)
 
 
 def put(groups: Groups, rows: Int[Array, "m"], values: Groups) -> Groups:
-    """`groups` with some replaced; a row beyond the end is none."""
+    """`groups` with those in `rows` replaced by `values`; rows beyond the end are ignored."""
     return jax.tree.map(lambda x, v: x.at[rows].set(v, mode="drop"), groups, values)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flax import struct
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 
 @struct.dataclass
 class LoraParams:
-    """Frozen weights and what is trained on top of them."""
+    """Frozen weights and the adapters that train on top of them."""
 
-    base: Any
-    adapter: Any | None
-    """None = the base alone, which is the reference policy of a KL term."""
+    base: PyTree
+    """The frozen weights."""
+    adapter: PyTree | None
+    """The adapters' weights; None = the base alone, which is the reference policy of a KL term."""
     key: Key[Array, ""] | None = None
     """Key of the adapters' dropout; None = no dropout, as in sampling and scoring."""
 
 
-def merge_params(params: Any, frozen: Any | None, key: Key[Array, ""] | None = None) -> Any:
-    """What a policy's functions take, from the trained and the frozen weights of a `TrainState`."""
+def merge_params(params: PyTree, frozen: PyTree | None, key: Key[Array, ""] | None = None) -> PyTree:
+    """The weights that a model's functions take, from the trained and the frozen weights of a `TrainState`.
+
+    Args:
+      params: the weights that train: all of them, or the adapters.
+      frozen: the weights under the adapters; None = all weights train.
+      key: key of the adapters' dropout; None = no dropout.
+    """
     return params if frozen is None else LoraParams(frozen, params, key)

@@ -1,4 +1,7 @@
-"""Completions as independent rows: what a loss and the log-probs behind it are computed from."""
+"""Completions as independent rows: the inputs of a loss, and of the log-probs that it is computed from.
+
+Letters: R rows (prompts x group size), P prompt length, T completion length.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,40 @@ from jaxtyping import Array, Bool, Float, Int
 
 @struct.dataclass(kw_only=True)
 class LossInputs:
-    """What a loss knows of completions before the update, as independent rows."""
+    """All that a loss knows about completions before the update, one row per completion."""
 
     mask: Bool[Array, "R T"]
     """Tokens in the loss."""
     counted: Bool[Array, "R"]
-    """Whether the row is in the batch: no mean counts the others, whose mask is empty."""
+    """Whether the row is in the batch. A row that is not counts in no mean, and its mask is empty."""
     advantages: Float[Array, "R"]
+    """Advantage of each completion."""
     loss_weight: Float[Array, "R"]
     """The selector's importance weight."""
     old_log_probs: Float[Array, "R T"]
-    """Of the policy that ratios are against: the one at the start of the step."""
+    """Log-probs under the old policy, the one at the start of the step; ratios are against it."""
     behaviour_log_probs: Float[Array, "R T"]
-    """Of the policy that drew the tokens."""
+    """Log-probs under the behaviour policy, the one that drew the tokens."""
     reference_log_probs: Float[Array, "R T"] | None = None
+    """Log-probs under the KL term's reference policy; None = the loss has no KL term."""
     top_entropy: Bool[Array, "R T"] | None = None
     """Tokens that the surrogate and the entropy bonus are taken from; None = all."""
 
 
 @struct.dataclass(kw_only=True)
 class Rows(LossInputs):
-    """Completions as rows, R = prompts x group size, with what their log-probs are computed from."""
+    """Completions as rows, with the tokens that their log-probs are computed from."""
 
     group: Int[Array, "R"]
-    """Of the batch; rows of one have the same prompt."""
+    """Index of the row's group in the batch; rows of one group have the same prompt."""
     prompts: Int[Array, "R P"]
+    """Tokens of each row's prompt, padded on the right."""
     lengths: Int[Array, "R"]
+    """Tokens of each prompt before the padding."""
     tokens: Int[Array, "R T"]
+    """Tokens of each completion."""
     stale: Bool[Array, "R"]
-    """Sampled by an older policy."""
+    """Whether an older policy sampled the row."""
     sampling_log_probs: Float[Array, "R T"]
-    """Under the distribution drawn from, top-k and top-p included; of rows that are not stale."""
+    """Log-probs under the distribution that was drawn from, top-k and top-p included; they are right for rows that are
+    not stale."""

@@ -1,4 +1,4 @@
-"""Everything that a run is, as pytrees: `TrainState`, and the batch that flows through a step, `Rollouts`.
+"""The state of a run, `TrainState`, and the batch that flows through a step: `Prompts`, `Rollouts`, `RolloutOutcome`.
 
 Letters: B prompts in a batch, G completions a prompt, P prompt length, T completion length, N prompts in the dataset.
 """
@@ -6,62 +6,65 @@ Letters: B prompts in a batch, G completions a prompt, P prompt length, T comple
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.lora import merge_params
 
-Params = Any
-"""The policy's weights: any pytree of arrays."""
+Params: TypeAlias = PyTree
+"""Weights of a model: any pytree of arrays."""
+OptState: TypeAlias = PyTree
+"""State of an optax optimizer."""
 
 
 @struct.dataclass
 class SavedState:
-    """What a checkpoint holds. With the source of the frozen weights, nothing else affects learning."""
+    """The part of the state that a checkpoint holds. With the frozen weights it decides all further learning."""
 
     step: Int[Array, ""]
     """Training steps done."""
     params: Params
-    opt_state: Any
+    """Weights that train: all weights of the model, or its adapters."""
+    opt_state: OptState
     """State of the optax optimizer."""
-    selector: Any
+    selector: PyTree
     """Per-prompt arrays of the selector."""
-    advantage: Any
-    """Per-prompt arrays of the credit."""
-    replay: Any
-    """Stored groups."""
+    advantage: PyTree
+    """Per-prompt arrays of the advantage estimator."""
+    replay: PyTree
+    """Groups that the replay stores."""
     key: Key[Array, ""]
-    """The run's key. It never changes: a purpose and the step's number are folded into it."""
+    """The run's key. It never changes: each use folds a purpose and the number of the step into it."""
     reference: Params | None = None
-    """Trained weights of the KL reference, the policy that RL begins from; None when there is no KL term, or when it is
-    the frozen base of adapters that no supervised step has trained."""
+    """Trained weights of the KL term's reference policy, the one that RL begins from. None = there is no KL term, or
+    the reference is the frozen base of adapters that no supervised step has trained."""
     updates: Int[Array, ""] | int = 0
     """Optimizer updates applied."""
     skipped: Int[Array, ""] | int = 0
-    """Non-finite updates skipped in a row, up to now."""
+    """Length of the current run of updates that were skipped because they were not finite."""
     policy_drift: Float[Array, ""] | float = 0.0
-    """Sum over the steps of the mean |change of log-prob| per token; 0 where no strategy asks for it."""
-    queue: Any = None
-    """Effective groups that wait for a batch; None without dynamic sampling."""
+    """Sum over the steps of the mean |change of log-prob| per token, in nats; 0 where no strategy asks for it."""
+    queue: PyTree = None
+    """Effective groups that wait for a batch (`replay.dynamic_sampling.Queue`); None = no dynamic sampling."""
 
     def joined(self, frozen: Params | None) -> TrainState:
-        """The state that trains, with the weights that checkpoints leave out."""
+        """The whole state: this one with the frozen weights, which checkpoints leave out."""
         return TrainState(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, frozen=frozen)
 
 
 @struct.dataclass
 class TrainState(SavedState):
-    """Everything that a run is."""
+    """The whole state of a run."""
 
     frozen: Params | None = None
-    """Weights that do not train: the base under adapters. Checkpoints leave them out: their source has them."""
+    """Weights that do not train, such as the base under adapters. Checkpoints leave them out: their source has them."""
 
     @property
-    def weights(self) -> Any:
-        """What the policy's functions take."""
+    def weights(self) -> PyTree:
+        """The weights that the model's functions take."""
         return merge_params(self.params, self.frozen)
 
     def to_save(self) -> SavedState:
@@ -76,6 +79,7 @@ class Prompts:
     ids: Int[Array, "B"]
     """Row of each prompt in the dataset."""
     tokens: Int[Array, "B P"]
+    """Tokens of each prompt, then padding."""
     lengths: Int[Array, "B"]
     """Tokens of each prompt before the padding, at least 1."""
     loss_weight: Float[Array, "B"]
@@ -84,19 +88,20 @@ class Prompts:
 
 @struct.dataclass
 class Rollouts:
-    """G completions of each of B prompts, and what the sampler knew when it drew them."""
+    """G completions of each of B prompts, with the log-probs that the sampler drew them by."""
 
     prompts: Prompts
+    """The prompts that were completed."""
     tokens: Int[Array, "B G T"]
     """Completions with their EOS, then padding."""
     mask: Bool[Array, "B G T"]
-    """True on every token that was drawn, EOS included. Never inferred from pad ids."""
+    """True on every token that was drawn, EOS included. It is never inferred from pad ids."""
     log_probs: Float[Array, "B G T"]
-    """Log-prob of each token under the policy at `temperature`: what the trainer computes. 0 outside the mask."""
+    """Log-prob of each token under the policy at `temperature`, as the trainer computes it; 0 outside the mask."""
     sampling_log_probs: Float[Array, "B G T"]
-    """Log-prob under the distribution that was drawn from: top-k and top-p included."""
+    """Log-prob of each token under the distribution that was drawn from, top-k and top-p included."""
     lengths: Int[Array, "B G"]
-    """Tokens drawn."""
+    """Number of tokens drawn, EOS included."""
     ended: Bool[Array, "B G"]
     """True if a stop token ended the row, False if the length limit did."""
     temperature: Float[Array, ""]
@@ -104,24 +109,24 @@ class Rollouts:
 
 
 class RolloutOutcome(NamedTuple):
-    """What a step learned about its prompts; the selector observes it."""
+    """The results of a batch of rollouts, which the selector observes."""
 
     rewards: Float[Array, "B G"]
-    """NaN = no verdict."""
+    """Reward of each completion; NaN = none."""
     advantages: Float[Array, "B G"]
-    """The credit's advantages (for ERS: against smoothed statistics)."""
+    """The estimator's advantages (ERS: against smoothed statistics)."""
     raw_advantages: Float[Array, "B G"]
-    """Advantages within the group, (r - mean) / (std + eps), whatever the credit."""
+    """Advantages within the group, (r - mean) / (std + eps), whatever the estimator."""
     policy_drift: Float[Array, ""] | float = 0.0
-    """`TrainState.movement` when the rollouts were sampled."""
+    """`TrainState.policy_drift` when the rollouts were sampled."""
     lengths: Int[Array, "B G"] | float = 0.0
-    """Tokens drawn."""
-    right: Float[Array, "B G"] | None = None
-    """Verdicts in [0, 1], NaN = none; None = only rewards are known, and a selector takes them within [0, 1]."""
+    """Number of tokens drawn."""
+    verdicts: Float[Array, "B G"] | None = None
+    """Verdicts in [0, 1], NaN = none; None = only rewards are known, and a selector takes them clipped to [0, 1]."""
 
 
 def run_key(seed: int) -> Key[Array, ""]:
-    """The key of a run; it shares no stream with `jax.random.key(seed)`, which draws the initial weights."""
+    """The key of a run. It shares no stream with `jax.random.key(seed)`, which draws the initial weights."""
     # Weights fold the CRC of their name into it, cut to 31 bits: no name is this number.
     return jax.random.fold_in(jax.random.key(seed), 2**31)
 
@@ -129,8 +134,8 @@ def run_key(seed: int) -> Key[Array, ""]:
 def purpose_key(state_key: Key[Array, ""], step: Int[Array, ""] | int, purpose: int) -> Key[Array, ""]:
     """The key of one purpose (`SELECT`, `ROLLOUT`, `EVALUATE`, `DROPOUT`, `REPLAY`) in one step.
 
-    A function of the run's key, so that a resumed run draws what the uninterrupted one would have. The purpose is
-    folded in first: whatever a purpose folds into its own key, it never meets another's.
+    It depends on nothing but its arguments, so a resumed run draws what the uninterrupted one would have drawn. The
+    purpose is folded in first: whatever a purpose folds into its own key, no other purpose has that key.
     """
     return jax.random.fold_in(jax.random.fold_in(state_key, purpose), step)
 

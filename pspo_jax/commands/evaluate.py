@@ -96,6 +96,8 @@ def evaluate_checkpoints(
     if processes.is_primary():
         progress.say((out / "table.md").read_text(encoding="utf-8"))
         progress.say(f"written to {out}")
+        if not tables.can_draw():
+            progress.say("curve.png is left out, as matplotlib is not installed: pip install 'pspo-jax[plot]'")
     return 0
 
 
@@ -257,5 +259,6 @@ def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[st
     results = {label: {name: tables.to_json(s) for name, s in found.items()} for label, found in rows.items()}
     write_json(out / "results.json", results)
     write_whole(out / "table.md", tables.markdown(rows, FIVE).encode())
-    with writing(out / "curve.png"):
-        tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)
+    if tables.can_draw():
+        with writing(out / "curve.png"):
+            tables.curve(out / "curve.png", rows, {k: steps[k] for k in rows}, "Accuracy over training", FIVE)

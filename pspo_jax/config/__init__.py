@@ -1,1 +1,1 @@
-"""What is asked for: every field, its type, range and default, and what is refused."""
+"""The configuration: every field with its type, range and default, and the checks that refuse a config."""

@@ -1,7 +1,7 @@
-"""What fields of the configuration are made of: types, ranges, and the error that names a field.
+"""Types and ranges of the configuration's fields, and the error that names a field.
 
-A value takes one way into a field, whether it is typed on the command line, read from YAML or given to `replace`:
-`convert` for a value of Python's, `parse` for text. Both refuse in the same words.
+A value enters a field in one way, whether it is typed on the command line, read from YAML or given to `replace`:
+`convert` takes a Python value, `parse` takes text. Both refuse a value with the same message.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 LARGEST = 2**31 - 1
-"""Largest magnitude of a whole number that has no range of its own: steps and sizes are int32 on devices."""
+"""Largest magnitude of any whole number: steps and sizes are int32 on devices."""
+Value: TypeAlias = str | int | float | bool | None
+"""The value of a field."""
 JSON_FIELDS = ("task.mixture", "task.options")
-"""Text fields that hold JSON, for which Python's own lists and objects may stand too."""
+"""Text fields that hold JSON; Python lists and dicts are also accepted."""
 LIST_FIELDS = (
     "lora.targets",
     "task.numbers",
@@ -30,7 +32,7 @@ LIST_FIELDS = (
     "loss.vespo_positive",
     "loss.vespo_negative",
 )
-"""Text fields that hold a list with commas, for which a list may stand too."""
+"""Text fields that hold entries separated by commas; a list is also accepted."""
 PATH_FIELDS = (
     "run.dir",
     "run.compilation_cache",
@@ -41,15 +43,15 @@ PATH_FIELDS = (
     "model.tokenizer",
     "sft.data",
 )
-"""Text fields that may name a file or folder, in which ~ is the home folder."""
+"""Text fields that may name a file or folder; ~ means the home folder."""
 SHARE_FIELDS = ("selection.quotas", "reward.terms")
-"""Text fields that hold name=number pairs with commas, for which an object may stand too."""
+"""Text fields that hold name=number pairs separated by commas; a dict is also accepted."""
 _NOTHING = ("None", "null")
 _TRUTH = {"true": True, "false": False}
 
 
 class ConfigError(ValueError):
-    """Bad input: the message is one line that names the field, the value and the fix."""
+    """An error of the user's input. Its message is one line that names the field, the value and the fix."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Range:
     below: float | None = None
 
     def complaint(self, value: float) -> str | None:
+        """What a value that is out of bounds must be; None for a value within them."""
         if self.low is not None and value < self.low:
             return f"must be at least {self.low}"
         if self.above is not None and value <= self.above:
@@ -72,33 +75,45 @@ class Range:
             return f"must be less than {self.below}"
         return None
 
+    def words(self) -> str:
+        """The bounds, such as "at least 1, less than 2"; "" where there are none."""
+        bounds = {
+            "at least": self.low,
+            "greater than": self.above,
+            "at most": self.high,
+            "less than": self.below,
+        }
+        return ", ".join(f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None)
+
 
 @dataclass(frozen=True)
 class Kind:
-    """A field's type, taken apart."""
+    """The parts of a field's type."""
 
     base: type
     """bool, int, float or str."""
     optional: bool
+    """Whether the field may be None."""
     choices: tuple[str, ...]
-    """The words that a text may be; () = any."""
+    """Permitted texts; () = any text."""
     ranges: tuple[Range, ...]
 
 
-def kinds(section: Any) -> dict[str, Kind]:
+def kinds(section: object) -> dict[str, Kind]:
     """Field name -> type, for a stage of the configuration."""
-    stage: Any = type(section)
+    stage: type = type(section)
     return _kinds(stage)
 
 
 @functools.cache
-def _kinds(stage: Any) -> dict[str, Kind]:
+def _kinds(stage: type) -> dict[str, Kind]:
     return {name: _kind(hint) for name, hint in typing.get_type_hints(stage, include_extras=True).items()}
 
 
-def _kind(hint: Any) -> Kind:
+def _kind(hint: object) -> Kind:
+    """The parts of a field's type annotation."""
     ranges = tuple(m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range))
-    bare = hint.__origin__ if hasattr(hint, "__metadata__") else hint
+    bare = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     is_union = typing.get_origin(bare) is not Literal and bool(typing.get_args(bare))
     options = typing.get_args(bare) if is_union else (bare,)
     (base,) = (option for option in options if option is not type(None))
@@ -106,11 +121,11 @@ def _kind(hint: Any) -> Kind:
     return Kind(str if choices else base, type(None) in options, choices, ranges)
 
 
-def convert(path: str, kind: Kind, value: Any) -> Any:
-    """A value of Python's (or NumPy's scalar, or a path) as the field holds it.
+def convert(path: str, kind: Kind, value: object) -> Value:
+    """A Python value, NumPy scalar or path in the form in which the field holds it.
 
     Raises:
-      ConfigError: it has another type than the field, or is not finite.
+      ConfigError: the value has another type than the field, or is not finite.
     """
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -140,8 +155,12 @@ def convert(path: str, kind: Kind, value: Any) -> Any:
         raise ConfigError(f"{path}={str(value)[:20]}...: is too large for a number") from error
 
 
-def parse(path: str, kind: Kind, text: str) -> Any:
-    """Text, as it is typed on the command line, as the field holds it."""
+def parse(path: str, kind: Kind, text: str) -> Value:
+    """Text from the command line in the form in which the field holds it.
+
+    Raises:
+      ConfigError: the text is no value of the field's type.
+    """
     if kind.optional and text in _NOTHING:
         return None
     if kind.base is str:
@@ -157,16 +176,16 @@ def parse(path: str, kind: Kind, text: str) -> Any:
     return convert(path, kind, value)
 
 
-def from_yaml(path: str, kind: Kind, value: Any) -> Any:
-    """A value that YAML has read; it takes 1e-3 for text, and only 1.0e-3 for a number."""
+def from_yaml(path: str, kind: Kind, value: object) -> Value:
+    """A value from YAML in the form in which the field holds it. YAML reads 1e-3 as text and 1.0e-3 as a number."""
     if kind.base is float and isinstance(value, str):
         return parse(path, kind, value)
     return convert(path, kind, value)
 
 
-def check_range(path: str, kind: Kind, value: Any) -> None:
-    """Raise ConfigError for a converted value out of its field's range."""
-    if value is None or kind.base not in (int, float):
+def check_range(path: str, kind: Kind, value: Value) -> None:
+    """Raise ConfigError for a converted value that is out of its field's range."""
+    if not isinstance(value, int | float) or kind.base not in (int, float):
         return
     if kind.base is int and abs(value) > LARGEST:
         raise ConfigError(f"{path}={value}: must be at most {LARGEST}")
@@ -181,11 +200,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _text(path: str, kind: Kind, value: Any) -> str:
+def _text(path: str, kind: Kind, value: object) -> str:
+    """A value of a text field."""
     if not isinstance(value, str):
         value = _written(path, value)
     if not value.isprintable() and any(ch == "\x00" or "\ud800" <= ch <= "\udfff" for ch in value):
-        raise ConfigError(f"{path}={value!r}: holds bytes that are no text; write it in UTF-8")
+        raise ConfigError(f"{path}={value!r}: contains bytes that are not UTF-8 text; write it in UTF-8")
     if path in PATH_FIELDS:
         return _path(path, value)
     if kind.choices and value not in kind.choices:
@@ -195,20 +215,21 @@ def _text(path: str, kind: Kind, value: Any) -> str:
 
 
 def _path(path: str, value: str) -> str:
+    """A path with ~ expanded."""
     if not value.strip():
         raise ConfigError(f"{path}={value!r}: must name a file or folder; leave it out for the default")
     if any(ord(ch) < 32 or ord(ch) == 127 for ch in value):
-        raise ConfigError(f"{path}={value!r}: holds a control character; remove it")
+        raise ConfigError(f"{path}={value!r}: contains a control character; remove it")
     expanded = os.path.expanduser(value)
     if expanded.startswith("~"):
         raise ConfigError(
-            f"{path}={value}: there is no such home folder; write ./{value} for a name that begins with ~"
+            f"{path}={value}: this home folder does not exist; write ./{value} for a name that begins with ~"
         )
     return expanded
 
 
-def _written(path: str, value: Any) -> str:
-    """Lists and objects as the text that the field would hold."""
+def _written(path: str, value: object) -> str:
+    """A list or dict as the text that the field holds."""
     try:
         if path in JSON_FIELDS and isinstance(value, list | tuple | dict):
             return json.dumps(value)
@@ -224,5 +245,6 @@ def _written(path: str, value: Any) -> str:
 
 
 def _wanted(kind: Kind) -> str:
+    """The values that a field takes, in words."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return f"one of {', '.join(kind.choices)}" if kind.choices else names[kind.base]

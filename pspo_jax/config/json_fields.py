@@ -5,26 +5,36 @@ from __future__ import annotations
 import json
 import math
 import typing
-from typing import Any
 
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, TaskName
+from pspo_jax.system.json_value import Json
 
 
-def options(text: str) -> dict[str, Any]:
-    """task.options as a dict."""
+def options(text: str) -> dict[str, Json]:
+    """The settings in task.options.
+
+    Raises:
+      ConfigError: the text is not a JSON object.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"task.options={text!r}: is not JSON ({error}); such as '{{\"max_animals\": 5}}'") from error
+        raise ConfigError(
+            f"task.options={text!r}: is not JSON ({error}); write an object such as '{{\"max_animals\": 5}}'"
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"task.options={text!r}: must be a JSON object")
     return value
 
 
 def mixture(c: Config) -> list[tuple[Config, float]]:
-    """The tasks of task.mixture, each as a config of its own, and their weights; empty if there is none."""
+    """(config, weight) of each task in task.mixture; empty if the config has no mixture.
+
+    Raises:
+      ConfigError: the mixture is not a list of text tasks with weights above 0.
+    """
     if c.task.mixture is None:
         return []
     try:
@@ -48,25 +58,23 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
     return out
 
 
-def _check_name(item: dict[str, Any]) -> None:
-    """A task of a mixture is one of text, by name."""
+def _check_name(item: dict[str, Json]) -> None:
+    """Raise ConfigError unless an entry of a mixture names a text task."""
     where = f"task.mixture={str(item)[:80]}"
-    texts = [name for name in typing.get_args(TaskName) if name != "arithmetic"]
+    text_tasks = [name for name in typing.get_args(TaskName) if name != "arithmetic"]
     if "name" not in item:
-        raise ConfigError(f"{where}: lacks a name; name a task of text, one of {', '.join(texts)}")
-    if item["name"] not in texts:
-        raise ConfigError(
-            f"{where}: name={item['name']!r} cannot be mixed; name a task of text, one of {', '.join(texts)}"
-        )
+        raise ConfigError(f"{where}: lacks a name; add one of {', '.join(text_tasks)}")
+    if item["name"] not in text_tasks:
+        raise ConfigError(f"{where}: name={item['name']!r} is not a text task; choose one of {', '.join(text_tasks)}")
     if "mixture" in item:
-        raise ConfigError(f"{where}: holds a mixture of its own; name a task of text, and list its tasks beside it")
+        raise ConfigError(f"{where}: contains another mixture; list its tasks beside this one")
 
 
 def labels(c: Config) -> tuple[str, ...]:
-    """What quotas and metrics call the tasks of a mixture: the label, else the name, with a number where that is taken.
+    """Labels of the tasks of a mixture in quotas and metrics: the entry's label, else its name, numbered if repeated.
 
     Raises:
-      ConfigError: a label is no text that a quota could name, or stands twice.
+      ConfigError: a label is not a text that a quota can name, or appears twice.
     """
     if c.task.mixture is None:
         return (str(c.task.name),)
@@ -74,9 +82,9 @@ def labels(c: Config) -> tuple[str, ...]:
     given = [item["label"] for item in items if "label" in item]
     for label in given:
         if not isinstance(label, str) or not label.strip() or set(label) & set(",="):
-            raise ConfigError(f"task.mixture: label={label!r} must be text without a comma or =")
+            raise ConfigError(f"task.mixture: label={label!r} must be text without a comma or =; choose another")
         if given.count(label) > 1:
-            raise ConfigError(f"task.mixture: label={label!r} stands twice; choose another for one of them")
+            raise ConfigError(f"task.mixture: label={label!r} appears twice; choose another for one of them")
     out: list[str] = []
     for item in items:
         name, number = item.get("label", item["name"]), 1

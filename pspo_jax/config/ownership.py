@@ -1,37 +1,39 @@
-"""Who reads each field of the configuration; a field that is set and that nothing reads is refused.
+"""The conditions under which a run reads each field; a field that is set but not read is refused.
 
-`OWNERS` names every field with the conditions under which a run reads it; an empty tuple = always. A new field belongs
-in this table, and a test finds it missing. What selectors and credits read stands by their names; one that is not named
-here may read every field of its stage.
+`OWNERS` lists every field with its conditions; an empty tuple = always read. A new field must be added to the table,
+which a test checks. `_BY_SELECTOR` and `_BY_ESTIMATOR` list the fields that each built-in selector and advantage
+estimator reads; a user's own strategy may read every field of its stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pspo_jax.config.defaults import defaults_of, flatten, uses_char_tokenizer
-from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.fields import ConfigError, Value
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ModelConfig, round_prompts
+from pspo_jax.config.strategies import SURROGATES
 from pspo_jax.config.text_fields import parse_terms
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
-"""Tasks that read task.train_data."""
+"""Names of the tasks that read task.train_data."""
 BELIEFS = ("prioritized_replay", "mopps", "posterior_mixed", "spo")
-"""Selectors that keep a belief of each prompt."""
-_DRAWN = ("correction", "correction_end", "replacement")
+"""Names of the selectors that keep a belief about each prompt."""
+_WEIGHTED = ("correction", "correction_end", "replacement")
+"""Fields of the selectors that draw in proportion to weights."""
 _BY_SELECTOR: dict[str, tuple[str, ...]] = {
     "uniform": (),
-    "pps": (*_DRAWN, "floor", "exponent", "exponent_end", "initial", "statistic", "signal"),
+    "pps": (*_WEIGHTED, "floor", "exponent", "exponent_end", "initial", "statistic", "signal"),
     "prioritized_replay": ("estimate", "retest_every", "retest_share"),
     "mopps": ("candidates",),
     "posterior_mixed": ("draw", "candidates"),
-    "spo": (*_DRAWN, "floor"),
+    "spo": (*_WEIGHTED, "floor"),
     "greso": ("greso_base", "greso_floor"),
-    "difficulty_pools": (*_DRAWN, "pool_weights", "easy_from", "hard_to"),
-    "curriculum": (*_DRAWN, "difficulty_column", "curriculum_start", "curriculum_steps"),
+    "difficulty_pools": (*_WEIGHTED, "pool_weights", "easy_from", "hard_to"),
+    "curriculum": (*_WEIGHTED, "difficulty_column", "curriculum_start", "curriculum_steps"),
 }
 _BY_ESTIMATOR: dict[str, tuple[str, ...]] = {
     "group": ("scale",),
@@ -43,31 +45,31 @@ _BY_ESTIMATOR: dict[str, tuple[str, ...]] = {
 
 
 class Condition(NamedTuple):
-    """One thing that must hold for a field to be read; configs are resolved."""
+    """A condition for a field to be read. Its functions take a resolved config."""
 
     holds: Callable[[Config], bool]
     why: Callable[[Config], str]
-    """Why the field is not read where it does not hold."""
+    """Clause that says why the field is not read when the condition does not hold."""
     choose: str
-    """What to choose for the field to be read."""
+    """Clause, beginning with a verb, that says how to make the condition hold."""
 
 
 Owner = tuple[Condition, ...]
 ALWAYS: Owner = ()
 
 
-def when(field: str, *values: Any) -> Condition:
-    """Another field has one of these values."""
+def when(field: str, *values: Value) -> Condition:
+    """The condition that another field has one of these values."""
     return Condition(lambda c: _get(c, field) in values, _unread(field), f"set {field} to {_any_of(values)}")
 
 
-def unless(field: str, value: Any, choose: str) -> Condition:
-    """Another field does not have this value."""
+def unless(field: str, value: Value, choose: str) -> Condition:
+    """The condition that another field does not have this value."""
     return Condition(lambda c: _get(c, field) != value, _unread(field), choose)
 
 
 def by_name(field: str, table: dict[str, tuple[str, ...]], name: str) -> Condition:
-    """The strategy that `field` names reads `name`."""
+    """The condition that the strategy which `field` names reads the field `name` of its stage."""
     readers = [strategy for strategy, reads in table.items() if name in reads]
 
     def holds(c: Config) -> bool:
@@ -78,144 +80,178 @@ def by_name(field: str, table: dict[str, tuple[str, ...]], name: str) -> Conditi
 
 
 def term(name: str) -> Condition:
-    """The reward has a term of this name."""
+    """The condition that the reward has a term of this name."""
     return Condition(lambda c: name in parse_terms(c.reward), _unread("reward.terms"), f"add {name} to reward.terms")
 
 
+def surrogate(*names: str) -> Condition:
+    """The condition that the loss has one of these surrogates, or a user's own, which may read every field."""
+    return Condition(
+        lambda c: c.loss.surrogate in names or c.loss.surrogate not in SURROGATES,
+        _unread("loss.surrogate"),
+        f"set loss.surrogate to {_any_of(names)}",
+    )
+
+
 def task(*names: str) -> Condition:
-    """The task has one of these names."""
+    """The condition that the task has one of these names."""
     return when("task.name", *names)
 
 
-def _any_of(values: Sequence[Any]) -> str:
+def _any_of(values: Sequence[Value]) -> str:
+    """The values in words: "a", "a or b", "a, b or c"."""
     *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else repr(value) if value == "" else str(value)[:80]
+def _shown(value: Value) -> str:
+    """A value as messages print it, at most 80 characters."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return repr(value) if value == "" else str(value)[:80]
 
 
-def _get(c: Config, field: str) -> Any:
+def _get(c: Config, field: str) -> Value:
+    """The value of a field, by its dotted name."""
     stage, _, name = field.partition(".")
-    return getattr(getattr(c, stage), name)
+    value: Value = getattr(getattr(c, stage), name)
+    return value
 
 
 def _unread(*fields: str) -> Callable[[Config], str]:
+    """A function that says that these fields, with their values, do not read the field in question."""
     verb = "does not" if len(fields) == 1 else "do not"
     return lambda c: f"{' and '.join(f'{field}={_shown(_get(c, field))}' for field in fields)} {verb} read it"
 
 
-def _at_once(c: Config) -> int:
+def _completions_at_once(c: Config) -> int:
+    """Number of completions that are rolled out together."""
     return round_prompts(c) * c.rollout.group_size // c.rollout.chunks
 
 
-def _local(data: str | None) -> bool:
+def _is_local(data: str | None) -> bool:
+    """Whether data or a model is a file or folder of this machine."""
     return data is not None and Path(data).expanduser().exists()
 
 
-def _has_stale(c: Config) -> bool:
+def _trains_on_older_groups(c: Config) -> bool:
+    """Whether a batch may hold groups from earlier steps."""
     return c.replay.name == "popo" or c.rollout.dynamic_sampling_rounds != 1
 
 
-def _ratio_is_read(c: Config) -> bool:
-    o = c.loss
-    return o.surrogate in ("clip", "cispo", "sapo") or (o.kl_coef > 0 and o.kl_in == "loss" and o.kl_unbiased)
+def _reads_ratio(c: Config) -> bool:
+    """Whether the loss depends on the probability ratio."""
+    loss = c.loss
+    return loss.surrogate not in ("vespo", "reinforce") or (
+        loss.kl_coef > 0 and loss.kl_in == "loss" and loss.kl_unbiased
+    )
 
 
-def _deviation_is_read(c: Config) -> bool:
-    by_credit = (
+def _reads_deviation(c: Config) -> bool:
+    """Whether some strategy divides by a group's or batch's standard deviation."""
+    by_estimator = (
         c.advantage.scale != "none" if c.advantage.name in ("group", "rloo", "opo") else c.advantage.name == "ers"
     )
     return (
-        by_credit
+        by_estimator
         or (c.selection.name == "pps" and c.selection.signal == "raw")
         or c.advantage.name not in _BY_ESTIMATOR
     )
 
 
-def _eps_is_read(c: Config) -> bool:
-    return _deviation_is_read(c) or (c.advantage.name == "tracked_baseline" and c.advantage.scale == "batch")
+def _reads_eps(c: Config) -> bool:
+    """Whether some strategy adds advantage.eps to a divisor."""
+    return _reads_deviation(c) or (c.advantage.name == "tracked_baseline" and c.advantage.scale == "batch")
 
 
-def _selector_believes(c: Config) -> bool:
+def _selector_has_beliefs(c: Config) -> bool:
+    """Whether the selector keeps beliefs about prompts."""
     s = c.selection
     by_name = s.name in BELIEFS or s.name not in _BY_SELECTOR
     return by_name and not (s.name == "prioritized_replay" and s.estimate == "last")
 
 
 def believes(c: Config) -> bool:
-    """Whether a strategy of a resolved config keeps beliefs of prompts, which age as `forgetting` says."""
-    return _selector_believes(c) or c.advantage.name == "tracked_baseline" or c.advantage.name not in _BY_ESTIMATOR
+    """Whether a strategy of a resolved config keeps beliefs about prompts, which `forgetting` ages."""
+    return _selector_has_beliefs(c) or c.advantage.name == "tracked_baseline" or c.advantage.name not in _BY_ESTIMATOR
 
 
-def _moves(c: Config) -> bool:
-    by_credit = (
+def _reads_policy_drift(c: Config) -> bool:
+    """Whether some strategy depends on the policy drift."""
+    by_estimator = (
         c.advantage.name == "ers" and c.advantage.alpha_mode == "policy_drift" and c.algorithm.variant == "paper"
     )
-    return by_credit or (believes(c) and c.forgetting.mode == "policy_drift")
+    return by_estimator or (believes(c) and c.forgetting.mode == "policy_drift")
 
 
 TEXT = Condition(
     lambda c: not uses_char_tokenizer(c),
-    lambda c: f"task.name={c.task.name} has an alphabet of its own and does not read it",
-    "choose a task of text, such as --task.name gsm8k --task.train_data FILE.jsonl",
+    lambda c: f"task.name={c.task.name} uses the character tokenizer and does not read it",
+    "choose a text task, such as --task.name gsm8k --task.train_data FILE.jsonl",
 )
 COLD_START = unless("sft.steps", 0, "set sft.steps")
-OWN_SHAPE = Condition(
+RANDOM_WEIGHTS = Condition(
     lambda c: c.model.source is None,
-    lambda c: f"it follows from the checkpoint model.source={c.model.source}",
+    lambda c: f"the checkpoint model.source={c.model.source} decides it",
     "leave model.source out",
 )
 ADAPTERS = unless("lora.rank", 0, "set lora.rank")
-FILL = when("replay.name", "popo")
-DYNAMIC = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
-CLIP = when("loss.surrogate", "clip")
+POPO = when("replay.name", "popo")
+DYNAMIC_SAMPLING = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
+CLIP = surrogate("clip")
 KL = unless("loss.kl_coef", 0.0, "set loss.kl_coef")
-NOT_RELEASED = when("algorithm.variant", "paper")
-COORDINATED = unless("distributed.coordinator", None, "set distributed.coordinator")
-JOINED = Condition(
+PAPER_VARIANT = when("algorithm.variant", "paper")
+HAS_COORDINATOR = unless("distributed.coordinator", None, "set distributed.coordinator")
+JOINS_PROCESSES = Condition(
     lambda c: c.distributed.auto or c.distributed.coordinator is not None,
     _unread("distributed.auto", "distributed.coordinator"),
     "set distributed.coordinator",
 )
-DUMPED = unless("log.completions_every", 0, "set log.completions_every")
-BELIEVED = Condition(
+DUMPS_COMPLETIONS = unless("log.completions_every", 0, "set log.completions_every")
+HAS_BELIEFS = Condition(
     believes,
     _unread("selection.name", "advantage.name"),
     "choose a strategy that keeps beliefs, such as selection.name mopps or advantage.name tracked_baseline",
 )
-SELECTOR_BELIEVED = Condition(
-    _selector_believes, _unread("selection.name", "selection.estimate"), f"set selection.name to {_any_of(BELIEFS)}"
+SELECTOR_HAS_BELIEFS = Condition(
+    _selector_has_beliefs, _unread("selection.name", "selection.estimate"), f"set selection.name to {_any_of(BELIEFS)}"
 )
-MOVEMENT = Condition(
-    _moves,
+MEASURES_DRIFT = Condition(
+    _reads_policy_drift,
     _unread("forgetting.mode", "selection.name", "advantage.name", "advantage.alpha_mode"),
-    "set forgetting.mode to movement for a strategy that keeps beliefs, or advantage.alpha_mode for ers",
+    "set forgetting.mode to policy_drift with a strategy that keeps beliefs, or advantage.alpha_mode to policy_drift "
+    "with advantage.name ers",
 )
-STALE = Condition(
-    lambda c: _has_stale(c) or c.loss.old_log_probs == "trainer",
+OLDER_GROUPS = Condition(
+    lambda c: _trains_on_older_groups(c) or c.loss.old_log_probs == "trainer",
     _unread("replay.name", "rollout.dynamic_sampling_rounds", "loss.old_log_probs"),
-    "set replay.name to fill, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
+    "set replay.name to popo, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
 )
-_SPREAD = _unread("advantage.name", "advantage.scale", "selection.name")
-_SPREAD_CHOICE = "choose advantage.name ers, a advantage.scale, or selection.name pps"
-_SPLIT_CHOICE = "name a dataset of the hub, or a folder that has it"
+_NO_DEVIATION = _unread("advantage.name", "advantage.scale", "selection.name")
+_DEVIATION_CHOICE = "choose advantage.name ers, an advantage.scale other than none, or selection.name pps"
 
 
-def _of_data(field: str) -> Condition:
+def _has_splits(field: str) -> Condition:
+    """The condition that `field` names data with splits: a hub dataset or a folder."""
+
+    def holds(c: Config) -> bool:
+        data = _get(c, field)
+        return isinstance(data, str) and not Path(data).expanduser().is_file()
+
     return Condition(
-        lambda c: _get(c, field) is not None and not Path(_get(c, field)).expanduser().is_file(),
+        holds,
         _unread(field),
-        f"{_SPLIT_CHOICE}, in {field}",
+        f"name a hub dataset, or a folder that has it, in {field}",
     )
 
 
 def _selection(name: str, *more: Condition) -> Owner:
+    """The condition that the selector reads the field `name`, and more conditions."""
     return (by_name("selection.name", _BY_SELECTOR, name), *more)
 
 
-def _credit(name: str, *more: Condition) -> Owner:
+def _estimator(name: str, *more: Condition) -> Owner:
+    """The condition that the advantage estimator reads the field `name`, and more conditions."""
     return (by_name("advantage.name", _BY_ESTIMATOR, name), *more)
 
 
@@ -244,6 +280,7 @@ _LOG = ("progress", "tensorboard", "completions_every", "selection_every", "repo
 
 
 def _all(stage: str, names: tuple[str, ...], *owner: Condition) -> dict[str, Owner]:
+    """Dotted field -> owner, for fields of one stage with the same owner."""
     return {f"{stage}.{name}": owner for name in names}
 
 
@@ -257,19 +294,19 @@ OWNERS: dict[str, Owner] = {
         Condition(
             lambda c: c.task.mixture is not None or c.task.name not in FROM_DATA,
             _unread("task.name"),
-            "choose a task that makes its prompts, or a task.mixture",
+            "choose a task that generates its prompts, or set task.mixture",
         ),
     ),
     **_all("task", _DATA, task(*FROM_DATA)),
-    "task.subset": (task(*FROM_DATA), _of_data("task.train_data")),
-    "task.train_split": (task(*FROM_DATA), _of_data("task.train_data")),
-    "task.heldout_split": (task(*FROM_DATA), _of_data("task.heldout_data")),
+    "task.subset": (task(*FROM_DATA), _has_splits("task.train_data")),
+    "task.train_split": (task(*FROM_DATA), _has_splits("task.train_data")),
+    "task.heldout_split": (task(*FROM_DATA), _has_splits("task.heldout_data")),
     "task.revision": (
         task(*FROM_DATA),
         Condition(
-            lambda c: any(data and not _local(data) for data in (c.task.train_data, c.task.heldout_data)),
+            lambda c: any(data and not _is_local(data) for data in (c.task.train_data, c.task.heldout_data)),
             _unread("task.train_data"),
-            "name a dataset of the hub",
+            "name a hub dataset",
         ),
     ),
     **_all("task", ("choices_column", "choices_answer"), task("multiple_choice")),
@@ -283,12 +320,12 @@ OWNERS: dict[str, Owner] = {
     **_all("model", ("source", "tokenizer"), TEXT),
     "model.revision": (
         Condition(
-            lambda c: c.model.source is not None and not _local(c.model.source),
+            lambda c: c.model.source is not None and not _is_local(c.model.source),
             _unread("model.source"),
-            "set model.source to an id of the hub",
+            "set model.source to a hub id",
         ),
     ),
-    **_all("model", tuple(ModelConfig().shape_fields()), OWN_SHAPE),
+    **_all("model", tuple(ModelConfig().shape_fields()), RANDOM_WEIGHTS),
     **_all("model", _MODEL),
     "lora.rank": ALWAYS,
     **_all("lora", ("alpha", "dropout", "targets"), ADAPTERS),
@@ -298,13 +335,13 @@ OWNERS: dict[str, Owner] = {
     "rollout.weights": (unless("mesh.fsdp", 1, "raise mesh.fsdp"),),
     "rollout.slots": (
         Condition(
-            lambda c: c.rollout.slots is None or c.rollout.slots < _at_once(c),
-            lambda c: f"no more than {_at_once(c)} completions are rolled out at a time",
-            "choose fewer",
+            lambda c: c.rollout.slots is None or c.rollout.slots < _completions_at_once(c),
+            lambda c: f"at most {_completions_at_once(c)} completions are rolled out at a time",
+            "choose a smaller number",
         ),
     ),
     "rollout.longest_first": (unless("rollout.slots", None, "set rollout.slots"),),
-    "rollout.oversampling": (DYNAMIC,),
+    "rollout.oversampling": (DYNAMIC_SAMPLING,),
     "rollout.prompt_bucket": ALWAYS,
     "rollout.stop": (TEXT,),
     "reward.terms": ALWAYS,
@@ -324,12 +361,14 @@ OWNERS: dict[str, Owner] = {
     **_all("verifier", ("workers", "deadline", "wall_limit", "memory_mib", "network", "max_no_verdict"), TEXT),
     **_all("selection", _SELECTION),
     "selection.exponent": _selection("exponent"),
-    "selection.exponent_end": _selection("exponent_end", NOT_RELEASED),
+    "selection.exponent_end": _selection("exponent_end", PAPER_VARIANT),
     "selection.correction": _selection("correction"),
-    "selection.correction_end": _selection("correction_end", NOT_RELEASED),
+    "selection.correction_end": _selection("correction_end", PAPER_VARIANT),
     **{f"selection.{name}": _selection(name) for name in ("replacement", "floor", "initial", "statistic", "signal")},
     **{f"selection.{name}": _selection(name) for name in ("estimate", "retest_share", "draw", "pool_weights")},
-    "selection.retest_every": _selection("retest_every", unless("selection.retest_share", 0.0, "set it")),
+    "selection.retest_every": _selection(
+        "retest_every", unless("selection.retest_share", 0.0, "raise selection.retest_share")
+    ),
     "selection.candidates": _selection(
         "candidates",
         Condition(
@@ -340,12 +379,14 @@ OWNERS: dict[str, Owner] = {
     ),
     **{f"selection.{name}": _selection(name) for name in ("greso_base", "greso_floor", "easy_from", "hard_to")},
     **{f"selection.{name}": _selection(name) for name in ("difficulty_column", "curriculum_start")},
-    "selection.curriculum_steps": _selection("curriculum_steps", unless("selection.curriculum_start", 1.0, "lower it")),
+    "selection.curriculum_steps": _selection(
+        "curriculum_steps", unless("selection.curriculum_start", 1.0, "lower selection.curriculum_start")
+    ),
     "advantage.name": ALWAYS,
-    "advantage.scale": _credit("scale"),
-    "advantage.ddof": (Condition(_deviation_is_read, _SPREAD, _SPREAD_CHOICE),),
-    "advantage.eps": (Condition(_eps_is_read, _SPREAD, _SPREAD_CHOICE),),
-    "advantage.alpha": _credit(
+    "advantage.scale": _estimator("scale"),
+    "advantage.ddof": (Condition(_reads_deviation, _NO_DEVIATION, _DEVIATION_CHOICE),),
+    "advantage.eps": (Condition(_reads_eps, _NO_DEVIATION, _DEVIATION_CHOICE),),
+    "advantage.alpha": _estimator(
         "alpha",
         Condition(
             lambda c: c.advantage.alpha_mode == "fixed" or c.algorithm.variant == "published_code",
@@ -353,16 +394,16 @@ OWNERS: dict[str, Owner] = {
             "set advantage.alpha_mode to fixed",
         ),
     ),
-    "advantage.alpha_mode": _credit("alpha_mode", NOT_RELEASED),
-    "advantage.stat_mode": _credit("stat_mode", NOT_RELEASED),
-    "forgetting.mode": (BELIEVED,),
-    "forgetting.discount": (BELIEVED, when("forgetting.mode", "fixed")),
-    **_all("forgetting", ("half_life", "low", "high"), MOVEMENT),
-    "forgetting.shrinkage": (SELECTOR_BELIEVED,),
-    **_all("forgetting", ("prior_successes", "prior_failures"), BELIEVED),
+    "advantage.alpha_mode": _estimator("alpha_mode", PAPER_VARIANT),
+    "advantage.stat_mode": _estimator("stat_mode", PAPER_VARIANT),
+    "forgetting.mode": (HAS_BELIEFS,),
+    "forgetting.discount": (HAS_BELIEFS, when("forgetting.mode", "fixed")),
+    **_all("forgetting", ("half_life", "low", "high"), MEASURES_DRIFT),
+    "forgetting.shrinkage": (SELECTOR_HAS_BELIEFS,),
+    **_all("forgetting", ("prior_successes", "prior_failures"), HAS_BELIEFS),
     "replay.name": ALWAYS,
-    **_all("replay", _REPLAY, FILL),
-    "replay.tau": (FILL, when("replay.order", "fresh_priority")),
+    **_all("replay", _REPLAY, POPO),
+    "replay.tau": (POPO, when("replay.order", "fresh_priority")),
     "replay.effective": (
         Condition(
             lambda c: c.replay.name != "none" or c.rollout.dynamic_sampling_rounds != 1,
@@ -371,71 +412,71 @@ OWNERS: dict[str, Owner] = {
         ),
     ),
     **_all("loss", _LOSS),
-    "loss.ratio": (Condition(_ratio_is_read, _unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
+    "loss.ratio": (Condition(_reads_ratio, _unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
     "loss.count_masked": (when("loss.aggregation", "grpo", "dr_grpo", "luspo"),),
     "loss.clip_low": (CLIP,),
-    "loss.clip_high": (when("loss.surrogate", "clip", "cispo"),),
+    "loss.clip_high": (surrogate("clip", "cispo"),),
     **_all("loss", ("delta", "dual_clip"), CLIP),
-    **_all("loss", ("sapo_positive", "sapo_negative"), when("loss.surrogate", "sapo")),
-    **_all("loss", ("vespo_positive", "vespo_negative"), when("loss.surrogate", "vespo")),
+    **_all("loss", ("sapo_positive", "sapo_negative"), surrogate("sapo")),
+    **_all("loss", ("vespo_positive", "vespo_negative"), surrogate("vespo")),
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
-    "loss.off_policy": (STALE,),
-    "loss.importance": (STALE, when("loss.off_policy", "decoupled")),
+    "loss.off_policy": (OLDER_GROUPS,),
+    "loss.importance": (OLDER_GROUPS, when("loss.off_policy", "decoupled")),
     "loss.importance_cap": (
-        STALE,
+        OLDER_GROUPS,
         when("loss.off_policy", "decoupled"),
-        unless("loss.surrogate", "vespo", "set loss.surrogate to another"),
+        unless("loss.surrogate", "vespo", "choose another loss.surrogate"),
     ),
     "loss.share_prompts": (unless("loss.packing", False, "leave loss.packing out"),),
     **_all("optimizer", _OPTIMIZER),
     "optimizer.final_fraction": (when("optimizer.schedule", "cosine"),),
     **_all("mesh", ("data", "fsdp", "tensor", "context")),
     **_all("distributed", ("auto", "coordinator")),
-    **_all("distributed", ("processes", "process"), COORDINATED),
-    **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINED),
+    **_all("distributed", ("processes", "process"), HAS_COORDINATOR),
+    **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINS_PROCESSES),
     **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
     **_all("eval", ("every", "samples")),
     **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
     "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
     **_all("log", _LOG),
-    **_all("log", ("completions", "completions_format"), DUMPED),
+    **_all("log", ("completions", "completions_format"), DUMPS_COMPLETIONS),
 }
-"""Field -> the conditions under which a run reads it, all of which must hold."""
-_OF_THE_WHOLE = ("task.name", "task.seed", "task.cache")
-"""Fields of the task that a mixture reads itself, and not its parts."""
+"""Field -> conditions, all of which must hold for a run to read the field."""
+_OF_THE_MIXTURE = ("task.name", "task.seed", "task.cache")
+"""Fields of `task` that the mixture as a whole reads, and its parts do not."""
 
 
 def check_owners(config: Config, resolved: Config) -> None:
-    """Raise ConfigError for the first field that is set, to another value than its default, and that nothing reads.
+    """Raise ConfigError for the first field whose value differs from its default and that the run does not read.
 
     Args:
-      resolved: `config` after `algorithms.resolve`.
+      resolved: `config` after `presets.resolve`.
     """
     defaults = defaults_of(config)
     parts = [part for part, _ in mixture(config)]
     for name, value in flatten(config).items():
         if value == defaults[name]:
             continue
-        of_parts = parts and name.startswith("task.") and name not in _OF_THE_WHOLE
-        missing = [_missing(name, reader) for reader in (parts if of_parts else [resolved])]
+        read_by_parts = parts and name.startswith("task.") and name not in _OF_THE_MIXTURE
+        missing = [_missing(name, reader) for reader in (parts if read_by_parts else [resolved])]
         if all(missing):
             raise ConfigError(f"{name}={_shown(value)}: {missing[0]}")
     for part in parts:
         for field, value in vars(part.task).items():
             name = f"task.{field}"
-            own = value != getattr(config.task, field) and name not in (*_OF_THE_WHOLE, "task.mixture")
-            if own and (why := _missing(name, part)):
+            is_set = value != getattr(config.task, field) and name not in (*_OF_THE_MIXTURE, "task.mixture")
+            if is_set and (why := _missing(name, part)):
                 raise ConfigError(f"task.mixture: {name}={_shown(value)}: {why}")
 
 
 def is_read(name: str, config: Config) -> bool:
-    """Whether a run of this config, resolved but for this field, reads a field."""
+    """Whether a run of a config reads a field. The config is resolved, except for this field."""
     return all(condition.holds(config) for condition in OWNERS[name])
 
 
 def _missing(name: str, config: Config) -> str | None:
-    """Why nothing reads the field, and what to do; None if something does."""
+    """The reason why the run does not read a field, and what to do; None if the run reads it."""
     for condition in OWNERS[name]:
         if not condition.holds(config):
             return f"{condition.why(config)}; drop it, or {condition.choose}"

@@ -1,27 +1,26 @@
-"""An algorithm is a composition: a selector, a credit, a replay and loss settings.
+"""Algorithms as presets: each names a selector, an advantage estimator, a replay strategy and a loss.
 
-`PRESETS` says what each name stands for; a field that the user sets wins over its preset. `training/algorithm.py` turns
-a resolved config into the strategies themselves.
+`PRESETS` lists the fields that each name fills; a field that the user sets overrides its preset.
+`training/algorithm.py` turns a resolved config into the strategies themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.defaults import replace as replace_fields
-from pspo_jax.config.fields import ConfigError, nearest
+from pspo_jax.config.fields import ConfigError, Value, nearest
 from pspo_jax.config.ownership import is_read
 from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.schema import Config
-from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, AlgorithmName, LossName
+from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, SURROGATES, AlgorithmName, LossName
 
-_GRPO = {"advantage.name": "group", "advantage.scale": "group", "loss.name": "dapo"}
-_MEAN_ONLY = {"advantage.scale": "none", "loss.name": "dapo"}
+_GRPO: dict[str, Value] = {"advantage.name": "group", "advantage.scale": "group", "loss.name": "dapo"}
+_MEAN_ONLY: dict[str, Value] = {"advantage.scale": "none", "loss.name": "dapo"}
 
-PRESETS: dict[AlgorithmName, dict[str, Any]] = {
+PRESETS: dict[AlgorithmName, dict[str, Value]] = {
     "grpo": {"selection.name": "uniform", **_GRPO},
     "dr_grpo": {
         "selection.name": "uniform",
@@ -50,17 +49,17 @@ PRESETS: dict[AlgorithmName, dict[str, Any]] = {
     "grpo_filter": {"selection.name": "uniform", "replay.name": "filter", **_GRPO},
     "popo": {"selection.name": "uniform", "replay.name": "popo", **_GRPO},
 }
-_REST = {"replay.name": "none", "rollout.dynamic_sampling_rounds": 1}
-"""What an algorithm that does not say otherwise stands for."""
+_REST: dict[str, Value] = {"replay.name": "none", "rollout.dynamic_sampling_rounds": 1}
+"""Fields that every algorithm fills whose preset does not name them."""
 
-_CLIP = {
+_CLIP: dict[str, Value] = {
     "loss.surrogate": "clip",
     "loss.ratio": "token",
     "loss.clip_low": 0.2,
     "loss.clip_high": 0.28,
 }
-_SEQUENCE = {**_CLIP, "loss.clip_low": 3e-4, "loss.clip_high": 4e-4}
-LOSSES: dict[LossName, dict[str, Any]] = {
+_SEQUENCE: dict[str, Value] = {**_CLIP, "loss.clip_low": 3e-4, "loss.clip_high": 4e-4}
+LOSSES: dict[LossName, dict[str, Value]] = {
     "grpo": {**_CLIP, "loss.aggregation": "grpo"},
     "bnpo": {**_CLIP, "loss.aggregation": "bnpo"},
     "dr_grpo": {**_CLIP, "loss.aggregation": "dr_grpo"},
@@ -73,17 +72,22 @@ LOSSES: dict[LossName, dict[str, Any]] = {
     "luspo": {**_SEQUENCE, "loss.ratio": "sequence", "loss.aggregation": "luspo"},
     "reinforce": {**_CLIP, "loss.surrogate": "reinforce", "loss.aggregation": "dapo"},
 }
-"""Fields that the loss decides."""
+"""Loss -> the fields that it fills."""
 
-_SELECTION = {"selection.cooldown": 0, "selection.correction": 0.0, "selection.floor": 0.1, "forgetting.mode": "fixed"}
-SELECTION_PRESETS: dict[str, dict[str, Any]] = {
+_SELECTION: dict[str, Value] = {
+    "selection.cooldown": 0,
+    "selection.correction": 0.0,
+    "selection.floor": 0.1,
+    "forgetting.mode": "fixed",
+}
+SELECTION_PRESETS: dict[str, dict[str, Value]] = {
     "pps": {**_SELECTION, "selection.correction": 0.4},
-    # The best of a ranking would be drawn again and again, and others never tried.
+    # Without a pause the best prompts of a ranking would be drawn again and again, and the others never.
     "prioritized_replay": {**_SELECTION, "selection.cooldown": 5},
     "posterior_mixed": {**_SELECTION, "selection.cooldown": 5},
     "spo": {**_SELECTION, "selection.floor": 0.05, "forgetting.mode": "policy_drift"},
 }
-"""Fields that the selector decides, whatever the algorithm; `_SELECTION` for all others."""
+"""Selector -> the fields that it fills, whatever the algorithm; `_SELECTION` holds for the other selectors."""
 
 
 CHOICES: dict[str, Collection[str]] = {
@@ -92,24 +96,26 @@ CHOICES: dict[str, Collection[str]] = {
     "advantage.name": ESTIMATORS,
     "replay.name": REPLAYS,
     "loss.name": LOSSES,
+    "loss.surrogate": SURROGATES,
 }
-"""Fields that choose by name."""
-PLUGINS = ("selection.name", "advantage.name")
-"""Those that also take a user's own function as module:function."""
+"""Field that names an entry of a table -> the names in that table."""
+PLUGINS = ("selection.name", "advantage.name", "loss.surrogate")
+"""Fields that also take a user's own function as module:function."""
 
 
 def resolve(config: Config) -> Config:
-    """`config` with every None that the algorithm, then selector and loss, decide filled from their presets.
+    """A copy of `config` in which presets, of the algorithm, then the selector and loss, fill fields that are None.
 
-    Fields that nothing reads stay None. All fields of the result count as given: a later `replace` changes no other.
+    Fields that no part of the run reads stay None. All fields of the result count as given, so that a later `replace`
+    changes no other field.
 
     Raises:
-      ConfigError: a field names no entry of its table.
+      ConfigError: a field names an entry that its table does not have.
     """
     config = replace_fields(config, {})
     filled: set[str] = set()
     for decide in (
-        _of_algorithm,
+        _algorithm_preset,
         lambda c: SELECTION_PRESETS.get(c.selection.name or "", _SELECTION),
         lambda c: LOSSES[c.loss.name or ""],
     ):
@@ -122,18 +128,22 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, given=frozenset(flatten(config)))
 
 
-def _of_algorithm(c: Config) -> dict[str, Any]:
+def _algorithm_preset(c: Config) -> dict[str, Value]:
+    """The fields that the algorithm fills, adapted to the estimator."""
     preset = _REST | PRESETS[c.algorithm.name]
     if c.advantage.name == "tracked_baseline" and preset.get("advantage.scale") == "group":
-        preset["advantage.scale"] = "batch"  # it has no deviation of a group to divide by
+        preset["advantage.scale"] = "batch"  # a group has no deviation around a tracked baseline
     return preset
 
 
 def check_choices(config: Config) -> None:
-    """Raise ConfigError for a name that its table does not have."""
+    """Raise ConfigError for a field that names an entry which its table does not have."""
     values = flatten(config)
     for field, table in CHOICES.items():
         name = values[field]
-        plugin = field in PLUGINS and name is not None and is_plugin(name)
-        if name is not None and name not in table and not plugin:
+        if name is None:
+            continue
+        assert isinstance(name, str)
+        plugin = field in PLUGINS and is_plugin(name)
+        if name not in table and not plugin:
             raise ConfigError(f"{field}={name!r}: choose one of {', '.join(table)}{nearest(name, table)}")

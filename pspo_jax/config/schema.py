@@ -1,8 +1,8 @@
 """The whole configuration: one frozen dataclass per stage, nested in `Config`.
 
-Every field's docstring gives its meaning and unit and is what `--help` shows. Ranges stand in the type. A field whose
-default is `None` follows `algorithm.name` (see `algorithms.py`), the machine or another field, as its docstring says.
-A task of text and adapters replace some of the defaults here by those in `defaults.py`.
+Every field's docstring gives its meaning and unit; `--help-all` shows it. The type holds the field's range. A field
+whose default is `None` follows `algorithm.name` (`presets.py`), the machine or another field, as its docstring says.
+For text tasks and adapters, the defaults in `defaults.py` replace some of those here.
 """
 
 from __future__ import annotations
@@ -27,131 +27,139 @@ TaskName = Literal["arithmetic", "countdown", "math", "gsm8k", "multiple_choice"
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The matrices of a transformer block."""
+"""Names of the weight matrices of a transformer block."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The run folder, its length and its seed."""
+
     dir: str = "runs/default"
-    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A folder that
-    holds a checkpoint is resumed."""
+    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A run resumes from
+    a checkpoint in it."""
     steps: Annotated[int, Range(1)] = 150
-    """Training steps; each rolls out rollout.prompts x rollout.group_size completions."""
+    """Number of training steps. One step rolls out rollout.prompts x rollout.group_size completions."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
-    """Seed of the policy's initial weights, the cold start, the prompt draws and the sampling."""
+    """Seed of the initial weights, the cold start, the choice of prompts and the sampling of tokens."""
     fingerprint: bool = False
-    """Add CRCs of prompt ids, tokens, parameters and strategy state to every line of metrics.jsonl."""
+    """Whether metrics.jsonl holds checksums (CRC) of prompt ids, tokens, parameters and strategy state."""
     print_config: bool = False
-    """Print the resolved configuration as YAML and exit."""
+    """Whether to print the resolved configuration as YAML and exit."""
     start_over: bool = False
-    """Whether to begin at step 0 in a folder that holds a run already, whose files are then moved to set_aside/ inside
-    the folder. It is not kept in config.yaml."""
+    """Whether to begin at step 0 in a folder that already holds a run; the old files then move to set_aside/ inside the
+    folder. config.yaml does not keep this field."""
     compilation_cache: str | None = None
     """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
 
 @dataclass(frozen=True)
 class TaskConfig:
+    """Prompts and gold answers: where they come from and how they are read."""
+
     name: TaskName = "arithmetic"
-    """Where prompts come from and what a right answer is. arithmetic and countdown make their own; math, gsm8k,
-    multiple_choice and python_function read task.train_data; reasoning_gym takes a dataset of that package."""
+    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic and countdown generate
+    their prompts; math, gsm8k, multiple_choice and python_function read task.train_data; reasoning_gym takes datasets
+    of the package of that name."""
     train_prompts: Annotated[int, Range(0)] = 512
-    """Prompts to train on; 0 = all of the data, or 10,000 of a task that makes its own."""
+    """Number of prompts to train on; 0 = all rows of the data, or 10,000 for a task that generates its prompts."""
     heldout_prompts: Annotated[int, Range(1)] = 384
-    """Prompts to evaluate on; none of them is a training prompt."""
+    """Number of prompts to evaluate on; none of them is a training prompt."""
     seed: Annotated[int, Range(0)] = 0
-    """Seed of prompts that are made or mixed. It is not run.seed, so that runs with different seeds share them."""
+    """Seed of prompts that are generated or mixed; runs with different run.seed thus train on the same prompts."""
     train_data: str | None = None
-    """File (.jsonl, .json, .parquet, .arrow, .csv), folder saved by datasets, or hub id to train on."""
+    """Training data: a file (.jsonl, .json, .parquet, .arrow, .csv), a folder saved by `datasets`, or a hub id."""
     heldout_data: str | None = None
-    """The same to evaluate on; None = the last rows of train_data, which are then not trained on."""
+    """Held-out data, in the same forms; None = the last rows of train_data, which are then not trained on."""
     subset: str | None = None
-    """Configuration of a hub dataset, such as main."""
+    """Name of a hub dataset's configuration, such as main."""
     train_split: str = "train"
     """Split of a hub dataset to train on."""
     heldout_split: str = "test"
     """Split of a hub dataset to evaluate on."""
     revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
+    """Branch, tag or commit of a hub dataset; None = its main branch."""
     prompt_column: str | None = None
-    """Column of the question or conversation; None = the first there is of problem, question, prompt, messages,
-    conversations. Dots enter an object: extra_info.question."""
+    """Column of the question or conversation; None = the first column found among problem, question, prompt, messages,
+    conversations. A dot enters an object: extra_info.question."""
     answer_column: str | None = None
-    """Column of the gold answer, such as answer or reward_model.ground_truth; None = the first there is of answer,
-    solution, target."""
+    """Column of the gold answer, such as reward_model.ground_truth; None = the first of answer, solution, target."""
     answer_transform: AnswerTransform | None = None
-    """How the gold answer stands in its column: as it is (none), after `####` (gsm8k), the members of a list or of its
-    text, any of which is right (stringified_list), or in the last \\boxed{} (boxed). None = the members of a list, and
-    the task's own form for all else."""
+    """Form of the gold answer in its column: the answer itself (none), the text after `####` (gsm8k), a list or the
+    text of a list, each member of which is correct (stringified_list), or the last \\boxed{} (boxed). None = a list's
+    members where the column holds lists, else the task's usual form."""
     choices_column: str = "choices"
-    """multiple_choice: column of the list of options."""
+    """multiple_choice: column that holds the list of options."""
     choices_answer: ChoicesAnswer | None = None
-    """multiple_choice: how the gold answer names an option: by the label that the data gives it (label), by its letter
-    A, B, ... (letter), by its text (text), or by its place, counted from 0 (index) or 1 (index_from_1). None = the one
-    way that fits the column."""
+    """multiple_choice: how the gold answer names an option: the data's own label (label), the letter A, B, ...
+    (letter), the option's text (text), or its position counted from 0 (index) or from 1 (index_from_1). None = the only
+    form that fits the whole column."""
     function: str | None = None
-    """python_function: module:function that scores a completion; see docs/tasks.md."""
+    """python_function: module:function that scores a completion; docs/tasks.md describes its arguments."""
     dataset: str | None = None
-    """reasoning_gym: names of its datasets, separated by commas."""
+    """reasoning_gym: names of datasets, separated by commas."""
     options: str = "{}"
-    """reasoning_gym: JSON object of the datasets' settings."""
+    """reasoning_gym: JSON object with the settings of the datasets."""
     numbers: str = "3,4"
-    """countdown: how many numbers a problem may have, separated by commas."""
+    """countdown: permitted counts of numbers in a problem, separated by commas."""
     max_target: Annotated[int, Range(2)] = 99
     """countdown: largest target."""
     mixture: str | None = None
-    """Tasks in place of this one, as a JSON list (in YAML, a list) of objects of these fields, each with a name and a
-    weight, its share of the prompts."""
+    """Several tasks in place of one: a JSON list (in YAML, a list) of objects. Each holds fields of this stage, a name
+    among them, and a weight, which is its share of the prompts."""
     check_gold: bool = True
-    """Leave out rows whose gold answer its own verifier does not accept."""
+    """Whether to leave out rows whose gold answer the task's own verifier rejects."""
     allow_change: bool = False
-    """Resume on changed data; per-prompt state follows prompts by their content. --allow-data-change is the same. It is
-    not kept in config.yaml."""
+    """Whether a run may resume on changed data; per-prompt state then follows each prompt by its content.
+    --allow-data-change is the same. config.yaml does not keep this field."""
     cache: str | None = None
-    """Folder of tokenised prompts; None = ~/.cache/pspo_jax/data."""
+    """Folder that caches tokenised prompts; None = ~/.cache/pspo_jax/data."""
 
 
 @dataclass(frozen=True)
 class PromptConfig:
+    """Text around a question (text tasks)."""
+
     template: Literal["chat", "qwen_math", "r1", "none"] = "chat"
-    """How a question becomes a prompt: the tokenizer's chat template, Qwen2.5-Math's or DeepSeek-R1-Zero's text, or the
-    bare question after the tokenizer's BOS."""
+    """Text around a question: the tokenizer's chat template (chat), the published text of Qwen2.5-Math (qwen_math) or
+    DeepSeek-R1-Zero (r1), or only the tokenizer's BOS before the question (none)."""
     system: str | None = None
-    """System message, or the name of a published one: open_rs, open_r1, qwen_math; None = the row's or the template's
-    own. Rows that have one of their own are refused beside it."""
+    """System message, or the name of a published one: open_rs, open_r1, qwen_math. None = the system message of the row
+    or of the template. Rows with a system message of their own are refused if this field is set."""
     question: str = "{question}"
-    """User message, with {question} where the question goes; or the name of a published one: lighteval, boxed. Of a
-    conversation it stands around the last turn, if that is the user's."""
+    """User message, with {question} in place of the question, or the name of a published one: lighteval, boxed. In a
+    conversation it surrounds the last turn, if that is the user's."""
     prefill: str = ""
-    """Beginning of the answer, given to the policy, such as "<think>\\n": part of the prompt, and rewards see it."""
+    """Beginning of every answer, such as "<think>\\n". It is part of the prompt, and rewards see it."""
     thinking: bool | None = None
-    """Passed to the template as enable_thinking (Qwen3); None = not passed."""
+    """Value of the template's enable_thinking (Qwen3); None = the template's default."""
     max_tokens: Annotated[int, Range(1)] = 512
-    """Longer prompts are left out, counted and listed."""
+    """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed."""
     date: str | None = None
-    """Day that the chat template writes where it asks for today's, as YYYY-MM-DD; None = the day on which the run
-    starts, which is kept in its config.yaml."""
+    """Day that the chat template writes as today's date, as YYYY-MM-DD; None = the day on which the run starts, which
+    its config.yaml records."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model that trains: its checkpoint or its shape, number types and attention."""
+
     source: str | None = None
-    """Checkpoint to train: a folder in Hugging Face's format or a hub id such as Qwen/Qwen2.5-Math-1.5B. The shape then
-    follows from it. None = random weights of the shape below."""
+    """Checkpoint to train: a folder in Hugging Face's format, or a hub id such as Qwen/Qwen2.5-Math-1.5B. It decides
+    the model's shape. None = random weights, with the shape that this stage's other fields give."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None = its main branch."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; None = model.source."""
     layers: Annotated[int, Range(1)] = 2
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     width: Annotated[int, Range(1)] = 64
-    """Residual stream width D."""
+    """Width D of the residual stream."""
     heads: Annotated[int, Range(1)] = 8
-    """Query heads H."""
+    """Number of query heads, H."""
     kv_heads: Annotated[int, Range(1)] = 8
-    """Key/value heads K; a divisor of heads (grouped-query attention)."""
+    """Number of key/value heads, K: a divisor of model.heads (grouped-query attention)."""
     head_dim: Annotated[int, Range(2)] = 8
-    """Width of one head; even, for RoPE."""
+    """Width of one head: an even number, for RoPE."""
     mlp_width: Annotated[int, Range(1)] = 192
     """Hidden width of the SwiGLU block."""
     rope_theta: Annotated[float, Range(above=0.0)] = 100.0
@@ -159,32 +167,31 @@ class ModelConfig:
     norm_eps: Annotated[float, Range(above=0.0)] = 1e-6
     """Epsilon of RMSNorm."""
     tied: bool = False
-    """Share the embedding matrix with the output head."""
+    """Whether the output head shares the embedding matrix."""
     qkv_bias: bool = False
-    """Biases on q, k and v (Qwen2)."""
+    """Whether q, k and v have biases (Qwen2)."""
     qk_norm: bool = False
-    """RMSNorm on the heads of q and k (Qwen3)."""
+    """Whether RMSNorm is applied to the heads of q and k (Qwen3)."""
     param_dtype: Dtype = "float32"
-    """Type in which weights are held. Optimizer state is float32 always. An update below about 1/512 of a bfloat16
-    weight is lost, as most updates are at a learning rate of 1e-6: choose float32 where all weights train."""
+    """Type of the stored weights; optimizer state is always float32. A bfloat16 weight loses updates smaller than about
+    1/512 of its value, which most are at a learning rate of 1e-6: choose float32 where all weights train."""
     compute_dtype: Dtype | None = "float32"
-    """Type of matrix products and of the KV cache; softmax, norms and log-probs are float32 always. None (the
-    default of a task of text) = what suits the machine: bfloat16, but float32 on a CPU, as most CPUs emulate bfloat16.
-    The choice is printed at the start and written to config.yaml, and a run that is resumed keeps it."""
+    """Type of matrix products and of the KV cache; softmax, norms and log-probs are always float32. None (the default
+    of a text task) = bfloat16 on an accelerator and float32 on a CPU, since most CPUs emulate bfloat16. The choice is
+    printed at the start and recorded in config.yaml, so that a resumed run keeps it."""
     scan_unroll: Annotated[int, Range(1)] = 2
-    """Layers unrolled per iteration of the training scan; more compiles longer and can run faster."""
+    """Number of layers unrolled in an iteration of the training scan; more compile longer and may run faster."""
     remat: Remat | None = "none"
-    """What the backward pass computes anew instead of keeping it, by block: none; all but the results of projections
-    (dots); all but the block's input (full; about a third more work); the same with the inputs in the host's memory
-    (offload). None (the default of a task of text) = full; on a CPU the least for which activations fit in a quarter
-    of its memory."""
+    """Activations of a block that the backward pass recomputes: none; all but the results of projections (dots); all
+    but the block's input (full, about a third more work); or the same with the inputs in host memory (offload). None
+    (the default of a text task) = full; on a CPU, the first of these whose activations fit in a quarter of memory."""
 
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
-    """What computes attention over whole rows, in updates and prompts. auto = on a TPU or GPU and for rows of 512
-    places or more, the first kernel that proves right at the start; else XLA."""
+    """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
+    tokens or more, the first kernel that passes a check at the start; else XLA."""
 
     def shape_fields(self) -> list[str]:
-        """Fields that a checkpoint decides."""
+        """Names of the fields that a checkpoint decides."""
         first, last = "layers", "qk_norm"
         names = [f.name for f in dataclasses.fields(self)]
         return names[names.index(first) : names.index(last) + 1]
@@ -192,238 +199,267 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """Low-rank adapters."""
+
     rank: Annotated[int, Range(0)] = 0
-    """Rank of low-rank adapters, the only weights trained then; 0 = all weights train. The base stays in
-    model.param_dtype, adapters are float32; checkpoints hold the adapters alone."""
+    """Rank of low-rank adapters, which are then the only weights that train; 0 = all weights train. The base weights
+    have the type model.param_dtype, adapters are float32, and checkpoints hold only the adapters."""
     alpha: Annotated[float, Range(above=0.0)] = 64.0
-    """Adapters are scaled by alpha / rank."""
+    """Scale of the adapters, before it is divided by rank."""
     dropout: Annotated[float, Range(0.0, 0.99)] = 0.0
-    """Dropout of the adapters' inputs in the gradient, not in rollouts: importance ratios are noisy with it."""
+    """Dropout rate of the adapters' inputs in updates, not in rollouts; it makes importance ratios noisy."""
     targets: str = ",".join(PROJECTIONS)
-    """Projections with an adapter, separated by commas; q_proj means q."""
+    """Projections that have an adapter, separated by commas; q_proj means q."""
 
     def target_names(self) -> tuple[str, ...]:
+        """Names of the projections with an adapter, as in `PROJECTIONS`."""
         return tuple(t.strip().removesuffix("_proj") for t in self.targets.split(",") if t.strip())
 
 
 @dataclass(frozen=True)
 class SftConfig:
+    """The cold start: supervised training before RL."""
+
     steps: Annotated[int, Range(0)] = 3000
-    """Supervised steps before RL (the cold start); 0 = start from random weights."""
+    """Number of supervised steps before RL (the cold start); 0 = no cold start."""
     batch: Annotated[int, Range(1)] = 64
-    """Examples a step."""
+    """Number of examples in a supervised step."""
     learning_rate: Annotated[float, Range(above=0.0)] = 6e-3
     """Peak learning rate of AdamW."""
     warmup: Annotated[int, Range(0)] = 50
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     final_fraction: Annotated[float, Range(0.0, 1.0)] = 0.05
-    """The cosine schedule ends at this fraction of the peak."""
+    """Fraction of the peak at which the cosine schedule ends."""
     b2: Annotated[float, Range(0.0, below=1.0)] = 0.98
-    """Adam's second-moment decay."""
+    """Decay of Adam's second moment."""
     weight_decay: Annotated[float, Range(0.0)] = 0.01
     """Decoupled weight decay of the matrices."""
     clip_norm: Annotated[float, Range(above=0.0)] = 1.0
-    """Gradient clipping by global norm."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it."""
     data: str | None = None
-    """JSONL file with string fields "prompt" and "completion"; None = the task's own demonstrations."""
+    """JSONL file with the text fields "prompt" and "completion"; None = the task's own demonstrations."""
     share: bool = True
-    """Reuse a finished cold start of equal settings that a run in a sibling folder has left behind."""
+    """Whether to reuse a finished cold start with the same settings from a run in a sibling folder."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """Completions of a step: how many, how long, and how they are sampled."""
+
     prompts: Annotated[int, Range(1)] = 32
-    """Prompts a step, B."""
+    """Number of prompts in a step, B."""
     group_size: Annotated[int, Range(2)] = 8
-    """Completions a prompt, G."""
+    """Number of completions for each prompt, G."""
     chunks: Annotated[int, Range(1)] = 1
-    """Parts of a batch that are rolled out one after the other; a part is verified while the next one is rolled out. A
-    divisor of prompts. The tokens do not depend on it."""
+    """Number of parts in which a batch is rolled out, one after the other; each part is verified while the next is
+    rolled out. It must divide rollout.prompts. The sampled tokens do not depend on it."""
     weights: Literal["gathered", "split"] = "gathered"
-    """What a device holds of the weights while it decodes: all (gathered), or its part along mesh.fsdp of the MLPs, the
-    embedding and the head (split), which costs two transfers a block and token. Both are split along mesh.tensor."""
+    """Share of the weights that each device holds while it decodes: all of them (gathered), or its part along mesh.fsdp
+    of the MLPs, embedding and head (split), at the cost of two transfers for each block and token. Both forms are split
+    along mesh.tensor."""
     slots: Annotated[int | None, Range(1)] = None
-    """Completions that are decoded at a time; when one has ended the next takes its slot. None = all at once. With
-    lengths that differ much, a quarter of the completions or fewer wastes less. The tokens do not depend on it."""
+    """Number of completions decoded at a time; when one ends, the next takes its slot. None = all at once. Where
+    lengths vary widely, a quarter of the completions or fewer wastes the least work. The sampled tokens do not depend
+    on it."""
     longest_first: bool = False
-    """With slots: start with the prompts whose completions have been longest, of which the selector then keeps the mean
-    length."""
+    """Whether rollout.slots begins with the prompts whose completions have been longest; the selector then tracks each
+    prompt's mean length."""
     max_new_tokens: Annotated[int, Range(1)] = 31
-    """Longest completion, T, in tokens with its EOS."""
+    """Largest length T of a completion in tokens, EOS included."""
     stop: str = ""
-    """Tokens that end a completion too, separated by commas or as a JSON list, such as "</answer>" where that is one
-    token; beside the tokenizer's EOS, the checkpoint's and the token that ends a turn in the template."""
+    """Additional tokens that end a completion, separated by commas or as a JSON list, such as "</answer>" where that is
+    one token. The EOS of the tokenizer and of the checkpoint and the template's end of turn always end it."""
     temperature: Annotated[float, Range(above=0.0)] = 1.0
-    """Divides the logits, in the sampler and in the trainer alike."""
+    """Sampling temperature: the divisor of the logits, in the sampler and in the trainer alike."""
     top_p: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
-    """Nucleus sampling: the smallest set of tokens with at least this probability; 1 = off."""
+    """Probability of nucleus sampling, from the smallest set of tokens with at least this probability; 1 = off."""
     top_k: Annotated[int, Range(0)] = 0
-    """Sample among the k most probable tokens; 0 = off."""
+    """Number of most probable tokens to sample from; 0 = all."""
     dynamic_sampling_rounds: Annotated[int | None, Range(1, 1000)] = None
-    """Dynamic sampling: roll out up to so many rounds a step, until the batch is full of effective groups; what is left
-    over is kept for the next step. 1 = a batch is what one round gives; None = 10 for dapo, else 1."""
+    """Dynamic sampling: largest number of rollout rounds in a step. Rounds end when the batch is full of effective
+    groups; groups beyond the batch wait for the next step. 1 = no dynamic sampling; None = 10 for dapo, else 1."""
     oversampling: Annotated[float, Range(above=0.0, high=16.0)] = 1.0
-    """Dynamic sampling: prompts of a round, as a multiple of rollout.prompts."""
+    """Dynamic sampling: number of prompts in a round, as a multiple of rollout.prompts."""
     prompt_bucket: Annotated[int, Range(1)] = 16
-    """Prompts are padded to a multiple of this many tokens, so that lengths inside a bucket share one program."""
+    """Multiple of tokens to which prompts are padded, so that lengths within one bucket share a compiled program."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW and its learning rate during RL."""
+
     learning_rate: Annotated[float, Range(above=0.0)] = 8e-4
     """Peak learning rate of AdamW."""
     warmup: Annotated[int, Range(0)] = 5
-    """Updates of linear warm-up."""
+    """Number of updates of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine over the run's updates, or constant."""
+    """Learning rate after the warm-up: a cosine over the updates of the run, or a constant."""
     final_fraction: Annotated[float, Range(0.0, 1.0)] = 0.05
-    """The cosine schedule ends at this fraction of the peak."""
+    """Fraction of the peak at which the cosine schedule ends."""
     b1: Annotated[float, Range(0.0, below=1.0)] = 0.9
-    """Adam's first-moment decay."""
+    """Decay of Adam's first moment."""
     b2: Annotated[float, Range(0.0, below=1.0)] = 0.95
-    """Adam's second-moment decay."""
+    """Decay of Adam's second moment."""
     eps: Annotated[float, Range(above=0.0)] = 1e-8
     """Adam's epsilon."""
     weight_decay: Annotated[float, Range(0.0)] = 0.0
     """Decoupled weight decay of the matrices."""
     clip_norm: Annotated[float, Range(above=0.0)] = 1.0
-    """Gradient clipping by global norm."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it."""
     max_skipped: Annotated[int, Range(1)] = 5
-    """Non-finite updates are skipped; this many in a row stop the run."""
+    """Number of consecutive non-finite updates that stop the run; fewer are skipped."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """Devices along each axis of the mesh. The product of the four numbers is the number of devices."""
+
     data: Annotated[int, Range(-1)] = -1
-    """Devices along the batch with replicated weights; -1 = all that fsdp and tensor leave."""
+    """Number of devices that split the batch and hold copies of the weights; -1 = all that the other axes leave."""
     fsdp: Annotated[int | None, Range(1)] = None
-    """Devices along the batch that also shard weights and optimiser state. None = as few as leave half of a device's
-    memory free; 1 where that is not known, as on CPUs."""
+    """Number of devices that split the batch, the weights and the optimizer state. None = the fewest that leave half of
+    a device's memory free; 1 where that memory is unknown, as on CPUs."""
     tensor: Annotated[int, Range(1)] = 1
-    """Devices that share one row: heads, MLP width and vocabulary are split."""
+    """Number of devices that share one row by splitting its heads, MLP width and vocabulary."""
     context: Annotated[int, Range(1)] = 1
-    """Devices that share one row of an update by its places, for long sequences; all but attention's keys and values is
-    split. In rollouts these devices split the batch, and weights are split along fsdp x context."""
+    """Number of devices that share one row of an update by splitting its tokens, for long sequences; only attention's
+    keys and values are gathered. In rollouts these devices split the batch, and weights are split along fsdp x
+    context."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes, one a host or one a GPU. On a TPU pod, under SLURM, Open MPI or GKE nothing need be set."""
+    """How several processes, one for each host or GPU, join. TPU pods, SLURM, Open MPI and GKE need no settings."""
 
     auto: bool = True
-    """Join the processes of a cluster that JAX knows by its environment."""
+    """Whether to join the processes of a cluster that JAX recognises from its environment."""
     coordinator: str | None = None
-    """host:port of process 0; None = found out from the cluster, or there is one process."""
+    """Address host:port of process 0; None = the address that the cluster supplies, or a single process."""
     processes: Annotated[int, Range(1)] = 1
-    """Processes of the run; for coordinator."""
+    """Number of processes in the run; read with distributed.coordinator."""
     process: Annotated[int, Range(0)] = 0
-    """Number of this process, from 0; for coordinator."""
+    """Number of this process, from 0; read with distributed.coordinator."""
     join_timeout: Annotated[int, Range(1)] = 300
     """Seconds to wait for the other processes at the start."""
     heartbeat_timeout: Annotated[int, Range(5)] = 30
-    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    """Seconds without a heartbeat after which a process counts as dead and the others end."""
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Flags of the compilers, set before JAX starts; docs/distributed.md has the table."""
+    """Compiler flags that are set before JAX starts; docs/distributed.md lists them."""
 
     flags: bool = True
-    """Set the table's flags for GPUs and TPUs, but those that the environment names."""
+    """Whether to set the recommended compiler flags for GPUs and TPUs, except those that the environment sets."""
     xla_flags: str = ""
-    """More of them for XLA_FLAGS, as --name=value, separated by spaces."""
+    """Additional flags for XLA_FLAGS, as --name=value, separated by spaces."""
     libtpu_flags: str = ""
-    """The same for LIBTPU_INIT_ARGS."""
+    """Additional flags for LIBTPU_INIT_ARGS, in the same form."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Evaluation on the held-out prompts during training."""
+
     every: Annotated[int, Range(0)] = 20
-    """Steps between evaluations on the held-out prompts; 0 = before the first and after the last step only."""
+    """Number of steps between evaluations on held-out prompts; 0 = only before the first and after the last step."""
     samples: Annotated[int, Range(1)] = 4
-    """Completions a held-out prompt for the sampled accuracy, at rollout.temperature."""
+    """Number of completions for each held-out prompt in the sampled accuracy, at rollout.temperature."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
+
     every: Annotated[int, Range(1)] = 20
-    """Steps between checkpoints; the last step and a requested stop are always saved."""
+    """Number of steps between checkpoints. The last step and a requested stop are always saved."""
     keep: Annotated[int, Range(1)] = 3
-    """Latest checkpoints kept."""
+    """Number of latest checkpoints to keep."""
     keep_best: Annotated[int, Range(0)] = 1
-    """Checkpoints with the best greedy held-out accuracy kept beside them; one whose accuracy is not finite
-    is not ranked."""
+    """Number of checkpoints to keep in addition, those with the best greedy held-out accuracy. A checkpoint whose
+    accuracy is not finite is not ranked."""
     on_error: Literal["stop", "retry"] = "stop"
-    """What happens when the run folder cannot be written, as on a full disk: the run ends with one line (stop), or it
-    waits and tries again with what it has in memory (retry)."""
+    """Reaction to a run folder that cannot be written, as on a full disk: the run ends with one line (stop), or it
+    waits and tries again with the state in memory (retry)."""
     retry_minutes: Annotated[float, Range(above=0.0)] = 60.0
-    """on_error=retry: minutes after which the run ends all the same."""
+    """Minutes of trying again (on_error=retry) after which the run ends."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
+    """Progress, metrics and reports."""
+
     progress: bool = True
-    """Show progress bars on a terminal, plain lines elsewhere."""
+    """Whether to show progress bars on a terminal, or plain lines elsewhere."""
     tensorboard: bool = True
-    """Write TensorBoard events to the run folder."""
+    """Whether to write TensorBoard events to the run folder."""
     completions_every: Annotated[int, Range(0)] = 10
-    """Steps between dumps of sample completions; 0 = none."""
+    """Number of steps between dumps of sample completions; 0 = no dumps."""
     completions: Annotated[int, Range(1)] = 4
-    """Groups in one dump; the first is also printed."""
+    """Number of groups in one dump; the first of them is also printed."""
     selection_every: Annotated[int, Range(0)] = 10
-    """Steps between surveys of all prompts: priorities, visits, pools; 0 = after the last step only."""
+    """Number of steps between summaries of all prompts (priorities, visits, pools); 0 = only after the last step."""
     completions_format: Literal["jsonl", "parquet"] = "jsonl"
     """File format of the dumps in the run folder's completions/."""
     report: bool = True
-    """Write report.html at the end."""
+    """Whether to write report.html at the end."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """Reward terms. Only the term that a field's text names first reads that field."""
+
     terms: str = "accuracy"
-    """Rewards and their weights, such as "format=1, cosine=2": accuracy, format, tag_count, cosine, length, overlong,
-    repetition, reasoning_steps, or module:function. The reward is their weighted sum."""
+    """Reward terms and their weights, such as "format=1, cosine=2"; the reward is the weighted sum. Terms: accuracy,
+    format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
     format: Literal["open_r1", "open_rs"] = "open_r1"
-    """format: think and answer tags on lines of their own, or exactly one line </think>."""
+    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), or exactly one line
+    </think> (open_rs)."""
     cosine_length: Annotated[int, Range(0)] = 0
-    """cosine: completion length, in tokens, at which the range's end is reached; 0 = rollout.max_new_tokens."""
+    """cosine: length in tokens at the end of the reward's range; 0 = rollout.max_new_tokens."""
     cosine_right: str = "0.5,1.0"
-    """cosine: reward of a right completion at that length, and of an empty one."""
+    """cosine: rewards of a correct completion of that length, and of an empty one."""
     cosine_wrong: str = "-0.5,0.0"
-    """cosine: the same for a wrong one."""
+    """cosine: rewards of a wrong completion of that length, and of an empty one."""
     overlong_cache: Annotated[int, Range(0)] = 0
-    """overlong: tokens before rollout.max_new_tokens in which the punishment grows to 1; 0 = a fifth of them."""
+    """overlong: number of tokens before rollout.max_new_tokens over which the penalty grows to 1; 0 = a fifth of
+    rollout.max_new_tokens."""
     repetition_ngram: Annotated[int, Range(1)] = 3
-    """repetition: words of an n-gram."""
+    """repetition: number of words in an n-gram."""
     repetition_penalty: Annotated[float, Range(high=0.0)] = -1.0
     """repetition: reward of a completion that only repeats itself."""
     require_end: bool = True
-    """A completion that was cut off has accuracy 0; a python_function sees and judges it."""
+    """Whether a completion that the length limit cut off has accuracy 0. A python_function always scores such
+    completions itself."""
     variant: Literal["paper", "published_code"] = "paper"
-    """published_code: the cosine's length is in characters, ends at 1,000 and is uncapped, as PSPO's published code has
-    it."""
+    """cosine: lengths in tokens, capped (paper), or as in PSPO's published code, in characters with the range's end at
+    1,000 and no cap (published_code)."""
 
 
 @dataclass(frozen=True)
 class VerifierConfig:
+    """Processes that grade completions, and their limits."""
+
     workers: Annotated[int, Range(0)] = 0
-    """Processes that verify completions of text tasks; 0 = one per core, 2 to 8."""
+    """Number of processes that verify the completions of text tasks; 0 = one for each core, from 2 to 8."""
     deadline: Annotated[float, Range(above=0.0)] = 5.0
-    """Seconds of processor time for one completion (for one group, if a function takes a list); then its worker is
-    killed and it has no verdict."""
+    """Seconds of processor time for one completion, or for one group if a function takes a list. Its worker is then
+    killed, and the completion has no verdict."""
     wall_limit: Annotated[float, Range(0.0)] = 0.0
-    """Seconds that a completion may take in all, also while its verifier sleeps or asks a service; time in which other
-    processes have the processors does not count. 0 = six times `deadline`."""
+    """Seconds of wall-clock time for one completion, including time in which its verifier sleeps or waits for a
+    service, but not time in which other processes hold the processors. 0 = six times verifier.deadline."""
     memory_mib: Annotated[int, Range(256)] = 4096
-    """Address space of a worker, MiB."""
+    """Address space of a worker, in MiB."""
     network: bool = False
-    """Let verifiers open connections."""
+    """Whether verifiers may open network connections."""
     max_no_verdict: Annotated[float, Range(0.0, 1.0)] = 0.25
-    """A step with a larger share of completions without a verdict stops the run, with the reason."""
+    """Largest share of a step's completions that may lack a verdict; a larger share stops the run with the reason."""
 
 
 @dataclass(frozen=True)
 class Config:
+    """A whole configuration. `None` in a field = it follows the algorithm, the machine or another field."""
+
     run: RunConfig = field(default_factory=RunConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -447,11 +483,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     given: frozenset[str] | None = None
-    """Dotted names of the fields that somebody has set; the others follow the task (`defaults.py`). `replace` keeps the
+    """Dotted names of the fields that the user set; the others follow the task (`defaults.py`). `replace` keeps the
     record. None, as in a config made by hand = the fields that differ from their defaults."""
 
 
 def round_prompts(config: Config) -> int:
-    """Prompts that a resolved config rolls out at a time: a batch, or a round of dynamic sampling."""
+    """Number of prompts that a resolved config rolls out together: a batch, or a round of dynamic sampling."""
     r = config.rollout
     return r.prompts if r.dynamic_sampling_rounds == 1 else round(r.prompts * r.oversampling)

@@ -1,11 +1,10 @@
-"""Which configs are refused, each with one line that names the field, the value and the fix."""
+"""Checks of a configuration. Each refuses with one line that names the field, its value and the fix."""
 
 from __future__ import annotations
 
 import datetime
 import math
 from collections.abc import Callable
-from typing import Any
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError, check_range, convert, kinds
@@ -16,10 +15,11 @@ from pspo_jax.config.schema import PROJECTIONS, Config, round_prompts
 from pspo_jax.config.text_fields import gamma_shape, interval, parse_quotas, parse_terms, parse_weights, stop_texts
 
 MAX_DEADLINE = 86_400
+"""Largest verifier.deadline, in seconds: a day."""
 
 
 def validate(config: Config) -> None:
-    """Raise ConfigError for the first field that is of another type or range, contradicts another, or is not read."""
+    """Raise ConfigError for the first field with a wrong type or range, a contradiction, or no reader."""
     for stage, default in vars(Config()).items():
         section = getattr(config, stage)
         if stage == "given":
@@ -33,33 +33,33 @@ def validate(config: Config) -> None:
     check_owners(config, resolve(config))
 
 
-def _check_fields(stage: str, section: Any) -> None:
+def _check_fields(stage: str, section: object) -> None:
+    """Each field of a stage has the type and range that its annotation states."""
     for name, kind in kinds(section).items():
         path = f"{stage}.{name}"
         check_range(path, kind, convert(path, kind, getattr(section, name)))
 
 
 def _check_relations(c: Config) -> None:
-    _check_policy(c)
+    _check_model(c)
     _check_prompt(c)
     _check_task(c)
     parse_terms(c.reward)
-    repeats = c.selection.replacement
-    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts and not repeats:
+    if c.task.train_prompts and c.rollout.prompts > c.task.train_prompts and not c.selection.replacement:
         raise ConfigError(
-            f"rollout.prompts={c.rollout.prompts}: prompts are drawn without replacement from "
-            f"task.train_prompts={c.task.train_prompts}; lower the first or raise the second"
+            f"rollout.prompts={c.rollout.prompts}: must be at most task.train_prompts={c.task.train_prompts}, as "
+            "prompts are drawn without replacement; lower the first or raise the second"
         )
     _check_strategies(c)
     if c.model.heads % c.model.kv_heads:
         raise ConfigError(f"model.kv_heads={c.model.kv_heads}: must divide model.heads={c.model.heads}")
     if c.model.head_dim % 2:
-        raise ConfigError(f"model.head_dim={c.model.head_dim}: must be even for RoPE")
+        raise ConfigError(f"model.head_dim={c.model.head_dim}: must be even for RoPE; choose an even number")
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
     _check_rounds(c)
     _check_distributed(c)
-    _check_objective(c)
+    _check_loss(c)
     _check_schedules(c)
     _check_rewards(c)
     if c.rollout.prompts % c.loss.minibatches:
@@ -67,10 +67,10 @@ def _check_relations(c: Config) -> None:
 
 
 def _check_distributed(c: Config) -> None:
-    """A process must know its place, and a mesh its size."""
+    """A process has a number below the number of processes, and the mesh has a size."""
     d = c.distributed
     if c.mesh.data == 0:
-        raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
+        raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that the other axes leave")
     if d.coordinator is None:
         return
     host, _, port = d.coordinator.rpartition(":")
@@ -83,68 +83,68 @@ def _check_distributed(c: Config) -> None:
 
 
 def _check_rounds(c: Config) -> None:
-    """Dynamic sampling's rounds."""
+    """The prompts of a round of dynamic sampling can be drawn and split."""
     c = resolve(c)
     r = c.rollout
     if r.dynamic_sampling_rounds == 1:
         return
     prompts = round_prompts(c)
-    field = f"rollout.oversampling={r.oversampling:g}: a round has {prompts} prompts"
+    reason = f"rollout.oversampling={r.oversampling:g}: a round has {prompts} prompts"
     if not prompts or prompts % r.chunks:
-        raise ConfigError(f"{field}, which rollout.chunks={r.chunks} must divide; choose another")
+        raise ConfigError(f"{reason}, which rollout.chunks={r.chunks} must divide; choose another")
     if c.task.train_prompts and prompts > c.task.train_prompts and not c.selection.replacement:
-        raise ConfigError(f"{field}, more than task.train_prompts={c.task.train_prompts}; lower it")
+        raise ConfigError(f"{reason}, more than task.train_prompts={c.task.train_prompts}; lower it")
 
 
-def _check_objective(c: Config) -> None:
-    """Loss and replay settings must go together."""
+def _check_loss(c: Config) -> None:
+    """Loss and replay settings fit each other."""
     c = resolve(c)
-    o, r = c.loss, c.replay
-    if r.min_age > r.max_age:
-        raise ConfigError(f"replay.min_age={r.min_age}: must be at most replay.max_age={r.max_age}")
-    if o.delta and o.delta <= 1 + (o.clip_high or 0):
+    loss, stored = c.loss, c.replay
+    if stored.min_age > stored.max_age:
+        raise ConfigError(f"replay.min_age={stored.min_age}: must be at most replay.max_age={stored.max_age}")
+    if loss.delta and loss.delta <= 1 + (loss.clip_high or 0):
         raise ConfigError(
-            f"loss.delta={o.delta:g}: must be greater than 1 + loss.clip_high = {1 + (o.clip_high or 0):g}"
+            f"loss.delta={loss.delta:g}: must be greater than 1 + loss.clip_high = {1 + (loss.clip_high or 0):g}"
         )
-    if o.dual_clip and o.dual_clip <= 1:
-        raise ConfigError(f"loss.dual_clip={o.dual_clip:g}: must be greater than 1, or 0 = off")
+    if loss.dual_clip and loss.dual_clip <= 1:
+        raise ConfigError(f"loss.dual_clip={loss.dual_clip:g}: must be greater than 1, or 0 = off")
     for name in ("vespo_positive", "vespo_negative"):
         try:
-            if not all(map(math.isfinite, gamma_shape(getattr(o, name)))):
+            if not all(map(math.isfinite, gamma_shape(getattr(loss, name)))):
                 raise ValueError("they must be finite")
         except ValueError as error:
             raise ConfigError(
-                f"objective.{name}={getattr(o, name)!r}: must be k and lambda, such as 2,3 ({error})"
+                f"loss.{name}={getattr(loss, name)!r}: must be k and lambda, such as 2,3 ({error})"
             ) from error
-    if o.kl_in == "reward" and o.kl_estimator.endswith("+"):
+    if loss.kl_in == "reward" and loss.kl_estimator.endswith("+"):
         raise ConfigError(
-            f"loss.kl_estimator={o.kl_estimator}: + is about the gradient, which loss.kl_in=reward has none "
-            f"of; set {o.kl_estimator.removesuffix('+')}"
+            f"loss.kl_estimator={loss.kl_estimator}: + changes only the gradient, and loss.kl_in=reward has none; set "
+            f"{loss.kl_estimator.removesuffix('+')}"
         )
-    if o.off_policy == "coupled" and o.old_log_probs == "trainer":
+    if loss.off_policy == "coupled" and loss.old_log_probs == "trainer":
         raise ConfigError(
-            "loss.off_policy=coupled: clips around the behaviour policy, whose log-probs are the sampler's; set "
+            "loss.off_policy=coupled: needs the sampler's log-probs, as it clips around the behaviour policy; set "
             "loss.old_log_probs=sampler"
         )
 
 
 def _check_schedules(c: Config) -> None:
-    """A warm-up that was asked for must come to its end."""
+    """A warm-up that the user set ends before the run does."""
     defaults = Config()
     updates = c.run.steps * c.loss.num_iterations * c.loss.minibatches
-    for stage, own, default, total, words in (
+    for stage, settings, default, total, words in (
         ("optimizer", c.optimizer, defaults.optimizer, updates, f"the {updates} updates of run.steps={c.run.steps}"),
         ("sft", c.sft, defaults.sft, c.sft.steps, f"sft.steps={c.sft.steps}"),
     ):
-        if own.warmup != default.warmup and own.warmup >= total > 0:
-            raise ConfigError(f"{stage}.warmup={own.warmup}: must be less than {words}; lower it")
+        if settings.warmup != default.warmup and settings.warmup >= total > 0:
+            raise ConfigError(f"{stage}.warmup={settings.warmup}: must be less than {words}; lower it")
 
 
 def _check_rewards(c: Config) -> None:
-    """Rewards must be numbers, and say something."""
+    """Reward terms have finite numbers, and at least one weight is not 0."""
     terms = parse_terms(c.reward)
     if not any(terms.values()):
-        raise ConfigError(f"reward.terms={c.reward.terms!r}: every weight is 0, so nothing would be learned; raise one")
+        raise ConfigError(f"reward.terms={c.reward.terms!r}: every weight is 0, so nothing is learned; raise one")
     if c.reward.overlong_cache > c.rollout.max_new_tokens:
         raise ConfigError(
             f"reward.overlong_cache={c.reward.overlong_cache}: must be at most "
@@ -158,7 +158,7 @@ def _check_rewards(c: Config) -> None:
 
 
 def _check_strategies(c: Config) -> None:
-    """Selector, credit and forgetting must go together."""
+    """Selector, advantage estimator and forgetting fit each other."""
     c = resolve(c)
     s, f = c.selection, c.forgetting
     parse_quotas(s.quotas)
@@ -167,12 +167,12 @@ def _check_strategies(c: Config) -> None:
     if s.exploration and not round(s.exploration * prompts):
         raise ConfigError(
             f"selection.exploration={s.exploration:g}: is less than half a prompt of the {prompts} that are rolled out "
-            f"at a time, so none would be drawn; set 0, or at least {1 / max(prompts, 1):g}"
+            f"at a time, so no prompt would be drawn uniformly; set 0, or at least {1 / max(prompts, 1):g}"
         )
     if s.success == "verdict" and s.success_threshold is not None and not 0 < s.success_threshold <= 1:
         raise ConfigError(
-            f"selection.success_threshold={s.success_threshold:g}: selection.success=verdict is within [0, 1]; choose "
-            "one above 0 and up to 1, or selection.success=reward"
+            f"selection.success_threshold={s.success_threshold:g}: must be above 0 and at most 1 with "
+            "selection.success=verdict; choose another, or selection.success=reward"
         )
     if s.easy_from <= s.hard_to:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
@@ -180,33 +180,31 @@ def _check_strategies(c: Config) -> None:
         raise ConfigError(f"forgetting.low={f.low}: must be at most forgetting.high={f.high}")
     if c.advantage.name == "tracked_baseline" and c.advantage.scale == "group":
         raise ConfigError(
-            "advantage.scale=group: advantage.name=tracked_baseline has no use for a group's deviation, which is 0 "
-            "where all are right; choose batch or none"
+            "advantage.scale=group: cannot be used with advantage.name=tracked_baseline, as a group's deviation is 0 "
+            "where all completions are correct; choose batch or none"
         )
 
 
-def _check_policy(c: Config) -> None:
-    """Task, checkpoint, tokenizer and adapters must go together."""
-    p, own_alphabet = c.model, uses_char_tokenizer(c)
-    if own_alphabet and not c.task.train_prompts:
+def _check_model(c: Config) -> None:
+    """Task, checkpoint, tokenizer and adapters fit each other."""
+    model, own_characters = c.model, uses_char_tokenizer(c)
+    if own_characters and not c.task.train_prompts:
         raise ConfigError(f"task.train_prompts=0: must be at least 1 for task.name={c.task.name}")
-    if not own_alphabet and p.source is None and p.tokenizer is None:
-        raise ConfigError(f"model.source=None: task.name={c.task.name} needs a checkpoint, or a model.tokenizer")
-    if not own_alphabet and c.sft.steps and c.sft.data is None:
+    if not own_characters and model.source is None and model.tokenizer is None:
+        raise ConfigError(f"model.source=None: task.name={c.task.name} needs a checkpoint; set it, or model.tokenizer")
+    if not own_characters and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
-    if c.lora.rank and p.source is None:
-        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint under them; set model.source")
+    if c.lora.rank and model.source is None:
+        raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint; set model.source")
     _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))
     unknown = [t for t in c.lora.target_names() if t not in PROJECTIONS]
     if unknown or not c.lora.target_names():
-        raise ConfigError(
-            f"lora.targets={c.lora.targets!r}: matches no projection{' by ' + ', '.join(unknown) if unknown else ''}; "
-            f"choose among {', '.join(PROJECTIONS)}"
-        )
+        reason = f"{', '.join(unknown)} is not a projection" if unknown else "names no projection"
+        raise ConfigError(f"lora.targets={c.lora.targets!r}: {reason}; choose among {', '.join(PROJECTIONS)}")
 
 
 def _check_prompt(c: Config) -> None:
-    """Date and stop tokens can be read, and have something to act on."""
+    """Date and stop tokens can be parsed, and the task reads them."""
     if c.prompt.date is not None:
         try:
             datetime.date.fromisoformat(c.prompt.date)
@@ -214,21 +212,21 @@ def _check_prompt(c: Config) -> None:
             raise ConfigError(f"prompt.date={c.prompt.date!r}: must be a day, such as 2026-01-31") from error
     if stop_texts(c.rollout.stop) and uses_char_tokenizer(c):
         raise ConfigError(
-            f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} in its own alphabet ends with $ alone; drop it"
+            f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} with characters always ends with $; drop it"
         )
 
 
 def _check_task(c: Config) -> None:
-    """Each task has what it needs."""
+    """Each task has the fields that it needs."""
     t = c.task
     if uses_char_tokenizer(c) and c.reward.terms.strip() != "accuracy":
         raise ConfigError(
-            f"reward.terms={c.reward.terms!r}: task.name={t.name} in its own alphabet has accuracy alone; drop it"
+            f"reward.terms={c.reward.terms!r}: task.name={t.name} with characters knows accuracy only; drop it"
         )
-    components = mixture(c)
-    if components:
+    parts = mixture(c)
+    if parts:
         labels(c)
-        for part, _ in components:
+        for part, _ in parts:
             try:
                 _check_fields("task", part.task)
                 _check_task(part)
@@ -236,12 +234,12 @@ def _check_task(c: Config) -> None:
                 raise ConfigError(f"task.mixture={(t.mixture or '')[:80]!r}: {error}") from error
         return
     if t.name in ("math", "gsm8k", "multiple_choice", "python_function") and t.train_data is None:
-        raise ConfigError(f"task.train_data=None: task.name={t.name} needs a file, a folder or a hub id")
+        raise ConfigError(f"task.train_data=None: task.name={t.name} needs data; name a file, a folder or a hub id")
     if t.name == "python_function" and (t.function is None or ":" not in t.function):
-        raise ConfigError(f"task.function={t.function}: task.name=python_function needs module:function")
+        raise ConfigError(f"task.function={t.function}: task.name=python_function needs one, as module:function")
     if t.name == "reasoning_gym" and not t.dataset:
         raise ConfigError(
-            "task.dataset=None: task.name=reasoning_gym needs names of its datasets, such as leg_counting"
+            "task.dataset=None: task.name=reasoning_gym needs datasets; name them, such as leg_counting,chain_sum"
         )
     options(t.options)
     if t.dataset is not None:
@@ -256,9 +254,9 @@ def _check_task(c: Config) -> None:
 
 
 def _check_list(field: str, text: str, normal: Callable[[str], str] = str) -> None:
-    """Entries with commas between them: none is empty, none stands there twice."""
+    """The entries between commas are neither empty nor repeated."""
     entries = [normal(entry.strip()) for entry in text.split(",")]
     if "" in entries:
         raise ConfigError(f"{field}={text!r}: has an empty entry; separate the entries by single commas")
     if twice := [entry for i, entry in enumerate(entries) if entry in entries[:i]]:
-        raise ConfigError(f"{field}={text!r}: {twice[0]} stands there twice; drop one")
+        raise ConfigError(f"{field}={text!r}: {twice[0]} appears twice; drop one")

@@ -1,18 +1,21 @@
-"""Tokenizers of tasks that have an alphabet of their own: one token a character."""
+"""A tokenizer with one token per character, for tasks that need no checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pspo_jax.config.fields import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 class CharTokenizer:
-    """One token a character; `$` ends a completion and `_` pads.
+    """One token per character; `$` ends a completion and `_` pads.
 
     Args:
       characters: the alphabet, with `$` and `_`.
-      vocab_size: rows of the embedding; those beyond the alphabet are never drawn.
+      vocab_size: rows of the embedding; the ones beyond the alphabet are never drawn.
     """
 
     def __init__(self, characters: str, vocab_size: int):
@@ -23,14 +26,31 @@ class CharTokenizer:
         self.forbidden = (self.pad_token_id, *range(len(characters), vocab_size))
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text.
+
+        Raises:
+          ConfigError: the text has a character that is not in the alphabet.
+        """
         if unknown := set(text) - set(self.characters):
             raise ConfigError(f"text {text!r}: no token for {sorted(unknown)}; the task knows {self.characters!r}")
         return [self.characters.index(c) for c in text]
 
+    def encode_prompt(self, prompt: object) -> list[int]:
+        """The ids of a question, which must be a text.
+
+        Raises:
+          TypeError: it is no text.
+          ConfigError: it has a character that is not in the alphabet.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"{type(prompt).__name__} is no text")
+        return self.encode(prompt)
+
     def decode(self, ids: list[int]) -> str:
+        """The text of ids; `?` stands for ids beyond the alphabet."""
         return "".join(self.characters[i] if i < len(self.characters) else "?" for i in ids)
 
-    def to_hf(self) -> Any:
+    def to_hf(self) -> PreTrainedTokenizerFast:
         """The same tokenizer for transformers."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast

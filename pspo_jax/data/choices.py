@@ -1,18 +1,19 @@
-"""Options of multiple-choice questions, and how a column's gold answers name them: decided once for all rows."""
+"""Options of multiple-choice questions, and the way in which a column's gold answers name them, which is decided once
+for all rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ChoicesAnswer
 from pspo_jax.data.answers import listed
 
 READINGS: tuple[ChoicesAnswer, ...] = get_args(ChoicesAnswer)
-"""Ways to name an option; the first that fits is taken where several name the same options."""
+"""The ways to name an option; where several fit and name the same options, the first one is taken."""
 _MOST_MISFITS = 0.1
-"""Share of rows whose gold answer a reading may not fit; they are left out. With more, the column is refused."""
+"""Share of rows that a reading need not fit. Those rows are left out; with a larger share the column is refused."""
 
 
 class Options(NamedTuple):
@@ -20,15 +21,20 @@ class Options(NamedTuple):
 
     texts: list[str]
     labels: list[str]
-    """Names that the data gives them, as ai2_arc does; empty without."""
+    """The data's own names of the options, as in ai2_arc; empty if there are none."""
 
     @property
     def letters(self) -> list[str]:
+        """A, B, C, ... for as many options as there are."""
         return [chr(ord("A") + i) for i in range(len(self.texts))]
 
 
-def options_of(value: Any) -> Options | str:
-    """The options in a cell: a list, its text, or {"text": [...], "label": [...]}; or why there are none."""
+def read_options(value: object) -> Options | str:
+    """The options in a cell, which holds a list, its text, or {"text": [...], "label": [...]}.
+
+    Returns:
+      The options; or, if there are none, a text that says why.
+    """
     labels: list[str] = []
     if isinstance(value, dict):
         labels, value = [str(x) for x in value.get("label", [])], value.get("text", [])
@@ -37,12 +43,12 @@ def options_of(value: Any) -> Options | str:
             value = listed(value)
         except (ValueError, SyntaxError):
             return "options are no list"
-    texts = [str(option) for option in value or []]
+    texts = [str(option) for option in cast(Iterable[object], value or [])]
     return Options(texts, labels) if 2 <= len(texts) <= 26 else f"{len(texts)} options"
 
 
 def letter_of(gold: str, options: Options, reading: ChoicesAnswer) -> str | None:
-    """The letter of the option that a gold answer names under one reading; None if it names none, or several."""
+    """The letter of the one option that a gold answer names by one reading; None if it names none, or several."""
     if reading == "letter" and len(gold) == 1 and gold.upper() in options.letters:
         return gold.upper()
     if reading in ("index", "index_from_1") and gold.isascii() and gold.isdecimal():
@@ -54,10 +60,10 @@ def letter_of(gold: str, options: Options, reading: ChoicesAnswer) -> str | None
 
 
 def reading_of(rows: Iterable[tuple[str, Options]], field: str) -> ChoicesAnswer | None:
-    """The one reading of all gold answers of a column: the one that fits most of them. None for no rows.
+    """The reading of a column's gold answers, (gold, options) for each row: the one that fits most. None for no rows.
 
     Raises:
-      ConfigError: two readings fit equally well and name other options, or none fits nine rows in ten.
+      ConfigError: two readings fit equally well and name different options, or none fits nine rows in ten.
     """
     fits = dict.fromkeys(READINGS, 0)
     differ: dict[tuple[str, str], tuple[str, Options]] = {}

@@ -1,29 +1,29 @@
-"""What a prompt column may hold: text, or a conversation in the forms in which data sets write one."""
+"""Prompts as columns hold them: a text, or a conversation in one of the forms that data sets use."""
 
 from __future__ import annotations
 
 import ast
 import json
-from typing import Any
 
-Message = dict[str, Any]
-"""A turn: its role, its content, and what else a chat template may read, such as tool calls."""
+Message = dict[str, object]
+"""A turn: its role, its content, and other fields that a chat template may read, such as tool calls."""
 Conversation = list[Message]
+"""Turns in their order."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""ShareGPT's names of roles; others are taken as they are."""
+"""ShareGPT's names of roles; other names are kept."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def read_prompt(value: Any) -> str | Conversation:
+def read_prompt(value: object) -> str | Conversation:
     """A prompt column's value as text, or as a conversation whose last turn is to be answered.
 
     A conversation is a list of turns with role and content, or from and value as ShareGPT has them, or the text of such
     a list. A conversation of one user turn is its text.
 
     Raises:
-      TypeError: it is neither; the message says what stands there.
-      UnicodeError: bytes that are no UTF-8, or text with half a surrogate pair.
+      TypeError: it is neither a text nor a conversation; the message says what it is.
+      UnicodeError: it holds bytes that are no UTF-8, or half a surrogate pair.
     """
     if isinstance(value, bytes):
         value = value.decode()
@@ -46,11 +46,11 @@ def read_prompt(value: Any) -> str | Conversation:
     return out
 
 
-def scalar_text(value: Any) -> str:
-    """A value as text: a number as its file writes it, true and false as JSON has them, nothing as "".
+def scalar_text(value: object) -> str:
+    """A value as text: a number as its file writes it, true and false as in JSON, None as "".
 
     Raises:
-      TypeError: an object or a list.
+      TypeError: it is an object or a list.
     """
     if isinstance(value, dict | list | tuple | set):
         raise TypeError("an object, not text" if isinstance(value, dict) else "a list, not text")
@@ -68,8 +68,13 @@ def transcript(prompt: str | Conversation) -> str:
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def _listed(text: str) -> Any:
-    """The turns of a list that a column of text holds, as CSV files do; None where it is no such list."""
+def content_of(message: Message) -> str:
+    """The text of a turn."""
+    return str(message["content"])
+
+
+def _listed(text: str) -> list[object] | None:
+    """The turns of a conversation that is written as text, as in CSV files; None where the text is none."""
     if not text.lstrip().startswith(("[{", "[ {", "[\n")) or not ("role" in text or "from" in text):
         return None
     try:
@@ -80,11 +85,13 @@ def _listed(text: str) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
     keys = ({"role", "content"}, {"from", "value"})
-    turns = isinstance(found, list) and found and all(isinstance(t, dict) for t in found)
-    return found if turns and all(any(k <= set(t) for k in keys) for t in found) else None
+    if not isinstance(found, list) or not found or not all(isinstance(t, dict) for t in found):
+        return None
+    return found if all(any(k <= set(t) for k in keys) for t in found) else None
 
 
-def _message(turn: Any) -> Message:
+def _message(turn: object) -> Message:
+    """A turn with role and content, from either form."""
     if not isinstance(turn, dict):
         raise TypeError("a list of which an element is no turn")
     if turn.get("role") is None and turn.get("from") is not None:
@@ -99,17 +106,17 @@ def _message(turn: Any) -> Message:
     return {"role": role, "content": _content(content), **rest}
 
 
-def _content(content: Any) -> str:
-    """The text of a turn: as it is, or its parts joined."""
+def _content(content: object) -> str:
+    """The text of a turn; the parts of a list are joined."""
     if not isinstance(content, dict | list):
         return scalar_text(content)
     return "".join(_part(part) for part in (content if isinstance(content, list) else [content]))
 
 
-def _part(part: Any) -> str:
+def _part(part: object) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
-    if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-        raise TypeError(f"a part of type {kind}; the policy reads text alone" if kind else "a part that is no text")
-    return str(part["text"])
+    if isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise TypeError(f"a part of type {kind}; the model reads text alone" if kind else "a part that is no text")

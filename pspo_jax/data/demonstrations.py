@@ -5,24 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
+from pspo_jax.data.conversations import Conversation, content_of, read_prompt
 from pspo_jax.data.rendering import PromptError, render
-from pspo_jax.data.task import Demonstrations, PromptDataset, Task, json_lines
+from pspo_jax.data.task import (
+    CompletionBatch,
+    Demonstrations,
+    PromptDataset,
+    PromptEncoder,
+    RewardResult,
+    Task,
+    Tokenizer,
+    json_lines,
+)
 from pspo_jax.data.tokenizer import TextTokenizer
 
 _FORMS = '{"prompt": ..., "completion": ...} or {"messages": [..., {"role": "assistant", "content": ...}]}'
 
 
 def read_text(path: Path) -> str:
-    """The file's text.
+    """The text of the file that sft.data names.
 
     Raises:
-      ConfigError: it cannot be read, or is not UTF-8.
+      ConfigError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode()
@@ -34,19 +43,19 @@ def read_text(path: Path) -> str:
 
 def read_examples(
     path: Path,
-    tokenizer: Any,
-    encode_prompt: Callable[[str], list[int]],
+    tokenizer: Tokenizer,
+    encode_prompt: PromptEncoder,
     stop_ids: tuple[int, ...],
     config: PromptConfig,
 ) -> list[tuple[list[int], list[int]]]:
-    """(ids of the prompt, ids of the completion) of each line; EOS is added to a completion that lacks a stop token.
+    """Ids of the prompt and ids of the completion of each line; a completion without a stop token gets EOS at its end.
 
     A row is `{"prompt": text, "completion": text}`, whose prompt is put into the template of the config, or messages,
-    which the tokenizer's chat template writes as they are: `{"messages": [...]}`, whose last one is the assistant's
-    and the only one that is learnt, or `{"prompt": [...], "completion": [...]}`.
+    which the tokenizer's chat template renders: `{"messages": [...]}`, of which the last one is the assistant's and the
+    only one that is learnt, or `{"prompt": [...], "completion": [...]}`.
 
     Raises:
-      ConfigError: a line of another form.
+      ConfigError: a line has another form, or there is none.
     """
     found = []
     for number, line in enumerate(json_lines(read_text(path)), 1):
@@ -70,27 +79,40 @@ def read_examples(
     return found
 
 
-def _parts(record: dict[str, Any]) -> tuple[Any, Any]:
-    """Prompt and completion of a row: two texts, or messages and the assistant's text."""
+def _parts(record: dict[str, object]) -> tuple[str | Conversation, str]:
+    """Prompt and completion of a row: two texts, or messages and the assistant's text.
+
+    Raises:
+      KeyError, TypeError, IndexError: the row has another form.
+    """
     if "messages" in record:
-        prompt, last = record["messages"][:-1], record["messages"][-1]
+        *prompt, last = _messages(record["messages"])
     elif isinstance(record["prompt"], list):
-        prompt, last = record["prompt"], record["completion"]
-        last = last[0] if isinstance(last, list) and len(last) == 1 else {"role": "assistant", "content": last}
+        completion = record["completion"]
+        if not isinstance(completion, list) or len(completion) != 1:
+            completion = [{"role": "assistant", "content": completion}]
+        prompt, last = _messages(record["prompt"]), _messages(completion)[0]
     else:
         if not isinstance(record["prompt"], str) or not isinstance(record["completion"], str):
             raise TypeError("no text")
         return record["prompt"], record["completion"]
     if last["role"] != "assistant" or not prompt:
         raise TypeError("the last message is to be the assistant's answer to another one")
-    for message in (*prompt, last):
+    return prompt, content_of(last)
+
+
+def _messages(value: object) -> Conversation:
+    """Messages whose role and content are texts."""
+    if not isinstance(value, list) or not value:
+        raise TypeError("no messages")
+    for message in value:
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
             raise TypeError("no text")
-    return prompt, last["content"]
+    return value
 
 
 def _turns(
-    tokenizer: Any, messages: Any, completion: str, stop_ids: tuple[int, ...], config: PromptConfig
+    tokenizer: Tokenizer, messages: Conversation, completion: str, stop_ids: tuple[int, ...], config: PromptConfig
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation up to the assistant's turn, and of that turn up to the token that ends it."""
     if not isinstance(tokenizer, TextTokenizer) or not tokenizer.hf.chat_template:
@@ -100,41 +122,43 @@ def _turns(
         whole = render(tokenizer.hf, [*messages, {"role": "assistant", "content": completion}], config, generate=False)
     except PromptError as error:
         raise ConfigError(f"its messages: {error}") from error
-    # A template may rewrite the assistant's turn, as by a block of thought; then the text stands as the row has it.
+    # A template may rewrite the assistant's turn, for example with a block of thought; then the row's text is taken.
     ids = tokenizer.encode(whole.removeprefix(before) if whole.startswith(before) else completion)
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     return tokenizer.encode(before), ids[: end + 1]
 
 
 def demonstration_task(config: Config, tokenizer: TextTokenizer) -> Task:
-    """A task for supervised fine-tuning alone: no prompts but those of sft.data, nothing to draw, nothing to judge."""
+    """A task for supervised fine-tuning alone: its prompts are placeholders, and it has no reward."""
 
-    def encode(question: str) -> list[int]:
-        return tokenizer.prompt(question, config.prompt)
+    def encode(prompt: object) -> list[int]:
+        return tokenizer.prompt(prompt if isinstance(prompt, str) else read_prompt(prompt), config.prompt)
 
     assert config.sft.data is not None
     examples = read_examples(Path(config.sft.data), tokenizer, encode, tokenizer.stop_ids, config.prompt)
     bucket = config.rollout.prompt_bucket
     width = -(-min(max(len(prompt) for prompt, _ in examples), config.prompt.max_tokens) // bucket) * bucket
     rows = config.rollout.prompts
-    none = PromptDataset(np.full((rows, width), tokenizer.pad_token_id, np.int32), np.ones(rows, np.int32), [""] * rows)
+    placeholders = PromptDataset(
+        np.full((rows, width), tokenizer.pad_token_id, np.int32), np.ones(rows, np.int32), [""] * rows
+    )
     return Task(
         name="sft",
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         forbidden=tokenizer.forbidden,
         stop_ids=tokenizer.stop_ids,
-        train=none,
-        heldout=none,
-        reward_fn=_judge,
-        demonstrations=_none,
+        train=placeholders,
+        heldout=placeholders,
+        reward_fn=_no_reward,
+        demonstrations=_no_demonstrations,
         encode_prompt=encode,
     )
 
 
-def _none(seed: int, count: int) -> Iterator[Demonstrations]:
-    raise ConfigError("sft.data=None: needs a JSONL file; a policy of text has no demonstrations of its own")
+def _no_demonstrations(seed: int, count: int) -> Iterator[Demonstrations]:
+    raise ConfigError("sft.data=None: needs a JSONL file; a task of text has no demonstrations of its own")
 
 
-def _judge(completions: Any) -> Any:
-    raise ConfigError("task: supervised fine-tuning alone judges nothing; name a task")
+def _no_reward(completions: CompletionBatch) -> Callable[[], RewardResult]:
+    raise ConfigError("task: supervised fine-tuning alone has no reward; name a task")

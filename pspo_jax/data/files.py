@@ -1,4 +1,4 @@
-"""Rows of data sets, and JSON, JSONL and CSV files read as they stand: no number is rounded, no text becomes a date."""
+"""Records of data sets, and a reader of JSON, JSONL and CSV files that rounds no number and makes no text a date."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast, overload
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import datasets
+
+Record = dict[str, object]
+"""A row of a data set: the values of its columns."""
+
 _FORMAT = "1"
-"""Version of the kept rows; to be raised when what a file's rows are changes."""
+"""Version of the kept rows, to be raised when the same file would give other rows."""
 _COLUMN = "json"
+"""The one column of the kept table: rows as JSON texts."""
 _BATCH_BYTES = 16 * 2**20
+"""Size from which rows are written to the table."""
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 
@@ -30,57 +38,69 @@ class Literal(str):
     __slots__ = ()
 
 
-class Rows(Sequence[dict[str, Any]]):
-    """Records of a data set, which stay on disk until they are indexed."""
+class Records(Sequence[Record]):
+    """Records of a data set, which stay on disk until they are indexed.
+
+    Args:
+      table: the rows as they are stored.
+      column_names: the columns of all records.
+      plain: a row of `table` -> its record.
+      exact: a row of `table` -> its record, with numbers as text where only text is exact. ValueError for a row that
+        has a key twice.
+    """
 
     def __init__(
         self,
-        table: Any,
+        table: datasets.Dataset,
         column_names: Sequence[str],
-        plain: Callable[[dict[str, Any]], dict[str, Any]],
-        exact: Callable[[dict[str, Any]], dict[str, Any]],
+        plain: Callable[[Record], Record],
+        exact: Callable[[Record], Record],
     ):
         self.table = table
-        """A datasets.Dataset."""
         self.column_names = list(column_names)
         self.plain = plain
-        """A row of `table` as a record."""
         self.exact = exact
-        """The same with numbers as text where only text is exact; ValueError for a row that names a key twice."""
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Record]: ...
+
+    def __getitem__(self, i: int | slice) -> Record | list[Record]:
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
         return self.plain(self.table[int(i)])
 
-    def select(self, rows: Any) -> Rows:
-        """Some of the rows, in the order that `rows` gives."""
-        return Rows(self.table.select(rows), self.column_names, self.plain, self.exact)
+    def select(self, rows: Iterable[int]) -> Records:
+        """Some of the records, in the order that `rows` gives."""
+        return Records(self.table.select(rows), self.column_names, self.plain, self.exact)
 
-    def values(self, name: str) -> list[Any]:
-        """A column of all rows, `name` as `value_at` takes it."""
+    def values(self, name: str) -> list[object]:
+        """The values of a column in all records; `name` is a name as `value_at` takes it."""
         head = next((n for n in heads(name) if n in self.table.column_names), None)
         table = self.table if head is None else self.table.select_columns([head])
         return [value_at(self.plain(row), name) for row in table]
 
 
-def rows_of(table: Any) -> Rows:
-    """A datasets.Dataset as rows. Its types stand; a 32-bit float is the shortest number that rounds to it."""
-    if isinstance(table, Rows):
+def as_records(table: datasets.Dataset | Records) -> Records:
+    """The rows of a Dataset as records, with its types; a 32-bit float as the shortest number that rounds to it."""
+    if isinstance(table, Records):
         return table
     narrow = [n for n, f in table.features.items() if getattr(f, "dtype", None) in ("float16", "float32")]
 
-    def exact(row: dict[str, Any]) -> dict[str, Any]:
-        return row | {n: Literal(np.float32(row[n])) for n in narrow if row[n] is not None and math.isfinite(row[n])}
+    def exact(row: Record) -> Record:
+        floats = {n: value for n in narrow if isinstance(value := row[n], float) and math.isfinite(value)}
+        return row | {n: Literal(np.float32(value)) for n, value in floats.items()}
 
-    return Rows(table, table.column_names, lambda row: row, exact)
+    return Records(table, table.column_names, lambda row: row, exact)
 
 
-def joined(parts: Sequence[Rows]) -> Rows | None:
-    """Rows of the same form, one after the other; None if there are none."""
+def joined(parts: Sequence[Records]) -> Records | None:
+    """Records of the same form, one after the other; None if there are none."""
     if len(parts) < 2:
         return parts[0] if parts else None
     import datasets
@@ -88,7 +108,7 @@ def joined(parts: Sequence[Rows]) -> Rows | None:
     empty = dict.fromkeys(name for part in parts for name in part.column_names)
     first = parts[0]
     table = datasets.concatenate_datasets([part.table for part in parts])
-    return Rows(table, list(empty), lambda row: empty | first.plain(row), lambda row: empty | first.exact(row))
+    return Records(table, list(empty), lambda row: empty | first.plain(row), lambda row: empty | first.exact(row))
 
 
 def heads(name: str) -> list[str]:
@@ -97,10 +117,11 @@ def heads(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
-def value_at(record: Any, name: str) -> Any:
-    """The value of a column, or what a dotted name finds inside one; None if there is none.
+def value_at(record: object, name: str) -> object:
+    """The value of a column, or the value inside it that a dotted name leads to; None if there is none.
 
-    A key that has the dots in it goes before a path. A list is entered by a number, a JSON object in a text as itself.
+    A key that has the dots in it goes before a path. A list is entered by a number; a text that holds a JSON object or
+    list is entered like one.
     """
     if isinstance(record, str) and record.lstrip()[:1] in ("{", "["):
         try:
@@ -117,23 +138,38 @@ def value_at(record: Any, name: str) -> Any:
     return value_at(record[head], name[len(head) + 1 :])
 
 
-def exact_json(text: str) -> Any:
-    """JSON whose numbers are `Literal`s; NaN and Infinity are floats.
+def exact_json(text: str) -> object:
+    """The value of a JSON text, with numbers as `Literal`s; NaN and Infinity are floats.
 
     Raises:
-      ValueError: it is not JSON, is nested too deeply, or an object has a key twice.
+      ValueError: the text is not JSON, is nested too deeply, or an object has a key twice.
     """
-    return _loads(text, parse_int=Literal, parse_float=Literal, object_pairs_hook=_once)
+    with _no_recursion():
+        return json.loads(text, parse_int=Literal, parse_float=Literal, object_pairs_hook=_without_repetition)
 
 
-def _loads(text: str, **how: Any) -> Any:
+def _exact_record(text: str) -> Record:
+    """A row from its JSON text, with numbers as `Literal`s."""
+    return cast(Record, exact_json(text))
+
+
+def _plain_record(text: str) -> Record:
+    """A row from its JSON text, with whole numbers of any size."""
+    with _no_recursion():
+        return cast(Record, json.loads(text, parse_int=_integer))
+
+
+@contextmanager
+def _no_recursion() -> Iterator[None]:
+    """Raises ValueError for JSON that is nested too deeply."""
     try:
-        return json.loads(text, **how)
+        yield
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repetition(pairs: list[tuple[str, object]]) -> Record:
+    """An object, none of whose keys may stand twice."""
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
@@ -141,23 +177,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _integer(text: str) -> Any:
-    """An int of any size; one with more digits than Python converts stays text."""
+def _integer(text: str) -> int | Literal:
+    """A whole number of any size; one with more digits than Python converts stays text."""
     try:
         return int(text)
     except ValueError:
         return Literal(text)
 
 
-def read_files(paths: Sequence[Path], form: str, folder: Path) -> Rows | None:
-    """The rows of files, one after the other; None if there are none.
+def read_files(paths: Sequence[Path], form: str, folder: Path) -> Records | None:
+    """The records of files, one after the other; None if there are none.
 
-    They are kept in `folder`, as text in a memory-mapped table, and found again for the same contents.
+    They are kept in `folder`, as text in a memory-mapped table, and found again for files of the same contents.
 
     Args:
-      form: "json" (a list of objects, or objects on lines or one after the other) or "csv" (with a header).
+      form: "json" (a list of objects, or objects on lines or one after the other), or "csv" (with a header).
+      folder: the cache folder.
     Raises:
-      ValueError: a file is not what its form says; the message has the line.
+      ValueError: a file does not have its form; the message has the line.
       OSError: a file cannot be read.
     """
     import datasets
@@ -180,16 +217,20 @@ def read_files(paths: Sequence[Path], form: str, folder: Path) -> Rows | None:
         _write(columns, json.dumps(names))
         table = datasets.Dataset.from_file(str(kept))
     empty = dict.fromkeys(names)
-    return Rows(
+    return Records(
         table,
         names,
-        lambda row: empty | _loads(row[_COLUMN], parse_int=_integer),
-        lambda row: empty | exact_json(row[_COLUMN]),
+        lambda row: empty | _plain_record(str(row[_COLUMN])),
+        lambda row: empty | _exact_record(str(row[_COLUMN])),
     )
 
 
 def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
-    """Write the rows of all files into one table; their keys in the order in which they appear, {} = no rows."""
+    """Writes the rows of all files into one table.
+
+    Returns:
+      The keys of the rows, in the order in which they first appear; empty if there are no rows.
+    """
     import pyarrow
 
     schema = pyarrow.schema([(_COLUMN, pyarrow.string())])
@@ -217,7 +258,7 @@ def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
 
 
 def _beside(path: Path) -> Path:
-    """Where this process writes a file before it takes its name; the folder may be shared by machines."""
+    """The path at which this process writes a file that is then renamed; machines may share the folder."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
@@ -227,17 +268,17 @@ def _write(path: Path, text: str) -> None:
     partial.rename(path)
 
 
-Found = Iterator[tuple[str, Sequence[str]]]
-"""(a row as JSON, its keys)"""
+FileRows = Iterator[tuple[str, Sequence[str]]]
+"""For each row of a file: the row as JSON, and its keys."""
 
 
-def _json_rows(path: Path) -> Found:
+def _json_rows(path: Path) -> FileRows:
     with path.open("rb") as file:
         head = file.read(2**16).removeprefix(_BOM).lstrip()
     return _documents(path) if path.suffix == ".json" or head[:1] == b"[" else _lines(path)
 
 
-def _lines(path: Path) -> Found:
+def _lines(path: Path) -> FileRows:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             line = (raw.removeprefix(_BOM) if number == 1 else raw).decode().strip(_SPACE)
@@ -247,7 +288,8 @@ def _lines(path: Path) -> Found:
 
 def _keys(text: str, where: str) -> Sequence[str]:
     try:
-        value = _loads(text, parse_int=str)
+        with _no_recursion():
+            value = json.loads(text, parse_int=str)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(value, dict):
@@ -255,8 +297,8 @@ def _keys(text: str, where: str) -> Sequence[str]:
     return list(value)
 
 
-def _documents(path: Path) -> Found:
-    """Objects of one list, or one after the other."""
+def _documents(path: Path) -> FileRows:
+    """The objects of one list, or objects that follow one another."""
     text = path.read_bytes().removeprefix(_BOM).decode()
     decoder = json.JSONDecoder(parse_int=str)
     place = _skip(text, 0)
@@ -283,7 +325,7 @@ def _documents(path: Path) -> Found:
 
 
 def _after(text: str, place: int, listed: bool) -> int:
-    """Where the next element of a list begins, or its end is; in a file of objects, the next one."""
+    """The index of the next element of a list, or of its end; in a file of objects, the index of the next object."""
     if not listed or text[place : place + 1] in ("]", ""):
         return place
     if text[place] != ",":
@@ -292,13 +334,14 @@ def _after(text: str, place: int, listed: bool) -> int:
 
 
 def _skip(text: str, place: int) -> int:
+    """The index after white space."""
     while place < len(text) and text[place] in _SPACE:
         place += 1
     return place
 
 
-def _csv_rows(path: Path) -> Found:
-    """Every field as its text."""
+def _csv_rows(path: Path) -> FileRows:
+    """Rows whose fields are texts."""
     with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
         reader = csv.reader(file, strict=True)
         try:
@@ -317,7 +360,7 @@ def _csv_rows(path: Path) -> Found:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Python's CSV reader refuses fields of more than 128 KiB; the limit is put back."""
+    """Lifts the limit of 128 KiB on a field of Python's CSV reader, and restores it at the end."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

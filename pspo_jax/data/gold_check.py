@@ -1,4 +1,4 @@
-"""Whether gold answers can be verified at all, found out before training and remembered."""
+"""A check before training of which gold answers can be verified at all; its verdicts are remembered."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from pspo_jax.data.loading import numbers
+from pspo_jax.data.loading import column_array
 from pspo_jax.distributed import processes
 from pspo_jax.verifiers import math_answer
 from pspo_jax.verifiers.workers.pool import Pool, Request
 
+if TYPE_CHECKING:
+    import datasets
+
 ACCEPTED, REFUSED, NO_VERDICT = 1, 0, -1
 CHECKED = ("math", "gsm8k")
-"""Tasks whose gold answer may be unreadable; the others' are made, or are letters."""
+"""Tasks whose gold answers may be unreadable; those of other tasks are generated, or are letters."""
 _BLOCK = 2048
-_SAID_FROM = 2000
+"""Gold answers per batch of requests."""
+_ANNOUNCED_FROM = 2000
+"""Gold answers from which on the check is announced."""
 
 
 def check_gold(
-    rows: Any, which: Int[np.ndarray, "n"], pool: Pool, folder: Path, say: Callable[[str], None]
+    rows: datasets.Dataset, which: Int[np.ndarray, "n"], pool: Pool, folder: Path, say: Callable[[str], None]
 ) -> Int[np.ndarray, "n"]:
     """ACCEPTED, REFUSED or NO_VERDICT for each row's gold answer, given back as `\\boxed{gold}`.
 
     Args:
-      rows: a dataset that `tasks.data.tokenised` made.
-      which: its rows to check.
-      folder: keeps the verdicts; they are found again for the same rows and rules, and what had none is asked anew.
+      rows: the table that `loading.tokenised` makes.
+      which: the rows to check.
+      folder: the folder that keeps the verdicts. They are found again for the same rows and rules; rows without a
+        verdict are checked again.
       say: told before a check that takes long.
     """
     if not len(which) or rows[int(which[0])]["kind"] not in CHECKED:
         return np.full(len(which), ACCEPTED, np.int8)
     rules = f"{version('math-verify')} {math_answer.RULES}"
-    key = hashlib.sha256(numbers(rows, "digest")[which].tobytes() + rules.encode()).hexdigest()[:24]
+    key = hashlib.sha256(column_array(rows, "digest")[which].tobytes() + rules.encode()).hexdigest()[:24]
     processes.check_same("task.train_data, task.heldout_data", key)
     # One process decides for all: two might find their deadlines missed for different rows.
     found = _checked(rows, which, pool, folder / f"golds-{key}.npy", say) if processes.is_primary() else None
@@ -46,17 +52,20 @@ def check_gold(
 
 
 def _checked(
-    rows: Any, which: Int[np.ndarray, "n"], pool: Pool, path: Path, say: Callable[[str], None]
+    rows: datasets.Dataset, which: Int[np.ndarray, "n"], pool: Pool, path: Path, say: Callable[[str], None]
 ) -> Int[np.ndarray, "n"]:
-    """What `path` remembers, and a check of the rest: a missed deadline is no fact, and is never remembered."""
+    """The verdicts that `path` remembers, and a check of the other rows.
+
+    A missed deadline is not remembered, because it may be met the next time.
+    """
     out = _remembered(path, len(which))
-    open_ = np.flatnonzero(out == NO_VERDICT)
-    if not len(open_):
+    unknown = np.flatnonzero(out == NO_VERDICT)
+    if not len(unknown):
         return out
-    if len(open_) >= _SAID_FROM:
-        say(f"checking that {len(open_):,} gold answers can be verified (once; task.check_gold false skips it)")
-    for i in range(0, len(open_), _BLOCK):
-        part = open_[i : i + _BLOCK]
+    if len(unknown) >= _ANNOUNCED_FROM:
+        say(f"checking that {len(unknown):,} gold answers can be verified (once; task.check_gold false skips it)")
+    for i in range(0, len(unknown), _BLOCK):
+        part = unknown[i : i + _BLOCK]
         out[part] = _block(rows.select(which[part])["answer"], pool)
     partial = path.with_suffix(f".{os.getpid()}.npy")
     np.save(partial, out)
@@ -79,5 +88,6 @@ def _remembered(path: Path, count: int) -> Int[np.ndarray, "n"]:
 
 
 def _block(golds: list[str], pool: Pool) -> Int[np.ndarray, "n"]:
+    """The verdicts of some gold answers."""
     replies = pool.submit([Request("gold", {"gold": gold}) for gold in golds]).result()
     return np.array([NO_VERDICT if r.score is None else int(r.score == 1) for r in replies], np.int8)

@@ -1,4 +1,4 @@
-"""Rows of a dataset, by datasets: read from a file, a folder or the hub, and mapped to questions and gold answers."""
+"""Data sets read by the datasets package from a file, a folder or the hub, and mapped to questions and gold answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ChoicesAnswer, TaskConfig
 from pspo_jax.data.answers import PROSE, any_text, gold_text, is_prose, missing
 from pspo_jax.data.answers import TRANSFORMS as TRANSFORMS
-from pspo_jax.data.choices import letter_of, options_of, reading_of
-from pspo_jax.data.conversations import Conversation, read_prompt, transcript
-from pspo_jax.data.files import Literal, Rows, heads, joined, read_files, rows_of, value_at
+from pspo_jax.data.choices import letter_of, read_options, reading_of
+from pspo_jax.data.conversations import Conversation, content_of, read_prompt, transcript
+from pspo_jax.data.files import Literal, Record, Records, as_records, heads, joined, read_files, value_at
 from pspo_jax.data.rendering import PromptError
 from pspo_jax.data.task import ANSWER_COLUMN, digest
+
+if TYPE_CHECKING:
+    import datasets
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 AS_TEXT = ("json", "csv")
@@ -27,45 +31,51 @@ AS_TEXT = ("json", "csv")
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "target")
 _LAYOUT = "3"
-"""Version of the cached rows; to be raised with their columns or with what `Source.convert` makes of a record."""
-_SAID_FROM = 20_000
-_LOOKED_AT = 1000
+"""Version of the cached rows, to be raised when their columns or the results of `Source.convert` change."""
+_ANNOUNCED_FROM = 20_000
+"""Rows from which on tokenising is announced."""
+_PROBED_ROWS = 1000
 """Rows in which a dotted column is looked for."""
 _BAD_ANSWER = "gold answer cannot be read"
 
 
 class Question(NamedTuple):
-    """A row, or why it is none."""
+    """A row as a question with its gold answer, or the reason why it is none."""
 
     text: str
     answer: str
-    extra: dict[str, Any]
+    extra: dict[str, object]
+    """Further arguments of the verifier."""
     reason: str = ""
-    """Why the row is left out; "" = it is not."""
+    """Why the row is left out; "" = it is not left out."""
+
+
+class Convert(Protocol):
+    """The question of a record; `exact` is the same record with numbers as its file writes them."""
+
+    def __call__(self, record: Record, exact: Record | None = None) -> Question: ...
 
 
 class Source(NamedTuple):
-    """Records and how each becomes a question."""
+    """Records, and the function that makes a question of each."""
 
     name: str
-    """What messages and lists call it."""
+    """Name of the source in messages and lists."""
     kind: str
     """Name of the task that verifies it."""
-    records: Any
-    """A datasets.Dataset, or `files.Rows`."""
-    convert: Callable[..., Question]
-    """(record, the same with exact numbers) -> its question."""
+    records: datasets.Dataset | Records
+    convert: Convert
     settings: str
-    """What `convert` depends on, for the cache."""
+    """Text that changes with everything that `convert` depends on, for the cache."""
     field: str = "task"
-    """The field that names it."""
-    prompt: Callable[[dict[str, Any], Question], str | Conversation] | None = None
-    """What the policy is given for a record; None = the question's text."""
+    """The config field that names it."""
+    prompt: Callable[[Record, Question], str | Conversation] | None = None
+    """The model's prompt for a record and its question; None = the question's text."""
     note: str = ""
-    """A line to say at the start, such as how gold answers are read."""
+    """A line to print at the start, such as how gold answers are read."""
 
 
-def quiet() -> Any:
+def quiet_datasets() -> ModuleType:
     """The datasets package, without its progress bars."""
     import datasets
 
@@ -74,13 +84,13 @@ def quiet() -> Any:
     return datasets
 
 
-def read(data: str, field: str, split: str, config: TaskConfig) -> Rows:
-    """The rows that `data` names.
+def read(data: str, field: str, split: str, config: TaskConfig) -> Records:
+    """The records of a file, a folder or a hub id.
 
     Raises:
-      ConfigError: it is not there, cannot be read, or holds no rows.
+      ConfigError: the data are not there, cannot be read, or hold no rows.
     """
-    datasets = quiet()
+    datasets = quiet_datasets()
     path = Path(data).expanduser()
     empty = f"{field}={data}: holds no rows; name another"
     try:
@@ -111,10 +121,11 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Rows:
         found = found[split]
     if found is None or not len(found):
         raise ConfigError(empty)
-    return rows_of(found)
+    return as_records(found)
 
 
-def _read_file(datasets: Any, path: Path, field: str, config: TaskConfig) -> Any:
+def _read_file(datasets: ModuleType, path: Path, field: str, config: TaskConfig) -> datasets.Dataset | Records | None:
+    """The rows of one file."""
     if path.suffix == ".arrow":
         return datasets.Dataset.from_file(str(path))
     if path.suffix not in READERS:
@@ -124,15 +135,18 @@ def _read_file(datasets: Any, path: Path, field: str, config: TaskConfig) -> Any
     return datasets.load_dataset(form, data_files=str(path), split="train")
 
 
-def _load(datasets: Any, name: str, split: str, config: TaskConfig, revision: str | None) -> Any:
-    """A split of a folder or of the hub; its JSON and CSV files are read as they stand, and not by datasets."""
+def _load(
+    datasets: ModuleType, name: str, split: str, config: TaskConfig, revision: str | None
+) -> datasets.Dataset | Records | None:
+    """A split of a folder or of a hub id. JSON and CSV files are read by `files`, which changes no value."""
     builder = datasets.load_dataset_builder(name, config.subset, revision=revision)
     if builder.name not in AS_TEXT or getattr(builder.config, "field", None) is not None:
         return datasets.load_dataset(name, config.subset, split=split, revision=revision)
     files = {str(part): list(found) for part, found in builder.config.data_files.items()}
     manager = datasets.DownloadManager(dataset_name=name, download_config=datasets.DownloadConfig())
 
-    def rows(part: str) -> Rows | None:
+    def rows(part: str) -> Records | None:
+        """All rows of a split."""
         paths = [Path(file) for file in manager.iter_files(manager.download_and_extract(files[part]))]
         return read_files(paths, builder.name, cache_folder(config))
 
@@ -151,7 +165,11 @@ def _load(datasets: Any, name: str, split: str, config: TaskConfig, revision: st
 
 
 def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
-    """A source whose columns the config maps."""
+    """The source of data whose columns the config maps to questions and gold answers.
+
+    Raises:
+      ConfigError: the data cannot be read, a column is missing, or the gold answers name options in several ways.
+    """
     records = read(data, field, split, c)
     prompt = _column(records, c.prompt_column, PROMPT_COLUMNS, "task.prompt_column", data)
     needs_answer = c.name != "python_function"
@@ -162,10 +180,11 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     if choices is not None:
         _column(records, choices, (), "task.choices_column", data)
     reading = _choices_reading(records, answer, c, data) if choices is not None and answer is not None else None
-    given = {"function": c.function} if c.name == "python_function" else {}
+    given: dict[str, object] = {"function": c.function} if c.name == "python_function" else {}
     finds_prose = c.check_gold and c.name in ("math", "gsm8k")
 
-    def convert(record: dict[str, Any], exact: dict[str, Any] | None = None) -> Question:
+    def convert(record: Record, exact: Record | None = None) -> Question:
+        """The question in a record, or the reason why the record is left out."""
         exact = record if exact is None else exact
         try:
             text = transcript(_prompt(record, exact, prompt))
@@ -175,10 +194,10 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "empty prompt")
         if answer is None:
             return Question(text, "", given)
-        own = {ANSWER_COLUMN: answer} if transform in (None, "none") else {}
+        column: dict[str, object] = {ANSWER_COLUMN: answer} if transform in (None, "none") else {}
         if c.name == "python_function":
             gold = any_text(value_at(exact, answer), value_at(record, answer), transform)
-            return Question(text, gold, given | own)
+            return Question(text, gold, given | column)
         value = value_at(exact, answer)
         if missing(value):
             return Question(text, "", {}, "no gold answer")
@@ -190,15 +209,15 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
             return Question(text, "", {}, "no gold answer")
         if finds_prose and transform in (None, "none") and isinstance(value, str) and is_prose(gold):
             return Question(text, gold[:200], {}, f"{PROSE}; name task.answer_transform or task.answer_column")
-        return with_choices(text, gold, value_at(exact, choices), reading) if choices else Question(text, gold, own)
+        return with_choices(text, gold, value_at(exact, choices), reading) if choices else Question(text, gold, column)
 
-    def prompt_of(record: dict[str, Any], question: Question) -> str | Conversation:
-        """The conversation, with what has been added to its last turn's text, such as options."""
+    def prompt_of(record: Record, question: Question) -> str | Conversation:
+        """The conversation, with the text that the question adds to its last turn, such as options."""
         found = _prompt(record, record, prompt)
         if isinstance(found, str):
             return question.text
         added = question.text.removeprefix(transcript(found))
-        return [*found[:-1], {**found[-1], "content": found[-1]["content"] + added}]
+        return [*found[:-1], {**found[-1], "content": content_of(found[-1]) + added}]
 
     settings = json.dumps([prompt, answer, transform, choices, given, finds_prose, reading])
     note = (
@@ -207,21 +226,23 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     return Source(data, c.name, records, convert, settings, field, prompt_of, note)
 
 
-def _prompt(record: dict[str, Any], exact: dict[str, Any], name: str) -> str | Conversation:
-    """A record's prompt; a number as the file writes it, and what stands in a conversation by its type."""
+def _prompt(record: Record, exact: Record, name: str) -> str | Conversation:
+    """A record's prompt. A number is taken as the file writes it, a value inside a conversation by its type."""
     value = value_at(exact, name)
     return read_prompt(value if isinstance(value, Literal) else value_at(record, name))
 
 
-def _unreadable(transform: str | None, value: Any, error: Exception) -> str:
+def _unreadable(transform: str | None, value: object, error: Exception) -> str:
+    """The reason to leave out a row whose gold answer cannot be read."""
     what = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else ""
     why = "half a surrogate pair" if isinstance(error, UnicodeError) else what
     return f"{_BAD_ANSWER} by answer_transform {transform or 'none'}{f' ({why})' if why else ''}"
 
 
 def _column(
-    records: Any, wanted: str | None, usual: Sequence[str], field: str, data: str, optional: bool = False
+    records: Records, wanted: str | None, usual: Sequence[str], field: str, data: str, optional: bool = False
 ) -> str | None:
+    """The name of a column: the wanted one, or the first of the usual ones; None if it is optional and not there."""
     names = records.column_names
     if wanted is None:
         found = [name for name in usual if name in names]
@@ -230,7 +251,7 @@ def _column(
         if optional:
             return None
         problem = f"there is none of {', '.join(usual)}"
-    elif wanted in names or (any(head in names for head in heads(wanted)) and _somewhere(records, wanted)):
+    elif wanted in names or (any(head in names for head in heads(wanted)) and _leads_somewhere(records, wanted)):
         return wanted
     else:
         problem = "there is no such column"
@@ -239,15 +260,15 @@ def _column(
     raise ConfigError(f"{field}={wanted}: {problem} in {data}; its columns are {columns}")
 
 
-def _somewhere(records: Any, name: str) -> bool:
-    """Whether a dotted name leads to something in one of the first rows."""
-    first = range(min(len(records), _LOOKED_AT))
+def _leads_somewhere(records: Records, name: str) -> bool:
+    """Whether a dotted name leads to a value in one of the first rows."""
+    first = range(min(len(records), _PROBED_ROWS))
     return any(value_at(records[i], name) is not None for i in first)
 
 
-def with_choices(text: str, gold: str, cell: Any, reading: ChoicesAnswer | None) -> Question:
-    """A question with its lettered options; gold, which `reading` tells how to take, becomes the letter."""
-    options = options_of(cell)
+def with_choices(text: str, gold: str, cell: object, reading: ChoicesAnswer | None) -> Question:
+    """A question with its lettered options; its answer is the letter of the option that gold names by `reading`."""
+    options = read_options(cell)
     if isinstance(options, str):
         return Question(text, gold, {}, options)
     letter = letter_of(gold, options, reading) if reading else None
@@ -257,12 +278,13 @@ def with_choices(text: str, gold: str, cell: Any, reading: ChoicesAnswer | None)
     return Question("\n".join([text, *lines]), letter, {"options": len(options.texts), "texts": options.texts})
 
 
-def _choices_reading(records: Rows, answer: str, c: TaskConfig, data: str) -> ChoicesAnswer | None:
-    """How the gold answers of a column name options: as the config says, or the one way that fits them all."""
+def _choices_reading(records: Records, answer: str, c: TaskConfig, data: str) -> ChoicesAnswer | None:
+    """The way in which a column's gold answers name options: the config's, or the one that fits all of them."""
     if c.choices_answer is not None:
         return c.choices_answer
+    assert c.choices_column is not None
     cells = zip(records.values(answer), records.values(c.choices_column), strict=True)
-    rows = [(str(gold).strip(), options_of(cell)) for gold, cell in cells if not missing(gold)]
+    rows = [(str(gold).strip(), read_options(cell)) for gold, cell in cells if not missing(gold)]
     found = [(gold, options) for gold, options in rows if not isinstance(options, str)]
     return reading_of(found, f"task.answer_column={answer} of {data}")
 
@@ -274,31 +296,35 @@ def tokenised(
     folder: Path,
     part: int,
     say: Callable[[str], None] = lambda _: None,
-) -> Any:
-    """`source` as a datasets.Dataset with columns text, answer, kind, extra, reason, ids, their length, the largest of
-    them, part, row, digest (hash of kind, prompt and answer) and question (of the prompt).
+) -> datasets.Dataset:
+    """The questions of a source with their token ids, one row for each record.
 
-    It is kept in `folder` and found again when data, settings and tokenizer are the same.
+    The columns are text, answer, kind, extra, reason, ids, length (of ids), largest (of ids), part, row, digest (a hash
+    of kind, prompt and answer) and question (a hash of the prompt). The table is kept in `folder`, and found again when
+    data, settings and tokenizer are the same.
+
+    Args:
+      encode: the ids of a prompt.
+      identity: hash of the tokenizer and template behind `encode`.
+      folder: the cache folder.
+      part: value of the column part.
+      say: told of what takes long.
     """
-    datasets = quiet()
+    datasets = quiet_datasets()
     features = _features(datasets)
-    records = rows_of(source.records)
+    records = as_records(source.records)
     if source.note:
         say(source.note)
 
-    def prepare(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-        names = list(batch)
-        out: dict[str, list[Any]] = {name: [] for name in features}
+    def prepare(batch: dict[str, list[object]], indices: list[int]) -> dict[str, object]:
+        """The columns of some records; `datasets` calls it for one block after the other."""
+        out: dict[str, list[object]] = {name: [] for name in features}
         for place, index in enumerate(indices):
-            row = {name: batch[name][place] for name in names}
-            q, prompt, ids = _encoded(source, records, row, encode)
-            written = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-            line = (q.text, q.answer, source.kind, json.dumps(q.extra, default=str), q.reason)
-            hashes = (digest(f"{source.kind}\0{written}".encode(), q.answer), digest(written.encode(), ""))
-            numbers = (len(ids), max(ids, default=-1), ids, part, index)
-            for name, item in zip(features, (*line, *hashes, *numbers), strict=True):
+            row = {name: column[place] for name, column in batch.items()}
+            items = (*_tokenised_row(source, records, row, encode), part, index)
+            for name, item in zip(features, items, strict=True):
                 out[name].append(item)
-        return out | {name: np.array(out[name], np.uint64) for name in ("digest", "question")}
+        return {**out, **{name: np.array(out[name], np.uint64) for name in ("digest", "question")}}
 
     key = hashlib.sha256(
         "\0".join([_LAYOUT, records.table._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
@@ -307,7 +333,7 @@ def tokenised(
     path = folder / f"prompts-{key}.arrow"
     if path.exists() and not _readable(datasets, path):
         path.unlink()
-    if not path.exists() and len(records) >= _SAID_FROM:
+    if not path.exists() and len(records) >= _ANNOUNCED_FROM:
         say(f"tokenising {len(records):,} prompts of {source.name} (once; they are kept in {folder})")
     with _utf8(source.field, source.name):
         return records.table.map(
@@ -322,8 +348,8 @@ def tokenised(
         )
 
 
-def _features(datasets: Any) -> Any:
-    """The columns of `tokenised` and their types."""
+def _features(datasets: ModuleType) -> datasets.Features:
+    """The columns of `tokenised` and their types, in their order."""
     texts = dict.fromkeys(("text", "answer", "kind", "extra", "reason"), "string")
     hashes = dict.fromkeys(("digest", "question"), "uint64")
     columns = {name: datasets.Value(dtype) for name, dtype in (texts | hashes).items()}
@@ -332,15 +358,26 @@ def _features(datasets: Any) -> Any:
     return datasets.Features(**columns, part=datasets.Value("int32"), row=datasets.Value("int64"))
 
 
+def _tokenised_row(
+    source: Source, records: Records, row: Record, encode: Callable[[str | Conversation], list[int]]
+) -> tuple[object, ...]:
+    """The columns of `_features` for one row, in their order, without part and row."""
+    q, prompt, ids = _encoded(source, records, row, encode)
+    written = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    texts = (q.text, q.answer, source.kind, json.dumps(q.extra, default=str), q.reason)
+    hashes = (digest(f"{source.kind}\0{written}".encode(), q.answer), digest(written.encode(), ""))
+    return (*texts, *hashes, len(ids), max(ids, default=-1), ids)
+
+
 def _encoded(
-    source: Source, records: Rows, row: dict[str, Any], encode: Callable[[str | Conversation], list[int]]
+    source: Source, records: Records, row: Record, encode: Callable[[str | Conversation], list[int]]
 ) -> tuple[Question, str | Conversation, list[int]]:
-    """A row's question, what the policy is given for it, and its ids; none of these if it is left out."""
+    """A row's question, the model's prompt for it, and the prompt's ids; the ids are empty if the row is left out."""
     try:
         plain, exact = records.plain(row), records.exact(row)
     except ValueError as error:
         return Question("", "", {}, f"the row is ambiguous: {error}"), "", []
-    q = source.convert(plain, exact) if source.prompt else source.convert(plain)
+    q = source.convert(plain, exact)
     try:
         (q.text + q.answer).encode()
     except UnicodeEncodeError:
@@ -357,14 +394,14 @@ def _encoded(
 
 @contextmanager
 def _utf8(field: str, data: str) -> Iterator[None]:
-    """datasets decodes text only where it is read, and then raises what no message of ours would name."""
+    """Names the data in the error about text that is not UTF-8, which datasets decodes late, where it is read."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise ConfigError(f"{field}={data}: is not UTF-8 ({error}); convert it") from error
 
 
-def _readable(datasets: Any, path: Path) -> bool:
+def _readable(datasets: ModuleType, path: Path) -> bool:
     """Whether a cached file is whole; a full disk or a kill may have cut it off."""
     import pyarrow
 
@@ -374,16 +411,16 @@ def _readable(datasets: Any, path: Path) -> bool:
         return False
 
 
-def numbers(rows: Any, name: str) -> np.ndarray:
+def column_array(rows: datasets.Dataset, name: str) -> np.ndarray:
     """A numeric column as one array, without a Python object per row."""
     return np.asarray(rows.with_format("numpy")[name][:])
 
 
 def cache_folder(config: TaskConfig) -> Path:
-    """Where tokenised prompts, and the rows of files, are kept.
+    """The folder in which tokenised prompts and the rows of files are kept.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: the folder cannot be written.
     """
     folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "pspo_jax" / "data"
     try:
@@ -397,7 +434,7 @@ def cache_folder(config: TaskConfig) -> Path:
 
 
 def first_of_each(values: np.ndarray) -> np.ndarray:
-    """True where a value stands for the first time."""
+    """True where a value occurs for the first time."""
     out = np.zeros(len(values), bool)
     out[np.unique(values, return_index=True)[1]] = True
     return out

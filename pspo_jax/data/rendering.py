@@ -1,14 +1,17 @@
-"""Conversations through a tokenizer's chat template, on a date of their own."""
+"""Conversations rendered by a tokenizer's chat template, on a date that the config fixes."""
 
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
 from pspo_jax.config.schema import PromptConfig
-from pspo_jax.data.conversations import Conversation
+from pspo_jax.data.conversations import Conversation, content_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OWN_SYSTEM = "has a system message of its own beside prompt.system"
 SEVERAL_TURNS = "is a conversation, for which prompt.template must be chat"
@@ -24,14 +27,14 @@ _STRFTIME = (
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be rendered; the message says why, as one reads it after "left out:"."""
+    """A prompt that cannot be rendered; the message is a reason to leave a row out."""
 
 
-def chat_template(hf: Any) -> str | None:
-    """The template that a tokenizer renders conversations with; None if it has none.
+def chat_template(hf: PreTrainedTokenizerBase) -> str | None:
+    """The template by which a tokenizer renders conversations; None if it has none.
 
     Raises:
-      PromptError: it has several by name, and no default.
+      PromptError: it has several named ones, and no default.
     """
     if not hf.chat_template:
         return None
@@ -42,15 +45,15 @@ def chat_template(hf: Any) -> str | None:
         raise PromptError(f"it has templates named {names}, and no default") from error
 
 
-def render(hf: Any, messages: Conversation, config: PromptConfig, generate: bool = True) -> str:
+def render(hf: PreTrainedTokenizerBase, messages: Conversation, config: PromptConfig, generate: bool = True) -> str:
     """A conversation as text.
 
     Args:
-      generate: whether the assistant's next turn is begun.
+      generate: whether the beginning of the assistant's next turn is added.
     Raises:
       PromptError: the template refuses the conversation, or is broken.
     """
-    template = chat_template(hf)
+    template, turns = chat_template(hf), cast("list[dict[str, str]]", messages)
     extra: dict[str, Any] = {} if config.thinking is None else {"enable_thinking": config.thinking}
     if config.date is not None and template is not None and "strftime_now" in template:
         template = _STRFTIME + template
@@ -58,29 +61,33 @@ def render(hf: Any, messages: Conversation, config: PromptConfig, generate: bool
     try:
         return str(
             hf.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=generate, **extra
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **extra,
             )
         )
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise PromptError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
 
 
-def render_whole(hf: Any, messages: Conversation, config: PromptConfig) -> str:
-    """A conversation as text, of which the template has left out no turn.
+def render_whole(hf: PreTrainedTokenizerBase, messages: Conversation, config: PromptConfig) -> str:
+    """A conversation as text, with every one of its turns.
 
     Raises:
-      PromptError: as `render`, or a turn's text is not there.
+      PromptError: the template refuses the conversation, or leaves a turn out.
     """
     text = render(hf, messages, config)
     for message in messages:
-        # Templates drop what earlier answers have thought, and nothing else.
-        if message["content"].rpartition("</think>")[2].strip() not in text:
+        # Templates may drop the thoughts of earlier answers, and nothing else.
+        if content_of(message).rpartition("</think>")[2].strip() not in text:
             raise PromptError(f"the chat template leaves out the {message['role']}'s turn")
     return text
 
 
 def date_directives(date: datetime.date) -> dict[str, str]:
-    """What strftime's directives, such as %d and %-d, are on a date, at midnight."""
+    """The texts of strftime's directives, such as %d and %-d, for midnight of a date."""
     midnight = datetime.datetime(date.year, date.month, date.day)
     plain = {f"%{c}": midnight.strftime(f"%{c}") for c in _DIRECTIVES}
     return plain | {f"%-{name[1:]}": text.lstrip("0") or "0" for name, text in plain.items()}

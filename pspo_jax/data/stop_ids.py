@@ -1,47 +1,51 @@
-"""Which tokens end a completion: the tokenizer's, the checkpoint's, the template's and the config's."""
+"""The tokens that end a completion: the tokenizer's, the checkpoint's, the template's and the config's."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import PromptConfig
 from pspo_jax.config.text_fields import stop_texts
+from pspo_jax.data.conversations import Conversation
 from pspo_jax.data.rendering import PromptError, chat_template, render
 from pspo_jax.data.templates import TURN_ENDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "stop-token-probe"
 
 
-def stop_ids(hf: Any, folders: list[Path], prompt: PromptConfig, stop: str) -> tuple[int, ...]:
-    """Ids that end a completion, each once. The first is what a demonstration without one is ended with.
+def stop_ids(hf: PreTrainedTokenizerBase, folders: list[Path], prompt: PromptConfig, stop: str) -> tuple[int, ...]:
+    """Ids that end a completion, each once. The first one is added to a demonstration that ends with none of them.
 
     They are the token that ends a turn in the template, the tokenizer's EOS, those of generation_config.json and
     config.json, and those of rollout.stop. The template's comes first where prompt.template writes turns.
 
     Raises:
-      ConfigError: rollout.stop holds what is not one token, or a file's eos_token_id is no id.
+      ConfigError: rollout.stop holds a text that is not one token, or a file's eos_token_id is no id.
     """
-    turn = [i for i in (turn_end(hf), _token_id(hf, TURN_ENDS.get(prompt.template, ""))) if i is not None]
+    turn_ends = [i for i in (turn_end(hf), _token_id(hf, TURN_ENDS.get(prompt.template, ""))) if i is not None]
     found = [] if hf.eos_token_id is None else [int(hf.eos_token_id)]
     for folder in folders:
         for name in ("generation_config.json", "config.json"):
             found += _eos_of(folder / name)
     writes_turns = prompt.template == "chat" or prompt.template in TURN_ENDS
-    found = turn + found if writes_turns else found + turn
-    return tuple(dict.fromkeys([*found, *_wanted(hf, stop)]))
+    found = turn_ends + found if writes_turns else found + turn_ends
+    return tuple(dict.fromkeys([*found, *_ids_of_config(hf, stop)]))
 
 
-def describe(hf: Any, ids: tuple[int, ...]) -> str:
+def describe(hf: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
     """The stop tokens in words."""
     return ", ".join(f"{hf.decode([i])!r} ({i})" for i in ids)
 
 
-def turn_end(hf: Any) -> int | None:
+def turn_end(hf: PreTrainedTokenizerBase) -> int | None:
     """The special token that follows the assistant's text in the chat template; None if there is none."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    messages: Conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         if chat_template(hf) is None:
             return None
@@ -55,6 +59,7 @@ def turn_end(hf: Any) -> int | None:
 
 
 def _eos_of(path: Path) -> list[int]:
+    """The ids under eos_token_id in a JSON file; none if there is no such file."""
     if not path.exists():
         return []
     try:
@@ -69,7 +74,7 @@ def _eos_of(path: Path) -> list[int]:
     return ids
 
 
-def _wanted(hf: Any, stop: str) -> list[int]:
+def _ids_of_config(hf: PreTrainedTokenizerBase, stop: str) -> list[int]:
     """The ids of rollout.stop."""
     out = []
     for text in stop_texts(stop):
@@ -84,8 +89,8 @@ def _wanted(hf: Any, stop: str) -> list[int]:
     return out
 
 
-def _token_id(hf: Any, text: str) -> int | None:
-    """The id of a text that is one token."""
+def _token_id(hf: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The id of a text that is one token; None if it is not."""
     if not text:
         return None
     if text in hf.get_added_vocab():

@@ -1,4 +1,4 @@
-"""What the loop needs of a task."""
+"""A task as the training loop sees it: prompts, completions, rewards and demonstrations, with their shapes."""
 
 from __future__ import annotations
 
@@ -6,74 +6,81 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
 ANSWER_COLUMN = "answer_column"
-"""Key of a row's extras: the column of its source in which its answer stands, for users' functions."""
+"""Key of a row's extras: the name of the column that holds its answer, for users' functions."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back; transformers' tokenizers fit."""
+    """Text to ids and back, as TextTokenizer and CharTokenizer do it."""
 
     eos_token_id: int
     pad_token_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS or EOS."""
+        ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, with their special tokens."""
+        ...
 
 
 class LeftOut(NamedTuple):
     """A row of the source that is no prompt."""
 
     data: str
-    """Where it came from."""
+    """The name of its source."""
     row: int
     reason: str
+    """Why it is no prompt."""
     text: str
-    """Its beginning."""
+    """The beginning of its question."""
 
 
 class PromptDataset(NamedTuple):
-    """Prompts addressed by row. The columns may be lazy: indexing reads from disk."""
+    """N prompts addressed by row. The columns may be lazy, so that indexing reads from disk."""
 
     tokens: Int[np.ndarray, "N P"]
-    """Padded on the right with the pad id; indexed by rows, or an object that does this."""
+    """Token ids, padded on the right with the pad id: an array, or an object that is indexed like one."""
     lengths: Int[np.ndarray, "N"]
+    """Tokens of each prompt."""
     answers: Sequence[str]
     """Gold answers."""
     texts: Sequence[str] | None = None
-    """Questions as their source has them; None = the decoded tokens are all there is."""
+    """Questions in the words of their source; None = there are only the tokens."""
     kinds: Sequence[str] | None = None
-    """Name of the task of each row, which says how it is verified."""
+    """Name of each row's task, which decides how it is verified."""
     extras: Sequence[str] | None = None
-    """JSON: what else a row's verifier needs."""
-    columns: Callable[[int], dict[str, Any]] | None = None
-    """A row's record in its source."""
-    column: Callable[[str], list[Any]] | None = None
-    """All rows' values of a column of their source; None where a source has none of that name."""
+    """Further arguments of each row's verifier, as JSON."""
+    columns: Callable[[int], dict[str, object]] | None = None
+    """A function from a row to its record in its source."""
+    column: Callable[[str], list[object]] | None = None
+    """A function from a column's name to its values in all rows; None where a row's source has no such column."""
     difficulty: Float[np.ndarray, "N"] | None = None
-    """Of a task that makes its prompts: a number that grows with it."""
+    """A number that grows with a prompt's difficulty, for tasks that generate their prompts."""
     digests: UInt64[np.ndarray, "N"] | None = None
-    """Hash of each row's content; None = of its tokens and answer."""
+    """Hash of each row's content; None = the hash of its tokens and answer."""
     identity: str = ""
     """Hash of the tokenizer and template behind `tokens`; "" = the tokens themselves are hashed."""
     left_out: tuple[LeftOut, ...] = ()
+    """Rows of the source that are no prompts."""
     labels: Sequence[str] | None = None
-    """What tells the tasks of a mixture apart, for each row: its kind, or another text where two are of one kind."""
+    """Label of each row's task in a mixture: its kind, or another text where two tasks are of one kind."""
 
     def content(self) -> UInt64[np.ndarray, "N"]:
-        """A hash per row that does not depend on the other rows or their order."""
+        """A hash of each row that depends on neither the other rows nor their order."""
         if self.digests is not None:
             return self.digests
         rows = zip(self.tokens, self.lengths, self.answers, strict=True)
         return np.array([digest(row[:n].astype("<i4").tobytes(), answer) for row, n, answer in rows], np.uint64)
 
     def fingerprint(self) -> str:
-        """Hash of everything that a run depends on; a checkpoint belongs to one."""
+        """Hash of all prompts that a run depends on; a checkpoint belongs to one fingerprint."""
         found = hashlib.sha256(str(self.tokens.shape).encode())
         if self.digests is not None:
             for part in (self.digests.astype("<u8"), self.lengths.astype("<i4")):
@@ -92,50 +99,67 @@ def digest(content: bytes, answer: str) -> int:
 
 
 class CompletionBatch(NamedTuple):
-    """Completions to be judged, on the host."""
+    """Completions to be rewarded, on the host: G completions of T tokens at most for each of B prompts."""
 
     prompts: PromptDataset
     rows: Int[np.ndarray, "B"]
+    """Rows of `prompts`."""
     tokens: Int[np.ndarray, "B G T"]
     lengths: Int[np.ndarray, "B G"]
+    """Tokens of each completion."""
     ended: Bool[np.ndarray, "B G"]
     """False = cut off at the length limit."""
     step: int
-    paid: bool = True
-    """Whether rewards are wanted; False = the verdict alone, as in evaluation."""
+    wants_reward: bool = True
+    """Whether rewards are computed; False = the verdict alone, as in evaluation."""
 
 
 class RewardResult(NamedTuple):
-    """What completions are worth."""
+    """Rewards and verdicts of a batch of completions."""
 
     reward: Float[np.ndarray, "B G"]
-    """For training; NaN = none."""
+    """The reward for training; NaN = none."""
     terms: dict[str, Float[np.ndarray, "B G"]]
-    """Unweighted rewards by name."""
-    right: Float[np.ndarray, "B G"]
+    """Unweighted rewards by the name of their term."""
+    verdicts: Float[np.ndarray, "B G"]
     """The verdict that evaluation counts, in [0, 1]; NaN = no verdict."""
     answers: list[list[str | None]]
     """The answers found, in a canonical form; None = none found."""
     reasons: Counter[str]
     """Why completions have no verdict."""
     errors: tuple[str, ...] = ()
-    """Tracebacks of rewards that raised, each once."""
+    """Tracebacks of reward functions that raised, each once."""
     failed: Mapping[str, Bool[np.ndarray, "B G"]] = MappingProxyType({})
-    """By term: where a verifier or a user's function gave no verdict by an error, its deadline or its death."""
+    """For each term: where a verifier or a user's function failed, by an error, its deadline or its death."""
     missing: Mapping[str, Counter[str]] = MappingProxyType({})
-    """By term: why values are missing, and how many."""
+    """For each term: why values are missing, and how many."""
     logged: Mapping[str, list[float]] = MappingProxyType({})
-    """What users' functions gave to `log_metric`."""
-    columns: Mapping[str, list[list[Any]]] = MappingProxyType({})
-    """What users' functions gave to `log_extra`: a value for each completion [B][G], or None."""
+    """Values that users' functions gave to `log_metric`."""
+    columns: Mapping[str, list[list[object]]] = MappingProxyType({})
+    """Values that users' functions gave to `log_extra`: one for each completion [B][G], or None."""
 
 
-RewardFn = Callable[[CompletionBatch], Callable[[], RewardResult]]
-"""Starts verification and returns at once; calling what it returned waits for the scores."""
+class RewardFn(Protocol):
+    """Rewards of completions. The call starts verification and returns at once; calling its result waits for the
+    rewards."""
+
+    def __call__(self, completions: CompletionBatch, /) -> Callable[[], RewardResult]: ...
+
+
+class PromptEncoder(Protocol):
+    """Ids of a prompt as the model sees it: in its template, if it has one.
+
+    A prompt is a question or, in tasks of text, also a conversation in any form that `read_prompt` knows.
+
+    Raises:
+      TypeError, ValueError: the prompt is neither, or the template refuses it.
+    """
+
+    def __call__(self, prompt: object, /) -> list[int]: ...
 
 
 class Demonstrations(NamedTuple):
-    """Supervised examples, padded on the right."""
+    """n supervised examples, padded on the right."""
 
     prompts: Int[np.ndarray, "n P"]
     prompt_lengths: Int[np.ndarray, "n"]
@@ -143,34 +167,41 @@ class Demonstrations(NamedTuple):
     completion_lengths: Int[np.ndarray, "n"]
 
 
+class Demonstrator(Protocol):
+    """Blocks of fresh supervised examples, `count` in all.
+
+    Raises:
+      ConfigError: the task has no demonstrations.
+    """
+
+    def __call__(self, seed: int, count: int, /) -> Iterator[Demonstrations]: ...
+
+
 class Task(NamedTuple):
-    """Prompts, a tokenizer, a judge, and demonstrations for the cold start."""
+    """Prompts, a tokenizer, a reward function, and demonstrations for the cold start."""
 
     name: str
     tokenizer: Tokenizer
     vocab_size: int
     """Rows of the embedding: the tokenizer's entries and its padding."""
     forbidden: tuple[int, ...]
-    """Ids that a policy must never draw."""
+    """Ids that must never be drawn."""
     stop_ids: tuple[int, ...]
+    """Ids that end a completion."""
     train: PromptDataset
     heldout: PromptDataset
     reward_fn: RewardFn
-    demonstrations: Callable[[int, int], Iterator[Demonstrations]]
-    """(seed, count) -> blocks of fresh examples, `count` in all."""
-    encode_prompt: Callable[[Any], list[int]]
-    """A question, or a conversation in a task of text, as the policy sees it: in its template, if it has one.
-
-    TypeError or ValueError: it is neither, or the template refuses it."""
+    demonstrations: Demonstrator
+    encode_prompt: PromptEncoder
 
 
 def json_lines(text: str) -> list[str]:
-    """Lines of a JSONL file. str.splitlines() would also cut at U+2028 and its like, which JSON strings may hold."""
+    """The lines of a JSONL file. str.splitlines() would also cut at U+2028 and similar, which JSON strings may hold."""
     return [line for line in text.split("\n") if line.strip()]
 
 
 def pad_rows(rows: list[list[int]], width: int, pad: int) -> tuple[Int[np.ndarray, "n w"], Int[np.ndarray, "n"]]:
-    """Right-padded array of token lists, and their lengths. A list longer than `width` is an error of the caller."""
+    """Token lists as one array, padded on the right, and their lengths. No list may be longer than `width`."""
     out = np.full((len(rows), width), pad, np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

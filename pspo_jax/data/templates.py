@@ -1,4 +1,4 @@
-"""Published system prompts and prompt formats, letter for letter, as results depend on them."""
+"""Published system prompts and prompt formats, letter for letter, because results depend on every letter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUESTIONS = {
     # DeepSeek-R1's and Qwen's model cards
     "boxed": f"{{question}}\n{QWEN_MATH_SYSTEM}",
 }
-"""User messages around a question."""
+"""Texts of the user's message, with {question} where the question goes."""
 
 TEXTS = {
     # Qwen2.5-Math, as its evaluation writes it
@@ -51,10 +51,10 @@ TEXTS = {
         "User: {question}\nAssistant: <think>"
     ),
 }
-"""Templates that are text and not a tokenizer's."""
+"""Whole prompts for tokenizers without a chat template, with {question} where the question goes."""
 
-BEGUN = {"r1": "<think>"}
-"""What a template has already written of the answer."""
+ANSWER_BEGINNINGS = {"r1": "<think>"}
+"""The beginning of the answer that a template writes itself."""
 
 TURN_ENDS = {"qwen_math": "<|im_end|>"}
-"""What ends a turn in a template that is text."""
+"""The text that ends a turn in a template of TEXTS."""

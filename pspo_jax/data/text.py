@@ -1,4 +1,4 @@
-"""Tasks in a checkpoint's language: prompts from data or a generator, filtered, tokenised, cached; one or a mixture."""
+"""Tasks of text, alone or in a mixture: prompts from data or a generator, filtered, tokenised and cached."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import grain
 import numpy as np
@@ -18,9 +18,17 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels, mixture
 from pspo_jax.config.schema import Config
 from pspo_jax.data.conversations import Conversation, read_prompt
-from pspo_jax.data.files import heads, rows_of
+from pspo_jax.data.files import Record, Records, as_records, heads
 from pspo_jax.data.gold_check import NO_VERDICT, REFUSED, check_gold
-from pspo_jax.data.loading import Source, cache_folder, first_of_each, from_data, numbers, quiet, tokenised
+from pspo_jax.data.loading import (
+    Source,
+    cache_folder,
+    column_array,
+    first_of_each,
+    from_data,
+    quiet_datasets,
+    tokenised,
+)
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
 from pspo_jax.data.synthetic.countdown import source as countdown_source
 from pspo_jax.data.synthetic.reasoning_gym import source as gym_source
@@ -28,23 +36,38 @@ from pspo_jax.data.task import Demonstrations, LeftOut, PromptDataset, RewardFn,
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.verifiers.workers.pool import Pool
 
-MADE = {"countdown": countdown_source, "reasoning_gym": gym_source}
-"""Tasks that make their prompts: (config, seed, count) -> Source."""
-MADE_PROMPTS = 10_000
-_HEAD = 200
+if TYPE_CHECKING:
+    import datasets
+
+GENERATED = {"countdown": countdown_source, "reasoning_gym": gym_source}
+"""Tasks that generate their prompts: (config, seed, count) -> Source."""
+GENERATED_PROMPTS = 10_000
+"""Training prompts of a generated task if task.train_prompts is 0."""
+_SHOWN = 200
+"""Characters of a question that the list of left-out rows shows."""
 
 
-class _Pick(NamedTuple):
-    """Rows of a tokenised dataset that are prompts, and those that are not."""
+class _Picked(NamedTuple):
+    """A tokenised data set, and its rows that are prompts."""
 
-    rows: Any
-    """datasets.Dataset"""
+    rows: datasets.Dataset
+    """All rows, as `tokenised` makes them."""
     keep: Int[np.ndarray, "n"]
+    """The rows that are prompts."""
     left_out: list[LeftOut]
 
 
+RowIndex = int | slice | np.ndarray
+
+
 class PaddedTokens:
-    """Token rows of a map-style dataset as an array [N, P] that is read from disk where it is indexed."""
+    """An array of token ids [N, P] that is read from disk where it is indexed.
+
+    Args:
+      records: rows with a list of ids.
+      width: P, the padded length.
+      pad: the id that fills padding.
+    """
 
     def __init__(self, records: grain.MapDataset, width: int, pad: int):
         self._records = records
@@ -54,7 +77,7 @@ class PaddedTokens:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> Int[np.ndarray, "*n P"]:
+    def __getitem__(self, index: RowIndex | tuple[RowIndex, ...]) -> Int[np.ndarray, "*n P"]:
         rows, *within = index if isinstance(index, tuple) else (index,)
         wanted = np.arange(len(self))[rows]
         found = [self._records[int(i)]["ids"] for i in np.atleast_1d(wanted)]
@@ -63,9 +86,9 @@ class PaddedTokens:
 
 
 class _Column(Sequence[str]):
-    """One field of all records, read where it is indexed, or at once for a slice."""
+    """A text column of all records, read where it is indexed, or at once for a slice."""
 
-    def __init__(self, records: grain.MapDataset, rows: Any, name: str):
+    def __init__(self, records: grain.MapDataset, rows: datasets.Dataset, name: str):
         self._records = records
         self._rows = rows
         self._name = name
@@ -73,17 +96,23 @@ class _Column(Sequence[str]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+
+    def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
             return list(self._rows[self._name][i])
-        # grain counts rows past the end anew from the first, and iteration would never end.
+        # grain wraps indices past the end around to the first row, so that iteration would never end.
         return self._records[range(len(self))[int(i)]][self._name]
 
 
 def text_task(
     config: Config,
     tokenizer: TextTokenizer,
-    judge: RewardFn,
+    reward_fn: RewardFn,
     pool: Pool | None,
     functions: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
@@ -91,21 +120,22 @@ def text_task(
     """The task, or the mixture of tasks, of a config.
 
     Args:
-      judge: judges completions.
+      reward_fn: gives completions their rewards.
       pool: checks gold answers; None = they are not checked, for plans and exports.
-      functions: names of the users' functions that judge, whose columns the data must have.
+      functions: names of the users' functions among the rewards, whose columns the data must have.
       say: told of what takes long.
     Raises:
-      ConfigError: data that cannot be read, or that leaves too few prompts.
+      ConfigError: the data cannot be read, or leave too few prompts.
     """
     say(tokenizer.stop_line())
     encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
     parts = mixture(config) or [(config, 1.0)]
     shares = np.array([weight for _, weight in parts]) / sum(weight for _, weight in parts)
-    trains, heldouts, records = [], [], []
+    trains, heldouts = [], []
+    records: list[datasets.Dataset | Records] = []
     for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
         if config.task.mixture:
-            part = _whole_part(part, config.task.heldout_prompts, share)
+            part = _config_of_part(part, config.task.heldout_prompts, share)
         train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
@@ -113,10 +143,10 @@ def text_task(
     if len(parts) == 1:
         train_pick, heldout_pick = trains[0], heldouts[0]
     else:
-        train_pick, heldout_pick = _mixed(config, [part for part, _ in parts], shares, trains, heldouts)
+        train_pick, heldout_pick = _mix(config, [part for part, _ in parts], shares, trains, heldouts)
     _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
-    needs = {} if pool is None else pool.needs
+    needs = {} if pool is None else pool.required_columns
     _check_functions({name: needs.get(name, []) for name in functions}, records)
     width = _width(config, train_pick, heldout_pick)
     return Task(
@@ -125,10 +155,10 @@ def text_task(
         vocab_size=tokenizer.vocab_size,
         forbidden=tokenizer.forbidden,
         stop_ids=tokenizer.stop_ids,
-        train=prompt_set(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
-        heldout=prompt_set(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
-        reward_fn=judge,
-        demonstrations=_none,
+        train=prompt_dataset(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
+        heldout=prompt_dataset(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
+        reward_fn=reward_fn,
+        demonstrations=_no_demonstrations,
         encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
     )
 
@@ -141,7 +171,11 @@ def benchmark_prompts(
     limit: int,
     say: Callable[[str], None] = lambda _: None,
 ) -> PromptDataset:
-    """All rows of one source that can be verified, in order; at most `limit` of them if that is not 0."""
+    """All rows of one source that can be verified, in order; at most `limit` of them unless that is 0.
+
+    Raises:
+      ConfigError: there is no such row, or a prompt has a token without a row in the embedding.
+    """
     identity = _identity(tokenizer, config)
     rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config.task), 0, say)
     pick = _filter(rows, source.name, config, pool, say, duplicates=True)
@@ -149,21 +183,25 @@ def benchmark_prompts(
     if not len(pick.keep):
         raise ConfigError(f"{source.name}: holds no row that can be verified ({why(pick.left_out)})")
     _check_ids(tokenizer, config, pick)
-    return prompt_set(pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity, (source.kind,))
+    return prompt_dataset(
+        pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity, (source.kind,)
+    )
 
 
 def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str | Conversation], list[int]]:
+    """The function from a prompt to its ids."""
     return lambda prompt: tokenizer.prompt(prompt, config.prompt)
 
 
 def _identity(tokenizer: TextTokenizer, config: Config) -> str:
+    """A text that changes with everything on which a prompt's ids depend."""
     p = config.prompt
-    # The probe tells a template whose text has changed under its name.
+    # The probe shows that a template has changed though its name has not.
     probe = tokenizer.prompt("{?}", p)
     return json.dumps([tokenizer.identity(), p.template, p.system, p.question, p.prefill, p.thinking, probe])
 
 
-def _none(seed: int, count: int) -> Iterator[Demonstrations]:
+def _no_demonstrations(seed: int, count: int) -> Iterator[Demonstrations]:
     raise ConfigError("sft.data=None: this task has no demonstrations of its own; set sft.data, or sft.steps 0")
 
 
@@ -174,23 +212,23 @@ def _split(
     pool: Pool | None,
     part: int,
     say: Callable[[str], None],
-) -> tuple[_Pick, _Pick, list[Any]]:
-    """Training and held-out rows of one task, and the records that `part` and `part + 1` stand for."""
+) -> tuple[_Picked, _Picked, list[datasets.Dataset | Records]]:
+    """Training and held-out rows of one task, and the records of the parts `part` and `part + 1`."""
     t, folder = c.task, cache_folder(c.task)
-    if t.name in MADE:
-        count = (t.train_prompts or MADE_PROMPTS) + t.heldout_prompts
-        source = MADE[t.name](c, t.seed, count)
+    if t.name in GENERATED:
+        count = (t.train_prompts or GENERATED_PROMPTS) + t.heldout_prompts
+        source = GENERATED[t.name](c, t.seed, count)
         pick = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, None, say)
-        return (*_cut(pick, c), [source.records, source.records])
+        return (*_hold_out_last(pick, c), [source.records, source.records])
     assert t.train_data is not None
     source = from_data(t.train_data, "task.train_data", t.train_split, t)
     train = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, pool, say)
     if t.heldout_data is None:
-        return (*_cut(train, c), [source.records, source.records])
+        return (*_hold_out_last(train, c), [source.records, source.records])
     other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
     heldout = _filter(tokenised(other, encode, identity, folder, part + 1, say), other.name, c, pool, say)
     heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
-    train = _without(train, heldout, source.name)
+    train = _drop_shared(train, heldout, source.name)
     return (
         train._replace(keep=train.keep[: t.train_prompts or None]),
         heldout,
@@ -198,8 +236,8 @@ def _split(
     )
 
 
-def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
-    """The last rows are held out."""
+def _hold_out_last(pick: _Picked, c: Config) -> tuple[_Picked, _Picked]:
+    """Training and held-out rows of one data set, whose last rows are held out."""
     n = c.task.heldout_prompts
     if len(pick.keep) <= n:
         raise ConfigError(
@@ -207,20 +245,25 @@ def _cut(pick: _Pick, c: Config) -> tuple[_Pick, _Pick]:
             f"{' (' + why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
         )
     train = pick._replace(keep=pick.keep[:-n][: c.task.train_prompts or None])
-    return train, _Pick(pick.rows, pick.keep[-n:], [])
+    return train, _Picked(pick.rows, pick.keep[-n:], [])
 
 
 def _filter(
-    rows: Any, name: str, c: Config, pool: Pool | None, say: Callable[[str], None], duplicates: bool = False
-) -> _Pick:
-    """Rows that are prompts: converted, short enough, once each, and with a gold answer that verifies itself."""
+    rows: datasets.Dataset,
+    name: str,
+    c: Config,
+    pool: Pool | None,
+    say: Callable[[str], None],
+    duplicates: bool = False,
+) -> _Picked:
+    """Rows that are prompts: readable, short enough, not repeated, and with a gold answer that its verifier accepts."""
     reason = np.array(rows["reason"], object)
     _check_conversations(reason, name, c)
-    lengths = numbers(rows, "length")
+    lengths = column_array(rows, "length")
     reason[(reason == "") & (lengths > c.prompt.max_tokens)] = f"longer than prompt.max_tokens={c.prompt.max_tokens}"
     if not duplicates:
         good = np.flatnonzero(reason == "")
-        reason[good[~first_of_each(numbers(rows, "question")[good])]] = "duplicate"
+        reason[good[~first_of_each(column_array(rows, "question")[good])]] = "duplicate"
     if pool is not None and c.task.check_gold:
         good = np.flatnonzero(reason == "")
         verdicts = check_gold(rows, good, pool, cache_folder(c.task), say)
@@ -229,12 +272,12 @@ def _filter(
     keep = np.flatnonzero(reason == "")
     out = np.flatnonzero(reason != "")
     texts = rows.select(out)["text"] if len(out) else []
-    left_out = [LeftOut(name, int(i), str(reason[i]), text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
-    return _Pick(rows, keep, left_out)
+    left_out = [LeftOut(name, int(i), str(reason[i]), text[:_SHOWN]) for i, text in zip(out, texts, strict=True)]
+    return _Picked(rows, keep, left_out)
 
 
 def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
-    """Refuse conversations that the config's own prompt leaves no place for."""
+    """Refuses conversations that contradict the config's own prompt."""
     advice = {
         OWN_SYSTEM: (f"prompt.system={c.prompt.system!r}", "drop prompt.system, or these messages"),
         SEVERAL_TURNS: (f"prompt.template={c.prompt.template}", "choose chat"),
@@ -245,40 +288,44 @@ def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
             raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
 
 
-def _whole_part(part: Config, total: int, share: float) -> Config:
-    """A task of a mixture that holds out no more rows than the mixture evaluates of it, and keeps all the others."""
-    most = part.task.train_prompts if part.task.name in MADE else 0
+def _config_of_part(part: Config, total: int, share: float) -> Config:
+    """The config of a mixture's task. It holds out only as many rows as the mixture evaluates of that task."""
+    most = part.task.train_prompts if part.task.name in GENERATED else 0
     held_out = min(part.task.heldout_prompts, math.ceil(total * share))
     return replace(part, {"task.heldout_prompts": held_out, "task.train_prompts": most})
 
 
-def _mixed(
-    c: Config, parts: list[Config], shares: Float[np.ndarray, "m"], trains: list[_Pick], heldouts: list[_Pick]
-) -> tuple[_Pick, _Pick]:
-    """Training and held-out rows of a mixture. A row that is neither is listed as left out."""
+def _mix(
+    c: Config,
+    parts: list[Config],
+    shares: Float[np.ndarray, "m"],
+    trains: list[_Picked],
+    heldouts: list[_Picked],
+) -> tuple[_Picked, _Picked]:
+    """Training and held-out rows of a mixture. Rows that are neither are listed as left out."""
     rng = np.random.default_rng([c.task.seed, 3])
-    names = [part.task.name if part.task.name in MADE else str(part.task.train_data) for part in parts]
-    chosen = _chosen(heldouts, shares, c.task.heldout_prompts, rng)
-    trains = [_given_back(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
+    names = [part.task.name if part.task.name in GENERATED else str(part.task.train_data) for part in parts]
+    chosen = _choose_by_share(heldouts, shares, c.task.heldout_prompts, rng)
+    trains = [_return_unused(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
     heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
-    trains = _apart(trains, heldouts, names)
+    trains = _make_disjoint(trains, heldouts, names)
     limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
     trains = [
-        _listing(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
+        _keep_only(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
         for train, limit, name in zip(trains, limits, names, strict=True)
     ]
-    chosen = _chosen(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
+    chosen = _choose_by_share(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
     trains = [
-        _listing(train, kept, name, "beyond its share of task.mixture", part.task.name not in MADE)
+        _keep_only(train, kept, name, "beyond its share of task.mixture", part.task.name not in GENERATED)
         for train, kept, name, part in zip(trains, chosen, names, parts, strict=True)
     ]
-    return _joined(trains, rng), _joined(heldouts, rng)
+    return _concatenated(trains, rng), _concatenated(heldouts, rng)
 
 
-def _chosen(
-    picks: list[_Pick], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
+def _choose_by_share(
+    picks: list[_Picked], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
 ) -> list[Int[np.ndarray, "n"]]:
-    """Rows of all tasks in proportion to their shares, as many as there are without repeating one, at most `total`."""
+    """Random rows of every task in proportion to its share: as many as possible without repetition, at most `total`."""
     n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
     n = min(n, total) if total else n
     return [
@@ -287,51 +334,51 @@ def _chosen(
     ]
 
 
-def _given_back(train: _Pick, heldout: _Pick, kept: Int[np.ndarray, "n"]) -> _Pick:
-    """Training rows, and those that were held out of them but that the mixture does not evaluate."""
+def _return_unused(train: _Picked, heldout: _Picked, kept: Int[np.ndarray, "n"]) -> _Picked:
+    """Training rows, with the rows that were held out of the same data but that the mixture does not evaluate."""
     if train.rows is not heldout.rows:
         return train
     return train._replace(keep=np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)])))
 
 
-def _apart(trains: list[_Pick], heldouts: list[_Pick], names: list[str]) -> list[_Pick]:
-    """Training rows whose question no task of the mixture holds out, each with the first task that has it."""
-    out: list[_Pick] = []
+def _make_disjoint(trains: list[_Picked], heldouts: list[_Picked], names: list[str]) -> list[_Picked]:
+    """Training rows whose question no task of the mixture holds out; a question of several tasks stays in the first."""
+    out: list[_Picked] = []
     for train, name in zip(trains, names, strict=True):
         for heldout in heldouts:
-            train = _without(train, heldout, name)
+            train = _drop_shared(train, heldout, name)
         for other in out:
-            train = _without(train, other, name, "duplicate")
+            train = _drop_shared(train, other, name, "duplicate")
         if not len(train.keep):
             raise ConfigError(f"task.mixture: {name} leaves no prompt ({why(train.left_out)}); change it or drop it")
         out.append(train)
     return out
 
 
-def _without(train: _Pick, other: _Pick, name: str, reason: str = "also held out") -> _Pick:
-    """Training rows whose question is not among others."""
-    also = np.isin(numbers(train.rows, "question")[train.keep], numbers(other.rows, "question")[other.keep])
-    return _listing(train, train.keep[~also], name, reason)
+def _drop_shared(train: _Picked, other: _Picked, name: str, reason: str = "also held out") -> _Picked:
+    """Training rows whose question is not among the rows of `other`."""
+    also = np.isin(column_array(train.rows, "question")[train.keep], column_array(other.rows, "question")[other.keep])
+    return _keep_only(train, train.keep[~also], name, reason)
 
 
-def _listing(pick: _Pick, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Pick:
-    """`pick` with fewer rows; the others are left out for a reason, and listed."""
+def _keep_only(pick: _Picked, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Picked:
+    """`pick` with the rows `keep` alone; the other rows are listed as left out, for a reason."""
     out = np.setdiff1d(pick.keep, keep) if listed else np.zeros(0, int)
     texts = pick.rows.select(out)["text"] if len(out) else []
-    items = [LeftOut(name, int(i), reason, text[:_HEAD]) for i, text in zip(out, texts, strict=True)]
+    items = [LeftOut(name, int(i), reason, text[:_SHOWN]) for i, text in zip(out, texts, strict=True)]
     return pick._replace(keep=keep, left_out=pick.left_out + items)
 
 
-def _joined(picks: list[_Pick], rng: np.random.Generator) -> _Pick:
+def _concatenated(picks: list[_Picked], rng: np.random.Generator) -> _Picked:
     """The rows of several tasks as one set, shuffled."""
-    rows = quiet().concatenate_datasets([pick.rows.select(pick.keep) for pick in picks])
-    return _Pick(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
+    rows = quiet_datasets().concatenate_datasets([pick.rows.select(pick.keep) for pick in picks])
+    return _Picked(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
 
 
-def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
-    """Refuse prompts with a token for which the embedding has no row."""
+def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Picked) -> None:
+    """Refuses prompts with a token for which the embedding has no row."""
     for pick in picks:
-        bad = pick.keep[numbers(pick.rows, "largest")[pick.keep] >= tokenizer.vocab_size]
+        bad = pick.keep[column_array(pick.rows, "largest")[pick.keep] >= tokenizer.vocab_size]
         if not len(bad):
             continue
         row = pick.rows[int(bad[0])]
@@ -343,7 +390,8 @@ def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Pick) -> None:
         )
 
 
-def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
+def _check_sizes(c: Config, train: _Picked, heldout: _Picked) -> None:
+    """Refuses data that leave too few prompts."""
     for pick, name in ((train, "train_data"), (heldout, "heldout_data")):
         if not len(pick.keep):
             raise ConfigError(
@@ -357,8 +405,8 @@ def _check_sizes(c: Config, train: _Pick, heldout: _Pick) -> None:
         )
 
 
-def _check_functions(needs: dict[str, list[str]], sources: Sequence[Any]) -> None:
-    """Refuse a user's function that needs a column which no source has: it would fail on every completion."""
+def _check_functions(needs: dict[str, list[str]], sources: Sequence[datasets.Dataset | Records]) -> None:
+    """Refuses a user's function that needs a column which no source has: it would fail on every completion."""
     columns = {name for source in sources for name in source.column_names}
     for function, needed in needs.items():
         if missing := [name for name in needed if name not in columns]:
@@ -369,48 +417,58 @@ def _check_functions(needs: dict[str, list[str]], sources: Sequence[Any]) -> Non
 
 
 def why(left_out: Sequence[LeftOut]) -> str:
-    """How many rows were left out for which reason, in words."""
+    """A text that says how many rows were left out for each reason."""
     counts = Counter(item.reason for item in left_out)
     return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "it has no rows"
 
 
-def _width(config: Config, *picks: _Pick) -> int:
+def _width(config: Config, *picks: _Picked) -> int:
     """Padded length of the prompts: a multiple of rollout.prompt_bucket."""
-    longest = max(int(numbers(pick.rows, "length")[pick.keep].max()) for pick in picks)
+    longest = max(int(column_array(pick.rows, "length")[pick.keep].max()) for pick in picks)
     bucket = config.rollout.prompt_bucket
     return -(-longest // bucket) * bucket
 
 
-def prompt_set(
-    pick: _Pick, sources: list[Any], width: int, pad: int, identity: str, names: Sequence[str]
+def prompt_dataset(
+    pick: _Picked,
+    sources: list[datasets.Dataset | Records],
+    width: int,
+    pad: int,
+    identity: str,
+    names: Sequence[str],
 ) -> PromptDataset:
-    """Rows as a PromptSet that reads them from disk through a grain.MapDataset.
+    """The kept rows as a data set that reads them from disk through a grain.MapDataset.
 
     Args:
       sources: the records of each value of the column part.
-      names: labels of the tasks, of which each has two parts.
+      width: padded length of the prompts.
+      pad: the id that fills padding.
+      identity: hash of the tokenizer and template.
+      names: labels of the tasks; each task has two parts.
     """
     rows = pick.rows.select(pick.keep)
     records = grain.MapDataset.source(rows)
-    sources = [rows_of(source) for source in sources]
-    parts = numbers(rows, "part")
+    records_of_part = [as_records(source) for source in sources]
+    parts = column_array(rows, "part")
 
-    def columns(i: int) -> dict[str, Any]:
+    def columns(i: int) -> Record:
+        """The record of a row."""
         record = rows[int(i)]
-        return dict(sources[record["part"]][record["row"]])
+        return dict(records_of_part[record["part"]][record["row"]])
 
-    def column(name: str) -> list[Any]:
+    def column(name: str) -> list[object]:
+        """The values of a column in all rows."""
         values: np.ndarray = np.full(len(rows), None, object)
-        row = numbers(rows, "row")
-        for i, source in enumerate(sources):
-            own = np.flatnonzero(parts == i)
-            if len(own) and any(head in source.column_names for head in heads(name)):
-                values[own] = np.array([*source.select(row[own]).values(name), None], object)[:-1]
+        row = column_array(rows, "row")
+        for i, source in enumerate(records_of_part):
+            here = np.flatnonzero(parts == i)
+            if len(here) and any(head in source.column_names for head in heads(name)):
+                values[here] = np.array([*source.select(row[here]).values(name), None], object)[:-1]
         return list(values)
 
     return PromptDataset(
         tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
-        lengths=numbers(rows, "length").astype(np.int32),
+        lengths=column_array(rows, "length").astype(np.int32),
         answers=_Column(records, rows, "answer"),
         texts=_Column(records, rows, "text"),
         kinds=_Column(records, rows, "kind"),
@@ -418,14 +476,14 @@ def prompt_set(
         extras=_Column(records, rows, "extra"),
         columns=columns,
         column=column,
-        digests=numbers(rows, "digest").astype(np.uint64),
+        digests=column_array(rows, "digest").astype(np.uint64),
         identity=identity,
         left_out=tuple(pick.left_out),
     )
 
 
 def write_left_out(task: Task, path: Path) -> str | None:
-    """List the rows that were left out in a JSONL file; a line of counts, or None if there are none."""
+    """Lists the rows that were left out in a JSONL file; gives a line of counts, or None if no row was left out."""
     items = [*task.train.left_out, *task.heldout.left_out]
     if not items:
         return None

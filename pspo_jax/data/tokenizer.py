@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of a checkpoint, and how a question becomes a prompt."""
+"""The tokenizer and chat template of a checkpoint, which make a prompt of a question."""
 
 from __future__ import annotations
 
@@ -7,22 +7,32 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
-from pspo_jax.data.conversations import Conversation
+from pspo_jax.data.conversations import Conversation, content_of
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
 from pspo_jax.data.stop_ids import describe, stop_ids
-from pspo_jax.data.templates import BEGUN, QUESTIONS, SYSTEM_PROMPTS, TEXTS
+from pspo_jax.data.templates import ANSWER_BEGINNINGS, QUESTIONS, SYSTEM_PROMPTS, TEXTS
 from pspo_jax.model.huggingface.json_files import check_side_files
 from pspo_jax.model.huggingface.load import fetch, import_transformers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class TextTokenizer:
-    """A transformers tokenizer as tasks use it, with the ids that a run needs to know."""
+    """A tokenizer of transformers as tasks use it, with the ids that a run needs.
 
-    def __init__(self, hf: Any, folder: Path, stop_ids: tuple[int, ...], vocab_size: int):
+    Args:
+      hf: transformers' tokenizer.
+      folder: the folder from which it was read.
+      stop_ids: ids that end a completion.
+      vocab_size: rows of the embedding.
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerBase, folder: Path, stop_ids: tuple[int, ...], vocab_size: int):
         self.hf = hf
         # Prompts that are too long are counted and listed; a warning per tokenizer would add nothing.
         hf.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -32,11 +42,11 @@ class TextTokenizer:
         self.vocab_size = vocab_size
         """Rows of the embedding; the tokenizer may have fewer ids, or a few more, which are never drawn."""
         self.eos_token_id = stop_ids[0]
-        self.pad_token_id = _filler(hf, stop_ids)
-        self._before = _before_text(hf)
+        self.pad_token_id = _padding_id(hf, stop_ids)
+        self._before = _ids_before_text(hf)
 
     def identity(self) -> str:
-        """Hash of what encoding depends on."""
+        """Hash of everything that encoding depends on."""
         backend = getattr(self.hf, "backend_tokenizer", None)
         model = backend.to_str() if backend is not None else json.dumps(self.hf.get_vocab(), sort_keys=True)
         return hashlib.sha256(f"{model}\0{self.hf.chat_template}\0{self.stop_ids}".encode()).hexdigest()[:16]
@@ -48,7 +58,7 @@ class TextTokenizer:
         return tuple(i for i in range(self.vocab_size) if i not in used)
 
     def stop_line(self) -> str:
-        """What ends a completion, for a reader."""
+        """A line that says which tokens end a completion."""
         return f"a completion ends with {describe(self.hf, self.stop_ids)}"
 
     def encode(self, text: str) -> list[int]:
@@ -56,10 +66,10 @@ class TextTokenizer:
         return list(self.hf.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text with its special tokens, so that what was drawn can be read."""
+        """Text with its special tokens, so that every token that was drawn can be seen."""
         return str(self.hf.decode(list(ids), skip_special_tokens=False))
 
-    def answer(self, ids: list[int]) -> str:
+    def completion_text(self, ids: list[int]) -> str:
         """Text of a completion without stop and padding tokens, for a verifier.
 
         Other special tokens stay: some checkpoints have `<think>` and `<answer>` among them.
@@ -67,20 +77,20 @@ class TextTokenizer:
         ends = {*self.stop_ids, self.pad_token_id}
         return self.decode(i for i in ids if i not in ends)
 
-    def begun(self, config: PromptConfig) -> str:
+    def answer_beginning(self, config: PromptConfig) -> str:
         """The part of the answer that the prompt already holds; rewards see it before the completion.
 
         Some chat templates, such as DeepSeek-R1-Distill's, write the opening <think> themselves.
         """
-        if config.template in BEGUN:
-            return BEGUN[config.template] + config.prefill
+        if config.template in ANSWER_BEGINNINGS:
+            return ANSWER_BEGINNINGS[config.template] + config.prefill
         rendered = self.decode(self.prompt("?", config)).removesuffix(config.prefill)
         return next((tag for tag in ("<think>\n", "<think>") if rendered.endswith(tag)), "") + config.prefill
 
     def prompt(self, prompt: str | Conversation, config: PromptConfig) -> list[int]:
-        """Ids of a question or conversation as the policy sees it, ready for the answer to begin.
+        """Ids of a question or conversation as the model sees it, up to the place where its answer begins.
 
-        BOS, or whatever else the tokenizer puts before a text, stands there once.
+        They begin with one BOS, or whatever the tokenizer puts before a text.
 
         Raises:
           PromptError: the template has no place for the conversation, or refuses it.
@@ -102,9 +112,9 @@ class TextTokenizer:
         Raises:
           PromptError: the template refuses it or leaves out a turn, or it has a system message beside prompt.system.
         """
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        messages: Conversation = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if messages[-1]["role"] == "user":
-            last = {**messages[-1], "content": _message(messages[-1]["content"], config)}
+            last = {**messages[-1], "content": _message(content_of(messages[-1]), config)}
             messages = [*messages[:-1], last]
         if config.system is not None:
             if any(message["role"] == "system" for message in messages):
@@ -121,15 +131,15 @@ def _message(question: str, config: PromptConfig) -> str:
     return QUESTIONS.get(config.question, config.question).replace("{question}", question)
 
 
-def _before_text(hf: Any) -> list[int]:
-    """What the tokenizer itself puts before a text, such as BOS."""
+def _ids_before_text(hf: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer itself puts before a text, such as BOS."""
     bare, whole = (list(hf.encode("a", add_special_tokens=special)) for special in (False, True))
     place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return whole[:place]
 
 
-def _filler(hf: Any, stop_ids: tuple[int, ...]) -> int:
-    """The id that fills padding. Masks come from lengths, so it may be a stop id, but never an ordinary token."""
+def _padding_id(hf: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> int:
+    """The id that fills padding. It may be a stop id, because masks come from lengths, but never an ordinary token."""
     pad, backend = hf.pad_token_id, getattr(hf, "backend_tokenizer", None)
     if pad is None or backend is None:
         return stop_ids[0]
@@ -154,7 +164,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     folder = fetch(name, None, field, weights=False) if config.model.tokenizer or source is None else source
     check_side_files(folder, f"{field}={name}")
     hf = _read(folder, f"{field}={name}")
-    # The tokenizer may have an id more than the embedding has rows, as Gemma 3 1B's; a prompt that holds it is refused.
+    # Gemma 3 1B's tokenizer has one id more than the embedding has rows; a prompt that holds it is refused.
     rows = embedding_rows or max(hf.get_vocab().values()) + 1
     stop = stop_ids(hf, [folder, *([source] if source else [])], config.prompt, config.rollout.stop)
     if not stop:
@@ -205,7 +215,8 @@ def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> No
         )
 
 
-def _read(folder: Path, where: str) -> Any:
+def _read(folder: Path, where: str) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer of a folder; `where` begins the error's message."""
     transformers = import_transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

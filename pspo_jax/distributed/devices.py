@@ -1,4 +1,4 @@
-"""Accelerators that a plan can be made for, and the devices to compile for when they are not there."""
+"""Data sheets of accelerators, and stand-in devices for which a plan is compiled on another machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -15,19 +15,19 @@ from pspo_jax.config.fields import ConfigError
 
 
 class DeviceSpec(NamedTuple):
-    """One device, as its maker states it."""
+    """Figures of one device, as its maker states them."""
 
     memory: float
-    """Bytes."""
+    """Bytes of memory."""
     flops: float
-    """bfloat16 products with float32 sums, FLOP/s, without sparsity."""
+    """FLOP/s of bfloat16 products with float32 sums, without sparsity."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Bandwidth of its memory, bytes/s."""
     link: float
-    """To the other devices of a slice or a machine, bytes/s in one direction, all its links together: half of what is
-    stated for both."""
+    """Bandwidth of all its links to other devices of a slice or machine, bytes/s in one direction: half of the figure
+    that is usually stated for both directions."""
     cores: int = 1
-    """By how many a slice's name counts a device: v5p-8 has four."""
+    """Number by which the name of a slice counts one device: v5p-8 has four devices of two cores."""
 
 
 _GIB = 2**30
@@ -54,37 +54,38 @@ _SLICES = {
     128: "8x16",
     256: "16x16",
 }
-"""Topologies of v5e and v6e by their number of chips."""
+"""Number of chips -> topology of a v5e or v6e slice."""
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
-"""The smallest ones of v5p."""
+"""Number of chips -> topology of a small v5p slice."""
 TOPOLOGIES = {"v5e": _SLICES, "v6e": _SLICES, "v5p": _CUBES}
-"""TPUs that their compiler can compile for on any machine."""
+"""TPUs for which their compiler compiles on any machine, with the slices that it knows."""
 
 
 def host_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
-    """Bytes of memory of this machine, or of what its container is allowed."""
+    """Bytes of memory of this machine, or of its container's limit if that is lower."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     allowed = limit.read_text().strip() if limit.exists() else ""
     return min(memory, float(allowed)) if allowed.isdecimal() else memory
 
 
 class Target(NamedTuple):
-    """Where a plan is for."""
+    """The devices that a plan is for."""
 
     name: str
     kind: str | None
-    """A key of KINDS; None = this machine."""
+    """A key of `DEVICES`; None = this machine."""
     devices: int
+    """Number of devices; 0 = all of this machine."""
 
 
 THIS_MACHINE = Target("this machine", None, 0)
 
 
 def parse_target(text: str) -> Target:
-    """`v5e-64`, `h100x8` or `h200` as a Target.
+    """The target that a text such as `v5e-64`, `h100x8` or `h200` names.
 
     Raises:
-      ConfigError: the kind is not known, or there is no slice of this size.
+      ConfigError: the kind of device is unknown, or no slice has this size.
     """
     match = re.fullmatch(r"([a-z]\w*?)(?:[x-](\d+))?", text.lower())
     if match is None or match[1] not in DEVICES or match[2] == "0":
@@ -101,15 +102,15 @@ def parse_target(text: str) -> Target:
 
 
 def has_tpu_compiler(target: Target) -> bool:
-    """Whether the TPU's own compiler is installed (`pip install libtpu`) and knows the target."""
+    """Whether the TPU's own compiler is installed (`pip install 'pspo-jax[plan]'`) and knows the target."""
     sizes = TOPOLOGIES.get(target.kind or "", {})
     return target.devices in sizes and importlib.util.find_spec("libtpu") is not None
 
 
-def devices_for(target: Target) -> Sequence[Any] | None:
-    """Devices to compile for; before JAX's first array. They hold no array and run nothing.
+def devices_for(target: Target) -> Sequence[jax.Device] | None:
+    """Devices to compile for, which hold no array and run nothing. It must be called before JAX's first array.
 
-    A TPU slice's own where its compiler is installed, else as many CPU devices; None = this machine's.
+    They are the devices of the TPU slice if its compiler is installed, else as many CPU devices; None = this machine's.
     """
     if target.kind is None:
         return None
@@ -117,7 +118,7 @@ def devices_for(target: Target) -> Sequence[Any] | None:
     if not has_tpu_compiler(target):
         jax.config.update("jax_num_cpu_devices", target.devices)
         return jax.devices()
-    # There is no TPU to ask: without these, libtpu wants to be alone, looks for its metadata server, and complains.
+    # This machine has no TPU. Without these variables libtpu takes a lock, looks for a metadata server, and warns.
     for name, value in (
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_SKIP_MDS_QUERY", "1"),

@@ -1,67 +1,129 @@
-"""The device mesh (data, fsdp, context, tensor), and the one table from logical axes to mesh axes.
+"""The device mesh, and the one table that says which of its axes splits which dimension of an array.
 
-Model code names dimensions ("heads", "mlp"); what a name means on a mesh is said here alone, so a new layout of the
-same model is a change of this table.
+A mesh arranges the devices along four axes:
+
+- data: each device has all weights and its own part of the batch.
+- fsdp: each device has its own part of the batch, and its own part of every matrix, of its gradient and of its
+  optimizer state. A weight is gathered just before a layer uses it, and its gradient is scattered afterwards (FSDP,
+  ZeRO-3).
+- context: the devices share the rows of an update by their positions, for rows that are too long for one device.
+  They split weights as fsdp does.
+- tensor: the devices share every row, and split heads, MLP width and vocabulary. Weights stay where they are;
+  instead, activations are summed over these devices twice a block.
+
+Model code names dimensions ("heads", "mlp") and knows nothing of the mesh. `RULES` says which axes of the mesh split
+a dimension of each name, so that another layout of the same model is a change of this table alone.
+
+Names for activations:
+
+- "rows" and "length" are the rows of an update and their positions. Rows are split along data and fsdp, positions
+  along context. Norms, MLPs and projections compute each position by itself; attention alone needs other positions,
+  and gathers keys and values along context.
+- "batch" is the rows of a rollout, with their caches. A rollout computes one position of each row at a time, which
+  leaves context nothing to split along a row, so that it splits the rows as data and fsdp do.
+- "outer_batch" is rows of an array in which another dimension takes fsdp and context. This is so where tokens are
+  embedded, since the embedding is split along its width, and where decoding splits the MLPs (below).
+
+Names for weights:
+
+- "embed" is the width D of the residual stream. Every matrix has it once, as its input or its output. Splitting it
+  along fsdp and context therefore divides all matrices evenly, whatever the number of heads and the width of the
+  MLP.
+- "heads", "kv_heads" and "mlp" are the inner dimensions of attention and MLP. With these along tensor, the first
+  product of each needs no communication, and the last one ends in one sum over the devices.
+- "vocab" is the rows of the embedding and the columns of the head. Logits, the largest activation of all, are then
+  split along tensor too.
+- "layers" is the axis along which the weights of the blocks are stacked. It is not split, since the loop over layers
+  computes one layer after another on all devices.
+- Dimensions without a name, such as the width of a head or that of a norm, are small and are not split.
+
+Decoding reads every weight for every token, and to gather weights for each token would take longer than the
+products. It gathers them along fsdp and context once, before the loop over tokens (`gather_for_decode`). Where the
+gathered weights do not fit, rollout.weights=split leaves the MLPs ("split_mlp"), the embedding and the head
+("split_vocab") split along fsdp, as if fsdp were a part of tensor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 from pspo_jax.arrays.per_prompt import FANOUT, padded_rows
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, round_prompts
 
 AXES = ("data", "fsdp", "context", "tensor")
+"""The axes of a mesh, in the order of its dimensions."""
 ROWS = ("data", "fsdp", "context")
 """Mesh axes that split a batch of rollouts, per-prompt state and stored groups."""
 UPDATE_ROWS = ("data", "fsdp")
-"""Mesh axes that split the rows of an update, whose places are along context."""
+"""Mesh axes that split the rows of an update; context splits their positions."""
 WEIGHTS = ("fsdp", "context")
-"""Mesh axes that split every weight."""
+"""Mesh axes that split every matrix."""
 
-RULES: dict[str, Any] = {
-    "batch": ROWS,
-    "outer_batch": "data",  # a batch whose other dimensions take fsdp
+MeshAxes = str | tuple[str, ...] | None
+"""The mesh axes that split a dimension; None = it is not split."""
+
+RULES: dict[str, MeshAxes] = {
     "rows": UPDATE_ROWS,
     "length": "context",
-    "prompts": ROWS,  # per-prompt state, N long
+    "batch": ROWS,
+    "outer_batch": "data",
     "embed": WEIGHTS,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "layers": None,
-    "split_mlp": ("tensor", "fsdp"),  # decoding with rollout.weights=split
+    "split_mlp": ("tensor", "fsdp"),
     "split_vocab": ("tensor", "fsdp"),
 }
+"""The mesh axes of each logical axis; the reasons stand at the top of this file."""
+
+
+class ModelShape(Protocol):
+    """The sizes of a model that a mesh splits; an `Architecture` and a `ModelConfig` have them."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+    @property
+    def width(self) -> int: ...
 
 
 def spec(axes: tuple[str | None, ...], mesh: Mapping[str, int]) -> PartitionSpec:
-    """PartitionSpec of logical axes on a mesh of this shape; axes that it lacks split nothing."""
+    """The PartitionSpec of an array with these logical axes; None = the dimension is not split.
+
+    Args:
+      mesh: size of each axis of the mesh; an axis that it lacks splits nothing.
+    """
     return PartitionSpec(*(_on(mesh, RULES[a]) if a else None for a in axes))
 
 
-def _on(mesh: Mapping[str, int], rule: str | tuple[str, ...] | None) -> Any:
+def _on(mesh: Mapping[str, int], rule: MeshAxes) -> MeshAxes:
+    """The axes of a rule that a mesh has."""
     if rule is None or isinstance(rule, str):
         return rule if rule in mesh else None
     return tuple(axis for axis in rule if axis in mesh) or None
 
 
-def make_mesh(config: Config, shape: Any = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh a config asks for, over the first devices.
+def make_mesh(config: Config, shape: ModelShape | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a config asks for, over the first of the devices.
 
     Args:
-      shape: has heads, kv_heads, mlp_width and width, such as an Architecture; None = config.policy.
+      shape: the sizes of the model; None = those of config.model.
       devices: None = all that JAX has.
     Raises:
-      ConfigError: it does not fit the devices, the batch or the policy; the message names a value that works.
+      ConfigError: the mesh does not fit the devices, the batch or the model; the message names a value that works.
     """
     m, devices = config.mesh, jax.devices() if devices is None else devices
     fsdp = m.fsdp or 1
@@ -84,24 +146,32 @@ def make_mesh(config: Config, shape: Any = None, devices: Sequence[Any] | None =
         )
     _check_divides(config, data * fsdp * m.context, shape or config.model)
     sizes = (data, fsdp, m.context, m.tensor)
-    # An axis of the mesh may be a part of one of a TPU slice's, such as 2 x 2 x 4 on 4 x 4; jax.make_mesh refuses that.
+    # An axis of the mesh may be a part of an axis of a TPU slice, as in a mesh of 2 x 2 x 4 on a slice of 4 x 4;
+    # jax.make_mesh refuses that.
     grid = create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int) -> int:
-    """The fewest devices that leave half of each one's memory free of weights, gradients and optimizer state.
+    """The fewest devices that must share the training state so that it takes half of a device's memory at most.
 
-    A divisor of the devices and of the policy's width; the largest there is, if none is enough.
+    The number divides the devices and the model's width; it is the largest such number if none is enough.
 
     Args:
+      state_bytes: bytes of weights, gradients and optimizer state together.
       capacity: bytes of a device; infinity = unknown.
+      width: D.
     """
     works = [d for d in range(1, devices + 1) if devices % d == 0 and width % d == 0]
     return next((d for d in works if state_bytes / d <= capacity / 2), works[-1])
 
 
-def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
+def _check_divides(c: Config, row_shards: int, shape: ModelShape) -> None:
+    """Raise ConfigError if the mesh does not divide a size of the batch or of the model.
+
+    Args:
+      row_shards: number of devices that split the batch.
+    """
     where = f"mesh.data x mesh.fsdp{' x mesh.context' if c.mesh.context > 1 else ''} = {row_shards}"
     minibatch = c.rollout.prompts // c.loss.minibatches
     for name, size in (
@@ -129,13 +199,16 @@ def _check_divides(c: Config, row_shards: int, shape: Any) -> None:
 
 
 def size_along(shape: Mapping[str, int], axes: Sequence[str]) -> int:
-    """Devices along several axes of a mesh's shape; an axis that it lacks counts one."""
+    """Number of devices along several axes of a mesh; an axis that it lacks counts as one."""
     return math.prod(shape.get(axis, 1) for axis in axes)
 
 
 def microbatch_size(rows: int, at_most: int) -> int:
-    """The largest divisor of `rows` up to `at_most` (0 = no bound) that spreads evenly over the mesh in context.
+    """Rows of a microbatch: the largest divisor of `rows` that the mesh in context divides evenly.
 
+    Args:
+      rows: number of rows that are computed together.
+      at_most: upper bound; 0 = none. Where it is less than the number of devices that split rows, it is that number.
     Raises:
       ConfigError: the mesh does not divide the rows.
     """
@@ -149,27 +222,38 @@ def microbatch_size(rows: int, at_most: int) -> int:
     return max(d for d in range(1, rows + 1) if rows % d == 0 and d % shards == 0 and d <= limit)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin the layout of an array inside jit; without a mesh in context, nothing."""
+def constrain(x: Array, *axes: str | None) -> Array:
+    """The array with its layout pinned, inside jit; without a mesh in context, the array as it is.
+
+    Args:
+      axes: logical axis of each dimension, None = it is not split.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, mesh.shape))
 
 
-def gather_for_decode(w: jax.Array, axes: tuple[str | None, ...], split: bool) -> jax.Array:
-    """A weight as decoding wants it, gathered once and not per token.
+def gather_for_decode(w: Array, axes: tuple[str | None, ...], split: bool) -> Array:
+    """A weight in the layout for decoding: gathered along fsdp and context, still split along tensor.
 
-    Whole along fsdp, still split along tensor; with `split`, MLPs and vocabulary are split along both.
+    Args:
+      axes: logical axis of each dimension.
+      split: whether MLPs and vocabulary stay split along fsdp too; see rollout.weights.
     """
     wide = {"mlp": "split_mlp", "vocab": "split_vocab"} if split else {}
     return constrain(w, *(None if name == "embed" else wide.get(name or "", name) for name in axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def params_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
-    """A NamedSharding for each weight; `axes` as in Policy.axes."""
+def params_shardings(mesh: Mesh, params: PyTree, axes: PyTree | None) -> PyTree[NamedSharding]:
+    """A NamedSharding for each weight.
+
+    Args:
+      axes: see `Model.axes`.
+    """
     if axes is None:
         return jax.tree.map(lambda _: replicated(mesh), params)
     return jax.tree.map(
@@ -180,26 +264,27 @@ def params_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
     )
 
 
-def prompts_shardings(mesh: Mesh, tree: Any, num_prompts: int) -> Any:
-    """Per-prompt state: arrays with a row a prompt are split over the batch axes in whole blocks, the rest replicated.
+def prompts_shardings(mesh: Mesh, tree: PyTree, num_prompts: int) -> PyTree[NamedSharding]:
+    """A NamedSharding for each array of per-prompt state, such as a selector's.
 
-    Where blocks do not divide, which happens to at most 16,384 prompts unless the mesh is odd, all are replicated.
+    Arrays with a row for each prompt are split over the batch axes in whole blocks; others are replicated. If the mesh
+    does not divide the blocks, all are replicated; unless the mesh is odd, this happens to 16,384 prompts at most.
     """
     shards = size_along(mesh.shape, ROWS)
     rows = padded_rows(num_prompts)
 
-    def one(x: Any) -> NamedSharding:
+    def one(x: Array) -> NamedSharding:
         split = x.ndim > 0 and x.shape[0] == rows and rows // FANOUT % shards == 0
         return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)) if split else PartitionSpec())
 
     return jax.tree.map(one, tree)
 
 
-def groups_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Stored groups: arrays with a row a group are split over the batch axes where these divide them."""
+def groups_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
+    """A NamedSharding for each array of stored groups, split over the batch axes if these divide the groups."""
     shards = size_along(mesh.shape, ROWS)
 
-    def one(x: Any) -> NamedSharding:
+    def one(x: Array) -> NamedSharding:
         split = x.ndim > 0 and x.shape[0] % shards == 0
         return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)) if split else PartitionSpec())
 
@@ -207,12 +292,12 @@ def groups_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the batch axes."""
+    """The sharding of an array whose first dimension is the batch."""
     return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)))
 
 
 def check_vocabulary(config: Config, rows: int) -> None:
-    """Raise ConfigError for a mesh that does not divide the `rows` of the embedding among its devices."""
+    """Raise ConfigError if the mesh does not divide the embedding, which has `rows` rows."""
     m = config.mesh
     if rows % m.tensor:
         raise ConfigError(f"mesh.tensor={m.tensor}: does not divide the vocabulary of {rows}; choose a divisor")

@@ -1,7 +1,7 @@
-"""Several processes as one program: how they find each other, what each one holds, and how all hear of a failure.
+"""Several processes as one program: joining, sharing arrays, barriers, and ending together after a failure.
 
-Every process runs the same host code on the same values. What differs is which rows of a batch it holds: it judges and
-logs those. On one process all of this is the identity.
+Every process runs the same host code on the same values. They differ in the rows of a batch that they hold: each
+process grades and logs its own rows. With one process, every function here is the identity.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
@@ -32,42 +33,39 @@ from pspo_jax.system.storage import StorageError
 _FAILURES = "pspo_jax/failed/"
 _POLL_SECONDS = 1.0
 BARRIER_SECONDS = 900.0
-"""How long processes wait for each other where files change hands; the slowest may be writing a checkpoint."""
-_DAY = 86400.0
-_HOST = 64
+"""Seconds that processes wait for each other around files; the slowest may be writing a checkpoint."""
+_DAY_SECONDS = 86400.0
+_HOST_NAME_BYTES = 64
 """Bytes of a host's name that are compared and shown."""
+_MAX_TEXT_BYTES = 4096
 _ERROR_GRACE_SECONDS = 5.0
-"""How long a process that failed waits for the others to read why, before its end ends them."""
+"""Seconds that a failed process waits, so that the others can read the reason before its exit ends them."""
 
 
 def initialize(config: Config) -> None:
-    """Join the other processes of the run, if there are any; before the first array.
+    """Join the other processes of the run, if there are any. It must be called before the first array is made.
 
-    An explicit distributed.coordinator wins; else a cluster that JAX knows (TPU metadata, SLURM, Open MPI, GKE) does;
-    else there is one process, and nothing happens.
+    distributed.coordinator decides if it is set; else a cluster that JAX recognises (TPU metadata, SLURM, Open MPI,
+    GKE) does; else there is one process, and nothing happens.
 
     Raises:
-      ConfigError: the others were not found in time.
+      ConfigError: the other processes were not found in time.
     """
     d = config.distributed
     if d.coordinator is None and not (d.auto and in_cluster()):
         return
-    explicit: dict[str, Any] = {}
-    if d.coordinator is not None:
-        explicit = {
-            "coordinator_address": d.coordinator,
-            "num_processes": d.processes,
-            "process_id": d.process,
-            # Else SLURM would give each process a single device.
-            "cluster_detection_method": "deactivate",
-        }
-    # JAX's own notice of a pre-emption would take the place of the handler of SIGTERM, and the run would not stop.
+    explicit = d.coordinator is not None
+    # JAX's pre-emption service would replace the handler of SIGTERM, and the run would not stop.
     jax.config.update("jax_enable_preemption_service", False)
     # Gloo, which joins CPU processes, mixes up the messages of two programs that are under way at once.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
-            **explicit,
+            coordinator_address=d.coordinator,
+            num_processes=d.processes if explicit else None,
+            process_id=d.process if explicit else None,
+            # Without this, SLURM would give each process a single device.
+            cluster_detection_method="deactivate" if explicit else None,
             initialization_timeout=d.join_timeout,
             heartbeat_timeout_seconds=d.heartbeat_timeout,
             shutdown_timeout_seconds=d.heartbeat_timeout,
@@ -76,12 +74,12 @@ def initialize(config: Config) -> None:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"distributed.coordinator={d.coordinator}: the processes did not find each other ({why}); check the "
-            "address, distributed.processes, and that all were started; distributed.auto=false is for one alone"
+            "address and distributed.processes, and start all of them; a single process needs distributed.auto=false"
         ) from error
 
 
 def number_before_joining(config: Config) -> int | None:
-    """This process's number, 0 = it leads; None if only a cluster that has not been joined knows."""
+    """The number of this process, 0 for the primary one; None if only a cluster that is not yet joined knows it."""
     d = config.distributed
     if d.coordinator is not None:
         return d.process
@@ -89,46 +87,47 @@ def number_before_joining(config: Config) -> int | None:
 
 
 def in_cluster() -> bool:
-    """Whether JAX knows a cluster of several processes here, by the environment or by a TPU's metadata."""
+    """Whether JAX recognises a cluster of several processes from the environment or from a TPU's metadata."""
     return cluster_processes() > 1
 
 
 def process_count() -> int:
+    """Number of processes in the run."""
     return jax.process_count()
 
 
 def is_primary() -> bool:
-    """Whether this process writes logs, events and reports."""
+    """Whether this process is the one that writes logs, events and reports."""
     return jax.process_index() == 0
 
 
-def to_global(tree: Any, sharding: Sharding) -> Any:
-    """Host arrays, the same on every process, as global arrays."""
+def to_global(tree: PyTree, sharding: Sharding) -> PyTree:
+    """A pytree of host arrays, which are equal on every process, as global arrays with a sharding."""
     if process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def one(x: Any) -> jax.Array:
+    def place(x: jax.Array | np.ndarray) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
         value = np.asarray(x)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(place, tree)
 
 
 def owned_rows(array: jax.Array) -> np.ndarray:
-    """Rows of a global array that this process answers for, ascending; each row has one owner."""
+    """Indices of the rows of a global array that this process owns, ascending. Every row has exactly one owner."""
     if process_count() == 1:
         return np.arange(array.shape[0])
     owner = np.full(array.shape[0], process_count(), np.int32)
     for device, index in array.sharding.devices_indices_map(array.shape).items():
-        place: Any = device
+        place: jax.Device = device
         owner[index[0]] = np.minimum(owner[index[0]], place.process_index)
     return np.flatnonzero(owner == jax.process_index())
 
 
 def fetch_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
-    """Some rows of a global array, all of which this process holds."""
+    """Some rows of a global array as a host array; this process must hold all of them."""
     if process_count() == 1:
         return np.asarray(array)[rows]
     value = np.zeros(array.shape, array.dtype)
@@ -137,21 +136,30 @@ def fetch_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
     return value[rows]
 
 
-def to_host(tree: Any) -> Any:
-    """Global arrays as host arrays, the same on every process."""
+def to_host(tree: PyTree) -> PyTree:
+    """A pytree of global arrays as host arrays, which are equal on every process."""
     if process_count() == 1:
         return jax.device_get(tree)
 
-    def one(x: Any) -> np.ndarray:
+    def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(fetch, tree)
 
 
 def share_rows(values: dict[str, np.ndarray], rows: np.ndarray, total: int) -> dict[str, np.ndarray]:
-    """Each process's rows [n, ...] of several host arrays, as the arrays of all `total` rows on every process."""
+    """The rows of all processes, joined on every process.
+
+    Args:
+      values: name -> rows [n, ...] of this process.
+      rows: indices [n] of these rows.
+      total: number of rows of all processes.
+
+    Returns:
+      name -> rows [total, ...].
+    """
     if process_count() == 1:
         return values
     mine = np.zeros(total, bool)
@@ -166,31 +174,31 @@ def share_rows(values: dict[str, np.ndarray], rows: np.ndarray, total: int) -> d
 
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
-    """Sum of small host arrays over processes."""
+    """The sum of a small host array over all processes."""
     return values if process_count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so; all must ask."""
+    """Whether the flag is true on any process. All processes must call it."""
     return flag if process_count() == 1 else bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
 
 
 def text_from_primary(text: str) -> str:
-    """The leading process's text, of at most 4,096 bytes, on every process; all must ask."""
+    """The primary process's text of at most 4,096 bytes, on every process. All processes must call it."""
     if process_count() == 1:
         return text
-    data = np.zeros(4096, np.uint8)
-    words = text.encode()
-    data[: len(words)] = np.frombuffer(words, np.uint8)
+    data = np.zeros(_MAX_TEXT_BYTES, np.uint8)
+    encoded = text.encode()
+    data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).rstrip(b"\0").decode()
 
 
 def from_primary(name: str, value: np.ndarray | None) -> np.ndarray:
-    """The int8 array of the leading process, on all of them; the others wait for it, for as long as it needs.
+    """The int8 array of the primary process, on every process. The others wait for it for up to a day.
 
     Args:
-      name: of the array; equal names have equal values.
-      value: the leader's; None elsewhere.
+      name: name of the array; equal names must have equal values.
+      value: the array on the primary process; None on the others.
     """
     if process_count() == 1:
         assert value is not None
@@ -200,27 +208,27 @@ def from_primary(name: str, value: np.ndarray | None) -> np.ndarray:
     if value is not None:
         text = base64.b64encode(zlib.compress(value.astype(np.int8).tobytes())).decode()
         client.key_value_set(key, text, allow_overwrite=True)
-    found = client.blocking_key_value_get(key, int(1000 * _DAY))
+    found = client.blocking_key_value_get(key, int(1000 * _DAY_SECONDS))
     return np.frombuffer(zlib.decompress(base64.b64decode(found)), np.int8).copy()
 
 
 def check_same(field: str, text: str) -> None:
-    """Make sure that a text, such as a fingerprint of the data, is the same on all processes; all must ask.
+    """Check that a text, such as a fingerprint of the data, is equal on all processes, all of which must call it.
 
     Raises:
-      ConfigError: it is not; the line names the hosts that differ from most of the others.
+      ConfigError: the texts differ; the message names the hosts that differ from the majority.
     """
     if process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)
-    host = np.frombuffer(socket.gethostname().encode()[:_HOST].ljust(_HOST, b"\0"), np.uint8)
+    host = np.frombuffer(socket.gethostname().encode()[:_HOST_NAME_BYTES].ljust(_HOST_NAME_BYTES, b"\0"), np.uint8)
     every, names = (np.asarray(x) for x in multihost_utils.process_allgather((mine, host)))
-    kinds = [row.tobytes() for row in every]
-    usual = max(kinds, key=kinds.count)  # the first of the most frequent
+    digests = [row.tobytes() for row in every]
+    usual = max(digests, key=digests.count)  # the first of the most frequent
     differ = [
         f"{bytes(names[i]).rstrip(bytes(1)).decode(errors='replace')} (process {i})"
-        for i, kind in enumerate(kinds)
-        if kind != usual
+        for i, digest in enumerate(digests)
+        if digest != usual
     ]
     if differ:
         raise ConfigError(
@@ -229,11 +237,11 @@ def check_same(field: str, text: str) -> None:
         )
 
 
-def check_settings(values: Mapping[str, Any]) -> None:
-    """Make sure that settings, name -> value, are the same on all processes; all must ask.
+def check_settings(values: Mapping[str, object]) -> None:
+    """Check that settings, name -> value, are equal on all processes, all of which must call it.
 
     Raises:
-      ConfigError: one is not; the line names it, its value here, and the processes where it is another.
+      ConfigError: a setting differs; the message names it, its value here, and the processes where it differs.
     """
     if process_count() == 1:
         return
@@ -253,10 +261,10 @@ def check_settings(values: Mapping[str, Any]) -> None:
 
 
 def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
-    """Return when every process is here; each place has a name of its own.
+    """Return when every process has called it with this name; each barrier needs a name of its own.
 
     Raises:
-      TimeoutError: not all came in time.
+      TimeoutError: not all processes came within `seconds`.
     """
     if process_count() == 1:
         return
@@ -272,9 +280,9 @@ def wait_for_all(name: str, seconds: float = BARRIER_SECONDS) -> None:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """An exception in one process ends all of them, with its traceback in every log.
+    """In this block, an exception in one process ends all processes, with its traceback in every log.
 
-    Without this the others would wait in their next collective until a heartbeat is missed.
+    Without it the others would wait in their next collective operation until a heartbeat is missed.
     """
     if process_count() == 1:
         yield
@@ -300,15 +308,22 @@ def fail_together() -> Iterator[None]:
         done.set()
 
 
-def _watch(client: Any, done: Callable[[], bool]) -> None:
-    """End this process once another one has said that it failed."""
+class _Store(Protocol):
+    """The key-value store of the coordination service, as far as `_watch` reads it."""
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        """(key, text) of every key that begins with `prefix`."""
+
+
+def _watch(client: _Store, done: Callable[[], bool]) -> None:
+    """End this process once another one has reported a failure."""
     while not done():
         try:
-            said = client.key_value_dir_get(_FAILURES)
+            reports = client.key_value_dir_get(_FAILURES)
         except jax.errors.JaxRuntimeError as error:
-            said = [("the coordinator", f"it cannot be reached: {error}")]
-        if said and not done():
-            name, text = said[0]
+            reports = [("the coordinator", f"it cannot be reached: {error}")]
+        if reports and not done():
+            name, text = reports[0]
             print(f"process {name.rpartition('/')[2]} failed, so this one ends:\n{text}", file=sys.stderr, flush=True)
             os._exit(1)
         time.sleep(_POLL_SECONDS)

@@ -1,6 +1,6 @@
-"""Flags of XLA's compilers for GPUs and TPUs: one table, set before JAX starts a backend.
+"""Flags of XLA's compilers for GPUs and TPUs, which are set before JAX starts a backend.
 
-A flag that the environment already names is left as it is there.
+A flag that the environment already sets stays as it is.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 
 VARIABLES = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
-"""Where each backend reads its flags. The GPU's are XLA's own, which every backend must know: one that it does not know
+"""Backend -> environment variable with its flags. XLA_FLAGS is read by every backend, and a flag that XLA does not know
 ends the process."""
 _PACKAGES = {"gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"), "tpu": ("libtpu",)}
 
 
 class Flag(NamedTuple):
+    """A compiler flag with the reason for its value."""
+
     platform: str
     """gpu or tpu."""
     name: str
@@ -28,6 +30,7 @@ class Flag(NamedTuple):
 
 
 _LAYER_BYTES = str(2**29)
+"""Upper bound of the weights of one layer in bytes, as a flag's value."""
 TABLE = (
     Flag(
         "gpu",
@@ -75,16 +78,21 @@ TABLE = (
 
 
 def apply(config: Config, environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
-    """Put the table's flags, and the config's own, into the environment; returns what was added to which variable.
+    """Add the flags of `TABLE` and of the config to the environment.
+
+    Returns:
+      Environment variable -> flags that were added to it.
 
     Raises:
       ConfigError: runtime.xla_flags or runtime.libtpu_flags is not a list of flags.
     """
     added = {}
-    own = {"gpu": ("runtime.xla_flags", config.runtime.xla_flags)}
-    own["tpu"] = ("runtime.libtpu_flags", config.runtime.libtpu_flags)
+    from_config = {
+        "gpu": ("runtime.xla_flags", config.runtime.xla_flags),
+        "tpu": ("runtime.libtpu_flags", config.runtime.libtpu_flags),
+    }
     for platform, variable in VARIABLES.items():
-        field, text = own[platform]
+        field, text = from_config[platform]
         words = text.split()
         for word in words:
             if not word.startswith("--") or "=" not in word:
@@ -93,7 +101,7 @@ def apply(config: Config, environment: MutableMapping[str, str] = os.environ) ->
             words = [f"--{f.name}={f.value}" for f in TABLE if f.platform == platform] + words
         before = environment.get(variable, "")
         named = {word.partition("=")[0] for word in before.split()}
-        # Of two that name the same flag the later one holds: the config's own overrides the table.
+        # The config's flags come later and override those of the table.
         last = {word.partition("=")[0]: word for word in words}
         new = " ".join(word for name, word in last.items() if name not in named)
         if new:

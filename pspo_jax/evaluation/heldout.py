@@ -52,17 +52,17 @@ def evaluate(
             tokens, lengths, ended = (
                 processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
-            held = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, paid=False)
+            held = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, wants_reward=False)
             judged[name].append(task.reward_fn(held))
     scores = {name: [wait() for wait in waits] for name, waits in judged.items()}
     for one in (one for found in scores.values() for one in found):
         told(one)
-    right = {name: np.concatenate([one.right for one in found]) for name, found in scores.items()}
+    verdicts = {name: np.concatenate([one.verdicts for one in found]) for name, found in scores.items()}
     # (sum, verdicts, completions) of each, over all processes.
     sums = processes.sum_over_processes(
-        np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in right.values()], np.float64)
+        np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in verdicts.values()], np.float64)
     )
-    means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(right, sums, strict=True)}
+    means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(verdicts, sums, strict=True)}
     return means | {"no_verdict": float(1 - sums[:, 1].sum() / sums[:, 2].sum())}
 
 

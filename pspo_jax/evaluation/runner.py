@@ -107,7 +107,7 @@ def run_benchmark(
         tokens, lengths, ended = processes.to_host((rollouts.tokens, rollouts.lengths, rollouts.ended))
         real = min(work.batch, total - start)
         completions = CompletionBatch(
-            work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, paid=False
+            work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, wants_reward=False
         )
         sampled += int(lengths[:real].sum())
         waiting = (completions, real, work.reward_fn(completions)) if leads else None
@@ -125,7 +125,7 @@ def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> l
                 "problem": int(row),
                 "prompt": work.tokenizer.decode(batch.prompts.tokens[int(row)][: batch.prompts.lengths[row]].tolist()),
                 "answer": batch.prompts.answers[int(row)],
-                "right": [None if np.isnan(x) else float(x) for x in scores.right[i]],
+                "right": [None if np.isnan(x) else float(x) for x in scores.verdicts[i]],
                 "found": scores.answers[i],
                 "lengths": n,
                 "truncated": (~batch.ended[i]).tolist(),
@@ -187,7 +187,7 @@ def read_summary(path: Path, ks: Sequence[int]) -> Summary:
     """Statistics of a finished file."""
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file][1:]
-    right = np.array([[np.nan if x is None else x for x in line["right"]] for line in lines])
+    verdicts = np.array([[np.nan if x is None else x for x in line["right"]] for line in lines])
     lengths = np.array([line["lengths"] for line in lines])
     truncated = np.array([line["truncated"] for line in lines])
-    return summarise(right, [line["found"] for line in lines], lengths, truncated, ks)
+    return summarise(verdicts, [line["found"] for line in lines], lengths, truncated, ks)

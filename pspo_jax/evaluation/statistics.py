@@ -1,6 +1,6 @@
 """What n sampled answers to each of P problems say about a model: accuracy, its standard errors, pass@k, maj@k.
 
-`right` [P, n] holds values in [0, 1], NaN where the verifier could not tell (no verdict). Shares are in [0, 1], not
+`verdicts` [P, n] holds values in [0, 1], NaN where the verifier could not tell (no verdict). Shares are in [0, 1], not
 percent. A number that the data do not determine is nan, never a warning.
 """
 
@@ -38,50 +38,50 @@ class Summary(NamedTuple):
     """Share of the samples."""
 
 
-def mean_accuracy(right: Float[np.ndarray, "P n"]) -> float:
+def mean_accuracy(verdicts: Float[np.ndarray, "P n"]) -> float:
     """avg@n: the mean over problems of each problem's mean over its verdicts.
 
     Problems without a verdict are left out; nan if that is all of them.
     """
-    return _mean(_judged(right).mean)
+    return _mean(_judged(verdicts).mean)
 
 
-def se_problems(right: Float[np.ndarray, "P n"]) -> float:
+def se_problems(verdicts: Float[np.ndarray, "P n"]) -> float:
     """Standard error of avg@n if the problems are a sample of a population: std(problem means, ddof 1) / sqrt(P').
 
     P' is the number of problems with a verdict; nan if P' < 2. The spread of the means holds the sampling noise too, so
     this is the whole error, not to be added to `se_samples` (Miller 2024, arXiv 2411.00640).
     """
-    means = _judged(right).mean
+    means = _judged(verdicts).mean
     return float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
 
 
-def se_samples(right: Float[np.ndarray, "P n"]) -> float:
+def se_samples(verdicts: Float[np.ndarray, "P n"]) -> float:
     """Standard error of avg@n from sampling alone, the problems fixed: sqrt(sum_p s2_p / n_p) / P'.
 
     s2_p is the unbiased variance of problem p's n_p verdicts; nan if a problem has one verdict only, or none has any.
     """
-    value, known, verdicts, mean = _judged(right)
-    if not len(mean) or verdicts.min() < 2:
+    value, known, count, mean = _judged(verdicts)
+    if not len(mean) or count.min() < 2:
         return math.nan
     deviation = np.where(known, value - mean[:, None], 0.0)
-    variance = (deviation**2).sum(axis=1) / (verdicts - 1)
-    return math.sqrt((variance / verdicts).sum()) / len(mean)
+    variance = (deviation**2).sum(axis=1) / (count - 1)
+    return math.sqrt((variance / count).sum()) / len(mean)
 
 
-def pass_at_k(right: Float[np.ndarray, "P n"], k: int) -> float:
+def pass_at_k(verdicts: Float[np.ndarray, "P n"], k: int) -> float:
     """pass@k: the mean over problems of 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1).
 
     n counts a problem's verdicts, c those of value 1. Problems with fewer than k verdicts are left out; nan if that is
     all of them.
     """
     _check(k)
-    judged = _judged(right)
+    judged = _judged(verdicts)
     correct = (judged.value >= 1).sum(axis=1)
-    return _mean([_any_of(int(n), int(c), k) for n, c in zip(judged.verdicts, correct, strict=True) if n >= k])
+    return _mean([_any_of(int(n), int(c), k) for n, c in zip(judged.verdict_count, correct, strict=True) if n >= k])
 
 
-def majority_at_k(right: Float[np.ndarray, "P n"], answers: Answers, k: int) -> float:
+def majority_at_k(verdicts: Float[np.ndarray, "P n"], answers: Answers, k: int) -> float:
     """maj@k: the expected correctness of the majority answer of k samples.
 
     The mean over the floor(n / k) disjoint blocks of k consecutive samples, then over problems; nan if k > n. Right
@@ -89,21 +89,21 @@ def majority_at_k(right: Float[np.ndarray, "P n"], answers: Answers, k: int) -> 
     an answer or a verdict do not vote. Tied classes share the vote; a block without a vote counts 0.
     """
     _check(k)
-    problems, n = right.shape
+    problems, n = verdicts.shape
     if len(answers) != problems or any(len(row) != n for row in answers):
-        raise ValueError(f"answers must be {problems} lists of {n}, as right is")
+        raise ValueError(f"answers must be {problems} lists of {n}, as verdicts is")
     starts = range(0, n - k + 1, k)
     return _mean(
         [
             _block_vote(values[start : start + k], row[start : start + k])
-            for values, row in zip(right, answers, strict=True)
+            for values, row in zip(verdicts, answers, strict=True)
             for start in starts
         ]
     )
 
 
 def summarise(
-    right: Float[np.ndarray, "P n"],
+    verdicts: Float[np.ndarray, "P n"],
     answers: Answers,
     lengths: Int[np.ndarray, "P n"],
     truncated: Bool[np.ndarray, "P n"],
@@ -111,20 +111,20 @@ def summarise(
 ) -> Summary:
     """Everything above at once; `lengths` are in tokens, pass@k and maj@k are given for each k of `ks`."""
     for name, array in {"lengths": lengths, "truncated": truncated}.items():
-        if array.shape != right.shape:
-            raise ValueError(f"{name} has shape {array.shape}, right {right.shape}")
-    problems, n = right.shape
+        if array.shape != verdicts.shape:
+            raise ValueError(f"{name} has shape {array.shape}, verdicts {verdicts.shape}")
+    problems, n = verdicts.shape
     return Summary(
         problems=problems,
         samples=n,
-        accuracy=mean_accuracy(right),
-        se_problems=se_problems(right),
-        se_samples=se_samples(right),
-        pass_at={k: pass_at_k(right, k) for k in ks},
-        majority_at={k: majority_at_k(right, answers, k) for k in ks},
+        accuracy=mean_accuracy(verdicts),
+        se_problems=se_problems(verdicts),
+        se_samples=se_samples(verdicts),
+        pass_at={k: pass_at_k(verdicts, k) for k in ks},
+        majority_at={k: majority_at_k(verdicts, answers, k) for k in ks},
         mean_length=_mean(lengths),
         truncated=_mean(truncated),
-        no_verdict=_mean(np.isnan(right)),
+        no_verdict=_mean(np.isnan(verdicts)),
     )
 
 
@@ -144,16 +144,16 @@ class _Judged(NamedTuple):
 
     value: Float[np.ndarray, "Q n"]
     known: Bool[np.ndarray, "Q n"]
-    verdicts: Int[np.ndarray, "Q"]
+    verdict_count: Int[np.ndarray, "Q"]
     mean: Float[np.ndarray, "Q"]
 
 
-def _judged(right: Float[np.ndarray, "P n"]) -> _Judged:
-    known = ~np.isnan(right)
+def _judged(verdicts: Float[np.ndarray, "P n"]) -> _Judged:
+    known = ~np.isnan(verdicts)
     keep = known.any(axis=1)
-    value, known = right[keep].astype(np.float64), known[keep]
-    verdicts = known.sum(axis=1)
-    return _Judged(value, known, verdicts, np.where(known, value, 0.0).sum(axis=1) / verdicts)
+    value, known = verdicts[keep].astype(np.float64), known[keep]
+    count = known.sum(axis=1)
+    return _Judged(value, known, count, np.where(known, value, 0.0).sum(axis=1) / count)
 
 
 def _any_of(n: int, c: int, k: int) -> float:
@@ -166,11 +166,11 @@ def _any_of(n: int, c: int, k: int) -> float:
 
 def _block_vote(values: Float[np.ndarray, "k"], answers: Sequence[str | None]) -> float:
     votes = [(v >= 1, a) for v, a in zip(values, answers, strict=True) if a is not None and not math.isnan(v)]
-    right = sum(is_right for is_right, _ in votes)
+    correct = sum(is_right for is_right, _ in votes)
     wrong = Counter(answer for is_right, answer in votes if not is_right)
-    if not right or right < max(wrong.values(), default=0):
+    if not correct or correct < max(wrong.values(), default=0):
         return 0.0
-    return 1 / (1 + list(wrong.values()).count(right))
+    return 1 / (1 + list(wrong.values()).count(correct))
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

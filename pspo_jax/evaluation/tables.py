@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,11 @@ def markdown(rows: Rows, five: Sequence[str]) -> str:
     for name in names:
         parts += _details(name, {label: of[name] for label, of in rows.items() if name in of})
     return "\n\n".join(parts) + "\n"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib, which `curve` needs, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def curve(path: Path, rows: Rows, steps: Mapping[str, int], title: str, five: Sequence[str] | None = None) -> None:

@@ -1,7 +1,10 @@
-"""Every published loss as ratio x surrogate x aggregation x KL x extras, and its metrics.
+"""The loss of a minibatch and its metrics: every published loss is a ratio, a surrogate, an aggregation and extras.
 
 Every denominator is counted over the whole batch before the first microbatch runs, so that minibatches, gradient
-accumulation and sharding change nothing. Conventions are TRL 1.16's, to which the golden values in the tests belong.
+accumulation and sharding change nothing. The conventions are those of TRL 1.16, to which the golden values of the tests
+belong.
+
+Letters: R rows (completions), T completion length.
 """
 
 from __future__ import annotations
@@ -15,36 +18,40 @@ from jaxtyping import Array, Bool, Float
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.config.strategies import Aggregation, LossConfig
 from pspo_jax.losses.ratios import (
+    SurrogateInputs,
+    SurrogateTerms,
+    find_surrogate,
     importance_ratio,
     importance_weight,
     kl_estimate,
     log_importance_weight,
     low_divergence,
-    surrogate,
 )
 
 
 class Denominators(NamedTuple):
-    """What sums are divided by."""
+    """The numbers that sums over rows and tokens are divided by."""
 
     rows: Float[Array, ""]
-    """Completions of the batch per minibatch."""
+    """Completions of the batch / minibatches."""
     tokens: Float[Array, ""]
-    """Tokens of the batch per minibatch."""
-    own_tokens: Float[Array, ""]
+    """Tokens of the batch / minibatches."""
+    minibatch_tokens: Float[Array, ""]
     """Tokens of this minibatch, at least 1."""
     bonus_tokens: Float[Array, ""]
-    """Those of them that the entropy bonus is taken from."""
-    own_rows: Float[Array, ""]
-    """Completions of this minibatch."""
+    """Tokens of this minibatch that the entropy bonus is taken from, at least 1."""
+    minibatch_rows: Float[Array, ""]
+    """Completions of this minibatch, at least 1."""
 
 
 def denominators(
     batch: LossInputs, minibatch: LossInputs | None = None, minibatches: int = 1, count_masked: bool = True
 ) -> Denominators:
-    """Denominators of a minibatch (None = the batch is one).
+    """The denominators of a minibatch.
 
     Args:
+      minibatch: None = the whole batch is one minibatch.
+      minibatches: number of minibatches that the batch is split into.
       count_masked: whether rows without a token count in means over rows.
     """
     part = batch if minibatch is None else minibatch
@@ -64,16 +71,24 @@ def denominators(
 
 
 class LossMetrics(NamedTuple):
-    """Sums and extremes over rows, such that microbatches combine by `combine`."""
+    """Shares of a minibatch's means, and extremes; `combine` joins those of two microbatches."""
 
     loss: Float[Array, ""]
+    """The loss."""
     kl: Float[Array, ""]
+    """Mean KL term per token, in nats."""
     entropy: Float[Array, ""]
+    """Mean entropy per token, in nats."""
     low: Float[Array, ""]
+    """Share of tokens, or of rows where there is one ratio per row, that are clipped from below."""
     high: Float[Array, ""]
+    """Share that is clipped from above."""
     low_min: Float[Array, ""]
+    """Least share of a row's tokens that are clipped from below; inf = no row has a token."""
     high_max: Float[Array, ""]
+    """Largest share of a row's tokens that are clipped from above."""
     gamma: Float[Array, ""]
+    """Mean of VESPO's weight over rows; 1 for other surrogates."""
 
 
 def compute_loss(
@@ -86,22 +101,41 @@ def compute_loss(
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """These rows' share of the minibatch's loss, and of its metrics; shares of microbatches add up.
 
-    Per token: -v w s + kl_coef r w KL, with the selector's weight v, the importance weight w = pi_old / mu of an older
-    behaviour policy, cut to its cap, the surrogate s, and the ratio r = pi / pi_old; without kl_unbiased the KL term
-    has neither r nor w. The entropy bonus is a mean over tokens whatever the aggregation.
+    Per token the loss is -v w s + kl_coef r w KL, with the selector's weight v, the importance weight w = pi_old / mu
+    of an older behaviour policy, cut to its cap, the surrogate s, and the ratio r = pi / pi_old. Without kl_unbiased
+    the KL term has neither r nor w. The entropy bonus is a mean over tokens whatever the aggregation.
 
     Args:
-      config: resolved: its surrogate, ratio, aggregation and clip range are not None.
+      log_probs: log pi of each token; anything outside the mask.
+      entropy: entropy of the next-token distribution, in nats; anything outside the mask.
+      config: a resolved config, whose surrogate, ratio, aggregation and clip range are not None.
+      total: the denominators, counted over the whole batch.
+      max_length: rollout.max_new_tokens, the constant of dr_grpo.
     """
+    mask = inputs.mask
+    # Where both log-probs are equal the ratio is 1, so that nothing outside the mask makes a gradient infinite.
+    log_probs = jnp.where(mask, log_probs, jax.lax.stop_gradient(inputs.old_log_probs))
+    losses, kl, terms = token_losses(log_probs, inputs, config)
+    loss = aggregate(losses, mask, config.aggregation, total, max_length)
+    if config.entropy_coef:
+        bonus = mask if inputs.top_entropy is None else mask & inputs.top_entropy
+        loss -= config.entropy_coef * jnp.where(bonus, entropy, 0).sum() / total.bonus_tokens
+    return loss, loss_metrics(loss, kl, jax.lax.stop_gradient(entropy), terms, inputs, total)
+
+
+def token_losses(
+    log_probs: Float[Array, "R T"], inputs: LossInputs, config: LossConfig
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"], SurrogateTerms]:
+    """The loss of each token, its KL to the reference policy, and the surrogate."""
     mask, old = inputs.mask, inputs.old_log_probs
-    # Masked tokens may hold anything; equal log-probs keep their ratio at 1, so no inf reaches the gradient.
-    log_probs = jnp.where(mask, log_probs, jax.lax.stop_gradient(old))
     log_ratio = log_probs - old
     ratio = importance_ratio(log_ratio, mask, config)
-    weighs = config.off_policy == "decoupled"
-    log_w = log_importance_weight(old, inputs.behaviour_log_probs, mask, config) if weighs else None
-    part = surrogate(ratio, log_probs, log_ratio, log_w, inputs.advantages, mask, config)
-    losses = jnp.broadcast_to(-inputs.loss_weight[:, None] * part.value, mask.shape)
+    decoupled = config.off_policy == "decoupled"
+    log_w = log_importance_weight(old, inputs.behaviour_log_probs, mask, config) if decoupled else None
+    terms = find_surrogate(config.surrogate)(
+        SurrogateInputs(ratio, log_probs, log_ratio, inputs.advantages[:, None], mask, log_w), config
+    )
+    losses = jnp.broadcast_to(-inputs.loss_weight[:, None] * terms.value, mask.shape)
     if config.off_policy_threshold:
         losses *= low_divergence(
             inputs.behaviour_log_probs, log_probs, inputs.advantages, mask, config.off_policy_threshold
@@ -109,7 +143,7 @@ def compute_loss(
     if inputs.top_entropy is not None:
         losses = jnp.where(inputs.top_entropy, losses, 0)
     weight = jnp.ones_like(losses) if log_w is None else importance_weight(log_w, config)
-    # VESPO's own weight has the behaviour policy in it.
+    # VESPO's own weight contains the behaviour policy already.
     if config.surrogate != "vespo":
         losses *= weight
     kl = jnp.zeros_like(losses)
@@ -117,32 +151,42 @@ def compute_loss(
         kl = kl_estimate(log_probs, inputs.reference_log_probs, config.kl_estimator)
         kl = kl * ratio * weight if config.kl_unbiased else kl
         losses = losses + config.kl_coef * kl
-    loss = aggregate(losses, mask, config.aggregation, total, max_length)
-    if config.entropy_coef:
-        bonus = mask if inputs.top_entropy is None else mask & inputs.top_entropy
-        loss -= config.entropy_coef * jnp.where(bonus, entropy, 0).sum() / total.bonus_tokens
-    entropy = jax.lax.stop_gradient(entropy)
+    return losses, kl, terms
 
-    def mean(x: Array) -> Array:
-        return jnp.where(mask, x, 0).sum() / total.own_tokens
 
-    def mean_cut(cut: Array) -> Array:
-        """Share of tokens; of rows where there is one ratio a row."""
-        whole_rows = (cut[:, 0] & inputs.counted).sum() / total.own_rows
-        return whole_rows if cut.shape[1] == 1 else mean(cut)
+def loss_metrics(
+    loss: Float[Array, ""],
+    kl: Float[Array, "R T"],
+    entropy: Float[Array, "R T"],
+    terms: SurrogateTerms,
+    inputs: LossInputs,
+    total: Denominators,
+) -> LossMetrics:
+    """These rows' share of the minibatch's metrics."""
+    mask = inputs.mask
 
-    def of_rows(cut: Array) -> Array:
+    def mean(x: Float[Array, "R T"]) -> Float[Array, ""]:
+        return jnp.where(mask, x, 0).sum() / total.minibatch_tokens
+
+    def share(cut: Bool[Array, "R T|1"]) -> Float[Array, ""]:
+        """Share of tokens that are cut, or of rows where there is one ratio per row."""
+        rows = (cut[:, 0] & inputs.counted).sum() / total.minibatch_rows
+        return rows if cut.shape[1] == 1 else mean(cut)
+
+    def share_by_row(cut: Bool[Array, "R T|1"]) -> Float[Array, "R"]:
         return (cut & mask).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 
-    return loss, LossMetrics(
+    low, high = (jnp.zeros_like(mask) if x is None else x for x in (terms.clipped_low, terms.clipped_high))
+    gamma = jnp.ones_like(inputs.advantages) if terms.gamma is None else terms.gamma
+    return LossMetrics(
         loss,
         mean(kl),
         mean(entropy),
-        mean_cut(part.clipped_low),
-        mean_cut(part.clipped_high),
-        jnp.where(mask.any(axis=1), of_rows(part.clipped_low), jnp.inf).min(),
-        of_rows(part.clipped_high).max(),
-        jnp.where(inputs.counted, part.gamma, 0).sum() / total.own_rows,
+        share(low),
+        share(high),
+        jnp.where(mask.any(axis=1), share_by_row(low), jnp.inf).min(),
+        share_by_row(high).max(),
+        jnp.where(inputs.counted, gamma, 0).sum() / total.minibatch_rows,
     )
 
 
@@ -153,11 +197,14 @@ def aggregate(
     total: Denominators,
     max_length: int,
 ) -> Float[Array, ""]:
-    """Token losses as one number.
+    """The token losses as one number.
 
     grpo: mean over rows of each row's token mean. dapo: sum / tokens of the batch per minibatch, so that every token of
     a batch weighs the same; bnpo: sum / tokens of the minibatch. dr_grpo: sum / (rows x max_length), a constant. luspo:
     mean over rows of their sums. token_sum: sum.
+
+    Raises:
+      ValueError: another aggregation.
     """
     losses = jnp.where(mask, losses, 0.0)
     match aggregation:
@@ -166,7 +213,7 @@ def aggregate(
         case "dapo":
             return losses.sum() / total.tokens
         case "bnpo":
-            return losses.sum() / total.own_tokens
+            return losses.sum() / total.minibatch_tokens
         case "dr_grpo":
             return losses.sum() / (total.rows * max_length)
         case "luspo":
@@ -177,7 +224,7 @@ def aggregate(
 
 
 def zero_metrics() -> LossMetrics:
-    """The identity of `combine`."""
+    """The metrics of no rows, the identity of `combine`."""
     zero = jnp.float32(0)
     return LossMetrics(zero, zero, zero, zero, zero, jnp.float32(jnp.inf), zero, zero)
 

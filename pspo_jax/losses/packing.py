@@ -1,212 +1,285 @@
-"""Training without padding: rows of a minibatch packed whole into bins of one length.
+"""Training without padding: rows of a minibatch packed into bins of one length.
 
-A row needs its prompt and its completion but the last token. First-fit decreasing puts rows into bins of P + T - 1
-places; as many microbatches of bins run as hold any row, a number that is known at run time alone. Inside a bin tokens
-attend to their own row, with positions from 0. Completions of one prompt may share it: the first in a bin, their
-leader, holds the prompt; the others follow, attend to it and to themselves, and go on from its positions. Log-probs go
-back to rows before the loss sees them, so every loss is the padded one's: sequence ratios, aggregations and all.
+A bin is one long row that holds several rows of the batch, one behind another. Each row attends to itself alone and has
+its own positions, so that its log-probs are those it would have in a batch of padded rows. The losses get these
+log-probs row by row and know nothing of bins: sequence ratios and aggregations are the same with and without packing.
+
+Rows with the same prompt may share it. The first of them in the bin owns the prompt; those that follow stand there with
+their completion alone, attend to the owner's prompt and go on from its positions. A completion's last token is left
+out, since nothing is predicted from it. Here are three rows in a bin of 13 tokens: rows 0 and 1 are completions A and B
+of a prompt p of three tokens, and row 2 is completion C of a prompt q of two tokens.
+
+    tokens          p0 p1 p2 A0 A1   B0 B1 B2   q0 q1 C0    -  -
+    row_of           0  0  0  0  0    1  1  1    2  2  2    M  M
+    positions        0  1  2  3  4    3  4  5    0  1  2    0  0
+    prompt_row       0  0  0  0  0    0  0  0    2  2  2    M  M
+    in_prompt_of     0  0  0 -1 -1   -1 -1 -1    2  2 -1   -1 -1
+
+    owns_prompt     row 0: yes       row 1: no   row 2: yes
+    prompt_offset   row 0: 0         row 1: 3    row 2: 0     position of a row's first token in the bin
+
+Predictions are laid out one behind another in the same way. A shared prompt's last token predicts the first token of
+every completion, so there may be more predictions than tokens:
+
+    predicted from  p2 A0 A1   p2 B0 B1 B2   q1 C0
+    target          A0 A1 A2   B0 B1 B2 B3   C0 C1
+    row_of           0  0  0    1  1  1  1    2  2
+
+First-fit decreasing assigns rows to bins: rows come in order of their size, and each goes to the first bin with room
+for it. As many microbatches of bins are computed as hold any row; that number is known at run time alone.
+
+Letters: R rows, N bins, M rows that a bin holds at most, b bins of a microbatch, P the longest prompt, T the longest
+completion, S tokens of a bin, Q predictions of a bin.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
-from pspo_jax.losses.log_probs import chunked_log_probs, pack_rows
+from pspo_jax.losses.log_probs import chunked_log_probs, compact_rows
 from pspo_jax.model.attention.xla import BLOCKWISE_FROM_TOKENS
 from pspo_jax.model.interface import Model, Packed
 
-if TYPE_CHECKING:
-    from pspo_jax.arrays.rows import Rows
-
-_TILE = 128
+_LONG_BIN_MULTIPLE = 128
+"""Tokens of which the length of a long bin is a multiple, so that attention computes it in blocks of equal size."""
 ROWS_PER_BIN = 16
-"""At most; bounds the loss's arrays, [bins x this, T]."""
+"""Rows that a bin holds at most, M. It bounds the arrays of the loss, which are [bins x M, T]."""
 
 
 class BinAssignment(NamedTuple):
     """Which rows share a bin."""
 
     rows: Int[Array, "N M"]
-    """Of each bin, in the order in which they stand in it; R = none."""
-    leads: Bool[Array, "N M"]
-    """Rows that hold their prompt; the others stand behind the one before them, of the same prompt."""
-    bins: Int[Array, ""]
-    """Bins that hold a row; they come first."""
-    used: Int[Array, ""]
-    """Places that rows stand in."""
+    """Indices of the rows in each bin, in the order in which they stand there; R = no row."""
+    owns_prompt: Bool[Array, "N M"]
+    """Whether a row's own prompt stands in the bin; otherwise the row shares that of the row before it."""
+    num_bins: Int[Array, ""]
+    """Number of bins that hold a row. They come first."""
+    num_tokens: Int[Array, ""]
+    """Number of tokens in all bins, padding not counted."""
 
 
 def assign_bins(
-    prompts: Int[Array, "R"], answers: Int[Array, "R"], groups: Int[Array, "R"], length: int, bins: int
+    prompt_lengths: Int[Array, "R"],
+    completion_lengths: Int[Array, "R"],
+    groups: Int[Array, "R"],
+    length: int,
+    bins: int,
 ) -> BinAssignment:
-    """First-fit decreasing, of groups and of the rows of each; a bin that holds the prompt comes before others.
+    """First-fit decreasing: the largest group first and, within a group, the longest completion first.
+
+    A bin whose last row is of the same group, so that the prompt can be shared, is preferred to all others.
 
     Args:
-      prompts: tokens of each row's prompt.
-      answers: tokens of its completion that the loss needs, with the prompt at most `length` + 1; 0 = it goes nowhere.
-      groups: below R, alike for rows that may share their prompt.
-      length: places of a bin.
-      bins: N >= R rounded up to whole microbatches; as many bins as rows are always enough.
+      prompt_lengths: tokens of each row's prompt.
+      completion_lengths: tokens of each row's completion that the loss needs; 0 = the row goes into no bin. With the
+        prompt they are at most `length` + 1.
+      groups: a number below R for each row; rows with the same number may share their prompt.
+      length: tokens of a bin, S.
+      bins: N, at least R, rounded up to whole microbatches; as many bins as rows are always enough.
     """
-    r = prompts.shape[0]
-    total = jnp.zeros(r, jnp.int32).at[groups].add(jnp.where(answers > 0, prompts + answers - 1, 0))
-    order = jnp.lexsort((-answers, groups, -total[groups]))
+    r = prompt_lengths.shape[0]
+    alone = jnp.where(completion_lengths > 0, prompt_lengths + completion_lengths - 1, 0)
+    group_size = jnp.zeros(r, jnp.int32).at[groups].add(alone)
+    order = jnp.lexsort((-completion_lengths, groups, -group_size[groups]))
 
-    def place(carry: tuple[Array, Array, Array], row: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-        room, held, last = carry
-        follows = last == groups[row]
-        need = answers[row] - 1 + jnp.where(follows, 0, prompts[row])
+    def put_row(carry: tuple[Array, Array, Array], row: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+        """Put one row into the first bin with room; bin number `bins` does not exist and drops it."""
+        room, held, last_group = carry
+        shares = last_group == groups[row]
+        need = completion_lengths[row] - 1 + jnp.where(shares, 0, prompt_lengths[row])
         fits = (room >= need) & (held < ROWS_PER_BIN)
-        bin_ = jnp.where(answers[row] > 0, jnp.argmax(fits * (1 + follows)), bins)
-        slot, leads = held.at[bin_].get(mode="fill", fill_value=0), ~follows.at[bin_].get(mode="fill", fill_value=True)
+        bin_ = jnp.where(completion_lengths[row] > 0, jnp.argmax(fits * (1 + shares)), bins)
+        slot = held.at[bin_].get(mode="fill", fill_value=0)
+        owns_prompt = ~shares.at[bin_].get(mode="fill", fill_value=True)
         after = (
             room.at[bin_].add(-need.at[bin_].get(mode="fill", fill_value=0), mode="drop"),
             held.at[bin_].add(1, mode="drop"),
-            last.at[bin_].set(groups[row], mode="drop"),
+            last_group.at[bin_].set(groups[row], mode="drop"),
         )
-        return after, (bin_, slot, leads)
+        return after, (bin_, slot, owns_prompt)
 
     start = jnp.full(bins, length, jnp.int32), jnp.zeros(bins, jnp.int32), jnp.full(bins, -1, jnp.int32)
-    (room, held, _), (where, slot, leads) = jax.lax.scan(place, start, order)
+    (room, held, _), (bin_, slot, owns_prompt) = jax.lax.scan(put_row, start, order)
     shape = bins, ROWS_PER_BIN
     return BinAssignment(
-        jnp.full(shape, r, jnp.int32).at[where, slot].set(order, mode="drop"),
-        jnp.ones(shape, bool).at[where, slot].set(leads, mode="drop"),
-        (held > 0).sum(),
-        (length - room).sum(),
+        rows=jnp.full(shape, r, jnp.int32).at[bin_, slot].set(order, mode="drop"),
+        owns_prompt=jnp.ones(shape, bool).at[bin_, slot].set(owns_prompt, mode="drop"),
+        num_bins=(held > 0).sum(),
+        num_tokens=(length - room).sum(),
     )
 
 
 def assign_shared_bins(
-    prompts: Int[Array, "R"], answers: Int[Array, "R"], groups: Int[Array, "R"], length: int, bins: int
+    prompt_lengths: Int[Array, "R"],
+    completion_lengths: Int[Array, "R"],
+    groups: Int[Array, "R"],
+    length: int,
+    bins: int,
 ) -> BinAssignment:
-    """`plan_bins`, or that of rows which share nothing, if it needs fewer bins: rows of one size pack better."""
-    alone = jnp.arange(prompts.shape[0])
-    both = jax.vmap(lambda g: assign_bins(prompts, answers, g, length, bins))(jnp.stack([groups, alone]))
-    return jax.tree.map(lambda x: x[both.bins.argmin()], both)
+    """`assign_bins` with shared prompts or without, whichever needs fewer bins.
+
+    Sharing can need more bins, since it keeps the rows of a group together: rows in order of their size pack better.
+    """
+    unshared = jnp.arange(prompt_lengths.shape[0])
+    both = jax.vmap(lambda g: assign_bins(prompt_lengths, completion_lengths, g, length, bins))(
+        jnp.stack([groups, unshared])
+    )
+    return jax.tree.map(lambda x: x[both.num_bins.argmin()], both)
 
 
 def loss_lengths(rows: Rows) -> Int[Array, "R"]:
-    """Tokens of each completion up to the last one in the loss; 0 without any."""
+    """Tokens of each completion up to the last one in the loss; 0 = the loss needs none of them."""
     return jnp.where(rows.mask, jnp.arange(rows.mask.shape[1]) + 1, 0).max(axis=1)
 
 
 def row_lengths(rows: Rows) -> Int[Array, "R"]:
-    """Places that each row needs by itself; 0 without a token in the loss."""
-    answers = loss_lengths(rows)
-    return jnp.where(answers > 0, rows.lengths + answers - 1, 0)
+    """Tokens of each row in a bin that it shares with no other; 0 = the loss needs none of them."""
+    completion_lengths = loss_lengths(rows)
+    return jnp.where(completion_lengths > 0, rows.lengths + completion_lengths - 1, 0)
 
 
 def bin_length(rows: Rows) -> int:
-    """Places of a bin: as many as the longest row can need; long ones are whole blocks of attention."""
-    return whole_blocks(rows.prompts.shape[1] + rows.tokens.shape[1] - 1)
+    """Tokens of a bin: as many as the longest row can need, rounded up by `padded_length`."""
+    return padded_length(rows.prompts.shape[1] + rows.tokens.shape[1] - 1)
 
 
-def whole_blocks(places: int) -> int:
-    return places if places < BLOCKWISE_FROM_TOKENS else -(-places // _TILE) * _TILE
+def padded_length(length: int) -> int:
+    """The length, rounded up where attention computes it in blocks, so that these are of equal size."""
+    return length if length < BLOCKWISE_FROM_TOKENS else -(-length // _LONG_BIN_MULTIPLE) * _LONG_BIN_MULTIPLE
 
 
 def rows_of_bins(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
-    """The rows of some bins, [b M, ...]; where there is none, one that no sum sees."""
+    """The rows of some bins, [b M, ...]; where a bin holds no row, there is a row that counts in no sum.
+
+    Args:
+      ids: indices of the rows, R = no row; see `BinAssignment.rows`.
+    """
     flat = ids.reshape(-1)
-    real = flat < rows.lengths.shape[0]
+    exists = flat < rows.lengths.shape[0]
     part = jax.tree.map(lambda x: x.at[flat].get(mode="clip"), rows)
-    return part.replace(mask=part.mask & real[:, None], counted=part.counted & real)
+    return part.replace(mask=part.mask & exists[:, None], counted=part.counted & exists)
 
 
 def packed_log_probs(
     model: Model,
     weights: Params,
     part: Rows,
-    leads: Bool[Array, "b M"],
+    owns_prompt: Bool[Array, "b M"],
     temperature: Float[Array, ""] | float,
     logits_mib: int,
     entropy_gradient: bool = False,
     shares: bool = False,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """`completion_log_probs` of the rows of some bins, R = b x M, computed in the bins; 0 outside the mask's span.
+    """`completion_log_probs` of the rows of some bins, R = b x M; 0 after a row's last token in the loss.
 
-    Bins have P + T - 1 places. The head runs on the places that predict a completion's token alone, chunk by chunk, and
-    leaves out chunks in which no bin has any.
+    The head runs on predictions alone, chunk by chunk, and skips chunks in which no bin has any.
 
     Args:
-      leads: of these bins, as in their plan.
-      shares: False = all rows lead, which is known beforehand.
+      part: the rows, as `rows_of_bins` returns them.
+      owns_prompt: see `BinAssignment`.
+      logits_mib: size of one chunk of float32 logits.
+      entropy_gradient: whether entropies carry a gradient.
+      shares: whether a row may share its prompt; False = `owns_prompt` is known to be true of every row.
     """
     p, t = part.prompts.shape[1], part.tokens.shape[1]
-    bins, length = leads.shape[0], bin_length(part)
-    answer = loss_lengths(part).reshape(leads.shape)
-    prompt = part.lengths.reshape(leads.shape)
-    rows = constrain(pack_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t), "rows", None, None)
-    behind = jnp.where(leads, 0, prompt)
-    need = jnp.where(answer > 0, prompt - behind + answer - 1, 0)
-    layout, first = _places(need, length, behind)
-    leader = jax.lax.cummax(jnp.where(leads, jnp.arange(leads.shape[1]), 0), axis=1)
+    bins, length = owns_prompt.shape[0], bin_length(part)
+    completion_lengths = loss_lengths(part).reshape(owns_prompt.shape)
+    prompt_lengths = part.lengths.reshape(owns_prompt.shape)
+    rows = compact_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t)
+    rows = constrain(rows, "rows", None, None)
+    prompt_offset = jnp.where(owns_prompt, 0, prompt_lengths)
+    need = jnp.where(completion_lengths > 0, prompt_lengths - prompt_offset + completion_lengths - 1, 0)
+    layout, first_token = _lay_out(need, length, prompt_offset)
+    prompt_row = jax.lax.cummax(jnp.where(owns_prompt, jnp.arange(owns_prompt.shape[1]), 0), axis=1)
     if shares:
-        layout = _shared(layout, leader, prompt)
-    tokens = _pick(rows, layout.rows, layout.places)
-    hidden = model.hidden(weights, tokens, layout)
-    # The stream of all that predict: of each row, its prompt's last place and those of its completion but the last.
-    # Of a shared prompt the last place counts for every row.
-    stream, first_answer = _places(answer, whole_blocks(length + leads.shape[1] - 1) if shares else length)
-    whose, live = _clip(stream.rows, need), stream.rows < need.shape[1]
+        layout = _share_prompts(layout, prompt_row, prompt_lengths)
+    hidden = model.hidden(weights, _gather_tokens(rows, layout.row_of, layout.positions), layout)
+    # A shared prompt's last token predicts one token of each row, and a bin has at most M rows.
+    predictions, first_prediction = _lay_out(
+        completion_lengths, padded_length(length + owns_prompt.shape[1] - 1) if shares else length
+    )
+    row_of, valid = _clip(predictions.row_of, need), predictions.row_of < need.shape[1]
 
-    def of(row: Int[Array, "b M"]) -> Int[Array, "b s"]:
-        return jnp.take_along_axis(row, whose, axis=1)
+    def by_prediction(of_row: Int[Array, "b M"]) -> Int[Array, "b Q"]:
+        return jnp.take_along_axis(of_row, row_of, axis=1)
 
-    last = jnp.take_along_axis(first + prompt - 1, leader, axis=1)
-    at = jnp.where(stream.places == 0, of(last), of(first + prompt - behind - 1) + stream.places)
-    at = jnp.where(live, at, 0)
-    targets = _pick(rows, whose, of(prompt) + stream.places)
-    predicting = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    found = chunked_log_probs(model, weights, predicting, targets, temperature, logits_mib, entropy_gradient, live=live)
-    # Back to rows: token k of a row is place first_answer + k of its bin's stream.
-    back = first_answer[:, :, None] + jnp.arange(t)
-    inside = jnp.arange(t) < answer[:, :, None]
-    back = jnp.where(inside, back, 0).reshape(bins, -1)
+    # The first token of a completion is predicted from the last token of the prompt, which may be another row's.
+    last_prompt_token = jnp.take_along_axis(first_token + prompt_lengths - 1, prompt_row, axis=1)
+    own_tokens = by_prediction(first_token + prompt_lengths - prompt_offset - 1) + predictions.positions
+    source = jnp.where(predictions.positions == 0, by_prediction(last_prompt_token), own_tokens)
+    source = jnp.where(valid, source, 0)
+    targets = _gather_tokens(rows, row_of, by_prediction(prompt_lengths) + predictions.positions)
+    hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
+    found = chunked_log_probs(model, weights, hidden, targets, temperature, logits_mib, entropy_gradient, valid=valid)
+    return _by_row(found, first_prediction, completion_lengths, t)
 
-    def by_row(x: Float[Array, "b s"]) -> Float[Array, "R T"]:
-        return jnp.where(inside, jnp.take_along_axis(x, back, axis=1).reshape(inside.shape), 0).reshape(-1, t)
+
+def _by_row(
+    found: tuple[Float[Array, "b Q"], Float[Array, "b Q"]],
+    first_prediction: Int[Array, "b M"],
+    completion_lengths: Int[Array, "b M"],
+    t: int,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probs and entropies of the bins' predictions, row by row; 0 after a row's last token in the loss.
+
+    Args:
+      first_prediction: index of each row's first prediction in its bin; its token k is that many entries further on.
+      t: T.
+    """
+    in_loss = jnp.arange(t) < completion_lengths[:, :, None]
+    index = jnp.where(in_loss, first_prediction[:, :, None] + jnp.arange(t), 0).reshape(in_loss.shape[0], -1)
+
+    def one(x: Float[Array, "b Q"]) -> Float[Array, "R T"]:
+        return jnp.where(in_loss, jnp.take_along_axis(x, index, axis=1).reshape(in_loss.shape), 0).reshape(-1, t)
 
     log_probs, entropy = found
-    return by_row(log_probs), by_row(entropy)
+    return one(log_probs), one(entropy)
 
 
-def _places(
-    need: Int[Array, "b M"], length: int, behind: Int[Array, "b M"] | int = 0
+def _lay_out(
+    lengths: Int[Array, "b M"], total: int, offset: Int[Array, "b M"] | int = 0
 ) -> tuple[Packed, Int[Array, "b M"]]:
-    """Whose place each of a bin's is, and which of that row's, counted from `behind`; and where each row begins."""
-    end = jnp.cumsum(need, axis=1)
-    first = end - need
-    j = jnp.arange(length)
-    rows = (j >= end[:, :, None]).sum(axis=1)
-    start = jnp.take_along_axis(first - behind, _clip(rows, need), axis=1)
-    return Packed(rows, jnp.where(rows < need.shape[1], j - start, 0)), first
+    """Rows of these lengths, one behind another in a bin of `total` entries, and the index at which each row begins.
+
+    Args:
+      offset: position that the first entry of each row has.
+    """
+    end = jnp.cumsum(lengths, axis=1)
+    first = end - lengths
+    index = jnp.arange(total)
+    row_of = (index >= end[:, :, None]).sum(axis=1)
+    start = jnp.take_along_axis(first - offset, _clip(row_of, lengths), axis=1)
+    return Packed(row_of, jnp.where(row_of < lengths.shape[1], index - start, 0)), first
 
 
-def _shared(layout: Packed, leader: Int[Array, "b M"], prompt: Int[Array, "b M"]) -> Packed:
-    """With the row whose prompt each place sees, and whose prompt it is part of."""
-    whose = _clip(layout.rows, leader)
-    real = layout.rows < leader.shape[1]
-    in_prompt = real & (layout.places < jnp.take_along_axis(prompt, whose, axis=1))
+def _share_prompts(layout: Packed, prompt_row: Int[Array, "b M"], prompt_lengths: Int[Array, "b M"]) -> Packed:
+    """The layout with `prompt_row` and `in_prompt_of`, so that rows attend to the prompts that they share."""
+    row_of = _clip(layout.row_of, prompt_row)
+    exists = layout.row_of < prompt_row.shape[1]
+    in_prompt = exists & (layout.positions < jnp.take_along_axis(prompt_lengths, row_of, axis=1))
     return layout._replace(
-        leader=jnp.where(real, jnp.take_along_axis(leader, whose, axis=1), layout.rows),
-        prompt=jnp.where(in_prompt, whose, -1),
+        prompt_row=jnp.where(exists, jnp.take_along_axis(prompt_row, row_of, axis=1), layout.row_of),
+        in_prompt_of=jnp.where(in_prompt, row_of, -1),
     )
 
 
-def _clip(rows: Int[Array, "b s"], need: Int[Array, "b M"]) -> Int[Array, "b s"]:
-    return jnp.minimum(rows, need.shape[1] - 1)
+def _clip(row_of: Int[Array, "b S"], rows: Int[Array, "b M"]) -> Int[Array, "b S"]:
+    """Indices that exist: padding, whose index is M, gets that of the last row."""
+    return jnp.minimum(row_of, rows.shape[1] - 1)
 
 
-def _pick(rows: Int[Array, "b M S"], row: Int[Array, "b s"], place: Int[Array, "b s"]) -> Int[Array, "b s"]:
-    """rows[b, row, place]; any token where there is no row."""
+def _gather_tokens(
+    rows: Int[Array, "b M P+T"], row: Int[Array, "b S"], position: Int[Array, "b S"]
+) -> Int[Array, "b S"]:
+    """`rows[b, row, position]`; an arbitrary token where there is no such row or position."""
     b, m, s = rows.shape
-    index = jnp.minimum(row, m - 1) * s + jnp.minimum(place, s - 1)
+    index = jnp.minimum(row, m - 1) * s + jnp.minimum(position, s - 1)
     return jnp.take_along_axis(rows.reshape(b, m * s), index, axis=1)

@@ -1,31 +1,41 @@
-"""Probability ratios, surrogates, and the weights of groups that an older policy sampled; all per token."""
+"""The parts of a loss: probability ratios, surrogates, importance weights, KL estimates. All are per token.
+
+Letters: R rows (completions), T completion length; pi the policy that trains, pi_old the policy at the start of the
+step, mu the behaviour policy that drew the tokens.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.plugins import is_plugin, load_plugin
 from pspo_jax.config.strategies import LossConfig
 from pspo_jax.config.text_fields import gamma_shape
 
 ENTROPY_ROUNDING = 1e-5
+"""Entropies that differ by no more than so many nats count as equal."""
 LOG_LIMIT = 20.0
-"""Log-ratios are cut here before they are summed over a sequence for VESPO."""
+"""Largest magnitude of a log-ratio, in nats, that enters VESPO's sum over a sequence."""
 
 
 def row_mean(x: Float[Array, "R T"], mask: Bool[Array, "R T"]) -> Float[Array, "R 1"]:
-    """Mean over a row's tokens; 0 without any."""
+    """Mean over the tokens of each row; 0 for a row without any."""
     return jnp.where(mask, x, 0).sum(axis=1, keepdims=True) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
 
 
 def importance_ratio(
     log_ratio: Float[Array, "R T"], mask: Bool[Array, "R T"], config: LossConfig
 ) -> Float[Array, "R T|1"]:
-    """pi / pi_old of a token, of the sequence (geometric mean, [R, 1]), or GSPO-token's: the sequence's value with the
-    token's gradient."""
+    """pi / pi_old as loss.ratio says.
+
+    token: of each token. sequence: of the completion, the geometric mean of its tokens', [R, 1]. sequence_token
+    (GSPO-token): the completion's value with each token's gradient.
+    """
     if config.ratio == "token":
         return jnp.exp(log_ratio)
     sequence = row_mean(log_ratio, mask)
@@ -34,82 +44,165 @@ def importance_ratio(
     return jnp.exp(sequence)
 
 
-class Surrogate(NamedTuple):
-    """What a token contributes, and where it was cut."""
+class SurrogateInputs(NamedTuple):
+    """The arrays that a surrogate is computed from, one row per completion.
+
+    Masked places hold equal log-probs, a ratio of 1 and no meaning; what a surrogate returns there is ignored.
+    """
+
+    ratio: Float[Array, "R T|1"]
+    """pi / pi_old: of the token, or of the whole completion where there is one column; loss.ratio decides."""
+    log_probs: Float[Array, "R T"]
+    """log pi of each token, in nats."""
+    log_ratio: Float[Array, "R T"]
+    """log(pi / pi_old) of each token, in nats."""
+    advantages: Float[Array, "R 1"]
+    """Advantage of each completion."""
+    mask: Bool[Array, "R T"]
+    """Tokens in the loss."""
+    log_importance: Float[Array, "R T"] | None = None
+    """log(pi_old / mu) against the behaviour policy mu; None = loss.off_policy is not decoupled."""
+
+
+class SurrogateTerms(NamedTuple):
+    """The value of a surrogate, and where it was cut; None stands for nothing to report in the metrics."""
 
     value: Float[Array, "R T|1"]
-    clipped_low: Bool[Array, "R T|1"]
-    """Ratio under 1 - clip_low where the advantage is negative."""
-    clipped_high: Bool[Array, "R T|1"]
-    """Ratio over 1 + clip_high where the advantage is positive."""
-    gamma: Float[Array, "R"]
-    """VESPO's weight of the row; 1 elsewhere."""
+    """The part of the objective that is maximised, per token or per completion, before any weight."""
+    clipped_low: Bool[Array, "R T|1"] | None = None
+    """Ratio under 1 - clip_low where the advantage is negative, shaped like the ratio."""
+    clipped_high: Bool[Array, "R T|1"] | None = None
+    """Ratio over 1 + clip_high where the advantage is positive, shaped like the ratio."""
+    gamma: Float[Array, "R"] | None = None
+    """VESPO's weight of each completion."""
 
 
-def surrogate(
-    ratio: Float[Array, "R T|1"],
-    log_probs: Float[Array, "R T"],
-    log_ratio: Float[Array, "R T"],
-    log_importance: Float[Array, "R T"] | None,
-    advantages: Float[Array, "R"],
-    mask: Bool[Array, "R T"],
-    config: LossConfig,
-) -> Surrogate:
-    """The part of the objective that is maximised, before weights.
+class Surrogate(Protocol):
+    """The function of ratio and advantage that is maximised; `loss.surrogate=module:function` names a user's."""
 
-    clip: min(r A, clip(r) A) (PPO), with delta and dual clip. cispo: sg(min(r, 1 + clip_high)) A log p (MiniMax-M1).
-    sapo: A 4/tau sigmoid(tau (r - 1)). vespo: sg(phi(w)) A log p, phi(w) = w^k e^(lambda (1 - w)) of the sequence's
-    ratio to the behaviour policy. reinforce: A log p.
+    def __call__(self, inputs: SurrogateInputs, config: LossConfig, /) -> SurrogateTerms:
+        """The surrogate of these completions, traced under jit and differentiated in `log_probs`.
+
+        Args:
+          config: the resolved loss settings, of which it may read any.
+        """
+        ...
+
+
+def clip(inputs: SurrogateInputs, config: LossConfig) -> SurrogateTerms:
+    """min(r A, clip(r) A) (PPO), with two-sided clipping at loss.delta and dual clip."""
+    ratio, adv = inputs.ratio, inputs.advantages
+    low, high = _bounds(config)
+    cut = jnp.minimum(ratio, config.delta) if config.delta else ratio
+    value = jnp.minimum(cut * adv, jnp.clip(ratio, low, high) * adv)
+    if config.dual_clip:
+        value = jnp.where(adv < 0, jnp.maximum(value, config.dual_clip * adv), value)
+    return SurrogateTerms(value, (cut < low) & (adv < 0), (cut > high) & (adv > 0))
+
+
+def cispo(inputs: SurrogateInputs, config: LossConfig) -> SurrogateTerms:
+    """sg(min(r, 1 + clip_high)) A log p (MiniMax-M1)."""
+    ratio, adv = inputs.ratio, inputs.advantages
+    high = _bounds(config)[1]
+    value = jax.lax.stop_gradient(jnp.minimum(ratio, high)) * adv * inputs.log_probs
+    return SurrogateTerms(value, clipped_high=(ratio > high) & (adv > 0))
+
+
+def sapo(inputs: SurrogateInputs, config: LossConfig) -> SurrogateTerms:
+    """A 4/tau sigmoid(tau (r - 1)), tau by the advantage's sign."""
+    adv = inputs.advantages
+    tau = jnp.where(adv > 0, config.sapo_positive, config.sapo_negative)
+    return SurrogateTerms(jax.nn.sigmoid(tau * (inputs.ratio - 1)) * 4 / tau * adv)
+
+
+def vespo(inputs: SurrogateInputs, config: LossConfig) -> SurrogateTerms:
+    """sg(phi(w)) A log p, phi(w) = w^k e^(lambda (1 - w)) of the completion's ratio w to the behaviour policy."""
+    gamma = _gamma(inputs, config)
+    return SurrogateTerms(gamma[:, None] * inputs.advantages * inputs.log_probs, gamma=gamma)
+
+
+def reinforce(inputs: SurrogateInputs, config: LossConfig) -> SurrogateTerms:
+    """A log p."""
+    del config
+    return SurrogateTerms(inputs.advantages * inputs.log_probs)
+
+
+SURROGATES: dict[str, Surrogate] = {
+    "clip": clip,
+    "cispo": cispo,
+    "sapo": sapo,
+    "vespo": vespo,
+    "reinforce": reinforce,
+}
+"""Each surrogate by the name that `loss.surrogate` gives it."""
+
+
+def find_surrogate(name: str | None) -> Surrogate:
+    """The surrogate that `loss.surrogate` names: one of `SURROGATES`, or a user's module:function.
+
+    Raises:
+      ConfigError: there is none of this name.
     """
-    adv = advantages[:, None]
-    low, high = 1 - (config.clip_low or 0.0), 1 + (config.clip_high or 0.0)
-    cut = ratio if not config.delta or config.surrogate != "clip" else jnp.minimum(ratio, config.delta)
-    clipped_low, clipped_high = (cut < low) & (adv < 0), (cut > high) & (adv > 0)
-    gamma = jnp.ones_like(advantages)
-    if config.surrogate not in ("clip", "cispo"):
-        clipped_low = clipped_high = jnp.zeros_like(clipped_low)
-    match config.surrogate:
-        case "clip":
-            value = jnp.minimum(cut * adv, jnp.clip(ratio, low, high) * adv)
-            if config.dual_clip:
-                value = jnp.where(adv < 0, jnp.maximum(value, config.dual_clip * adv), value)
-        case "cispo":
-            clipped_low = jnp.zeros_like(clipped_low)
-            value = jax.lax.stop_gradient(jnp.minimum(ratio, high)) * adv * log_probs
-        case "sapo":
-            tau = jnp.where(adv > 0, config.sapo_positive, config.sapo_negative)
-            value = jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau * adv
-        case "vespo":
-            gamma = _gamma(log_ratio, log_importance, advantages, mask, config)
-            value = gamma[:, None] * adv * log_probs
-        case "reinforce":
-            value = adv * log_probs
-        case _:
-            raise ValueError(f"surrogate={config.surrogate!r}: choose clip, cispo, sapo, vespo or reinforce")
-    return Surrogate(value, clipped_low, clipped_high, gamma)
+    if name in SURROGATES:
+        return SURROGATES[name]
+    if name is None or not is_plugin(name):
+        raise ConfigError(f"loss.surrogate={name}: choose one of {', '.join(SURROGATES)}, or name a module:function")
+    return load_plugin("loss.surrogate", name)
 
 
-def _gamma(
-    log_ratio: Float[Array, "R T"],
-    log_importance: Float[Array, "R T"] | None,
-    advantages: Float[Array, "R"],
-    mask: Bool[Array, "R T"],
-    config: LossConfig,
-) -> Float[Array, "R"]:
-    """phi of VESPO, without gradient: (k, lambda) by the advantage's sign; 1 on-policy."""
-    log_w = jnp.where(mask, jnp.clip(log_ratio, -LOG_LIMIT, LOG_LIMIT), 0).sum(axis=1)
-    if log_importance is not None:
-        log_w += jnp.where(mask, jnp.clip(log_importance, -LOG_LIMIT, LOG_LIMIT), 0).sum(axis=1)
+def check_surrogate(config: LossConfig) -> None:
+    """Try a user's surrogate on shapes alone, before anything is compiled. Those of the package are not tried.
+
+    Raises:
+      ConfigError: it cannot be imported, raises, or returns something other than `SurrogateTerms` of the right shapes.
+    """
+    surrogate = find_surrogate(config.surrogate)
+    if config.surrogate in SURROGATES:
+        return
+    column, wide = (2, 1), (2, 3)
+    ratio = column if config.ratio == "sequence" else wide
+
+    def tried() -> SurrogateTerms:
+        x = jnp.zeros(wide)
+        log_importance = x if config.off_policy == "decoupled" else None
+        mask = jnp.ones(wide, bool)
+        return surrogate(SurrogateInputs(jnp.ones(ratio), x, x, jnp.ones(column), mask, log_importance), config)
+
+    field, arrays = f"loss.surrogate={config.surrogate}", "2 completions of 3 tokens"
+    try:
+        found = jax.eval_shape(tried)
+    except Exception as error:  # a user's code may raise anything
+        raise ConfigError(f"{field}: fails on {arrays}: {type(error).__name__}: {error}; mend it") from error
+    if not isinstance(found, SurrogateTerms):
+        raise ConfigError(f"{field}: returns {type(found).__name__}; return pspo_jax.losses.SurrogateTerms(value)")
+    allowed = {"value": (wide, column), "clipped_low": (ratio,), "clipped_high": (ratio,), "gamma": ((2,),)}
+    for name, value in found._asdict().items():
+        if value is not None and value.shape not in allowed[name]:
+            wanted = " or ".join(str(list(shape)) for shape in allowed[name])
+            raise ConfigError(f"{field}: `{name}` has shape {list(value.shape)} for {arrays}; return {wanted}")
+
+
+def _bounds(config: LossConfig) -> tuple[float, float]:
+    """The clip range of the ratio."""
+    return 1 - (config.clip_low or 0.0), 1 + (config.clip_high or 0.0)
+
+
+def _gamma(inputs: SurrogateInputs, config: LossConfig) -> Float[Array, "R"]:
+    """phi of VESPO, without gradient: k and lambda depend on the advantage's sign; on-policy it is 1."""
+    log_w = jnp.where(inputs.mask, jnp.clip(inputs.log_ratio, -LOG_LIMIT, LOG_LIMIT), 0).sum(axis=1)
+    if inputs.log_importance is not None:
+        log_w += jnp.where(inputs.mask, jnp.clip(inputs.log_importance, -LOG_LIMIT, LOG_LIMIT), 0).sum(axis=1)
     log_w = jnp.clip(log_w, jnp.log(1e-8), LOG_LIMIT)
     positive, negative = gamma_shape(config.vespo_positive), gamma_shape(config.vespo_negative)
-    k, rate = (jnp.where(advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True))
+    at_least_0 = inputs.advantages[:, 0] >= 0
+    k, rate = (jnp.where(at_least_0, p, n) for p, n in zip(positive, negative, strict=True))
     return jax.lax.stop_gradient(jnp.exp(rate + k * log_w - rate * jnp.exp(log_w)))
 
 
 def log_importance_weight(
     old: Float[Array, "R T"], behaviour: Float[Array, "R T"], mask: Bool[Array, "R T"], config: LossConfig
 ) -> Float[Array, "R T"]:
-    """log pi_old / mu of the token, or of the whole completion (the sum), without gradient; 0 outside the mask."""
+    """log(pi_old / mu) of each token, or the sum over its completion, without gradient; 0 outside the mask."""
     log_w = jnp.where(mask, jax.lax.stop_gradient(old) - behaviour, 0)
     if config.importance.startswith("sequence"):
         log_w = jnp.where(mask, log_w.sum(axis=1, keepdims=True), 0)
@@ -117,7 +210,7 @@ def log_importance_weight(
 
 
 def importance_weight(log_w: Float[Array, "R T"], config: LossConfig) -> Float[Array, "R T"]:
-    """pi_old / mu, cut to the cap (truncated importance sampling) or 0 above it (masked)."""
+    """pi_old / mu; above the cap it is cut to the cap (truncated importance sampling), or 0 (masked)."""
     w = jnp.exp(log_w)
     if config.importance.endswith("mask"):
         return jnp.where(w <= config.importance_cap, w, 0)
@@ -131,29 +224,38 @@ def low_divergence(
     mask: Bool[Array, "R T"],
     threshold: float,
 ) -> Bool[Array, "R 1"]:
-    """Rows that stay: the advantage is not negative, or the mean of log(mu / pi) is at most the threshold
-    (DeepSeek-V3.2's off-policy sequence mask)."""
+    """Completions that stay in the loss: the advantage is not negative, or the mean of log(mu / pi) is at most the
+    threshold (DeepSeek-V3.2's off-policy sequence mask).
+
+    Args:
+      behaviour: log mu of each token.
+      threshold: in nats per token.
+    """
     drift = row_mean(behaviour - jax.lax.stop_gradient(log_probs), mask)
     return (advantages[:, None] >= 0) | (drift <= threshold)
 
 
 def top_entropy(entropy: Float[Array, "R T"], mask: Bool[Array, "R T"], share: float) -> Bool[Array, "R T"]:
-    """Tokens at or above the (1 - share) quantile of the masked entropies, interpolated linearly.
+    """Tokens at or above the (1 - share) quantile of the entropies inside the mask, interpolated linearly.
 
-    Within 1e-5 nats counts as at: the first tokens of a group have one distribution, and rounding must not part them.
+    A token within 1e-5 nats of the quantile counts as at it: the first tokens of a group have one distribution, and
+    rounding must not separate them.
     """
     values = jnp.sort(jnp.where(mask, entropy, jnp.inf).reshape(-1))
     place = (1 - share) * (jnp.maximum(mask.sum(), 1) - 1)
     below = jnp.floor(place).astype(jnp.int32)
     above = jnp.minimum(below + 1, values.shape[0] - 1)
     part = place - below
-    # Where the place is whole, what lies above it may be padding.
+    # Where the place is a whole number, the next value may be padding and is not read.
     threshold = jnp.where(part > 0, values[below] + part * (values[above] - values[below]), values[below])
     return mask & (entropy >= threshold - ENTROPY_ROUNDING)
 
 
 def kl_estimate(log_probs: Float[Array, "R T"], reference: Float[Array, "R T"], estimator: str) -> Float[Array, "R T"]:
-    """KL(policy || reference) of a drawn token, by k1, k2 or k3 (Schulman); with + k2's gradient, which is the KL's."""
+    """KL(policy || reference) of each drawn token in nats, by k1, k2 or k3 (Schulman).
+
+    With + the value has the gradient of k2, which is that of the KL itself.
+    """
     log_ratio = log_probs - reference
     half_square = log_ratio**2 / 2
     match estimator.removesuffix("+"):

@@ -1,4 +1,4 @@
-"""The language model: what the sampler and the trainer need of it, the built-in transformer, and a user's own model."""
+"""The language model: its contract with the sampler and the trainer, the built-in transformer, and a user's own."""
 
 from pspo_jax.model.architecture import Architecture, built_in
 from pspo_jax.model.custom import from_logits, from_nnx

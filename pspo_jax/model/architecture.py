@@ -1,4 +1,4 @@
-"""What a transformer is, as plain numbers: read from a checkpoint's config or from `PolicyConfig`."""
+"""The description of a transformer as plain numbers, read from a checkpoint's config.json or from `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Rotary:
     """One rotary position embedding."""
 
     frequencies: tuple[float, ...]
-    """Radians per position of each of the h/2 pairs; all 0 = positions are not encoded (NoPE)."""
+    """Radians per position of each of the h/2 pairs of a head; all 0 = positions are not encoded (NoPE)."""
     scale: float = 1.0
-    """Multiplies sines and cosines (YaRN's attention factor)."""
+    """Factor of sines and cosines (YaRN's attention factor)."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Lora:
     alpha: float
     dropout: float
     targets: tuple[str, ...]
-    """Names among PROJECTIONS."""
+    """Projections with an adapter, among PROJECTIONS."""
 
     @property
     def scale(self) -> float:
+        """Factor of the product with the adapter."""
         return self.alpha / self.rank
 
 
@@ -40,79 +41,83 @@ class Architecture:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
 
     vocab_size: int
-    """Rows of the embedding, V."""
+    """Number of rows of the embedding, V."""
     layers: int
     width: int
-    """Residual stream, D."""
+    """Width of the residual stream, D."""
     heads: int
     kv_heads: int
     head_dim: int
     mlp_width: int
     rotaries: tuple[Rotary, ...]
-    """The rotary embeddings in use; `layer_rotary` says which layer uses which."""
+    """The rotary embeddings that layers use."""
     layer_rotary: tuple[int, ...]
-    """Index into `rotaries` for each layer."""
+    """For each layer, the index of its rotary embedding in `rotaries`."""
     windows: tuple[int | None, ...]
-    """Tokens that each layer's queries see, themselves included; None = all before."""
+    """For each layer, the number of tokens that a query sees, itself included; None = all before it."""
     norm_eps: float = 1e-6
     tied: bool = False
-    """The embedding is the output head too."""
+    """Whether the embedding is the output head too."""
     biases: tuple[str, ...] = ()
     """Projections with a bias, among PROJECTIONS."""
     qk_norm: Literal["none", "head", "projection"] = "none"
     """RMSNorm of q and k over each head (Qwen3, Gemma 3) or over all heads together (OLMo 2)."""
     pre_norm: bool = True
-    """RMSNorm before attention and before the MLP."""
+    """Whether an RMSNorm stands before attention and before the MLP."""
     post_norm: bool = False
-    """RMSNorm on their outputs (OLMo 2; Gemma 3 has both)."""
+    """Whether an RMSNorm stands on their outputs (OLMo 2; Gemma 3 has both)."""
     norm_offset: float = 0.0
-    """Added to every norm's scale (Gemma stores scale - 1)."""
+    """Number added to the scale of every norm (Gemma stores scale - 1)."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embed_scale: float = 1.0
-    """Multiplies embeddings (Gemma: sqrt(D))."""
+    """Factor of the embeddings (Gemma: sqrt(D))."""
     query_scale: float | None = None
-    """Multiplies q k; None = 1 / sqrt(head_dim)."""
+    """Factor of the products of queries and keys; None = 1 / sqrt(head_dim)."""
     max_positions: int | None = None
-    """Places of a row that the checkpoint was made for (max_position_embeddings); None = not known."""
+    """Length of a row, in tokens, that the checkpoint was made for (max_position_embeddings); None = unknown."""
     forbidden: tuple[int, ...] = ()
     """Ids that are never drawn, such as rows of the embedding that no token of the tokenizer uses."""
     lora: Lora | None = None
-    """Adapters; the other weights are frozen then."""
+    """Adapters; with them, all other weights are frozen. None = all weights train."""
     param_dtype: str = "float32"
-    """Type in which weights are held; adapters are float32 always."""
+    """Type in which weights are held; adapters are always float32."""
     compute_dtype: str = "float32"
+    """Type of the operands of matrix products."""
     scan_unroll: int = 2
+    """Number of layers in one turn of the loop over layers."""
     remat: Remat = "none"
+    """Activations that the forward pass keeps for the backward pass; see model.remat."""
     attention: str = "xla"
-    """What computes attention over whole rows: XLA or one of `kernels.KERNELS`."""
+    """Implementation of attention over whole rows: "xla" or one of `attention.kernels.KERNELS`."""
     packed_attention: str = "xla"
-    """The same for rows that hold several."""
+    """The same for bins that hold several rows."""
     split_decode: bool = False
-    """Decode with MLPs and vocabulary split along fsdp; see rollout.weights."""
+    """Whether decoding splits MLPs and vocabulary along fsdp; see rollout.weights."""
 
     @property
     def attention_scale(self) -> float:
+        """Factor of the products of queries and keys."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
 
 def beyond_context(a: Architecture, prompt: int, completion: int) -> str | None:
-    """A line on rows that are longer than what the checkpoint was made for; None if none can be.
+    """A warning that rows may be longer than the checkpoint was made for; None if no row can be.
 
     Args:
       prompt: tokens of the longest prompt.
-      completion: of the longest completion.
+      completion: tokens of the longest completion.
     """
     if a.max_positions is None or prompt + completion <= a.max_positions:
         return None
     return (
         f"rollout.max_new_tokens={completion}: a row has up to {prompt:,} + {completion:,} tokens, more than the "
-        f"{a.max_positions:,} that model.source was made for (max_position_embeddings), and what comes beyond them is "
-        "likely to be noise; lower it, or prompt.max_tokens"
+        f"{a.max_positions:,} that model.source was made for (max_position_embeddings); tokens beyond them are likely "
+        "to be noise; lower it, or prompt.max_tokens"
     )
 
 
 def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = ()) -> Architecture:
-    """The architecture that a config's shape fields describe."""
+    """The architecture that the shape fields of a config describe."""
     c = config
     return Architecture(
         vocab_size=vocab_size,
@@ -145,10 +150,7 @@ def plain_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
 
 
 def lora_of(config: LoraConfig) -> Lora | None:
-    """The adapters a config asks for; None for full fine-tuning.
-
-    Targets have been checked by `config.validate`.
-    """
+    """The adapters that a config asks for; None = all weights train. Its targets have been validated before."""
     if not config.rank:
         return None
     targets = tuple(name for name in PROJECTIONS if name in config.target_names())

@@ -1,20 +1,20 @@
 """Blocks of the transformer, and its forward pass over whole rows.
 
-A block does what its weights say: a bias, a norm or an adapter that is in the table is applied, and no other switch
-exists for it.
+The weights decide what a block computes: a bias, a norm or an adapter that is in the table is applied, and no other
+switch exists for it.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.config.schema import Remat
 from pspo_jax.distributed.mesh import constrain
@@ -24,29 +24,36 @@ from pspo_jax.model.interface import Packed, mask_logits
 from pspo_jax.model.mixed_precision import einsum_lowp, lookup
 from pspo_jax.model.rotary import Rotation, rope, rotation
 
-_FAR = np.iinfo(np.int32).max
-"""A window that sees everything."""
+_NO_WINDOW = np.iinfo(np.int32).max
+"""Window, in tokens, of a layer whose queries see all tokens before them."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BlockWeights = dict[str, Array]
+"""The weights of one block by their names in `weights.table`; those that a model lacks are absent."""
 
 _INPUT, _PROJECTION = "block_input", "projection"
-"""Names of values that a backward pass may keep; see `_remat`."""
+"""Names of values that the forward pass may keep for the backward pass; see `_remat`."""
 
-_SPECS = {
+_EINSUMS = {
     "q": ("rsd,dgh->rsgh", "rsd,dk->rsk", "rsk,kgh->rsgh"),
     "o": ("rsgh,ghd->rsd", "rsgh,ghk->rsk", "rsk,kd->rsd"),
     "gate": ("rsd,df->rsf", "rsd,dk->rsk", "rsk,kf->rsf"),
     "down": ("rsf,fd->rsd", "rsf,fk->rsk", "rsk,kd->rsd"),
 }
-"""Products of a projection: with its weight, with its adapter's A, with its adapter's B.
+"""Einsums of a projection: with its weight, with its adapter's A, with its adapter's B.
 
+The letters are r row, s position, d width, g head, h width of a head, f width of the MLP, k rank.
 einsum contracts in alphabetical order: heads need a letter before their width's, or both operands are transposed.
 """
-_SPECS |= {"k": _SPECS["q"], "v": _SPECS["q"], "up": _SPECS["gate"]}
+_EINSUMS |= {"k": _EINSUMS["q"], "v": _EINSUMS["q"], "up": _EINSUMS["gate"]}
 
 
 def rms_norm(
     x: Float[Array, "*n D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0
 ) -> Float[Array, "*n D"]:
-    """x / rms(x) * (scale + offset); the mean is over as many trailing axes as `scale` has."""
+    """x / rms(x) * (scale + offset); rms is taken over as many trailing axes as `scale` has."""
     axes = tuple(range(-scale.ndim, 0))
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
@@ -54,23 +61,27 @@ def rms_norm(
     return (x32 * inverse * (gain + offset if offset else gain)).astype(x.dtype)
 
 
-def norm(a: Architecture, w: dict[str, Array], name: str, x: Array) -> Array:
-    """x normalised, if the block has this norm."""
+def norm(a: Architecture, w: BlockWeights, name: str, x: Array) -> Array:
+    """x normalised, if the block has this norm; else x."""
     return rms_norm(x, w[name], a.norm_eps, a.norm_offset) if name in w else x
 
 
-def project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Array | None) -> Array:
-    """A projection with its bias and its adapter, where the block has them."""
+def project(a: Architecture, w: BlockWeights, name: str, x: Array, key: Key[Array, ""] | None) -> Array:
+    """A projection of x, with its bias and its adapter where the block has them.
+
+    Args:
+      key: key of the adapters' dropout in this block; None = no dropout.
+    """
     dtype = jnp.dtype(a.compute_dtype)
-    full, down, up = _SPECS[name]
+    full, down, up = _EINSUMS[name]
     y = einsum_lowp(full, x, w[name], dtype, dtype)
     if f"{name}_bias" in w:
         y = y + w[f"{name}_bias"].astype(dtype)
     if f"{name}_lora_a" in w:
         assert a.lora is not None
         if key is not None and a.lora.dropout:
-            mine = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-            kept = jax.random.bernoulli(mine, 1 - a.lora.dropout, x.shape)
+            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+            kept = jax.random.bernoulli(own_key, 1 - a.lora.dropout, x.shape)
             x = jnp.where(kept, x / (1 - a.lora.dropout), 0).astype(x.dtype)
         low = einsum_lowp(down, x, w[f"{name}_lora_a"], dtype, dtype)
         y = y + a.lora.scale * einsum_lowp(up, low, w[f"{name}_lora_b"], dtype, dtype)
@@ -78,22 +89,33 @@ def project(a: Architecture, w: dict[str, Array], name: str, x: Array, key: Arra
 
 
 def qkv(
-    a: Architecture, w: dict[str, Array], x: Float[Array, "R S D"], at: Rotation, key: Array | None = None
-) -> tuple[Array, Array, Array]:
+    a: Architecture,
+    w: BlockWeights,
+    x: Float[Array, "R S D"],
+    angles: Rotation,
+    key: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, "R S H h"], Float[Array, "R S K h"], Float[Array, "R S K h"]]:
+    """Queries, keys and values of a block, queries and keys rotated by the angles of their positions."""
     y = norm(a, w, "attn_norm", x)
     q, k, v = (project(a, w, name, y, key) for name in "qkv")
-    return rope(norm(a, w, "q_norm", q), at), rope(norm(a, w, "k_norm", k), at), v
+    return rope(norm(a, w, "q_norm", q), angles), rope(norm(a, w, "k_norm", k), angles), v
 
 
 def finish_block(
     a: Architecture,
-    w: dict[str, Array],
+    w: BlockWeights,
     x: Float[Array, "R S D"],
     mixed: Float[Array, "R S H h"],
-    key: Array | None = None,
+    key: Key[Array, ""] | None = None,
     split: bool = False,
 ) -> Float[Array, "R S D"]:
-    """Output projection and MLP, each added to the residual stream; split = the MLP's weights are along fsdp too."""
+    """Output projection and MLP, each added to the residual stream.
+
+    Args:
+      x: the residual stream before the block.
+      mixed: the result of attention.
+      split: whether the MLP's weights are split along fsdp too, as in decoding with rollout.weights=split.
+    """
     x = x + norm(a, w, "attn_post_norm", project(a, w, "o", mixed, key))
     y = norm(a, w, "mlp_norm", x)
     y = constrain(y, "outer_batch", None, None) if split else y
@@ -105,54 +127,62 @@ def finish_block(
 
 
 def embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+    """The tokens' embeddings in the compute type, times the architecture's factor."""
     x = lookup(embed, tokens, jnp.dtype(a.compute_dtype))
     return x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
 
 
 def forward(
     a: Architecture,
-    params: Any,
-    key: Array | None,
+    params: PyTree,
+    key: Key[Array, ""] | None,
     tokens: Int[Array, "R S"],
     keep_cache: bool = False,
     packed: Packed | None = None,
 ) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
-    """Hidden states after the final norm and, if asked for, every layer's keys and values [L, R, S, K, h]."""
-    # One axis of the mesh after the other, from rows along data and width along the rest, which is how the table is
-    # split: at once, the compiler would make every row's whole width on every device.
+    """Hidden states after the final norm, and every layer's keys and values [L, R, S, K, h] if `keep_cache`, else None.
+
+    Args:
+      key: key of the adapters' dropout; None = no dropout.
+      packed: the layout of several rows in one; None = each row stands alone.
+    """
+    # The layout changes by one axis of the mesh at a time. It begins with rows along data and width along the rest, as
+    # the embedding is split; in one change, the compiler would make the whole width of every row on every device.
     rows, length = ("batch", None) if keep_cache else ("rows", "length")
     x = constrain(embed(a, params["embed"], tokens), "outer_batch", None, "embed")
     x = constrain(constrain(x, rows, None, length), rows, length, None)
-    positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.places
+    positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
     tables = [rotation(positions, rotary) for rotary in a.rotaries]
-    # Per-layer facts travel with the scan; those that all layers share are constants instead.
-    extra: dict[str, Any] = {}
+    # What differs between layers travels with the scan; what all layers share is a constant.
+    per_layer: dict[str, Array] = {}
     if len(tables) > 1:
-        extra["rotary"] = jnp.asarray(a.layer_rotary)
+        per_layer["rotary"] = jnp.asarray(a.layer_rotary)
     if any(a.windows):
-        extra["window"] = jnp.asarray([w or _FAR for w in a.windows], jnp.int32)
+        per_layer["window"] = jnp.asarray([w or _NO_WINDOW for w in a.windows], jnp.int32)
     if key is not None:
-        extra["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(a.layers))
+        per_layer["key"] = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(a.layers))
     stacked = [jnp.stack(t) for t in zip(*tables, strict=True)]
 
-    def block(x: Array, xs: Any) -> tuple[Array, Any]:
+    def block(x: Array, layer: tuple[BlockWeights, dict[str, Array]]) -> tuple[Array, tuple[Array, Array] | None]:
         x = checkpoint_name(x, _INPUT)
-        w, own = xs
-        at = tables[0] if "rotary" not in own else (stacked[0][own["rotary"]], stacked[1][own["rotary"]])
-        q, k, v = qkv(a, w, x, at, own.get("key"))
-        # Each device's places attend to all: along context, keys and values are gathered.
+        w, this = layer
+        angles = tables[0] if "rotary" not in this else (stacked[0][this["rotary"]], stacked[1][this["rotary"]])
+        q, k, v = qkv(a, w, x, angles, this.get("key"))
+        # The positions of each device attend to all positions: along context, keys and values are gathered.
         k, v = (constrain(y, rows, None, "kv_heads", None) for y in (k, v))
         kernel = a.attention if packed is None else a.packed_attention
-        mixed = attend(q, k, v, a.attention_scale, own.get("window"), packed, kernel)
-        x = finish_block(a, w, x, mixed, own.get("key"))
+        mixed = attend(q, k, v, a.attention_scale, this.get("window"), packed, kernel)
+        x = finish_block(a, w, x, mixed, this.get("key"))
         return constrain(x, rows, length, None), (k, v) if keep_cache else None
 
-    x, cache = jax.lax.scan(_remat(a.remat, block), x, (params["layers"], extra), unroll=min(a.scan_unroll, a.layers))
+    x, cache = jax.lax.scan(
+        _remat(a.remat, block), x, (params["layers"], per_layer), unroll=min(a.scan_unroll, a.layers)
+    )
     return norm(a, params, "final_norm", x), cache
 
 
-def _remat(kind: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
-    """The block, with what its backward pass is to find in memory."""
+def _remat(kind: Remat, block: Callable[P, T]) -> Callable[P, T]:
+    """The block, with the activations of `model.remat` kept for its backward pass and the others computed again."""
     policies = jax.checkpoint_policies
     if kind == "none":
         return block
@@ -169,7 +199,8 @@ def _remat(kind: Remat, block: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(block, policy=offload)
 
 
-def logits_of(a: Architecture, params: Any, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+def logits_of(a: Architecture, params: PyTree, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    """float32 logits of hidden states, with the forbidden ids at MASKED."""
     spec, head = ("nd,vd->nv", params["embed"]) if a.tied else ("nd,dv->nv", params["head"])
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = einsum_lowp(spec, flat, head, jnp.dtype(a.compute_dtype), jnp.float32)

@@ -1,42 +1,46 @@
-"""A user's own model as a policy."""
+"""A user's own network as a `Model`: any function from tokens to logits, or a Flax NNX module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from pspo_jax.model.interface import Model, mask_logits
+from pspo_jax.model.interface import Decoder, InitFn, Model, Packed, mask_logits
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
-def from_logits(
-    apply: Callable[[Any, Int[Array, "R S"]], Float[Array, "R S V"]],
-    init: Callable[..., Any],
-    vocab_size: int,
-    forbidden: Sequence[int] = (),
-) -> Model:
-    """A policy from any causal `apply(params, tokens) -> logits`: Flax NNX or Linen, Equinox, plain functions.
+class ApplyFn(Protocol):
+    """A causal network: logits at position s depend on the tokens up to s alone. Rows are padded on the right."""
 
-    Sampling calls `apply` on the whole row once per token, as there is no cache: right for small models and for
-    trying an idea, slow for large ones, which should implement `Policy.decoder` with a cache. Logits of one microbatch
-    exist whole here, since `apply` returns them whole.
+    def __call__(self, params: PyTree, tokens: Int[Array, "R S"], /) -> Float[Array, "R S V"]: ...
+
+
+def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequence[int] = ()) -> Model:
+    """A model from any causal `apply(params, tokens) -> logits`: Flax NNX or Linen, Equinox, plain functions.
+
+    There is no cache: the sampler calls `apply` on the whole row once per token. This is right for small models and for
+    trying an idea; a large model needs a `Model.decoder` with a cache. Logits of one microbatch exist all at once here,
+    since `apply` returns them so.
 
     Args:
-      apply: causal: logits at position s depend on tokens up to s alone. Rows are padded on the right.
+      apply: see ApplyFn.
       init: `init(key) -> params`.
       forbidden: ids that are never drawn, such as the pad id.
     """
 
     def decoder(
-        params: Any,
+        params: PyTree,
         prompts: Int[Array, "B P"],
         lengths: Int[Array, "B"],
         group_size: int,
         max_new_tokens: int,
-    ) -> tuple[Float[Array, "B V"], Int[Array, "B G S"], Callable[..., Any]]:
+    ) -> Decoder:
         b, p = prompts.shape
         logits = apply(params, prompts)
         last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -46,19 +50,23 @@ def from_logits(
         def step(
             cache: Int[Array, "B G S"], tokens: Int[Array, "B G"], t: Int[Array, ""]
         ) -> tuple[Float[Array, "B G V"], Int[Array, "B G S"]]:
-            place = (lengths + t)[:, None, None]
-            here = jnp.arange(p + max_new_tokens) == place
-            cache = jnp.where(here, tokens[..., None], cache)
+            position = (lengths + t)[:, None, None]
+            is_next = jnp.arange(p + max_new_tokens) == position
+            cache = jnp.where(is_next, tokens[..., None], cache)
             logits = apply(params, cache.reshape(b * group_size, -1))
-            at = jnp.broadcast_to(place, (b, group_size, 1)).reshape(-1, 1, 1)
-            here_logits = jnp.take_along_axis(logits, at, axis=1).reshape(b, group_size, -1)
-            return mask_logits(here_logits, forbidden), cache
+            index = jnp.broadcast_to(position, (b, group_size, 1)).reshape(-1, 1, 1)
+            next_logits = jnp.take_along_axis(logits, index, axis=1).reshape(b, group_size, -1)
+            return mask_logits(next_logits, forbidden), cache
 
-        return mask_logits(last, forbidden), cache, step
+        return Decoder(mask_logits(last, forbidden), cache, step)
+
+    def hidden(params: PyTree, tokens: Int[Array, "R S"], packed: Packed | None = None) -> Float[Array, "R S V"]:
+        """The logits stand for hidden states; `packed` is never given, as the model does not pack."""
+        return apply(params, tokens)
 
     return Model(
         init=init,
-        hidden=apply,
+        hidden=hidden,
         logits=lambda params, hidden: mask_logits(hidden, forbidden),
         decoder=decoder,
         axes=None,
@@ -66,18 +74,21 @@ def from_logits(
     )
 
 
-def from_nnx(model: Any, forbidden: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Model, Any]:
-    """`(policy, params)` from a Flax NNX module whose `model(tokens [R, S])` returns logits [R, S, V].
+def from_nnx(module: nnx.Module, forbidden: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Model, PyTree]:
+    """`(model, params)` from a Flax NNX module whose `module(tokens [R, S])` returns logits [R, S, V].
 
     The module is split once; the parameters are then a plain pytree, and no NNX dispatch happens in the loop.
+
+    Args:
+      forbidden: ids that are never drawn, such as the pad id.
+      vocab_size: V; None = found by tracing the module.
     """
     from flax import nnx
 
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    graph, params, rest = parts
+    graph, params, *others = nnx.split(module, nnx.Param, ...)
 
-    def apply(params: Any, tokens: Int[Array, "R S"]) -> Float[Array, "R S V"]:
-        return nnx.merge(graph, params, rest)(tokens)
+    def apply(params: PyTree, tokens: Int[Array, "R S"]) -> Float[Array, "R S V"]:
+        return nnx.merge(graph, params, *others)(tokens)
 
     if vocab_size is None:
         vocab_size = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, 2), jnp.int32)).shape[-1]

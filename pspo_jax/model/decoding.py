@@ -2,37 +2,53 @@
 
 The stacked layers are sliced once, before the token loop, and run unrolled: the loop then reads each weight in place
 (slicing inside it was measured 1.7x slower in bfloat16).
+
+A prompt's keys and values are held once and shared by its completions; a completion's own are in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pspo_jax.distributed.mesh import constrain, gather_for_decode
 from pspo_jax.model.architecture import Architecture
-from pspo_jax.model.attention.xla import attend_shared_prefix
-from pspo_jax.model.block import embed, finish_block, forward, logits_of, norm, qkv
+from pspo_jax.model.attention.xla import Prefix, Suffix, attend_shared_prefix
+from pspo_jax.model.block import BlockWeights, embed, finish_block, forward, logits_of, norm, qkv
+from pspo_jax.model.interface import Decoder, SlotDecoder
 from pspo_jax.model.rotary import Rotation, rotation
 from pspo_jax.model.weights import lora_table, merge_adapter, table
+
+KeysValues = tuple[Array, Array]
+"""Keys and values of one layer."""
+
+Rotations = list[Rotation]
+"""The angles of the next token, for each of the architecture's rotary embeddings."""
+
+GroupCache = tuple[list[KeysValues], Rotations]
+"""For each layer, keys and values [B, G, K, T, h] of the completions; and the angles of the next token.
+
+The angles are carried because XLA, where they were looked up at their use, did so number by number inside the loops of
+every layer, which was several times as slow on CPU.
+"""
+
+Prefilled = tuple[Int[Array, "S"], list[KeysValues]]
+"""The prompts of S slots: their lengths and, for each layer, keys and values [S, K, P, h]."""
 
 
 def group_decoder(
     a: Architecture,
-    params: Any,
+    params: PyTree,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     group_size: int,
     max_new_tokens: int,
-) -> tuple[Float[Array, "B V"], Any, Callable[..., Any]]:
-    """Prefill each prompt once; see Policy.decoder.
-
-    The cache is a (k, v) pair of [B, G, K, T, h] per layer, and the next token's angles.
-    """
+) -> Decoder:
+    """The built-in model's `DecoderFn`; its cache is a `GroupCache`."""
     last, prefixes = _prefill(a, params, prompts, lengths)
     params, layers = _for_decoding(a, params)
     b = prompts.shape[0]
@@ -40,43 +56,39 @@ def group_decoder(
     empty = jnp.zeros(shape, jnp.dtype(a.compute_dtype))
     empty = constrain(empty, "batch", None, "kv_heads", None, None)
     positions = lengths[:, None] + jnp.arange(max_new_tokens)
-    places = [rotation(positions, rotary) for rotary in a.rotaries]
+    tables = [rotation(positions, rotary) for rotary in a.rotaries]
 
-    def at(t: Int[Array, ""] | int) -> list[Rotation]:
-        return [(_column(sin, t), _column(cos, t)) for sin, cos in places]
+    def rotations_at(t: Int[Array, ""] | int) -> Rotations:
+        return [(_column(sin, t), _column(cos, t)) for sin, cos in tables]
 
-    cache = [(empty, empty) for _ in range(a.layers)], at(0)
+    def step(
+        cache: GroupCache, tokens: Int[Array, "B G"], t: Int[Array, ""]
+    ) -> tuple[Float[Array, "B G V"], GroupCache]:
+        layer_caches, rotations = cache
 
-    def step(cache: Any, tokens: Int[Array, "B G"], t: Int[Array, ""]) -> tuple[Float[Array, "B G V"], Any]:
-        x = _embedded(a, params, tokens)
-        held, here = cache
-        new_cache = []
-        for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, prefixes, held, strict=True)):
-            q, k, v = qkv(a, w, x, here[a.layer_rotary[i]])
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, :, None], t, axis=3)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t, axis=3)
-            mixed = attend_shared_prefix(
-                q, prefix_k, prefix_v, lengths, keys, values, t, a.attention_scale, a.windows[i]
-            )
-            x = finish_block(a, w, x, mixed, split=a.split_decode)
-            new_cache.append((keys, values))
-        # The next token's angles are carried: looked up where they are used, they would be so number by number inside
-        # every layer's loops, several times as slow on CPU.
-        return _head(a, params, norm(a, params, "final_norm", x)), (new_cache, at(t + 1))
+        def write(held: Float[Array, "B G K T h"], new: Float[Array, "B G K h"]) -> Float[Array, "B G K T h"]:
+            return jax.lax.dynamic_update_slice_in_dim(held, new[:, :, :, None], t, axis=3)
 
-    return _head(a, params, last[:, None])[:, 0], cache, step
+        def attend(i: int, q: Float[Array, "B G H h"], keys: Array, values: Array) -> Float[Array, "B G H h"]:
+            prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys, values, t)
+            return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[i])
+
+        logits, layer_caches = _decode_token(a, params, layers, tokens, rotations, layer_caches, write, attend)
+        return logits, (layer_caches, rotations_at(t + 1))
+
+    return Decoder(_head(a, params, last[:, None])[:, 0], ([(empty, empty)] * a.layers, rotations_at(0)), step)
 
 
-def resize(cache: Any, places: int) -> Any:
+def resize(cache: GroupCache, max_new_tokens: int) -> GroupCache:
     """`group_decoder`'s cache with another T."""
 
-    def one(x: Float[Array, "B G K T h"]) -> Float[Array, "B G K places h"]:
-        more = max(0, places - x.shape[3])
-        grown = jnp.pad(x[:, :, :, :places], [(0, 0)] * 3 + [(0, more), (0, 0)])
+    def one(x: Float[Array, "B G K T h"]) -> Float[Array, "B G K t h"]:
+        more = max(0, max_new_tokens - x.shape[3])
+        grown = jnp.pad(x[:, :, :, :max_new_tokens], [(0, 0)] * 3 + [(0, more), (0, 0)])
         return constrain(grown, "batch", None, "kv_heads", None, None)
 
-    held, here = cache
-    return [(one(k), one(v)) for k, v in held], here
+    layer_caches, rotations = cache
+    return [(one(k), one(v)) for k, v in layer_caches], rotations
 
 
 def _column(x: Float[Array, "B T c"], t: Int[Array, ""] | int) -> Float[Array, "B 1 c"]:
@@ -85,72 +97,110 @@ def _column(x: Float[Array, "B T c"], t: Int[Array, ""] | int) -> Float[Array, "
 
 def slot_decoder(
     a: Architecture,
-    params: Any,
+    params: PyTree,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     slots: tuple[int, int],
     max_new_tokens: int,
-) -> tuple[Float[Array, "B V"], Any, Any, Callable[..., Any], Callable[..., Any]]:
-    """See Policy.slots.
+) -> SlotDecoder:
+    """The built-in model's `SlotDecoderFn`.
 
-    Taken are each slot's prompt length, and per layer its prompt's keys and values [S, K, P, h]. The cache has its own
-    keys and values [S, K, T, h] per layer, a ring over the steps.
+    The prompts of the slots are a `Prefilled`. The cache is, for each layer, keys and values [S, K, T, h] of
+    the S = n x s slots' completions, a circular buffer over the steps: all slots write the same column in a step.
     """
     last, prefixes = _prefill(a, params, prompts, lengths)
     params, layers = _for_decoding(a, params)
-    n, s = slots
-    shape = (n * s, a.kv_heads, max_new_tokens, a.head_dim)
-    own = constrain(jnp.zeros(shape, jnp.dtype(a.compute_dtype)), "batch", "kv_heads", None, None)
-    of_prompt = jnp.zeros((n * s, *prefixes[0][0].shape[1:]), own.dtype)
-    of_prompt = constrain(of_prompt, "batch", "kv_heads", None, None)
-    taken = jnp.ones(n * s, lengths.dtype), [(of_prompt, of_prompt) for _ in range(a.layers)]
-    cache = [(own, own) for _ in range(a.layers)]
+    count = slots[0] * slots[1]
+    empty = jnp.zeros((count, a.kv_heads, max_new_tokens, a.head_dim), jnp.dtype(a.compute_dtype))
+    empty = constrain(empty, "batch", "kv_heads", None, None)
+    no_prompt = jnp.zeros((count, *prefixes[0][0].shape[1:]), empty.dtype)
+    no_prompt = constrain(no_prompt, "batch", "kv_heads", None, None)
+    return SlotDecoder(
+        logits=_head(a, params, last[:, None])[:, 0],
+        prefilled=(jnp.ones(count, lengths.dtype), [(no_prompt, no_prompt) for _ in range(a.layers)]),
+        cache=[(empty, empty) for _ in range(a.layers)],
+        load_prompt=functools.partial(_load_prompt, (lengths, prefixes)),
+        step=functools.partial(_slot_step, a, params, layers),
+    )
 
-    def fill(taken: Any, prompt: Int[Array, "n s"], fresh: Bool[Array, "n s"]) -> Any:
-        def take(new: Array, old: Array) -> Array:
-            """Each part's slots take from its own prompts: nothing crosses devices."""
-            found = jax.vmap(lambda x, i: x[i])(new.reshape(n, -1, *new.shape[1:]), prompt).reshape(old.shape)
-            return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), found, old)
 
-        return jax.tree.map(take, (lengths, prefixes), taken)
+def _load_prompt(
+    read: Prefilled, prefilled: Prefilled, prompt: Int[Array, "n s"], is_new: Bool[Array, "n s"]
+) -> Prefilled:
+    """The slots with the prompts that the new ones take on; see LoadPromptFn.
 
-    def step(
-        taken: Any, cache: Any, tokens: Int[Array, "n s"], t: Int[Array, "n s"], steps: Int[Array, ""]
-    ) -> tuple[Float[Array, "n s V"], Any]:
-        before, of_prompts = taken
-        x, t = _embedded(a, params, tokens.reshape(-1, 1)), t.reshape(-1)
-        at = [rotation((before + t)[:, None], rotary) for rotary in a.rotaries]
-        column = steps % max_new_tokens
-        age = (column - jnp.arange(max_new_tokens)) % max_new_tokens
-        ages = jnp.where(age <= t[:, None], age, -1)
-        new_cache = []
-        for i, (w, (prefix_k, prefix_v), (keys, values)) in enumerate(zip(layers, of_prompts, cache, strict=True)):
-            q, k, v = qkv(a, w, x, at[a.layer_rotary[i]])
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), column, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), column, axis=2)
-            mixed = attend_shared_prefix(
-                q,
-                prefix_k,
-                prefix_v,
-                before,
-                keys[:, None],
-                values[:, None],
-                t,
-                a.attention_scale,
-                a.windows[i],
-                ages,
-            )
-            x = finish_block(a, w, x, mixed, split=a.split_decode)
-            new_cache.append((keys, values))
-        logits = _head(a, params, norm(a, params, "final_norm", x))
-        return logits.reshape(n, s, -1), new_cache
+    Args:
+      read: lengths, keys and values of the B prompts of the batch.
+    """
 
-    return _head(a, params, last[:, None])[:, 0], taken, cache, fill, step
+    def load(new: Array, old: Array) -> Array:
+        """Slots of a shard take from the prompts of their shard, so that nothing crosses devices."""
+        by_shard = new.reshape(prompt.shape[0], -1, *new.shape[1:])
+        found = jax.vmap(lambda x, i: x[i])(by_shard, prompt).reshape(old.shape)
+        return jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), found, old)
+
+    return jax.tree.map(load, read, prefilled)
+
+
+def _slot_step(
+    a: Architecture,
+    params: PyTree,
+    layers: Sequence[BlockWeights],
+    prefilled: Prefilled,
+    cache: list[KeysValues],
+    tokens: Int[Array, "n s"],
+    t: Int[Array, "n s"],
+    steps: Int[Array, ""],
+) -> tuple[Float[Array, "n s V"], list[KeysValues]]:
+    """One token of every slot; see SlotStep."""
+    lengths, prefixes = prefilled
+    max_new_tokens = cache[0][0].shape[2]
+    flat_t = t.reshape(-1)
+    rotations = [rotation((lengths + flat_t)[:, None], rotary) for rotary in a.rotaries]
+    column = steps % max_new_tokens
+    age = (column - jnp.arange(max_new_tokens)) % max_new_tokens
+    ages = jnp.where(age <= flat_t[:, None], age, -1)
+
+    def write(held: Float[Array, "S K T h"], new: Float[Array, "S 1 K h"]) -> Float[Array, "S K T h"]:
+        return jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), column, axis=2)
+
+    def attend(i: int, q: Float[Array, "S 1 H h"], keys: Array, values: Array) -> Float[Array, "S 1 H h"]:
+        prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys[:, None], values[:, None], flat_t, ages)
+        return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[i])
+
+    logits, cache = _decode_token(a, params, layers, tokens.reshape(-1, 1), rotations, cache, write, attend)
+    return logits.reshape(*tokens.shape, -1), cache
+
+
+def _decode_token(
+    a: Architecture,
+    params: PyTree,
+    layers: Sequence[BlockWeights],
+    tokens: Int[Array, "B s"],
+    rotations: Rotations,
+    cache: list[KeysValues],
+    write: Callable[[Array, Array], Array],
+    attend: Callable[[int, Array, Array, Array], Array],
+) -> tuple[Float[Array, "B s V"], list[KeysValues]]:
+    """The tokens through all blocks and the head: logits, and the cache with their keys and values.
+
+    Args:
+      write: `write(held, new)` puts new keys or values into those of a layer's cache.
+      attend: `attend(layer, q, keys, values)` mixes the values of the prompt and of the layer's cache.
+    """
+    x = _embedded(a, params, tokens)
+    new_cache = []
+    for i, (w, (keys, values)) in enumerate(zip(layers, cache, strict=True)):
+        q, k, v = qkv(a, w, x, rotations[a.layer_rotary[i]])
+        keys, values = write(keys, k), write(values, v)
+        x = finish_block(a, w, x, attend(i, q, keys, values), split=a.split_decode)
+        new_cache.append((keys, values))
+    return _head(a, params, norm(a, params, "final_norm", x)), new_cache
 
 
 def _prefill(
-    a: Architecture, params: Any, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B D"], list[tuple[Array, Array]]]:
+    a: Architecture, params: PyTree, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B D"], list[KeysValues]]:
     """The hidden state after each prompt, and every layer's keys and values [B, K, P, h]."""
     hidden, cache = forward(a, params, None, prompts, keep_cache=True)
     assert cache is not None
@@ -159,20 +209,20 @@ def _prefill(
     return last, [(jnp.swapaxes(k[i], 1, 2), jnp.swapaxes(v[i], 1, 2)) for i in range(a.layers)]
 
 
-def _embedded(a: Architecture, params: Any, tokens: Int[Array, "B s"]) -> Float[Array, "B s D"]:
+def _embedded(a: Architecture, params: PyTree, tokens: Int[Array, "B s"]) -> Float[Array, "B s D"]:
     tokens = constrain(tokens, "outer_batch", None) if a.split_decode else tokens
     return constrain(embed(a, params["embed"], tokens), "batch", None, None)
 
 
-def _head(a: Architecture, params: Any, x: Float[Array, "B s D"]) -> Float[Array, "B s V"]:
+def _head(a: Architecture, params: PyTree, x: Float[Array, "B s D"]) -> Float[Array, "B s V"]:
     if not a.split_decode:
         return logits_of(a, params, x)
     logits = logits_of(a, params, constrain(x, "outer_batch", None, None))
     return constrain(logits, "outer_batch", None, "split_vocab")
 
 
-def _for_decoding(a: Architecture, params: Any) -> tuple[Any, list[dict[str, Array]]]:
-    """Weights sliced into layers, cast and gathered once, before the token loop: (those outside blocks, each block's).
+def _for_decoding(a: Architecture, params: PyTree) -> tuple[dict[str, Array], list[BlockWeights]]:
+    """The weights outside the blocks, and those of each block, cast and gathered once, before the token loop.
 
     Norm scales keep their type, as in training.
     """

@@ -1,85 +1,220 @@
-"""The protocol between a policy and everything that uses one."""
+"""The contract between a language model and everything that uses one: the sampler, the trainer, the checkpoints.
+
+A model is a `Model`: a tuple of pure functions over its weights. Each function has a Protocol here that gives its
+signature, with shapes. Letters: R rows, S positions of a row, B prompts of a batch, G completions of a prompt, P the
+longest prompt, T the longest completion, D the width of the hidden states, V the vocabulary.
+
+Rows are compact: a prompt, its completion right behind it, then padding on the right. Causal attention alone is
+therefore right for every real token, positions are 0, 1, 2, ..., and no function takes a padding mask.
+
+`pspo_jax.model.custom` makes a `Model` from any function that returns logits; docs/extending/model.md shows how to
+write one with a cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
 
 
-class Model(NamedTuple):
-    """A causal language model as pure functions over its params.
+class Packed(NamedTuple):
+    """Where the tokens of several rows lie that stand one behind another in one long row, a bin.
 
-    Rows are compact: a prompt, its completion right behind it, then padding. Causal attention alone is therefore
-    right for every real token, and positions are 0, 1, 2, ...; nothing needs a padding mask.
-
-    init(key) -> params
-        What trains: all weights or, for a policy with adapters, the adapters.
-    hidden(params, tokens [R, S], packed=None) -> [R, S, D]
-        What `logits` needs at each position; D is the policy's own affair. With `packed`, several rows stand in one;
-        only a policy with `packs` is called so, and with `leader` one that `shares`.
-    logits(params, hidden [..., D]) -> float32 [..., V]
-        Next-token logits, forbidden ids at MASKED. It is called on chunks: [tokens, V] never exists whole in training.
-    decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens) -> (logits [B, V], cache, step)
-        Reads the prompts once; `logits` follow each prompt's last token.
-        step(cache, tokens [B, G], t) -> (logits [B, G, V], cache) appends the tokens as completion position t, a traced
-        scalar counting from 0. Logits are those of `logits`, with the same ids forbidden, so that the sampler's
-        log-probs are the ones that the trainer computes.
-    axes: pytree like params of logical axis names per dimension, or None to replicate the weights.
-    vocab_size: V.
-    frozen_axes: the same for weights that do not train; None = there are none. With frozen weights, the three
-        functions above take an `Adapted`.
-    resize(cache, places) -> cache, or None
-        `decoder`'s cache with room for the first `places` tokens of a completion alone, or for more than it had.
-    packs: whether `hidden` takes `packed`.
-    slots(params, prompts [B, P], lengths [B], (n, s), max_new_tokens) -> (logits [B, V], taken, cache, fill, step)
-        Like `decoder`, for n x s slots that take one row after another; prompts are in n equal parts. None = cannot.
-        fill(taken, prompt [n, s], fresh [n, s]) -> taken gives the fresh slots a prompt of their part.
-        step(taken, cache, tokens [n, s], t [n, s], steps) -> (logits [n, s, V], cache) appends each slot's token as
-        place t of its completion; `steps` is a traced scalar that counts the calls.
-    shares: whether packed rows may share a prompt.
+    A token attends to earlier tokens of its own row. Rows that share a prompt do not repeat it: one of them, the prompt
+    row, holds it, and the others hold their completion alone and attend to the prompt there too. losses/packing.py
+    draws an example.
     """
 
-    init: Callable[..., Any]
-    hidden: Callable[..., Any]
-    logits: Callable[..., Any]
-    decoder: Callable[..., Any]
-    axes: Any
+    row_of: Int[Array, "R S"]
+    """Index, within the bin, of the row that each token belongs to; the padding at the end has an index of its own."""
+    positions: Int[Array, "R S"]
+    """Position of each token in its row, from 0. A row whose prompt stands elsewhere begins at the prompt's length."""
+    prompt_row: Int[Array, "R S"] | None = None
+    """Index of the row that holds the prompt of each token's row; None = every row holds its own prompt."""
+    in_prompt_of: Int[Array, "R S"] | None = None
+    """Index of the row whose prompt each token is part of, -1 for tokens of completions and for padding; None with
+    `prompt_row`."""
+
+
+class InitFn(Protocol):
+    """Draws the weights that train: all of them or, for a model with adapters, the adapters."""
+
+    def __call__(self, key: Key[Array, ""]) -> PyTree: ...
+
+
+class HiddenFn(Protocol):
+    """Runs the model over whole rows, up to the hidden states from which `LogitsFn` computes logits.
+
+    `packed` is given only to a model with `Model.packs`, and its `prompt_row` only to one with `Model.shares`. D is
+    the model's own choice; the trainer does nothing with hidden states but select positions of them.
+    """
+
+    def __call__(
+        self, params: PyTree, tokens: Int[Array, "R S"], packed: Packed | None = None
+    ) -> Float[Array, "R S D"]: ...
+
+
+class LogitsFn(Protocol):
+    """Turns hidden states into float32 logits of the next token, with forbidden ids at MASKED.
+
+    The trainer calls it on chunks of positions, so that logits of all positions never exist at once.
+    """
+
+    def __call__(self, params: PyTree, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]: ...
+
+
+class DecodeStep(Protocol):
+    """Appends one token to every completion and returns the logits of the next one, and the new cache.
+
+    `tokens` become token `t` of their completions; `t` is a traced scalar that counts from 0.
+    """
+
+    def __call__(
+        self, cache: PyTree, tokens: Int[Array, "B G"], t: Int[Array, ""]
+    ) -> tuple[Float[Array, "B G V"], PyTree]: ...
+
+
+class Decoder(NamedTuple):
+    """A batch of prompts that have been read, ready to be continued."""
+
+    logits: Float[Array, "B V"]
+    """Logits of the first token of each prompt's completions."""
+    cache: PyTree
+    """The tokens so far, in the form that `step` needs. The sampler carries it through a `lax.while_loop`: a step
+    returns the same shapes and types."""
+    step: DecodeStep
+
+
+class DecoderFn(Protocol):
+    """Reads each prompt once, for `group_size` completions of at most `max_new_tokens` tokens each.
+
+    The logits of the decoder are those of `LogitsFn`, with the same ids forbidden: the sampler's log-probs are then the
+    ones that the trainer computes.
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        group_size: int,
+        max_new_tokens: int,
+    ) -> Decoder: ...
+
+
+class ResizeFn(Protocol):
+    """Returns the cache of a `Decoder` with room for `max_new_tokens` tokens of each completion, more or fewer."""
+
+    def __call__(self, cache: PyTree, max_new_tokens: int) -> PyTree: ...
+
+
+class LoadPromptFn(Protocol):
+    """Gives some slots the prompt of the row that they take on next.
+
+    Args:
+      prefilled: the prompts of the slots.
+      prompt: index of each slot's prompt among the prompts of its shard.
+      is_new: the slots that take on a row; the others keep their prompt.
+    """
+
+    def __call__(self, prefilled: PyTree, prompt: Int[Array, "n s"], is_new: Bool[Array, "n s"]) -> PyTree: ...
+
+
+class SlotStep(Protocol):
+    """Appends one token to the row of every slot and returns the logits of the next one, and the new cache.
+
+    Args:
+      prefilled: the prompts of the slots.
+      cache: the completions of the slots, up to the token before `tokens`.
+      tokens: token `t` of each slot's completion.
+      t: index of that token in its completion; slots differ, since their rows began at different times.
+      steps: a traced scalar that counts the calls.
+    """
+
+    def __call__(
+        self, prefilled: PyTree, cache: PyTree, tokens: Int[Array, "n s"], t: Int[Array, "n s"], steps: Int[Array, ""]
+    ) -> tuple[Float[Array, "n s V"], PyTree]: ...
+
+
+class SlotDecoder(NamedTuple):
+    """A batch of prompts that have been read, and slots that decode their completions one row after another."""
+
+    logits: Float[Array, "B V"]
+    """Logits of the first token of each prompt's completions."""
+    prefilled: PyTree
+    """The prompt of each slot's row, in the form that `step` needs; arbitrary before the first `load_prompt`."""
+    cache: PyTree
+    """The completion of each slot's row, in the form that `step` needs."""
+    load_prompt: LoadPromptFn
+    step: SlotStep
+
+
+class SlotDecoderFn(Protocol):
+    """Reads each prompt once and prepares n x s slots, for continuous batching (rollout/continuous.py).
+
+    Args:
+      slots: (n, s): n shards of the batch, one for each device that holds a part of it, and s slots of each shard.
+        Prompts are in n equal parts, and a slot takes rows of its own shard's prompts alone.
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        slots: tuple[int, int],
+        max_new_tokens: int,
+    ) -> SlotDecoder: ...
+
+
+class Model(NamedTuple):
+    """A causal language model as pure functions over its weights.
+
+    The first six fields are required. The others make a model faster or smaller, and each has a default that asks
+    nothing of it.
+    """
+
+    init: InitFn
+    """`init(key) -> params`."""
+    hidden: HiddenFn
+    """`hidden(params, tokens [R, S], packed=None) -> [R, S, D]`."""
+    logits: LogitsFn
+    """`logits(params, hidden [..., D]) -> float32 [..., V]`."""
+    decoder: DecoderFn
+    """`decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens) -> Decoder`."""
+    axes: PyTree
+    """A pytree like params whose leaves are tuples: the logical axis of each dimension of a weight, or None for a
+    dimension that is not split (distributed/mesh.py); None in place of the pytree replicates all weights."""
     vocab_size: int
-    frozen_axes: Any = None
-    resize: Callable[..., Any] | None = None
+    """V."""
+    frozen_axes: PyTree | None = None
+    """`axes` of the weights that do not train; None = all weights train. With frozen weights, the functions take a
+    `LoraParams` in place of params."""
+    resize: ResizeFn | None = None
+    """Lets the sampler begin with a small cache and grow it; None = the cache has its full size from the start."""
     packs: bool = False
-    slots: Callable[..., Any] | None = None
+    """Whether `hidden` takes `packed`, so that short rows can share a bin."""
+    slots: SlotDecoderFn | None = None
+    """Continuous batching; None = rollout.slots is refused."""
     shares: bool = False
-
-
-class Packed(NamedTuple):
-    """Several rows in one. Each attends to itself and, where rows share a prompt, to the row that holds it."""
-
-    rows: Int[Array, "R S"]
-    """Which of the rows each place belongs to; the padding at the end is a row of its own."""
-    places: Int[Array, "R S"]
-    """Position in that row, from 0; behind a shared prompt, from its length."""
-    leader: Int[Array, "R S"] | None = None
-    """The row that holds the prompt of each place's row; None = every row holds its own."""
-    prompt: Int[Array, "R S"] | None = None
-    """The row whose prompt each place is part of; -1 = of none."""
+    """Whether packed rows may share a prompt."""
 
 
 def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float[Array, "*n V"]:
-    """float32 logits with the forbidden ids at MASKED."""
+    """The logits in float32, with those of the forbidden ids at MASKED."""
     logits = logits.astype(jnp.float32)
     if not forbidden:
         return logits
     first, last = min(forbidden), max(forbidden)
-    if last - first + 1 == len(set(forbidden)):  # one run, as the embedding's padding rows are: no lookup
-        place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        return jnp.where((place >= first) & (place <= last), MASKED, logits)
-    banned = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(forbidden)].set(True)
-    return jnp.where(banned, MASKED, logits)
+    if last - first + 1 == len(set(forbidden)):  # The ids are one range, as the embedding's padding rows are.
+        token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jnp.where((token >= first) & (token <= last), MASKED, logits)
+    is_forbidden = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(forbidden)].set(True)
+    return jnp.where(is_forbidden, MASKED, logits)

@@ -1,26 +1,27 @@
-"""The one matrix product of the model and its lookup of embeddings, and their gradients."""
+"""Matrix products and lookups of embeddings in a low precision, with gradients that lose no more than they must."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def einsum_lowp(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> Array:
+def einsum_lowp(spec: str, x: Array, w: Array, dtype: DTypeLike, out_dtype: DTypeLike) -> Array:
     """einsum of x and w in `dtype` with float32 accumulation, in both directions.
 
     Autodiff of a product that accumulates in float32 multiplies float32 by float32 in the backward pass, at half the
     rate or less on every backend with bfloat16 units. Here cotangents are cast to `dtype` first. In float32 the result
-    is autodiff's; on CPU, updates took about a third less processor time so (few repetitions, on a busy machine).
+    is that of autodiff; on CPU, updates took about a third less processor time (few repetitions, on a busy machine).
 
     Args:
-      spec: two operands, every index spelled out (no "...") and in the output or in both operands.
-      dtype: type of the operands of each product; gradients return in the types of x and w.
+      spec: an einsum of two operands, with every index spelled out (no "...") and in the output or in both operands.
+      dtype: type of the operands of each product; the gradients have the types of x and w.
+      out_dtype: type of the result.
     """
     return _multiply(spec, x.astype(dtype), w.astype(dtype)).astype(out_dtype)
 
@@ -29,11 +30,15 @@ def _multiply(spec: str, x: Array, w: Array) -> Array:
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(spec: str, x: Array, w: Array, dtype: Any, out_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+def _forward(
+    spec: str, x: Array, w: Array, dtype: DTypeLike, out_dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array]]:
     return einsum_lowp(spec, x, w, dtype, out_dtype), (x, w)
 
 
-def _backward(spec: str, dtype: Any, out_dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _backward(
+    spec: str, dtype: DTypeLike, out_dtype: DTypeLike, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, w = saved
     operands, result = spec.split("->")
     left, right = operands.split(",")
@@ -47,15 +52,15 @@ einsum_lowp.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup(table: Array, tokens: Array, dtype: Any) -> Array:
+def _lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
     return table[tokens].astype(dtype)
 
 
-def _lookup_forward(table: Array, tokens: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+def _lookup_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
     return _lookup(table, tokens, dtype), (table, tokens)
 
 
-def _lookup_backward(dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     table, tokens = saved
     total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(g.astype(jnp.float32))
     return total.astype(table.dtype), None
@@ -64,10 +69,10 @@ def _lookup_backward(dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def lookup(table: Float[Array, "V D"], tokens: Int[Array, "R S"], dtype: Any) -> Float[Array, "R S D"]:
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "R S"], dtype: DTypeLike) -> Float[Array, "R S D"]:
     """Rows of a table in `dtype`; the table's gradient adds up in float32, whatever its type.
 
-    Autodiff adds in the table's own type: in bfloat16 a token that stands often loses most of its gradient.
+    Autodiff adds in the type of the table: in bfloat16, a token that occurs often would lose most of its gradient.
     """
     if table.dtype == jnp.bfloat16:
         return _lookup(table, tokens, dtype)

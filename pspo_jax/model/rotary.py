@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from pspo_jax.model.architecture import Rotary
 
 Rotation = tuple[Float[Array, "*n S h/2"], Float[Array, "*n S h/2"]]
-"""Sines and cosines of the positions' angles."""
+"""Sines and cosines of the angles by which the h/2 pairs of a head are rotated at each position."""
 
 
 def rotation(positions: Int[Array, "*n S"], rotary: Rotary) -> Rotation:
@@ -18,10 +18,10 @@ def rotation(positions: Int[Array, "*n S"], rotary: Rotary) -> Rotation:
     return jnp.sin(angle) * rotary.scale, jnp.cos(angle) * rotary.scale
 
 
-def rope(x: Float[Array, "*n S K h"], at: Rotation) -> Float[Array, "*n S K h"]:
-    """Rotate pair (i, i + h/2) of each head by its angle."""
+def rope(x: Float[Array, "*n S K h"], angles: Rotation) -> Float[Array, "*n S K h"]:
+    """x with pair (i, i + h/2) of each head rotated by its angle."""
     half = x.shape[-1] // 2
-    sin, cos = (t[..., None, :] for t in at)
+    sin, cos = (t[..., None, :] for t in angles)
     x32 = x.astype(jnp.float32)
     a, b = x32[..., :half], x32[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

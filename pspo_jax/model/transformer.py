@@ -1,7 +1,7 @@
-"""The policy: a decoder-only transformer (RMSNorm, rotary positions, grouped-query attention, gated MLP).
+"""The built-in model: a decoder-only transformer (RMSNorm, rotary positions, grouped-query attention, gated MLP).
 
-A block does what its weights say: a bias, a norm or an adapter that is in the table is applied, and no other switch
-exists for it (block.py). Training scans over stacked layers; decoding runs them unrolled (decoding.py).
+The weights decide what a block computes: a bias, a norm or an adapter that is in the table of weights is applied, and
+no other switch exists for it (block.py). Training scans over stacked layers; decoding runs them unrolled (decoding.py).
 
 Precision: products run in `compute_dtype` with float32 accumulation. Float32 always: softmax and its scores (sums of
 many terms of one sign), norms (a mean of squares), rotary angles (positions beyond 256 have no bfloat16), logits and
@@ -11,10 +11,8 @@ log-probs (a ratio of two policies is the exponential of a small difference), gr
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Key, PyTree
 
 from pspo_jax.arrays.lora import LoraParams
 from pspo_jax.model.architecture import Architecture
@@ -25,26 +23,30 @@ from pspo_jax.model.weights import init_weights, lora_table, merge_adapter, tabl
 
 
 def transformer(a: Architecture) -> Model:
-    """The policy of an architecture; with `a.lora`, its params are the adapters and its functions take `Adapted`."""
+    """The model of an architecture; with `a.lora`, its params are the adapters and its functions take `LoraParams`."""
     base, adapted = table(a), a.lora is not None
     trained = lora_table(a) if adapted else base
     return Model(
         init=lambda key: init_weights(trained, key, jnp.dtype("float32" if adapted else a.param_dtype)),
-        hidden=lambda params, tokens, packed=None: forward(a, *_unwrap(params), tokens, packed=packed)[0],
-        logits=lambda params, hidden: logits_of(a, _unwrap(params)[0], hidden),
-        decoder=lambda params, *args: group_decoder(a, _unwrap(params)[0], *args),
+        hidden=lambda params, tokens, packed=None: forward(a, *_all_weights(params), tokens, packed=packed)[0],
+        logits=lambda params, hidden: logits_of(a, _all_weights(params)[0], hidden),
+        decoder=lambda params, prompts, lengths, group_size, max_new_tokens: group_decoder(
+            a, _all_weights(params)[0], prompts, lengths, group_size, max_new_tokens
+        ),
         axes=weight_axes(trained),
         vocab_size=a.vocab_size,
         frozen_axes=weight_axes(base) if adapted else None,
         resize=resize,
         packs=True,
-        slots=lambda params, *args: slot_decoder(a, _unwrap(params)[0], *args),
+        slots=lambda params, prompts, lengths, slots, max_new_tokens: slot_decoder(
+            a, _all_weights(params)[0], prompts, lengths, slots, max_new_tokens
+        ),
         shares=a.packed_attention == "xla",
     )
 
 
-def _unwrap(params: Any) -> tuple[Any, Array | None]:
-    """One tree of all weights, and the dropout key if there is to be dropout."""
+def _all_weights(params: PyTree) -> tuple[PyTree, Key[Array, ""] | None]:
+    """One tree of all weights, and the key of the adapters' dropout; None = there is no dropout."""
     if not isinstance(params, LoraParams):
         return params, None
     if params.adapter is None:

@@ -1,60 +1,78 @@
-"""One table per architecture: each weight's shape, axes, initialiser and Hugging Face name. All derives from it."""
+"""The table of a transformer's weights: the shape, axes, initialiser and Hugging Face name of each.
+
+Initialisation, sharding, loading, export and adapters are derived from this table, so that a new weight is stated once.
+A table is a dict with the structure of the params and a `Weight` at each leaf: "embed", "final_norm", "head" (unless it
+is tied), and "layers", the weights of the blocks, each stacked over the layers along its first axis.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Key, PyTree
 
 from pspo_jax.model.architecture import Architecture
 
-LAYER = "layers"
+LAYERS_AXIS = "layers"
 """Logical axis along which the blocks' weights are stacked."""
 
 
 class Weight(NamedTuple):
+    """One weight, before it has a value."""
+
     shape: tuple[int, ...]
-    """With the stacking axis L in front, for weights of a block."""
+    """Shape here; weights of a block have the number of layers in front."""
     axes: tuple[str | None, ...]
-    """Logical axis of each dimension; parallel/mesh.py says which mesh axis holds it."""
+    """Logical axis of each dimension, None = never split; distributed/mesh.py says which mesh axis splits it."""
     std: float
-    """Standard deviation of the normal initialiser; 0 = the constant `fill`."""
-    hf: str
-    """Name in a Hugging Face checkpoint, "{}" standing for the layer."""
+    """Standard deviation of the normal initialiser; 0 = all numbers are `fill`."""
+    hf_name: str
+    """Name in a Hugging Face checkpoint, with "{}" for the number of the layer."""
     hf_shape: tuple[int, ...]
-    """Shape there, of one layer."""
+    """Shape in the checkpoint, of one layer."""
     transposed: bool = False
-    """True where it is stored as [out, in]; here matrices are [in, out], with heads apart."""
+    """Whether the checkpoint stores it as [out, in]; here matrices are [in, out], with an axis for the heads."""
     fill: float = 0.0
+    """Initial value where std is 0."""
 
     @property
     def stacked(self) -> bool:
-        return self.axes[0] == LAYER
+        """Whether it is a weight of the blocks, stacked over the layers."""
+        return self.axes[0] == LAYERS_AXIS
 
 
 def _matrix(
-    hf: str, inputs: dict[str, int], outputs: dict[str, int], std: float, stack: int | None, split: tuple[str, ...]
+    hf_name: str, inputs: dict[str, int], outputs: dict[str, int], std: float, stack: int | None, split: tuple[str, ...]
 ) -> Weight:
-    """A linear map; dimensions named in `split` are sharded by that name, the others are not."""
+    """The weight of a linear map.
+
+    Args:
+      inputs: names and sizes of its input dimensions.
+      outputs: names and sizes of its output dimensions.
+      stack: number of layers; None = the weight is not in a block.
+      split: names of the dimensions that a mesh may split; the name is the logical axis.
+    """
     dims = {**inputs, **outputs}
-    front: dict[str, int] = {} if stack is None else {LAYER: stack}
+    front: dict[str, int] = {} if stack is None else {LAYERS_AXIS: stack}
     return Weight(
         (*front.values(), *dims.values()),
         (*front, *(name if name in split else None for name in dims)),
         std,
-        hf,
+        hf_name,
         (math.prod(outputs.values()), math.prod(inputs.values())),
         transposed=True,
     )
 
 
-_SHARDED = ("embed", "heads", "kv_heads", "mlp", "vocab")
+_SPLIT_DIMENSIONS = ("embed", "heads", "kv_heads", "mlp", "vocab")
+"""Names of dimensions that a mesh may split."""
 
 
 def projections(a: Architecture) -> dict[str, tuple[str, dict[str, int], dict[str, int]]]:
@@ -72,28 +90,29 @@ def projections(a: Architecture) -> dict[str, tuple[str, dict[str, int], dict[st
     }
 
 
-def table(a: Architecture) -> dict[str, Any]:
-    """The weights of a decoder-only transformer; layers are stacked along a first axis L."""
+def table(a: Architecture) -> PyTree[Weight]:
+    """The table of all weights of an architecture, without adapters."""
     n, d, v = a.layers, a.width, a.vocab_size
     residual = 1 / math.sqrt(2 * n)
     unit = 1.0 - a.norm_offset
 
-    def norm(hf: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Weight:
-        hf = f"model.layers.{{}}.{hf}.weight"
-        return Weight((n, *shape), (LAYER, *axes), 0, hf, (math.prod(shape),), fill=unit)
+    def norm(module: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Weight:
+        name = f"model.layers.{{}}.{module}.weight"
+        return Weight((n, *shape), (LAYERS_AXIS, *axes), 0, name, (math.prod(shape),), fill=unit)
 
     layers = {}
     for name, (module, inputs, outputs) in projections(a).items():
         std = (residual if name in ("o", "down") else 1) / math.sqrt(math.prod(inputs.values()))
         hf = f"model.layers.{{}}.{module}"
-        layers[name] = _matrix(f"{hf}.weight", inputs, outputs, std, n, _SHARDED)
+        layers[name] = _matrix(f"{hf}.weight", inputs, outputs, std, n, _SPLIT_DIMENSIONS)
         if name in a.biases:
             shape = tuple(outputs.values())
-            axes = tuple(x if x in _SHARDED else None for x in outputs)
-            layers[f"{name}_bias"] = Weight((n, *shape), (LAYER, *axes), 0, f"{hf}.bias", (math.prod(shape),))
+            axes = tuple(x if x in _SPLIT_DIMENSIONS else None for x in outputs)
+            layers[f"{name}_bias"] = Weight((n, *shape), (LAYERS_AXIS, *axes), 0, f"{hf}.bias", (math.prod(shape),))
     if a.pre_norm:
         layers["attn_norm"] = norm("input_layernorm", (d,), (None,))
-        # Llama calls the norm before the MLP by where it stands; families with norms on outputs took that name for one.
+        # Llama names the norm before the MLP post_attention_layernorm; families with norms on the outputs use that name
+        # for the norm on the output of attention.
         before_mlp = "pre_feedforward_layernorm" if a.post_norm else "post_attention_layernorm"
         layers["mlp_norm"] = norm(before_mlp, (d,), (None,))
     if a.post_norm:
@@ -106,20 +125,20 @@ def table(a: Architecture) -> dict[str, Any]:
             layers[f"{name}_norm"] = norm(f"self_attn.{name}_norm", shape, axes)
 
     fan = 1 / math.sqrt(d)
-    weights: dict[str, Any] = {
+    weights: dict[str, Weight | dict[str, Weight]] = {
         "embed": Weight((v, d), ("vocab", "embed"), fan if a.tied else 1.0, "model.embed_tokens.weight", (v, d)),
         "layers": layers,
         "final_norm": Weight((d,), (None,), 0, "model.norm.weight", (d,), fill=unit),
     }
     if not a.tied:
-        weights["head"] = _matrix("lm_head.weight", {"embed": d}, {"vocab": v}, fan, None, _SHARDED)
+        weights["head"] = _matrix("lm_head.weight", {"embed": d}, {"vocab": v}, fan, None, _SPLIT_DIMENSIONS)
     return weights
 
 
-def lora_table(a: Architecture) -> dict[str, Any]:
-    """The adapters' weights, A [in, rank] and B [rank, out] of each target, named as PEFT names them.
+def lora_table(a: Architecture) -> PyTree[Weight]:
+    """The table of the adapters: A [in, rank] and B [rank, out] of each target, with the names that PEFT gives them.
 
-    A starts as PEFT's does in variance (1 / (3 in)), B at zero: the adapted model is the base at first.
+    A starts with the variance that PEFT gives it, 1 / (3 in), and B at zero: at first, the adapted model is the base.
     """
     assert a.lora is not None
     out: dict[str, Weight] = {}
@@ -128,25 +147,26 @@ def lora_table(a: Architecture) -> dict[str, Any]:
             hf = f"base_model.model.model.layers.{{}}.{module}.lora_"
             rank = {"rank": a.lora.rank}
             std = 1 / math.sqrt(3 * math.prod(inputs.values()))
-            out[f"{name}_lora_a"] = _matrix(f"{hf}A.weight", inputs, rank, std, a.layers, _SHARDED)
-            out[f"{name}_lora_b"] = _matrix(f"{hf}B.weight", rank, outputs, 0, a.layers, _SHARDED)
+            out[f"{name}_lora_a"] = _matrix(f"{hf}A.weight", inputs, rank, std, a.layers, _SPLIT_DIMENSIONS)
+            out[f"{name}_lora_b"] = _matrix(f"{hf}B.weight", rank, outputs, 0, a.layers, _SPLIT_DIMENSIONS)
     return {"layers": out}
 
 
-def is_weight(x: Any) -> bool:
+def is_weight(x: object) -> TypeGuard[Weight]:
+    """Whether x is a leaf of a table."""
     return isinstance(x, Weight)
 
 
-def named_weights(weights: Any) -> list[tuple[str, Weight]]:
-    """(path, weight) of every entry, in the order of the params' leaves."""
+def named_weights(weights: PyTree[Weight]) -> list[tuple[str, Weight]]:
+    """(path in the params, weight) of every entry of a table, in the order of the params' leaves."""
     pairs = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight)
     return [(jax.tree_util.keystr(path), w) for path, w in pairs]
 
 
-def init_weights(weights: Any, key: Key[Array, ""], dtype: Any) -> Any:
-    """Draw every weight of a table; a weight's values depend on its name and the key alone."""
+def init_weights(weights: PyTree[Weight], key: Key[Array, ""], dtype: DTypeLike) -> PyTree[Array]:
+    """Initial params of a table; the values of a weight depend on nothing but the key and its path."""
 
-    def draw(path: Any, w: Weight) -> Array:
+    def draw(path: jax.tree_util.KeyPath, w: Weight) -> Array:
         if w.std == 0:
             return jnp.full(w.shape, w.fill, dtype)
         name = zlib.crc32(jax.tree_util.keystr(path).encode()) & 0x7FFFFFFF
@@ -155,33 +175,33 @@ def init_weights(weights: Any, key: Key[Array, ""], dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(draw, weights, is_leaf=is_weight)
 
 
-def weight_axes(weights: Any) -> Any:
-    """The table's logical axes, as a pytree of tuples like the params."""
+def weight_axes(weights: PyTree[Weight]) -> PyTree[tuple[str | None, ...]]:
+    """The logical axes of a table's weights; see `Model.axes`."""
     return jax.tree.map(lambda w: w.axes, weights, is_leaf=is_weight)
 
 
-def merge_adapter(base: Any, adapter: Any) -> Any:
-    """One tree of base weights and adapters, for params, axes and tables alike."""
+def merge_adapter(base: PyTree, adapter: PyTree) -> PyTree:
+    """One tree of base weights and adapters; the arguments are both params, both axes or both tables."""
     return {**base, "layers": {**base["layers"], **adapter["layers"]}}
 
 
-def entries(weights: Any) -> Iterator[tuple[str, str, Weight, int | None]]:
-    """(params path, Hugging Face name, weight, layer or None) of every tensor of a checkpoint."""
+def entries(weights: PyTree[Weight]) -> Iterator[tuple[str, str, Weight, int | None]]:
+    """(path in the params, Hugging Face name, weight, layer or None) of every tensor of a checkpoint."""
     for path, w in named_weights(weights):
         if w.stacked:
             for i in range(w.shape[0]):
-                yield path, w.hf.format(i), w, i
+                yield path, w.hf_name.format(i), w, i
         else:
-            yield path, w.hf, w, None
+            yield path, w.hf_name, w, None
 
 
 def from_hf(w: Weight, x: np.ndarray) -> np.ndarray:
-    """A tensor of a Hugging Face checkpoint as a weight (of one layer); a view where possible."""
+    """A tensor of a Hugging Face checkpoint in the layout used here, of one layer; a view where possible."""
     return (x.T if w.transposed else x).reshape(w.shape[1:] if w.stacked else w.shape)
 
 
 def to_hf(w: Weight, x: np.ndarray) -> np.ndarray:
-    """The inverse of `from_hf`, contiguous."""
+    """The inverse of `from_hf`; the result is contiguous."""
     if not w.transposed:
         return np.ascontiguousarray(x.reshape(w.hf_shape))
     outputs, inputs = w.hf_shape

@@ -1,1 +1,1 @@
-"""What a run would need of a device, before it is started: memory, and the least time of a step."""
+"""The memory that a run would need and the least time of its steps, before it is started."""

@@ -1,19 +1,23 @@
-"""`python -m pspo_jax.train ... --plan [TARGET]`: memory per device, before any weight is read.
+"""`python -m pspo_jax.train ... --plan [TARGET]`: does a run fit into the memory of its devices?
 
-TARGET is a device kind and a count, such as v5e-8, h100x8 or h200; without one it is this machine. The programs are
-compiled from shapes alone, so the plan of a large model is made on a small machine: by the TPU's own compiler for its
-slices, if libtpu is installed, else for as many CPU devices.
+The first line that is printed answers the question and, if the answer is no, says what to change. TARGET is a device
+and a count, such as v5e-8, h100x8 or h200; without it, the plan is for this machine. No weight is read: the programs
+are compiled from shapes alone, so that a small machine can plan a large model. For a TPU slice the TPU's own compiler
+is used if libtpu is installed; otherwise the CPU's compiler stands in, for as many devices.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Lowered
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +33,7 @@ from pspo_jax.distributed.devices import (
     parse_target,
 )
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
-from pspo_jax.losses.packing import whole_blocks
+from pspo_jax.losses.packing import padded_length
 from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.scoring import bins_at_a_time, packs_lengths
@@ -39,7 +43,11 @@ _GIB = 2**30
 
 
 def take_target(argv: Sequence[str]) -> tuple[list[str], Target | None]:
-    """argv without `--plan [TARGET]`, and the target; None = no plan is asked for."""
+    """argv without `--plan [TARGET]`, and the target; None = no plan is asked for.
+
+    Raises:
+      ConfigError: the device is unknown, or there is no slice of this size.
+    """
     rest: list[str] = []
     target = None
     words = list(argv)
@@ -57,71 +65,141 @@ def take_target(argv: Sequence[str]) -> tuple[list[str], Target | None]:
 
 
 class Peak(NamedTuple):
-    """Bytes that a phase needs on one device."""
+    """The memory that a phase needs on one device at its peak, in bytes."""
 
     least: float
-    """By arithmetic: arrays that the phase cannot do without at one moment. No compiler takes less."""
+    """Sum of the arrays that must exist at one moment; no compiler needs less."""
     compiled: float
-    """By the compiler. The CPU's stands in where the accelerator's own is not there, which may take less: on a CPU,
-    bfloat16 weights are multiplied as float32 copies. Infinity = the compiler says that it does not fit."""
+    """The compiler's own number; infinity = the compiler says that the program does not fit. Where the CPU's compiler
+    stands in, the number is too high: on a CPU, bfloat16 weights are multiplied as float32 copies."""
     reason: str = ""
-    """What the compiler says then."""
+    """The compiler's words where it says that the program does not fit."""
+
+
+Answer = Literal["fits", "capacity unknown", "may not fit", "does not fit"]
+"""Whether a phase fits on a device, from the best answer to the worst."""
+_ANSWERS: tuple[Answer, ...] = ("fits", "capacity unknown", "may not fit", "does not fit")
+
+
+class Verdict(NamedTuple):
+    """The answer whether a phase fits on a device, and the memory that it needs."""
+
+    answer: Answer
+    need: str
+    """The memory that the phase needs, in words."""
+
+
+class Plan(NamedTuple):
+    """The memory of a run on one device, in bytes."""
+
+    setup: Setup
+    capacity: float
+    """Memory of the device; infinity = unknown."""
+    residents: dict[str, int]
+    """Arrays that stay from step to step, by name."""
+    details: dict[str, dict[str, float]]
+    """For each phase, the further arrays that it needs at the same moment, by name."""
+    peaks: dict[str, Peak]
+    """The peak of each phase, "rollout" and "update"."""
 
 
 def show(config: Config, target: Target) -> int:
-    """Print the plan of a config."""
-    kind = DEVICES[target.kind] if target.kind else None
-    devices = devices_for(target)
-    setup = prepare(config, weights=False, capacity=kind.memory if kind else None, devices=devices, say=print)
-    capacity, residents, details = kind.memory if kind else _own_capacity(), _residents(setup), _details(setup)
-    peaks = _peaks(setup, residents, details)
-    console = Console(width=max(Console().width, 100))
-    mesh = ", ".join(f"{k} {v}" for k, v in setup.mesh.shape.items())
-    table = Table("Per device", "GiB", title=f"{config.model.source or 'built-in policy'} on {target.name} ({mesh})")
-    for name, size in residents.items():
-        table.add_row(name, f"{size / _GIB:.2f}")
-    for phase, parts in details.items():
-        for name, need in parts.items():
-            table.add_row(f"  in the {phase}: {name}", f"{need / _GIB:.2f}")
-    compiler = "the TPU's compiler" if has_tpu_compiler(target) else "the CPU's compiler"
-    for name, peak in peaks.items():
-        table.add_row(f"peak of the {name}: sum of the above, the least", f"{peak.least / _GIB:.2f}")
-        found = "too large" if math.isinf(peak.compiled) else f"{peak.compiled / _GIB:.2f}"
-        table.add_row(f"peak of the {name}: by {compiler}", found)
-    table.add_row("capacity", "unknown" if math.isinf(capacity) else f"{capacity / _GIB:.2f}")
-    console.print(table)
-    for name, peak in peaks.items():
-        console.print(f"{name}: {_verdict(name, peak, capacity, exact=has_tpu_compiler(target))}")
-    if kind:
-        console.print(_floors(setup, kind))
+    """Print the plan of a config: whether it fits, what it consists of, and the least time of a step. Returns 0."""
+    notes: list[str] = []
+    plan = _make_plan(config, target, notes.append)
+    exact = has_tpu_compiler(target)
+    verdicts = {phase: _verdict(peak, plan.capacity, exact) for phase, peak in plan.peaks.items()}
+    console = Console(width=max(Console().width, 100), highlight=False)
+    console.print(_headline(verdicts, target.name), soft_wrap=True, markup=False)
+    for line in notes:
+        print(line)
+    console.print(_to_table(plan, target))
+    for phase, (answer, need) in verdicts.items():
+        console.print(f"{phase}: {answer} ({need})", markup=False)
+    if target.kind:
+        console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0
 
 
-def _verdict(name: str, peak: Peak, capacity: float, exact: bool) -> str:
-    if math.isinf(capacity):
-        return "capacity unknown; compare with your device"
-    if peak.compiled <= capacity:
-        return "fits"
+def _make_plan(config: Config, target: Target, say: Callable[[str], None]) -> Plan:
+    device = DEVICES[target.kind] if target.kind else None
+    devices = devices_for(target)
+    setup = prepare(config, weights=False, capacity=device.memory if device else None, devices=devices, say=say)
+    residents, details = _residents(setup), _details(setup)
+    capacity = device.memory if device else _own_capacity()
+    return Plan(setup, capacity, residents, details, _peaks(setup, residents, details))
+
+
+def _headline(verdicts: dict[str, Verdict], target: str) -> str:
+    """The plan in one line: whether the run fits and, if it does not, which phase needs how much and what to change."""
+    worst = max((verdict.answer for verdict in verdicts.values()), key=_ANSWERS.index)
+    if worst in ("fits", "capacity unknown"):
+        needs = ", ".join(f"{phase} {verdict.need}" for phase, verdict in verdicts.items())
+        return f"{worst} on {target}, per device: {needs}"
+    phases = [phase for phase, verdict in verdicts.items() if verdict.answer not in ("fits", "capacity unknown")]
+    return f"{worst} on {target}: " + "; ".join(
+        f"the {phase} needs {verdicts[phase].need} per device; {_ADVICE[phase]}" for phase in phases
+    )
+
+
+def _verdict(peak: Peak, capacity: float, exact: bool) -> Verdict:
+    """Whether a peak fits into the capacity.
+
+    Args:
+      exact: whether the device's own compiler was asked, so that its number needs no allowance.
+    """
     if peak.reason:
-        return f"does not fit: {peak.reason}: {_advice(name)}"
-    sizes = f"{peak.least / _GIB:.2f} to {peak.compiled / _GIB:.2f} GiB of {capacity / _GIB:.2f}"
-    surely = exact or peak.least > capacity
-    return f"{'does not fit' if surely else 'may not fit'} ({sizes}): {_advice(name)}"
+        return Verdict("does not fit", peak.reason)
+    if math.isinf(capacity):
+        return Verdict("capacity unknown", f"{peak.least / _GIB:.2f} to {peak.compiled / _GIB:.2f} GiB")
+    if peak.compiled <= capacity:
+        return Verdict("fits", f"{peak.compiled / _GIB:.2f} GiB of {capacity / _GIB:.2f}")
+    need = f"{peak.least / _GIB:.2f} to {peak.compiled / _GIB:.2f} GiB of {capacity / _GIB:.2f}"
+    return Verdict("does not fit" if exact or peak.least > capacity else "may not fit", need)
 
 
-def _floors(setup: Setup, kind: DeviceSpec) -> str:
-    """One line: what a step takes at least."""
-    floors = {"rollout": rollout_lower_bound(setup, kind), "update": update_lower_bound(setup, kind)}
+_ADVICE = {
+    "rollout": "raise mesh.fsdp or mesh.tensor, set rollout.slots or rollout.chunks, or lower rollout.prompts or "
+    "rollout.max_new_tokens",
+    "update": "raise mesh.fsdp, set lora.rank or model.remat=full, or lower loss.microbatch_rows",
+}
+"""The changes that lower the peak of each phase."""
+
+
+def _to_table(plan: Plan, target: Target) -> Table:
+    """The arrays of a run on one device, and the peaks of its phases, in GiB."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.setup.mesh.shape.items())
+    model = plan.setup.config.model.source or "built-in model"
+    table = Table("Per device", "GiB", title=f"{model} on {target.name} ({mesh})")
+    for name, size in plan.residents.items():
+        table.add_row(name, f"{size / _GIB:.2f}")
+    for phase, parts in plan.details.items():
+        for name, need in parts.items():
+            table.add_row(f"  in the {phase}: {name}", f"{need / _GIB:.2f}")
+    compiler = "the TPU's compiler" if has_tpu_compiler(target) else "the CPU's compiler"
+    for phase, peak in plan.peaks.items():
+        table.add_row(f"peak of the {phase}: sum of the arrays above, the least", f"{peak.least / _GIB:.2f}")
+        compiled = "too large" if math.isinf(peak.compiled) else f"{peak.compiled / _GIB:.2f}"
+        table.add_row(f"peak of the {phase}: by {compiler}", compiled)
+    table.add_row("capacity", "unknown" if math.isinf(plan.capacity) else f"{plan.capacity / _GIB:.2f}")
+    return table
+
+
+def _least_time(setup: Setup, device: DeviceSpec) -> str:
+    """The least time of a step, in one line."""
+    bounds = {"rollout": rollout_lower_bound(setup, device), "update": update_lower_bound(setup, device)}
     phases = ", ".join(
-        f"{name} {f.seconds:.3g} s (products {f.products:.3g}, memory {f.memory:.3g}, links {f.links:.3g})"
-        for name, f in floors.items()
+        f"{phase} {bound.seconds:.3g} s (products {bound.products:.3g}, memory {bound.memory:.3g}, "
+        f"links {bound.links:.3g})"
+        for phase, bound in bounds.items()
     )
     return f"least time of a step by arithmetic, every completion at its longest, not a measurement: {phases}"
 
 
 def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str, float]]) -> dict[str, Peak]:
+    """The peak of each phase, by arithmetic and by the compiler."""
     total = sum(residents.values())
-    # A rollout takes the weights alone as arguments; the rest of the state is there beside them.
+    # The arguments of a rollout are the weights alone; the rest of the state takes memory beside them.
     beside = {"rollout": total - residents["model"] - residents.get("frozen base", 0), "update": 0}
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
@@ -132,42 +210,44 @@ def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str,
     }
 
 
-def _compiled(program: Any) -> tuple[float, str]:
-    """Bytes that a program needs on a device; infinity, and the compiler's words, if it says that they are too many."""
+def _compiled(program: Lowered) -> tuple[float, str]:
+    """The bytes that a program needs on a device, and ""; infinity and the compiler's words if it does not fit."""
     try:
         m = program.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return math.inf, _first_sentences(str(error))
+    assert m is not None
     arguments_and_results = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return arguments_and_results + m.temp_size_in_bytes, ""
 
 
 def _first_sentences(text: str) -> str:
-    """The compiler's summary, without its list of buffers."""
+    """The summary in a compiler's message, without its list of buffers."""
     found = re.search(r"Used [^.]*\.\d+\w+ of [\d.]+\w+ \w+|Ran out of memory[^\n]*", text)
     return found[0] if found else text.splitlines()[0]
 
 
 def _own_capacity() -> float:
-    """Bytes of one device of this machine's accelerator, or this host's memory over its devices."""
+    """Bytes of memory of one device of this machine; a CPU device has its share of the host's memory."""
     if jax.devices()[0].platform == "cpu":
         return host_bytes() / len(jax.devices())
     return device_bytes()
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a pytree of ShapeDtypeStructs with shardings on one device."""
+def bytes_per_device(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
+    """The bytes that arrays take on one device; the pytree is of ShapeDtypeStructs with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * _itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
 
-def _itemsize(dtype: Any) -> int:
+def _itemsize(dtype: DTypeLike) -> int:
+    """Bytes of one number, or of a random key."""
     return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
 
 
 def _residents(setup: Setup) -> dict[str, int]:
-    """What stays on a device from step to step."""
+    """Bytes of the arrays that stay on a device from step to step."""
     s = setup.abstract
     parts = {
         "model": s.params,
@@ -176,35 +256,39 @@ def _residents(setup: Setup) -> dict[str, int]:
         "optimizer": s.opt_state,
         "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),
-        "groups that wait": s.queue,
+        "groups that wait for a batch": s.queue,
     }
     return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "model"}
 
 
 def _details(setup: Setup) -> dict[str, dict[str, float]]:
-    """What each phase needs at least beside what stays, by arithmetic: arrays that exist at one moment."""
+    """For each phase, bytes of the further arrays that must exist at one moment."""
     c = setup.config
     on_host = c.replay.memory != "device" and c.replay.name == "popo"
-    stored = {"replay, else in the host's memory": float(bytes_per_device(setup.abstract.replay))} if on_host else {}
+    stored = (
+        {"replay, which is otherwise in the host's memory": float(bytes_per_device(setup.abstract.replay))}
+        if on_host
+        else {}
+    )
     return {"rollout": _rollout_details(setup), "update": _update_details(setup) | stored}
 
 
 def _rollout_details(setup: Setup) -> dict[str, float]:
-    """Bytes per device that rolling out one part of a round needs, with every completion at its longest."""
+    """Bytes per device while a part of a batch is rolled out, with every completion at its longest."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
     prompts, new = round_prompts(c) // c.rollout.chunks, c.rollout.max_new_tokens
     rows = prompts * c.rollout.group_size
     rows = min(rows, c.rollout.slots or rows)
-    # The last token of a completion is never read.
+    # The last token of a completion needs no place in the cache.
     cached = prompts * setup.task.train.tokens.shape[1] + rows * (new - 1)
     decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
     if a.split_decode:
         split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
         decoded -= split * width / tensor * (1 - 1 / mesh["fsdp"])
     return {
-        # Where nothing splits the weights, they may be decoded as they lie.
+        # Where nothing splits the weights, decoding may use them where they are.
         "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
         "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
         "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
@@ -212,7 +296,7 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
 
 
 def _update_details(setup: Setup) -> dict[str, float]:
-    """Bytes per device as a microbatch's backward pass begins: sums of gradients, what is kept, and what is at work."""
+    """Bytes per device as the backward pass of a microbatch begins: gradients, kept activations, and those in use."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
     new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
@@ -220,27 +304,21 @@ def _update_details(setup: Setup) -> dict[str, float]:
         packed = packs_lengths(rows, new, c)
         at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.loss.microbatch_rows)
     length = setup.task.train.tokens.shape[1] + new
-    length = whole_blocks(length - 1) if packed else length
-    places = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
-    # The backward pass of attention needs q, k and v, that of the MLP its two inner halves, whichever weights train.
+    length = padded_length(length - 1) if packed else length
+    tokens = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
+    # The backward pass of attention needs q, k and v, and that of the MLP needs gate and up, whichever weights train.
     inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
     kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
     again = inner if a.remat in ("full", "offload") else 0
     columns = max(1, min(new, c.loss.logits_mib * 2**20 // (4 * a.vocab_size * at_once)))
     columns = min(columns, -(-new // 8)) if packed else columns
-    # Chunks of equal size may be smaller than what the config allows.
+    # Chunks are of equal size, which may be less than the config allows.
     chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
     trained = jax.tree.leaves(setup.abstract.params)
     gradients = float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in trained))
     return {
-        # Those of a single microbatch come into being as its activations go.
+        # The gradients of a single microbatch are made as its activations are freed.
         "gradients": gradients if packed or at_once < rows else 0.0,
-        f"activations kept (model.remat {a.remat})": a.layers * places * width * kept,
-        "a block's activations, or a chunk of logits": max(places * width * again, chunk),
+        f"activations kept (model.remat {a.remat})": a.layers * tokens * width * kept,
+        "a block's activations, or a chunk of logits": max(tokens * width * again, chunk),
     }
-
-
-def _advice(name: str) -> str:
-    if name == "rollout":
-        return "more mesh.fsdp or mesh.tensor, fewer rollout.prompts, or a lower rollout.max_new_tokens"
-    return "more mesh.fsdp, lora.rank, model.remat, or a lower loss.microbatch_rows"

@@ -1,15 +1,17 @@
-"""POPO's replay: ineffective groups are replaced by recent effective ones from a ring.
+"""POPO's replay: ineffective groups are replaced by recent effective ones from a ring buffer.
 
 Only fresh effective groups enter, whole, with their own advantages and the log-probs of the policy that drew them; the
 oldest leaves first. Inside one step the group of larger reward variance counts as the newer one. A stored group comes
 back while it is young enough and has not come back too often, and never beside another group of its prompt. Slots for
-which nothing is stored leave the batch. (Mao et al., arXiv 2606.01281; capacity, age and uses are ours.)
+which nothing is stored leave the batch. (Mao et al., arXiv 2606.01281, except that capacity, age and number of uses are
+this package's.)
+
+Letters: B groups in a batch, C stored groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +22,25 @@ from pspo_jax.advantages.interface import group_statistics
 from pspo_jax.arrays.groups import Groups, empty_groups, keep, put, take
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ReplayConfig
-from pspo_jax.replay.interface import Replay, effective
-
-Distance = Callable[[Groups], Float[Array, "C"]]
+from pspo_jax.replay.interface import DistanceFn, Replay, effective
 
 
 @struct.dataclass
 class ReplayBuffer:
-    """Stored groups, C of them."""
+    """The stored groups, in a ring."""
 
     groups: Groups
+    """C slots; a slot that is empty is not counted."""
     uses: Int[Array, "C"]
-    """How often each group has come back."""
+    """Number of times that each group has come back."""
     place: Int[Array, ""]
-    """Slot that the next group goes to: the oldest one's."""
+    """Slot that the next group goes to, which holds the oldest one."""
     share: Float[Array, ""]
-    """Largest share of a batch that is replayed now."""
+    """Largest share of the next batch that is replayed."""
 
 
 def popo(config: Config) -> Replay:
-    """The ring as a replay."""
+    """The ring buffer as a replay."""
     settings = config.replay
 
     def init(prompts: int, group_size: int, prompt_length: int, max_new_tokens: int) -> ReplayBuffer:
@@ -51,60 +52,67 @@ def popo(config: Config) -> Replay:
             share=jnp.full((), settings.max_share, jnp.float32),
         )
 
-    def exchange(
-        ring: ReplayBuffer, groups: Groups, step: Int[Array, ""], key: Key[Array, ""], distance: Distance | None = None
+    def mix_batch(
+        buffer: ReplayBuffer,
+        groups: Groups,
+        step: Int[Array, ""],
+        key: Key[Array, ""],
+        distance: DistanceFn | None = None,
     ) -> tuple[Groups, ReplayBuffer]:
         fresh = effective(groups, settings.effective)
-        order, usable = ranked(settings, ring, groups, fresh, step, key, distance)
+        order, usable = replay_order(settings, buffer, groups, fresh, step, key, distance)
         # The k-th ineffective slot takes the k-th stored group.
         turn = jnp.cumsum(~fresh) - 1
-        limit = jnp.floor(ring.share * fresh.shape[0] + 1e-4).astype(jnp.int32)
+        limit = jnp.floor(buffer.share * fresh.shape[0] + 1e-4).astype(jnp.int32)
         replaced = ~fresh & (turn < jnp.minimum(usable, limit))
         source = order[jnp.clip(turn, 0, order.shape[0] - 1)]
-        stored = take(ring.groups, source)
+        stored = take(buffer.groups, source)
         mixed = jax.tree.map(
             lambda old, new: jnp.where(replaced.reshape(-1, *[1] * (new.ndim - 1)), old, new), stored, groups
         )
-        capacity = ring.uses.shape[0]
-        uses = ring.uses.at[jnp.where(replaced, source, capacity)].add(1, mode="drop")
-        return keep(mixed, fresh | replaced), enter(dataclasses.replace(ring, uses=uses), groups, fresh)
+        capacity = buffer.uses.shape[0]
+        uses = buffer.uses.at[jnp.where(replaced, source, capacity)].add(1, mode="drop")
+        return keep(mixed, fresh | replaced), insert(dataclasses.replace(buffer, uses=uses), groups, fresh)
 
-    def settle(ring: ReplayBuffer, ess: Float[Array, ""]) -> ReplayBuffer:
+    def adapt_share(buffer: ReplayBuffer, ess: Float[Array, ""]) -> ReplayBuffer:
         if not settings.ess_floor:
-            return ring
-        # At least one group, without which nothing would be measured any more.
+            return buffer
+        # One group at least is replayed: without any, the effective sample size could not be measured any more.
         least = jnp.float32(min(settings.max_share, 1 / config.rollout.prompts))
-        grown = jnp.minimum(ring.share * 1.25, settings.max_share)
+        grown = jnp.minimum(buffer.share * 1.25, settings.max_share)
         return dataclasses.replace(
-            ring, share=jnp.where(ess < settings.ess_floor, jnp.maximum(ring.share / 2, least), grown)
+            buffer, share=jnp.where(ess < settings.ess_floor, jnp.maximum(buffer.share / 2, least), grown)
         )
 
-    return Replay(init, exchange, settle)
+    return Replay(init, mix_batch, adapt_share)
 
 
-def ranked(
+def replay_order(
     settings: ReplayConfig,
-    ring: ReplayBuffer,
+    buffer: ReplayBuffer,
     groups: Groups,
     fresh: Bool[Array, "B"],
     step: Int[Array, ""],
     key: Key[Array, ""],
-    distance: Distance | None = None,
+    distance: DistanceFn | None = None,
 ) -> tuple[Int[Array, "C"], Int[Array, ""]]:
-    """Slots of the ring in the order in which they come back, and how many of them may.
+    """Slots of the buffer in the order in which they come back, and how many of them may.
 
     Args:
-      fresh: the groups of the batch that stay, whose prompts are taken.
+      groups: the batch.
+      fresh: groups of the batch that stay; no stored group of their prompts comes back.
+      key: key of the random order.
+      distance: the policy's distance from stored groups, for the order kl.
     """
-    stored = ring.groups
-    capacity = ring.uses.shape[0]
+    stored = buffer.groups
+    capacity = buffer.uses.shape[0]
     age = step - stored.step
-    able = stored.counted & (age >= settings.min_age) & (age <= settings.max_age) & (ring.uses < settings.max_uses)
+    able = stored.counted & (age >= settings.min_age) & (age <= settings.max_age) & (buffer.uses < settings.max_uses)
     able &= ~jnp.isin(stored.prompts.ids, jnp.where(fresh, groups.prompts.ids, -1))
-    newness = (jnp.arange(capacity, dtype=jnp.int32) - ring.place) % capacity
+    newness = (jnp.arange(capacity, dtype=jnp.int32) - buffer.place) % capacity
     preferred = _preference(settings, stored, age, key, distance)
     order = jnp.lexsort((-newness, -preferred, ~able))
-    # Of a prompt's groups the first one in this order may come back.
+    # Of a prompt's groups only the first one in this order may come back.
     ids = stored.prompts.ids[order]
     by_prompt = jnp.lexsort((jnp.arange(capacity), ids, ~able[order]))
     sorted_ids = ids[by_prompt]
@@ -114,9 +122,14 @@ def ranked(
 
 
 def _preference(
-    settings: ReplayConfig, stored: Groups, age: Int[Array, "C"], key: Key[Array, ""], distance: Distance | None
+    settings: ReplayConfig, stored: Groups, age: Int[Array, "C"], key: Key[Array, ""], distance: DistanceFn | None
 ) -> Num[Array, "C"]:
-    """Larger comes first; equals by when they were stored, the last one first."""
+    """A number for each stored group: the larger it is, the earlier the group comes back. Of equal ones the group that
+    was stored last is first.
+
+    Raises:
+      ValueError: the order is kl and distance is None.
+    """
     variance = group_statistics(stored.rewards, ddof=1).variance
     match settings.order:
         case "newest":
@@ -129,23 +142,23 @@ def _preference(
             return jax.random.uniform(key, variance.shape)
         case "kl":
             if distance is None:
-                raise ValueError("replay.order=kl: exchange needs distance, which measures the policy's")
+                raise ValueError("replay.order=kl: mix_batch needs `distance`, which measures the policy's")
             return -distance(stored)
 
 
-def enter(ring: ReplayBuffer, groups: Groups, fresh: Bool[Array, "B"]) -> ReplayBuffer:
-    """The ring with the effective groups of a batch in it, the largest variance last."""
-    capacity, batch = ring.uses.shape[0], fresh.shape[0]
+def insert(buffer: ReplayBuffer, groups: Groups, fresh: Bool[Array, "B"]) -> ReplayBuffer:
+    """The buffer after the effective groups of a batch have entered it, the one of largest variance last."""
+    capacity, batch = buffer.uses.shape[0], fresh.shape[0]
     variance = group_statistics(groups.rewards, ddof=1).variance
-    # Ascending variance; of equals the first of the batch is last. Those that are not effective lead.
+    # By ascending variance; of equal ones the first of the batch is last. Groups that are not effective come first.
     order = jnp.lexsort((-jnp.arange(batch), variance, fresh))
     entering = fresh.sum()
     rank = jnp.arange(batch) - (batch - entering)
     kept = (rank >= 0) & (rank >= entering - capacity)
-    slot = jnp.where(kept, (ring.place + rank) % capacity, capacity)
+    slot = jnp.where(kept, (buffer.place + rank) % capacity, capacity)
     return dataclasses.replace(
-        ring,
-        groups=put(ring.groups, slot, take(groups, order)),
-        uses=ring.uses.at[slot].set(0, mode="drop"),
-        place=((ring.place + entering) % capacity).astype(jnp.int32),
+        buffer,
+        groups=put(buffer.groups, slot, take(groups, order)),
+        uses=buffer.uses.at[slot].set(0, mode="drop"),
+        place=((buffer.place + entering) % capacity).astype(jnp.int32),
     )

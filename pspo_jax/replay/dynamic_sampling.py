@@ -1,4 +1,4 @@
-"""Dynamic sampling's queue: effective groups wait in it until a batch of them is there. (DAPO, Yu et al.)"""
+"""The queue of dynamic sampling (DAPO, Yu et al.): effective groups wait in it until there are enough for a batch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from pspo_jax.arrays.groups import Groups, empty_groups, keep, put, take
 
 @struct.dataclass
 class Queue:
-    """Groups that wait, oldest first."""
+    """Groups that wait for a batch."""
 
     groups: Groups
+    """Slots, the groups that wait in front, the oldest first."""
     held: Int[Array, ""]
+    """Number of groups that wait."""
     sampling_log_probs: Float[Array, "room G T"] | None = None
-    """Of the groups' tokens, under the distribution that was drawn from; None = it was the policy's, not truncated."""
+    """Log-probs of the groups' tokens under the distribution that was drawn from; None = that
+    is the policy's own, because neither top-k nor top-p cuts it."""
 
 
 def new_queue(groups: int, group_size: int, prompt_length: int, max_new_tokens: int, truncates: bool = False) -> Queue:
     """An empty queue.
 
     Args:
+      groups: the number of slots.
       truncates: whether tokens are drawn from a truncated distribution, by top-k or top-p.
     """
     return Queue(
@@ -37,9 +41,9 @@ def new_queue(groups: int, group_size: int, prompt_length: int, max_new_tokens: 
 def append(
     queue: Queue, groups: Groups, wanted: Bool[Array, "B"], sampling_log_probs: Float[Array, "B G T"] | None = None
 ) -> Queue:
-    """The queue with the wanted groups behind it, in their order; a prompt that waits already does not enter again.
+    """The queue after the wanted groups have joined its end, in their order.
 
-    There must be room for all of them.
+    A group whose prompt waits already does not enter. There must be room for all of them.
     """
     room = queue.groups.step.shape[0]
     ids = groups.prompts.ids
@@ -54,7 +58,7 @@ def append(
 
 
 def take_first(queue: Queue, batch: int) -> tuple[Groups, Queue]:
-    """The first `batch` groups, those that are not there not counted, and the queue without them."""
+    """The first `batch` groups of the queue, and the queue without them. Slots that are empty are not counted."""
     room = queue.groups.step.shape[0]
     there = jnp.arange(batch) < queue.held
     first = keep(take(queue.groups, jnp.arange(batch)), there)

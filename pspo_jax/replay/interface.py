@@ -1,53 +1,120 @@
-"""The contract of a replay, the groups that pass through it, and those that store nothing."""
+"""The contract of a replay, which groups are effective, and the two replays that store nothing.
+
+Letters: B groups in a batch, C stored groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.advantages.interface import group_statistics
 from pspo_jax.arrays.groups import Groups, keep
 from pspo_jax.config.schema import Config
 
 
+class DistanceFn(Protocol):
+    """Measures how far the current policy is from those that sampled stored groups."""
+
+    def __call__(self, stored: Groups, /) -> Float[Array, "C"]:
+        """Estimate of KL(behaviour policy || current policy) per token for each stored group, in nats."""
+        ...
+
+
+class InitFn(Protocol):
+    """Makes a replay's state before the first step."""
+
+    def __call__(self, prompts: int, group_size: int, prompt_length: int, max_new_tokens: int, /) -> PyTree:
+        """A state without stored groups, for batches of `prompts` groups."""
+        ...
+
+
+class MixBatchFn(Protocol):
+    """Exchanges groups between a batch and the store."""
+
+    def __call__(
+        self,
+        state: PyTree,
+        groups: Groups,
+        step: Int[Array, ""],
+        key: Key[Array, ""],
+        distance: DistanceFn | None = None,
+        /,
+    ) -> tuple[Groups, PyTree]:
+        """The batch that trains, and the state after it.
+
+        The batch has the shapes of `groups`; some of its groups may be stored ones, and some may no longer be counted.
+
+        Args:
+          groups: the fresh groups of the step.
+          key: key of this step's draws.
+          distance: None = a replay that needs one raises ValueError.
+        """
+        ...
+
+
+class AdaptShareFn(Protocol):
+    """Changes the share of a batch that is replayed."""
+
+    def __call__(self, state: PyTree, ess: Float[Array, ""], /) -> PyTree:
+        """The state after a step.
+
+        Args:
+          ess: effective sample size of the replayed tokens, as a share of their number.
+        """
+        ...
+
+
+def _keep_share(state: PyTree, ess: Float[Array, ""]) -> PyTree:
+    del ess
+    return state
+
+
 class Replay(NamedTuple):
-    """Which old groups come back, as pure functions over a state S of stored groups.
+    """Which old groups come back, as pure functions over a state of stored groups."""
 
-    init(prompts B, group_size G, prompt_length P, max_new_tokens T) -> S
-    exchange(S, groups: Groups, step, key, distance=None) -> (Groups, S): same shapes; some groups replaced by stored
-        ones, some no longer counted. distance(groups) -> [C] says how far the policy is from stored groups'.
-    settle(S, ess) -> S: told of the effective sample size of the replayed tokens, as a share of them.
-    """
+    init: InitFn
+    mix_batch: MixBatchFn
+    adapt_share: AdaptShareFn = _keep_share
 
-    init: Callable[[int, int, int, int], Any]
-    exchange: Callable[..., tuple[Groups, Any]]
-    settle: Callable[..., Any] = lambda state, ess: state
+
+class MakeReplay(Protocol):
+    """Makes a replay from a resolved config."""
+
+    def __call__(self, config: Config, /) -> Replay:
+        """The replay that `config.replay` describes."""
+        ...
 
 
 def effective(groups: Groups, by: str = "rewards") -> Bool[Array, "B"]:
-    """Groups in the batch that carry a gradient: rewards differ, or (by "advantages") an advantage is not 0."""
+    """Groups of the batch that carry a gradient.
+
+    Args:
+      by: rewards = their rewards differ; advantages = an advantage is not 0.
+    """
     if by == "advantages":
         found = (groups.advantages != 0).any(axis=1)
     else:
         stats = group_statistics(groups.rewards, ddof=1)
-        found = (stats.variance > 0) & (stats.verdicts > 1)
+        found = (stats.variance > 0) & (stats.judged > 1)
     return found & groups.counted
 
 
 def identity(config: Config) -> Replay:
-    """Every batch is its own: nothing is stored, nothing comes back."""
-    return Replay(
-        init=lambda prompts, group_size, prompt_length, max_new_tokens: (),
-        exchange=lambda state, groups, step, key, distance=None: (groups, state),
-    )
+    """The replay that leaves every batch as it is and stores nothing."""
+    del config
+    return Replay(_init_nothing, lambda state, groups, step, key, distance=None: (groups, state))
 
 
 def filter_ineffective(config: Config) -> Replay:
-    """GRPO-filter: ineffective groups leave the batch, and means are over the others."""
+    """The replay of GRPO-filter: ineffective groups leave the batch, and means are over the others."""
     by = config.replay.effective
     return Replay(
-        init=lambda prompts, group_size, prompt_length, max_new_tokens: (),
-        exchange=lambda state, groups, step, key, distance=None: (keep(groups, effective(groups, by)), state),
+        _init_nothing, lambda state, groups, step, key, distance=None: (keep(groups, effective(groups, by)), state)
     )
+
+
+def _init_nothing(prompts: int, group_size: int, prompt_length: int, max_new_tokens: int) -> tuple[()]:
+    del prompts, group_size, prompt_length, max_new_tokens
+    return ()

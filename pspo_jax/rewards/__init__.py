@@ -1,1 +1,1 @@
-"""What a completion is worth: the verdict on its answer, and the terms that shape a reward."""
+"""Rewards of completions: the verdict on the answer, and the terms that shape the reward."""

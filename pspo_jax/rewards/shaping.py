@@ -1,9 +1,9 @@
-"""Shaping terms: what a reward can hold beside the verdict on the answer. Plain Python and NumPy, on the host.
+"""Shaping terms: the parts of a reward beside the verdict on the answer. Plain Python and NumPy, on the host.
 
-A text term maps one completion to a float, in time linear in its characters: a policy writes what pays, and a regular
-expression that backtracks lets one odd completion hold up a whole step. An array term maps [B, G] (B prompts, G
-completions of each) to [B, G] float32. A length is in whatever unit the caller counts, tokens or characters; a limit
-is in the same unit. `right` is the verdict: 1 = right, anything less = wrong, NaN = no verdict.
+A text term maps one completion to a float, in time linear in its characters: a model learns to write whatever raises
+its reward, and a regular expression that backtracks would let one odd completion hold up a whole step. An array term
+maps [B, G] (B prompts, G completions of each) to [B, G] float32. A length is in whatever unit the caller counts, tokens
+or characters; a limit is in the same unit. In `verdicts`, 1 = right, anything less = wrong, NaN = no verdict.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def repetition(text: str, ngram: int = 3, max_penalty: float = -1.0) -> float:
 
 
 def cosine(
-    right: Float[np.ndarray, "B G"],
+    verdicts: Float[np.ndarray, "B G"],
     length: Int[np.ndarray, "B G"],
     max_length: int,
     right_range: tuple[float, float] = (0.5, 1.0),
@@ -105,13 +105,13 @@ def cosine(
     share = np.asarray(length, np.float64) / max_length
     if clamp:
         share = np.minimum(share, 1.0)
-    is_right = _is_correct(right)
+    is_right = _is_correct(verdicts)
     low, high = (np.where(is_right, a, b) for a, b in zip(right_range, wrong_range, strict=True))
     value = low + (high - low) / 2 * (1 + np.cos(np.pi * share))
-    return _judged(right, value)
+    return _with_verdict(verdicts, value)
 
 
-def length_kimi(right: Float[np.ndarray, "B G"], length: Int[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
+def length_kimi(verdicts: Float[np.ndarray, "B G"], length: Int[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
     """Length reward of Kimi k1.5 (arXiv:2501.12599, section 2.3.3), within each prompt's group.
 
         lam = 0.5 - (length - min) / (max - min);   right: lam;   wrong: min(0, lam)
@@ -119,14 +119,14 @@ def length_kimi(right: Float[np.ndarray, "B G"], length: Int[np.ndarray, "B G"])
     0 for a group whose lengths are all equal. Completions without a verdict count neither for min nor for max.
     """
     lengths = np.asarray(length, np.float64)
-    valid = ~np.isnan(right)
+    valid = ~np.isnan(verdicts)
     shortest = lengths.min(axis=1, keepdims=True, initial=np.inf, where=valid)
     longest = lengths.max(axis=1, keepdims=True, initial=-np.inf, where=valid)
     # A group without any verdict has an infinite `shortest`: all its values are replaced by NaN below.
     differ = longest > shortest
     lam = 0.5 - (lengths - shortest) / np.where(differ, longest - shortest, 1.0)
-    value = np.where(_is_correct(right), lam, np.minimum(lam, 0.0))
-    return _judged(right, np.where(differ, value, 0.0))
+    value = np.where(_is_correct(verdicts), lam, np.minimum(lam, 0.0))
+    return _with_verdict(verdicts, np.where(differ, value, 0.0))
 
 
 def soft_overlong(length: Int[np.ndarray, "B G"], max_length: int, cache: int) -> Float[np.ndarray, "B G"]:
@@ -142,11 +142,11 @@ def soft_overlong(length: Int[np.ndarray, "B G"], max_length: int, cache: int) -
     return (value + 0.0).astype(np.float32)  # + 0.0: no negative zero
 
 
-def _is_correct(right: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, "B G"]:
-    """Partial credit is not right; nor is NaN."""
-    return np.asarray(right) >= 1
+def _is_correct(verdicts: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, "B G"]:
+    """True for right completions; partial credit and NaN are not right."""
+    return np.asarray(verdicts) >= 1
 
 
-def _judged(right: Float[np.ndarray, "B G"], value: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
+def _with_verdict(verdicts: Float[np.ndarray, "B G"], value: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
     """`value` as float32, NaN where there is no verdict."""
-    return np.where(np.isnan(right), np.nan, value).astype(np.float32)
+    return np.where(np.isnan(verdicts), np.nan, value).astype(np.float32)

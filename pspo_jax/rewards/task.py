@@ -1,4 +1,4 @@
-"""The task that a config names: its prompts together with the reward on their completions."""
+"""The task that a config names: its prompts with the reward function of their completions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pspo_jax.rewards.text_reward import reward_functions, text_reward
 from pspo_jax.verifiers.workers.pool import Pool
 
 
-def own_tokenizer(config: Config) -> CharTokenizer:
-    """The tokenizer of a task that has an alphabet of its own."""
+def make_char_tokenizer(config: Config) -> CharTokenizer:
+    """The tokenizer of a task with one token per character."""
     return TOKENIZER if config.task.name == "arithmetic" else CharTokenizer(CHARACTERS, VOCAB)
 
 
@@ -26,10 +26,17 @@ def make_task(
     pool: Pool | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Task:
-    """The task that a config names. `pool` judges text; None = nothing is judged, as in a plan."""
+    """The task that a config names.
+
+    Args:
+      pool: verifies text; None = rewards are not needed, as in a plan.
+      say: told of what takes long.
+    Raises:
+      ConfigError: the data cannot be read, or leave too few prompts.
+    """
     if not isinstance(tokenizer, CharTokenizer):
-        judge = text_reward(pool, tokenizer, config)
-        return text_task(config, tokenizer, judge, pool, reward_functions(config), say)
+        reward_fn = text_reward(pool, tokenizer, config)
+        return text_task(config, tokenizer, reward_fn, pool, reward_functions(config), say)
     if config.task.name == "arithmetic":
         return arithmetic(config.task, config.rollout.prompt_bucket)
     return countdown_task(config.task, config.rollout.prompt_bucket, config.rollout.max_new_tokens)

@@ -1,4 +1,4 @@
-"""Rewards by name and weight, and their sum."""
+"""The terms of the reward by name, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from pspo_jax.config.schema import RewardConfig
 from pspo_jax.config.text_fields import TERMS, TEXT_TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
 
-RELEASED_LENGTH = 1000
+PUBLISHED_CODE_LENGTH = 1000
+"""Lmax of the cosine reward in PSPO's published code, in characters."""
 
 
-class Shape(NamedTuple):
-    """What shaping rewards are computed from."""
+class ShapingInputs(NamedTuple):
+    """Inputs of the shaping terms, for G completions of each of B prompts."""
 
-    right: Float[np.ndarray, "B G"]
+    verdicts: Float[np.ndarray, "B G"]
     """The verdict; NaN = none."""
     lengths: Int[np.ndarray, "B G"]
     """Tokens."""
     texts: list[list[str]]
-    """Completions, with what the prompt began of them."""
+    """Completions, each with the beginning that its prompt holds."""
     max_length: int
     """rollout.max_new_tokens."""
 
 
 def user_functions(config: RewardConfig) -> tuple[str, ...]:
-    """User functions among the terms."""
+    """The users' functions among the terms, as `module:function`."""
     return tuple(name for name in parse_terms(config) if name not in TERMS)
 
 
-def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "B G"]:
-    """A built-in term other than accuracy."""
+def shaping_term(name: str, config: RewardConfig, inputs: ShapingInputs) -> Float[np.ndarray, "B G"]:
+    """The values [B, G] of a built-in term other than accuracy."""
     if name in TEXT_TERMS:
         call = {
             "format": shaping.format_open_rs if config.format == "open_rs" else shaping.format_open_r1,
@@ -43,40 +44,47 @@ def shaped(name: str, config: RewardConfig, shape: Shape) -> Float[np.ndarray, "
             "reasoning_steps": shaping.reasoning_steps,
             "repetition": lambda t: shaping.repetition(t, config.repetition_ngram, config.repetition_penalty),
         }[name]
-        return np.array([[call(text) for text in row] for row in shape.texts], np.float32)
+        return np.array([[call(text) for text in row] for row in inputs.texts], np.float32)
     if name == "length":
-        return shaping.length_kimi(shape.right, shape.lengths)
+        return shaping.length_kimi(inputs.verdicts, inputs.lengths)
     if name == "overlong":
-        cache = config.overlong_cache or max(1, shape.max_length // 5)
-        return shaping.soft_overlong(shape.lengths, shape.max_length, min(cache, shape.max_length))
-    released = config.variant == "published_code"
-    characters = np.array([[len(text) for text in row] for row in shape.texts])
+        cache = config.overlong_cache or max(1, inputs.max_length // 5)
+        return shaping.soft_overlong(inputs.lengths, inputs.max_length, min(cache, inputs.max_length))
+    published_code = config.variant == "published_code"
+    characters = np.array([[len(text) for text in row] for row in inputs.texts])
     return shaping.cosine(
-        shape.right,
-        characters if released else shape.lengths,
-        RELEASED_LENGTH if released else config.cosine_length or shape.max_length,
+        inputs.verdicts,
+        characters if published_code else inputs.lengths,
+        PUBLISHED_CODE_LENGTH if published_code else config.cosine_length or inputs.max_length,
         interval(config.cosine_right, "reward.cosine_right"),
         interval(config.cosine_wrong, "reward.cosine_wrong"),
-        clamp=not released,
+        clamp=not published_code,
     )
 
 
 def weighted_sum(
     terms: dict[str, Float[np.ndarray, "B G"]],
     weights: dict[str, float],
-    right: Float[np.ndarray, "B G"],
+    verdicts: Float[np.ndarray, "B G"],
     failed: Mapping[str, Bool[np.ndarray, "B G"]] = MappingProxyType({}),
 ) -> Float[np.ndarray, "B G"]:
-    """The reward: NaN where the verifier or a term gave no verdict, or no term has a value; else the terms' sum.
+    """The reward: the weighted sum of the terms, or NaN for none.
 
-    A function may have no opinion on a completion (None), as in TRL: its term is left out of the sum. A completion
-    that could not be verified, or that a term failed on (`failed`: an error, a deadline, a death), is left out whole:
-    its other rewards alone would count it as wrong, or spare it a penalty. A term of weight 0 spoils nothing.
+    A function may have no opinion on a completion (None), as in TRL; its term is then left out of the sum. A completion
+    has no reward at all if it could not be verified, if a term failed on it (an error, a deadline, a death), or if no
+    term has a value: the sum of its other terms would count it as wrong, or spare it a penalty. Failures of a term of
+    weight 0 are ignored.
+
+    Args:
+      terms: values of each term; NaN = none.
+      weights: weight of each term.
+      verdicts: the verdicts; NaN = none.
+      failed: for each term, the completions on which it failed.
     """
     values = np.stack([weights[name] * terms[name] for name in weights])
     known = ~np.isnan(values)
     total = np.where(known, values, 0).sum(axis=0)
-    whole = known.any(axis=0) & ~np.isnan(right)
+    whole = known.any(axis=0) & ~np.isnan(verdicts)
     for name, bad in failed.items():
         if weights.get(name):
             whole &= ~bad

@@ -1,13 +1,13 @@
-"""From a batch of completions to requests for the verifiers, and from their replies to rewards."""
+"""Rewards of completions that are text: requests to the verifiers, and rewards from their replies."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -15,32 +15,32 @@ from jaxtyping import Bool, Float
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config
 from pspo_jax.config.text_fields import TERMS, parse_terms
-from pspo_jax.data.conversations import read_prompt
+from pspo_jax.data.conversations import Conversation, read_prompt
 from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import PROMPT_COLUMNS
 from pspo_jax.data.task import ANSWER_COLUMN, CompletionBatch, RewardFn, RewardResult
 from pspo_jax.data.tokenizer import TextTokenizer
-from pspo_jax.rewards.terms import Shape, shaped, user_functions, weighted_sum
+from pspo_jax.rewards.terms import ShapingInputs, shaping_term, user_functions, weighted_sum
 from pspo_jax.verifiers.math_answer import final_answer
 from pspo_jax.verifiers.workers.pool import Batch, Pool, Reply, Request
 
-GRADED = ("python_function", "reasoning_gym")
-"""Kinds whose partial scores count in evaluation as they are; elsewhere only 1 is right."""
-
-
+PARTIAL_CREDIT = ("python_function", "reasoning_gym")
+"""Kinds whose scores between 0 and 1 count in evaluation; for other kinds only a score of 1 counts, as 1."""
 NO_OPINION = "the function returned None"
 
 
-class _Ask(NamedTuple):
-    """A request, and which completions of a prompt its reply is about."""
+class _Question(NamedTuple):
+    """A request, and the completions that its reply is about."""
 
     request: Request
     row: int
+    """Row of the batch."""
     columns: tuple[int, ...]
+    """Places in the row's group."""
 
 
 def make_pool(config: Config, log: Path | None = None) -> Pool:
-    """The workers that a config's tasks and rewards need; what these print goes to `log`."""
+    """The pool of verifiers for a config's tasks and rewards; what the workers print goes to `log`."""
     tasks = [part.task for part, _ in mixture(config)] or [config.task]
     # A package that is not installed is reported where the task is made.
     gym = any(t.name == "reasoning_gym" for t in tasks) and find_spec("reasoning_gym") is not None
@@ -48,67 +48,74 @@ def make_pool(config: Config, log: Path | None = None) -> Pool:
 
 
 def reward_functions(config: Config) -> tuple[str, ...]:
-    """User functions that the workers import."""
+    """The users' functions that the workers import, as `module:function`."""
     tasks = [part.task for part, _ in mixture(config)] or [config.task]
     verifiers = tuple(t.function for t in tasks if t.name == "python_function" and t.function)
     return tuple(dict.fromkeys((*verifiers, *user_functions(config.reward))))
 
 
 def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> RewardFn:
-    """Judges completions of text tasks: `accuracy` by each row's verifier, then the terms of config.reward."""
-    terms = parse_terms(config.reward)
-    prefix = tokenizer.begun(config.prompt)
+    """The reward function of text tasks: `accuracy` by each row's verifier, and the terms of config.reward.
 
-    def judge(batch: CompletionBatch) -> Callable[[], RewardResult]:
+    Args:
+      pool: verifies; None = the function raises RuntimeError, for plans and exports.
+    """
+    terms = parse_terms(config.reward)
+    prefix = tokenizer.answer_beginning(config.prompt)
+
+    def reward_fn(batch: CompletionBatch) -> Callable[[], RewardResult]:
+        """Starts verification of a batch."""
         if pool is None:
             raise RuntimeError("this task was made without verifiers")
-        weights = terms if batch.paid else {"accuracy": 1.0}
-        kinds = [_of(batch.prompts.kinds, int(row)) for row in batch.rows]
+        weights = terms if batch.wants_reward else {"accuracy": 1.0}
+        kinds = [_at(batch.prompts.kinds, int(row)) for row in batch.rows]
         texts = [
-            [prefix + tokenizer.answer(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
+            [prefix + tokenizer.completion_text(batch.tokens[i, j, :n].tolist()) for j, n in enumerate(row)]
             for i, row in enumerate(batch.lengths)
         ]
-        asks = _verdict_asks(batch, kinds, texts, config, pool)
-        verdicts = pool.submit([ask.request for ask in asks])
-        extra = {
-            name: (found := _function_asks(name, batch, texts, pool, config), pool.submit([a.request for a in found]))
-            for name in weights
-            if name not in TERMS
-        }
+        questions = _verdict_questions(batch, kinds, texts, config, pool)
+        verdicts = pool.submit([question.request for question in questions])
+        extra = {}
+        for name in weights:
+            if name not in TERMS:
+                found = _function_questions(name, batch, texts, pool, config)
+                extra[name] = found, pool.submit([question.request for question in found])
 
         def result() -> RewardResult:
-            return _scores(batch, kinds, texts, asks, verdicts, extra, weights, config)
+            """Waits for the rewards."""
+            return _result(batch, kinds, texts, questions, verdicts, extra, weights, config)
 
         return result
 
-    return judge
+    return reward_fn
 
 
-def _of(column: Any, row: int) -> Any:
-    return None if column is None else column[row]
+def _at(column: Sequence[str] | None, row: int) -> str:
+    """The value of an optional column in a row; "" if there is no such column."""
+    return "" if column is None else column[row]
 
 
-def _verdict_asks(
+def _verdict_questions(
     batch: CompletionBatch, kinds: list[str], texts: list[list[str]], config: Config, pool: Pool
-) -> list[_Ask]:
-    """Requests for the completions that are not wrong for certain."""
-    out: list[_Ask] = []
+) -> list[_Question]:
+    """Requests for a verdict on each completion, without the completions that are wrong for certain."""
+    out: list[_Question] = []
     for i, row in enumerate(batch.rows):
         kind, gold = kinds[i], batch.prompts.answers[int(row)]
-        extra = json.loads(_of(batch.prompts.extras, int(row)))
+        extra = json.loads(_at(batch.prompts.extras, int(row)))
         if kind == "python_function":
-            out += _function_row(extra["function"], i, batch, texts[i], pool, config)
+            out += _row_questions(extra["function"], i, batch, texts[i], pool, config)
             continue
         for j, text in enumerate(texts[i]):
             if config.reward.require_end and not batch.ended[i, j]:
                 continue
             if (request := _request(kind, gold, extra, text)) is not None:
-                out.append(_Ask(request, i, (j,)))
+                out.append(_Question(request, i, (j,)))
     return out
 
 
-def _request(kind: str, gold: str, extra: dict[str, Any], text: str) -> Request | None:
-    """What to ask a worker; None = wrong without asking."""
+def _request(kind: str, gold: str, extra: dict[str, object], text: str) -> Request | None:
+    """The request for the verdict on one completion; None if the completion is wrong without asking."""
     match kind:
         case "math" | "gsm8k":
             answer = final_answer(text)
@@ -123,40 +130,48 @@ def _request(kind: str, gold: str, extra: dict[str, Any], text: str) -> Request 
     raise ValueError(f"no verifier for {kind}")
 
 
-def _function_asks(name: str, batch: CompletionBatch, texts: list[list[str]], pool: Pool, config: Config) -> list[_Ask]:
-    return [ask for i in range(len(batch.rows)) for ask in _function_row(name, i, batch, texts[i], pool, config)]
+def _function_questions(
+    name: str, batch: CompletionBatch, texts: list[list[str]], pool: Pool, config: Config
+) -> list[_Question]:
+    """Requests for the scores of all completions by a user's function."""
+    rows = range(len(batch.rows))
+    return [question for i in rows for question in _row_questions(name, i, batch, texts[i], pool, config)]
 
 
-def _function_row(
+def _row_questions(
     name: str, i: int, batch: CompletionBatch, texts: list[str], pool: Pool, config: Config
-) -> list[_Ask]:
-    """One request a completion, so that each has its own deadline; one a group if the function takes lists."""
+) -> list[_Question]:
+    """Requests for the scores of one group by a user's function.
+
+    There is one request for each completion, so that each has its own deadline; or one for the whole group, if the
+    function takes lists.
+    """
     row, prompts = int(batch.rows[i]), batch.prompts
-    columns = prompts.columns(row) if prompts.columns else {}
-    extra = json.loads(_of(prompts.extras, row) or "{}")
-    row_arguments = {
+    columns = prompts.columns(row) if prompts.columns is not None else {}
+    extra = json.loads(_at(prompts.extras, row) or "{}")
+    row_arguments: dict[str, object] = {
         "function": name,
-        "prompt": _of(prompts.texts, row),
+        "prompt": _at(prompts.texts, row),
         "messages": _conversation(columns, config.task.prompt_column),
-        # The row's own value, where the config does not ask for another form of it.
+        # The row's own value, unless the config asks for another form of it.
         "answer": value_at(columns, extra[ANSWER_COLUMN]) if ANSWER_COLUMN in extra else prompts.answers[row],
         "step": batch.step,
         "steps": config.run.steps,
         "columns": columns,
     }
-    parts = [tuple(range(len(texts)))] if name in pool.grouped else [(j,) for j in range(len(texts))]
-    asks = []
+    parts = [tuple(range(len(texts)))] if name in pool.group_functions else [(j,) for j in range(len(texts))]
+    questions = []
     for part in parts:
-        own = {
+        of_part: dict[str, object] = {
             "completions": [texts[j] for j in part],
             "token_ids": [batch.tokens[i, j, : batch.lengths[i, j]].tolist() for j in part],
         }
-        asks.append(_Ask(Request("function", row_arguments | own), i, part))
-    return asks
+        questions.append(_Question(Request("function", row_arguments | of_part), i, part))
+    return questions
 
 
-def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str, Any]] | None:
-    """The messages of a row whose prompt is a conversation; None = it is plain text."""
+def _conversation(columns: dict[str, object], wanted: str | None) -> Conversation | None:
+    """The messages of a row whose prompt is a conversation; None if it is plain text."""
     for name in [wanted] if wanted else PROMPT_COLUMNS:
         value = value_at(columns, name)
         if value is not None:
@@ -167,91 +182,102 @@ def _conversation(columns: dict[str, Any], wanted: str | None) -> list[dict[str,
     return None
 
 
-def _scores(
+def _result(
     batch: CompletionBatch,
     kinds: list[str],
     texts: list[list[str]],
-    asks: list[_Ask],
-    verdicts: Batch,
-    extra: dict[str, tuple[list[_Ask], Batch]],
+    questions: list[_Question],
+    replies: Batch,
+    extra: dict[str, tuple[list[_Question], Batch]],
     weights: dict[str, float],
     config: Config,
 ) -> RewardResult:
+    """The rewards of a batch from the replies; it waits for these.
+
+    Args:
+      questions, replies: requests for verdicts, and their replies.
+      extra: for each user's function, its requests and their replies.
+      weights: weight of each term.
+    """
     shape = batch.lengths.shape
-    filled = {"accuracy": _filled(shape, asks, verdicts.result(), unasked=0.0)}
-    filled |= {name: _filled(shape, found, replies.result()) for name, (found, replies) in extra.items()}
-    value = filled["accuracy"].value
-    graded = np.array([[kind in GRADED] for kind in kinds])
-    right = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
+    values = {"accuracy": _fill(shape, questions, replies.result(), unasked=0.0)}
+    values |= {name: _fill(shape, found, answered.result()) for name, (found, answered) in extra.items()}
+    value = values["accuracy"].value
+    graded = np.array([[kind in PARTIAL_CREDIT] for kind in kinds])
+    verdicts = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
-    what = Shape(right, batch.lengths, texts, config.rollout.max_new_tokens)
+    inputs = ShapingInputs(verdicts, batch.lengths, texts, config.rollout.max_new_tokens)
     for name in weights:
-        terms[name] = filled[name].value if name in filled else shaped(name, config.reward, what)
-    failed = {name: one.failed for name, one in filled.items()}
-    reward = weighted_sum(terms, weights, right, failed)
-    # The verdict is reported whether or not it is paid for.
+        terms[name] = values[name].value if name in values else shaping_term(name, config.reward, inputs)
+    failed = {name: one.failed for name, one in values.items()}
+    reward = weighted_sum(terms, weights, verdicts, failed)
+    # The verdict is reported whether or not it is a term of the reward.
     return RewardResult(
         reward,
         {"accuracy": value} | terms,
-        right,
-        filled["accuracy"].answers,
-        filled["accuracy"].reasons,
-        tuple(dict.fromkeys(error for one in filled.values() for error in one.errors)),
+        verdicts,
+        values["accuracy"].answers,
+        values["accuracy"].reasons,
+        tuple(dict.fromkeys(error for one in values.values() for error in one.errors)),
         failed,
-        {name: one.reasons for name, one in filled.items()},
-        _together([one.metrics for one in filled.values()]),
-        {name: rows for one in filled.values() for name, rows in one.columns.items()},
+        {name: one.reasons for name, one in values.items()},
+        _merged([one.metrics for one in values.values()]),
+        {name: rows for one in values.values() for name, rows in one.columns.items()},
     )
 
 
-class _Filled(NamedTuple):
-    """Replies about one term, where they belong."""
+class _Term(NamedTuple):
+    """The values of one term."""
 
     value: Float[np.ndarray, "B G"]
     """NaN = a failure, or no opinion."""
     failed: Bool[np.ndarray, "B G"]
-    """Where the verifier or function gave no verdict by an error, its deadline or its death."""
+    """Where the verifier or function gave no verdict because of an error, its deadline or its death."""
     answers: list[list[str | None]]
+    """The answers found; None = none."""
     reasons: Counter[str]
-    """Why values are missing."""
+    """Why values are missing, and how many."""
     errors: list[str]
+    """Tracebacks."""
     metrics: dict[str, list[float]]
-    columns: dict[str, list[list[Any]]]
-    """What a function logged with each completion."""
+    """Values that a function gave to `log_metric`."""
+    columns: dict[str, list[list[object]]]
+    """Values that a function gave to `log_extra`: one for each completion, or None."""
 
 
-def _filled(shape: tuple[int, ...], asks: list[_Ask], replies: list[Reply], unasked: float = np.nan) -> _Filled:
-    """Values of a term; `unasked` where nothing was asked."""
+def _fill(shape: tuple[int, ...], questions: list[_Question], replies: list[Reply], unasked: float = np.nan) -> _Term:
+    """The values of a term from its replies; `unasked` where nothing was asked."""
     value, failed = np.full(shape, unasked, np.float32), np.zeros(shape, bool)
     answers: list[list[str | None]] = [[None] * shape[1] for _ in range(shape[0])]
     reasons: Counter[str] = Counter()
-    columns: dict[str, list[list[Any]]] = {}
-    for ask, reply in zip(asks, replies, strict=True):
-        n = len(ask.columns)
+    columns: dict[str, list[list[object]]] = {}
+    for question, reply in zip(questions, replies, strict=True):
+        n = len(question.columns)
         scores = reply.score if isinstance(reply.score, list) else [reply.score] * n
         whole = reply.reason if not isinstance(reply.score, list) else None
-        for j, score, why in zip(ask.columns, scores, reply.failed or [whole] * n, strict=True):
-            value[ask.row, j] = np.nan if score is None else score
-            failed[ask.row, j] = score is None and why is not None
-            answers[ask.row][j] = reply.answer
+        for j, score, why in zip(question.columns, scores, reply.failed or [whole] * n, strict=True):
+            value[question.row, j] = np.nan if score is None else score
+            failed[question.row, j] = score is None and why is not None
+            answers[question.row][j] = reply.answer
             if score is None:
                 reasons[why or NO_OPINION] += 1
         for name, logged in (reply.columns or {}).items():
             rows = columns.setdefault(name, [[None] * shape[1] for _ in range(shape[0])])
-            for j, item in zip(ask.columns, logged, strict=True):
-                rows[ask.row][j] = item
-    return _Filled(
+            for j, item in zip(question.columns, logged, strict=True):
+                rows[question.row][j] = item
+    return _Term(
         value,
         failed,
         answers,
         reasons,
         [reply.error for reply in replies if reply.error],
-        _together([reply.metrics for reply in replies if reply.metrics]),
+        _merged([reply.metrics for reply in replies if reply.metrics]),
         columns,
     )
 
 
-def _together(found: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+def _merged(found: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Logged values of several replies, by name."""
     out: dict[str, list[float]] = {}
     for metrics in found:
         for name, values in metrics.items():

@@ -1,79 +1,85 @@
-"""Group rollouts inside one jit: prefill, then a token loop that ends when every row has."""
+"""Rollouts of groups inside one jit: prefill, then a token loop that runs until every row has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Params, Prompts, Rollouts
-from pspo_jax.config.schema import RolloutConfig
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.interface import Model
-from pspo_jax.rollout.continuous import Samples, decode_slots
-from pspo_jax.rollout.token_sampling import draw_tokens
+from pspo_jax.rollout.continuous import decode_slots
+from pspo_jax.rollout.token_loop import (
+    DrawnTokens,
+    RolloutShape,
+    Samples,
+    SamplingParams,
+    TokenLoop,
+    draw_row_tokens,
+    is_stop,
+    no_samples,
+)
 
 SMALLEST_CACHE_TOKENS = 128
-"""Tokens that a cache has room for at least, if completions may be so long."""
+"""Smallest number of tokens for which a cache has room, unless completions are shorter."""
 
 
-class SamplingParams(NamedTuple):
-    """Settings of a draw. All are traced: changing a value never recompiles."""
+class SampleFn(Protocol):
+    """A jitted sampler."""
 
-    temperature: Float[Array, ""] | float
-    """0 = greedy."""
-    top_p: Float[Array, ""] | float
-    top_k: Int[Array, ""] | int
-    stop_ids: Int[Array, "k"]
-    """Token ids that end a row; pad with -1."""
-    max_new_tokens: Int[Array, ""] | int
-    """Length limit, at most the sampler's T."""
+    def __call__(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Key[Array, ""],
+        settings: SamplingParams,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> Rollouts:
+        """G completions of each prompt.
 
-    @staticmethod
-    def of(config: RolloutConfig, stop_ids: Any, temperature: float | None = None) -> SamplingParams:
-        """A config's settings, as arrays of fixed types; greedy decoding (temperature=0) keeps no truncation."""
-        t = config.temperature if temperature is None else temperature
-        build: Any = SamplingParams
-        values = build(
-            np.float32(t),
-            np.float32(config.top_p if t else 1.0),
-            np.int32(config.top_k if t else 0),
-            np.asarray(stop_ids, np.int32),
-            np.int32(config.max_new_tokens),
-        )
-        return jax.device_put(values)
+        Args:
+          first_row: number of the batch's first row, for batches that are cut into several calls.
+        """
+        ...
+
+    def lower(self, *args: object, **named: object) -> jax.stages.Lowered:
+        """`jax.jit`'s `lower`."""
+        ...
 
 
-class _Loop(NamedTuple):
-    t: Int[Array, ""]
-    """Position of `last` in the completion."""
-    last: Int[Array, "B G"]
-    cache: Any
-    alive: Bool[Array, "B G"]
-    """Rows that draw another token."""
-    tokens: Int[Array, "B G T"]
-    log_probs: Float[Array, "B G T"]
-    sampling_log_probs: Float[Array, "B G T"]
-    lengths: Int[Array, "B G"]
+class CountingSampleFn(Protocol):
+    """A sampler that counts."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Key[Array, ""],
+        settings: SamplingParams,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> tuple[Rollouts, Int[Array, ""]]:
+        """Completions, and the number of tokens that were computed."""
+        ...
 
 
 def make_sampler(
     model: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
-) -> Callable[..., Rollouts]:
+) -> SampleFn:
     """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
     It compiles once per (B, P): prompt lengths inside the padding, temperature, top-p, top-k, stop ids and the length
-    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, first_row + b G + g), t): its
-    tokens do not depend on the other rows, on how rows are spread over devices, or on how a batch is cut into calls.
-    Stop tokens are returned and are in the mask.
+    limit are traced. Row g of prompt b draws its t-th token with key fold_in(fold_in(key, first_row + b G + g), t).
+    Therefore a row's tokens do not depend on the other rows, on how rows are spread over devices, or on how a batch is
+    cut into calls. Stop tokens are part of the completions and of the mask.
 
     Args:
-      slots: rows that are decoded at a time, the next row in a slot when one has ended (see `slots`); None = all.
-      chunk: tokens drawn before the next test whether all rows have ended; see `tokens_per_test`.
+      slots: rows that are decoded at a time; a slot whose row has ended takes the next row (see `continuous`). None =
+        all rows at once.
+      chunk: tokens that are drawn between two tests whether all rows have ended; see `tokens_per_test`.
     """
     sample = counting_sampler(model, group_size, max_new_tokens, pad_id, slots, chunk)
     return jax.jit(lambda *args, **named: sample(*args, **named)[0])
@@ -81,8 +87,12 @@ def make_sampler(
 
 def counting_sampler(
     model: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
-) -> Callable[..., tuple[Rollouts, Int[Array, ""]]]:
-    """`make_sampler`, not jitted, with the number of tokens computed, those of rows that had ended included."""
+) -> CountingSampleFn:
+    """`make_sampler` without the jit, whose result includes the number of tokens that were computed.
+
+    The number includes tokens of rows that had already ended.
+    """
+    shape = RolloutShape(group_size, max_new_tokens, pad_id)
 
     def sample(
         params: Params,
@@ -92,76 +102,115 @@ def counting_sampler(
         first_row: Int[Array, ""] | int = 0,
     ) -> tuple[Rollouts, Int[Array, ""]]:
         b = prompts.tokens.shape[0]
-        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(b * group_size))
-        if slots is not None and slots < b * group_size:
-            drawn = decode_slots(model, params, prompts, row_keys, settings, slots, group_size, max_new_tokens, pad_id)
-            drawn = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, drawn)
-            return _rollouts(prompts, drawn, settings), b * group_size + drawn.steps * slots
-        logits, cache, step = model.decoder(params, prompts.tokens, prompts.lengths, group_size, max_new_tokens)
-        limit = jnp.minimum(settings.max_new_tokens, max_new_tokens)
-
-        def draw(loop: _Loop, logits: Array, t: Array) -> _Loop:
-            """Append token t to every live row."""
-            uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
-            token, log_prob, sampling = draw_tokens(
-                logits, uniform.reshape(b, group_size), settings.temperature, settings.top_k, settings.top_p
-            )
-            live = loop.alive & (t < limit)
-            token = jnp.where(live, token, pad_id)
-            return _Loop(
-                t,
-                token,
-                loop.cache,
-                loop.alive & ~(live & (token[..., None] == settings.stop_ids).any(axis=-1)),
-                _put(loop.tokens, token, t),
-                _put(loop.log_probs, jnp.where(live, log_prob, 0), t),
-                _put(loop.sampling_log_probs, jnp.where(live, sampling, 0), t),
-                loop.lengths + live,
-            )
-
-        def one(_: Array | int, loop: _Loop) -> _Loop:
-            logits, cache = step(loop.cache, loop.last, loop.t)
-            return draw(loop._replace(cache=cache), constrain(logits, "batch", None, None), loop.t + 1)
-
-        def body(loop: _Loop) -> _Loop:
-            return one(0, loop) if chunk == 1 else jax.lax.fori_loop(0, chunk, one, loop)
-
-        # The last chunk may reach past the longest completion.
-        shape = (b, group_size, 1 + -(-(max_new_tokens - 1) // chunk) * chunk)
-        start = _Loop(
-            jnp.int32(0),
-            jnp.full(shape[:2], pad_id, jnp.int32),
-            cache,
-            jnp.ones(shape[:2], bool),
-            jnp.full(shape, pad_id, jnp.int32),
-            jnp.zeros(shape),
-            jnp.zeros(shape),
-            jnp.zeros(shape[:2], jnp.int32),
-        )
-        logits = jnp.broadcast_to(logits[:, None], (b, group_size, logits.shape[-1]))
-        end = draw(start, logits, jnp.int32(0))
-        for size in sizes(max_new_tokens, chunk) if model.resize else [max_new_tokens]:
-            if model.resize:
-                end = end._replace(cache=model.resize(end.cache, size))
-
-            def goes_on(loop: _Loop, size: int = size) -> Bool[Array, ""]:
-                """The last token drawn is not in the cache."""
-                return (loop.t + 1 < jnp.minimum(limit, size + 1)) & loop.alive.any()
-
-            end = jax.lax.while_loop(goes_on, body, end)
-        tokens, log_probs, sampling = (
-            x[..., :max_new_tokens] for x in (end.tokens, end.log_probs, end.sampling_log_probs)
-        )
-        drawn = Samples(tokens, log_probs, sampling, end.lengths, ~end.alive, end.t)
-        return _rollouts(prompts, drawn, settings), b * group_size * (1 + drawn.steps)
+        rows = b * group_size
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
+        if slots is not None and slots < rows:
+            samples = decode_slots(model, params, prompts, row_keys, settings, slots, shape)
+            samples = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, samples)
+            return _rollouts(prompts, samples, settings), rows + samples.steps * slots
+        samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
+        return _rollouts(prompts, samples, settings), rows * (1 + samples.steps)
 
     return sample
 
 
-def sizes(max_new_tokens: int, chunk: int = 1) -> list[int]:
-    """Tokens that a cache has room for, one size after the other: a token pays for what is drawn, not for what may be.
+class RowDecoder(NamedTuple):
+    """What stays the same while all rows decode."""
 
-    Each size is a loop of its own and compiles anew, so there are few. All but the last are whole chunks.
+    row_keys: Key[Array, "B G"]
+    settings: SamplingParams
+    limit: Int[Array, ""]
+    """Largest number of tokens of a completion."""
+    pad_id: int
+    step: Callable[[PyTree, Int[Array, "B G"], Int[Array, ""]], tuple[Float[Array, "B G V"], PyTree]]
+    """(cache, last, t) -> (logits, cache); see `Model.decoder`."""
+
+
+def decode_rows(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    row_keys: Key[Array, "R"],
+    settings: SamplingParams,
+    shape: RolloutShape,
+    chunk: int,
+) -> Samples:
+    """Completions [B, G] of all rows, R = B x G, decoded at once."""
+    rows, longest = (prompts.tokens.shape[0], shape.group_size), shape.max_new_tokens
+    logits, cache, step = model.decoder(params, prompts.tokens, prompts.lengths, shape.group_size, longest)
+    limit = jnp.minimum(settings.max_new_tokens, longest)
+    decoder = RowDecoder(row_keys.reshape(rows), settings, limit, shape.pad_id, step)
+    # The last chunk may reach past the longest completion.
+    room = 1 + -(-(longest - 1) // chunk) * chunk
+    no_token = jnp.full(rows, shape.pad_id, jnp.int32)
+    loop = TokenLoop(jnp.int32(0), no_token, jnp.ones(rows, bool), cache, no_samples(rows, room, shape.pad_id))
+    logits = jnp.broadcast_to(logits[:, None], (*rows, logits.shape[-1]))
+    loop = append(decoder, loop, logits, jnp.int32(0))
+    for size in cache_sizes(longest, chunk) if model.resize else [longest]:
+        if model.resize:
+            loop = loop._replace(cache=model.resize(loop.cache, size))
+        loop = _decode_to(decoder, loop, size, chunk)
+    samples = loop.samples
+    return Samples(
+        tokens=samples.tokens[..., :longest],
+        log_probs=samples.log_probs[..., :longest],
+        sampling_log_probs=samples.sampling_log_probs[..., :longest],
+        lengths=samples.lengths,
+        ended=~loop.alive,
+        steps=loop.t,
+    )
+
+
+def _decode_to(decoder: RowDecoder, loop: TokenLoop, size: int, chunk: int) -> TokenLoop:
+    """The loop after all rows have ended or the cache, with room for `size` tokens, is full."""
+
+    def unfinished(loop: TokenLoop) -> Bool[Array, ""]:
+        # The cache does not hold the token that was drawn last.
+        return (loop.t + 1 < jnp.minimum(decoder.limit, size + 1)) & loop.alive.any()
+
+    def decode_chunk(loop: TokenLoop) -> TokenLoop:
+        if chunk == 1:
+            return decode_token(decoder, loop)
+        return jax.lax.fori_loop(0, chunk, lambda _, loop: decode_token(decoder, loop), loop)
+
+    return jax.lax.while_loop(unfinished, decode_chunk, loop)
+
+
+def decode_token(decoder: RowDecoder, loop: TokenLoop) -> TokenLoop:
+    """The loop after one decoding step: every live row has another token."""
+    logits, cache = decoder.step(loop.cache, loop.last, loop.t)
+    return append(decoder, loop._replace(cache=cache), constrain(logits, "batch", None, None), loop.t + 1)
+
+
+def append(decoder: RowDecoder, loop: TokenLoop, logits: Float[Array, "B G V"], t: Int[Array, ""]) -> TokenLoop:
+    """The loop after every live row got token t, drawn from `logits`."""
+    drawn = draw_row_tokens(logits, decoder.row_keys, t, decoder.settings)
+    live = loop.alive & (t < decoder.limit)
+    drawn = DrawnTokens(
+        jnp.where(live, drawn.token, decoder.pad_id),
+        jnp.where(live, drawn.log_prob, 0),
+        jnp.where(live, drawn.sampling_log_prob, 0),
+    )
+    samples = loop.samples
+    return TokenLoop(
+        t=t,
+        last=drawn.token,
+        alive=loop.alive & ~(live & is_stop(drawn.token, decoder.settings.stop_ids)),
+        cache=loop.cache,
+        samples=samples._replace(
+            tokens=_put_column(samples.tokens, drawn.token, t),
+            log_probs=_put_column(samples.log_probs, drawn.log_prob, t),
+            sampling_log_probs=_put_column(samples.sampling_log_probs, drawn.sampling_log_prob, t),
+            lengths=samples.lengths + live,
+        ),
+    )
+
+
+def cache_sizes(max_new_tokens: int, chunk: int = 1) -> list[int]:
+    """Sizes of the cache in tokens, one after the other, so that a token pays for the tokens so far and not for all.
+
+    Each size has a loop of its own, which compiles anew; therefore there are few. All sizes but the last are whole
+    chunks.
     """
     parts = (max_new_tokens // part // chunk * chunk for part in (4, 2))
     return [part for part in parts if part >= SMALLEST_CACHE_TOKENS] + [max_new_tokens]
@@ -170,25 +219,25 @@ def sizes(max_new_tokens: int, chunk: int = 1) -> list[int]:
 def tokens_per_test(platform: str, max_new_tokens: int) -> int:
     """The sampler's `chunk` for a platform.
 
-    A GPU's loop waits for the host at every test but not where the number of turns is known; elsewhere a test is free,
-    and a chunk would only draw for rows that have ended.
+    A GPU's loop waits for the host at every test, except where the number of turns is known. Elsewhere a test costs
+    nothing, and a chunk would only draw tokens for rows that have ended.
     """
     return max(1, min(32, max_new_tokens // 16)) if platform == "gpu" else 1
 
 
-def _rollouts(prompts: Prompts, drawn: Samples, settings: SamplingParams) -> Rollouts:
+def _rollouts(prompts: Prompts, samples: Samples, settings: SamplingParams) -> Rollouts:
     temperature = jnp.asarray(settings.temperature, jnp.float32)
     return Rollouts(
         prompts=prompts,
-        tokens=drawn.tokens,
-        mask=jnp.arange(drawn.tokens.shape[-1]) < drawn.lengths[..., None],
-        log_probs=drawn.log_probs,
-        sampling_log_probs=drawn.sampling_log_probs,
-        lengths=drawn.lengths,
-        ended=drawn.ended,
+        tokens=samples.tokens,
+        mask=jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None],
+        log_probs=samples.log_probs,
+        sampling_log_probs=samples.sampling_log_probs,
+        lengths=samples.lengths,
+        ended=samples.ended,
         temperature=jnp.where(temperature == 0, 1.0, temperature),
     )
 
 
-def _put(array: Array, column: Array, t: Array) -> Array:
+def _put_column(array: Array, column: Array, t: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(array, column[..., None].astype(array.dtype), t, axis=2)

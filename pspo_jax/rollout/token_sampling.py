@@ -1,8 +1,8 @@
-"""One token per row from float32 logits: temperature, top-k, top-p and the draw, each a traced value.
+"""One token per row from float32 logits; temperature, top-k and top-p are traced values.
 
 The draw inverts the cumulative distribution with one uniform number per row, in two levels (block, then token in the
-block). A categorical draw by Gumbel noise needs one random number per vocabulary entry, which on CPU cost 15x more than
-this and more than the rest of a decoding step of a small model.
+block). A categorical draw by Gumbel noise needs one random number per vocabulary entry; on CPU it took 15 times as
+long, and longer than the rest of a decoding step of a small model.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def draw_tokens(
     top_k: Int[Array, ""] | int,
     top_p: Float[Array, ""] | float,
 ) -> tuple[Int[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
-    """Tokens, their log-probs under the policy, and under the distribution drawn from.
+    """Tokens, their log-probs under the model at this temperature, and their log-probs under the sampling distribution.
 
     Args:
-      logits: forbidden ids at MASKED.
-      uniform: in [0, 1), one per row.
-      temperature: divides the logits; 0 = greedy, and the log-probs are then those at temperature 1.
-      top_k: keep the k most probable tokens (all that tie with the k-th); 0 = all.
-      top_p: then keep the smallest set of most probable tokens whose share of what is left reaches top_p (all that tie
-        with its last); 1 = all.
+      logits: logits with forbidden ids at MASKED.
+      uniform: one uniform number in [0, 1) per row.
+      temperature: divisor of the logits; 0 = greedy, and the log-probs are then those at temperature 1.
+      top_k: number of most probable tokens that are kept, and all that tie with the last of them; 0 = all.
+      top_p: share of the remaining probability. The smallest set of most probable tokens that reaches it is kept, and
+        all that tie with the last of them; 1 = all.
     """
     temperature, k, p = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p)
     greedy = temperature == 0
@@ -42,7 +42,7 @@ def draw_tokens(
     log_total = jnp.log(weight.sum(axis=-1))
 
     truncated = ((k > 0) | (p < 1)) & ~greedy
-    # A threshold and not the weights crosses the cond, as its results are copied.
+    # The threshold crosses the cond and not the weights, because results of a cond are copied.
     threshold = jax.lax.cond(truncated, lambda w: _threshold(w, k, p), lambda w: jnp.zeros(w.shape[:-1]), weight)
     kept = jnp.where(weight >= threshold[..., None], weight, 0.0)
     token, kept_total = jax.lax.cond(
@@ -54,13 +54,13 @@ def draw_tokens(
     )
     chosen = (jnp.take_along_axis(logits, token[..., None], axis=-1) - top)[..., 0] * sharpness
     log_prob = chosen - log_total
-    # Untruncated, both are one number to the last bit, not two sums in different orders.
+    # Without truncation both log-probs are the same to the last bit, and not two sums in different orders.
     sampling = jnp.where(truncated, chosen - jnp.log(kept_total), log_prob)
     return token, log_prob, sampling
 
 
 def _invert(weight: Float[Array, "*n V"], uniform: Float[Array, "*n"]) -> tuple[Int[Array, "*n"], Float[Array, "*n"]]:
-    """Token whose cumulative interval holds uniform x total, and the total. Never a token of weight 0."""
+    """The token whose cumulative interval holds uniform x total, never one of weight 0; and the total."""
     v = weight.shape[-1]
     size = max(1, 2 ** round(math.log2(max(v, 2)) / 2))
     blocks = -(-v // size)
@@ -74,25 +74,25 @@ def _invert(weight: Float[Array, "*n V"], uniform: Float[Array, "*n"]) -> tuple[
     inside = jnp.take_along_axis(padded, block[..., None, None], axis=-2)[..., 0, :]
     live = inside > 0
     reached = live & (below + jnp.cumsum(inside, axis=-1) > goal)
-    # Rounding can leave the block's own running sum just short of the goal: then its last live token is meant.
+    # Rounding can leave the running sum of the block just short of the goal; then the block's last live token is taken.
     last_live = size - 1 - _first(live[..., ::-1])
     within = jnp.where(reached.any(axis=-1), _first(reached), last_live)
     return (block * size + within).astype(jnp.int32), total
 
 
 def _most_probable(weight: Float[Array, "*n V"]) -> Int[Array, "*n"]:
-    """The first token of weight 1, which the largest has. Two vectorised passes; on CPU, argmax took 20x as long."""
+    """The first token of weight 1, the largest weight. Two vectorised passes; on CPU, argmax took 20 times as long."""
     place = jax.lax.broadcasted_iota(jnp.int32, weight.shape, weight.ndim - 1)
     return jnp.where(weight >= 1, place, weight.shape[-1] - 1).min(axis=-1)
 
 
 def _first(hit: Bool[Array, "*n k"]) -> Int[Array, "*n"]:
-    """Index of the first True; 0 if there is none."""
+    """Index of the first True; 0 if there is no True."""
     return jnp.argmax(hit, axis=-1)
 
 
 def _threshold(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "*n"]:
-    """The least weight that top-k, then top-p, keep. Weights are in [0, 1], the largest is 1."""
+    """The smallest weight that top-k and then top-p keep. Weights are in [0, 1], and the largest is 1."""
     everything = jnp.int32(weight.shape[-1])
     k = jnp.where(top_k > 0, jnp.minimum(top_k, everything), everything)
     by_count = _largest_threshold(weight, lambda w: (w > 0).sum(axis=-1), k)
@@ -104,10 +104,10 @@ def _threshold(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float
 def _largest_threshold(
     weight: Float[Array, "*n V"], measure: Callable[[Array], Array], enough: Array
 ) -> Float[Array, "*n"]:
-    """The largest threshold from which on the weights measure enough.
+    """The largest threshold at which `measure` of the weights not below it is at least `enough`.
 
-    Positive floats order as their bit patterns do, so bisection over 30 bits finds it exactly: 30 passes, no sort of
-    the vocabulary.
+    Positive floats have the order of their bit patterns, so bisection over 30 bits finds the threshold exactly, in 31
+    passes and without a sort of the vocabulary.
     """
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pspo_jax.data.task import CompletionBatch, RewardResult, Task
+from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import write_whole, writing
 
 Line = dict[str, Any]
@@ -44,9 +45,9 @@ def completion_lines(
                     "answer": batch.prompts.answers[row],
                     "completion": task.tokenizer.decode(batch.tokens[i, j, : batch.lengths[i, j]].tolist()),
                     "found": scores.answers[i][j],
-                    "verdict": _number(scores.right[i, j]),
-                    "reward": _number(scores.reward[i, j]),
-                    **{f"rewards/{name}": _number(value[i, j]) for name, value in scores.terms.items()},
+                    "verdict": json_number(scores.verdicts[i, j]),
+                    "reward": json_number(scores.reward[i, j]),
+                    **{f"rewards/{name}": json_number(value[i, j]) for name, value in scores.terms.items()},
                     **{f"logged/{name}": rows[i][j] for name, rows in scores.columns.items()},
                     "advantage": float(advantages[i, j]),
                     "weight": float(weights[i]),
@@ -55,10 +56,6 @@ def completion_lines(
                 }
             )
     return lines
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def write_completions(folder: Path, step: int, lines: list[Line], file_format: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import socket
@@ -27,6 +26,7 @@ from pspo_jax.distributed import processes
 from pspo_jax.runs import verdicts
 from pspo_jax.runs.completions import print_completions, write_completions
 from pspo_jax.runs.events import Events
+from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing
 
 _ERRORS_BYTES = 2**20
@@ -131,7 +131,7 @@ class RunLog:
         """One line of metrics.jsonl, and the same numbers as TensorBoard scalars."""
         if not self._writes:
             return
-        clean = {k: _number(v) for k, v in values.items()}
+        clean = {k: json_number(v) for k, v in values.items()}
         line = (json.dumps({"step": step, **clean}) + "\n").encode()
         self._persist(lambda: append_whole(self._metrics, line))
         if (events := self._events) is not None:
@@ -255,14 +255,6 @@ def crc(tree: Any) -> int:
             leaf = jax.random.key_data(leaf)
         value = zlib.crc32(np.ascontiguousarray(processes.to_host(leaf)).tobytes(), value)
     return value
-
-
-def _number(value: Any) -> float | int | None:
-    """A JSON number; None for what is not finite, as JSON has no word for it."""
-    if isinstance(value, int):
-        return value
-    value = float(value)
-    return value if math.isfinite(value) else None
 
 
 def _truncate(path: Path, last_step: int, say: Callable[[str], None]) -> None:

@@ -49,7 +49,7 @@ def check(scores: RewardResult, done: int, config: Config, counts: dict[str, int
 
 def shares(scores: RewardResult) -> dict[str, float]:
     """Share of the completions without a verdict, of accuracy and of each user's function among the terms."""
-    found = {"accuracy": np.isnan(scores.right)} | {k: v for k, v in scores.failed.items() if k != "accuracy"}
+    found = {"accuracy": np.isnan(scores.verdicts)} | {k: v for k, v in scores.failed.items() if k != "accuracy"}
     return {name: float(missing.mean()) for name, missing in found.items()}
 
 

@@ -1,8 +1,6 @@
-"""Baselines by difficulty: pools of what the last group was, and a curriculum by a given column."""
+"""Baselines by difficulty: pools by the success of the last group, and a curriculum by a given column."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,54 +8,60 @@ from jaxtyping import Array, Float, Int
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.config.text_fields import parse_weights
-from pspo_jax.selection.interface import PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
+from pspo_jax.selection.interface import NoState, PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
 
 EASY, NORMAL, HARD = 0, 1, 2
+Scalar = Float[Array, ""]
 
 
-def difficulty_pools(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
-    """Draws in proportion to the weight of a prompt's pool; one that was not tried is normal (after prime-rl)."""
+def difficulty_pools(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
+    """Draws in proportion to the weight of each prompt's pool (after prime-rl).
+
+    The state is the pool of each prompt. A prompt that was not tried yet is in the normal pool.
+    """
     del forgetting
     weights = parse_weights(config.pool_weights)
 
-    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[Any, Any]:
+    def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[Int[Array, "R"], NoState]:
         return jnp.full(rows, NORMAL, jnp.int8), ()
 
-    def learn(pool: Int[Array, "B"], world: Any, news: VisitUpdate) -> tuple[Any, Any]:
-        hard, easy = news.success <= config.hard_to, news.success >= config.easy_from
-        found = jnp.where(hard, HARD, jnp.where(easy, EASY, NORMAL))
-        return jnp.where(news.judged, found, pool), world
+    def learn(pool: Int[Array, "B"], shared: NoState, update: VisitUpdate) -> tuple[Int[Array, "B"], NoState]:
+        hard, easy = update.success <= config.hard_to, update.success >= config.easy_from
+        new_pool = jnp.where(hard, HARD, jnp.where(easy, EASY, NORMAL))
+        return jnp.where(update.has_verdict, new_pool, pool), shared
 
-    def score(pool: Int[Array, "m"], world: Any, look: PromptStats) -> Float[Array, "m"]:
+    def score(pool: Int[Array, "m"], shared: NoState, stats: PromptStats) -> Float[Array, "m"]:
         return jnp.asarray(weights, jnp.float32)[pool.astype(jnp.int32)]
 
     return Scorer("draw", init, learn, score)
 
 
-def curriculum(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
-    """Uniform draws among the easiest c(t) of the prompts, c growing linearly to 1 (competence, Platanios et al. 2019).
+def curriculum(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
+    """Uniform draws among the easiest c(t) of the prompts, where c grows linearly to 1 (competence, Platanios et al.
+    2019).
 
-    The state is each prompt's rank by difficulty, as the share of prompts that are easier.
+    The per-prompt state is the prompt's rank by difficulty, as the share of prompts that are easier. The shared state
+    is the smallest c that leaves enough prompts for a batch.
     """
     del forgetting
-    grown = max(1, config.curriculum_steps or sizes.steps // 2)
+    full_after = max(1, config.curriculum_steps or context.steps // 2)
 
-    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[Any, Any]:
-        if columns is None or columns.difficulty is None:
+    def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[Float[Array, "R"], Scalar]:
+        if metadata is None or metadata.difficulty is None:
             raise ConfigError(
                 "selection.difficulty_column=None: selection.name=curriculum needs each prompt's difficulty; "
                 "name a column"
             )
-        order = jnp.argsort(columns.difficulty, stable=True)
+        order = jnp.argsort(metadata.difficulty, stable=True)
         rank = jnp.zeros(num_prompts, jnp.float32).at[order].set(jnp.arange(num_prompts) / num_prompts)
-        return jnp.pad(rank, (0, rows - num_prompts), constant_values=1), jnp.float32(sizes.batch / num_prompts)
+        return jnp.pad(rank, (0, rows - num_prompts), constant_values=1), jnp.float32(context.batch / num_prompts)
 
-    def learn(rank: Float[Array, "B"], least: Any, news: VisitUpdate) -> tuple[Any, Any]:
-        return rank, least
+    def learn(rank: Float[Array, "B"], smallest_share: Scalar, update: VisitUpdate) -> tuple[Float[Array, "B"], Scalar]:
+        return rank, smallest_share
 
-    def score(rank: Float[Array, "m"], least: Float[Array, ""], look: PromptStats) -> Float[Array, "m"]:
+    def score(rank: Float[Array, "m"], smallest_share: Scalar, stats: PromptStats) -> Float[Array, "m"]:
         start = config.curriculum_start
-        share = start + (1 - start) * jnp.clip(jnp.asarray(look.now, jnp.float32) / grown, 0, 1)
-        return (rank < jnp.maximum(share, least)).astype(jnp.float32)
+        share = start + (1 - start) * jnp.clip(jnp.asarray(stats.now, jnp.float32) / full_after, 0, 1)
+        return (rank < jnp.maximum(share, smallest_share)).astype(jnp.float32)
 
-    return Scorer("draw", init, learn, score, moves=True, starts_anew=True)
+    return Scorer("draw", init, learn, score, time_dependent=True, resets_on_new_data=True)

@@ -1,11 +1,12 @@
-"""Prioritized Replay (Fatemi, arXiv 2601.02648): problems ranked by p (1 - p), solved and unsolved ones retested.
+"""Prioritized Replay (Fatemi, arXiv 2601.02648): prompts ranked by p (1 - p); solved and unsolved ones are retested.
 
-    priority omega = mean (r_i - p)^2 = p (1 - p),   p the success probability of the problem
+    priority omega = mean (r_i - p)^2 = p (1 - p),   p the success probability of the prompt
 
-A problem whose group was all right (p = 1, solved) or all wrong (p = 0, unsolved) leaves the ranking for a pool. Every
-`retest_every` steps a share of the batch is filled from each pool, those due first that have been due longest; a retest
-that changes nothing doubles the problem's own wait, and a mixed group brings it back. The paper leaves the periods and
-shares open; these are ours. Problems that were never tried have omega = 1/4, the largest there is.
+A prompt whose group was all right (p = 1, solved) or all wrong (p = 0, unsolved) leaves the ranking for a pool. Every
+`retest_every` steps a share of the batch is filled from each pool; the prompts that have been due longest come first. A
+retest that changes nothing doubles the prompt's own wait, and a mixed group brings the prompt back to the ranking. The
+paper leaves the periods and shares open; the values here are this package's. A prompt that was never tried has
+omega = 1/4, the largest value there is.
 """
 
 from __future__ import annotations
@@ -17,65 +18,74 @@ from jaxtyping import Array, Float, Int
 
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.beliefs import Beliefs, Population, current, init_beliefs, mean
-from pspo_jax.selection.engine.selector import ABLE
-from pspo_jax.selection.interface import PromptMetadata, PromptStats, Ranked, Scorer, SelectorContext, VisitUpdate
+from pspo_jax.selection.engine.selector import LOWEST_SCORE
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Ranked, Scorer, SelectorContext, Step, VisitUpdate
 from pspo_jax.selection.posterior import tracker
 
 RANKED, SOLVED, UNSOLVED = 0, 1, 2
 MAX_WAIT = 2**20
+"""Longest wait between two retests, in steps."""
 
 
-class ReplayState(NamedTuple):
+class RetestState(NamedTuple):
+    """Per-prompt arrays of the selector."""
+
     beliefs: Beliefs | None
-    last: Float[Array, "R"] | None
-    """Mean success of the last group, where that is the estimate; 1/2 before there is one."""
+    """Beliefs of the success probability; None = the estimate is the last group's success."""
+    last_success: Float[Array, "R"] | None
+    """Mean success of the last group, 1/2 before there is one; None = the estimate is the belief."""
     pool: Int[Array, "R"]
+    """RANKED, SOLVED or UNSOLVED."""
     due: Int[Array, "R"]
-    """Of a problem in a pool, the step from which it may be retested."""
+    """Step from which a solved or unsolved prompt may be retested."""
     wait: Int[Array, "R"]
+    """Steps between the last test and `due`."""
 
 
-def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, sizes: SelectorContext) -> Scorer:
-    """The top B by omega, ties by the oldest visit, with retests."""
+def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
+    """The top B prompts by omega, ties by the oldest visit, with retests."""
     _, learn_beliefs = tracker(forgetting)
     by_last = config.estimate == "last"
 
-    def init(num_prompts: int, rows: int, columns: PromptMetadata | None) -> tuple[ReplayState, Population]:
+    def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[RetestState, Population]:
         beliefs, population = init_beliefs(forgetting, rows)
-        own = ReplayState(
+        per_prompt = RetestState(
             beliefs=None if by_last else beliefs,
-            last=jnp.full(rows, 0.5, jnp.float32) if by_last else None,
+            last_success=jnp.full(rows, 0.5, jnp.float32) if by_last else None,
             pool=jnp.zeros(rows, jnp.int8),
             due=jnp.zeros(rows, jnp.int32),
             wait=jnp.zeros(rows, jnp.int32),
         )
-        return own, population
+        return per_prompt, population
 
-    def learn(own: ReplayState, world: Population, news: VisitUpdate) -> tuple[ReplayState, Population]:
-        beliefs, last = own.beliefs, own.last
-        if last is not None:
-            last = jnp.where(news.judged, news.success, last)
-        else:
-            beliefs, world = learn_beliefs(beliefs, world, news)
-        found = jnp.where(news.success >= 1, SOLVED, jnp.where(news.success <= 0, UNSOLVED, RANKED))
-        pool = jnp.where(news.judged, found, own.pool)
-        same = (pool == own.pool) & news.judged
-        wait = jnp.where(same, jnp.minimum(2 * own.wait, MAX_WAIT), config.retest_every)
-        wait = jnp.where(news.judged, wait, own.wait)
-        return ReplayState(beliefs, last, pool.astype(jnp.int8), news.look.now + wait, wait), world
+    def learn(state: RetestState, population: Population, update: VisitUpdate) -> tuple[RetestState, Population]:
+        beliefs, last_success = state.beliefs, state.last_success
+        if last_success is not None:
+            last_success = jnp.where(update.has_verdict, update.success, last_success)
+        if beliefs is not None:
+            beliefs, population = learn_beliefs(beliefs, population, update)
+        new_pool = jnp.where(update.success >= 1, SOLVED, jnp.where(update.success <= 0, UNSOLVED, RANKED))
+        pool = jnp.where(update.has_verdict, new_pool, state.pool)
+        unchanged = (pool == state.pool) & update.has_verdict
+        wait = jnp.where(unchanged, jnp.minimum(2 * state.wait, MAX_WAIT), config.retest_every)
+        wait = jnp.where(update.has_verdict, wait, state.wait)
+        return RetestState(beliefs, last_success, pool.astype(jnp.int8), update.stats.now + wait, wait), population
 
-    def omega(own: ReplayState, world: Population, look: PromptStats) -> Float[Array, "m"]:
-        p = own.last
+    def omega(state: RetestState, population: Population, stats: PromptStats) -> Float[Array, "m"]:
+        p = state.last_success
         if p is None:
-            assert own.beliefs is not None
-            p = mean(current(forgetting, own.beliefs, world, look.last, look.now))
-        return jnp.where(look.last < 0, 0.25, p * (1 - p))
+            assert state.beliefs is not None
+            p = mean(current(forgetting, state.beliefs, population, stats.last_step, stats.now))
+        return jnp.where(stats.last_step < 0, 0.25, p * (1 - p))
 
-    def score(own: ReplayState, world: Population, look: PromptStats) -> Float[Array, "m"]:
-        return jnp.where(own.pool == RANKED, omega(own, world, look), -own.due.astype(jnp.float32))
+    def score(state: RetestState, population: Population, stats: PromptStats) -> Float[Array, "m"]:
+        return jnp.where(state.pool == RANKED, omega(state, population, stats), -state.due.astype(jnp.float32))
 
-    def merge(pools: list[Ranked], step: Int[Array, ""], k: int, last_round: Int[Array, ""]) -> Ranked:
-        return with_retests(config, pools, step, k, last_round)
+    def priority(state: RetestState, population: Population, stats: PromptStats) -> Float[Array, "m"]:
+        return jnp.where(state.pool == RANKED, omega(state, population, stats), 0.0)
+
+    def merge_pools(pools: list[Ranked], step: Step, k: int, last_rollout_step: Step) -> Ranked:
+        return with_retests(config, pools, step, k, last_rollout_step)
 
     return Scorer(
         "top",
@@ -83,33 +93,33 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, si
         learn,
         score,
         pools=("ranked", "solved", "unsolved"),
-        pool=lambda own, look: own.pool.astype(jnp.int32),
-        merge=merge,
-        moves=forgetting.shrinkage > 0,
-        priority=lambda own, world, look: jnp.where(own.pool == RANKED, omega(own, world, look), 0.0),
+        pool_ids=lambda state, stats: state.pool.astype(jnp.int32),
+        merge_pools=merge_pools,
+        time_dependent=forgetting.shrinkage > 0,
+        priority=priority,
     )
 
 
-def with_retests(
-    config: SelectionConfig, pools: list[Ranked], step: Int[Array, ""], k: int, last_round: Int[Array, ""]
-) -> Ranked:
-    """The batch: retests that are due, then the ranking, then pools whose time has not come, then what rests.
+def with_retests(config: SelectionConfig, pools: list[Ranked], step: Step, k: int, last_rollout_step: Step) -> Ranked:
+    """The best k prompts of three pools, in four tiers.
 
-    Retests have their turn in the first round of each `retest_every` steps, whether or not their first step has one.
+    Retests that are due come first, then the ranking, then solved and unsolved prompts that are not due, then prompts
+    that rest. Retests take part in the first round of each `retest_every` steps, even if the first of these steps has
+    no round.
     """
-    turn = step // config.retest_every > last_round // config.retest_every
+    retests_due = step // config.retest_every > last_rollout_step // config.retest_every
     share = config.retest_share
     retests = max(1, round(share * k)) if share else 0
     tiers = []
     for pool, ranked in enumerate(pools):
-        able = ranked.key > ABLE
+        eligible = ranked.key > LOWEST_SCORE
         if pool == RANKED:
-            tiers.append(jnp.where(able, 2, 0))
+            tiers.append(jnp.where(eligible, 2, 0))
             continue
         order = jnp.lexsort((ranked.rows, -ranked.tie, -ranked.key))
         place = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
-        due = able & (-ranked.key <= step) & turn & (place < retests)
-        tiers.append(jnp.where(due, 3, jnp.where(able, 1, 0)))
+        due = eligible & (-ranked.key <= step) & retests_due & (place < retests)
+        tiers.append(jnp.where(due, 3, jnp.where(eligible, 1, 0)))
     tier = jnp.concatenate(tiers)
     rows, key, tie = (jnp.concatenate([getattr(p, name) for p in pools]) for name in Ranked._fields)
     best = jnp.lexsort((rows, -tie, -key, -tier))[:k]

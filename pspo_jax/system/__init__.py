@@ -1,1 +1,1 @@
-"""This process and its machine: errors of storage in one line, the terminal, interrupts, progress bars."""
+"""This process and its machine: storage and its errors, the terminal, interrupts, progress bars."""

@@ -1,33 +1,33 @@
-"""A request to stop: SIGINT (Ctrl-C), SIGTERM (a pre-empted machine's notice) or SIGHUP (a terminal that closes)."""
+"""Requests to stop: SIGINT (Ctrl-C), SIGTERM (the notice of a pre-empted machine) or SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`: True once one of them came. A second SIGINT interrupts what Python does.
+    """Yields `stop()`, which returns True once a signal has arrived. A second SIGINT raises KeyboardInterrupt.
 
-    A second SIGTERM does not: schedulers and launchers may tell a process twice, and kill one that takes too long. A
-    SIGHUP that was ignored from the start, as under nohup, stays ignored.
+    A second SIGTERM raises nothing: schedulers and launchers may send it twice, and kill a process that takes too long.
+    If the process ignored SIGHUP before, as under nohup, it still does.
     """
-    came = False
+    requested = False
 
-    def note(number: int, frame: Any) -> None:
-        nonlocal came
-        if came and number == signal.SIGINT:
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        came = True
+        requested = True
 
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
-    old = {s: signal.signal(s, note) for s in numbers}
+    old = {s: signal.signal(s, request) for s in numbers}
     try:
-        yield lambda: came
+        yield lambda: requested
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

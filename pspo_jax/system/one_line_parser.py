@@ -1,4 +1,4 @@
-"""Arguments of the scripts beside the package."""
+"""The argument parser of the repository's scripts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, without the usage before it, and exit code 2."""
+    """An argparse parser whose errors are one line, without the usage text, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")

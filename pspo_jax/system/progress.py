@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: rich bars on a terminal, a plain line now and then elsewhere."""
+"""Progress on the screen: bars on a terminal, and a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -20,24 +20,30 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 _SECONDS_BETWEEN_LINES = 5.0
+"""Smallest number of seconds between two plain lines of a phase."""
 
 
 class Progress:
-    """Phases of a run, each with a count and a line of numbers."""
+    """Progress of the phases of a run, each with a count and a line of numbers."""
 
     def __init__(self, enabled: bool, quiet: bool = False):
+        """
+        Args:
+          enabled: whether phases are shown.
+          quiet: whether nothing at all is printed, as on processes that are not the primary one.
+        """
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._enabled = enabled
 
     def say(self, text: str) -> None:
-        """One line, whatever is shown."""
+        """Print one line, even if phases are not shown."""
         self.console.print(text, markup=False)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-        """Yields `advance(count, numbers)`.
+        """Yields `advance(count, numbers)`, which adds to the count of finished items and shows a line of numbers.
 
-        The time that is left is estimated from the second call on: the first one's time holds compilation.
+        The remaining time is estimated from the second call on, since the first call's time includes compilation.
         """
         if self._enabled and self.console.is_terminal:
             columns = (
@@ -69,7 +75,7 @@ class Progress:
     def _plain(self, name: str, total: int, done: int) -> Callable[[int, str], None]:
         shown = time.monotonic()
         first: tuple[float, int] | None = None
-        """Time and count at the first call."""
+        """Time and count at the first call of `advance`."""
 
         def advance(count: int, numbers: str) -> None:
             nonlocal done, shown, first
@@ -87,7 +93,7 @@ class Progress:
         return advance
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Two columns: what, value."""
+        """Print a table of two columns, name and value."""
         table = Table(title=title, show_header=False)
         for row in rows:
             table.add_row(*row)

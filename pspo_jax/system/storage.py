@@ -1,4 +1,4 @@
-"""Files on disks that fill up, and errors of a file system in one line."""
+"""Writing files that appear complete or not at all, and one-line errors for file systems that fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""Errors that the same command meets again: the folder is the wrong one. The others may pass."""
+"""Errors that the same command would meet again, since the folder is the wrong one. Other errors may pass."""
 EXHAUSTED = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs' files",
@@ -22,16 +22,19 @@ EXHAUSTED = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room under the quota",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EIO: "look after the disk",
-    errno.ESTALE: "mount the file system anew",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount the file system again",
 }
-"""What a machine may run out of, and what to do about it."""
+"""Error of a machine that has run out of something -> what the user can do."""
 LONGEST_PAUSE = 30.0
-"""Seconds between two tries to write, at most."""
+"""Largest number of seconds between two attempts to write."""
 
 
 class StorageError(Exception):
-    """A file cannot be read or written now, and nothing is wrong with it: one line; the exit code is 1."""
+    """An error of a file that cannot be read or written now, although nothing is wrong with it.
+
+    Its message is one line; the exit code is 1.
+    """
 
 
 def exhausted(error: OSError | RuntimeError) -> StorageError | None:
@@ -51,55 +54,55 @@ def exhausted(error: OSError | RuntimeError) -> StorageError | None:
     number = error.errno
     if number is None or number not in EXHAUSTED:
         return None
-    what = f"{error.filename}: {os.strerror(number)}" if error.filename else os.strerror(number)
-    return StorageError(f"{what}; {EXHAUSTED[number]}, and the same command carries on")
+    reason = f"{error.filename}: {os.strerror(number)}" if error.filename else os.strerror(number)
+    return StorageError(f"{reason}; {EXHAUSTED[number]}, and the same command carries on")
 
 
 class LateError(StorageError):
-    """A save took too long by the wall clock, which may have jumped, or met one that did; it is tried once more."""
+    """An error of a save that took too long by the wall clock, which may have jumped. The save is tried once more."""
 
 
 def os_reason(error: BaseException) -> str | None:
-    """What the operating system said, if an error comes from it; None if it does not."""
+    """The operating system's message behind an error; None if the error does not come from it."""
     number = os_number(error)
     return None if number is None else os.strerror(number)
 
 
 def os_number(error: BaseException) -> int | None:
-    """The operating system's errno behind an error; None if there is none.
+    """The operating system's errno behind an error; None if the error does not come from it.
 
-    TensorStore raises ValueError whose text ends in [os_error_code='28'].
+    TensorStore raises a ValueError whose text ends in [os_error_code='28'].
     """
-    for one in _chain(error):
-        if isinstance(one, FileNotFoundError):
+    for cause in _chain(error):
+        if isinstance(cause, FileNotFoundError):
             continue
-        if isinstance(one, OSError) and one.errno is not None:
-            return one.errno
-        if code := re.search(r"os_error_code='(\d+)'", str(one)):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        if code := re.search(r"os_error_code='(\d+)'", str(cause)):
             return int(code[1])
     return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
-    one: BaseException | None = error
-    while one is not None:
-        yield one
-        one = one.__cause__ or one.__context__
+    """An error and the errors that caused it, the last one first."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def room(folder: Path) -> str:
-    """How much may still be written to a folder, in words."""
+    """A clause that says how many bytes can still be written to a folder."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
         return f"{size(shutil.disk_usage(folder).free)} are free"
     except OSError as error:
-        return f"how much is free cannot be told ({error.strerror})"
+        return f"the free space is unknown ({error.strerror})"
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes with its unit, such as "1.5 GB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
@@ -108,7 +111,7 @@ def size(count: float) -> str:
 
 
 def unwritten(path: Path, error: OSError, needed: int) -> StorageError:
-    """The error of a write of `needed` bytes that failed; 0 = nobody knows how many."""
+    """The error of a failed write of `needed` bytes; 0 = the number is unknown."""
     wanted = f"{size(needed)} are needed and " if needed else ""
     return StorageError(
         f"{path}: cannot be written ({error.strerror or error}); {wanted}{room(path.parent)}; once it can, the same "
@@ -117,16 +120,16 @@ def unwritten(path: Path, error: OSError, needed: int) -> StorageError:
 
 
 def unread(path: Path, error: OSError) -> StorageError:
-    """The error of a read that failed."""
+    """The error of a failed read."""
     return StorageError(
-        f"{path}: cannot be read now ({error.strerror or error}); it is left as it is, and once it can be read the "
+        f"{path}: cannot be read now ({error.strerror or error}); nothing was changed, and once it can be read the "
         "same command carries on"
     )
 
 
 @contextmanager
 def writing(path: Path, needed: int = 0) -> Iterator[None]:
-    """An error of the file system in the block becomes a StorageError that names the file."""
+    """Turn an error of the file system in the block into a StorageError that names the file."""
     try:
         yield
     except OSError as error:
@@ -134,16 +137,23 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 class Persist(NamedTuple):
-    """What is done about a write that fails: the run ends, or the write is tried again for some minutes."""
+    """Reaction to a write that fails: the error is raised, or the write is tried again for some minutes."""
 
     on_error: str = "stop"
+    """stop = raise the error; retry = try again."""
     minutes: float = 0.0
+    """Minutes of trying again after which the error is raised."""
     say: Callable[[str], None] = lambda _: None
+    """Prints one line before each pause."""
     stop: Callable[[], bool] = lambda: False
-    """Whether to give up."""
+    """Returns True once the run has been asked to stop; the error is then raised."""
 
     def __call__(self, write: Callable[[], object]) -> None:
-        """Call `write()`, which raises StorageError, until it succeeds or it is to be given up."""
+        """Call `write()` until it succeeds.
+
+        Raises:
+          StorageError: `write` failed and is not to be tried again.
+        """
         began, seconds = time.monotonic(), 1.0
         while True:
             try:
@@ -153,23 +163,23 @@ class Persist(NamedTuple):
                 over = time.monotonic() - began > 60 * self.minutes
                 if self.on_error == "stop" or over or self.stop():
                     raise
-                self.say(f"{error}; it is tried again in {seconds:.0f} s")
+                self.say(f"{error}; the next attempt is in {seconds:.0f} s")
             pause(seconds, self.stop)
             seconds = min(2 * seconds, LONGEST_PAUSE)
 
 
 def pause(seconds: float, stop: Callable[[], bool]) -> None:
-    """Sleep, unless a stop is asked for."""
+    """Sleep for some seconds, or until `stop()` returns True."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and not stop():
         time.sleep(0.1)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears when it is whole; what was there stays until then.
+    """Write a file that replaces the old one only when it is complete.
 
     Raises:
-      StorageError: it cannot be written.
+      StorageError: the file cannot be written.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -184,10 +194,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def append_whole(path: Path, data: bytes) -> None:
-    """Add to the end of a file all of `data` or nothing.
+    """Append all of `data` to a file, or nothing.
 
     Raises:
-      StorageError: it cannot be written.
+      StorageError: the file cannot be written.
     """
     try:
         with path.open("ab", buffering=0) as file:
@@ -202,14 +212,14 @@ def append_whole(path: Path, data: bytes) -> None:
 
 
 def _write(write: Callable[[memoryview], int | None], data: bytes) -> None:
-    """All of `data`: a disk that is nearly full takes a part of it first."""
+    """Write all of `data`; a disk that is nearly full accepts a part of it first."""
     left = memoryview(data)
     while left:
         left = left[write(left) or 0 :]
 
 
 def _drop(path: Path) -> None:
-    """Remove what was half written; on a disk that takes no change it stays, under a name that is never read."""
+    """Remove a partial file. If the disk refuses, the file stays, under a name that is never read."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""How a command meets what it writes to: a reader that leaves, an alphabet that lacks a letter, a Ctrl-C."""
+"""A command's output: a reader that closes the pipe, characters that the encoding lacks, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell counts it."""
+"""Exit code after Ctrl-C, by the convention of shells."""
 UNREAD = 1
-"""Exit code if the reader of the output left before its end."""
+"""Exit code if the reader of the output closed the pipe."""
 
 
 @contextmanager
 def terminal(prog: str) -> Iterator[None]:
-    """Turn what happens to the output, and Ctrl-C, into a line or a quiet end instead of a traceback.
+    """End with one line after Ctrl-C, and silently when the output's reader closes the pipe, instead of a traceback.
 
-    A letter that the output's encoding lacks is written as an escape. Everything is flushed inside, where a reader that
-    has left, such as `head`, is noticed.
+    A character that the output's encoding lacks is written as an escape. Everything is flushed in this block, which
+    notices a reader that has closed the pipe, such as `head`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -30,9 +30,12 @@ def terminal(prog: str) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more as it ends, which would fail again.
+        # Python flushes once more at its end, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(UNREAD)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what was saved before is whole, and the same command carries on", file=sys.stderr)
+        print(
+            f"{prog}: interrupted; all that was saved is complete, and the same command carries on",
+            file=sys.stderr,
+        )
         sys.exit(INTERRUPTED)

@@ -35,7 +35,7 @@ class Programs(NamedTuple):
     select: Callable[..., Any]
     sample: Callable[..., Any]
     step: Callable[..., Any]
-    """(state, rollouts, rewards, right) -> (state, metrics); with dynamic sampling (state, temperature)."""
+    """(state, rollouts, rewards, verdicts) -> (state, metrics); with dynamic sampling (state, temperature)."""
     eval_sample: Callable[..., Any]
     join: Callable[..., Any]
     """Rollouts of the chunks of a batch -> the batch."""
@@ -46,7 +46,7 @@ class Programs(NamedTuple):
     learning_rate: Callable[..., Any]
     """Updates before one -> its learning rate."""
     collect: Callable[..., Any] | None = None
-    """(state without its ring, rollouts, rewards, right) -> (such a state, metrics): a round of dynamic sampling, or
+    """(state without its ring, rollouts, rewards, verdicts) -> (such a state, metrics): a round of dynamic sampling, or
     None."""
 
 
@@ -119,7 +119,7 @@ def lower_programs(setup: Setup) -> dict[str, Any]:
     state = setup.abstract
     if rounds:
         collect = make_collect(setup.model, setup.algorithm, c, without_buffer(setup.shardings))
-        lowered["collect"] = collect.lower(without_buffer(state), rollouts, rewards, rewards)  # type: ignore[attr-defined]
+        lowered["collect"] = collect.lower(without_buffer(state), rollouts, rewards, rewards)
         step: Any = make_update(setup.model, setup.optimizer, setup.algorithm, c, setup.shardings)
         lowered["step"] = step.lower(state, rollouts.temperature)
     else:

@@ -47,7 +47,7 @@ class _Round(NamedTuple):
     lengths: np.ndarray
     rollouts: Rollouts
     reward: jax.Array
-    right: jax.Array
+    verdicts: jax.Array
     own: np.ndarray
     """Rows of the batch that this process holds, judges and logs."""
     own_weights: np.ndarray
@@ -79,7 +79,7 @@ def one_step(
             if _dumps(c, done):
                 advantages = programs.advantages(without_buffer(state), one.rollouts, one.reward)
             state = buffer_to_device(setup, state)
-            state, metrics = programs.step(state, one.rollouts, one.reward, one.right)
+            state, metrics = programs.step(state, one.rollouts, one.reward, one.verdicts)
             found.append(metrics | one.drawn)
     else:
         waiting = 0 if state.queue is None else int(state.queue.held)
@@ -89,7 +89,7 @@ def one_step(
             with _timed(totals, times, "update"):
                 if _dumps(c, done):
                     advantages = programs.advantages(without_buffer(state), one.rollouts, one.reward)
-                bare, metrics = programs.collect(without_buffer(state), one.rollouts, one.reward, one.right)
+                bare, metrics = programs.collect(without_buffer(state), one.rollouts, one.reward, one.verdicts)
                 state = dataclasses.replace(bare, replay=state.replay)
                 found.append(metrics | one.drawn)
                 waiting = int(metrics["groups/waiting"])
@@ -173,22 +173,22 @@ def _round(
     log.errors(done, own_scores.errors)
     log.no_verdicts(done, own_scores.missing)
     verdicts.check(scores, done, setup.config, totals.counts)
-    reward, right = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.right))
+    reward, judged = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.verdicts))
     own = rolled.own
     return state, _Round(
-        rows, lengths, rolled.rollouts, reward, right, own, weights[own], rolled.host, own_scores, scores, drawn
+        rows, lengths, rolled.rollouts, reward, judged, own, weights[own], rolled.host, own_scores, scores, drawn
     )
 
 
 def _shared(own: RewardResult, rolled: _Rolled, batch: int) -> tuple[RewardResult, np.ndarray]:
     """Scores and lengths of the whole batch on every process, of what each one judged."""
-    values = {"reward": own.reward, "right": own.right, "lengths": rolled.host.lengths}
+    values = {"reward": own.reward, "verdicts": own.verdicts, "lengths": rolled.host.lengths}
     values |= {f"terms/{name}": value for name, value in own.terms.items()}
     values |= {f"failed/{name}": value for name, value in own.failed.items()}
     every = processes.share_rows(values, rolled.own, batch)
     terms = {name: every[f"terms/{name}"] for name in own.terms}
     failed = {name: every[f"failed/{name}"] for name in own.failed}
-    whole = own._replace(reward=every["reward"], right=every["right"], terms=terms, failed=failed)
+    whole = own._replace(reward=every["reward"], verdicts=every["verdicts"], terms=terms, failed=failed)
     return whole, every["lengths"]
 
 
@@ -283,7 +283,7 @@ def _joined(parts: list[RewardResult]) -> RewardResult:
     return RewardResult(
         np.concatenate([p.reward for p in parts]),
         {name: np.concatenate([p.terms[name] for p in parts]) for name in first.terms},
-        np.concatenate([p.right for p in parts]),
+        np.concatenate([p.verdicts for p in parts]),
         [row for p in parts for row in p.answers],
         sum((p.reasons for p in parts), Counter()),
         tuple(dict.fromkeys(error for p in parts for error in p.errors)),
@@ -291,7 +291,7 @@ def _joined(parts: list[RewardResult]) -> RewardResult:
         {name: sum((p.missing[name] for p in parts), Counter()) for name in first.missing},
         {name: [x for p in parts for x in p.logged.get(name, [])] for name in names},
         {
-            name: [row for p in parts for row in p.columns.get(name) or [[None] * p.right.shape[1]] * len(p.right)]
+            name: [row for p in parts for row in p.columns.get(name) or [[None] * p.reward.shape[1]] * len(p.reward)]
             for name in columns
         },
     )

@@ -145,7 +145,7 @@ def _describe(setup: Setup, origin: str) -> str:
     """A line on the policy's size, and how it trains."""
     trained = sum(x.size for x in jax.tree.leaves(setup.abstract.params))
     frozen = sum(x.size for x in jax.tree.leaves(setup.abstract.frozen))
-    line = f"policy: {trained + frozen:,} parameters, {origin}"
+    line = f"model: {trained + frozen:,} parameters, {origin}"
     if frozen:
         line += f"; {trained:,} of adapters train"
     elif setup.config.model.param_dtype == "bfloat16":

@@ -1,7 +1,11 @@
-"""What a step says of its rollouts, and of the groups that older policies sampled."""
+"""The metrics of a step: of its rollouts, of the groups that older policies sampled, and of its updates.
+
+docs/metrics.md gives the meaning and the healthy range of each key.
+"""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,36 +15,38 @@ from pspo_jax.arrays.state import Rollouts
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.ratios import log_importance_weight
 from pspo_jax.replay import Groups
+from pspo_jax.training.update import UpdateMetrics
 
 Metrics = dict[str, Float[Array, ""]]
 AGES = 8
-"""Ages with a metric of their own; the last one stands for all beyond."""
+"""Number of ages, in steps, with a metric of their own; the last one counts older groups too."""
 
 
-def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"]) -> Metrics:
-    """TRL's names where TRL has them; NaN = there is nothing to take a mean of.
+def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"]) -> Metrics:
+    """Metrics of a batch of rollouts, by TRL's names where TRL has them; NaN = there is nothing to take a mean of.
 
     A group is solved where all its verdicts are 1, unsolved where all are 0, and neither where it has none.
 
     Args:
-      right: verdicts in [0, 1]; NaN = none.
+      rewards: reward of each completion; NaN = none.
+      verdicts: verdict of each completion in [0, 1]; NaN = none.
     """
     stats = group_statistics(rewards, ddof=1)
     valid = ~jnp.isnan(rewards)
-    rewarded = stats.verdicts > 0
+    rewarded = stats.judged > 0
     std = jnp.sqrt(stats.variance)
     lengths = rollouts.lengths.astype(jnp.float32)
     ended = rollouts.ended
-    same = rewarded & ~((stats.variance > 0) & (stats.verdicts > 1))
-    judged = ~jnp.isnan(right)
+    same = rewarded & ~((stats.variance > 0) & (stats.judged > 1))
+    judged = ~jnp.isnan(verdicts)
     known = judged.any(axis=1)
     return {
         "reward": jnp.where(valid, rewards, 0).sum() / valid.sum(),
         "reward_std": jnp.where(rewarded, std, 0).sum() / rewarded.sum(),
         "frac_reward_zero_std": same.sum() / rewarded.sum(),
         "rewards/no_verdict": 1 - valid.mean(),
-        "groups/solved": (known & (~judged | (right >= 1)).all(axis=1)).mean(),
-        "groups/unsolved": (known & (~judged | (right <= 0)).all(axis=1)).mean(),
+        "groups/solved": (known & (~judged | (verdicts >= 1)).all(axis=1)).mean(),
+        "groups/unsolved": (known & (~judged | (verdicts <= 0)).all(axis=1)).mean(),
         "groups/no_verdict": 1 - known.mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -53,9 +59,10 @@ def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], right: Flo
 
 
 def replay_metrics(groups: Groups, rows: Rows, step: Array, config: Config) -> Metrics:
-    """Ages of a batch's groups, and the importance weights of those that an older policy sampled.
+    """Metrics of a batch's ages, and of the importance weights of groups that an older policy sampled.
 
-    replay/ess is (sum w)^2 / (n sum w^2) over the n stale tokens, w = pi_old / mu before truncation; 1 without any.
+    replay/ess is (sum w)^2 / (n sum w^2) over the n stale tokens, with w = pi_old / mu before truncation; it is 1 where
+    there are none.
     """
     batch = groups.counted.shape[0]
     age = jnp.where(groups.counted, step - groups.step, 0)
@@ -80,3 +87,45 @@ def replay_metrics(groups: Groups, rows: Rows, step: Array, config: Config) -> M
         found = age == steps if steps < last else age >= steps
         metrics[f"replay/age_{steps}"] = found.sum() / batch
     return metrics
+
+
+def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
+    """Metrics of a step's updates by TRL's names, means over the updates.
+
+    The sampler's mismatch is that of the first update, before any change; NaN = older policies sampled all its groups.
+    `kl` is there only if the loss has a KL term; `assign_advantages` reports a KL that is taken from the rewards.
+
+    Args:
+      updates: the metrics stacked over updates.
+    """
+    loss = updates.loss
+    mismatch = jax.tree.map(lambda x: x[0], updates.mismatch)
+    first = jax.tree.map(lambda x: jnp.where(mismatch.tokens > 0, x, jnp.nan), mismatch)
+    metrics = {
+        "loss": loss.loss.mean(),
+        "entropy": loss.entropy.mean(),
+        "grad_norm": updates.grad_norm.mean(),
+        "update/useful_tokens": updates.useful.mean(),
+        "clip_ratio/low_mean": loss.low.mean(),
+        "clip_ratio/low_min": _finite(loss.low_min.min()),
+        "clip_ratio/high_mean": loss.high.mean(),
+        "clip_ratio/high_max": loss.high_max.max(),
+        "clip_ratio/region_mean": (loss.low + loss.high).mean(),
+        "sampling/sampling_logp_difference/mean": first.difference_sum / first.tokens,
+        "sampling/sampling_logp_difference/max": first.difference_max,
+        "sampling/importance_sampling_ratio/mean": first.ratio_sum / first.tokens,
+        "sampling/importance_sampling_ratio/min": first.ratio_min,
+        "sampling/importance_sampling_ratio/max": first.ratio_max,
+    }
+    if config.loss.kl_coef > 0 and config.loss.kl_in == "loss":
+        metrics["kl"] = loss.kl.mean()
+    if config.loss.surrogate == "cispo":
+        metrics["cispo_clip_ratio"] = loss.high.mean()
+    if config.loss.surrogate == "vespo":
+        metrics["vespo/phi_seq_mean"] = loss.gamma.mean()
+    return metrics
+
+
+def _finite(least: Float[Array, ""]) -> Float[Array, ""]:
+    """The minimum, or 0 if it was taken over nothing."""
+    return jnp.where(jnp.isposinf(least), 0, least)

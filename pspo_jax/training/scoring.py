@@ -1,17 +1,24 @@
-"""A batch of groups as independent rows, how rows are dealt to minibatches and microbatches, and their log-probs."""
+"""A batch of groups as rows, the microbatches that rows are computed in, and their log-probs.
+
+Every pass over rows, with a gradient (`update`) or without (`score`), is `fold_microbatches` over a `Microbatches`.
+
+Letters: B groups, G completions per group, R = B G rows, P prompt length, T completion length, r rows of a microbatch;
+b bins of a microbatch, M rows per bin.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.arrays.rows import Rows
-from pspo_jax.arrays.state import TrainState
+from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed.mesh import constrain, microbatch_size
 from pspo_jax.losses.log_probs import completion_log_probs
@@ -22,24 +29,29 @@ from pspo_jax.losses.packing import (
     bin_length,
     loss_lengths,
     packed_log_probs,
+    row_lengths,
     rows_of_bins,
 )
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
 PACK_FROM_TOKENS = 256
-"""Completions that may be so long are packed, unless the config says otherwise."""
-
-
+"""Completions that may be this long are packed, unless the config says otherwise."""
 FEWEST_BINS = 8
-"""Bins of packed rows that are computed together at least, where the config does not bound them: products of fewer rows
-are slow."""
+"""Least number of bins of packed rows that are computed together, where the config sets no bound: products of fewer
+rows are slow."""
+Carry = TypeVar("Carry")
 
 
 def rows_of(
     groups: Groups, step: Int[Array, ""], config: Config, sampling_log_probs: Float[Array, "B G T"] | None = None
 ) -> Rows:
-    """Groups as rows, the old policy's log-probs those of the behaviour policy for now."""
+    """Groups as rows. The old policy's log-probs are those of the behaviour policy until `with_log_probs` changes them.
+
+    Args:
+      step: the current step; groups of earlier ones are stale.
+      sampling_log_probs: log-probs under the distribution drawn from; None = those of the behaviour policy.
+    """
     b, g = groups.rewards.shape
 
     def per_prompt(x: Array) -> Array:
@@ -66,135 +78,207 @@ def rows_of(
 
 
 def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
-    """Groups in the batch that an older policy sampled."""
+    """Groups of the batch that an older policy sampled."""
     return groups.counted & (groups.step < step)
 
 
+class TokenUtilisation(NamedTuple):
+    """How many of the tokens that are computed are needed."""
+
+    needed: Int[Array, ""]
+    """Number of tokens that the loss needs."""
+    computed: Int[Array, ""]
+    """Number of tokens that are computed, padding included."""
+
+
+class Microbatch(NamedTuple):
+    """Rows that are computed together."""
+
+    number: Int[Array, ""] | int
+    """Number of the microbatch, from 0."""
+    rows: Rows
+    """The rows, r of them."""
+    owns_prompt: Bool[Array, "b M"] | None
+    """Whether each row of a bin holds its own prompt; None = rows are not packed."""
+    indices: Int[Array, "r"] | None
+    """Index of each row of the bins among all rows, R = no row; None = rows are not packed."""
+
+
+class Microbatches(NamedTuple):
+    """Rows in parts of equal shape, which are computed one after another."""
+
+    num_parts: Int[Array, ""] | int
+    """Number of parts that hold a row; an int where it is known at compile time."""
+    take: Callable[[Array | int], Microbatch]
+    """number -> that microbatch"""
+    put: Callable[[Array, Microbatch, Array], Array]
+    """(results of all rows, a microbatch, its results [r, T]) -> results of all rows"""
+    merge: Callable[[Array], Array]
+    """results of all rows as `put` keeps them -> [R, T]"""
+    shape: tuple[int, ...]
+    """Shape of the results of all rows as `put` keeps them."""
+    utilisation: TokenUtilisation
+
+    @property
+    def is_single(self) -> bool:
+        """Whether all rows are known to be one part."""
+        return isinstance(self.num_parts, int) and self.num_parts == 1
+
+
+def fold_microbatches(step: Callable[[Carry, Microbatch], Carry], carry: Carry, microbatches: Microbatches) -> Carry:
+    """`carry` after `step` has seen every microbatch in turn: the one loop over microbatches."""
+    if microbatches.is_single:
+        return step(carry, microbatches.take(0))
+    return jax.lax.fori_loop(0, microbatches.num_parts, lambda i, carry: step(carry, microbatches.take(i)), carry)
+
+
+def make_microbatches(model: Model, rows: Rows, config: Config, wanted: Bool[Array, "B"] | None = None) -> Microbatches:
+    """The microbatches of these rows: bins where rows are packed, else rows as they are.
+
+    Args:
+      wanted: groups whose rows are needed; microbatches without any are left out. None = all.
+    """
+    if uses_packing(model, rows, config):
+        return _packed(model, rows, wanted, config)
+    parts = num_microbatches(rows, config)
+    return _split(rows, parts) if wanted is None else _wanted_first(rows, wanted, parts)
+
+
+def _split(rows: Rows, parts: int) -> Microbatches:
+    """All rows, dealt to parts like cards."""
+    split = split_microbatches(rows, parts)
+    return Microbatches(
+        num_parts=parts,
+        take=lambda i: Microbatch(i, jax.tree.map(lambda x: x[i], split), None, None),
+        put=_put_part,
+        merge=merge_microbatches,
+        shape=split.tokens.shape,
+        utilisation=TokenUtilisation(row_lengths(rows).sum(), jnp.int32(padded_tokens(rows))),
+    )
+
+
+def _wanted_first(rows: Rows, wanted: Bool[Array, "B"], parts: int) -> Microbatches:
+    """The wanted groups' rows in front, and as many parts as hold any of them."""
+    group_size = rows.tokens.shape[0] // wanted.shape[0]
+    size = rows.tokens.shape[0] // parts
+    order = jnp.argsort(~wanted, stable=True)
+    index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
+    back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
+    in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
+
+    def take(i: Array | int) -> Microbatch:
+        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
+        return Microbatch(i, part, None, None)
+
+    needed = -(-wanted.sum() * group_size // size)
+    return Microbatches(
+        num_parts=needed,
+        take=take,
+        put=_put_part,
+        merge=lambda x: x.reshape(rows.tokens.shape)[back],
+        shape=in_front.tokens.shape,
+        utilisation=TokenUtilisation(row_lengths(rows).sum(), needed * (padded_tokens(rows) // parts)),
+    )
+
+
+def _put_part(found: Array, part: Microbatch, new: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(found, new, part.number, 0)
+
+
+def _packed(model: Model, rows: Rows, wanted: Bool[Array, "B"] | None, config: Config) -> Microbatches:
+    """The wanted groups' rows in bins, and as many microbatches of bins as hold any of them."""
+    lengths = loss_lengths(rows)
+    if wanted is not None:
+        lengths = jnp.where(jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0]), lengths, 0)
+    assignment = assign(model, rows, lengths, config)
+    bins = bins_at_a_time(rows.tokens.shape[0], config)
+
+    def take(i: Array | int) -> Microbatch:
+        ids, owns_prompt = (
+            jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (assignment.rows, assignment.owns_prompt)
+        )
+        return Microbatch(i, rows_of_bins(rows, ids), owns_prompt, ids.reshape(-1))
+
+    num_parts = -(-assignment.num_bins // bins)
+    return Microbatches(
+        num_parts=num_parts,
+        take=take,
+        put=lambda found, part, new: found.at[part.indices].set(new, mode="drop"),
+        merge=lambda x: x,
+        shape=rows.tokens.shape,
+        utilisation=TokenUtilisation(assignment.num_tokens, num_parts * bins * bin_length(rows)),
+    )
+
+
+def padded_tokens(rows: Rows) -> int:
+    """Tokens that are computed where each row stands by itself, with its prompt and completion at their longest.
+
+    A bin may be longer than such a row: its length is a whole number of blocks of attention.
+    """
+    return rows.tokens.shape[0] * (rows.prompts.shape[1] + rows.tokens.shape[1])
+
+
+def microbatch_log_probs(
+    model: Model,
+    weights: PyTree,
+    part: Microbatch,
+    temperature: Float[Array, ""],
+    config: Config,
+    entropy_gradient: bool = False,
+) -> tuple[Float[Array, "r T"], Float[Array, "r T"]]:
+    """Log-probs and entropies of a microbatch's completions, in nats; they may hold anything outside the mask.
+
+    Args:
+      weights: what the model's functions take, `merge_params` of trained and frozen weights.
+      entropy_gradient: whether the entropies have a gradient.
+    """
+    rows, logits_mib = part.rows, config.loss.logits_mib
+    if part.owns_prompt is None:
+        return completion_log_probs(
+            model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, logits_mib, entropy_gradient
+        )
+    shares = shares_prompts(model, config)
+    return packed_log_probs(model, weights, rows, part.owns_prompt, temperature, logits_mib, entropy_gradient, shares)
+
+
 def score(
-    model: Model, weights: Any, rows: Rows, temperature: Float[Array, ""], config: Config
+    model: Model,
+    weights: PyTree,
+    rows: Rows,
+    temperature: Float[Array, ""],
+    config: Config,
+    wanted: Bool[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
-    Outside the mask they may hold anything.
+    Outside the mask, and for rows of groups that are not wanted, they may hold anything.
+
+    Args:
+      wanted: groups whose rows are needed; the others cost nothing. None = all.
     """
-    if uses_packing(model, rows, config):
-        found = score_packed(model, weights, rows, loss_lengths(rows), temperature, config)
-        return jax.lax.stop_gradient(found)
+    microbatches = make_microbatches(model, rows, config, wanted)
 
-    def one(part: Rows) -> tuple[Array, Array]:
-        return completion_log_probs(
-            model, weights, part.prompts, part.lengths, part.tokens, temperature, config.loss.logits_mib
-        )
+    def step(found: tuple[Array, Array], part: Microbatch) -> tuple[Array, Array]:
+        log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config)
+        return microbatches.put(found[0], part, log_probs), microbatches.put(found[1], part, entropy)
 
-    found = jax.lax.map(one, split_microbatches(rows, microbatches(rows, config)))
-    return jax.lax.stop_gradient(jax.tree.map(merge_microbatches, found))
+    zeros = jnp.zeros(microbatches.shape)
+    log_probs, entropy = fold_microbatches(step, (zeros, zeros), microbatches)
+    return jax.lax.stop_gradient((microbatches.merge(log_probs), microbatches.merge(entropy)))
 
 
 def score_some(
     model: Model,
-    weights: Any,
+    weights: PyTree,
     rows: Rows,
     wanted: Bool[Array, "B"],
     temperature: Float[Array, ""],
     config: Config,
 ) -> Float[Array, "R T"]:
-    """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing.
-
-    Wanted groups are gathered in front, and as many microbatches run as hold any.
-    """
-    groups = wanted.shape[0]
-    if uses_packing(model, rows, config):
-        stale = jnp.repeat(wanted, rows.tokens.shape[0] // groups)
-        log_probs, _ = score_packed(model, weights, rows, jnp.where(stale, loss_lengths(rows), 0), temperature, config)
-        return jax.lax.stop_gradient(jnp.where(stale[:, None], log_probs, rows.old_log_probs))
-    order = jnp.argsort(~wanted, stable=True)
-    group_size = rows.tokens.shape[0] // groups
-    index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
-    parts = microbatches(rows, config)
-    size = rows.tokens.shape[0] // parts
-    in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
-
-    def one(i: Array, found: Array) -> Array:
-        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
-        return found.at[i].set(
-            completion_log_probs(
-                model, weights, part.prompts, part.lengths, part.tokens, temperature, config.loss.logits_mib
-            )[0]
-        )
-
-    needed = -(-wanted.sum() * group_size // size)
-    found = jax.lax.fori_loop(0, needed, one, in_front.old_log_probs)
-    back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
-    found = found.reshape(rows.tokens.shape)[back]
-    return jax.lax.stop_gradient(jnp.where(jnp.repeat(wanted, group_size)[:, None], found, rows.old_log_probs))
-
-
-def uses_packing(model: Model, rows: Rows, config: Config) -> bool:
-    """Whether the rows are computed in bins; see `packing`.
-
-    Raises:
-      ValueError: loss.packing=true for a policy that cannot.
-    """
-    wanted = config.loss.packing
-    if wanted and not model.packs:
-        raise ValueError("loss.packing=true: this policy's `hidden` takes no packed rows; leave it out, or false")
-    return model.packs and packs_lengths(rows.tokens.shape[0], rows.tokens.shape[1], config)
-
-
-def packs_lengths(rows: int, longest: int, config: Config) -> bool:
-    """Whether so many rows are computed in bins.
-
-    Args:
-      longest: places of a completion, T.
-    """
-    wanted = config.loss.packing
-    several = microbatch_size(rows, config.loss.microbatch_rows) < rows
-    return several and longest >= PACK_FROM_TOKENS if wanted is None else wanted
-
-
-def shares_prompts(model: Model, config: Config) -> bool:
-    """Whether packed rows may share their prompt.
-
-    Raises:
-      ValueError: loss.share_prompts=true for a policy that cannot.
-    """
-    wanted = config.loss.share_prompts
-    if wanted and not model.shares:
-        raise ValueError("loss.share_prompts=true: this policy's `hidden` cannot; leave it out, or false")
-    return model.shares and wanted is not False
-
-
-def assign(model: Model, rows: Rows, answers: Int[Array, "R"], config: Config) -> BinAssignment:
-    """Bins for the rows with answers, as many as there are rows."""
-    r = rows.tokens.shape[0]
-    if shares_prompts(model, config):
-        return assign_shared_bins(rows.lengths, answers, rows.group, bin_length(rows), r)
-    return assign_bins(rows.lengths, answers, jnp.arange(r), bin_length(rows), r)
-
-
-def score_packed(
-    model: Model, weights: Any, rows: Rows, answers: Int[Array, "R"], temperature: Float[Array, ""], config: Config
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Log-probs and entropies of the rows with answers, in bins; 0 for the others."""
-    bins = bins_at_a_time(rows.tokens.shape[0], config)
-    planned = assign(model, rows, answers, config)
-
-    def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        ids, leads = (jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (planned.rows, planned.leads))
-        part = rows_of_bins(rows, ids)
-        new = packed_log_probs(
-            model,
-            weights,
-            part,
-            leads,
-            temperature,
-            config.loss.logits_mib,
-            shares=shares_prompts(model, config),
-        )
-        return tuple(x.at[ids.reshape(-1)].set(y, mode="drop") for x, y in zip(found, new, strict=True))  # type: ignore
-
-    zeros = jnp.zeros(rows.tokens.shape)
-    return jax.lax.fori_loop(0, -(-planned.bins // bins), one, (zeros, zeros))
+    """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing."""
+    found = score(model, weights, rows, temperature, config, wanted)[0]
+    wanted_rows = jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0])
+    return jax.lax.stop_gradient(jnp.where(wanted_rows[:, None], found, rows.old_log_probs))
 
 
 def with_log_probs(
@@ -205,7 +289,7 @@ def with_log_probs(
     temperature: Float[Array, ""],
     config: Config,
 ) -> Rows:
-    """`rows` with the log-probs that do not change during the step.
+    """`rows` with the old and the reference policy's log-probs, which do not change during the step.
 
     Args:
       stale: groups that an older policy sampled; None = there are none.
@@ -222,21 +306,68 @@ def with_log_probs(
     return rows
 
 
-def reference_weights(state: TrainState) -> Any:
-    """The KL reference, the policy that RL begins from: its own weights, or the frozen base of untrained adapters."""
+def reference_weights(state: TrainState) -> Params:
+    """The weights of the KL term's reference policy: a copy of its own, or the frozen base of untrained adapters."""
     if state.reference is None:
         return LoraParams(state.frozen, None)
     return merge_params(state.reference, state.frozen)
 
 
-def microbatches(rows: Rows, config: Config) -> int:
-    """Parts that the rows are computed in."""
+def uses_packing(model: Model, rows: Rows, config: Config) -> bool:
+    """Whether these rows are computed in bins; see `losses.packing`.
+
+    Raises:
+      ValueError: loss.packing=true for a model that cannot.
+    """
+    wanted = config.loss.packing
+    if wanted and not model.packs:
+        raise ValueError("loss.packing=true: this model's `hidden` takes no packed rows; leave it out, or false")
+    return model.packs and packs_lengths(rows.tokens.shape[0], rows.tokens.shape[1], config)
+
+
+def packs_lengths(rows: int, longest: int, config: Config) -> bool:
+    """Whether this many rows are computed in bins.
+
+    Args:
+      longest: T, the padded length of a completion.
+    """
+    wanted = config.loss.packing
+    several = microbatch_size(rows, config.loss.microbatch_rows) < rows
+    return several and longest >= PACK_FROM_TOKENS if wanted is None else wanted
+
+
+def shares_prompts(model: Model, config: Config) -> bool:
+    """Whether packed rows may share their prompt.
+
+    Raises:
+      ValueError: loss.share_prompts=true for a model that cannot.
+    """
+    wanted = config.loss.share_prompts
+    if wanted and not model.shares:
+        raise ValueError("loss.share_prompts=true: this model's `hidden` cannot; leave it out, or false")
+    return model.shares and wanted is not False
+
+
+def assign(model: Model, rows: Rows, completion_lengths: Int[Array, "R"], config: Config) -> BinAssignment:
+    """The bins of the rows whose completion is not empty, as many bins as there are rows.
+
+    Args:
+      completion_lengths: tokens of each completion that are needed; 0 = the row goes into no bin.
+    """
+    r = rows.tokens.shape[0]
+    if shares_prompts(model, config):
+        return assign_shared_bins(rows.lengths, completion_lengths, rows.group, bin_length(rows), r)
+    return assign_bins(rows.lengths, completion_lengths, jnp.arange(r), bin_length(rows), r)
+
+
+def num_microbatches(rows: Rows, config: Config) -> int:
+    """Number of parts that rows are computed in where they are not packed."""
     n = rows.tokens.shape[0]
     return n // microbatch_size(n, config.loss.microbatch_rows)
 
 
 def bins_at_a_time(rows: int, config: Config) -> int:
-    """How many bins of so many packed rows are computed together; bins that hold no row are left out.
+    """How many bins of this many packed rows are computed together; microbatches of bins without a row are left out.
 
     Where loss.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
     and empty ones can only be left out by whole microbatches.
@@ -245,18 +376,21 @@ def bins_at_a_time(rows: int, config: Config) -> int:
     return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
 
 
-def split_microbatches(rows: Any, parts: int) -> Any:
+RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
+
+
+def split_microbatches(rows: RowsOrArray, parts: int) -> RowsOrArray:
     """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
 
 def merge_microbatches(x: Array) -> Array:
-    """The inverse of `deal` for one array."""
+    """The inverse of `split_microbatches` for one array."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 def split_minibatches(rows: Rows, parts: int, group_size: int) -> Rows:
-    """`deal` that keeps the rows of a prompt together."""
+    """`split_microbatches` that keeps the rows of a prompt together."""
 
     def one(x: Array) -> Array:
         groups = x.reshape(-1, group_size, *x.shape[1:])

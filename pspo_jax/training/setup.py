@@ -41,11 +41,11 @@ from pspo_jax.model.architecture import beyond_context, lora_of
 from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
 from pspo_jax.model.weights import init_weights, table
-from pspo_jax.rewards.task import make_task, own_tokenizer
+from pspo_jax.rewards.task import make_char_tokenizer, make_task
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import PromptMetadata
-from pspo_jax.selection.columns import load_metadata
+from pspo_jax.selection.metadata import load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
@@ -190,7 +190,7 @@ def prepare(
         say(line)
     learnt = settings(config, task)  # reads sft.data: a missing file is found out here
     if config.sft.steps and config.sft.data is not None:
-        processes.check_same("sft.data", learnt["sft.data"])
+        processes.check_same("sft.data", str(learnt["sft.data"]))
     check_vocabulary(config, task.vocab_size)
     architecture = with_kernels(
         architecture,
@@ -239,7 +239,7 @@ def architecture_for(
 ) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
     """The checkpoint if there is one, the tokenizer, and the policy's architecture with its adapters."""
     if uses_char_tokenizer(config):
-        own = own_tokenizer(config)
+        own = make_char_tokenizer(config)
         return None, own, built_in(config.model, own.vocab_size, own.forbidden)
     source = read_source(config.model, weights) if config.model.source is not None else None
     rows = source.architecture.vocab_size if source else None

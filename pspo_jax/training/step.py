@@ -1,20 +1,21 @@
-"""The training step: rewards in, updated state out, one jitted and donated program.
+"""The training step: rewards in, updated state out, as one jitted program that donates the state.
 
-credit -> selector.observe -> replay exchange -> (old, reference log-probs) -> iterations x minibatches x microbatches
+rewards -> advantages -> selector.observe -> replay.mix_batch -> (old, reference log-probs) -> optimizer updates
 
-Dynamic sampling cuts it in two: `collect`, once a round, and `update`, once a step.
+Dynamic sampling cuts the step in two: `collect` runs once per round of rollouts, `update` once per step.
+
+Letters: B groups, G completions per group, T completion length, R = B G rows, C stored groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from pspo_jax.advantages import group_advantages
 from pspo_jax.arrays.groups import groups_of, take
@@ -30,10 +31,10 @@ from pspo_jax.replay import Groups, effective
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.training.algorithm import Algorithm, needs_policy_drift
-from pspo_jax.training.metrics import Metrics, replay_metrics, rollout_metrics
+from pspo_jax.training.metrics import Metrics, replay_metrics, rollout_metrics, update_metrics
 from pspo_jax.training.optimizer import in_float32
 from pspo_jax.training.scoring import (
-    microbatches,
+    num_microbatches,
     reference_weights,
     rows_of,
     score,
@@ -41,14 +42,60 @@ from pspo_jax.training.scoring import (
     stale_groups,
     with_log_probs,
 )
-from pspo_jax.training.update import optimize, update_metrics
+from pspo_jax.training.update import Training, optimize
 
 MAX_REWARD = 1e15
-TrainStep = Callable[..., tuple[TrainState, Metrics]]
-"""(state, rollouts, rewards [B, G], right [B, G] | None = None)"""
-Collect = Callable[..., tuple[TrainState, Metrics]]
-"""(state, rollouts, rewards [B, G], right [B, G] | None = None)"""
-Update = Callable[[TrainState, Float[Array, ""]], tuple[TrainState, Metrics]]
+"""Rewards of larger magnitude count as missing: their squares would not be finite in float32."""
+
+
+class TrainStep(Protocol):
+    """A whole training step; see `make_train_step`."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        rollouts: Rollouts,
+        rewards: Float[Array, "B G"],
+        verdicts: Float[Array, "B G"] | None = None,
+        /,
+    ) -> tuple[TrainState, Metrics]:
+        """The state after the step, and the step's metrics."""
+        ...
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, as `jax.jit` traces it."""
+        ...
+
+
+class Collect(Protocol):
+    """One round of dynamic sampling; see `make_collect`."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        rollouts: Rollouts,
+        rewards: Float[Array, "B G"],
+        verdicts: Float[Array, "B G"] | None = None,
+        /,
+    ) -> tuple[TrainState, Metrics]:
+        """The state with the round's effective groups in its queue, and the round's metrics."""
+        ...
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, as `jax.jit` traces it."""
+        ...
+
+
+class Update(Protocol):
+    """A training step on the groups that wait; see `make_update`."""
+
+    def __call__(self, state: TrainState, temperature: Float[Array, ""], /) -> tuple[TrainState, Metrics]:
+        """The state after the step, and the step's metrics."""
+        ...
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, as `jax.jit` traces it."""
+        ...
 
 
 def init_state(
@@ -64,21 +111,22 @@ def init_state(
 ) -> TrainState:
     """The state before the first step.
 
-    The KL reference, if the config wants one, is the policy that RL begins from: a copy of `params`. Adapters that no
-    supervised step has trained change nothing, and their reference is the frozen weights alone, uncopied.
+    The KL term's reference policy, if the config has one, is the policy that RL begins from: a copy of `params`.
+    Adapters that no supervised step has trained change nothing, so their reference is the frozen weights, uncopied.
 
     Args:
+      params: the weights that train; the state takes them over.
       num_prompts: N, rows of the dataset.
       prompt_length: P, the padded length of prompts.
       key: the run's key, `jax.random.key(seed)`.
       frozen: weights under `params` that do not train, such as the base of adapters.
-      columns: what the selector may know of prompts beforehand; None = nothing.
+      columns: what the selector may know about prompts beforehand; None = nothing.
     """
     config = resolve(config)
     r = config.rollout
     copied = config.loss.kl_coef > 0 and (frozen is None or config.sft.steps > 0)
     reference = jax.tree.map(jnp.copy, params) if copied else None
-    # Before a round fewer groups than a batch wait, and a round adds no more than its prompts.
+    # Fewer groups than a batch wait before a round, and a round adds no more than its prompts.
     room = r.prompts + round_prompts(config)
     truncates = r.top_p < 1 or r.top_k > 0
     queue = (
@@ -113,23 +161,23 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
-    state_shardings: Any = None,
+    state_shardings: PyTree = None,
 ) -> TrainStep:
-    """`train_step(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted; `state` is donated.
+    """`train_step(state, rollouts, rewards, verdicts=None) -> (state, metrics)`, jitted; `state` is donated.
 
-    rewards [B, G] are what is trained on, NaN = none; those beyond 1e15 count as NaN. right [B, G] are the verdicts in
-    [0, 1], NaN = none, by which selectors and metrics count successes; None = the rewards within [0, 1]. An update
-    whose loss or gradient is not finite leaves params and optimizer state as they were.
+    rewards [B, G] are trained on; NaN = none, and those beyond 1e15 count as NaN. By verdicts [B, G] in [0, 1], NaN =
+    none, selectors and metrics count successes; None = the rewards clipped to [0, 1]. An update whose loss or gradient
+    is not finite leaves weights and optimizer state as they were.
 
     Args:
-      state_shardings: pytree of NamedSharding like the state; None = as the compiler chooses.
+      state_shardings: pytree of NamedSharding with the structure of the state; None = the compiler chooses.
     """
     config = resolve(config)
 
     def train_step(
-        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
+        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, verdicts)
         state, more = _update(
             model, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
         )
@@ -139,18 +187,18 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def make_collect(model: Model, algorithm: Algorithm, config: Config, state_shardings: Any = None) -> Collect:
-    """`collect(state, rollouts, rewards, right=None) -> (state, metrics)`, jitted, `state` donated: a round of dynamic
-    sampling. Rewards and verdicts are as in `make_train_step`.
+def make_collect(model: Model, algorithm: Algorithm, config: Config, state_shardings: PyTree = None) -> Collect:
+    """`collect(state, rollouts, rewards, verdicts=None) -> (state, metrics)`, jitted; `state` is donated.
 
-    Its effective groups wait in `state.queue`; metrics["groups/waiting"] says how many there are.
+    It is a round of dynamic sampling. The round's effective groups then wait in `state.queue`, and
+    metrics["groups/waiting"] is the number of groups there. Rewards and verdicts are as in `make_train_step`.
     """
     config = resolve(config)
 
     def collect(
-        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], right: Float[Array, "B G"] | None = None
+        state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
-        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, right)
+        state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, verdicts)
         wanted = effective(groups, config.replay.effective)
         queue = append(state.queue, groups, wanted, rollouts.sampling_log_probs)
         metrics["groups/waiting"] = queue.held.astype(jnp.float32)
@@ -165,12 +213,12 @@ def make_update(
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     config: Config,
-    state_shardings: Any = None,
+    state_shardings: PyTree = None,
 ) -> Update:
-    """`update(state, temperature) -> (state, metrics)`, jitted; `state` is donated: a step on the groups that wait.
+    """`update(state, temperature) -> (state, metrics)`, jitted; `state` is donated.
 
-    The first rollout.prompts of `state.queue` are its batch. Slots for which none waits leave the batch, or are filled
-    by the replay.
+    It is a step on the groups that wait: the first rollout.prompts of `state.queue` are its batch. If fewer wait, the
+    replay fills the empty slots, or they leave the batch.
     """
     config = resolve(config)
 
@@ -192,19 +240,19 @@ def assign_advantages(
     state: TrainState,
     rollouts: Rollouts,
     rewards: Float[Array, "B G"],
-    right: Float[Array, "B G"] | None,
+    verdicts: Float[Array, "B G"] | None,
 ) -> tuple[TrainState, Groups, Metrics]:
-    """What rewards and verdicts say of prompts: advantages, and what credit and selector remember."""
+    """Groups with their advantages, the state in which estimator and selector have seen them, and metrics."""
     ids = rollouts.prompts.ids
-    # What is not finite, or whose square would not be, is no reward: it must not reach the per-prompt state.
+    # A reward that is not finite, or whose square would not be, must not reach the per-prompt state.
     rewards = jnp.where(jnp.abs(rewards) <= MAX_REWARD, rewards, jnp.nan)
-    advantages, credit_state, kl = compute_advantages(model, algorithm, config, state, rollouts, rewards)
+    advantages, estimator_state, kl = compute_advantages(model, algorithm, config, state, rollouts, rewards)
     raw = group_advantages(rewards, ddof=config.advantage.ddof, eps=config.advantage.eps)
     seen = scaled_over_round(algorithm, advantages, rewards)
-    outcome = RolloutOutcome(rewards, seen, raw, state.policy_drift, rollouts.lengths, right)
+    outcome = RolloutOutcome(rewards, seen, raw, state.policy_drift, rollouts.lengths, verdicts)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
     groups = groups_of(rollouts, rewards, advantages, state.step)
-    metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if right is None else right)
+    metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if verdicts is None else verdicts)
     metrics["groups/effective"] = effective(groups, config.replay.effective).sum().astype(jnp.float32)
     if algorithm.estimator.over_batch is None:
         metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()
@@ -212,7 +260,7 @@ def assign_advantages(
     if kl is not None:
         drawn = rollouts.mask.reshape(kl.shape)
         metrics["kl"] = jnp.where(drawn, kl, 0).sum() / jnp.maximum(drawn.sum(), 1)
-    return dataclasses.replace(state, selector=selector_state, advantage=credit_state), groups, metrics
+    return dataclasses.replace(state, selector=selector_state, advantage=estimator_state), groups, metrics
 
 
 def compute_advantages(
@@ -222,12 +270,12 @@ def compute_advantages(
     state: TrainState,
     rollouts: Rollouts,
     rewards: Float[Array, "B G"],
-) -> tuple[Float[Array, "B G"], Any, Float[Array, "R T"] | None]:
-    """Advantages, the credit's state after them, and the KL per token that was taken from the rewards; None = none.
+) -> tuple[Float[Array, "B G"], PyTree, Float[Array, "R T"] | None]:
+    """Advantages, the estimator's state after them, and the KL per token that the rewards were lowered by.
 
-    With loss.kl_in=reward, advantages are of rewards less the KL of all tokens drawn. What the loss leaves out,
-    such as truncated completions, counts in a group's rewards, and so its KL does too: without it, completions that
-    ended would pay alone.
+    With loss.kl_in=reward, advantages are of rewards minus the KL of all tokens drawn; otherwise that KL is None.
+    Completions that the loss leaves out, such as truncated ones, count in their group's rewards, and so their KL does
+    too: otherwise only completions that ended would pay it.
     """
     o = config.loss
     kl = None
@@ -237,16 +285,16 @@ def compute_advantages(
         reference = score(model, reference_weights(state), rows, rollouts.temperature, config)[0]
         kl = kl_estimate(rows.behaviour_log_probs, reference, o.kl_estimator)
         rewards = rewards - o.kl_coef * jnp.where(rows.mask, kl, 0).sum(axis=1).reshape(rewards.shape)
-    found = algorithm.estimator.estimate(
+    advantages, estimator_state = algorithm.estimator.estimate(
         state.advantage, rollouts.prompts.ids, rewards, rollouts.lengths, state.policy_drift
     )
-    return *found, kl
+    return advantages, estimator_state, kl
 
 
 def scaled_over_round(
     algorithm: Algorithm, advantages: Float[Array, "B G"], rewards: Float[Array, "B G"]
 ) -> Float[Array, "B G"]:
-    """Advantages as they would be if the groups rolled out together were the batch that trains."""
+    """Advantages as they would be if the groups that were rolled out together were the batch that trains."""
     over_batch = algorithm.estimator.over_batch
     return advantages if over_batch is None else over_batch(advantages, rewards, jnp.ones(len(rewards), bool))
 
@@ -261,58 +309,76 @@ def _update(
     temperature: Float[Array, ""],
     sampling_log_probs: Float[Array, "B G T"] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Replay exchange, then the optimizer's updates."""
-    replays = config.replay.name == "popo"
-    metrics: Metrics = {}
+    """The second half of a step: the replay mixes the batch, then the optimizer updates the weights."""
+    state, groups, metrics = _mix_batch(model, algorithm, config, state, groups, temperature)
+    rows = rows_of(groups, state.step, config, sampling_log_probs)
+    may_be_stale = config.replay.name == "popo" or samples_dynamically(config)
+    stale = stale_groups(groups, state.step) if may_be_stale else None
+    rows = with_log_probs(model, state, rows, stale, temperature, config)
+    if may_be_stale:
+        metrics |= replay_metrics(groups, rows, state.step, config)
+        adapted = algorithm.replay.adapt_share(state.replay, metrics["replay/ess"])
+        state = dataclasses.replace(state, replay=adapted)
+    if config.replay.name == "popo":
+        metrics["replay/stored"] = state.replay.groups.counted.sum().astype(jnp.float32)
+        metrics["replay/max_share"] = state.replay.share
+    training, updates = optimize(model, optimizer, config, state, rows, temperature)
+    metrics |= update_metrics(updates, config)
+    drift = state.policy_drift
+    if needs_policy_drift(config):
+        metrics["policy/drift"] = policy_drift(model, state, training.params, rows, temperature, config)
+        drift = drift + metrics["policy/drift"]
+    applied = state.updates + updates.applied.sum().astype(jnp.int32)
+    metrics["updates"] = applied.astype(jnp.float32)
+    metrics["skipped_updates"] = training.skipped.astype(jnp.float32)
+    return _after_updates(state, training, applied, drift), metrics
+
+
+def _mix_batch(
+    model: Model,
+    algorithm: Algorithm,
+    config: Config,
+    state: TrainState,
+    groups: Groups,
+    temperature: Float[Array, ""],
+) -> tuple[TrainState, Groups, Metrics]:
+    """The batch that trains, its advantages divided by their scale over it, and the state of the replay after it."""
 
     def distance(stored: Groups) -> Float[Array, "C"]:
         return behaviour_divergence(model, state, stored, temperature, config)
 
+    metrics: Metrics = {}
     key = purpose_key(state.key, state.step, REPLAY)
-    groups, replay_state = algorithm.replay.exchange(state.replay, groups, state.step, key, distance)
+    groups, replay_state = algorithm.replay.mix_batch(state.replay, groups, state.step, key, distance)
     if algorithm.estimator.over_batch is not None:
         scaled = algorithm.estimator.over_batch(groups.advantages, groups.rewards, groups.counted)
         groups = dataclasses.replace(groups, advantages=scaled)
         in_batch = jnp.maximum(groups.counted.sum() * scaled.shape[1], 1)
         metrics["advantages/abs_mean"] = jnp.where(groups.counted[:, None], jnp.abs(scaled), 0).sum() / in_batch
-    rows = rows_of(groups, state.step, config, sampling_log_probs)
-    stale = stale_groups(groups, state.step) if replays or samples_dynamically(config) else None
-    rows = with_log_probs(model, state, rows, stale, temperature, config)
-    if stale is not None:
-        metrics |= replay_metrics(groups, rows, state.step, config)
-        replay_state = algorithm.replay.settle(replay_state, metrics["replay/ess"])
-    if replays:
-        metrics["replay/stored"] = replay_state.groups.counted.sum().astype(jnp.float32)
-        metrics["replay/max_share"] = replay_state.share
     if config.replay.name != "none" or samples_dynamically(config):
         metrics["groups/in_batch"] = groups.counted.sum().astype(jnp.float32)
-    params, opt_state, skipped, updates = optimize(model, optimizer, config, state, rows, temperature)
-    metrics |= update_metrics(updates, config)
-    drift = state.policy_drift
-    if needs_policy_drift(config):
-        metrics["policy/drift"] = policy_drift(model, state, params, rows, temperature, config)
-        drift = drift + metrics["policy/drift"]
-    applied = state.updates + updates.applied.sum().astype(jnp.int32)
-    metrics["updates"] = applied.astype(jnp.float32)
-    metrics["skipped_updates"] = skipped.astype(jnp.float32)
-    state = dataclasses.replace(
+    return dataclasses.replace(state, replay=replay_state), groups, metrics
+
+
+def _after_updates(
+    state: TrainState, training: Training, applied: Array, drift: Float[Array, ""] | float
+) -> TrainState:
+    return dataclasses.replace(
         state,
         step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        replay=replay_state,
+        params=training.params,
+        opt_state=training.opt_state,
         updates=applied,
-        skipped=skipped,
+        skipped=training.skipped,
         policy_drift=drift,
     )
-    return state, metrics
 
 
 def policy_drift(
     model: Model, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, ""]:
-    """Mean |change of log-prob| per token of one microbatch by the step's updates."""
-    part = jax.tree.map(lambda x: x[0], split_microbatches(rows, microbatches(rows, config)))
+    """Mean |change of log-prob| per token, in nats, from the state's weights to `params`, over one microbatch."""
+    part = jax.tree.map(lambda x: x[0], split_microbatches(rows, num_microbatches(rows, config)))
     before = score(model, state.weights, part, temperature, config)[0]
     after = score(model, merge_params(params, state.frozen), part, temperature, config)[0]
     return jnp.where(part.mask, jnp.abs(after - before), 0).sum() / jnp.maximum(part.mask.sum(), 1)
@@ -321,9 +387,12 @@ def policy_drift(
 def behaviour_divergence(
     model: Model, state: TrainState, stored: Groups, temperature: Float[Array, ""], config: Config
 ) -> Float[Array, "C"]:
-    """Mean over tokens of k3's estimate of KL(behaviour || policy) for each stored group; one pass over the ring."""
+    """Estimate (k3) of KL(behaviour policy || current policy) per token for each stored group, in nats.
+
+    It costs one forward pass over all stored groups.
+    """
     capacity = stored.counted.shape[0]
-    # As many as the mesh divides, the first of them twice: whatever the capacity, rows spread over all devices.
+    # Groups are repeated up to a number that the mesh divides, so that rows spread over all devices.
     groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
     stored = take(stored, jnp.arange(groups) % capacity)
     rows = rows_of(stored, state.step, config)

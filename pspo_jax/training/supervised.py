@@ -1,4 +1,7 @@
-"""Supervised fine-tuning before RL: data through grain, loss on completions only, many steps in one jitted call."""
+"""Supervised fine-tuning before RL (the cold start): the loss is on completions only.
+
+Data comes through grain, and many steps run in one jitted call. Letters: K steps of a call.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from pspo_jax import __version__
 from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.state import OptState, Params
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
@@ -24,14 +28,16 @@ from pspo_jax.data.demonstrations import read_examples, read_text
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.model.interface import Model
+from pspo_jax.system.json_value import Json
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
 
 _MAX_STEPS_A_CALL = 60
+"""Largest number of training steps in one jitted call."""
 
 
 class _Examples:
-    """Random access over demonstrations, as grain wants a source."""
+    """A source for grain: random access over demonstrations."""
 
     def __init__(self, data: Demonstrations):
         self._data = data
@@ -39,12 +45,16 @@ class _Examples:
     def __len__(self) -> int:
         return len(self._data.prompts)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         return {name: column[i] for name, column in self._data._asdict().items()}
 
 
 def dataset(config: Config, task: Task) -> grain.MapDataset:
-    """Demonstrations by index: the task's, each used once, or a JSONL file's, reshuffled each epoch."""
+    """Demonstrations by index: those of the task, each used once, or of a JSONL file, reshuffled in each epoch.
+
+    Raises:
+      ConfigError: the file has fewer lines than a batch.
+    """
     s = config.sft
     if s.data is None:
         blocks = list(task.demonstrations(config.run.seed, s.steps * s.batch))
@@ -60,7 +70,11 @@ def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig
     """Tokenised examples of a JSONL file; EOS is added to completions that lack it.
 
     Args:
+      max_completion: largest number of tokens of a completion.
       prompt: for rows of messages, the date and the mode of thinking that the chat template is given.
+
+    Raises:
+      ConfigError: an example is empty, too long, or has a token that the model does not know.
     """
     prompts, completions = [], []
     width = task.train.tokens.shape[1]
@@ -87,8 +101,8 @@ def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
 
 
-def sft_loss(model: Model, params: Any, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
-    """Mean negative log-prob of the completions' tokens."""
+def sft_loss(model: Model, params: PyTree, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
+    """Mean negative log-prob of the completions' tokens, in nats."""
     log_probs, _ = completion_log_probs(
         model, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
     )
@@ -96,13 +110,34 @@ def sft_loss(model: Model, params: Any, batch: dict[str, Array], logits_mib: int
     return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def make_sft_steps(
-    model: Model, optimizer: optax.GradientTransformation, logits_mib: int, shardings: Any = None
-) -> Callable[..., Any]:
-    """`steps(params, opt_state, batches [K, ...], frozen=None) -> (params, opt_state, losses [K])`, jitted: K steps."""
+class SftSteps(Protocol):
+    """Several supervised steps in one jitted call; see `make_sft_steps`."""
 
-    def steps(params: Any, opt_state: Any, batches: dict[str, Array], frozen: Any = None) -> tuple[Any, Any, Array]:
-        def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, Array]:
+    def __call__(
+        self, params: Params, opt_state: OptState, batches: dict[str, Array], frozen: Params | None = None, /
+    ) -> tuple[Params, OptState, Float[Array, "K"]]:
+        """The weights and the optimizer's state after the steps, and the loss of each step, in nats per token."""
+        ...
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, as `jax.jit` traces it."""
+        ...
+
+
+def make_sft_steps(
+    model: Model, optimizer: optax.GradientTransformation, logits_mib: int, shardings: PyTree = None
+) -> SftSteps:
+    """`steps(params, opt_state, batches [K, ...], frozen=None) -> (params, opt_state, losses [K])`, jitted: K steps.
+
+    It donates params and opt_state.
+    """
+
+    def steps(
+        params: Params, opt_state: OptState, batches: dict[str, Array], frozen: Params | None = None
+    ) -> tuple[Params, OptState, Float[Array, "K"]]:
+        def one(
+            carry: tuple[Params, OptState], batch: dict[str, Array]
+        ) -> tuple[tuple[Params, OptState], Float[Array, ""]]:
             params, opt_state = carry
             loss, grads = jax.value_and_grad(lambda p: sft_loss(model, merge_params(p, frozen), batch, logits_mib))(
                 params
@@ -117,28 +152,32 @@ def make_sft_steps(
 
 
 class Kept(Protocol):
-    """Where a cold start that is stopped is kept."""
+    """The place where a cold start that was stopped is kept."""
 
-    def load(self, template: Any) -> tuple[Any, int]:
-        """Params and optimizer state like the template's, and how many calls of the jitted steps led to them."""
+    def load(self, template: PyTree) -> tuple[PyTree, int]:
+        """Weights and optimizer state with the template's structure, and how many calls of the steps led to them."""
 
-    def save(self, tree: Any, calls: int) -> None:
-        """Keep them."""
+    def save(self, tree: PyTree, calls: int) -> None:
+        """Keep weights and optimizer state after this many calls of the jitted steps."""
 
 
 def cold_start(
     config: Config,
     task: Task,
     model: Model,
-    params: Any,
+    params: Params,
     progress: Progress,
     stop: Callable[[], bool],
-    frozen: Any = None,
+    frozen: Params | None = None,
     kept: Kept | None = None,
-) -> Any | None:
-    """Train `params` (donated), on top of `frozen`, for sft.steps; None if `stop()` became true on the way.
+) -> Params | None:
+    """`params` (donated) after sft.steps of training on top of `frozen`; None if `stop()` became true on the way.
 
-    With `kept`, what was reached then is saved, and the next call carries on from it to the bit.
+    With `kept`, weights and optimizer state are then saved, and the next call continues from them, equal to the bit to
+    a run that was not stopped.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
     """
     s = config.sft
     per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
@@ -167,23 +206,27 @@ def cold_start(
     return params
 
 
-def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Any]:
-    """What a cold start's result depends on; `source` is the fingerprint of the checkpoint it begins from.
+def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Json]:
+    """The settings that decide the result of a cold start.
 
-    Data, tokenizer and checkpoint stand in it by what they hold, and not by where they are.
+    Data, tokenizer and checkpoint are there by their contents, and not by their places.
+
+    Args:
+      source: fingerprint of the checkpoint that the cold start begins from; None = there is none.
     """
-    stages = ("policy.", "lora.", "prompt.", "sft.", "task.")
+    stages = ("model.", "lora.", "prompt.", "sft.", "task.")
     places = ("task.train_data", "task.heldout_data", "model.source", "model.revision", "model.tokenizer")
     free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
-    fields = {k: v for k, v in flatten(config).items() if k.startswith(stages) and k not in free}
+    flat = flatten(config)
+    fields: dict[str, Json] = {k: v for k, v in flat.items() if k.startswith(stages) and k not in free}
     for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "loss.logits_mib"):
-        fields[name] = flatten(config)[name]
+        fields[name] = flat[name]
     fields["version"] = __version__
     fields["train"] = task.train.fingerprint()
     fields["heldout"] = task.heldout.fingerprint()
     fields["source"] = source
     if config.sft.data is not None:
-        # The file's rows are all that is learnt: the task has no part in it.
+        # Only the rows of the file are learnt, so the task decides nothing.
         fields = {k: v for k, v in fields.items() if not k.startswith("task.") and k not in ("heldout", "train")}
         fields["sft.data"] = hashlib.sha256(read_text(Path(config.sft.data)).encode()).hexdigest()
     return fields

@@ -1,5 +1,5 @@
-"""Whether an answer is right, as plain functions of text.
+"""Verifiers: plain functions of text that say whether an answer is right.
 
-Nothing here imports JAX: `workers/process.py` and what it imports run in processes that must never see the
+Nothing here imports JAX: `workers/process.py` and the modules that it imports run in processes that must never see the
 accelerator.
 """

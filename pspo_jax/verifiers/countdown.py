@@ -1,7 +1,8 @@
-"""Countdown: an expression that uses each given number once and hits the target.
+"""Countdown: whether an expression uses each given number once and has the target's value.
 
-Completions are written by a policy that is paid to find holes, so an expression has to pass an alphabet and a walk
-over its syntax tree that knows integers and four operators; nothing is ever evaluated as code.
+Completions are written by a model that is rewarded for finding holes. So an expression may hold the characters of an
+alphabet only, and its value comes from a walk over its syntax tree that knows integers and four operators. Nothing is
+ever evaluated as code.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from pspo_jax.verifiers import boxed
+
 MAX_CHARS = 200
-"""Longer expressions are rejected unread: what the parser costs, and how deep it nests, stays bounded."""
+"""Characters of the longest expression that is read, which bounds the parser's time and depth."""
 WRONG = 0.1
-"""Reward of an expression in the right place with the wrong value."""
+"""Score of an expression in the right place with the wrong value."""
 
 _TYPOGRAPHY = {"×": "*", "·": "*", "÷": "/", "−": "-", r"\times": "*", r"\cdot": "*", r"\div": "/"}
 _ALPHABET = re.compile(r"[0-9+\-*/() \t]+")
 _LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
-_BRACES = re.compile(r"\\boxed\{|[{}]")
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -31,19 +33,19 @@ _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 
 
 def expression_value(text: str, numbers: Sequence[int]) -> Fraction | None:
-    """Exact value of an expression of + - * / and parentheses with each number used once; None for anything else."""
+    """The exact value of an expression of + - * / and parentheses with each number used once; None for others."""
     value, used = evaluated(text)
     return value if Counter(used) == Counter(numbers) else None
 
 
 def evaluated(text: str) -> tuple[Fraction | None, list[int]]:
-    """Value of an expression of + - * / and parentheses, None for anything else; and its numbers."""
+    """The value of an expression of + - * / and parentheses (None for anything else), and the numbers in it."""
     if len(text) > MAX_CHARS:
         return None, []
     for sign, ascii_sign in _TYPOGRAPHY.items():
         text = text.replace(sign, ascii_sign)
     text = text.strip()
-    # Python reads 00 as 0; nobody who writes numbers does.
+    # Python reads 00 as 0, but 00 is no number.
     if not _ALPHABET.fullmatch(text) or _LEADING_ZERO.search(text):
         return None, []
     used: list[int] = []
@@ -54,7 +56,12 @@ def evaluated(text: str) -> tuple[Fraction | None, list[int]]:
 
 
 def _walk(node: ast.expr, used: list[int]) -> Fraction:
-    """Value of a syntax tree; its numbers are appended to `used`. ValueError for what is not arithmetic."""
+    """The value of a syntax tree, whose numbers are appended to `used`.
+
+    Raises:
+      ValueError: the tree holds something other than arithmetic.
+      ZeroDivisionError: it divides by 0.
+    """
     if isinstance(node, ast.Constant) and type(node.value) is int:
         used.append(node.value)
         return Fraction(node.value)
@@ -64,33 +71,19 @@ def _walk(node: ast.expr, used: list[int]) -> Fraction:
 
 
 def answer_of(completion: str) -> str | None:
-    """Text in the last complete <answer></answer>; without one, in the last complete \\boxed{}; None without both."""
-    # The last opening tag that is closed at all, up to the first tag that closes it: each search is one pass.
+    """The text in the last complete <answer></answer>, or else in the last complete \\boxed{}; None without both."""
+    # The answer lies between the last opening tag that is closed and the next closing tag. The searches are linear.
     start = completion.rfind("<answer>", 0, max(0, completion.rfind("</answer>")))
     if start >= 0:
         start += len("<answer>")
         return completion[start : completion.find("</answer>", start)]
-    return _last_boxed(completion)
-
-
-def _last_boxed(text: str) -> str | None:
-    """Content of the complete \\boxed{} that starts last. Linear in the text, however its braces nest."""
-    open_braces: list[int | None] = []  # where the content of a box starts; None for other braces
-    best: tuple[int, int] | None = None
-    for match in _BRACES.finditer(text):
-        if match[0] != "}":
-            open_braces.append(match.end() if match[0] != "{" else None)
-        elif open_braces:
-            start = open_braces.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = start, match.start()
-    return None if best is None else text[best[0] : best[1]]
+    return boxed.last_complete(completion)
 
 
 def score(expression: str | None, numbers: Sequence[int], target: int) -> float:
-    """1 for an expression of the numbers with the target's value, 0.1 for any other text, 0 for none.
+    """1 for an expression of the numbers with the target's value, 0.1 for any other text, 0 for no text.
 
-    One trailing `= target` is forgiven; a right side other than the target's digits is not.
+    One `= target` at the end is ignored, if its right side is the target's digits.
     """
     if expression is None or not expression.strip():
         return 0.0

@@ -1,4 +1,4 @@
-"""Formulas as math-verify reads and compares them, and what it overlooks."""
+"""Formulas as math-verify reads and compares them, with checks for differences that it overlooks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import math
 import re
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from pspo_jax.verifiers import values
+from pspo_jax.verifiers.boxed import BOX
+from pspo_jax.verifiers.values import Parsed
 
-BOX = "\\boxed{"
+if TYPE_CHECKING:
+    pass
+
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _IN_BASE = re.compile(r"(?<![A-Za-z\d])\(?[0-9A-Z]*\d[0-9A-Z]*\)?\s*_\s*(?:\{\s*\(?\s*(\d+)\s*\)?\s*\}|(\d))")
 _VARIABLE = re.compile(
@@ -21,12 +25,23 @@ _VARIABLE = re.compile(
 _CAPITAL = re.compile(r"\\(Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)(?![A-Za-z_])")
 
 
+Readings = tuple[Parsed, ...]
+"""Readings of one text by math-verify, the best first."""
+
+
+class _Rounding(TypedDict, total=False):
+    """Arguments of math-verify's `verify` that say how many decimals count."""
+
+    float_rounding: int
+    numeric_precision: int
+
+
 def verified(gold: str, answer: str) -> bool:
     """Whether two respelled expressions are equal: as numbers, as formulas, or where their logarithms are defined."""
     from math_verify import verify
 
     gold, answer = _distinct_cases(gold, answer)
-    wanted, parsed = parse(boxed(gold)), parse(boxed(answer))
+    wanted, parsed = parse(in_box(gold)), parse(in_box(answer))
     if not wanted or not parsed or _differs(gold, answer):
         return False
     verdict = values.complex_verdict(wanted[0], parsed[0], "." in gold + answer)
@@ -34,26 +49,28 @@ def verified(gold: str, answer: str) -> bool:
         return verdict
     wanted, parsed = _same_symbols(wanted, parsed)
     # No time limit here: the pool has the deadline, and signals would be lost in C code.
-    options: dict[str, Any] = {**_places(wanted), "allow_set_relation_comp": True, "timeout_seconds": None}
-    if verify(list(wanted), list(parsed), **options):
+    if verify(list(wanted), list(parsed), allow_set_relation_comp=True, timeout_seconds=None, **_places(wanted)):
         return not _without_solutions(wanted[0], parsed[0])
     return values.equal_logarithms(wanted[0], parsed[0])
 
 
-def _same_symbols(wanted: tuple[Any, ...], parsed: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """math-verify takes all letters for complex where an i stands alone, as in 3 i; in 3i they are real.
+def _same_symbols(wanted: Readings, parsed: Readings) -> tuple[Readings, Readings]:
+    """Gives equal letters of two expressions equal assumptions.
 
-    Where two expressions differ in that, their letters lose what is supposed of them, so that a letter is one letter.
+    math-verify takes all letters for complex where an i stands alone, as in 3 i; in 3i they are real. Where two
+    expressions differ in that, the assumptions are dropped, so that x in the one is x in the other.
     """
     kinds = [{symbol.name: symbol for symbol in getattr(each[0], "free_symbols", ())} for each in (wanted, parsed)]
     if all(kinds[1].get(name, symbol) == symbol for name, symbol in kinds[0].items()):
         return wanted, parsed
-    return _without_kinds(wanted), _without_kinds(parsed)
+    return _without_assumptions(wanted), _without_assumptions(parsed)
 
 
-def _without_kinds(parsed: tuple[Any, ...]) -> tuple[Any, ...]:
+def _without_assumptions(parsed: Readings) -> Readings:
     import sympy
 
+    if isinstance(parsed[0], str):
+        return parsed
     symbols = parsed[0].free_symbols
     bare = parsed[0].xreplace({symbol: sympy.Symbol(symbol.name) for symbol in symbols})
     if len(getattr(bare, "free_symbols", ())) != len(symbols):
@@ -62,8 +79,10 @@ def _without_kinds(parsed: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _distinct_cases(gold: str, answer: str) -> tuple[str, str]:
-    """math-verify takes N for n, and \\Delta for \\delta; where both are there, the capital gets an index, or a longer
-    one. Letters within words and other commands stay."""
+    """Gives capitals an index, or a longer one, where the small letter occurs too.
+
+    math-verify takes N for n, and \\Delta for \\delta. Letters within words and other commands stay.
+    """
     texts = gold + " " + answer
     letters = {match[1] for match in _VARIABLE.finditer(texts) if match[1]}
     both = {letter for letter in letters if letter.isupper() and letter.lower() in letters}
@@ -79,7 +98,7 @@ def _distinct_cases(gold: str, answer: str) -> tuple[str, str]:
     return first, second
 
 
-def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
+def _places(wanted: Readings) -> _Rounding:
     """More decimals for a small gold answer: math-verify compares 6, so 8.2e-19 and 4.2e-19 would be equal."""
     try:
         size = abs(float(wanted[0]))
@@ -89,14 +108,17 @@ def _places(wanted: tuple[Any, ...]) -> dict[str, int]:
     return {"float_rounding": 3 + places, "numeric_precision": 12 + places}
 
 
-def boxed(text: str) -> str:
-    """A respelled expression as math-verify reads it best; 1e-5 would be a product with e."""
+def in_box(text: str) -> str:
+    """A respelled expression in a box, as math-verify reads it best: 1e-5 as a power of ten, not a product with e."""
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text.replace("°", "^\\circ "))
     return BOX + text + "}"
 
 
 def _differs(gold: str, answer: str) -> bool:
-    """What math-verify overlooks: the base of a number (52_8, 52_5), a wrong equation (8=7)."""
+    """Whether two expressions differ where math-verify overlooks it.
+
+    Their numbers have different bases (52_8 and 52_5), or the answer holds a false equation (8=7).
+    """
     bases = [{match[1] or match[2] for match in _IN_BASE.finditer(text)} for text in (gold, answer)]
     if bases[0] != bases[1]:
         return True
@@ -113,13 +135,14 @@ def _false_equation(text: str) -> bool:
 
 
 def float_of(text: str) -> float | None:
+    """The value of an expression that is a real number; None for any other."""
     try:
-        return float(parse(boxed(text.strip()))[0])
+        return float(parse(in_box(text.strip()))[0])
     except (TypeError, ValueError, OverflowError, IndexError):
         return None  # x
 
 
-def _without_solutions(gold: Any, answer: Any) -> bool:
+def _without_solutions(gold: Parsed, answer: Parsed) -> bool:
     """Whether two equations are called equal as neither has a real solution, and are not multiples of each other."""
     import sympy
 
@@ -135,7 +158,8 @@ def _without_solutions(gold: Any, answer: Any) -> bool:
 
 
 @lru_cache(4096)
-def parse(text: str) -> tuple[Any, ...]:
+def parse(text: str) -> Readings:
+    """The readings of a text by math-verify, the best first; empty where it finds none."""
     from math_verify import parse
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 

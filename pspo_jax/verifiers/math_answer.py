@@ -6,24 +6,26 @@ Runs in worker processes, as math-verify can hang on hostile input; only `final_
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TypeVar
 
 from pspo_jax.verifiers import expressions, notation, quantities
+from pspo_jax.verifiers.boxed import BOX, LONGEST_BOX, MOST_BOXES, box_ends, unboxed
 from pspo_jax.verifiers.variable_names import name_of
 
+T = TypeVar("T")
+
 ALTERNATIVES = "\x1e"
-"""Between gold answers any of which is right."""
+"""The character between gold answers any of which is right."""
 RULES = 4
-"""Version of the rules in this file; to be raised when a verdict may change."""
+"""Version of the rules of comparison, to be raised when a verdict may change, so that remembered checks expire."""
 MAX_ANSWER = 2000
 """Characters; a longer answer is wrong unless the gold answer is as long."""
 _TAIL = 500
-_BOX = "\\boxed{"
-_MOST_BOXES = 20
+"""Characters at the end of a completion without box or tags in which its answer is looked for."""
 _DENIED = re.compile(r"(?:\bnot|n['’]t|\brather than|\binstead of|\\neq?)[\s($:be]*$", re.IGNORECASE)
-"""Right before a box that is no answer."""
+"""Words right before a box that deny it."""
 _GAP = r"(?:[\s$~]|\\[,;: ]|\\q?quad(?![a-z])|\\text\{\s*\})*"
 _BETWEEN_BOXES = re.compile(
     rf"{_GAP}(?:[,;/|]|(?:,{_GAP})?(?:and|or|\\text\{{\s*(?:,\s*)?(?:and|or)\s*\}}|\\(?:lor|land|vee|wedge)(?![a-z]))){_GAP}"
@@ -40,7 +42,7 @@ _RATIO = re.compile(r"\s*([\d.]+)\s*(?::|to)\s*([\d.]+)\s*")
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])")
 _NAMES_BEFORE = re.compile(r"\(\s*[A-Za-z]\w?(?:\s*,\s*[A-Za-z]\w?)*\s*\)\s*=\s*(?=\()|[A-Za-z]\s*\\in\s*(?=[(\[\\])")
 _NO_UNITS = ("in", "am", "a", "d", "k", "j", "n", "w", "v", "A")
-"""Units that are also words or names in prose."""
+"""Units that are also words or names in prose, and are no units there."""
 _ONE_NUMBER = re.compile(
     r"(?:(?<![\w.)\s])[-+]|(?<=\s)[-+](?=\S)|(?<![\w.]))\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*\\?%)?"
 )
@@ -49,9 +51,9 @@ _ONE_NUMBER = re.compile(
 def final_answer(completion: str) -> str | None:
     """The part of a completion that states its answer, or None if nothing is there. Linear in the text's length.
 
-    Reasoning up to the last `</think>` is dropped. Of what is left: the last `\\boxed{}` with those joined to it ("3
-    and 5"), else the last `<answer>` block with its tags, else the last 500 characters, of which the worker takes what
-    "the answer is" states, or math-verify the last number or formula.
+    Reasoning up to the last `</think>` is dropped. The part is the last `\\boxed{}` with the boxes joined to it ("3 and
+    5"), else the last `<answer>` block with its tags, else the last 500 characters. In these, the worker looks
+    for the words "the answer is", or else math-verify takes the last number or formula.
     """
     text = completion.rpartition("</think>")[2]
     if boxes := _last_boxes(text):
@@ -66,15 +68,19 @@ def final_answer(completion: str) -> str | None:
 
 
 def _last_boxes(text: str) -> str | None:
+    """The last complete box, with those before it that are joined to it; None without one."""
+    ends = box_ends(text)
     begin = end = None
     start = len(text)
-    for _ in range(_MOST_BOXES):
-        start = text.rfind(_BOX, 0, start)
+    for _ in range(MOST_BOXES):
+        start = text.rfind(BOX, 0, start)
         if start < 0:
             break
-        close = _closing_brace(text, start + len(_BOX), len(text) if begin is None else begin)
+        close = ends.get(start)
+        if close is not None and (close - start - len(BOX) > LONGEST_BOX or (begin is not None and close > begin)):
+            close = None  # too long, or it holds the box at `begin`
         if begin is None and (close is None or _DENIED.search(text, max(0, start - 20), start)):
-            continue  # cut off, or denied: an earlier one may be whole
+            continue  # it is cut off, or denied; an earlier one may be complete
         if close is None:
             break
         if begin is not None and not (begin - close <= _TAIL and _joined(text, start, close, begin)):
@@ -84,7 +90,7 @@ def _last_boxes(text: str) -> str | None:
 
 
 def _joined(text: str, start: int, close: int, begin: int) -> bool:
-    """Whether the box from `start` to `close` and the one at `begin` give one list: 3 and 5, or x=3 or x=5."""
+    """Whether the box from `start` to `close` and the box at `begin` form one list, as "3 and 5" or "x=3 or x=5" do."""
     if _BETWEEN_BOXES.fullmatch(text, close, begin):
         return True
     second = _NAMED_BOX.fullmatch(text, close, begin)
@@ -92,31 +98,20 @@ def _joined(text: str, start: int, close: int, begin: int) -> bool:
     return bool(first and second and _INDEX.sub("", first[1]) == _INDEX.sub("", second[1]))
 
 
-def _closing_brace(text: str, begin: int, stop: int) -> int | None:
-    """Index after the brace that closes the one before `begin`; a box that opens at or after `stop` is not entered."""
-    depth = 1
-    for i in range(begin, min(stop, begin + 4 * MAX_ANSWER)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if not depth:
-                return i + 1
-    return None
-
-
 def score(gold: str, answer: str) -> tuple[float | None, str | None]:
-    """1 if the answer equals a gold alternative, 0 if none, None if no gold can be read; and the answer, canonical.
+    """The score of an answer, and the answer's name.
+
+    The score is 1 if the answer equals a gold alternative, 0 if it equals none, None if no gold answer can be read.
 
     Args:
       gold: LaTeX or plain, alternatives separated by ALTERNATIVES.
-      answer: what `final_answer` gave.
+      answer: the part of a completion that `final_answer` gave.
     """
     golds = [g.strip() for g in gold.split(ALTERNATIVES)]
     if len(answer) > max(MAX_ANSWER, 2 * max(map(len, golds))):
         return 0.0, None
     answers, named = _statements(answer), _tagged(answer)
-    # What is spelled as the answer is comes first: comparing it with the other alternatives may take for ever.
+    # Alternatives in the answer's spelling come first, as the comparison with the others may take for ever.
     spelled = {_spelling(text) for text in answers} - {""}
     golds.sort(key=lambda gold: _spelling(unboxed(gold)) not in spelled)
     readable = False
@@ -126,13 +121,15 @@ def score(gold: str, answer: str) -> tuple[float | None, str | None]:
         wordings = _restated(wanted) or [wanted]
         verbatim = _spelling(wanted) in spelled or _named(wanted, named)
         if readable and (verbatim or any(same(one, text) for one in wordings for text in answers)):
-            return 1.0, canonical(_BOX + wanted + "}")
+            return 1.0, canonical(BOX + wanted + "}")
     return (0.0 if readable else None), canonical(answer)
 
 
 def _restated(gold: str) -> list[str]:
-    """The wordings of a gold answer that states one value twice: 0.56 = 56 %, 1/2 or 0.5. None where there is
-    arithmetic, as for 2 + 3 = 5, which may answer how 5 is written."""
+    """The wordings of a gold answer that states one value twice: 0.56 = 56 %, 1/2 or 0.5.
+
+    The list is empty where there is arithmetic, as in 2 + 3 = 5, which may answer how 5 is written as a sum.
+    """
     first, *others = notation.sides(notation.respelled(gold))
     if not others or len(others) > 4 or not all(_is_value(text) for text, _ in (first, *others)):
         return []
@@ -141,6 +138,7 @@ def _restated(gold: str) -> list[str]:
 
 
 def _is_value(text: str) -> bool:
+    """Whether a text is one number or quantity, without arithmetic."""
     bare = notation.plain(text)
     one = quantities.quantity(bare)
     if quantities.number((one.core if one else bare).rstrip("%\\ ")) is not None:
@@ -151,15 +149,18 @@ def _is_value(text: str) -> bool:
 
 
 def _rounded(exact: str, text: str) -> bool:
-    """Whether a decimal is what a number is rounded to, or cut off to, at its last place."""
+    """Whether a decimal is a number rounded, or cut off, at the decimal's last place."""
     value, decimal = expressions.float_of(exact), quantities.number(notation.plain(text))
     places = len(text.strip().partition(".")[2])
     return value is not None and decimal is not None and abs(value - decimal) < 10.0**-places
 
 
 def _tagged(answer: str) -> str | None:
-    """The one line within the tags of an answer, unless it asks or negates: words are answers there, not in prose."""
-    if not answer.startswith(_TAGS[0]) or not answer.endswith(_TAGS[1]) or _BOX in answer:
+    """The text within the tags of an answer, if it is one line that neither asks nor negates; None otherwise.
+
+    Words are an answer there, unlike in prose.
+    """
+    if not answer.startswith(_TAGS[0]) or not answer.endswith(_TAGS[1]) or BOX in answer:
         return None
     text = answer[len(_TAGS[0]) : -len(_TAGS[1])].strip()
     return None if not text or re.search(r"[\n?]|[!~¬≠](?=.)", text) else text
@@ -178,31 +179,20 @@ def _named(gold: str, answer: str | None) -> bool:
 
 
 def _spelling(text: str) -> str:
+    """The one spelling of a text, for comparison as text."""
     return notation.plain(notation.respelled(text))
 
 
 def _readable(gold: str) -> bool:
+    """Whether a gold answer can be compared with at all."""
     text = notation.respelled(gold)
-    return bool(text) and (quantities.number(text) is not None or bool(expressions.parse(expressions.boxed(text))))
-
-
-def unboxed(text: str) -> str:
-    """The contents of a text's boxes, joined by commas; a text without a box as it is."""
-    inner: list[str] = []
-    at = text.find(_BOX)
-    while at >= 0 and len(inner) < _MOST_BOXES:
-        close = _closing_brace(text, at + len(_BOX), len(text))
-        if close is None:
-            break
-        inner.append(text[at + len(_BOX) : close - 1])
-        at = text.find(_BOX, close)
-    return ", ".join(inner) if inner else text
+    return bool(text) and (quantities.number(text) is not None or bool(expressions.parse(expressions.in_box(text))))
 
 
 def _statements(answer: str) -> list[str]:
-    """Readings of an answer, the broadest first: a box's content, or what prose states and the value in it."""
-    if _BOX in answer:
-        return [] if _DENIED.search(answer, 0, answer.index(_BOX)) else [unboxed(answer)]
+    """Readings of an answer, the broadest first: a box's content; or the statement in prose, and the value in it."""
+    if BOX in answer:
+        return [] if _DENIED.search(answer, 0, answer.index(BOX)) else [unboxed(answer)]
     answer = answer.removeprefix(_TAGS[0]).removesuffix(_TAGS[1]) if answer.endswith(_TAGS[1]) else answer
     sentence, explicit = notation.stated(answer)
     bare = notation.plain(notation.respelled(sentence))
@@ -239,7 +229,7 @@ def _value_in(bare: str, answer: str, explicit: bool) -> str | None:
 def same(gold: str, answer: str) -> bool:
     """Whether two expressions without a box are one answer. Lists are compared member by member, units are read.
 
-    There is no time limit here: math-verify may take for ever, and the pool has the deadline.
+    There is no time limit here: math-verify may take for ever, and the pool enforces the deadline.
     """
     gold, answer = notation.respelled(gold), notation.respelled(answer)
     bare = [notation.plain(text) for text in (gold, answer)]
@@ -261,6 +251,7 @@ def same(gold: str, answer: str) -> bool:
 
 
 Pair = tuple[str, str]
+"""Gold and answer."""
 
 
 def _as_numbers(_: Pair, bare: Pair) -> bool | None:
@@ -269,7 +260,9 @@ def _as_numbers(_: Pair, bare: Pair) -> bool | None:
     if gold is None or answer is None:
         ratios = [_RATIO.fullmatch(text) for text in bare]
         # 3:5 is no time of a day, so that 9:15 beside it is a ratio; beside a gold 9:15 nothing but 9:15 is right.
-        return None if not all(ratios) or quantities.literal(bare[0]) else _equal_ratios(*ratios)
+        if ratios[0] is None or ratios[1] is None or quantities.literal(bare[0]):
+            return None
+        return _equal_ratios(ratios[0], ratios[1])
     percent = [text.endswith("%") for text in bare]
     exact = not any("." in text and "\\" not in text for text in bare)
     if percent[0] == percent[1]:
@@ -279,7 +272,7 @@ def _as_numbers(_: Pair, bare: Pair) -> bool | None:
     return quantities.close(gold / (100 if percent[0] else 1), answer / (100 if percent[1] else 1), exact)
 
 
-def _equal_ratios(gold: Any, answer: Any) -> bool:
+def _equal_ratios(gold: re.Match[str], answer: re.Match[str]) -> bool:
     (a, b), (c, d) = ([quantities.number(side) or 0 for side in ratio.groups()] for ratio in (gold, answer))
     return a * d == b * c and (a, b) != (0, 0) != (c, d)
 
@@ -308,14 +301,16 @@ def _as_amounts(_: Pair, bare: Pair) -> bool | None:
     return values == [value for value, _ in amounts]
 
 
-def _total(text: str, parts: list[tuple[Any, str]] | None) -> tuple[str, Any] | None:
+def _total(text: str, parts: list[tuple[Fraction, str]] | None) -> tuple[str, Fraction] | None:
+    """The sum of amounts, or the one quantity of a text, in the base unit of its dimension."""
     if parts is not None:
         return quantities.total(parts)
     one = quantities.quantity(text)
     return _in_base(one) if one else None
 
 
-def _in_base(one: quantities.Quantity) -> tuple[str, Any] | None:
+def _in_base(one: quantities.Quantity) -> tuple[str, Fraction] | None:
+    """The dimension of a quantity, and its value in that dimension's base unit; None where they are not known."""
     value = quantities.number(one.core)
     return None if value is None else quantities.converted(value, one.unit)
 
@@ -357,14 +352,15 @@ def _by_name(members: list[str]) -> list[str]:
 
 
 def _equal_sets(gold: notation.Group, answer: notation.Group) -> bool:
+    """Whether each member of either set equals a member of the other."""
     pairs = ((gold.members, answer.members, False), (answer.members, gold.members, True))
     return all(
         all(any(same(b, a) if swap else same(a, b) for b in second) for a in first) for first, second, swap in pairs
     )
 
 
-def _matched(gold: Sequence[Any], answer: Sequence[Any], equal: Any) -> bool:
-    """Whether each member has a partner of its own. Equality is close to transitive, so that the first one will do."""
+def _matched(gold: Sequence[T], answer: Sequence[T], equal: Callable[[T, T], bool]) -> bool:
+    """Whether each member has its own partner. Equality is nearly transitive, so the first partner found is taken."""
     left = list(answer)
     for place, wanted in enumerate(gold):
         order = sorted(range(len(left)), key=lambda i: i != place - (len(gold) - len(left)))
@@ -407,6 +403,7 @@ def _without_letter(bare: Pair) -> bool | None:
 
 
 def _quantity(text: str, bare: str) -> quantities.Quantity | None:
+    """A number with its unit, which a text command may mark; None for any other text."""
     last = notation.marked_unit(text)
     if last is None:
         return quantities.quantity(bare)
@@ -428,7 +425,7 @@ def _as_words(texts: Pair, bare: Pair) -> bool | None:
 def canonical(answer: str) -> str | None:
     """A short name of an answer's value, for majority votes: equal numbers get equal names. None = nothing was read.
 
-    It names the expression that the check has parsed, whose parse is remembered, so that a name costs next to nothing.
+    It names the expression that the check has parsed. That parse is remembered, so that a name costs next to nothing.
     """
     statements = _statements(answer) or [named for named in [_tagged(answer)] if named]
     if not statements:
@@ -443,5 +440,5 @@ def canonical(answer: str) -> str | None:
         return name_of(Rational(value.numerator, value.denominator))
     if word := notation.words(text):
         return name_of(word)  # March is no product of its letters
-    parsed = expressions.parse(expressions.boxed(text)) if text else ()
+    parsed = expressions.parse(expressions.in_box(text)) if text else ()
     return name_of(parsed[0]) if parsed else None

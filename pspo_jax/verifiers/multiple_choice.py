@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that a completion settles on."""
+"""Multiple choice: the letter of the option that a completion settles on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import re
 from collections.abc import Sequence
 
 from pspo_jax.verifiers import notation
-from pspo_jax.verifiers.math_answer import final_answer, unboxed
+from pspo_jax.verifiers.boxed import BOX, unboxed
+from pspo_jax.verifiers.math_answer import final_answer
 
 _TAIL = 4000
+"""Characters at the end of a completion in which a statement is looked for."""
 _MOST_STATEMENTS = 8
+"""Statements that are read, from the last one back."""
 _HEDGED = ""
-"""What a text that offers several options, or denies one, settles on."""
+"""The "letter" of a text that offers several options, or denies one."""
 _STATEMENT = re.compile(
     r"\b(?:answer|ans|choice|option|solution)s?\b"
     r"(?:[^\n.:?]{0,60}?\b(?:is|are|be|would be)\b|\**\s*:|\s*=|\s+[-–])[\s:*]*+",
@@ -30,28 +33,30 @@ _DENIED = re.compile(r"\b(?:not|cannot|never|neither|either|both|incorrect|wrong
 def chosen(completion: str, options: int, texts: Sequence[str] = ()) -> str | None:
     """The letter that a completion settles on; None if there is none, or if it offers several ("A or B").
 
-    What counts is the last `\\boxed{}` (with those joined to it), else the last `<answer>`, else the last "answer is"
-    or "B is correct", else the last line. There, a letter is read with or without brackets, markup, "option" and the
-    text behind it, or the text of one option alone.
+    The letter is looked for in the last `\\boxed{}` (with the boxes joined to it), else in the last `<answer>`, else
+    behind the last "answer is" or before the last "is correct", else in the last line. It may have brackets, markup,
+    "option" before it and its option's text behind it; the text of one option alone will do, too.
 
     Args:
-      options: letters beyond the number of options are no answer.
-      texts: of the options, so that an answer may give an option's text.
+      options: the number of options.
+      texts: the texts of the options; empty = an answer has to give a letter.
     """
     text = completion.rpartition("</think>")[2]
     part = final_answer(text)
     if part is None:
         return None
     letters = [chr(ord("A") + i) for i in range(options)]
-    if "\\boxed{" in part and (found := _settled(unboxed(part), letters, texts)) is not None:
+    if BOX in part and (found := _letter_in(unboxed(part), letters, texts)) is not None:
         return found or None
     _, tag, tail = text.rpartition("<answer>")
-    if tag and "</answer>" in tail and (found := _settled(tail.partition("</answer>")[0], letters, texts)) is not None:
+    inner, end, _ = tail.partition("</answer>")
+    if tag and end and (found := _letter_in(inner, letters, texts)) is not None:
         return found or None
     return _in_prose(text[-_TAIL:], letters, texts) or None
 
 
 def _in_prose(text: str, letters: Sequence[str], texts: Sequence[str]) -> str | None:
+    """The letter of a text without box or tags; _HEDGED and None as in `_letter_in`."""
     statements = [match for match in _STATEMENT.finditer(text) if not _DENIED.search(match[0])]
     verdicts = [match for match in _VERDICT.finditer(text) if match[1] in letters]
     last_start = statements[-1].start() if statements else 0
@@ -59,10 +64,10 @@ def _in_prose(text: str, letters: Sequence[str], texts: Sequence[str]) -> str | 
         return verdicts[-1][1]
     for statement in reversed(statements[-_MOST_STATEMENTS:]):
         line = text[statement.end() : statement.end() + 500].lstrip().partition("\n")[0]
-        if (found := _settled(line, letters, texts, prose=True)) is not None:
+        if (found := _letter_in(line, letters, texts, prose=True)) is not None:
             return found
     last = text.strip().rpartition("\n")[2]
-    return _settled(last, letters, texts)
+    return _letter_in(last, letters, texts)
 
 
 def _denies(text: str, end: int) -> bool:
@@ -72,7 +77,7 @@ def _denies(text: str, end: int) -> bool:
     )
 
 
-def _settled(text: str, letters: Sequence[str], texts: Sequence[str], prose: bool = False) -> str | None:
+def _letter_in(text: str, letters: Sequence[str], texts: Sequence[str], prose: bool = False) -> str | None:
     """The letter of a short text; _HEDGED if it offers several or denies one, None if it holds no answer.
 
     Args:
@@ -99,7 +104,7 @@ def _settled(text: str, letters: Sequence[str], texts: Sequence[str], prose: boo
 
 
 def _may_follow(letter: re.Match[str], rest: str) -> bool:
-    """Whether what follows a letter on a line or in a box is its option's text: (B) apple, B. apple, B: apple."""
+    """Whether the text after a letter may be its option's text, as in (B) apple, B. apple and B: apple."""
     return not rest or bool(letter[1] or letter[3]) or rest[0] in ":-–,("
 
 
@@ -114,11 +119,11 @@ _HEDGE = re.compile(
     r"(?:\(|is |was )(?:wrong|incorrect|not)\b",
     re.IGNORECASE,
 )
-"""Behind a letter: another one, a range, a question, a denial."""
+"""Words or signs after a letter that take it back or add another: "or", a range, a question, a denial."""
 
 
 def _offers_more(rest: str, letters: Sequence[str]) -> bool:
-    """Whether the text behind a letter goes on with another one: "or B", ", B", "and C"."""
+    """Whether the text after a letter adds another one: "or B", ", B", "and C"."""
     if _HEDGE.match(rest):
         return True
     found = _MORE.match(rest)
@@ -126,11 +131,12 @@ def _offers_more(rest: str, letters: Sequence[str]) -> bool:
 
 
 def _by_text(text: str, letters: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The letter of the one option whose text this is."""
+    """The letter of the one option that has this text; None if there are none or several."""
     wanted = _key(text)
     found = [letter for letter, option in zip(letters, texts, strict=False) if wanted and _key(option) == wanted]
     return found[0] if len(found) == 1 else None
 
 
 def _key(text: str) -> str:
+    """A text in one spelling, for comparison with the text of an option."""
     return re.sub(r"\s+", " ", notation.plain(notation.respelled(text)).casefold().strip(" .*_`\"'$"))

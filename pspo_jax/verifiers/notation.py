@@ -1,7 +1,7 @@
-"""How answers are written: where a text states one, one spelling for the many of LaTeX and prose, and lists.
+"""The notation of answers: the place where a text states one, one spelling for many, and the members of lists.
 
-Completions are written by a policy that is paid to find holes: every pattern is linear in the text's length, and what
-hedges ("4 or 5") or negates ("not 5") stays a list or a text, so that it never equals a single answer.
+Completions are written by a model that is rewarded for finding holes. So every pattern takes time linear in the text's
+length, and a text that hedges ("4 or 5") or negates ("not 5") stays a list or a text, which never equals one answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TURN = re.compile(
     r"(?:\\(?:operatorname|text|mathrm)\s*\{\s*cis\s*\}|\\?(?<![A-Za-z])cis(?![A-Za-z]))\s*"
     r"(?:\(([^()]*)\)|\{([^{}]*)\}|((?:\d+\s*)?\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[\d.]+\s*°|(?:[\d.]+\s*)?\\pi(?:\s*/\s*\d+)?))"
 )
-"""cis x, which is cos x + i sin x."""
+"""cis x, which means cos x + i sin x."""
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\w+))")
@@ -92,7 +92,7 @@ _STATEMENT = re.compile(
     re.IGNORECASE,
 )
 _QUESTION = re.compile(r"(?:[^\n.;!?]|\.(?=\d)){0,80}\?")
-"""Behind "Answer:" that is asked and not given."""
+"""Text behind an "Answer:" that is a question."""
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _DOLLARS = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")
 _MARKUP = re.compile(r"\*\*|__|`+|(?<!\\)\$\$|^#+\s*|^>(?!\s*[-$\d])\s*")
@@ -133,7 +133,7 @@ _MARKED = re.compile(
     r"\\(?:text|textrm|textnormal|mbox|mathrm|textbf)\s*\{([^{}]*)\}(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d))?"
 )
 _JOINT = re.compile(r"\s*(?:(?:/|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|\*|\.)\s*)?(\(?)\s*")
-"""Between the parts of a unit: kg \\cdot m / s^2, J / (mol \\cdot K)."""
+"""The signs between the parts of a unit: kg \\cdot m / s^2, J / (mol \\cdot K)."""
 _INNER = r"((?:[^{}]|\{[^{}]*\})*)"
 _UPRIGHT = rf"\{{(?=\s*\\(?:text|mathrm|mbox)){_INNER}\}}"
 _UNIT_FRACTION = re.compile(rf"\\frac\s*{_UPRIGHT}\s*{_UPRIGHT}")
@@ -149,11 +149,11 @@ _TOLD = re.compile(
 _PART = re.compile(rf"(\d+|\b(?:{'|'.join(NUMBER_WORDS)}))[\s-]([A-Za-z]+)(?:\s*,)?(?:\s+and)?\s+$", re.IGNORECASE)
 _OPEN, _CLOSE = "([{", ")]}"
 MOST_PARTS = 64
-"""Members of a list; a longer one is compared as one text."""
+"""Members of the longest list that is taken apart; a longer one is compared as one text."""
 
 
 class Group(NamedTuple):
-    """A list with the brackets around it: ("", "") for none, ("\\\\{", "\\\\}") for a set."""
+    """A list, with the brackets around it: ("", "") for none, ("\\\\{", "\\\\}") for a set."""
 
     opening: str
     closing: str
@@ -161,7 +161,7 @@ class Group(NamedTuple):
 
 
 def respelled(text: str) -> str:
-    """One spelling for what is written in many ways: an expression of a box or a statement, without dollar signs."""
+    """An answer in one spelling, out of the many of LaTeX and prose, and without dollar signs."""
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2]}}}", text)
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text).translate(_SIGNS)
     text = "".join(_ascii(char) for char in text)
@@ -189,7 +189,7 @@ def _ascii(char: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-    """Without what surrounds an answer: markup, quotes, a full stop, a comma, "The answer is", braces around all."""
+    """An answer without its surroundings: markup, quotes, a full stop, a comma, "The answer is", braces around all."""
     for _ in range(8):
         before = text
         text = _DOLLARS.sub(" ", text) if "\\[" in text or "\\(" in text else text
@@ -208,7 +208,7 @@ def _trimmed(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A respelled text with the words of its text commands bare, and scales, percents and number words as symbols."""
+    """A respelled text without text commands around words, and with scales, percents and number words as symbols."""
     text = _TEXT_COMMAND.sub(r" \1 ", _TEXT_COMMAND.sub(r" \1 ", text)).replace("\\$", "$")
     text = _PERCENT.sub(r"\\%", text)
     text = _MINUS.sub("-", text)
@@ -235,7 +235,10 @@ def words(text: str) -> str | None:
 
 
 def _is_word(text: str) -> bool:
-    """Four letters in a row, three capitals, or a code: xy and abc are products, Evelyn, CBA and A1B2 are not."""
+    """Whether a text has four letters in a row, or is three capitals or a code.
+
+    Evelyn, CBA and A1B2 are words; xy and abc are products.
+    """
     return bool(
         re.search(r"[^\W\d_]{4}", text)
         or re.fullmatch(r"[A-Z]{3}|[Yy]es|[Nn]o|[Oo]dd|(?=.[A-Z0-9]*[A-Z])[A-Z][A-Z0-9]*\d[A-Z0-9]*", text)
@@ -283,8 +286,10 @@ def split(text: str) -> list[str]:
 
 
 def sides(text: str) -> list[tuple[str, bool]]:
-    """What stands between the signs of equality of a respelled text, and whether it is only about equal; also what "or"
-    joins, or a remark in parentheses repeats: 0.5 (50 %). A name in front of all is left out."""
+    """The sides of the equations in a respelled text, each with whether it is only approximately equal.
+
+    "or" counts as a sign of equality, as does a remark in parentheses: 0.5 (50 %). A name on the left is left out.
+    """
     remark = _REMARK.fullmatch(text)
     parts = [remark[1], "=", remark[2]] if remark else _EQUAL.split(text)
     found = [
@@ -294,6 +299,7 @@ def sides(text: str) -> list[tuple[str, bool]]:
 
 
 def _both_signs(text: str) -> list[str]:
+    """The two values of an expression with \\pm; any other text alone."""
     if text.count("\\pm") != 1:
         return [text]
     left, _, right = text.partition("\\pm")
@@ -303,7 +309,7 @@ def _both_signs(text: str) -> list[str]:
 
 
 def _end_of(text: str, begin: int) -> int | None:
-    """Index after the bracket that closes the one at `begin`; round and square ones may close each other."""
+    """The index after the bracket that closes the one at `begin`; round and square brackets may close each other."""
     depth = 0
     for i in range(begin, len(text)):
         if text[i] in _OPEN:
@@ -318,7 +324,7 @@ def _end_of(text: str, begin: int) -> int | None:
 def stated(text: str) -> tuple[str, bool]:
     """The sentence of a prose text that gives its answer, and whether it says so ("the answer is", "Answer:").
 
-    The last one that says so counts; without any, the last sentence of the last line that holds a letter or digit.
+    It is the last sentence that says so, or else the last sentence of the last line that holds a letter or digit.
     """
     statements = [
         m for m in _STATEMENT.finditer(text) if not _DENIED.search(m[0]) and not _QUESTION.match(text, m.end())
@@ -346,19 +352,21 @@ def tells(text: str) -> bool:
 
 
 def larger_part(text: str) -> tuple[str, str] | None:
-    """The number and the unit right before what follows a text: "it takes three hours and"."""
+    """The number and the unit at the end of a text that goes on with a smaller unit: "it takes three hours and"."""
     found = _PART.search(text[-60:])
     return (str(NUMBER_WORDS.get(found[1].lower(), found[1])), found[2]) if found else None
 
 
 def unmarked(line: str) -> str:
-    """A line without the markup around what it says."""
+    """A line without markup."""
     return _MARKUP.sub("", line.strip(" \t*_:"))
 
 
 def marked_unit(text: str) -> tuple[str, str] | None:
-    """What stands before the unit at the end of a respelled text, and the unit, whose every part is in a text command:
-    9.8 \\mathrm{ m} / \\mathrm{s}^2. None for a text that ends otherwise."""
+    """The value and the unit of a respelled text that ends with a unit, every part of which is in a text command.
+
+    9.8 \\mathrm{ m} / \\mathrm{s}^2 is such a text. None for any other.
+    """
     text = _UNIT_FRACTION.sub(r" \1/(\2)", text).rstrip()
     parts = list(_MARKED.finditer(text))[-8:]
     end = len(text.rstrip(" )"))
@@ -379,12 +387,15 @@ def marked_unit(text: str) -> tuple[str, str] | None:
 
 
 def _sentence(line: str, explicit: bool = True) -> str:
-    """A line up to its first full stop, without markup, dollar signs around formulas, and the calculator's notes of
-    GSM8K (<<1+1=2>>); behind "the answer is" also without what follows "because"."""
+    """A line up to its first full stop, without markup, dollar signs around formulas, and GSM8K's notes (<<1+1=2>>).
+
+    Args:
+      explicit: the line follows "the answer is", and also ends before "because" and similar words.
+    """
     line = _MARKUP.sub("", re.sub(r"<<[^<>]*>>", "", line).strip(" \t*_:"))
     if len(_DOLLAR.findall(line)) % 2 == 0:
         line = _DOLLAR.sub(" ", line)
-    # What is denied behind an answer is dropped ("42, not 43"), but never what comes before ("not 42").
+    # A denial after an answer is dropped ("42, not 43"), but never one before it ("not 42").
     ends = _SENTENCE if explicit else _FULL_STOP
     found = next((m for m in ends.finditer(line) if re.search(r"\w", line[: m.start()])), None)
     return (line[: found.start()] if found else line).strip()
@@ -396,7 +407,7 @@ def hedged(text: str) -> bool:
 
 
 def qualified(text: str, begin: int, end: int) -> bool:
-    """Whether what stands around a number in prose makes it another: "42 or 43", "more than 42", "not 42"."""
+    """Whether the words around a number in prose change it: "42 or 43", "more than 42", "not 42"."""
     return bool(_BEFORE.search(text[max(0, begin - 60) : begin]) or _AFTER.match(text[end : end + 60]))
 
 

@@ -1,4 +1,4 @@
-"""Numbers, units, dates and times as they are written in answers. Nothing here needs sympy, and all of it is linear."""
+"""Numbers, units, dates and times as answers write them, read without sympy in time linear in the text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _DIGITS = 60
-"""Longer numbers are left to sympy, so that no exponent costs memory here."""
+"""Characters of the longest number that is read here; sympy reads longer ones, so that no exponent costs memory."""
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _PLAIN = re.compile(rf"([+-]?)\s*({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?")
 _SCIENTIFIC = re.compile(
@@ -66,7 +66,7 @@ NUMBER_WORDS = dict(
     )
 )
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-"""Words after a number that are part of its value, as powers of ten."""
+"""The power of ten of each word that multiplies the number before it."""
 
 _BASE = {
     "length": {
@@ -151,14 +151,14 @@ _NO_NOUNS = frozenset(
         "otherwise",
     ]
 )
-"""Words that say more than which unit: "5 or more" is not 5."""
+"""Words behind a number that change its value, and so are no unit: "5 or more" is not 5."""
 _NO_UNIT = frozenset(["the", "a", "an", "of", "in", "total", "is", "each", "exactly", "about", "approximately"])
 _ADJECTIVES = frozenset(["long", "tall", "wide", "high", "deep", "old", "away", "altogether"])
-"""Words behind a unit that say what was measured: 5 cm long."""
+"""Words behind a unit that say what was measured, as in 5 cm long."""
 
 
 class Quantity(NamedTuple):
-    """A number as it is written, and the words behind it."""
+    """A number as it is written, and its unit."""
 
     core: str
     unit: str
@@ -168,7 +168,7 @@ def number(text: str) -> Fraction | None:
     """The value of a number that is written out: 42, -3.5, 1/2, \\frac{1}{2}, 7 3/4, 1e-5, 3\\times10^8, 0.\\bar{3}.
 
     Returns:
-      None for what is none of these, and for numbers of more than 60 characters.
+      None for any other text, and for numbers of more than 60 characters.
     """
     text = text.strip()
     if not text or len(text) > _DIGITS:
@@ -210,7 +210,7 @@ def close(gold: Fraction, answer: Fraction, exact: bool) -> bool:
 
 
 def literal(text: str) -> str | None:
-    """A date, a time, a version or a telephone number in one spelling; None for what is none of these.
+    """A date, a time, a version or a telephone number in one spelling; None for any other text.
 
     2024-02-29 is no difference, 1/2/2024 no quotient, 1.2.3 no product, and 10:30 no ratio.
     """
@@ -225,7 +225,7 @@ def quantity(text: str, marked: bool = False) -> Quantity | None:
     """`5 cm`, `$5` or `30°` in its parts; None for a text without a unit. Text commands must be gone.
 
     Args:
-      marked: the unit was marked as text, so that a single letter is one too; without it, 5x is a product.
+      marked: whether the unit was marked as text; then a single letter is one too, while unmarked 5x is a product.
     """
     text = text.strip()
     if text[:1] in ("$", "€", "£", "¥", "₹") and text[1:].strip():
@@ -240,14 +240,14 @@ def quantity(text: str, marked: bool = False) -> Quantity | None:
 
 
 def is_noun(unit: str) -> bool:
-    """Whether words behind a number only say what it counts: `5 or more` is not 5."""
+    """Whether words behind a number only say what it counts, which "or more" in "5 or more" does not."""
     words = set(re.findall(r"[^\W\d_]+", unit.lower()))
     digits = re.search(r"\d(?<!\^\d)(?<!\^-\d)(?<!\{\d)(?<!-\d)", unit)
     return bool(unit) and not digits and not words & (_NO_NOUNS | set(SCALES) | {"percent", "percentage"})
 
 
 def may_be_unit(unit: str) -> bool:
-    """Whether what a text command holds may be a unit: i, e and x are numbers and variables, however they are set."""
+    """Whether the content of a text command may be a unit; i, e and x are numbers or variables even there."""
     names = re.findall(r"[A-Za-z]+", re.sub(r"\\[a-z]+", "", unit))
     return any(len(name) > 1 for name in names) or all(name in "msglhdLJNWVKCFATHMGΩ" for name in names)
 
@@ -264,7 +264,7 @@ def _is_unit(core: str, unit: str) -> bool:
 
 
 def _unit_start(text: str) -> int | None:
-    """Where the words at the end of a text begin; None if they do not follow a number, a brace or a parenthesis."""
+    """The index of the words at the end of a text; None if they do not follow a number, a brace or a parenthesis."""
     for found in re.finditer(r"(?<=[\d)}\]π!.])\s*(?=[^\W\d_]|[€£¥°₹¢])", text):
         rest = re.sub(r"\^\s*\{?-?\d\}?", "", text[found.end() :])
         if not re.search(r"[\\=+*()<>{}\[\]\d]", rest):
@@ -284,7 +284,7 @@ def same_unit(gold: str, answer: str) -> bool:
 
 
 def converted(value: Fraction, unit: str) -> tuple[str, Fraction] | None:
-    """The dimension of a single unit, and the value in that dimension's base; None for a unit that is not known."""
+    """The dimension of a single unit, and the value in that dimension's base unit; None for an unknown unit."""
     words = _words(unit)
     if len(words) != 1 or words[0] not in _KNOWN:
         return None
@@ -293,7 +293,7 @@ def converted(value: Fraction, unit: str) -> tuple[str, Fraction] | None:
 
 
 def amounts(text: str) -> list[tuple[Fraction, str]] | None:
-    """`2 hours 30 minutes` as values with units; None for what is not two or more of them, each with its unit."""
+    """The values and units of a text such as `2 hours 30 minutes`; None unless it consists of two or more of them."""
     text = text.strip()
     found: list[tuple[Fraction, str]] = []
     at = 0
@@ -308,7 +308,7 @@ def amounts(text: str) -> list[tuple[Fraction, str]] | None:
 
 
 def total(parts: list[tuple[Fraction, str]]) -> tuple[str, Fraction] | None:
-    """The sum of amounts of one dimension, in its base; None where there is none, as for 10 boys and 12 girls."""
+    """The dimension of amounts, and their sum in its base unit; None if they have no common one (10 boys, 12 girls)."""
     values = [converted(value, unit) for value, unit in parts]
     dimensions = {value[0] for value in values if value}
     if None in values or len(dimensions) != 1:

@@ -1,36 +1,47 @@
-"""Formulas compared by what they are worth: complex numbers, and logarithms at points where they are defined.
+"""Formulas compared by their values: complex numbers, and logarithms at points where they are defined.
 
-All takes and gives sympy expressions as math-verify parses them: unevaluated, with i as a symbol.
+All functions take expressions as math-verify parses them: unevaluated, with i as a symbol.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
+if TYPE_CHECKING:
+    import mpmath
+    import sympy
+
+Parsed: TypeAlias = "sympy.Basic | str"
+"""A value that math-verify reads in a text: a sympy object, or a text that is no mathematics."""
 _DIGITS = 120
+"""Decimal digits of computed values."""
 _ALIKE = 1e-100
-"""Relative difference of two values of _DIGITS digits that are one, so small that no large part hides a small one."""
+"""Relative difference up to which two values of _DIGITS digits are equal. It is so small that no large part of a value
+hides a small one."""
 _LONGEST = 300
-"""Nodes of an expression whose value is computed."""
+"""Nodes of the longest expression whose value is computed."""
 _POINTS = 48
+"""Points at which two formulas are compared."""
 _MOST_VARIABLES = 8
 _LARGEST = 1000
 """Exponents and arguments beyond it are not evaluated."""
 
 
-def complex_verdict(gold: Any, answer: Any, decimal: bool) -> bool | None:
-    """Whether an answer is the complex number that gold is; None where gold is none, or real, or where i may be a name.
+def complex_verdict(gold: Parsed, answer: Parsed, decimal: bool) -> bool | None:
+    """Whether an answer equals a complex gold answer; None where gold is real or no number, or i may be a variable.
 
     i is the imaginary unit where a gold answer has no other letter and is linear in it, or holds a root of a negative
     number or a quotient; i(i+1)/2 remains a formula.
 
     Args:
-      decimal: one of them is written with a decimal point, so that six decimals have to agree.
+      decimal: whether one of them is written with a decimal point; then six decimals have to agree.
     """
     import sympy
 
+    if isinstance(gold, str):
+        return None
     gold, answer = _right_sides(gold, answer)
     unit = [symbol for symbol in _symbols(gold) if symbol.name == "i"]
     if not isinstance(gold, sympy.Expr) or len(_symbols(gold)) != len(unit):
@@ -50,22 +61,22 @@ def complex_verdict(gold: Any, answer: Any, decimal: bool) -> bool | None:
     return all(abs(one - other) <= margin for one, other in zip(wanted, given, strict=True))
 
 
-def _symbols(expression: Any) -> set[Any]:
+def _symbols(expression: Parsed) -> set[sympy.Symbol]:
     return getattr(expression, "free_symbols", set())
 
 
-def _right_sides(gold: Any, answer: Any) -> tuple[Any, Any]:
-    """What stands behind `z =` in either; two equations for different names stay as they are."""
+def _right_sides(gold: sympy.Basic, answer: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
+    """The expressions behind `z =`; two equations for different names stay as they are."""
     import sympy
 
     named = [isinstance(one, sympy.Eq) and one.lhs.is_Symbol and one.lhs.name != "i" for one in (gold, answer)]
     if all(named) and gold.lhs.name != answer.lhs.name:
         return gold, answer
-    return tuple(one.rhs if is_named else one for one, is_named in zip((gold, answer), named, strict=True))
+    return gold.rhs if named[0] else gold, answer.rhs if named[1] else answer
 
 
-def _complex_value(expression: Any) -> tuple[Any, Any] | None:
-    """The real and the imaginary part of a number; None for what is no number, or not finite."""
+def _complex_value(expression: sympy.Basic) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """The real and the imaginary part of a number; None for anything that is no number, or not finite."""
     import sympy
 
     if not isinstance(expression, sympy.Expr) or expression.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit):
@@ -80,7 +91,7 @@ def _complex_value(expression: Any) -> tuple[Any, Any] | None:
         return None
 
 
-def equal_logarithms(gold: Any, answer: Any) -> bool:
+def equal_logarithms(gold: Parsed, answer: Parsed) -> bool:
     """Whether two formulas with logarithms are equal wherever they are defined as real numbers.
 
     Both must be defined at the same points, of either sign, so that ln x is neither ln |x| nor half of ln x^2. Where
@@ -104,7 +115,7 @@ def equal_logarithms(gold: Any, answer: Any) -> bool:
         return False
 
 
-def _is_monomial(argument: Any) -> bool:
+def _is_monomial(argument: sympy.Expr) -> bool:
     """Whether an argument is a positive number times powers of different variables, all of them odd."""
     import sympy
 
@@ -119,7 +130,8 @@ def _is_monomial(argument: Any) -> bool:
     return len(seen) == len(set(seen))
 
 
-def _agree(gold: Any, answer: Any, names: list[str], positive: bool) -> bool:
+def _agree(gold: sympy.Expr, answer: sympy.Expr, names: list[str], positive: bool) -> bool:
+    """Whether two formulas have equal values at random points; `positive` = negative points may differ."""
     import mpmath
 
     rng = random.Random(0)
@@ -142,21 +154,28 @@ def _agree(gold: Any, answer: Any, names: list[str], positive: bool) -> bool:
 
 
 class _Unreadable(Exception):
-    """An expression is none whose value can be computed here."""
+    """The value of an expression cannot be computed here."""
 
 
 class _Undefined(Exception):
     """An expression has no real value at a point."""
 
 
-def _real_value(expression: Any, point: Mapping[str, Any]) -> Any:
+def _real_value(expression: sympy.Expr, point: Mapping[str, mpmath.mpf]) -> mpmath.mpf | None:
+    """The value at a point; None where the expression has no real value."""
     try:
         return _real(expression, point)
     except (_Undefined, ZeroDivisionError):
         return None
 
 
-def _real(expression: Any, point: Mapping[str, Any]) -> Any:
+def _real(expression: sympy.Expr, point: Mapping[str, mpmath.mpf]) -> mpmath.mpf:
+    """The value at a point.
+
+    Raises:
+      _Undefined, ZeroDivisionError: the expression has no real value there.
+      _Unreadable: the value cannot be computed here.
+    """
     import mpmath
     import sympy
 
@@ -187,8 +206,8 @@ def _real(expression: Any, point: Mapping[str, Any]) -> Any:
     return functions[expression.func](arguments[0])
 
 
-def _power(base: Any, exponent: Any) -> Any:
-    """A power of real numbers; roots of negative numbers are real for some and not for others, and are not decided."""
+def _power(base: mpmath.mpf, exponent: mpmath.mpf) -> mpmath.mpf:
+    """A power of real numbers. Conventions on odd roots of negative numbers differ, so these are not computed."""
     import mpmath
 
     if base > 0 or exponent == int(exponent):

@@ -1,13 +1,18 @@
-"""Short names of mathematical values, for majority votes and for the lines that show which answer was found.
+"""Short names of mathematical values, for majority votes and for the logs that show which answer was found.
 
 Runs in worker processes after a check, on the expression that the check has parsed. A name must cost less than the
-check: only what a fixed amount of arithmetic evaluates is evaluated.
+check, so only expressions are evaluated that need a bounded amount of arithmetic.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from pspo_jax.verifiers.values import Parsed
+
+if TYPE_CHECKING:
+    import sympy
 
 _LONGEST_NAME = 200
 _LONGEST_INTEGER = 4000
@@ -18,12 +23,12 @@ _LARGEST_FIXED = 1e15
 """From here on a number that is not whole is written with an exponent."""
 
 
-def name_of(value: Any) -> str:
-    """A name of at most 200 characters for what math-verify read: a sympy object, or a text that is no mathematics.
+def name_of(value: Parsed) -> str:
+    """A name of at most 200 characters for a value that math-verify read: a sympy object, or a text.
 
     Equal numbers get equal names: 1/2 and 0.5, 18 and 18.0. Whole numbers are named exactly; `x = 5` and `2 + 3 = 5`
-    are named 5, as the check takes them. An integral, a limit, or a sum over a range is named as it is written; what
-    sympy can neither evaluate nor write is named by its kind.
+    are named 5, as the check takes them. An integral, a limit, or a sum over a range is named as it is written; a value
+    that sympy can neither evaluate nor write is named by its type.
     """
     try:
         return _name(value)
@@ -31,7 +36,7 @@ def name_of(value: Any) -> str:
         return type(value).__name__  # the verdict stands, and must not be lost over a name
 
 
-def _name(value: Any) -> str:
+def _name(value: Parsed) -> str:
     import sympy
 
     if isinstance(value, sympy.MatrixBase):
@@ -47,14 +52,14 @@ def _name(value: Any) -> str:
 
 
 def _unbounded() -> tuple[type, ...]:
-    """Kinds of expressions whose evaluation takes as long as it pleases."""
+    """Types of expressions whose evaluation has no bound on its time."""
     import sympy
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
     return (ExprWithLimits, sympy.Derivative, sympy.Limit)
 
 
-def _number_name(number: Any) -> str:
+def _number_name(number: sympy.Expr) -> str:
     whole = _whole(number)
     if whole is not None and whole.bit_length() <= _LONGEST_INTEGER:
         return str(whole)
@@ -64,8 +69,8 @@ def _number_name(number: Any) -> str:
     return _shortened(str(value))
 
 
-def _whole(number: Any) -> int | None:
-    """The whole number that a rational or a decimal is."""
+def _whole(number: sympy.Expr) -> int | None:
+    """The whole number that a rational or a decimal equals; None if it equals none."""
     if number.is_Integer:
         return int(number)
     if number.is_Float and number.is_finite and (number - int(number)).is_zero:

@@ -1,4 +1,4 @@
-"""The embedded task: right by construction, disjoint, stratified; the pupil errs as described."""
+"""The embedded task: right by construction, disjoint, stratified; the demonstrator errs as described."""
 
 import re
 
@@ -66,7 +66,7 @@ def test_sets_are_disjoint_stratified_and_reproducible(task):
     assert arithmetic(TaskConfig(seed=1), 16).train.fingerprint() != task.train.fingerprint()
 
 
-def test_pupil_is_right_on_easy_steps_and_wrong_on_hard_ones():
+def test_demonstrator_is_right_on_easy_steps_and_wrong_on_hard_ones():
     rng = np.random.default_rng(0)
     problems = generate(rng, 20_000)
     made = noisy_totals(problems, rng)
@@ -97,7 +97,7 @@ def verdict(prompts, tokens, lengths):
     """Of one completion a prompt."""
     ended = np.ones((len(tokens), 1), bool)
     scores = grade(CompletionBatch(prompts, np.arange(len(tokens)), tokens[:, None], lengths[:, None], ended, 0))()
-    assert scores.reward is scores.right and not scores.reasons
+    assert scores.reward is scores.verdicts and not scores.reasons
     return scores.reward
 
 

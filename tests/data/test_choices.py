@@ -1,9 +1,9 @@
-"""Answers of multiple choice: which option a row's answer names, decided for a whole column."""
+"""Multiple choice: the option that a row's answer names is decided for a whole column."""
 
 import pytest
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.choices import options_of, reading_of
+from pspo_jax.data.choices import read_options, reading_of
 from pspo_jax.data.loading import with_choices
 
 OPTIONS = ["red", "green", "10"]
@@ -65,7 +65,7 @@ def test_bad_choices_are_left_out(gold, options, reading, reason):
     ],
 )
 def test_answers_of_a_column_are_read_in_one_way(golds, options, reading):
-    assert reading_of([(gold, options_of(options)) for gold in golds], "f") == reading
+    assert reading_of([(gold, read_options(options)) for gold in golds], "f") == reading
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_answers_of_a_column_are_read_in_one_way(golds, options, reading):
 )
 def test_a_column_that_can_be_read_in_two_ways_is_refused(golds, options, words):
     with pytest.raises(ConfigError, match=words) as error:
-        reading_of([(gold, options_of(options)) for gold in golds], "task.answer_column=a")
+        reading_of([(gold, read_options(options)) for gold in golds], "task.answer_column=a")
     assert "set task.choices_answer" in str(error.value) or "set\n" in str(error.value)

@@ -9,7 +9,7 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import PromptConfig
 from pspo_jax.data.conversations import read_prompt, transcript
-from pspo_jax.data.loading import quiet
+from pspo_jax.data.loading import quiet_datasets
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from tests.data.small_tokenizer import CHATML, GEMMA, write_tokenizer
@@ -35,7 +35,7 @@ SHAREGPT = [
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
@@ -59,7 +59,7 @@ def task(tmp_path, folders):
     def make(rows, template="chatml", form="jsonl", **fields):
         path = tmp_path / f"x.{form}"
         if form == "parquet":
-            quiet().Dataset.from_list(rows).to_parquet(path)
+            quiet_datasets().Dataset.from_list(rows).to_parquet(path)
         else:
             path.write_text("\n".join(map(json.dumps, rows)))
         values = {

@@ -1,4 +1,4 @@
-"""Countdown problems: solvable, distinct, the same for a seed, and asked for clearly."""
+"""Countdown problems are solvable, distinct, the same for a seed, and asked for clearly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pspo_jax.config.validation import validate
 from pspo_jax.data.synthetic.countdown import MAX_VALUE, Problem, generate, question, source, write_prompt
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
-from pspo_jax.rewards.task import make_task, own_tokenizer
+from pspo_jax.rewards.task import make_char_tokenizer, make_task
 from pspo_jax.verifiers.countdown import answer_of, expression_value, score
 from tests.conftest import DATA
 from tests.helpers import tiny_config
@@ -161,7 +161,7 @@ def test_question():
     assert isinstance(Problem((1, 2), 3, "1+2"), tuple)
 
 
-# --- the task in its own alphabet ---
+# --- the task with one token per character ---
 
 
 def config(**fields):
@@ -172,7 +172,7 @@ def config(**fields):
 def made(**fields):
     c = config(**fields)
     validate(c)
-    return make_task(c, own_tokenizer(c))
+    return make_task(c, make_char_tokenizer(c))
 
 
 def keys(prompts):
@@ -208,7 +208,7 @@ def test_sizes_and_targets_follow_the_config():
     assert max(target for _, target in keys(task.train)) <= 30
 
 
-def test_judge_of_the_own_alphabet():
+def test_rewards_without_a_checkpoint():
     task = made()
     known = {write_prompt(p): p for p in generate(0, 76)}
     rows = np.array([0, 5])
@@ -230,7 +230,7 @@ def test_judge_of_the_own_alphabet():
     expected = np.array([[1, 0, 0.1, 0.1, 0, 0, 0, 0.1]] * 2, np.float32)
     np.testing.assert_array_equal(scores.reward, expected)
     np.testing.assert_array_equal(scores.terms["accuracy"], expected)
-    np.testing.assert_array_equal(scores.right, expected == 1)
+    np.testing.assert_array_equal(scores.verdicts, expected == 1)
     assert [row[:5] for row in scores.answers] == [[t.removesuffix("$") or None for t in row[:5]] for row in texts]
     assert not scores.reasons
 

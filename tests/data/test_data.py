@@ -1,4 +1,4 @@
-"""Rows of files and folders become prompts: columns, answers, what is left out, what is kept, and what is refused."""
+"""Rows of files and folders become prompts, are left out with a reason, or are refused; tokenised rows are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.loading import TRANSFORMS, from_data, quiet, read
+from pspo_jax.data.loading import TRANSFORMS, from_data, quiet_datasets, read
 from pspo_jax.data.text import write_left_out
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.rewards.task import make_task
@@ -27,7 +27,7 @@ ROWS = [{"problem": f"What is {i} + {i}?\nThink.", "answer": f"{2 * i}", "level"
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
@@ -71,7 +71,7 @@ def whole(task):
 
 def save_as(form, folder):
     """ROWS in a form; what task.train_data names."""
-    datasets = quiet()
+    datasets = quiet_datasets()
     data = datasets.Dataset.from_list(ROWS)
     match form:
         case "json":
@@ -423,7 +423,7 @@ def test_no_usable_row_and_too_few(tmp_path, tokenizer, config):
 
 def test_a_hub_id_without_network(monkeypatch, tokenizer, config):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    quiet()
+    quiet_datasets()
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused(lambda: make_task(config(task__train_data="someone/something"), tokenizer))

@@ -1,4 +1,4 @@
-"""Rows as they stand in their files: numbers, dates, nulls, objects, and columns inside objects."""
+"""Rows keep the values of their files: numbers, dates, nulls, objects, and columns inside objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.answers import is_prose
 from pspo_jax.data.files import value_at
-from pspo_jax.data.loading import from_data, quiet, read, tokenised
+from pspo_jax.data.loading import from_data, quiet_datasets, read, tokenised
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.math_answer import ALTERNATIVES
@@ -24,7 +24,7 @@ from tests.helpers import tiny_config
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
@@ -219,7 +219,7 @@ def save(form, rows, folder):
     if form == "jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     elif form == "parquet":
-        quiet().Dataset.from_list(rows).to_parquet(path)
+        quiet_datasets().Dataset.from_list(rows).to_parquet(path)
     return str(path)
 
 

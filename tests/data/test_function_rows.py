@@ -1,4 +1,4 @@
-"""What users' functions get of their rows, and what is judged of a completion, through tasks and real workers."""
+"""Users' functions get the values of their rows and the text of a completion, through tasks and real workers."""
 
 import shutil
 
@@ -84,7 +84,7 @@ def config(folder, tmp_path):
     return make
 
 
-def judged(config, pool, rows, texts, paid=True):
+def rewards_of(config, pool, rows, texts, wants_reward=True):
     """Scores of the texts [B][G] as completions of the training rows."""
     tokenizer = load_tokenizer(config, None, None)
     task = make_task(config, tokenizer, pool)
@@ -94,7 +94,7 @@ def judged(config, pool, rows, texts, paid=True):
     for place, one in ((place, one) for place, group in enumerate(ids) for one in enumerate(group)):
         tokens[place, one[0], : len(one[1])] = one[1]
     return task.reward_fn(
-        CompletionBatch(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1, paid)
+        CompletionBatch(task.train, np.array(rows), tokens, lengths, np.ones(lengths.shape, bool), 1, wants_reward)
     )()
 
 
@@ -107,15 +107,15 @@ def test_a_function_gets_the_answer_of_its_row(tmp_path, config, pool, value):
         task__train_data=jsonl(tmp_path / "rows.jsonl", rows),
         reward__terms="accuracy, row_rewards:all_same",
     )
-    scores = judged(c, pool, [0, 1], [["1", "2"], ["3", "4"]])
+    scores = rewards_of(c, pool, [0, 1], [["1", "2"], ["3", "4"]])
     assert not scores.errors and scores.reward.tolist() == [[2, 2], [2, 2]]
 
 
-def test_a_term_gets_the_own_value_of_a_row_that_math_judges(tmp_path, config, pool):
+def test_a_term_gets_the_value_of_a_row_that_math_verifies(tmp_path, config, pool):
     rows = [{"problem": f"{i}+1", "answer": [i + 1, 77], "tag": [i + 1, 77]} for i in range(3)]
     data = jsonl(tmp_path / "rows.jsonl", rows)
     c = config(task__name="math", task__train_data=data, reward__terms="accuracy, row_rewards:all_same")
-    scores = judged(c, pool, [0], [["1", "77", "5"]])
+    scores = rewards_of(c, pool, [0], [["1", "77", "5"]])
     assert not scores.errors and scores.reward.tolist() == [[2, 2, 1]]
 
 
@@ -127,14 +127,14 @@ def test_messages_reach_functions_that_read_them(tmp_path, config, pool, convers
     ]
     data = jsonl(tmp_path / "rows.jsonl", rows)
     c = config(task__name="math", task__train_data=data, reward__terms="row_rewards:talks")
-    scores = judged(c, pool, [0], [["1", "22"]])
+    scores = rewards_of(c, pool, [0], [["1", "22"]])
     assert not scores.errors and scores.reward.tolist() == [[2, 3]]
 
 
 def test_what_functions_log_is_kept(tmp_path, config, pool):
     rows = [{"problem": f"{i}+1", "answer": "9"} for i in range(3)]
     fields = {"task__name": "math", "task__train_data": jsonl(tmp_path / "rows.jsonl", rows)}
-    scores = judged(
+    scores = rewards_of(
         config(**fields, reward__terms="accuracy, row_rewards:logs"), pool, [0, 1], [["1", "2"], ["3", "4"]]
     )
     assert scores.logged == {"length": [1, 1]} and scores.columns == {"shout": [["1!", "2!"], ["3!", "4!"]]}
@@ -144,14 +144,16 @@ def test_a_function_that_hangs_or_raises_has_no_verdict_for_the_completion(tmp_p
     rows = [{"problem": f"{i}+1", "answer": "9"} for i in range(3)]
     fields = {"task__name": "math", "task__train_data": jsonl(tmp_path / "rows.jsonl", rows)}
     c = config(**fields, reward__terms="accuracy, row_rewards:penalty, row_rewards:boom=0")
-    scores = judged(c, pool, [0], [["1", "2", "9"]])
+    scores = rewards_of(c, pool, [0], [["1", "2", "9"]])
     np.testing.assert_array_equal(scores.reward, [[np.nan, -1, 0]])
     assert scores.failed["row_rewards:penalty"].tolist() == [[True, False, False]]
     assert scores.failed["row_rewards:boom"].all() and not scores.failed["accuracy"].any()
     assert scores.missing["row_rewards:boom"] == {"ValueError: no": 3}
     (reason,) = scores.missing["row_rewards:penalty"]
     assert reason.startswith("deadline") and "verifier.wall_limit" in reason
-    assert list(judged(c, pool, [0], [["1", "2", "9"]], paid=False).failed) == ["accuracy"]  # as evaluation asks
+    assert list(rewards_of(c, pool, [0], [["1", "2", "9"]], wants_reward=False).failed) == [
+        "accuracy"
+    ]  # as evaluation asks
 
 
 def test_a_function_that_needs_a_column_of_no_row_is_refused(tmp_path, config, pool):
@@ -167,7 +169,7 @@ def test_a_function_that_needs_a_column_of_no_row_is_refused(tmp_path, config, p
     assert "row_rewards:same needs tag, which is no column of the data (answer, problem)" in text and "\n" not in text
 
 
-def test_special_tokens_of_the_answer_are_judged(tmp_path, folder, config):
+def test_special_tokens_of_the_answer_are_verified(tmp_path, folder, config):
     """Only stop and padding tokens are no part of a completion."""
     added = tmp_path / "added"
     shutil.copytree(folder, added)
@@ -178,7 +180,7 @@ def test_special_tokens_of_the_answer_are_judged(tmp_path, folder, config):
     ids = tokenizer.encode("<think>1</think><answer>2</answer>")
     assert len(ids) == 6
     ends = [tokenizer.stop_ids[0], tokenizer.pad_token_id]
-    assert tokenizer.answer(ids + ends) == "<think>1</think><answer>2</answer>"
+    assert tokenizer.completion_text(ids + ends) == "<think>1</think><answer>2</answer>"
 
 
 def test_only_verdicts_on_gold_answers_are_remembered(tmp_path, config):

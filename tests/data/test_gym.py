@@ -84,7 +84,7 @@ def test_questions_that_come_twice_are_left_out(tokenizer, config):
     assert not set(task.train.texts) & set(task.heldout.texts)
 
 
-def test_completions_are_judged_by_their_dataset(tokenizer, config, pool):
+def test_completions_are_verified_by_their_dataset(tokenizer, config, pool):
     task = make_task(config(), tokenizer, pool)
     rows = [0, 1, 2, 3]
     gold = [task.train.answers[i] for i in rows]
@@ -104,7 +104,7 @@ def test_completions_are_judged_by_their_dataset(tokenizer, config, pool):
         for name, a in zip(["leg_counting", "chain_sum"] * 2, gold, strict=True)
     ]
     np.testing.assert_allclose(scores.reward, [[1, 1, w, 0] for w in wrong], rtol=1e-6)
-    np.testing.assert_allclose(scores.right, scores.reward)
+    np.testing.assert_allclose(scores.verdicts, scores.reward)
     assert [row[0] for row in scores.answers] == gold
 
 

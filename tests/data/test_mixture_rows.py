@@ -11,10 +11,10 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels
 from pspo_jax.config.validation import validate
-from pspo_jax.data.loading import quiet
+from pspo_jax.data.loading import quiet_datasets
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
-from pspo_jax.selection.columns import load_metadata
+from pspo_jax.selection.metadata import load_metadata
 from tests.data.small_tokenizer import CHATML, SPECIAL, write_tokenizer
 from tests.helpers import tiny_config
 
@@ -23,7 +23,7 @@ from tests.helpers import tiny_config
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
@@ -127,10 +127,10 @@ def test_tasks_of_one_name_are_told_apart(config, file):
     for prompts in (task.train, task.heldout):
         for label, kind, text in zip(prompts.labels, prompts.kinds, prompts.texts, strict=True):
             assert kind == "countdown" if label == "countdown" else (kind == "math" and text[0] == first[label])
-    quotas = tiny_config(selection__quotas="math=.25,math_2=.25,hard=.25,countdown=.25", rollout__prompts=4)
-    kinds, columns = load_metadata(quotas, task.train)
-    assert kinds == ("countdown", "hard", "math", "math_2")
-    assert [kinds[k] for k in columns.kind] == list(task.train.labels)
+    quotas = tiny_config(selection__quotas="math=0.25,math_2=0.25,hard=0.25,countdown=0.25", rollout__prompts=4)
+    task_names, metadata = load_metadata(quotas, task.train)
+    assert task_names == ("countdown", "hard", "math", "math_2")
+    assert [task_names[k] for k in metadata.task_ids] == list(task.train.labels)
 
 
 def test_labels_follow_the_names_that_are_taken(config, file):
@@ -145,18 +145,18 @@ def test_a_label_that_no_quota_can_name_is_refused(label, config, file):
 
 
 def test_a_label_that_stands_twice_is_refused(config, file):
-    with pytest.raises(ConfigError, match=r"^task\.mixture: label='x' stands twice"):
+    with pytest.raises(ConfigError, match=r"^task\.mixture: label='x' appears twice"):
         validate(config(file("a", 9, label="x"), file("b", 9, label="x")))
 
 
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        ({"train_data": "x"}, "lacks a name; name a task of text, one of countdown, math"),
-        ({"name": "arithmetic"}, "name='arithmetic' cannot be mixed"),
-        ({"name": "maths"}, "name='maths' cannot be mixed"),
-        ({"name": ["math"]}, "cannot be mixed"),
-        ({"name": "countdown", "mixture": "[]"}, "holds a mixture of its own"),
+        ({"train_data": "x"}, "lacks a name; add one of countdown, math"),
+        ({"name": "arithmetic"}, "name='arithmetic' is not a text task"),
+        ({"name": "maths"}, "name='maths' is not a text task"),
+        ({"name": ["math"]}, "is not a text task"),
+        ({"name": "countdown", "mixture": "[]"}, "contains another mixture"),
     ],
 )
 def test_what_an_item_lacks_is_said(item, words, config):

@@ -1,4 +1,4 @@
-"""What ends a completion, where BOS stands, and what a chat template may do; on tokenizers of every family's form."""
+"""Stop tokens, the one BOS, and odd chat templates, on small tokenizers in the form of every family."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_more_tokens_that_stop(stop, more, load):
     [
         ("</answer>", "'</answer>' is not one token of the vocabulary but 9"),
         ("<|user|>,", "must be tokens separated by commas"),
-        ('["<|user|>"', "is no JSON list"),
+        ('["<|user|>"', "is not a JSON list"),
         ("[1]", "must be tokens separated by commas, or a JSON list"),
         ('[""]', "must be tokens separated by commas, or a JSON list"),
     ],

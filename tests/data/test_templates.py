@@ -102,11 +102,15 @@ def test_braces_in_a_question_are_left_as_they_are(template, message, question, 
 
 
 def test_what_a_template_begins_of_the_answer(tokenizer):
-    assert tokenizer.begun(PromptConfig()) == tokenizer.begun(PromptConfig(template="qwen_math")) == ""
-    assert tokenizer.begun(PromptConfig(prefill="<think>\n")) == "<think>\n"
-    assert tokenizer.begun(PromptConfig(template="r1")) == "<think>"
-    assert tokenizer.begun(PromptConfig(template="r1", prefill="\n")) == "<think>\n"
-    assert tokenizer.begun(PromptConfig(template="none", prefill="So")) == "So"
+    assert (
+        tokenizer.answer_beginning(PromptConfig())
+        == tokenizer.answer_beginning(PromptConfig(template="qwen_math"))
+        == ""
+    )
+    assert tokenizer.answer_beginning(PromptConfig(prefill="<think>\n")) == "<think>\n"
+    assert tokenizer.answer_beginning(PromptConfig(template="r1")) == "<think>"
+    assert tokenizer.answer_beginning(PromptConfig(template="r1", prefill="\n")) == "<think>\n"
+    assert tokenizer.answer_beginning(PromptConfig(template="none", prefill="So")) == "So"
 
 
 def test_a_chat_template_may_begin_the_answer():
@@ -114,5 +118,5 @@ def test_a_chat_template_may_begin_the_answer():
     for tail in ("<think>\n", "<think>"):
         tokenizer.hf.chat_template = "{{ messages[-1].content }}|{{ " + repr(tail) + " }}"
         assert tokenizer.decode(tokenizer.prompt("2 + 2?", PromptConfig())) == "2 + 2?|" + tail
-        assert tokenizer.begun(PromptConfig()) == tail
-        assert tokenizer.begun(PromptConfig(prefill="Now")) == tail + "Now"
+        assert tokenizer.answer_beginning(PromptConfig()) == tail
+        assert tokenizer.answer_beginning(PromptConfig(prefill="Now")) == tail + "Now"

@@ -1,4 +1,4 @@
-"""Tasks of text from end to end: gold answers checked, mixtures, fingerprints, and completions judged."""
+"""Tasks of text from end to end: gold answers checked, mixtures, fingerprints, and completions rewarded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
-from pspo_jax.data.loading import from_data, quiet
+from pspo_jax.data.loading import from_data, quiet_datasets
 from pspo_jax.data.synthetic.countdown import generate
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.text import benchmark_prompts
@@ -51,7 +51,7 @@ def opinion(completion):
 def cache(tmp_path_factory):
     """Datasets keeps its own copies out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        quiet()
+        quiet_datasets()
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
@@ -100,7 +100,7 @@ def jsonl(path, rows):
     return str(path)
 
 
-def judged(task, rows, texts, ended=True, step=7):
+def rewards_of(task, rows, texts, ended=True, step=7):
     """Scores of the texts [B][G] as completions of the training rows; `ended` is one truth value or [B][G]."""
     ended = np.broadcast_to(ended, (len(rows), len(texts[0])))
     ids = [
@@ -289,9 +289,9 @@ CHOICES_AS_MATH = [{"problem": f"Count to {i}.", "answer": str(i)} for i in rang
         ('[{"name": "countdown", "weight": "much"}]', "must be a list of tasks"),
         ("[]", "needs at least one task, and weights above 0"),
         ('[{"name": "countdown", "weight": 0}]', "weights above 0"),
-        ('[{"weight": 1}]', "{'weight': 1}: lacks a name; name a task of text, one of countdown, math"),
-        ('[{"name": "arithmetic"}]', "name a task of text"),
-        ('[{"name": "countdown", "mixture": "[]"}]', "name a task of text"),
+        ('[{"weight": 1}]', "{'weight': 1}: lacks a name; add one of countdown, math"),
+        ('[{"name": "arithmetic"}]', "is not a text task"),
+        ('[{"name": "countdown", "mixture": "[]"}]', "contains another mixture"),
         ('[{"name": "countdown", "colour": 1}]', "task.colour: there is no such field"),
         ('[{"name": "math"}]', "task.train_data=None: task.name=math needs a file"),
         ('[{"name": "countdown", "numbers": "x"}]', "task.numbers='x': must be numbers from 2 to 6"),
@@ -325,14 +325,14 @@ def test_each_row_has_its_own_verifier(tmp_path, tokenizer, config, mixture, poo
         [f"<answer>{solution}</answer>", "<answer>1+1</answer>", f"\\boxed{{{gold[0]}}} or nothing <answer>"],
         ["t", "t!", "t?"],
     ]
-    scores = judged(task, rows, texts)
+    scores = rewards_of(task, rows, texts)
     np.testing.assert_allclose(scores.reward, [[1, 0, 0], [1, 0, 0], [1, 0.1, 0.1], [0.5, 0.5, 0.5]], rtol=1e-6)
-    np.testing.assert_allclose(scores.right, [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0.5, 0.5, 0.5]])
+    np.testing.assert_allclose(scores.verdicts, [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0.5, 0.5, 0.5]])
     assert scores.answers[1][:2] == [gold[1], wrong] and scores.answers[2][0] == solution
     assert not scores.reasons and not scores.errors
 
 
-# --- the judge ---
+# --- rewards ---
 
 
 def test_right_wrong_and_cut_off(tokenizer, config, data, pool):
@@ -342,24 +342,24 @@ def test_right_wrong_and_cut_off(tokenizer, config, data, pool):
     ]
     ended = [[True, True, True, False]] * 2
     task = make_task(config(task__train_data=data), tokenizer, pool)
-    scores = judged(task, [0, 1], texts, ended)
-    assert scores.reward.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]] == scores.right.tolist()
+    scores = rewards_of(task, [0, 1], texts, ended)
+    assert scores.reward.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]] == scores.verdicts.tolist()
     assert scores.reward.dtype == np.float32 and not scores.reasons
     assert (
         scores.answers[0][2:] == [None, None] and scores.answers[1][0] == scores.answers[1][1] != scores.answers[1][2]
     )
     lenient = make_task(config(task__train_data=data, reward__require_end=False), tokenizer, pool)
-    assert judged(lenient, [0, 1], texts, ended).right.tolist() == [[1, 0, 0, 1], [1, 1, 0, 1]]
+    assert rewards_of(lenient, [0, 1], texts, ended).verdicts.tolist() == [[1, 0, 0, 1], [1, 1, 0, 1]]
 
 
 def test_no_verdict_is_nan(tmp_path, tokenizer, config, pool):
     rows = [{"problem": "Go on.", "answer": "\\ldots"}, *ROWS[:10]]
     fields = {"task__train_data": jsonl(tmp_path / "x.jsonl", rows), "task__check_gold": False}
     task = make_task(config(reward__terms="accuracy, repetition=0.5, length", **fields), tokenizer, pool)
-    scores = judged(task, [0, 1], [["\\boxed{3}", "none"], ["\\boxed{0}", "\\boxed{0} it is, it is, it is"]])
-    assert np.isnan(scores.reward[0]).all() and np.isnan(scores.right[0]).all()
+    scores = rewards_of(task, [0, 1], [["\\boxed{3}", "none"], ["\\boxed{0}", "\\boxed{0} it is, it is, it is"]])
+    assert np.isnan(scores.reward[0]).all() and np.isnan(scores.verdicts[0]).all()
     assert np.isnan(scores.terms["length"][0]).all() and scores.terms["repetition"][0].tolist() == [0, 0]
-    assert sum(scores.reasons.values()) == 2 and scores.right[1].tolist() == [1, 1]
+    assert sum(scores.reasons.values()) == 2 and scores.verdicts[1].tolist() == [1, 1]
 
 
 def test_terms_and_weights(tokenizer, config, data, pool):
@@ -368,7 +368,7 @@ def test_terms_and_weights(tokenizer, config, data, pool):
     task = make_task(c, tokenizer, pool)
     formatted = "so\n</think>\n<answer>\n0\n</answer>"
     texts = [[formatted, "\\boxed{0}", "quiet \\boxed{7}"]]
-    scores = judged(task, [0], texts)
+    scores = rewards_of(task, [0], texts)
     lengths = np.array([len(tokenizer.encode(t)) + 1 for t in texts[0]])
     expected = {
         "accuracy": [1, 1, 0],
@@ -392,9 +392,9 @@ def test_format_sees_what_the_prompt_began(fields, seen, tokenizer, config, data
     ids = task.train.tokens[0, : task.train.lengths[0]].tolist()
     assert tokenizer.decode(ids).endswith("<think>") == bool(seen)
     texts = [["\nso\n</think>\n<answer>\n0\n</answer>", "<think>\nso\n</think>\n<answer>\n0\n</answer>"]]
-    scores = judged(task, [0], texts)
+    scores = rewards_of(task, [0], texts)
     assert scores.reward.tolist() == [[seen, 1 - seen]]
-    assert scores.terms["accuracy"].tolist() == [[1, 1]]  # reported, though it is not paid for
+    assert scores.terms["accuracy"].tolist() == [[1, 1]]  # reported, though it is no term of the reward
 
 
 def test_python_function_sees_every_column(tmp_path, tokenizer, config, pool):
@@ -403,11 +403,11 @@ def test_python_function_sees_every_column(tmp_path, tokenizer, config, pool):
     c = config(task__train_data=jsonl(tmp_path / "x.jsonl", rows), **fields)
     validate(c)
     task = make_task(c, tokenizer, pool)
-    scores = judged(task, [3, 5], [["a3", "no"], ["x", "it is a5"]], [[True, True], [True, False]])
-    np.testing.assert_allclose(scores.right, [[0.3, np.nan], [np.nan, 0.5]], rtol=1e-6)  # it sees what was cut off
-    np.testing.assert_allclose(scores.reward, scores.right)
+    scores = rewards_of(task, [3, 5], [["a3", "no"], ["x", "it is a5"]], [[True, True], [True, False]])
+    np.testing.assert_allclose(scores.verdicts, [[0.3, np.nan], [np.nan, 0.5]], rtol=1e-6)  # it sees what was cut off
+    np.testing.assert_allclose(scores.reward, scores.verdicts)
     assert scores.reasons == {"the function returned None": 2} and not scores.errors
-    failing = judged(task, [0], [["a0", "a0"]], step=8)
+    failing = rewards_of(task, [0], [["a0", "a0"]], step=8)
     assert np.isnan(failing.reward).all() and len(failing.errors) == 1 and "AssertionError" in failing.errors[0]
 
 
@@ -416,13 +416,13 @@ def test_python_function_needs_no_answer(tmp_path, tokenizer, config, pool):
     fields = {"task__name": "python_function", "task__function": "scorer_of_tests:longest"}
     task = make_task(config(task__train_data=path, **fields), tokenizer, pool)
     assert list(task.train.answers) == [""] * 6 and not task.train.left_out
-    assert judged(task, [2], [["a", "bbb", "cc"]]).reward.tolist() == [[0, 1, 0]]
+    assert rewards_of(task, [2], [["a", "bbb", "cc"]]).reward.tolist() == [[0, 1, 0]]
 
 
-def test_a_task_without_verifiers_judges_nothing(tokenizer, config, data):
+def test_a_task_without_verifiers_gives_no_reward(tokenizer, config, data):
     task = make_task(config(task__train_data=data), tokenizer)
     with pytest.raises(RuntimeError, match="without verifiers"):
-        judged(task, [0], [["1"]])
+        rewards_of(task, [0], [["1"]])
     with pytest.raises(ConfigError, match=r"sft\.data=None"):
         task.demonstrations(0, 1)
     assert task.encode_prompt("2?") == tokenizer.prompt("2?", config().prompt)

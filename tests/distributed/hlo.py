@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, counted in its HLO text."""
+"""Bytes that a compiled program sends between devices, counted in its HLO text."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^ ]*\))?
 
 
 class Collective(NamedTuple):
-    """One instruction of the program."""
+    """One collective instruction of the program."""
 
     kind: str
     """One of KINDS."""
     bytes: int
-    """Of the whole array on one device: an all-gather's result, a reduce-scatter's operand."""
+    """Bytes of the whole array on one device: the result of an all-gather, the operand of a reduce-scatter."""
     group: int
-    """Devices that take part."""
+    """Number of devices that take part."""
     times: int
-    """How often the program runs it; a loop without a known count runs once here."""
+    """Number of times that the program runs it; a loop without a known count is counted as one run."""
 
     def sent(self) -> float:
-        """Bytes that each device sends, by a ring."""
+        """Bytes that each device sends with a ring algorithm."""
         share = (self.group - 1) / max(self.group, 1)
         if self.kind == "collective-permute":
             share = 1.0
@@ -43,7 +43,7 @@ class Collective(NamedTuple):
 def collectives(hlo: str) -> list[Collective]:
     """Every collective of a compiled program's text (`compiled.as_text()`).
 
-    The sizes of operands are looked up by name. Asynchronous pairs count once, by their start.
+    An operand's size is looked up by its name. An asynchronous pair counts once, at its start.
     """
     bodies: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     sizes: dict[tuple[str, str], int] = {}

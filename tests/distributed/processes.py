@@ -1,4 +1,4 @@
-"""Runs of several real processes, which find each other through a coordinator."""
+"""Runs of several real processes that find each other through a coordinator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def free_port() -> int:
 
 
 def launch(env, folder, processes, devices, **fields):
-    """Processes of `devices` CPU devices each; their output goes to <folder>/../<name>.<number>.log."""
+    """Start processes with `devices` CPU devices each; their output goes to <folder>.<number>.log."""
     port = free_port()
     started = []
     for number in range(processes):
@@ -42,7 +42,7 @@ def launch(env, folder, processes, devices, **fields):
 
 
 def output(folder, number):
-    """What a process printed, without Gloo's greetings."""
+    """The output of a process without Gloo's lines."""
     lines = Path(f"{folder}.{number}.log").read_text().splitlines()
     return "\n".join(line for line in lines if not line.startswith("[Gloo]"))
 

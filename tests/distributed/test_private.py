@@ -1,4 +1,4 @@
-"""What the package takes from JAX's private modules is still there; a failure names what has moved."""
+"""The private names of JAX that the package uses exist; a failure says which one has moved."""
 
 import importlib
 import importlib.resources
@@ -9,7 +9,7 @@ import pytest
 
 from pspo_jax.distributed import private
 
-SAYS = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/private.py"
+MOVED = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/private.py"
 
 
 @pytest.mark.parametrize(
@@ -30,20 +30,20 @@ def test_every_private_name_of_jax_is_where_it_was(module, path):
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError:
-        pytest.fail(f"{module} {SAYS}")
+        pytest.fail(f"{module} {MOVED}")
     for name in path.split("."):
-        assert hasattr(found, name), f"{module}.{path} {SAYS}"
+        assert hasattr(found, name), f"{module}.{path} {MOVED}"
         found = getattr(found, name)
 
 
-def test_one_machine_is_no_cluster_and_has_no_coordination_service(monkeypatch):
+def test_a_single_machine_is_not_a_cluster_and_has_no_coordination_service(monkeypatch):
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "JOBSET_NAME", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)
     assert private.cluster_processes() == 1
     assert private.coordination_client() is None
 
 
-def test_private_modules_are_named_in_one_file_alone():
+def test_only_one_file_names_private_modules():
     import pspo_jax
 
     package = importlib.resources.files(pspo_jax)

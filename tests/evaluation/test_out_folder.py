@@ -62,5 +62,5 @@ def test_what_is_no_number_is_no_step(run, step):
 
 
 def test_a_base_that_a_run_has_no_use_for_is_refused(run):
-    with pytest.raises(ConfigError, match=r"--base m: this run began from random weights .*; leave it out"):
+    with pytest.raises(ConfigError, match=r"--base m: this run started from random weights .*; leave it out"):
         export(["--run", str(run), "--out", str(run / "hf"), "--base", "m"])

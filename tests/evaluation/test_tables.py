@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo_jax.commands.evaluate import _write
+from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.statistics import Summary
 from pspo_jax.evaluation.tables import curve, from_json, markdown, to_json
 
@@ -105,6 +107,12 @@ def test_curve_is_a_picture_and_nothing_else_is_left(tmp_path, steps):
     width, height = png_size(path)
     assert width > 500 and height > 300
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_without_matplotlib_everything_but_the_curve_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "can_draw", lambda: False)
+    _write(tmp_path, {"base": ROWS["base"]}, {"base": 0})
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md"}
 
 
 def drawn(monkeypatch, tmp_path, steps, **options):

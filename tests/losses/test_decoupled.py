@@ -1,4 +1,4 @@
-"""The decoupled objective of groups that an older policy sampled, against torch's autograd and plain formulas."""
+"""The decoupled loss of groups that an older policy sampled, against torch's autograd and plain formulas."""
 
 import dataclasses
 
@@ -91,7 +91,7 @@ def test_loss_and_gradient_are_torchs(seed, off_policy, importance, dual):
 
 @pytest.mark.parametrize("loss", slow_except(("cispo", "dapo", "gspo", "vespo"), sorted(LOSSES)))
 def test_with_behaviour_the_old_policy_all_three_are_one(loss):
-    """mu = pi_old: the decoupled objective is the coupled one, to the bit, for every loss."""
+    """mu = pi_old: the decoupled loss is the coupled one, to the bit, for every loss."""
     log_probs, inputs = drawn(3, stale=0)
     preset = {name.removeprefix("loss."): value for name, value in LOSSES[loss].items()}
     config = LossConfig(**preset)

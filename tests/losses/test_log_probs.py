@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.config.schema import ModelConfig
-from pspo_jax.losses.log_probs import chunked_log_probs, completion_log_probs, pack_rows
+from pspo_jax.losses.log_probs import chunked_log_probs, compact_rows, completion_log_probs
 from pspo_jax.model import built_in, transformer
 from pspo_jax.model.interface import Model
 from tests.helpers import tiny_policy
@@ -62,7 +62,7 @@ def test_logits_never_materialise(tied, skips):
     def loss(hidden, head, targets):
         params, mib = {"embed" if tied else "head": head}, 4 * 1024 * v // 2**20 + 1
         live = targets > 0 if skips else None
-        return chunked_log_probs(model, params, hidden, targets, logits_mib=mib, live=live)[0].sum()
+        return chunked_log_probs(model, params, hidden, targets, logits_mib=mib, valid=live)[0].sum()
 
     def compiled(rows, frozen=False):
         args = spec((rows, t, d), jnp.float32), head, spec((rows, t), jnp.int32)
@@ -106,12 +106,12 @@ def test_gradients_of_chunks_are_autodiffs(t, entropy_gradient):
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
-def test_pack_rows(p, t, seed):
+def test_compact_rows(p, t, seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, p + 1, 3)
     prompts = rng.integers(0, 9, (3, p))
     completions = rng.integers(10, 19, (3, t))
-    packed = np.asarray(pack_rows(jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(completions)))
+    packed = np.asarray(compact_rows(jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(completions)))
     for row, n, prompt, completion in zip(packed, lengths, prompts, completions, strict=True):
         assert row[: n + t].tolist() == [*prompt[:n], *completion]
 

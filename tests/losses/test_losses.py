@@ -170,7 +170,7 @@ def test_tokens_of_one_batch_weigh_the_same_in_every_minibatch(golden):
     _, _, inputs = inputs_of(golden, golden["trl_losses"]["cases"]["dapo"])
     first, second = part(inputs, 0, 2), part(inputs, 2, 4)
     totals = [denominators(inputs, half, minibatches=2) for half in (first, second)]
-    assert [float(t.tokens) for t in totals] == [6.5, 6.5] and [float(t.own_tokens) for t in totals] == [9, 4]
+    assert [float(t.tokens) for t in totals] == [6.5, 6.5] and [float(t.minibatch_tokens) for t in totals] == [9, 4]
     assert [float(t.rows) for t in totals] == [2, 2]
 
 

@@ -35,7 +35,7 @@ TOKENS = np.random.default_rng(0).integers(3, 97, (3, 12))
 
 
 def adapted(folder, family="qwen2", targets="q,k,v,o,gate,up,down", rank=4, dropout=0.0, seed=1, **fields):
-    """(torch model, source, policy, base, random adapters) of a new checkpoint."""
+    """(torch model, source, model, base, random adapters) of a new checkpoint."""
     torch_model = write_checkpoint(folder, family, **fields)
     _, base, source = load(folder)
     config = tiny_config(lora__rank=rank, lora__alpha=6.0, lora__targets=targets, lora__dropout=dropout)
@@ -171,9 +171,9 @@ def test_supervised_steps_train_adapters_alone(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"lora.targets": "qproj"}, "lora.targets='qproj': matches no projection by qproj; choose among q, k, v"),
+        ({"lora.targets": "qproj"}, "lora.targets='qproj': qproj is not a projection; choose among q, k, v"),
         ({"lora.targets": " , "}, "lora.targets"),
-        ({"lora.rank": 8}, "lora.rank=8: adapters need a checkpoint under them"),
+        ({"lora.rank": 8}, "lora.rank=8: adapters need a checkpoint"),
     ],
 )
 def test_bad_settings_are_named(fields, words):

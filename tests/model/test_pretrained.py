@@ -1,4 +1,4 @@
-"""Checkpoints in: seven families against torch, on random configurations."""
+"""Reading checkpoints: seven families against torch, on random configurations."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ CASES = [
 
 
 def load(folder, mesh=None, **fields):
-    """(policy, params, source) of a checkpoint on one device or a mesh."""
+    """(model, params, source) of a checkpoint on one device or a mesh."""
     source = read_source(ModelConfig(source=str(folder), **fields))
     mesh = mesh or make_mesh(tiny_config(mesh__data=1))
     weights, model = table(source.architecture), transformer(source.architecture)

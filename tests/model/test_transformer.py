@@ -1,4 +1,4 @@
-"""The built-in policy against plain formulas, and its table of weights."""
+"""The built-in model against plain formulas, and its table of weights."""
 
 import re
 
@@ -103,7 +103,7 @@ def test_remat_changes_no_gradient(gradients, remat):
 
 
 def test_remat_keeps_less(gradients):
-    """Each policy keeps less than the one before; offload has the blocks' inputs in the host's memory."""
+    """Each value of model.remat keeps less than the one before; offload has the blocks' inputs in the host's memory."""
     size = {name: compiled.memory_analysis().temp_size_in_bytes for name, (compiled, _) in gradients.items()}
     assert size["none"] > size["dots"] > size["full"]
 
@@ -141,7 +141,7 @@ def test_blocks_of_queries_change_nothing(window, packed, monkeypatch):
     in_blocks = jax.jit(both)(q, k, v)
     assert xla.block_size(s, 1) == 138 and xla.block_size(1023, 1) == 1023
     assert xla.block_size(s, 2) == s and xla.block_size(1152, 2) == 144
-    monkeypatch.setattr(xla, "LONG", 10_000)
+    monkeypatch.setattr(xla, "BLOCKWISE_FROM_TOKENS", 10_000)
     whole = jax.jit(lambda *args: both(*args))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
 
@@ -165,13 +165,13 @@ def test_blocks_of_queries_along_context_change_nothing(monkeypatch):
     biggest = max(
         int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     )
-    assert biggest <= 4 * s // 4 // xla.BLOCKS * s * 2
-    monkeypatch.setattr(xla, "LONG", 10_000)
+    assert biggest <= 4 * s // 4 // xla.QUERY_BLOCKS * s * 2
+    monkeypatch.setattr(xla, "BLOCKWISE_FROM_TOKENS", 10_000)
     whole = jax.jit(both)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), in_blocks, whole)
 
 
-def test_default_policy_has_108864_parameters():
+def test_the_default_model_has_108864_parameters():
     model, params, _ = tiny_policy(layers=2, width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=192, tied=False)
     assert sum(x.size for x in jax.tree.leaves(params)) == 108_864
     assert ModelConfig().width == 64 and model.vocab_size == 16

@@ -24,15 +24,15 @@ class PlainReplay:
     share: float = 1.0
     order: str = "newest"
     tau: float = 2.0
-    ring: deque = field(default_factory=deque)
+    buffer: deque = field(default_factory=deque)
 
-    def exchange(self, batch, step):
+    def mix_batch(self, batch, step):
         """batch: list of Stored. Returns, per slot, the name of the group in it or None, and the names as stored."""
         effective = [len(set(group.rewards)) > 1 for group in batch]
         taken = {group.prompt for group, good in zip(batch, effective, strict=True) if good}
         able = [
             group
-            for group in self.ring
+            for group in self.buffer
             if self.min_age <= step - group.step <= self.max_age and group.uses < self.max_uses
         ]
         able = list(reversed(able))  # newest first
@@ -52,9 +52,9 @@ class PlainReplay:
             room -= 1
         fresh = [(variance(g.rewards), -i, g) for i, (g, good) in enumerate(zip(batch, effective, strict=True)) if good]
         for _, _, group in sorted(fresh, key=lambda entry: entry[:2]):
-            self.ring.append(group)
-            if len(self.ring) > self.capacity:
-                self.ring.popleft()
+            self.buffer.append(group)
+            if len(self.buffer) > self.capacity:
+                self.buffer.popleft()
         return slots
 
     def _worth(self, group, step):

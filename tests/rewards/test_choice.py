@@ -1,4 +1,4 @@
-"""Multiple choice: which letter a completion settles on."""
+"""Multiple choice: the letter that a completion settles on."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The Countdown reward: what counts as an expression, and that nothing else does."""
+"""The Countdown score: expressions count, and nothing else does."""
 
 from __future__ import annotations
 

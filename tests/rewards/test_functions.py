@@ -9,7 +9,14 @@ import types
 import numpy as np
 import pytest
 
-from pspo_jax.verifiers.workers.functions import Asked, escaped, grade, is_async, line_of, takes_lists
+from pspo_jax.verifiers.workers.functions import (
+    FunctionRequest,
+    escaped,
+    is_async,
+    line_of,
+    score_completions,
+    takes_group,
+)
 
 TEXTS = ["<think>\nso\n</think>\nIt is 4", "five"]
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2?"}]
@@ -17,12 +24,12 @@ CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2?
 
 def asked(messages=None, answer="4", n=2, **columns):
     texts = (TEXTS * n)[:n]
-    return Asked("2+2?", messages, texts, [[1] * (i + 2) for i in range(n)], answer, 7, 20, columns)
+    return FunctionRequest("2+2?", messages, texts, [[1] * (i + 2) for i in range(n)], answer, 7, 20, columns)
 
 
 @pytest.fixture
 def user(monkeypatch):
-    """Puts a function into a module that `grade` can import; gives its name."""
+    """Puts a function into a module that `score_completions` can import; gives its name."""
 
     def put(function):
         module = types.ModuleType("functions_of_this_test")
@@ -34,7 +41,7 @@ def user(monkeypatch):
 
 
 def scores(user, function, ask=None):
-    return grade(user(function), ask or asked()).scores
+    return score_completions(user(function), ask or asked()).scores
 
 
 class Lengths:
@@ -137,7 +144,7 @@ def test_what_the_trainer_passes_beside_the_data(user):
         log_extra("upper", [c.upper() for c in completions])
         return [trainer_state.global_step + trainer_state.max_steps / 100 for _ in completions]
 
-    found = grade(user(logs), asked(level=3))
+    found = score_completions(user(logs), asked(level=3))
     assert found.scores == [7.2, 7.2] and found.metrics == {"level": [3.0]}
     assert found.columns == {"upper": [t.upper().replace("\x00", "") for t in TEXTS]}
 
@@ -167,7 +174,7 @@ def test_arguments_that_are_changed_are_changed_for_one_completion(user):
 
 
 def test_one_bad_number_costs_one_verdict(user):
-    found = grade(user(lambda completions: [1.0, math.nan, "1.0", 10**400, None]), asked(n=5))
+    found = score_completions(user(lambda completions: [1.0, math.nan, "1.0", 10**400, None]), asked(n=5))
     assert found.scores == [1, None, None, None, None]
     assert [line and line.partition(":")[0] for line in found.failed] == [
         None,
@@ -183,7 +190,7 @@ def test_one_coroutine_that_raises_costs_one_verdict(user):
         await asyncio.sleep(0)
         return {"five": 5}[completion]
 
-    found = grade(user(picky), asked())
+    found = score_completions(user(picky), asked())
     assert found.scores == [None, 5] and found.failed[0].startswith("KeyError") and found.failed[1] is None
 
 
@@ -216,25 +223,27 @@ def test_coroutines_run_at_the_same_time(user):
 )
 def test_what_is_no_list_of_rewards_is_explained(user, function, words):
     with pytest.raises((TypeError, ValueError)) as error:
-        grade(user(function), asked())
+        score_completions(user(function), asked())
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_forms_are_told_apart():
-    assert takes_lists(Lengths()) and takes_lists(later) and takes_lists(functools.partial(weighted, 1))
-    assert not takes_lists(one_later) and not takes_lists(lambda answer: 1) and not takes_lists(lambda **kwargs: 1)
+    assert takes_group(Lengths()) and takes_group(later) and takes_group(functools.partial(weighted, 1))
+    assert not takes_group(one_later) and not takes_group(lambda answer: 1) and not takes_group(lambda **kwargs: 1)
     assert is_async(later) and is_async(Waits()) and is_async(functools.partial(one_later)) and not is_async(Lengths())
 
 
 def test_the_functions_of_trl_work(user):
     rewards = pytest.importorskip("trl.rewards")
-    boxed = Asked("q", None, ["\\boxed{4}", "\\boxed{5}"], [[1] * 90, [1] * 3], "4", 1, 2, {"solution": "$4$"})
+    boxed = FunctionRequest(
+        "q", None, ["\\boxed{4}", "\\boxed{5}"], [[1] * 90, [1] * 3], "4", 1, 2, {"solution": "$4$"}
+    )
     for ask in (boxed, boxed._replace(messages=CHAT)):
-        assert grade(user(rewards.accuracy_reward), ask).scores == [1, 0]
-        assert grade(user(rewards.accuracy_reward), ask).columns["solution"] == ["$4$"] * 2
+        assert score_completions(user(rewards.accuracy_reward), ask).scores == [1, 0]
+        assert score_completions(user(rewards.accuracy_reward), ask).columns["solution"] == ["$4$"] * 2
         cosine = rewards.get_cosine_scaled_reward(max_len=180)
-        assert grade(user(cosine), ask).scores == pytest.approx([0.75, -1], abs=1e-2)
-        assert grade(user(rewards.reasoning_accuracy_reward), ask).scores == [0, 0]
+        assert score_completions(user(cosine), ask).scores == pytest.approx([0.75, -1], abs=1e-2)
+        assert score_completions(user(rewards.reasoning_accuracy_reward), ask).scores == [0, 0]
     assert scores(user, rewards.think_format_reward) == [1, 0]
     overlong = rewards.get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
     assert scores(user, overlong, boxed) == [-0.5, 0]

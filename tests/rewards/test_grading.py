@@ -24,18 +24,18 @@ def quiet():
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
-def misjudged(right):
+def wrong_verdicts(right):
     """(gold, completion) of pairs that are right, or of those that are wrong, with another verdict."""
     pairs = [(pair["gold"], pair["completion"]) for pair in PAIRS if pair["right"] == right]
     return [pair for pair in pairs if (verify_math(pair[0], final_answer(pair[1]))[0] == 1.0) != right]
 
 
 def test_no_wrong_answer_is_accepted():
-    assert misjudged(right=False) == []
+    assert wrong_verdicts(right=False) == []
 
 
 def test_right_answers_are_accepted_however_they_are_written():
-    refused = misjudged(right=True)
+    refused = wrong_verdicts(right=True)
     assert len(refused) <= ALLOWED_REFUSALS * sum(pair["right"] for pair in PAIRS), refused
 
 

@@ -1,4 +1,4 @@
-"""Verdicts on mathematical answers: real data sets, perturbed answers, and what counts as the answer."""
+"""Verdicts on mathematical answers: real data sets, perturbed answers, and the part of a text that is its answer."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The pool of verifiers with real processes: hanging, dying and misbehaving requests, and what is left of them."""
+"""The pool of verifiers with real processes: requests that hang, die or misbehave, and the processes they leave."""
 
 import contextlib
 import os
@@ -240,7 +240,7 @@ def test_hanging_answers_hold_up_nobody():
         assert pool.replaced >= 5 and before != set(pool.pids())
         assert until(lambda: len(pool.pids()) == 4)
         assert not any(exists(pid) for pid in seen - set(pool.pids()))
-        assert not zombies(pool._nursery.pid)
+        assert not zombies(pool._fork_server.pid)
         requests, verdicts = sums(1, 20)
         assert [r.score for r in pool.submit(requests).result()] == verdicts
 
@@ -255,7 +255,7 @@ def test_killed_workers_lose_nothing(pool, all_at_once):
         os.kill(pid, signal.SIGKILL)
     assert [r.score for r in batch.result()] == [[float(i)] for i in range(100)]
     assert pool.replaced > before
-    assert not zombies(pool._nursery.pid)
+    assert not zombies(pool._fork_server.pid)
 
 
 def test_a_function_sees_the_completion_and_its_row(pool):
@@ -267,7 +267,7 @@ def test_a_function_of_lists_is_called_once_for_a_group(pool):
     assert ask(pool, "lists", "a", "bb", "ccc").score == pytest.approx([1.2, 2.2, 3.2])
     assert ask(pool, "tupled", "a", "b", "c").score == [1.0, None, 0.5]
     grouped = {f"{MODULE}:{name}" for name in ("lists", "tupled", "short", "no_list")}
-    assert pool.grouped == grouped
+    assert pool.group_functions == grouped
 
 
 def test_an_exception_is_no_verdict_and_kept_whole(pool):
@@ -324,7 +324,7 @@ def test_misbehaviour_costs_only_its_own_verdict(pool, tmp_path):
     assert quit_.reason == "SystemExit: 1"
     assert all(r.score is None for r in (slept, spun, hungry, connected, ended, quit_))
     assert pool.replaced >= before + 5
-    assert until(lambda: len(pool.pids()) == 2) and not zombies(pool._nursery.pid)
+    assert until(lambda: len(pool.pids()) == 2) and not zombies(pool._fork_server.pid)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_leaving_ends_everything():
     with Pool(VerifierConfig(workers=2, deadline=300.0)) as pool:
         batch = pool.submit([maths("42", HANGING)] * 5)
         assert until(lambda: len(pool.pids()) > 2)
-        pids = [*pool.pids(), pool._nursery.pid]
+        pids = [*pool.pids(), pool._fork_server.pid]
         start = time.monotonic()
     assert time.monotonic() - start < 2
     assert [(r.score, r.reason) for r in batch.result()] == [(None, "closed")] * 5
@@ -427,11 +427,11 @@ def test_leaving_ends_everything():
 
 
 def test_death_of_the_process_that_forks():
-    """Nothing waits for ever if the nursery is killed."""
+    """Nothing waits for ever if the fork server is killed."""
     with Pool(VerifierConfig(workers=2, deadline=1.0)) as pool:
         assert pool.submit([maths("1", "\\boxed{1}")]).result()[0].score == 1.0
         pids = pool.pids()
-        pool._nursery.kill()
+        pool._fork_server.kill()
         assert [r.score for r in pool.submit([maths("42", HANGING), maths("1", "\\boxed{2}")]).result()] == [None, 0.0]
         assert "ended" in pool.submit([maths("1", "\\boxed{1}")]).result()[0].reason
         assert until(lambda: not any(exists(pid) for pid in pids))
@@ -443,7 +443,7 @@ def test_workers_do_not_outlive_a_killed_main_process():
         "from pspo_jax.verifiers.workers.pool import Pool, Request\n"
         "with Pool(VerifierConfig(workers=2, deadline=300.0)) as pool:\n"
         f"    pool.submit([Request('math', {{'gold': '42', 'answer': {HANGING!r}}})] * 2)\n"
-        "    print(pool._nursery.pid, *pool.pids(), flush=True)\n    time.sleep(300)\n"
+        "    print(pool._fork_server.pid, *pool.pids(), flush=True)\n    time.sleep(300)\n"
     )
     main = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPO, stderr=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Verdicts do not depend on what else the machine does, nor on what a function before did to its worker."""
+"""Verdicts depend neither on the load of the machine nor on what an earlier function did to its worker."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pspo_jax.config.schema import VerifierConfig
-from pspo_jax.verifiers.workers.clock import spent, usage
+from pspo_jax.verifiers.workers.clock import time_spent, usage
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.rewards.test_pool import asked, entered, maths, until
 
@@ -129,8 +129,8 @@ def test_time_without_a_processor_is_not_counted():
     pid = os.getpid()
     begun = usage(pid)
     assert begun is not None and begun.state == "R" and begun.cpu > 0
-    assert spent(pid, begun._replace(starved=begun.starved - 7), 10.0).waited <= 3
-    assert spent(pid, None, 10.0) == (0.0, 10.0, "?")
+    assert time_spent(pid, begun._replace(starved=begun.starved - 7), 10.0).waited <= 3
+    assert time_spent(pid, None, 10.0) == (0.0, 10.0, "?")
     assert usage(2**22 + 1) is None
 
 

@@ -11,7 +11,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import RewardConfig
 from pspo_jax.config.text_fields import TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
-from pspo_jax.rewards.terms import Shape, shaped, user_functions, weighted_sum
+from pspo_jax.rewards.terms import ShapingInputs, shaping_term, user_functions, weighted_sum
 
 NAN = math.nan
 
@@ -36,17 +36,17 @@ def test_terms_and_weights(text, weights):
 @pytest.mark.parametrize(
     ("fields", "start", "why"),
     [
-        ({"terms": "acuracy"}, "reward.terms='acuracy': ", "no reward 'acuracy'; choose among accuracy, "),
-        ({"terms": ""}, "reward.terms='': ", "no reward ''"),
-        ({"terms": "accuracy,"}, "reward.terms='accuracy,': ", "no reward ''"),
-        ({"terms": "=1"}, "reward.terms='=1': ", "no reward ''"),
-        ({"terms": ":f"}, "reward.terms=':f': ", "no reward ':f'"),
-        ({"terms": "m:"}, "reward.terms='m:': ", "no reward 'm:'"),
-        ({"terms": "format, format=2"}, "reward.terms='format, format=2': ", "format stands there twice"),
-        ({"terms": "format=much"}, "reward.terms='format=much': ", "'much' is no weight"),
-        ({"terms": "format=nan"}, "reward.terms='format=nan': ", "'nan' is no weight"),
-        ({"terms": "format=inf"}, "reward.terms='format=inf': ", "'inf' is no weight"),
-        ({"terms": "format=1=2"}, "reward.terms='format=1=2': ", "'1=2' is no weight"),
+        ({"terms": "acuracy"}, "reward.terms='acuracy': ", "'acuracy' is not a reward term; choose among accuracy, "),
+        ({"terms": ""}, "reward.terms='': ", "'' is not a reward term"),
+        ({"terms": "accuracy,"}, "reward.terms='accuracy,': ", "'' is not a reward term"),
+        ({"terms": "=1"}, "reward.terms='=1': ", "'' is not a reward term"),
+        ({"terms": ":f"}, "reward.terms=':f': ", "':f' is not a reward term"),
+        ({"terms": "m:"}, "reward.terms='m:': ", "'m:' is not a reward term"),
+        ({"terms": "format, format=2"}, "reward.terms='format, format=2': ", "format appears twice"),
+        ({"terms": "format=much"}, "reward.terms='format=much': ", "'much' is not a number"),
+        ({"terms": "format=nan"}, "reward.terms='format=nan': ", "the weight 'nan' is out of range"),
+        ({"terms": "format=inf"}, "reward.terms='format=inf': ", "the weight 'inf' is out of range"),
+        ({"terms": "format=1=2"}, "reward.terms='format=1=2': ", "'1=2' is not a number"),
         ({"cosine_right": "1"}, "reward.cosine_right='1': ", "must be two numbers"),
         ({"cosine_wrong": "0,1,2"}, "reward.cosine_wrong='0,1,2': ", "must be two numbers"),
         ({"cosine_wrong": "a,b"}, "reward.cosine_wrong='a,b': ", "must be two numbers"),
@@ -71,7 +71,7 @@ def test_sum_by_weight():
 
 
 def test_sum_without_a_verdict_is_none():
-    """Another term's None is left out; all None, or no verdict, is no reward, whether or not accuracy is paid for."""
+    """Another term's None is left out; all None, or no verdict, is no reward, whether or not accuracy is a term."""
     right = np.float32([[1, 1, NAN, 0]])
     terms = {"accuracy": right, "f": np.float32([[NAN, 0.5, 0.5, NAN]])}
     np.testing.assert_array_equal(weighted_sum(terms, {"accuracy": 1.0, "f": 2.0}, right), [[1, 2, NAN, 0]])
@@ -102,7 +102,7 @@ TEXTS = [
 ]
 RIGHT = np.float32([[1, 0, 1], [1, 0.5, NAN]])
 LENGTHS = np.int32([[0, 20, 30], [64, 50, 10]])
-SHAPE = Shape(RIGHT, LENGTHS, TEXTS, 64)
+SHAPE = ShapingInputs(RIGHT, LENGTHS, TEXTS, 64)
 
 
 def cosine(right, length, most, bounds, clamp):
@@ -123,9 +123,11 @@ def test_released_cosine_counts_characters():
     config = RewardConfig(variant="published_code", cosine_right="0.25,2", cosine_wrong="-1,-0.5", cosine_length=7)
     bounds = ((0.25, 2), (-1, -0.5))
     want = rows(lambda i, j: cosine(float(RIGHT[i, j]), len(TEXTS[i][j]), 1000, bounds, clamp=False))
-    found = shaped("cosine", config, SHAPE)
+    found = shaping_term("cosine", config, SHAPE)
     np.testing.assert_allclose(found, want, rtol=1e-6)
-    np.testing.assert_array_equal(found, shaped("cosine", config, SHAPE._replace(lengths=LENGTHS + 5, max_length=3)))
+    np.testing.assert_array_equal(
+        found, shaping_term("cosine", config, SHAPE._replace(lengths=LENGTHS + 5, max_length=3))
+    )
     assert found[0, 0] == 2 and found[1, 0] == pytest.approx(1.125)  # 1,500 characters pay as 500 do
 
 
@@ -134,12 +136,12 @@ def test_cosine_counts_tokens(length):
     want = rows(
         lambda i, j: cosine(float(RIGHT[i, j]), int(LENGTHS[i, j]), length or 64, ((0.5, 1), (-0.5, 0)), clamp=True)
     )
-    np.testing.assert_allclose(shaped("cosine", RewardConfig(cosine_length=length), SHAPE), want, atol=1e-7)
+    np.testing.assert_allclose(shaping_term("cosine", RewardConfig(cosine_length=length), SHAPE), want, atol=1e-7)
 
 
 @pytest.mark.parametrize(("cache", "used"), [(0, 12), (20, 20), (500, 64)])
 def test_overlong_cache(cache, used):
-    found = shaped("overlong", RewardConfig(overlong_cache=cache), SHAPE)
+    found = shaping_term("overlong", RewardConfig(overlong_cache=cache), SHAPE)
     np.testing.assert_array_equal(found, shaping.soft_overlong(LENGTHS, 64, used))
 
 
@@ -152,13 +154,13 @@ def test_text_terms_are_those_of_each_text():
         "repetition": lambda text: shaping.repetition(text, 2, -0.5),
     }
     for name, call in calls.items():
-        np.testing.assert_allclose(shaped(name, config, SHAPE), rows(lambda i, j, call=call: call(TEXTS[i][j])))
-    released = shaped("format", RewardConfig(format="open_rs"), SHAPE)
+        np.testing.assert_allclose(shaping_term(name, config, SHAPE), rows(lambda i, j, call=call: call(TEXTS[i][j])))
+    released = shaping_term("format", RewardConfig(format="open_rs"), SHAPE)
     np.testing.assert_array_equal(released, rows(lambda i, j: shaping.format_open_rs(TEXTS[i][j])))
-    np.testing.assert_array_equal(shaped("length", config, SHAPE), shaping.length_kimi(RIGHT, LENGTHS))
+    np.testing.assert_array_equal(shaping_term("length", config, SHAPE), shaping.length_kimi(RIGHT, LENGTHS))
 
 
 def test_every_term_has_a_shape_and_a_type():
     for name in TERMS[1:]:
-        found = shaped(name, RewardConfig(), SHAPE)
+        found = shaping_term(name, RewardConfig(), SHAPE)
         assert found.shape == (2, 3) and found.dtype == np.float32

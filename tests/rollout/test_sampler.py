@@ -128,7 +128,7 @@ def test_first_token_frequencies_through_the_whole_sampler():
 
 
 def test_a_model_of_logits_samples_the_same_tokens():
-    """The cacheless adapter around the same network draws what the cached decoder draws."""
+    """The cacheless adapter around the same network draws the same tokens as the cached decoder."""
     model, params, a = tiny_policy()
     plain = from_logits(
         lambda p, tokens: model.logits(p, model.hidden(p, tokens)), model.init, a.vocab_size, a.forbidden
@@ -150,7 +150,7 @@ def test_bfloat16_gap_is_small():
 @pytest.mark.parametrize("shape", slow_except([{}], [{}, {"kv_heads": 1, "qkv_bias": True}]))
 @pytest.mark.parametrize("slots", slow_except([5], [1, 5, 23]))
 def test_slots_change_no_row(shape, slots):
-    """Rows that take turns in fewer slots are those that are all decoded at once."""
+    """Rows that take turns in fewer slots equal rows that are all decoded at once."""
     model, params, _ = tiny_policy(**shape)
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, top_p=0.95, stop=(EOS, 3, 5), limit=10)
     at_once = make_sampler(model, 4, T, PAD)(*args)
@@ -167,9 +167,13 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
     model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3), limit=11)
     at_once = make_sampler(model._replace(resize=None), 4, T, PAD)(*args)
-    assert sampler.sizes(T) == [T] and sampler.sizes(1024) == [256, 512, 1024] and sampler.sizes(300) == [150, 300]
-    monkeypatch.setattr(sampler, "SMALLEST", 2)
-    assert sampler.sizes(T) == [3, 6, T]
+    assert (
+        sampler.cache_sizes(T) == [T]
+        and sampler.cache_sizes(1024) == [256, 512, 1024]
+        and sampler.cache_sizes(300) == [150, 300]
+    )
+    monkeypatch.setattr(sampler, "SMALLEST_CACHE_TOKENS", 2)
+    assert sampler.cache_sizes(T) == [3, 6, T]
     grown = make_sampler(model, 4, T, PAD)(*args)
     lengths = np.asarray(at_once.lengths)
     assert lengths.min() < 3 and lengths.max() > 6
@@ -179,12 +183,12 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
 
 @pytest.mark.parametrize(("chunk", "limit"), [(4, T), (5, 7), (16, 1), (5, T)])
 def test_chunks_of_tokens_change_no_row(chunk, limit, monkeypatch):
-    """Whether chunks divide the longest completion, the limit and the sizes of the cache or not."""
+    """This holds whether or not chunks divide the longest completion, the limit and the sizes of the cache."""
     model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, PAD), limit=limit)
     one_by_one = make_sampler(model, 4, T, PAD)(*args)
-    monkeypatch.setattr(sampler, "SMALLEST", 2)
-    assert sampler.sizes(32, 4) == [8, 16, 32] and sampler.sizes(30, 4) == [4, 12, 30]
+    monkeypatch.setattr(sampler, "SMALLEST_CACHE_TOKENS", 2)
+    assert sampler.cache_sizes(32, 4) == [8, 16, 32] and sampler.cache_sizes(30, 4) == [4, 12, 30]
     in_chunks = make_sampler(model, 4, T, PAD, chunk=chunk)(*args)
     for name in ("tokens", "mask", "lengths", "ended"):
         np.testing.assert_array_equal(getattr(one_by_one, name), getattr(in_chunks, name), name)
@@ -220,5 +224,5 @@ def test_useful_tokens_are_counted():
     (rows, all_at_once), (_, in_turns) = (jax.jit(counting_sampler(model, 4, T, PAD, s))(*args) for s in (None, 2))
     assert int(all_at_once) == rows.lengths.size * int(rows.lengths.max())
     assert int(rows.lengths.sum()) <= int(in_turns) < int(all_at_once)
-    with pytest.raises(ValueError, match=r"rollout.slots: this policy has no `slots`"):
+    with pytest.raises(ValueError, match=r"rollout.slots: this model has no `slots`"):
         make_sampler(model._replace(slots=None), 4, T, PAD, slots=2)(*args)

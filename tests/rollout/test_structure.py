@@ -1,4 +1,4 @@
-"""What a compiled sampler must not do, whatever the machine."""
+"""Properties of the compiled sampler that hold on every machine."""
 
 import re
 
@@ -13,7 +13,7 @@ SETTINGS = SamplingParams(jnp.float32(1.0), jnp.float32(1.0), jnp.int32(0), jnp.
 
 
 def loop_bodies(text):
-    """The computations that a compiled program runs in turns, and those they call, as text by name."""
+    """Text, by name, of the computations that a compiled program runs in loops, and of those that they call."""
     found = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE))
     wanted, bodies = set(re.findall(r"body=%?([\w.\-]+)", text)), {}
     while wanted:
@@ -26,8 +26,8 @@ def loop_bodies(text):
 
 @pytest.mark.parametrize(("slots", "shape"), [(None, "5,3,2,17,4"), (7, "7,2,17,4")])
 def test_no_cache_is_copied_in_the_token_loop(slots, shape, monkeypatch):
-    """A copy of the cache a token would double what decoding reads."""
-    monkeypatch.setattr(sampler, "SMALLEST", 4)
+    """A copy of the cache for each token would double the bytes that decoding reads."""
+    monkeypatch.setattr(sampler, "SMALLEST_CACHE_TOKENS", 4)
     model, params, _ = tiny_policy(kv_heads=2, head_dim=4)
     sample = make_sampler(model, 3, 17, 14, slots)
     text = sample.lower(params, random_prompts(5, 9), jax.random.key(0), SETTINGS).compile().as_text()

@@ -15,32 +15,32 @@ from pspo_jax.selection import PromptMetadata, Selector, SelectorContext, select
 
 GROUP = 4
 Rewards = Callable[[Any, int], np.ndarray]
-"""(ids, step) -> [B, GROUP]"""
+"""Function of (ids, step) to rewards [B, GROUP]."""
 
 
-class Rig(NamedTuple):
+class CompiledSelector(NamedTuple):
     """A selector, compiled for a batch size."""
 
     selector: Selector
     batch: int
-    compiled: dict[str, Callable[..., Any]]
+    functions: dict[str, Callable[..., Any]]
 
-    def init(self, prompts: int, columns: PromptMetadata | None = None) -> Any:
-        return self.selector.init(prompts, columns)
+    def init(self, prompts: int, metadata: PromptMetadata | None = None) -> Any:
+        return self.selector.init(prompts, metadata)
 
     def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
         key = jax.random.key(step if seed is None else seed)
-        ids, weight, state = self.compiled["select"](state, key, jnp.int32(step))
+        ids, weight, state = self.functions["select"](state, key, jnp.int32(step))
         return np.asarray(ids), np.asarray(weight), state
 
     def observe(self, state: Any, ids: Any, rewards: Any, step: int) -> Any:
         seen = rewards if isinstance(rewards, RolloutOutcome) else outcome(rewards)
-        return self.compiled["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
+        return self.functions["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
 
     def draws(self, state: Any, count: int, step: int = 0) -> np.ndarray:
-        """Ids [count, batch] for as many keys."""
+        """Ids [count, batch] of `count` draws, each with a key of its own."""
         keys = jax.random.split(jax.random.key(count), count)
-        return np.asarray(self.compiled["draws"](state, keys, jnp.int32(step)))
+        return np.asarray(self.functions["draws"](state, keys, jnp.int32(step)))
 
     def table(self, state: Any, prompts: int, step: int = 0) -> dict[str, np.ndarray]:
         """The table without its padding."""
@@ -54,25 +54,29 @@ def make(
     *,
     steps: int = 100,
     seed: int = 0,
-    kinds: tuple[str, ...] = (),
+    task_names: tuple[str, ...] = (),
     discount: float = 0.9,
     **fields: Any,
-) -> Rig:
-    """One for each combination of arguments, so that tests share what is compiled."""
+) -> CompiledSelector:
+    """A compiled selector; tests with equal arguments share it."""
     config = SelectionConfig(name=name, **fields)  # type: ignore[arg-type]
     made = selector(
-        config, ForgettingConfig(mode="fixed", discount=discount), SelectorContext(batch, GROUP, steps, seed, kinds)
+        config,
+        ForgettingConfig(mode="fixed", discount=discount),
+        SelectorContext(batch, GROUP, steps, seed, task_names),
     )
 
     def draws(state: Any, keys: Any, step: Any) -> Any:
         return jax.lax.map(lambda key: made.select(state, key, step, batch)[0], keys)
 
     select = functools.partial(made.select, batch=batch)
-    return Rig(made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)})
+    return CompiledSelector(
+        made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)}
+    )
 
 
 def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
-    """Advantages are those within the group unless given."""
+    """The outcome of these rewards; advantages are those within the group unless they are given."""
     rewards = np.asarray(rewards, np.float32)
     valid = ~np.isnan(rewards)
     count = np.maximum(valid.sum(1, keepdims=True), 1)
@@ -83,23 +87,23 @@ def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
     return RolloutOutcome(jnp.asarray(rewards), jnp.asarray(smoothed), jnp.asarray(raw))
 
 
-def alike(ids: Any, step: int = 0) -> np.ndarray:
-    """Half of every group is right."""
+def half_right(ids: Any, step: int = 0) -> np.ndarray:
+    """Rewards of groups that are half right."""
     return np.tile([0.0, 1.0], (len(ids), GROUP // 2))
 
 
-def wrong(ids: Any, step: int = 0) -> np.ndarray:
-    """Nothing is right."""
+def all_wrong(ids: Any, step: int = 0) -> np.ndarray:
+    """Rewards of groups that are all wrong."""
     return np.zeros((len(ids), GROUP))
 
 
-def only(mixed: Iterable[int]) -> Rewards:
-    """Groups of these prompts are half right, those of all others wrong."""
-    return lambda ids, step: np.where(np.isin(ids, list(mixed))[:, None], alike(ids), wrong(ids))
+def half_right_only(mixed: Iterable[int]) -> Rewards:
+    """Rewards of which the groups of these prompts are half right, and all other groups are wrong."""
+    return lambda ids, step: np.where(np.isin(ids, list(mixed))[:, None], half_right(ids), all_wrong(ids))
 
 
 def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
-    """Right or wrong by chance, each group with its own; a share of groups has no verdict at all."""
+    """Random rewards; each group has a success probability of its own, and a share of groups has no verdict."""
     rng = np.random.default_rng(seed)
 
     def rewards(ids: Any, step: int) -> np.ndarray:
@@ -109,32 +113,36 @@ def random_rewards(seed: int, missing: float = 0.0) -> Rewards:
     return rewards
 
 
-def play(rig: Rig, state: Any, steps: int, rewards: Rewards = alike, start: int = 0) -> tuple[np.ndarray, Any]:
-    """Ids [steps, batch] of some steps, and the state after them."""
+def run_steps(
+    compiled: CompiledSelector, state: Any, steps: int, rewards: Rewards = half_right, start: int = 0
+) -> tuple[np.ndarray, Any]:
+    """The ids [steps, batch] that a selector draws in some steps, and its state after them."""
     drawn = []
     for step in range(start, start + steps):
-        ids, _, state = rig.select(state, step)
-        state = rig.observe(state, ids, rewards(ids, step), step)
+        ids, _, state = compiled.select(state, step)
+        state = compiled.observe(state, ids, rewards(ids, step), step)
         drawn.append(ids)
     return np.stack(drawn), state
 
 
-def with_priorities(rig: Rig, priority: Any, floor: float = 1e-6, columns: PromptMetadata | None = None) -> Any:
+def with_priorities(
+    compiled: CompiledSelector, priority: Any, floor: float = 1e-6, metadata: PromptMetadata | None = None
+) -> Any:
     """State of pps in which each prompt has the given priority."""
     n = len(priority)
     value = np.tile(np.asarray(priority, np.float32)[:, None] - np.float32(floor), (1, GROUP))
     seen = RolloutOutcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
-    return rig.observe(rig.init(n, columns), np.arange(n), seen, -1)
+    return compiled.observe(compiled.init(n, metadata), np.arange(n), seen, -1)
 
 
 def assert_fits(counts: Any, chances: Any) -> None:
-    """Counts of independent draws are as probable as they should be."""
+    """Counts of independent draws fit these probabilities."""
     counts, chances = np.asarray(counts, float), np.asarray(chances, float)
     assert stats.chisquare(counts, chances / chances.sum() * counts.sum()).pvalue > 1e-3
 
 
 def assert_even(counts: Any, batch: int) -> None:
-    """Counts of prompts in batches of distinct ones, all sets of prompts being as likely."""
+    """Counts of prompts fit batches of distinct prompts in which all sets are equally likely."""
     counts = np.asarray(counts, float)
     n, mean = len(counts), counts.mean()
     # Draws without replacement vary less than independent ones, by exactly this factor.
@@ -150,5 +158,5 @@ def assert_valid(ids: np.ndarray, prompts: int, batch: int) -> None:
 
 
 def counted(ids: np.ndarray, prompts: int) -> np.ndarray:
-    """How often each prompt is named."""
+    """How often each prompt occurs."""
     return np.bincount(ids.reshape(-1), minlength=prompts)

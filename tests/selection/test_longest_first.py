@@ -1,4 +1,4 @@
-"""Batches in the order of expected length: what is drawn stays, what starts first changes."""
+"""Batches in the order of expected length: the same prompts are drawn, and the longest start first."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.rollout import SamplingParams, counting_sampler
-from pspo_jax.selection.engine.longest_first import deal_by_length
+from pspo_jax.selection.engine.longest_first import interleave
 from pspo_jax.training.algorithm import build
 from tests.helpers import random_prompts, tiny_policy
 
@@ -48,12 +48,12 @@ def test_what_is_drawn_stays_and_the_longest_come_first(name):
         ids, weight, one = drawn(plain, one, step)
         order, weights, other = drawn(ordered, other, step)
         assert dict(zip(ids, weight, strict=True)) == dict(zip(order, weights, strict=True))
-        known = np.asarray(other.of_prompt)[order]
-        expected = np.where(known > 0, known, float(other.of_all))
+        known = np.asarray(other.prompt_lengths)[order]
+        expected = np.where(known > 0, known, float(other.mean_length))
         assert (np.diff(expected) <= 0).all()
         one = plain.observe(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
         other = ordered.observe(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
-        np.testing.assert_allclose(np.asarray(other.of_prompt)[order], length[order])
+        np.testing.assert_allclose(np.asarray(other.prompt_lengths)[order], length[order])
     jax.tree.map(np.testing.assert_array_equal, plain.to_table(one, 6), ordered.to_table(other, 6))
 
 
@@ -71,7 +71,7 @@ def test_a_new_prompt_is_expected_to_be_as_long_as_the_mean():
     _, ordered = selectors(**{"task.train_prompts": B})
     ids = jnp.asarray([3, 5])
     state = ordered.observe(ordered.init(B), ids, outcome([30.0, 10.0]), jnp.int32(0))
-    assert float(state.of_all) == 20
+    assert float(state.mean_length) == 20
     order, _, _ = drawn(ordered, state, 1)
     assert order[0] == 3 and order[-1] == 5
 
@@ -81,8 +81,8 @@ def test_a_prompt_that_is_twice_in_a_batch_has_one_length_whatever_the_order():
     ids, lengths = np.asarray([3, 5, 3]), np.asarray([30.0, 10.0, 8.0])
     orders = [0, 1, 2], [2, 1, 0]
     both = [ordered.observe(ordered.init(N), jnp.asarray(ids[o]), outcome(lengths[o]), 0) for o in orders]
-    np.testing.assert_array_equal(both[0].of_prompt, both[1].of_prompt)
-    assert float(both[0].of_prompt[3]) == 30
+    np.testing.assert_array_equal(both[0].prompt_lengths, both[1].prompt_lengths)
+    assert float(both[0].prompt_lengths[3]) == 30
 
 
 def test_changed_data_keeps_what_is_known():
@@ -90,13 +90,13 @@ def test_changed_data_keeps_what_is_known():
     state = ordered.observe(ordered.init(N), jnp.arange(B), outcome(np.arange(B) + 5.0), jnp.int32(0))
     places = jnp.asarray([7, -1, 2, 0, -1, 30, 1, 3])
     followed = ordered.follow(state, ordered.init(B), places)
-    np.testing.assert_array_equal(followed.of_prompt[:B], [12, 0, 7, 5, 0, 0, 6, 8])
-    assert followed.of_all == state.of_all
+    np.testing.assert_array_equal(followed.prompt_lengths[:B], [12, 0, 7, 5, 0, 0, 6, 8])
+    assert followed.mean_length == state.mean_length
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
-def test_every_part_is_dealt_its_longest_first(parts, each):
-    order = np.asarray(deal_by_length(jnp.arange(parts * each), parts)).reshape(parts, each)
+def test_every_part_starts_with_its_longest(parts, each):
+    order = np.asarray(interleave(jnp.arange(parts * each), parts)).reshape(parts, each)
     assert sorted(order.ravel()) == list(range(parts * each))
     assert (np.diff(order, axis=1) > 0).all()
     assert (order[:, 0] == np.arange(parts)).all()

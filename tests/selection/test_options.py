@@ -1,4 +1,4 @@
-"""What all selectors share: cooldown, limits, exploration, quotas, odd sizes, repeated prompts, changed data."""
+"""Options of all selectors: cooldown, limits, exploration, quotas, odd sizes, repeated prompts, changed data."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +10,17 @@ from pspo_jax.selection import SCORERS, PromptMetadata
 from pspo_jax.selection.beliefs import Beliefs
 from tests.selection.helpers import (
     GROUP,
-    alike,
+    all_wrong,
     assert_even,
     assert_valid,
     counted,
+    half_right,
+    half_right_only,
     make,
-    only,
     outcome,
-    play,
     random_rewards,
+    run_steps,
     with_priorities,
-    wrong,
 )
 
 MODES = ["uniform", "pps", "mopps", "prioritized_replay"]
@@ -30,7 +30,7 @@ COLUMNS = PromptMetadata(jnp.zeros(N, jnp.int8), jnp.arange(N, dtype=jnp.float32
 
 
 def last_visits(drawn, prompts):
-    """Step of each prompt's last visit before each step, -1 = none [steps, prompts]."""
+    """Steps [steps, prompts] of each prompt's last visit before each step; -1 = never visited."""
     last, rows = np.full(prompts, -1), []
     for step, ids in enumerate(drawn):
         rows.append(last.copy())
@@ -47,8 +47,8 @@ def last_visits(drawn, prompts):
 def test_a_prompt_rests_for_the_cooldown(name, sizes, more, seed):
     cooldown, b = sizes
     n = b * (cooldown + 1) + more
-    rig = make(name, b, cooldown=cooldown)
-    drawn, _ = play(rig, rig.init(n), 20, random_rewards(seed))
+    compiled = make(name, b, cooldown=cooldown)
+    drawn, _ = run_steps(compiled, compiled.init(n), 20, random_rewards(seed))
     for step, (ids, last) in enumerate(zip(drawn, last_visits(drawn, n), strict=True)):
         assert_valid(ids, n, b)
         assert ((last[ids] < 0) | (step - last[ids] > cooldown)).all()
@@ -57,13 +57,13 @@ def test_a_prompt_rests_for_the_cooldown(name, sizes, more, seed):
 @pytest.mark.parametrize("name", ["pps", "prioritized_replay"])
 def test_a_prompt_can_be_drawn_as_soon_as_its_cooldown_ends(name):
     extra = {"initial": 1e-6, "floor": 1e-6, "exponent": 2.0} if name == "pps" else {"retest_share": 0.0}
-    rig = make(name, 2, cooldown=3, **extra)
-    state = rig.init(20)
+    compiled = make(name, 2, cooldown=3, **extra)
+    state = compiled.init(20)
     for step in range(10):
         ids = np.arange(2 * step, 2 * step + 2)
-        state = rig.observe(state, ids, only({0, 1})(ids, step), step)
+        state = compiled.observe(state, ids, half_right_only({0, 1})(ids, step), step)
     # The only prompts that are worth anything have long rested: they come whenever they may.
-    drawn, _ = play(rig, state, 12, only({0, 1}), start=10)
+    drawn, _ = run_steps(compiled, state, 12, half_right_only({0, 1}), start=10)
     came = np.flatnonzero((np.sort(drawn, axis=1) == [0, 1]).all(1))
     assert came.tolist() == [0, 4, 8]
     assert not np.isin(np.delete(drawn, came, axis=0), [0, 1]).any()
@@ -72,8 +72,8 @@ def test_a_prompt_can_be_drawn_as_soon_as_its_cooldown_ends(name):
 @pytest.mark.parametrize("name", MODES)
 def test_where_all_prompts_rest_the_oldest_visits_come_first(name):
     n, b = 7, 3
-    rig = make(name, b, cooldown=3)
-    drawn, _ = play(rig, rig.init(n), 12, random_rewards(1))
+    compiled = make(name, b, cooldown=3)
+    drawn, _ = run_steps(compiled, compiled.init(n), 12, random_rewards(1))
     for ids, last in zip(drawn, last_visits(drawn, n), strict=True):
         assert_valid(ids, n, b)
         assert sorted(last[ids]) == sorted(last)[:b]
@@ -85,8 +85,8 @@ def test_where_all_prompts_rest_the_oldest_visits_come_first(name):
 @pytest.mark.parametrize("name", MODES)
 def test_no_prompt_is_drawn_more_often_than_max_visits(name):
     n, b, most = 10, 2, 3
-    rig = make(name, b, max_visits=most)
-    drawn, _ = play(rig, rig.init(n), 20, only(range(5)))
+    compiled = make(name, b, max_visits=most)
+    drawn, _ = run_steps(compiled, compiled.init(n), 20, half_right_only(range(5)))
     visits = np.zeros(n, int)
     for ids, last in zip(drawn, last_visits(drawn, n), strict=True):
         assert_valid(ids, n, b)
@@ -100,26 +100,26 @@ def test_no_prompt_is_drawn_more_often_than_max_visits(name):
 
 def judged_once(ids, step):
     """Odd prompts have a verdict, but only until step 10."""
-    return np.where((np.asarray(ids)[:, None] % 2 == 1) & (step < 10), alike(ids), np.nan)
+    return np.where((np.asarray(ids)[:, None] % 2 == 1) & (step < 10), half_right(ids), np.nan)
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_prompt_that_never_had_a_verdict_is_left_out(name):
     n = 20
-    rig = make(name, B, discount=0.0)  # max_unjudged is 3
-    state = rig.init(n)
+    compiled = make(name, B, discount=0.0)  # max_unjudged is 3
+    state = compiled.init(n)
     for step in range(10):
         ids = (B * step + np.arange(B)) % n
-        state = rig.observe(state, ids, judged_once(ids, step), step)
-    drawn, _ = play(rig, state, 60, judged_once, start=10)
+        state = compiled.observe(state, ids, judged_once(ids, step), step)
+    drawn, _ = run_steps(compiled, state, 60, judged_once, start=10)
     assert counted(drawn, n)[::2].max() == 1
     # Those that had one verdict stay, however many visits go without.
     assert (drawn[40:] % 2 == 1).all()
 
 
 def test_without_max_unjudged_no_prompt_is_left_out():
-    rig = make("uniform", 2, max_unjudged=0)
-    drawn, _ = play(rig, rig.init(10), 40, unjudged)
+    compiled = make("uniform", 2, max_unjudged=0)
+    drawn, _ = run_steps(compiled, compiled.init(10), 40, unjudged)
     assert (counted(drawn, 10) == 8).all()
 
 
@@ -130,8 +130,8 @@ def unjudged(ids, step):
 @pytest.mark.parametrize("name", MODES)
 def test_batches_are_full_where_no_prompt_ever_had_a_verdict(name):
     n = 12
-    rig = make(name, B, discount=0.0)
-    drawn, _ = play(rig, rig.init(n), 30, unjudged)
+    compiled = make(name, B, discount=0.0)
+    drawn, _ = run_steps(compiled, compiled.init(n), 30, unjudged)
     visits = np.zeros(n, int)
     for ids, last in zip(drawn, last_visits(drawn, n), strict=True):
         assert_valid(ids, n, B)
@@ -145,11 +145,11 @@ def test_batches_are_full_where_no_prompt_ever_had_a_verdict(name):
 # Exploration
 
 
-def with_favourites(rig, n):
-    """The state of n prompts of which 0 and 1 are the only ones that are worth anything."""
-    state = rig.init(n)
+def with_favourites(compiled, n):
+    """The state of n prompts of which only 0 and 1 have a priority."""
+    state = compiled.init(n)
     for step in range(12):
-        state = rig.observe(state, np.arange(n), only({0, 1})(np.arange(n), step), step)
+        state = compiled.observe(state, np.arange(n), half_right_only({0, 1})(np.arange(n), step), step)
     return state
 
 
@@ -157,8 +157,8 @@ def with_favourites(rig, n):
 def test_half_of_a_batch_explores(name):
     n, b = 12, 4
     extra = {"pps": {"floor": 1e-6, "exponent": 2.0}, "prioritized_replay": {"retest_share": 0.0}}.get(name, {})
-    rig = make(name, b, discount=1.0, exploration=0.5, **extra)
-    ids = rig.draws(with_favourites(rig, n), 3000, step=12)
+    compiled = make(name, b, discount=1.0, exploration=0.5, **extra)
+    ids = compiled.draws(with_favourites(compiled, n), 3000, step=12)
     assert (np.sort(ids[:, :2], axis=1) == [0, 1]).all()
     # The other half is of all others, distinct from the first.
     assert (np.sort(ids, axis=1)[:, :2] == [0, 1]).all()
@@ -169,20 +169,20 @@ def test_half_of_a_batch_explores(name):
 @pytest.mark.parametrize("name", ["pps", "prioritized_replay"])
 def test_with_exploration_alone_all_prompts_that_may_be_drawn_are_alike(name):
     n, b = 12, 2
-    rig = make(name, b, exploration=1.0, cooldown=2)
-    _, state = play(rig, rig.init(n), 9, only({0, 1, 2}))
-    rested = np.asarray(rig.table(state, n)["last_step"]) < 9 - 2
+    compiled = make(name, b, exploration=1.0, cooldown=2)
+    _, state = run_steps(compiled, compiled.init(n), 9, half_right_only({0, 1, 2}))
+    rested = np.asarray(compiled.table(state, n)["last_step"]) < 9 - 2
     assert rested.sum() == n - 2 * b
-    visits = counted(rig.draws(state, 3000, step=9), n)
+    visits = counted(compiled.draws(state, 3000, step=9), n)
     assert (visits[~rested] == 0).all()
     assert_even(visits[rested], b)
 
 
 def test_loss_weights_know_of_exploration():
     n, b, beta = 9, 4, 0.7
-    rig = make("pps", b, exploration=0.5, exponent=1.0, correction=beta, floor=1e-6)
+    compiled = make("pps", b, exploration=0.5, exponent=1.0, correction=beta, floor=1e-6)
     priority = np.linspace(0.1, 2, n)
-    ids, weight, _ = rig.select(with_priorities(rig, priority), 0)
+    ids, weight, _ = compiled.select(with_priorities(compiled, priority), 0)
     p = 0.5 * priority / priority.sum() + 0.5 / n
     raw = (1 / p[ids]) ** beta
     np.testing.assert_allclose(weight, raw / raw.max(), rtol=1e-4)
@@ -197,9 +197,9 @@ KIND = np.random.default_rng(5).permutation(np.repeat([0, 1, 2], [6, 10, 24]))
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_batch_has_each_tasks_quota(name):
-    rig = make(name, 8, kinds=KINDS, quotas=QUOTAS, cooldown=2)
-    state = rig.init(N, PromptMetadata(jnp.asarray(KIND, jnp.int8)))
-    drawn, _ = play(rig, state, 15, random_rewards(6))
+    compiled = make(name, 8, task_names=KINDS, quotas=QUOTAS, cooldown=2)
+    state = compiled.init(N, PromptMetadata(jnp.asarray(KIND, jnp.int8)))
+    drawn, _ = run_steps(compiled, state, 15, random_rewards(6))
     for ids, last in zip(drawn, last_visits(drawn, N), strict=True):
         assert_valid(ids, N, 8)
         assert np.bincount(KIND[ids], minlength=3).tolist() == [4, 2, 2]
@@ -211,20 +211,20 @@ def test_every_batch_has_each_tasks_quota(name):
 
 @pytest.fixture(scope="module")
 def weighted():
-    return make("pps", 8, kinds=KINDS, quotas=QUOTAS, exponent=1.0, correction=0.7, floor=1e-6)
+    return make("pps", 8, task_names=KINDS, quotas=QUOTAS, exponent=1.0, correction=0.7, floor=1e-6)
 
 
 def test_quotas_leave_the_order_of_preference_within_a_task(weighted):
     best = np.concatenate([np.flatnonzero(k == KIND)[:count] for k, count in enumerate((4, 2, 2))])
     priority = np.full(N, 1e-6)
     priority[best] = 1.0
-    state = with_priorities(weighted, priority, columns=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
+    state = with_priorities(weighted, priority, metadata=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     assert sorted(weighted.select(state, 0)[0]) == sorted(best)
 
 
 def test_loss_weights_use_the_probability_within_a_quota(weighted):
     priority = np.random.default_rng(7).uniform(0.1, 2, N)
-    state = with_priorities(weighted, priority, columns=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
+    state = with_priorities(weighted, priority, metadata=PromptMetadata(jnp.asarray(KIND, jnp.int8)))
     ids, weight, _ = weighted.select(state, 0)
     share = np.array([0.5, 0.25, 0.25])[KIND]
     p = share * priority / np.bincount(KIND, priority)[KIND]
@@ -234,10 +234,11 @@ def test_loss_weights_use_the_probability_within_a_quota(weighted):
 
 @pytest.mark.parametrize(("tasks", "name", "named"), [(44, "prioritized_replay", 44), (130, "uniform", 1)])
 def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
-    kinds = tuple(f"task{i:03d}" for i in range(tasks))
-    rig = make(name, 4, kinds=kinds, quotas=", ".join(f"{kind}={0.9 / named}" for kind in kinds[:named]))
-    state = rig.init(tasks, PromptMetadata(jnp.arange(tasks)))
-    assert int(rig.selector.summary(state, jnp.int32(0))["selection/eligible"]) == tasks
+    task_names = tuple(f"task{i:03d}" for i in range(tasks))
+    quotas = ", ".join(f"{task}={0.9 / named}" for task in task_names[:named])
+    compiled = make(name, 4, task_names=task_names, quotas=quotas)
+    state = compiled.init(tasks, PromptMetadata(jnp.arange(tasks)))
+    assert int(compiled.selector.summary(state, jnp.int32(0))["selection/eligible"]) == tasks
     assert (np.asarray(state.label)[:tasks] >= 0).all()
 
 
@@ -247,25 +248,25 @@ def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
 @pytest.mark.parametrize("name", MODES[1:])
 @pytest.mark.parametrize("n", [B, B + 1])
 def test_batches_are_full_where_there_are_hardly_more_prompts(name, n):
-    rig = make(name, B, discount=0.0)
-    for ids in play(rig, rig.init(n), 20, random_rewards(8, missing=0.3))[0]:
+    compiled = make(name, B, discount=0.0)
+    for ids in run_steps(compiled, compiled.init(n), 20, random_rewards(8, missing=0.3))[0]:
         assert_valid(ids, n, B)
 
 
 def test_all_prompts_of_several_blocks_are_drawn_alike():
     n = 300
-    rig = make("pps", 16)
-    ids = rig.draws(rig.init(n), 500)
+    compiled = make("pps", 16)
+    ids = compiled.draws(compiled.init(n), 500)
     assert_even(counted(ids, n), 16)
 
 
 @pytest.mark.parametrize("initial", [1e-3, 1e3])
 def test_weights_beyond_float32_still_fill_a_batch(initial):
     # 1e-150 or 1e150: all weights are the same smallest or largest one.
-    rig = make("pps", B, exponent=50.0, initial=initial, correction=0.4)
+    compiled = make("pps", B, exponent=50.0, initial=initial, correction=0.4)
     visits = np.zeros(N, int)
     for seed in range(200):
-        ids, weight, _ = rig.select(rig.init(N), 0, seed)
+        ids, weight, _ = compiled.select(compiled.init(N), 0, seed)
         assert_valid(ids, N, B)
         np.testing.assert_allclose(weight, 1.0, rtol=1e-5)
         visits[ids] += 1
@@ -280,68 +281,68 @@ GROUPS = np.array([[0, 1, 0, 0], [1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1, 1]])
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_prompt_twice_in_a_batch_counts_twice(name):
-    rig = make(name, B, discount=0.0)
-    state = rig.observe(rig.init(N, COLUMNS), TWICE, GROUPS, 6)
-    found = rig.table(state, N, 7)
+    compiled = make(name, B, discount=0.0)
+    state = compiled.observe(compiled.init(N, COLUMNS), TWICE, GROUPS, 6)
+    found = compiled.table(state, N, 7)
     want = np.zeros(N, int)
     want[[3, 7, 9]] = 1, 2, 1
     np.testing.assert_array_equal(found["visits"], want)
     np.testing.assert_array_equal(found["last_step"], np.where(want > 0, 6, -1))
     np.testing.assert_array_equal(found["success"][[3, 7, 9]], [0.75, 0.5, 0.5])
-    assert_valid(rig.select(state, 7)[0], N, B)
+    assert_valid(compiled.select(state, 7)[0], N, B)
 
 
 @pytest.mark.parametrize("name", ["prioritized_replay", "mopps", "posterior_mixed", "spo"])
 def test_beliefs_count_both_groups_of_a_prompt_twice_in_a_batch(name):
-    rig = make(name, B, discount=0.0)
-    state = rig.observe(rig.init(N, COLUMNS), TWICE, GROUPS, 6)
-    beliefs = state.own if isinstance(state.own, Beliefs) else state.own.beliefs
+    compiled = make(name, B, discount=0.0)
+    state = compiled.observe(compiled.init(N, COLUMNS), TWICE, GROUPS, 6)
+    beliefs = state.per_prompt if isinstance(state.per_prompt, Beliefs) else state.per_prompt.beliefs
     prior = 0 if name == "spo" else 1
     np.testing.assert_allclose(np.asarray(beliefs.a)[[3, 7, 9]], np.array([3, 4, 2]) + prior)
     np.testing.assert_allclose(np.asarray(beliefs.b)[[3, 7, 9]], np.array([1, 4, 2]) + prior)
-    if state.world.seen > 0:
+    if state.shared.seen > 0:
         means = np.asarray(beliefs.a / (beliefs.a + beliefs.b))[[3, 7, 9]]
-        assert float(state.world.seen) == 3
-        assert float(state.world.total) == pytest.approx(means.sum(), rel=1e-5)
+        assert float(state.shared.seen) == 3
+        assert float(state.shared.total) == pytest.approx(means.sum(), rel=1e-5)
 
 
 def test_the_last_group_of_a_prompt_twice_in_a_batch_makes_its_priority():
-    rig = make("pps", B, discount=0.0)
-    found = rig.table(rig.observe(rig.init(N), TWICE, GROUPS, 6), N)["priority"]
+    compiled = make("pps", B, discount=0.0)
+    found = compiled.table(compiled.observe(compiled.init(N), TWICE, GROUPS, 6), N)["priority"]
     raw = np.abs(np.asarray(outcome(GROUPS).raw_advantages)[:, -1]) + 0.1
     np.testing.assert_allclose(found[[3, 7, 9]], raw[1:], rtol=1e-5)
 
 
 def test_the_last_group_of_a_prompt_twice_in_a_batch_decides_gresos_streak():
-    rig = make("greso", B, discount=0.0)
-    state = rig.init(N)
+    compiled = make("greso", B, discount=0.0)
+    state = compiled.init(N)
     for step in range(3):
-        state = rig.observe(state, [7, 1, 2, 3], wrong(TWICE), step)
-    assert rig.table(state, N)["priority"][7] == 0.125
-    for first, second, want in ((wrong([0]), alike([0]), 1.0), (alike([0]), wrong([0]), 0.0625)):
-        seen = rig.observe(state, [7, 1, 2, 7], np.concatenate([first, wrong([1, 2]), second]), 3)
-        assert rig.table(seen, N)["priority"][7] == want
+        state = compiled.observe(state, [7, 1, 2, 3], all_wrong(TWICE), step)
+    assert compiled.table(state, N)["priority"][7] == 0.125
+    for first, second, want in ((all_wrong([0]), half_right([0]), 1.0), (half_right([0]), all_wrong([0]), 0.0625)):
+        seen = compiled.observe(state, [7, 1, 2, 7], np.concatenate([first, all_wrong([1, 2]), second]), 3)
+        assert compiled.table(seen, N)["priority"][7] == want
 
 
 def test_all_groups_of_a_prompt_twice_in_a_batch_decide_its_pool():
-    rig = make("difficulty_pools", B, discount=0.0)
+    compiled = make("difficulty_pools", B, discount=0.0)
     rewards = np.array([[0] * 4, [0] * 4, [1] * 4, [1] * 4])
-    found = rig.table(rig.observe(rig.init(N), TWICE, rewards, 6), N)
+    found = compiled.table(compiled.observe(compiled.init(N), TWICE, rewards, 6), N)
     np.testing.assert_allclose(found["priority"][[3, 7, 9]], [0.2, 1.0, 0.2])
 
 
 @pytest.mark.parametrize("name", ["pps", "difficulty_pools"])
 def test_draws_with_replacement_may_repeat_a_prompt(name):
-    rig = make(name, B, replacement=True)
-    state, repeated = rig.init(5), 0
+    compiled = make(name, B, replacement=True)
+    state, repeated = compiled.init(5), 0
     visits = np.zeros(5, int)
     for step in range(10):
-        ids, _, state = rig.select(state, step)
-        state = rig.observe(state, ids, alike(ids), step)
+        ids, _, state = compiled.select(state, step)
+        state = compiled.observe(state, ids, half_right(ids), step)
         repeated += len(set(ids.tolist())) < B
         visits += counted(ids, 5)
     assert repeated
-    np.testing.assert_array_equal(rig.table(state, 5)["visits"], visits)
+    np.testing.assert_array_equal(compiled.table(state, 5)["visits"], visits)
 
 
 # Changed data
@@ -356,52 +357,52 @@ def changed(seed=9, before=30, kept=21, new=9):
 @pytest.mark.parametrize("name", ["uniform", "pps", "mopps", "prioritized_replay", "spo"])
 def test_what_is_known_of_prompts_follows_them(name):
     places = changed()
-    rig = make(name, 3, cooldown=3)
-    _, state = play(rig, rig.init(30), 12, random_rewards(10))
-    before, fresh = rig.table(state, 30, 12), rig.table(rig.init(30), 30, 12)
-    state = rig.selector.follow(state, rig.init(30), jnp.asarray(places))
-    for column, found in rig.table(state, 30, 12).items():
+    compiled = make(name, 3, cooldown=3)
+    _, state = run_steps(compiled, compiled.init(30), 12, random_rewards(10))
+    before, fresh = compiled.table(state, 30, 12), compiled.table(compiled.init(30), 30, 12)
+    state = compiled.selector.follow(state, compiled.init(30), jnp.asarray(places))
+    for column, found in compiled.table(state, 30, 12).items():
         np.testing.assert_array_equal(found, np.where(places >= 0, before[column][places], fresh[column]))
     # Prompts that rested at the change go on resting, under their new rows.
     last = np.where(places >= 0, before["last_step"][places], -1)
     for step in range(12, 24):
-        ids, _, state = rig.select(state, step)
+        ids, _, state = compiled.select(state, step)
         assert_valid(ids, 30, 3)
         assert ((last[ids] < 0) | (step - last[ids] > 3)).all()
-        state = rig.observe(state, ids, random_rewards(step)(ids, step), step)
+        state = compiled.observe(state, ids, random_rewards(step)(ids, step), step)
         last[ids] = step
 
 
 @pytest.mark.parametrize("name", ["uniform", "greso"])
 def test_changed_data_starts_a_new_epoch(name):
-    rig = make(name, B, discount=0.0)
-    _, state = play(rig, rig.init(N), 7, only(range(20)))
-    state = rig.selector.follow(state, rig.init(N), jnp.asarray(changed(before=N, kept=30, new=10)))
-    drawn, _ = play(rig, state, N // B, start=7)
+    compiled = make(name, B, discount=0.0)
+    _, state = run_steps(compiled, compiled.init(N), 7, half_right_only(range(20)))
+    state = compiled.selector.follow(state, compiled.init(N), jnp.asarray(changed(before=N, kept=30, new=10)))
+    drawn, _ = run_steps(compiled, state, N // B, start=7)
     assert (counted(drawn, N) == 1).all()
 
 
 def test_the_cooldown_of_prompts_that_changed_places_ends():
-    rig = make("pps", 2, cooldown=3, initial=1e-6, floor=1e-6, exponent=2.0)
-    state = rig.observe(rig.init(20), [0, 1], alike([0, 1]), 0)
+    compiled = make("pps", 2, cooldown=3, initial=1e-6, floor=1e-6, exponent=2.0)
+    state = compiled.observe(compiled.init(20), [0, 1], half_right([0, 1]), 0)
     ids = [2, 3]
-    state = rig.observe(state, ids, wrong(ids), 1)
+    state = compiled.observe(state, ids, all_wrong(ids), 1)
     places = np.concatenate([np.arange(19, 9, -1), [1, -1, 0], np.arange(3, 10)])
-    state = rig.selector.follow(state, rig.init(20), jnp.asarray(places))
-    drawn, _ = play(rig, state, 8, only({10, 12}), start=2)
+    state = compiled.selector.follow(state, compiled.init(20), jnp.asarray(places))
+    drawn, _ = run_steps(compiled, state, 8, half_right_only({10, 12}), start=2)
     came = np.flatnonzero((np.sort(drawn, axis=1) == [10, 12]).all(1))
     assert (came + 2).tolist() == [4, 8]
 
 
 @pytest.mark.parametrize("n", [9, 150])
 def test_data_may_shrink_and_grow(n):
-    rig = make("pps", 3, cooldown=3)
-    _, state = play(rig, rig.init(30), 12, random_rewards(10))
+    compiled = make("pps", 3, cooldown=3)
+    _, state = run_steps(compiled, compiled.init(30), 12, random_rewards(10))
     places = np.concatenate([np.arange(30)[::-1], np.full(120, -1)])[:n]
-    before = rig.table(state, 30)["visits"]
-    state = rig.selector.follow(state, rig.init(n), jnp.asarray(places))
-    found = rig.table(state, n)["visits"]
+    before = compiled.table(state, 30)["visits"]
+    state = compiled.selector.follow(state, compiled.init(n), jnp.asarray(places))
+    found = compiled.table(state, n)["visits"]
     np.testing.assert_array_equal(found, np.where(places >= 0, before[places], 0))
-    drawn, _ = play(rig, state, 8, random_rewards(11), start=12)
+    drawn, _ = run_steps(compiled, state, 8, random_rewards(11), start=12)
     for ids in drawn:
         assert_valid(ids, n, 3)

@@ -1,4 +1,4 @@
-"""Selectors by belief: beliefs as plain floats have them, exact rankings, draw frequencies, and that they act."""
+"""Selectors by belief: beliefs equal those in plain floats, rankings are exact, frequencies fit, rewards act."""
 
 from functools import lru_cache
 
@@ -29,7 +29,7 @@ def outcome(rewards, policy_drift=0.0):
 
 
 class Plain:
-    """Beliefs in plain floats; each step, those not visited come nearer to the population."""
+    """Beliefs in plain floats; at each step, beliefs that are not visited move toward the population."""
 
     def __init__(self, n, forgetting, toward_prior):
         f = self.forgetting = forgetting
@@ -70,11 +70,11 @@ class Plain:
 
 
 def p_mixed(a, b, group):
-    right = wrong = 1.0
+    right = all_wrong = 1.0
     for i in range(group):
         right *= (a + i) / (a + b + i)
-        wrong *= (b + i) / (a + b + i)
-    return 1 - right - wrong
+        all_wrong *= (b + i) / (a + b + i)
+    return 1 - right - all_wrong
 
 
 SCORES = {
@@ -101,9 +101,9 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
     def one(state, x):
         step, ids, rewards, policy_drift = x
         state = tested.observe(state, ids, outcome(rewards, policy_drift), step)
-        return state, (state.own, tested.table(state, step + 1)["priority"], state.score)
+        return state, (state.per_prompt, tested.to_table(state, step + 1)["priority"], state.score)
 
-    play = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
+    run_steps = jax.jit(lambda xs: jax.lax.scan(one, tested.init(n), xs)[1])
 
     @given(seed=st.integers(0, 2**32), pace=st.sampled_from([0.0, 0.002, 0.02]))
     @settings(max_examples=6)
@@ -114,15 +114,15 @@ def test_beliefs_and_scores_equal_plain_floats(name, forgetting):
         rewards = rng.choice([0, 1, 0.5, 2, np.nan], (steps, batch, GROUP), p=[0.4, 0.3, 0.1, 0.1, 0.1])
         rewards[rng.random((steps, batch)) < 0.1] = np.nan
         policy_drift = np.cumsum(rng.random(steps) * pace)
-        own, priority, score = play(
+        per_prompt, priority, score = run_steps(
             (jnp.arange(steps), jnp.asarray(ids), jnp.asarray(rewards), jnp.asarray(policy_drift))
         )
         plain = Plain(n, forgetting, toward_prior=name != "spo")
         for t in range(steps):
             plain.step(ids[t].tolist(), rewards[t].tolist(), float(policy_drift[t]))
-            for found, want in zip((own.a, own.b), zip(*plain.stored, strict=True), strict=True):
+            for found, want in zip((per_prompt.a, per_prompt.b), zip(*plain.stored, strict=True), strict=True):
                 np.testing.assert_allclose(found[t, :n], want, rtol=1e-4)
-            np.testing.assert_allclose(own.moved[t, :n], plain.moved, rtol=1e-5)
+            np.testing.assert_allclose(per_prompt.policy_drift[t, :n], plain.moved, rtol=1e-5)
             want = [SCORES[name](a, b) for a, b in plain.now()]
             np.testing.assert_allclose(priority[t, :n], want, rtol=1e-4, atol=1e-5)
             if name != "mopps":
@@ -145,11 +145,11 @@ def test_posterior_mixed_takes_those_most_likely_mixed(discount, cooldown, seed,
     rho, one = np.float32(discount), np.float32(1)
     tie_new, tie_seen = (np.asarray(age_key(jnp.arange(n), jnp.full(n, x), SEED)) for x in (-1, 0))
     for step in range(STEPS):
-        right, wrong = np.ones_like(a), np.ones_like(a)
+        right, all_wrong = np.ones_like(a), np.ones_like(a)
         for i in range(GROUP):
-            right, wrong = right * (a + i) / (a + b + i), wrong * (b + i) / (a + b + i)
+            right, all_wrong = right * (a + i) / (a + b + i), all_wrong * (b + i) / (a + b + i)
         resting = (last >= 0) & (last + cooldown >= step)
-        score = np.where(resting, 0, one - right - wrong)
+        score = np.where(resting, 0, one - right - all_wrong)
         tie = np.where(last < 0, tie_new, tie_seen)
         want = np.lexsort((np.arange(n), -tie, last, -score, resting))[:4]
         assert sorted(got[step].tolist()) == sorted(want.tolist()), f"step {step}"
@@ -178,14 +178,16 @@ def programs(name, draw, candidates=4):
 
 
 def many(draws, state, count, step):
-    """Batches [count, 2], each by its own key."""
+    """Batches [count, 2], each drawn with a key of its own."""
     keys = jax.random.split(jax.random.key(5), (count // DRAWS, DRAWS))
     return np.concatenate([draws(state, k, step) for k in keys])
 
 
 def with_beliefs(state, a, b):
-    own = state.own._replace(a=state.own.a.at[: len(a)].set(a), b=state.own.b.at[: len(b)].set(b))
-    return state._replace(own=own)
+    per_prompt = state.per_prompt._replace(
+        a=state.per_prompt.a.at[: len(a)].set(a), b=state.per_prompt.b.at[: len(b)].set(b)
+    )
+    return state._replace(per_prompt=per_prompt)
 
 
 def test_mopps_with_certain_beliefs_takes_those_nearest_to_one_half():

@@ -1,4 +1,4 @@
-"""Prioritized replay against plain Python heaps: every batch of a history, retests, returns, and that it acts."""
+"""Prioritized replay equals plain Python heaps in every batch of a history; retests, returns, effect of rewards."""
 
 import dataclasses
 import heapq
@@ -26,7 +26,7 @@ RIGHT, WRONG, HALF, NONE = [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [math.nan] 
 
 
 class Heap:
-    """Entries are (key, version), the key ends with the row; one whose row has changed since is dropped when met."""
+    """A heap of (key, version), where the key ends with the row; entries of an older version are dropped."""
 
     def __init__(self, versions):
         self.entries, self.versions = [], versions
@@ -41,7 +41,7 @@ class Heap:
 
 
 class Oracle:
-    """The rules of prioritized replay, one problem at a time."""
+    """The rules of prioritized replay, one prompt at a time."""
 
     def __init__(self, n, config, forgetting):
         self.config, self.discount = config, np.float32(forgetting.discount)
@@ -128,33 +128,33 @@ def player(config, forgetting, batch):
         zeros = jnp.zeros((batch, GROUP))
         return made.observe(state, ids, RolloutOutcome(rewards[ids], zeros, zeros), step), ids
 
-    def play(state, rewards):
+    def run_steps(state, rewards):
         return jax.lax.scan(one, state, (jnp.arange(len(rewards)), rewards))
 
-    return made, jax.jit(made.init, static_argnums=0), jax.jit(play)
+    return made, jax.jit(made.init, static_argnums=0), jax.jit(run_steps)
 
 
 def batches(config, forgetting, batch, rewards):
-    """What the selector draws, with rewards [T, N, G]; and its last state."""
-    _, init, play = player(config, forgetting, batch)
+    """The batches that the selector draws with rewards [T, N, G], and its last state."""
+    _, init, run_steps = player(config, forgetting, batch)
     n = rewards.shape[1]
     rows = -(-n // 128) * 128
     padded = np.full((len(rewards), rows, GROUP), np.nan, np.float32)
     padded[:, :n] = rewards
-    state, ids = play(init(n), jnp.asarray(padded))
+    state, ids = run_steps(init(n), jnp.asarray(padded))
     return np.asarray(ids), state
 
 
 def random_rewards(rng, n, weights, constancy):
-    """Groups all right, all wrong, mixed or without a verdict; a problem's kind of group stays with some chance."""
+    """Groups all right, all wrong, mixed or without a verdict; a prompt keeps its kind of group for a while."""
     kind = rng.choice(4, (STEPS, n), p=weights)
     for t in range(1, STEPS):
         kind[t] = np.where(rng.random(n) < constancy, kind[t - 1], kind[t])
     shape = (STEPS, n, GROUP)
     mixed = rng.choice([0, 0.25, 1], shape)
     mixed[..., 0], mixed[..., 1] = 1, 0
-    kinds = [rng.choice([1, 1.5], shape), rng.choice([0, -0.5], shape), mixed]
-    rewards = np.select([kind[..., None] == i for i in range(3)], kinds, np.nan)
+    task_names = [rng.choice([1, 1.5], shape), rng.choice([0, -0.5], shape), mixed]
+    rewards = np.select([kind[..., None] == i for i in range(3)], task_names, np.nan)
     rewards[..., 2:][rng.random((STEPS, n, GROUP - 2)) < 0.2] = np.nan
     return rewards.astype(np.float32)
 
@@ -322,15 +322,15 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     zeros = jnp.zeros((12, GROUP))
     nothing = RolloutOutcome(jnp.full((12, GROUP), jnp.nan), zeros, zeros)
     after = jax.jit(made.observe)(before, jnp.arange(12), nothing, STEPS)
-    for name in ("pool", "wait", "last", "beliefs"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after.own, name), getattr(before.own, name))
+    for name in ("pool", "wait", "last_success", "beliefs"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after.per_prompt, name), getattr(before.per_prompt, name))
     old, new = made.to_table(before, STEPS), made.to_table(after, STEPS + 1)
     for name in ("priority", "success"):
         np.testing.assert_array_equal(new[name], old[name])
     assert new["visits"][:12].tolist() == (old["visits"][:12] + 1).tolist()
     assert new["last_step"][:12].tolist() == [STEPS] * 12
     # The wait, as long as it was, counts from the visit.
-    np.testing.assert_array_equal(after.own.due[:8], STEPS + before.own.wait[:8])
+    np.testing.assert_array_equal(after.per_prompt.due[:8], STEPS + before.per_prompt.wait[:8])
 
 
 @pytest.mark.parametrize(

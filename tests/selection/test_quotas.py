@@ -1,4 +1,4 @@
-"""Quotas: batches are divided exactly over steps, and what cannot be divided is refused in one line."""
+"""Quotas: batches are divided exactly over steps, and quotas that cannot be met are refused in one line."""
 
 import math
 from fractions import Fraction
@@ -20,7 +20,7 @@ PARTS = st.lists(st.integers(1, 1000), min_size=1, max_size=8)
 
 
 def divisions(shares, batch, steps):
-    """Counts [steps, slots] of as many batches."""
+    """Prompts [steps, slots] of each slot in successive batches."""
     carry, found = jnp.zeros(shares.slots, jnp.int32), []
     for _ in range(steps):
         counts, carry = shares.divide(carry, batch)
@@ -106,15 +106,15 @@ def test_no_batch_takes_more_than_the_most(parts, batch, want):
 
 
 @pytest.mark.parametrize("quotas", ["", "  ", ",", " , "])
-@pytest.mark.parametrize("kinds", [(), KINDS], ids=["unnamed", "named"])
-def test_no_quotas_are_one_slot_with_the_whole_batch(quotas, kinds):
-    shares = shares_of(quotas, kinds)
+@pytest.mark.parametrize("task_names", [(), KINDS], ids=["unnamed", "named"])
+def test_no_quotas_are_one_slot_with_the_whole_batch(quotas, task_names):
+    shares = shares_of(quotas, task_names)
     assert shares.slots == 1 and shares.most(8, 0) == 8
-    assert shares.slot(jnp.arange(max(len(kinds), 1), dtype=jnp.int8)).tolist() == [0] * max(len(kinds), 1)
+    assert shares.slot(jnp.arange(max(len(task_names), 1), dtype=jnp.int8)).tolist() == [0] * max(len(task_names), 1)
 
 
 @pytest.mark.parametrize(
-    ("quotas", "of_kind", "parts"),
+    ("quotas", "slot_of_task", "parts"),
     [
         ("math=0.5", (0, 1, 1), (1, 1)),
         ("logic=0.25", (1, 1, 0), (1, 3)),
@@ -124,11 +124,11 @@ def test_no_quotas_are_one_slot_with_the_whole_batch(quotas, kinds):
         ("math=0.2, gsm8k=0.1, logic=0.1", (0, 1, 2), (2, 1, 1)),
     ],
 )
-def test_each_task_has_its_slot_and_others_share_the_last(quotas, of_kind, parts):
+def test_each_task_has_its_slot_and_others_share_the_last(quotas, slot_of_task, parts):
     shares = shares_of(quotas, KINDS)
-    assert shares.of_kind == of_kind
+    assert shares.slot_of_task == slot_of_task
     assert shares.parts == parts
-    assert shares.slot(jnp.asarray([2, 0, 1, 0], jnp.int8)).tolist() == [of_kind[i] for i in (2, 0, 1, 0)]
+    assert shares.slot(jnp.asarray([2, 0, 1, 0], jnp.int8)).tolist() == [slot_of_task[i] for i in (2, 0, 1, 0)]
 
 
 def test_padding_has_any_slot():
@@ -201,7 +201,7 @@ def test_a_refusal_names_what_is_wrong_and_what_there_is():
         shares_of("maths=0.5", KINDS)
     with pytest.raises(ConfigError, match="nothing for gsm8k, logic"):
         shares_of("math=1", KINDS)
-    with pytest.raises(ConfigError, match=r"gsm8k=2.* is no task=share"):
+    with pytest.raises(ConfigError, match=r"gsm8k=2.* is not task=share"):
         shares_of("math=0.5, gsm8k=2", KINDS)
     with pytest.raises(ConfigError, match="more than 1"):
         shares_of("math=0.6, gsm8k=0.6", KINDS)

@@ -1,4 +1,4 @@
-"""Selectors: exact frequencies and weights, epochs without gaps, that outcomes act, and what reports show."""
+"""Selectors: exact frequencies and weights, epochs without gaps, the effect of outcomes, and reports."""
 
 import itertools
 import math
@@ -15,18 +15,18 @@ from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection import SCORERS, PromptMetadata, SelectorContext, selector
 from tests.selection.helpers import (
     GROUP,
-    alike,
+    all_wrong,
     assert_even,
     assert_fits,
     assert_valid,
     counted,
+    half_right,
+    half_right_only,
     make,
-    only,
     outcome,
-    play,
     random_rewards,
+    run_steps,
     with_priorities,
-    wrong,
 )
 
 N, B = 40, 4
@@ -57,8 +57,8 @@ def times_drawn(ids, ways):
 
 @pytest.mark.parametrize(("n", "b"), [(1, 1), (7, 7), (23, 5), (130, 13)])
 def test_uniform_visits_every_prompt_once_an_epoch(n, b):
-    rig = make("uniform", b)
-    drawn, _ = play(rig, rig.init(n), 2 * math.ceil(n / b) + 3)
+    compiled = make("uniform", b)
+    drawn, _ = run_steps(compiled, compiled.init(n), 2 * math.ceil(n / b) + 3)
     visits = np.zeros(n, int)
     for ids in drawn:
         assert_valid(ids, n, b)
@@ -69,8 +69,8 @@ def test_uniform_visits_every_prompt_once_an_epoch(n, b):
 
 
 def test_uniform_weighs_all_prompts_alike():
-    rig = make("uniform", 5)
-    assert rig.select(rig.init(23), 0)[1].tolist() == [1.0] * 5
+    compiled = make("uniform", 5)
+    assert compiled.select(compiled.init(23), 0)[1].tolist() == [1.0] * 5
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def test_uniform_orders_differ_by_epoch_and_by_seed(orders):
 def test_pps_draws_are_successive_draws_in_proportion_to_powers_of_priorities():
     priority = np.array([1.0, 0.3, 0.05, 2.0, 1e-3, 0.7])
     p = priority**0.6 / (priority**0.6).sum()
-    rig = make("pps", 2, exponent=0.6, floor=1e-6)
-    ids = rig.draws(with_priorities(rig, priority), 50_000)
+    compiled = make("pps", 2, exponent=0.6, floor=1e-6)
+    ids = compiled.draws(with_priorities(compiled, priority), 50_000)
     assert_fits(counted(ids[:, 0], 6), p)
     ways = all_ways(p, 2)
     assert_fits(times_drawn(ids, ways), list(ways.values()))
@@ -119,8 +119,8 @@ def test_pps_draws_are_successive_draws_in_proportion_to_powers_of_priorities():
 
 def test_pps_draws_are_exact_where_one_prompt_holds_nearly_all_of_the_weight():
     priority = np.array([1e6, 1.0, 2.0, 4.0])
-    rig = make("pps", 3, exponent=1.0, floor=1e-6)
-    ids = rig.draws(with_priorities(rig, priority), 5000)
+    compiled = make("pps", 3, exponent=1.0, floor=1e-6)
+    ids = compiled.draws(with_priorities(compiled, priority), 5000)
     ways = {(0, *(i + 1 for i in rest)): p for rest, p in all_ways([1, 2, 4], 2).items()}
     usual = ids[ids[:, 0] == 0]
     assert len(usual) > 0.999 * len(ids)
@@ -129,9 +129,9 @@ def test_pps_draws_are_exact_where_one_prompt_holds_nearly_all_of_the_weight():
 
 def test_draws_with_replacement_are_independent_and_in_proportion():
     priority = np.array([1.0, 0.3, 0.05, 2.0])
-    rig = make("pps", 20_000, exponent=0.6, floor=1e-6, replacement=True)
+    compiled = make("pps", 20_000, exponent=0.6, floor=1e-6, replacement=True)
     p = priority**0.6 / (priority**0.6).sum()
-    ids = rig.select(with_priorities(rig, priority), 0)[0]
+    ids = compiled.select(with_priorities(compiled, priority), 0)[0]
     assert_fits(counted(ids, 4), p)
     ways = {(i, j): p[i] * p[j] for i, j in itertools.product(range(4), repeat=2)}
     assert_fits(times_drawn(ids.reshape(-1, 2), ways), list(ways.values()))
@@ -140,8 +140,8 @@ def test_draws_with_replacement_are_independent_and_in_proportion():
 @pytest.mark.parametrize(("exponent", "correction"), [(0.6, 0.4), (1.0, 1.0), (0.0, 0.4)])
 @given(priority=st.lists(st.floats(1e-3, 10), min_size=9, max_size=9), seed=st.integers(0, 1000))
 def test_loss_weights_equal_plain_python(exponent, correction, priority, seed):
-    rig = make("pps", 4, exponent=exponent, correction=correction, floor=1e-6)
-    ids, weight, _ = rig.select(with_priorities(rig, priority), 0, seed)
+    compiled = make("pps", 4, exponent=exponent, correction=correction, floor=1e-6)
+    ids, weight, _ = compiled.select(with_priorities(compiled, priority), 0, seed)
     total = sum(p**exponent for p in priority)
     n_p = [9 * priority[i] ** exponent / total for i in ids]
     raw = [(1 / x) ** correction for x in n_p]
@@ -152,79 +152,81 @@ def test_loss_weights_equal_plain_python(exponent, correction, priority, seed):
 
 
 def test_draws_are_not_fixed_at_the_start_of_an_epoch():
-    rig = make("pps", 8, floor=1e-6)
-    state = rig.init(100)
-    before, _, state = rig.select(state, 0, seed=7)
+    compiled = make("pps", 8, floor=1e-6)
+    state = compiled.init(100)
+    before, _, state = compiled.select(state, 0, seed=7)
     # The prompts just drawn turn out to teach nothing.
-    after, _, _ = rig.select(rig.observe(state, before, wrong(before), 0), 1, seed=7)
+    after, _, _ = compiled.select(compiled.observe(state, before, all_wrong(before), 0), 1, seed=7)
     assert not set(before.tolist()) & set(after.tolist())
 
 
 def test_loss_weights_use_the_probability_at_the_draw():
-    rig = make("pps", 4, exponent=1.0, correction=1.0, floor=1e-6)
-    state = with_priorities(rig, np.ones(9))
+    compiled = make("pps", 4, exponent=1.0, correction=1.0, floor=1e-6)
+    state = with_priorities(compiled, np.ones(9))
     # An outcome that changes every priority comes after the weights of its own draw.
-    ids, weight, state = rig.select(state, 0)
+    ids, weight, state = compiled.select(state, 0)
     np.testing.assert_allclose(weight, 1.0, rtol=1e-5)
-    state = rig.observe(state, ids, alike(ids), 0)
-    again, weight, _ = rig.select(state, 1)
+    state = compiled.observe(state, ids, half_right(ids), 0)
+    again, weight, _ = compiled.select(state, 1)
     priority = np.ones(9)
-    priority[ids] = abs(float(outcome(alike([0])).raw_advantages[0, -1]))
+    priority[ids] = abs(float(outcome(half_right([0])).raw_advantages[0, -1]))
     assert 0 < np.isin(again, ids).sum() < 4
     np.testing.assert_allclose(weight, priority[again].min() / priority[again], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("statistic", "want"), [("last", 0.5), ("mean", 1.0), ("max", 2.0)])
 def test_pps_statistics(statistic, want):
-    rig = make("pps", 1, statistic=statistic, floor=1e-6)
+    compiled = make("pps", 1, statistic=statistic, floor=1e-6)
     seen = outcome(np.zeros((1, 4)))._replace(raw_advantages=jnp.array([[-2.0, 1.0, 0.5, 0.5]]))
-    found = rig.table(rig.observe(rig.init(3), [1], seen, 0), 3)
+    found = compiled.table(compiled.observe(compiled.init(3), [1], seen, 0), 3)
     np.testing.assert_allclose(found["priority"], [1.0, want + 1e-6, 1.0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("signal", "want"), [("raw", 1.0), ("smoothed", 3.0)])
 def test_pps_signal(signal, want):
-    rig = make("pps", 1, statistic="last", floor=1e-6, **({} if signal == "raw" else {"signal": signal}))
+    compiled = make("pps", 1, statistic="last", floor=1e-6, **({} if signal == "raw" else {"signal": signal}))
     seen = outcome(np.zeros((1, 4)), advantages=[[0, 0, 0, 3.0]])._replace(raw_advantages=jnp.ones((1, 4)))
-    found = rig.table(rig.observe(rig.init(3), [1], seen, 0), 3)
+    found = compiled.table(compiled.observe(compiled.init(3), [1], seen, 0), 3)
     assert found["priority"][1] == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("statistic", ["last", "mean", "max"])
 def test_a_prompt_without_a_verdict_keeps_its_priority(statistic):
-    rig = make("pps", 1, statistic=statistic, floor=1e-6)
-    state = rig.observe(rig.init(3), [1], [[0, 1, 1, 0]], 0)
-    before = rig.table(state, 3)["priority"]
+    compiled = make("pps", 1, statistic=statistic, floor=1e-6)
+    state = compiled.observe(compiled.init(3), [1], [[0, 1, 1, 0]], 0)
+    before = compiled.table(state, 3)["priority"]
     assert before[1] != before[0]
     nothing = outcome([[math.nan] * 4])._replace(raw_advantages=jnp.full((1, 4), 5.0))
-    np.testing.assert_array_equal(rig.table(rig.observe(state, [1], nothing, 1), 3)["priority"], before)
+    np.testing.assert_array_equal(compiled.table(compiled.observe(state, [1], nothing, 1), 3)["priority"], before)
 
 
 @pytest.mark.parametrize("statistic", ["mean", "max"])
 def test_completions_without_a_verdict_do_not_count(statistic):
-    rig = make("pps", 1, statistic=statistic, floor=1e-6)
+    compiled = make("pps", 1, statistic=statistic, floor=1e-6)
     seen = outcome([[1, math.nan, 0, math.nan]])._replace(raw_advantages=jnp.array([[0.5, 9.0, -0.5, 9.0]]))
-    found = rig.table(rig.observe(rig.init(3), [1], seen, 0), 3)
+    found = compiled.table(compiled.observe(compiled.init(3), [1], seen, 0), 3)
     assert found["priority"][1] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_exponent_and_correction_are_annealed_and_all_prompts_follow():
     steps, n = 11, 20
-    rig = make("pps", 4, exponent=0.2, exponent_end=1.0, correction=0.4, correction_end=1.0, floor=1e-6, steps=steps)
+    compiled = make(
+        "pps", 4, exponent=0.2, exponent_end=1.0, correction=0.4, correction_end=1.0, floor=1e-6, steps=steps
+    )
     priority = np.linspace(0.1, 2, n)
-    state = with_priorities(rig, priority)
+    state = with_priorities(compiled, priority)
     for step in range(steps):
-        ids, weight, state = rig.select(state, step)
+        ids, weight, state = compiled.select(state, step)
         exponent, correction = 0.2 + 0.8 * step / (steps - 1), 0.4 + 0.6 * step / (steps - 1)
         p = priority**exponent / (priority**exponent).sum()
         raw = (1 / (n * p[ids])) ** correction
         np.testing.assert_allclose(weight, raw / raw.max(), rtol=1e-4)
         if step in (0, 5, 10):
-            assert_fits(counted(rig.draws(state, 4000, step)[:, 0], n), p)
+            assert_fits(counted(compiled.draws(state, 4000, step)[:, 0], n), p)
         # Its own advantages again, so that nothing but time changes a weight.
         same = np.tile(priority[ids][:, None] - 1e-6, (1, GROUP))
         seen = outcome(np.zeros((4, GROUP)))._replace(raw_advantages=jnp.asarray(same, jnp.float32))
-        state = rig.observe(state, ids, seen, step)
+        state = compiled.observe(state, ids, seen, step)
 
 
 # GRESO
@@ -232,8 +234,8 @@ def test_exponent_and_correction_are_annealed_and_all_prompts_follow():
 
 def test_greso_visits_a_prompt_that_is_never_mixed_with_the_keep_probability():
     n, keep = 64, 0.25
-    rig = make("greso", 8, greso_base=1e-3, greso_floor=keep)
-    drawn, _ = play(rig, rig.init(n), 2500, only(range(n // 2)))
+    compiled = make("greso", 8, greso_base=1e-3, greso_floor=keep)
+    drawn, _ = run_steps(compiled, compiled.init(n), 2500, half_right_only(range(n // 2)))
     visits = counted(drawn, n)
     epochs = visits[: n // 2].mean()
     assert visits[: n // 2].max() - visits[: n // 2].min() <= 1
@@ -245,16 +247,18 @@ def test_greso_visits_a_prompt_that_is_never_mixed_with_the_keep_probability():
 
 def test_greso_without_skips_is_uniform():
     a, b = make("greso", B), make("uniform", B)
-    np.testing.assert_array_equal(play(a, a.init(N), 25)[0], play(b, b.init(N), 25)[0])
+    np.testing.assert_array_equal(run_steps(a, a.init(N), 25)[0], run_steps(b, b.init(N), 25)[0])
 
 
 def test_a_mixed_group_resets_gresos_streak():
-    rig = make("greso", 1, greso_base=0.5, greso_floor=0.1)
-    state, found = rig.init(3), []
+    compiled = make("greso", 1, greso_base=0.5, greso_floor=0.1)
+    state, found = compiled.init(3), []
     none = np.full((1, GROUP), np.nan)
-    for step, rewards in enumerate([wrong([0]), 1 - wrong([0]), none, wrong([0]), wrong([0]), alike([0])]):
-        state = rig.observe(state, [0], rewards, step)
-        found.append(float(rig.table(state, 3)["priority"][0]))
+    for step, rewards in enumerate(
+        [all_wrong([0]), 1 - all_wrong([0]), none, all_wrong([0]), all_wrong([0]), half_right([0])]
+    ):
+        state = compiled.observe(state, [0], rewards, step)
+        found.append(float(compiled.table(state, 3)["priority"][0]))
     assert found == pytest.approx([0.5, 0.25, 0.25, 0.125, 0.1, 1.0])
 
 
@@ -263,21 +267,21 @@ def test_a_mixed_group_resets_gresos_streak():
 
 def test_difficulty_pools_draw_by_the_last_group():
     n, weights = 12, {0.0: 0.3, 0.5: 1.0, 1.0: 0.1}
-    rig = make("difficulty_pools", 1, pool_weights="0.1,1,0.3")
-    state, success = rig.init(n), np.full(n, 0.5)
+    compiled = make("difficulty_pools", 1, pool_weights="0.1,1,0.3")
+    state, success = compiled.init(n), np.full(n, 0.5)
     for step, learned in enumerate([(1.0, 0.0), (0.0, 0.5), (0.5, 1.0)]):
         success[:8] = np.repeat(learned, 4)
         rewards = np.arange(GROUP) < GROUP * success[:8, None]
-        state = rig.observe(state, np.arange(8), rewards, step)
+        state = compiled.observe(state, np.arange(8), rewards, step)
         want = np.array([weights[s] for s in success])
-        np.testing.assert_allclose(rig.table(state, n)["priority"], want)
-        assert_fits(counted(rig.draws(state, 5000), n), want)
+        np.testing.assert_allclose(compiled.table(state, n)["priority"], want)
+        assert_fits(counted(compiled.draws(state, 5000), n), want)
 
 
 def test_difficulty_pools_thresholds_belong_to_the_outer_pools():
-    rig = make("difficulty_pools", 1, easy_from=0.75, hard_to=0.25, pool_weights="0.1,1,0.3")
+    compiled = make("difficulty_pools", 1, easy_from=0.75, hard_to=0.25, pool_weights="0.1,1,0.3")
     rewards = (np.arange(GROUP) < np.arange(GROUP + 1)[:, None]).astype(float)
-    found = rig.table(rig.observe(rig.init(6), np.arange(5), rewards, 0), 6)
+    found = compiled.table(compiled.observe(compiled.init(6), np.arange(5), rewards, 0), 6)
     np.testing.assert_allclose(found["priority"], [0.3, 0.3, 1.0, 0.1, 0.1, 1.0])
 
 
@@ -292,52 +296,54 @@ def test_the_curriculum_draws_from_the_easiest_share_only():
     n, steps = 47, 40
     difficulty = np.random.default_rng(1).integers(0, 30, n).astype(np.float32)
     difficulty[[3, 17, 30]] = np.nan
-    rig = make("curriculum", B, steps=steps, curriculum_start=0.2)
-    state = rig.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty)))
+    compiled = make("curriculum", B, steps=steps, curriculum_start=0.2)
+    state = compiled.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty)))
     for step in range(steps):
         if step in (0, 1, 7, 13, 19, 20, 39):
             want = window(difficulty.tolist(), 0.2 + 0.8 * min(step / (steps // 2), 1), B)
-            ids = rig.draws(state, 500, step)
+            ids = compiled.draws(state, 500, step)
             assert set(ids.reshape(-1).tolist()) == want
             assert_even(counted(ids, n)[sorted(want)], B)
             assert bool(want & {3, 17, 30}) == (step >= 19)
-        ids, weight, state = rig.select(state, step)
+        ids, weight, state = compiled.select(state, step)
         assert weight.tolist() == [1.0] * B
-        state = rig.observe(state, ids, alike(ids), step)
+        state = compiled.observe(state, ids, half_right(ids), step)
     assert len(want) == n
 
 
 def test_the_curriculum_ends_at_its_own_step():
-    rig = make("curriculum", B, curriculum_start=0.2, curriculum_steps=2)
-    state, found = rig.init(N, COLUMNS), []
+    compiled = make("curriculum", B, curriculum_start=0.2, curriculum_steps=2)
+    state, found = compiled.init(N, COLUMNS), []
     for step in range(3):
-        found.append(int((rig.table(state, N, step)["priority"] > 0).sum()))
-        _, state = play(rig, state, 1, start=step)
+        found.append(int((compiled.table(state, N, step)["priority"] > 0).sum()))
+        _, state = run_steps(compiled, state, 1, start=step)
     assert found == [8, 24, 40]
 
 
 def test_the_curriculums_window_holds_a_batch():
     n, b = 20, 8
-    rig = make("curriculum", b, curriculum_start=0.05)
+    compiled = make("curriculum", b, curriculum_start=0.05)
     difficulty = np.random.default_rng(2).permutation(n)
-    ids = rig.draws(rig.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty, jnp.float32))), 100)
+    ids = compiled.draws(
+        compiled.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.asarray(difficulty, jnp.float32))), 100
+    )
     assert (np.sort(difficulty[ids], axis=1) == np.arange(b)).all()
 
 
 def test_the_curriculums_window_holds_a_batch_of_changed_data():
     b = 8
-    rig = make("curriculum", b, curriculum_start=0.05)
+    compiled = make("curriculum", b, curriculum_start=0.05)
     large, small = (
-        rig.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.arange(n, dtype=jnp.float32))) for n in (120, 20)
+        compiled.init(n, PromptMetadata(jnp.zeros(n, jnp.int8), jnp.arange(n, dtype=jnp.float32))) for n in (120, 20)
     )
-    ids = rig.draws(rig.selector.follow(large, small, jnp.arange(20)), 100)
+    ids = compiled.draws(compiled.selector.follow(large, small, jnp.arange(20)), 100)
     assert (np.sort(ids, axis=1) == np.arange(b)).all()
 
 
-@pytest.mark.parametrize("columns", [None, PromptMetadata(jnp.zeros(9, jnp.int8))])
-def test_a_curriculum_without_difficulties_is_refused(columns):
+@pytest.mark.parametrize("metadata", [None, PromptMetadata(jnp.zeros(9, jnp.int8))])
+def test_a_curriculum_without_difficulties_is_refused(metadata):
     with pytest.raises(ConfigError, match="difficulty"):
-        make("curriculum", B).init(9, columns)
+        make("curriculum", B).init(9, metadata)
 
 
 # All of them
@@ -345,43 +351,43 @@ def test_a_curriculum_without_difficulties_is_refused(columns):
 
 @pytest.mark.parametrize("name", [n for n in SCORERS if n != "curriculum"])
 def test_an_outcome_changes_the_next_draw(name):
-    rig = make(name, B, discount=0.0)
-    state = rig.init(N, COLUMNS)
-    before, _, state = rig.select(state, 0, seed=5)
-    after, _, _ = rig.select(rig.observe(state, before, wrong(before), 0), 1, seed=5)
+    compiled = make(name, B, discount=0.0)
+    state = compiled.init(N, COLUMNS)
+    before, _, state = compiled.select(state, 0, seed=5)
+    after, _, _ = compiled.select(compiled.observe(state, before, all_wrong(before), 0), 1, seed=5)
     assert set(before.tolist()) != set(after.tolist())
 
 
 @pytest.mark.parametrize("name", [n for n in SCORERS if n != "curriculum"])
 def test_prompts_that_teach_nothing_are_drawn_less(name):
-    rig = make(name, B, discount=0.0)
-    state = rig.init(N, COLUMNS)
+    compiled = make(name, B, discount=0.0)
+    state = compiled.init(N, COLUMNS)
     for step in range(N // 2 // B):
         ids = B * step + np.arange(B)
-        state = rig.observe(state, ids, wrong(ids), step)
-    drawn = np.stack([rig.select(state, 5, seed)[0] for seed in range(200)])
+        state = compiled.observe(state, ids, all_wrong(ids), step)
+    drawn = np.stack([compiled.select(state, 5, seed)[0] for seed in range(200)])
     # Half would be chance; the standard error of the share is below .018.
     assert (drawn < N // 2).mean() < 0.42
 
 
 def test_the_step_changes_what_the_curriculum_draws():
-    rig = make("curriculum", B)
-    state = rig.init(N, COLUMNS)
-    early, _, _ = rig.select(state, 0, seed=5)
-    late, _, _ = rig.select(rig.observe(state, early, alike(early), 60), 61, seed=5)
+    compiled = make("curriculum", B)
+    state = compiled.init(N, COLUMNS)
+    early, _, _ = compiled.select(state, 0, seed=5)
+    late, _, _ = compiled.select(compiled.observe(state, early, half_right(early), 60), 61, seed=5)
     hardness = np.asarray(COLUMNS.difficulty)
     assert hardness[early].max() < 0.2 * N <= hardness[late].max()
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_without_information_all_prompts_are_drawn_alike(name):
-    rig = make(name, B, discount=0.0)
-    state = rig.init(N, COLUMNS)
-    # Every prompt once, so that none differs by what is not known of it; from step 50 the curriculum holds everything.
+    compiled = make(name, B, discount=0.0)
+    state = compiled.init(N, COLUMNS)
+    # Every prompt is visited once, so that no prompt lacks a visit; from step 50 the curriculum holds all prompts.
     for step in range(40, 50):
         ids = B * (step - 40) + np.arange(B)
-        state = rig.observe(state, ids, alike(ids), step)
-    drawn, _ = play(rig, state, 400, start=50)
+        state = compiled.observe(state, ids, half_right(ids), step)
+    drawn, _ = run_steps(compiled, state, 400, start=50)
     visits = counted(drawn, N)
     if name in ("uniform", "greso", "prioritized_replay", "posterior_mixed"):
         assert (visits == 400 * B // N).all()
@@ -391,10 +397,10 @@ def test_without_information_all_prompts_are_drawn_alike(name):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_run_resumes_exactly(name):
-    rig, rewards = make(name, B, discount=0.0), random_rewards(3)
-    _, state = play(rig, rig.init(N, COLUMNS), 7, rewards)
+    compiled, rewards = make(name, B, discount=0.0), random_rewards(3)
+    _, state = run_steps(compiled, compiled.init(N, COLUMNS), 7, rewards)
     saved = jax.tree.map(jnp.asarray, jax.device_get(state))
-    once, again = (play(rig, s, 8, only(range(15)), start=7)[0] for s in (state, saved))
+    once, again = (run_steps(compiled, s, 8, half_right_only(range(15)), start=7)[0] for s in (state, saved))
     np.testing.assert_array_equal(once, again)
 
 
@@ -404,63 +410,63 @@ def test_a_run_resumes_exactly(name):
 @pytest.fixture(scope="module")
 def history():
     """A run of pps with gaps and cooldown, and the same in NumPy."""
-    rig = make("pps", B, cooldown=2, max_unjudged=1, floor=0.1)
-    rewards, state = random_rewards(4, missing=0.3), rig.init(N)
-    book = {
+    compiled = make("pps", B, cooldown=2, max_unjudged=1, floor=0.1)
+    rewards, state = random_rewards(4, missing=0.3), compiled.init(N)
+    table = {
         "visits": np.zeros(N, int),
         "last_step": np.full(N, -1),
         "success": np.full(N, np.nan),
         "priority": np.ones(N),
     }
     for step in range(12):
-        ids, _, state = rig.select(state, step)
-        before = {name: values.copy() for name, values in book.items()}
-        shown = rig.selector.batch_metrics(state, jnp.asarray(ids), jnp.int32(step))
+        ids, _, state = compiled.select(state, step)
+        before = {name: values.copy() for name, values in table.items()}
+        shown = compiled.selector.batch_metrics(state, jnp.asarray(ids), jnp.int32(step))
         seen = rewards(ids, step)
-        state = rig.observe(state, ids, seen, step)
+        state = compiled.observe(state, ids, seen, step)
         judged = ~np.isnan(seen[:, 0])
-        book["visits"][ids] += 1
-        book["last_step"][ids] = step
-        book["success"][ids[judged]] = seen[judged].mean(1)
-        book["priority"][ids[judged]] = np.abs(np.asarray(outcome(seen).raw_advantages)[judged, -1]) + 0.1
-    return rig, state, book, before, ids, shown
+        table["visits"][ids] += 1
+        table["last_step"][ids] = step
+        table["success"][ids[judged]] = seen[judged].mean(1)
+        table["priority"][ids[judged]] = np.abs(np.asarray(outcome(seen).raw_advantages)[judged, -1]) + 0.1
+    return compiled, state, table, before, ids, shown
 
 
 def test_the_table_is_what_happened(history):
-    rig, state, book, *_ = history
-    found = rig.selector.to_table(state, jnp.int32(12))
-    for name, want in book.items():
+    compiled, state, table, *_ = history
+    found = compiled.selector.to_table(state, jnp.int32(12))
+    for name, want in table.items():
         np.testing.assert_allclose(np.asarray(found[name])[:N], want, rtol=1e-5)
     assert np.isnan(np.asarray(found["priority"])[N:]).all()
 
 
-def test_the_survey_is_of_all_prompts_and_no_padding(history):
-    rig, state, book, *_ = history
-    found = rig.selector.summary(state, jnp.int32(12))
-    excluded = (book["visits"] >= 1) & np.isnan(book["success"])
-    resting = (book["visits"] > 0) & (book["last_step"] >= 10) & ~excluded
+def test_the_summary_is_of_all_prompts_and_no_padding(history):
+    compiled, state, table, *_ = history
+    found = compiled.selector.summary(state, jnp.int32(12))
+    excluded = (table["visits"] >= 1) & np.isnan(table["success"])
+    resting = (table["visits"] > 0) & (table["last_step"] >= 10) & ~excluded
     able = ~excluded & ~resting
-    share = book["priority"][able] / book["priority"][able].sum()
+    share = table["priority"][able] / table["priority"][able].sum()
     entropy = -(share * np.log(share)).sum()
     want = {
         "priority_entropy": entropy,
         "effective_prompts": np.exp(entropy),
-        "never_seen": (book["visits"] == 0).mean(),
+        "never_seen": (table["visits"] == 0).mean(),
         "visits_mean": 12 * B / N,
-        "visits_max": book["visits"].max(),
+        "visits_max": table["visits"].max(),
         "eligible": able.sum(),
         "resting": resting.sum(),
         "excluded": excluded.sum(),
     }
-    assert excluded.any() and resting.any() and (book["visits"] == 0).any()
+    assert excluded.any() and resting.any() and (table["visits"] == 0).any()
     scalars = {name: float(x) for name, x in found.items() if name.startswith("selection/")}
     assert scalars == pytest.approx({f"selection/{name}": x for name, x in want.items()}, rel=1e-5)
     for name in ("priority", "visits"):
         counts, edges = (np.asarray(found[name][x]) for x in ("counts", "edges"))
         assert counts.sum() == N
-        assert (edges[0], edges[-1]) == pytest.approx((book[name].min(), book[name].max()), rel=1e-5)
+        assert (edges[0], edges[-1]) == pytest.approx((table[name].min(), table[name].max()), rel=1e-5)
         # In places of the values, not of bins: rounding may move a value that is an edge to the bin below.
-        assert np.repeat(edges[:-1], counts) == pytest.approx(np.sort(book[name]), abs=1.01 * (edges[1] - edges[0]))
+        assert np.repeat(edges[:-1], counts) == pytest.approx(np.sort(table[name]), abs=1.01 * (edges[1] - edges[0]))
 
 
 def test_the_description_is_of_the_batch_before_its_visit(history):
@@ -477,10 +483,10 @@ def test_the_description_is_of_the_batch_before_its_visit(history):
 
 
 def test_reports_count_pools():
-    rig = make("prioritized_replay", B, discount=0.0)
-    state = rig.observe(rig.init(N), [0, 1, 2, 3], [[1] * 4, [0] * 4, [1, 1, 1, 1], [0, 1, 1, 1]], 0)
-    found = rig.selector.summary(state, jnp.int32(1))
+    compiled = make("prioritized_replay", B, discount=0.0)
+    state = compiled.observe(compiled.init(N), [0, 1, 2, 3], [[1] * 4, [0] * 4, [1, 1, 1, 1], [0, 1, 1, 1]], 0)
+    found = compiled.selector.summary(state, jnp.int32(1))
     sizes = [float(found[f"selection/pool_{name}"]) for name in ("ranked", "solved", "unsolved")]
     assert sizes == [N - 3, 2, 1]
-    shown = rig.selector.batch_metrics(state, jnp.array([0, 1, 3, 9]), jnp.int32(1))
+    shown = compiled.selector.batch_metrics(state, jnp.array([0, 1, 3, 9]), jnp.int32(1))
     assert [float(shown[f"selection/from_{name}"]) for name in ("ranked", "solved", "unsolved")] == [2, 1, 1]

@@ -28,7 +28,7 @@ def strategy(name, **changes):
     return selector(config.selection, config.forgetting, SelectorContext(B, G, 20, 0, ("even", "odd")))
 
 
-def columns(n=N):
+def metadata(n=N):
     rng = np.random.default_rng(0)
     return PromptMetadata(np.arange(n, dtype=np.int8) % 2, rng.random(n).astype(np.float32))
 
@@ -42,7 +42,7 @@ class Stepper:
     """A selector and its state on a mesh, stepped with outcomes that depend on the step and the prompts alone."""
 
     def __init__(self, chosen, mesh, n=N, state=None):
-        known = columns(n)
+        known = metadata(n)
         self.mesh = mesh
         self.abstract = jax.eval_shape(lambda c: chosen.init(n, c), known)
         self.shardings = prompts_shardings(mesh, self.abstract, n)
@@ -137,14 +137,14 @@ def _parts(name):
     "name", ["prioritized_replay", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pps", "mopps", "curriculum"))]
 )
 def test_nothing_as_long_as_the_data_travels_or_is_copied(name):
-    """What devices send each other, and what a donated state does not alias, is far smaller than N."""
+    """Devices send each other far less than N, and a donated state is aliased except for far less than N."""
     n = 2_000_000
     rows = padded_rows(n)
     chosen, mesh = strategy(name, exploration=0.25, cooldown=2), mesh_of(8)
     abstract = jax.eval_shape(
         lambda c: chosen.init(n, c),
-        columns(8)._replace(
-            kind=jax.ShapeDtypeStruct((n,), jnp.int8), difficulty=jax.ShapeDtypeStruct((n,), jnp.float32)
+        metadata(8)._replace(
+            task_ids=jax.ShapeDtypeStruct((n,), jnp.int8), difficulty=jax.ShapeDtypeStruct((n,), jnp.float32)
         ),
     )
     shardings = prompts_shardings(mesh, abstract, n)

@@ -17,7 +17,7 @@ from pspo_jax.selection.engine import tree
 
 PROMPTS = {"one block": 100, "blocks": 1000, "superblocks": 40_000}
 CLASSES = 4
-"""The third of them has few members and the last none."""
+"""Classes: the third has few members, and the last has none."""
 SEEDS = st.integers(0, 2**32 - 1)
 
 build_maxima = jax.jit(tree.build_maxima, static_argnums=3)
@@ -55,7 +55,7 @@ def labels(rng, prompts):
 
 
 def keys_and_ties(rng, rows, key_values, tie_values):
-    """Keys and ties of few distinct values, those of prompts that may not be drawn and both zeros among them."""
+    """Keys and ties of few distinct values, which include both zeros and the keys of ineligible prompts."""
     pool = np.concatenate([rng.normal(size=key_values), [0.0, -0.0, -1e30, -2e30]])[:key_values]
     return (rng.choice(pool, rows).astype(np.float32), rng.integers(1, tie_values + 1, rows).astype(np.float32))
 
@@ -167,7 +167,7 @@ def test_levels_are_the_maxima_and_sums_of_their_blocks():
 
 
 def fit(seen, p):
-    """p-value of counts, the rarest of them together."""
+    """p-value of the counts, with the rarest of them added up."""
     seen, want = np.asarray(seen, float), np.asarray(p) * np.sum(seen)
     rare = want < 5
     if rare.any():
@@ -220,7 +220,7 @@ def test_no_number_leads_to_weight_zero(length):
 
 
 def spread(weights, classes, size=3 * FANOUT):
-    """Leaves with these weights on rows far apart, the last ten padding, and their rows."""
+    """Leaves with these weights on rows far apart, and their rows; the last ten leaves are padding."""
     value, label = np.zeros(size, np.float32), np.zeros(size, np.int8)
     rows = np.linspace(5, size - 20, len(weights)).astype(int)
     value[rows], label[rows] = weights, classes
@@ -289,7 +289,7 @@ def test_more_draws_than_rows_are_all_rows():
 
 
 def test_draws_across_classes_are_by_weigh_and_member():
-    """Exploration: every row of a quota's pools that may be drawn is as likely as another."""
+    """Exploration draws every eligible row of a quota's pools with the same probability."""
     value, label, rows = spread([0.001, 100.0, 7.0, 1.0, 5.0, 0.0], [0, 1, 1, 2, 0, 1])
 
     def some(value):

@@ -1,9 +1,9 @@
-"""The embedded default: running sums that a cold-started pupil gets wrong when there is a carry or a borrow.
+"""The embedded default task: running sums that a cold-started model gets wrong where there is a carry or a borrow.
 
-A prompt is `27-4+8-3=`, the right response `-4=23+8=31-3=28$`: each operation with its new total, then EOS. The start
-is in 10..99, every total stays there, digits are 1..9 with P(d) ~ 2^-(d-1), three to six operations. The reward is 1
-if and only if EOS came and the last number is right. An operation is hard if it carries or borrows; prompts are
-stratified by their number of hard operations, as these are what the pupil has yet to learn.
+A prompt is `27-4+8-3=`, and its right response is `-4=23+8=31-3=28$`: each operation with its new total, then EOS. The
+start is in 10..99 and every total stays there; there are three to six operations, with digits 1..9 and P(d) ~ 2^-(d-1).
+The reward is 1 if and only if EOS came and the last number is right. An operation is hard if it carries or borrows;
+prompts are stratified by their number of hard operations, because these remain to be learnt after the cold start.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ MAX_PROMPT, MAX_RESPONSE = 2 + 2 * MAX_OPS + 1, 5 * MAX_OPS + 1
 STRATA = (0.35, 0.15, 0.10, 0.40)
 """Shares of prompts with 0, 1, 2, and 3 or more hard operations."""
 EASY_SLIP = 0.002
-"""Chance that the pupil is off by one in an operation without carry or borrow."""
+"""Probability that the noisy demonstrator is off by one in an operation without carry or borrow."""
 _BLOCK = 4096
 TOKENIZER = CharTokenizer(CHARACTERS, VOCAB)
 
 
 class Problems(NamedTuple):
+    """n running sums."""
+
     start: Int[np.ndarray, "n"]
     length: Int[np.ndarray, "n"]
     """Operations used; the rest of each row is ignored."""
@@ -48,7 +50,7 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
     banned = {bytes(row) for row in heldout.tokens.astype(np.uint8)}
 
     def demonstrations(seed: int, count: int) -> Iterator[Demonstrations]:
-        """Fresh examples of the pupil's work; held-out problems are left out."""
+        """Fresh examples by the noisy demonstrator; held-out problems are left out."""
         rng = np.random.default_rng([seed, 2])
         made = 0
         while made < count:
@@ -70,12 +72,12 @@ def arithmetic(config: TaskConfig, prompt_bucket: int) -> Task:
         heldout=heldout,
         reward_fn=grade,
         demonstrations=demonstrations,
-        encode_prompt=TOKENIZER.encode,
+        encode_prompt=TOKENIZER.encode_prompt,
     )
 
 
 def generate(rng: np.random.Generator, n: int) -> Problems:
-    """n problems. A sign that would leave 10..99 is flipped."""
+    """n random problems. A sign that would lead out of 10..99 is flipped."""
     start = rng.integers(10, 100, n)
     count = rng.integers(MIN_OPS, MAX_OPS + 1, n)
     weights = 0.5 ** np.arange(9)
@@ -110,11 +112,12 @@ def hard_steps(problems: Problems) -> Int[np.ndarray, "n"]:
 
 
 def noisy_totals(problems: Problems, rng: np.random.Generator) -> Int[np.ndarray, "n MAX_OPS"]:
-    """Running totals of a pupil with two bugs, who carries on from his wrong totals.
+    """Running totals of the noisy demonstrator, which makes two kinds of mistakes and carries on from wrong totals.
 
-    He forgets a carry with probability min(.45 + .07 d, .95), and borrows by taking the smaller digit from the larger
-    (52-7=55) with probability min(.55 + .06 d, .95). Where the right total would leave 10..99, which can only follow an
-    earlier mistake, he makes the bug's total. Other operations are off by one with probability EASY_SLIP.
+    It forgets a carry with probability min(0.45 + 0.07 d, 0.95), and borrows by taking the smaller digit from the
+    larger (52-7=55) with probability min(0.55 + 0.06 d, 0.95). Where the right total would leave 10..99, which only
+    follows an earlier mistake, it makes the mistake for certain. Other operations are off by one with probability
+    EASY_SLIP.
     """
     n = len(problems.start)
     chance = rng.random((n, MAX_OPS))
@@ -141,7 +144,7 @@ def noisy_totals(problems: Problems, rng: np.random.Generator) -> Int[np.ndarray
 
 
 def write_prompts(problems: Problems, width: int) -> tuple[Int[np.ndarray, "n w"], Int[np.ndarray, "n"]]:
-    """Tokens of `27-4+8-3=`, padded to `width`, and their number."""
+    """Tokens of prompts such as `27-4+8-3=`, padded to `width`, and their lengths."""
     n = len(problems.start)
     out = np.full((n, width), PAD, np.int32)
     out[:, 0], out[:, 1] = problems.start // 10, problems.start % 10
@@ -157,7 +160,7 @@ def write_prompts(problems: Problems, width: int) -> tuple[Int[np.ndarray, "n w"
 def write_responses(
     problems: Problems, running: Int[np.ndarray, "n MAX_OPS"]
 ) -> tuple[Int[np.ndarray, "n MAX_RESPONSE"], Int[np.ndarray, "n"]]:
-    """Tokens of `-4=23+8=31-3=28$` for running totals in 10..99, padded, and their number."""
+    """Tokens of responses such as `-4=23+8=31-3=28$` for running totals in 10..99, padded, and their lengths."""
     n = len(problems.start)
     out = np.full((n, MAX_RESPONSE), PAD, np.int32)
     for i in range(MAX_OPS):
@@ -173,9 +176,9 @@ def write_responses(
 
 
 def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
-    """accuracy: 1 if the completion ends in EOS and its last number, after its last `=`, is the answer; else 0."""
+    """The reward function: 1 if a completion ends in EOS and the text after its last `=` is the answer, else 0."""
     b, g = batch.lengths.shape
-    right = np.zeros((b, g), np.float32)
+    verdicts = np.zeros((b, g), np.float32)
     answers: list[list[str | None]] = []
     for i in range(b):
         answer = batch.prompts.answers[int(batch.rows[i])]
@@ -184,8 +187,8 @@ def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
             ids = batch.tokens[i, j, : batch.lengths[i, j]].tolist()
             _, equals, found = TOKENIZER.decode(ids).removesuffix("$").rpartition("=")
             answers[-1].append(found if equals else None)
-            right[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
-    return lambda: RewardResult(right, {"accuracy": right}, right, answers, Counter())
+            verdicts[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
+    return lambda: RewardResult(verdicts, {"accuracy": verdicts}, verdicts, answers, Counter())
 
 
 def _split(config: TaskConfig, width: int) -> tuple[PromptDataset, PromptDataset]:
@@ -207,7 +210,7 @@ def _split(config: TaskConfig, width: int) -> tuple[PromptDataset, PromptDataset
                 found[s].append((bytes(row), str(answer), int(steps)))
     train = [item for f, size in zip(found, sizes[0], strict=True) for item in f[:size]]
     heldout = [item for f, size in zip(found, sizes[0], strict=True) for item in f[size:]]
-    return _prompt_set(train, rng), _prompt_set(heldout, rng)
+    return _prompt_dataset(train, rng), _prompt_dataset(heldout, rng)
 
 
 def _shares(n: int) -> list[int]:
@@ -216,7 +219,8 @@ def _shares(n: int) -> list[int]:
     return [*parts, n - sum(parts)]
 
 
-def _prompt_set(items: list[tuple[bytes, str, int]], rng: np.random.Generator) -> PromptDataset:
+def _prompt_dataset(items: list[tuple[bytes, str, int]], rng: np.random.Generator) -> PromptDataset:
+    """Prompts from (tokens, answer, hard operations), shuffled."""
     order = rng.permutation(len(items))
     tokens = np.array([np.frombuffer(items[i][0], np.uint8) for i in order]).astype(np.int32)
     return PromptDataset(

@@ -1,7 +1,7 @@
-"""Countdown: reach a target with each of three or four numbers used once.
+"""Countdown: an expression that reaches a target and uses each of three or four numbers once.
 
-Under a language model the question is text and the answer stands in `<answer>` tags. Without one the task has an
-alphabet of its own, as the embedded default has: the prompt `3,25,7=46:`, the response `3*7+25$`.
+For a language model the question is a text, and the answer stands in `<answer>` tags. Without a checkpoint the task has
+one token per character, like the embedded default: a prompt is `3,25,7=46:`, a response `3*7+25$`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, TaskConfig
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.loading import Question, Source, quiet
-from pspo_jax.data.task import CompletionBatch, Demonstrations, PromptDataset, RewardResult, Task, digest, pad_rows
+from pspo_jax.data.files import Record
+from pspo_jax.data.loading import Question, Source, quiet_datasets
+from pspo_jax.data.task import (
+    CompletionBatch,
+    Demonstrations,
+    PromptDataset,
+    RewardFn,
+    RewardResult,
+    Task,
+    digest,
+    pad_rows,
+)
 from pspo_jax.verifiers import countdown
 
 CHARACTERS = "0123456789+-*/()=,:$_"
@@ -26,33 +36,37 @@ VOCAB = 24
 MAX_VALUE = 9999
 """Bound on every value on the way to a target."""
 MAX_SIZE = 8
-"""Most numbers of a problem; its solution stays well under the reward's MAX_CHARS."""
+"""The largest count of numbers in a problem, whose solution stays well under the verifier's MAX_CHARS."""
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _ATOM = 3
 _BLOCK = 1024
-_TURN = 1000
-"""Tries in a row without a new problem after which the next size has its turn."""
-_PATIENCE = 50_000
-"""Tries in a row without a new problem after which there are taken to be no more."""
+_TRIES_PER_SIZE = 1000
+"""Tries in a row without a new problem after which the next size is tried."""
+_MOST_TRIES = 50_000
+"""Tries in a row without a new problem after which no more are expected."""
 _MOST_EXAMPLES = 20_000
-"""Different demonstrations; more take too long to make."""
+"""The largest number of different demonstrations; more would take too long to generate."""
 
 
 class Problem(NamedTuple):
-    """`numbers` are in an order that says nothing about the solution; `solution` is one of possibly many."""
+    """A countdown problem."""
 
     numbers: tuple[int, ...]
+    """Their order says nothing about the solution."""
     target: int
     solution: str
+    """One of possibly many expressions that solve it."""
 
 
 class _Node(NamedTuple):
-    """An expression: its value, its text, how tightly it binds, and the largest value on the way to its own."""
+    """An expression."""
 
     value: int
     text: str
     precedence: int
+    """How tightly its outermost operator binds."""
     peak: int
+    """The largest value of its parts, in any order of evaluation."""
 
 
 def generate(
@@ -66,27 +80,32 @@ def generate(
 ) -> list[Problem]:
     """`count` problems, no two with the same numbers and target; those of a smaller count come first.
 
-    Numbers are drawn from low..high, as many as `sizes` say in turn. Solvable by construction: a random tree over them
-    has positive integers up to MAX_VALUE everywhere, and at its root a target in 1..max_target that is not among them.
-    With `enough` false, as many as are found where there are fewer than `count`.
+    Numbers are drawn from low..high; how many, `sizes` says in turn. Every problem is solvable, because its target is
+    the value of a random expression tree over its numbers, in which all values are whole numbers in 1..MAX_VALUE. A
+    target is in 1..max_target and is none of the numbers.
+
+    Args:
+      enough: whether fewer than `count` problems are an error; if not, as many as are found are returned.
+    Raises:
+      ValueError: an argument is out of its range, or there are fewer than `count` problems.
     """
     _check(count, sizes, low, high, max_target)
     problems: dict[tuple[tuple[int, ...], int], Problem] = {}
     misses = 0
     draws = _draws(seed, 4 * max(sizes))
     while len(problems) < count:
-        if misses == _PATIENCE and not enough:
+        if misses == _MOST_TRIES and not enough:
             break
-        if misses == _PATIENCE:
+        if misses == _MOST_TRIES:
             raise ValueError(
                 f"count={count}: only {len(problems)} distinct problems found with sizes={tuple(sizes)}, low={low}, "
                 f"high={high}, max_target={max_target}; lower count, raise max_target, or widen low..high"
             )
         row = next(draws)
-        # Sizes in turn, not at random: larger ones fail more often and would be rarer. One that is used up is left.
-        size = sizes[(len(problems) + misses // _TURN) % len(sizes)]
+        # The sizes take turns: by chance alone, larger ones would be rarer, as they fail more often.
+        size = sizes[(len(problems) + misses // _TRIES_PER_SIZE) % len(sizes)]
         numbers = tuple(low + int(u * (high - low + 1)) for u in row[:size])
-        # The tree has an order of its own, or the prompt would give the solution's away.
+        # The tree has another order than the prompt, which would otherwise reveal the solution's.
         order = sorted(range(size), key=row[size : 2 * size].__getitem__)
         root = _tree([numbers[i] for i in order], iter(row[2 * size :]))
         misses += 1
@@ -113,7 +132,7 @@ def _check(count: int, sizes: Sequence[int], low: int, high: int, max_target: in
 
 
 def _draws(seed: int, width: int) -> Iterator[list[float]]:
-    """Rows of uniform numbers in [0, 1), drawn in blocks: single draws would take most of the time."""
+    """Rows of uniform numbers in [0, 1), drawn in blocks because single draws would take most of the time."""
     rng = np.random.default_rng(seed)
     while True:
         yield from rng.random((_BLOCK, width)).tolist()
@@ -132,7 +151,7 @@ def _tree(numbers: list[int], uniforms: Iterator[float]) -> _Node | None:
 
 
 def _join(left: _Node, op: str, right: _Node) -> _Node | None:
-    """`left op right` with the parentheses it needs; None if a value on the way is not in 1..MAX_VALUE or not whole."""
+    """`left op right` with the parentheses that it needs; None if a value in it is not whole or not in 1..MAX_VALUE."""
     a, b = left.value, right.value
     if (op == "-" and a <= b) or (op == "/" and a % b):
         return None
@@ -148,7 +167,7 @@ def _join(left: _Node, op: str, right: _Node) -> _Node | None:
 
 
 def question(problem_numbers: Sequence[int], target: int) -> str:
-    """The prompt of a problem. Its example has a target beyond the default `max_target`: no problem's answer."""
+    """The question of a problem. Its example has a target beyond the default `max_target`, so it is no problem's."""
     given = ", ".join(map(str, problem_numbers))
     return (
         f"You are given the numbers {given}. Write an arithmetic expression that equals {target}. It must use each of "
@@ -164,18 +183,19 @@ def question(problem_numbers: Sequence[int], target: int) -> str:
 def source(config: Config, seed: int, count: int) -> Source:
     """`count` problems as questions for a language model."""
     problems = _problems(config.task, seed, count)
-    records = quiet().Dataset.from_dict(
+    records = quiet_datasets().Dataset.from_dict(
         {"numbers": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}
     )
 
-    def convert(record: dict[str, Any]) -> Question:
-        numbers, target = record["numbers"], record["target"]
+    def convert(record: Record, exact: Record | None = None) -> Question:
+        numbers, target = cast(list[int], record["numbers"]), cast(int, record["target"])
         return Question(question(numbers, target), str(target), {"numbers": numbers, "target": target})
 
     return Source("countdown", "countdown", records, convert, "1")
 
 
 def _problems(t: TaskConfig, seed: int, count: int) -> list[Problem]:
+    """The problems of a config."""
     sizes = [int(n) for n in t.numbers.split(",")]
     try:
         return generate(seed, count, sizes, max_target=t.max_target)
@@ -184,7 +204,7 @@ def _problems(t: TaskConfig, seed: int, count: int) -> list[Problem]:
 
 
 def countdown_task(config: TaskConfig, prompt_bucket: int, max_new_tokens: int) -> Task:
-    """The task in its own alphabet; prompts are padded to a multiple of `prompt_bucket`.
+    """The task with one token per character; prompts are padded to a multiple of `prompt_bucket`.
 
     Demonstrations are expressions of the right numbers: the solution in a third of them, else a random one, so that the
     cold start learns the form and only part of the skill.
@@ -211,25 +231,29 @@ def countdown_task(config: TaskConfig, prompt_bucket: int, max_new_tokens: int) 
         vocab_size=VOCAB,
         forbidden=tokenizer.forbidden,
         stop_ids=(tokenizer.eos_token_id,),
-        train=_prompt_set(train, tokenizer, width),
-        heldout=_prompt_set(heldout, tokenizer, width),
-        reward_fn=_judge(tokenizer),
+        train=_prompt_dataset(train, tokenizer, width),
+        heldout=_prompt_dataset(heldout, tokenizer, width),
+        reward_fn=_reward_fn(tokenizer),
         demonstrations=demonstrations,
-        encode_prompt=tokenizer.encode,
+        encode_prompt=tokenizer.encode_prompt,
     )
 
 
 def write_prompt(problem: Problem) -> str:
-    """`3,25,7=46:`."""
+    """The prompt of a problem, such as `3,25,7=46:`."""
     return f"{','.join(map(str, problem.numbers))}={problem.target}:"
 
 
-def _key(problem: Problem) -> tuple[tuple[int, ...], int]:
+_Key = tuple[tuple[int, ...], int]
+
+
+def _key(problem: Problem) -> _Key:
+    """Numbers and target, which tell problems apart."""
     return tuple(sorted(problem.numbers)), problem.target
 
 
-def _examples(config: TaskConfig, rng: np.random.Generator, count: int, banned: set[Any]) -> list[Problem]:
-    """Problems of another seed than the prompts'; there may be fewer different ones than wanted, which then repeat."""
+def _examples(config: TaskConfig, rng: np.random.Generator, count: int, banned: set[_Key]) -> list[Problem]:
+    """`count` problems for demonstrations, none of them in `banned`; they repeat if there are fewer different ones."""
     sizes = [int(n) for n in config.numbers.split(",")]
     wanted = min(count + len(banned), _MOST_EXAMPLES)
     found = generate(int(rng.integers(2**31)), wanted, sizes, max_target=config.max_target, enough=False)
@@ -238,11 +262,12 @@ def _examples(config: TaskConfig, rng: np.random.Generator, count: int, banned: 
 
 
 def _guess(problem: Problem, rng: np.random.Generator) -> str:
+    """A random expression of the right numbers."""
     numbers = [problem.numbers[i] for i in rng.permutation(len(problem.numbers))]
     return "".join(f"{n}{rng.choice(list('+-*/'))}" for n in numbers[:-1]) + str(numbers[-1])
 
 
-def _prompt_set(problems: list[Problem], tokenizer: CharTokenizer, width: int) -> PromptDataset:
+def _prompt_dataset(problems: list[Problem], tokenizer: CharTokenizer, width: int) -> PromptDataset:
     texts = [write_prompt(p) for p in problems]
     tokens, lengths = pad_rows([tokenizer.encode(text) for text in texts], width, tokenizer.pad_token_id)
     return PromptDataset(
@@ -256,10 +281,10 @@ def _prompt_set(problems: list[Problem], tokenizer: CharTokenizer, width: int) -
     )
 
 
-def _judge(tokenizer: CharTokenizer) -> Callable[[CompletionBatch], Callable[[], RewardResult]]:
-    """Expressions are short here and the check is bounded, so no worker is needed."""
+def _reward_fn(tokenizer: CharTokenizer) -> RewardFn:
+    """The reward function, which needs no worker: expressions are short here, and checking one takes bounded time."""
 
-    def judge(batch: CompletionBatch) -> Callable[[], RewardResult]:
+    def reward_fn(batch: CompletionBatch) -> Callable[[], RewardResult]:
         value = np.zeros(batch.lengths.shape, np.float32)
         answers: list[list[str | None]] = []
         assert batch.prompts.extras is not None
@@ -271,7 +296,7 @@ def _judge(tokenizer: CharTokenizer) -> Callable[[CompletionBatch], Callable[[],
                 answers[-1].append(text or None)
                 if batch.ended[i, j] and countdown.evaluated(text)[0] is not None:
                     value[i, j] = countdown.score(text, extra["numbers"], extra["target"])
-        right = (value == 1).astype(np.float32)
-        return lambda: RewardResult(value, {"accuracy": value}, right, answers, Counter())
+        verdicts = (value == 1).astype(np.float32)
+        return lambda: RewardResult(value, {"accuracy": value}, verdicts, answers, Counter())
 
-    return judge
+    return reward_fn

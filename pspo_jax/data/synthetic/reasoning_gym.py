@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import options
 from pspo_jax.config.schema import Config
-from pspo_jax.data.loading import Question, Source, quiet
+from pspo_jax.data.files import Record
+from pspo_jax.data.loading import Question, Source, quiet_datasets
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 
 def source(config: Config, seed: int, count: int) -> Source:
-    """`count` questions, dealt to task.dataset's names in turn. The verifier makes an entry anew from its index."""
+    """`count` questions, from the datasets in task.dataset in turn. The verifier makes an entry again from its index.
+
+    Raises:
+      ConfigError: the package is missing, has no such dataset, or refuses task.options.
+    """
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -25,7 +33,7 @@ def source(config: Config, seed: int, count: int) -> Source:
         raise ConfigError(f"task.dataset={config.task.dataset!r}: needs names of datasets, such as leg_counting")
     settings = options(config.task.options)
     size = -(-count // len(names))
-    made: dict[str, Any] = {}
+    made: dict[str, ProceduralDataset] = {}
     for name in names:
         if name not in DATASETS:
             raise ConfigError(f"task.dataset={name}: reasoning-gym has no such dataset; it has {', '.join(DATASETS)}")
@@ -40,7 +48,7 @@ def source(config: Config, seed: int, count: int) -> Source:
             entries.append(made[name][index])
         except (TypeError, AssertionError, ValueError, IndexError) as error:  # some are only read here
             raise _refused(config, name, error) from error
-    records = quiet().Dataset.from_dict(
+    records = quiet_datasets().Dataset.from_dict(
         {
             "question": [str(e["question"]) for e in entries],
             "answer": [str(e["answer"]) for e in entries],
@@ -50,13 +58,14 @@ def source(config: Config, seed: int, count: int) -> Source:
     )
     given = {**settings, "size": size, "seed": seed}
 
-    def convert(record: dict[str, Any]) -> Question:
+    def convert(record: Record, exact: Record | None = None) -> Question:
         extra = {"dataset": record["dataset"], "options": given, "index": record["index"]}
-        return Question(record["question"], record["answer"], extra)
+        return Question(str(record["question"]), str(record["answer"]), extra)
 
     return Source("reasoning_gym", "reasoning_gym", records, convert, json.dumps([names, given, count]))
 
 
 def _refused(config: Config, name: str, error: Exception) -> ConfigError:
+    """The error that says that a dataset refuses task.options."""
     reason = " ".join(str(error).split())[:200]
     return ConfigError(f"task.options={config.task.options}: {name} refuses them ({reason}); change them")

@@ -1,32 +1,53 @@
-"""Attention kernels of accelerators for whole rows: what each can do, and how it is called.
+"""Attention kernels of accelerators for whole rows: their abilities, and a common way to call them.
 
-Which one a run uses is said by `model.attention`; see `kernel_choice`. Kernels never hold a row's scores, forward or
-backward. Each computes causal grouped-query attention; sliding windows and rows split along context are XLA's.
+`model.attention` says which one a run uses, and probe.py chooses among them. A kernel never holds the scores of a row,
+forward or backward. All compute causal grouped-query attention; sliding windows and rows that are split along context
+are left to xla.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.distributed.mesh import spec
+from pspo_jax.model.architecture import Architecture
 
-_PADDING = -1
-"""Segment of places that fill a row up to whole tiles: no segment of a row has it."""
+_PADDING_SEGMENT = -1
+"""Segment of the padding that fills a row up to whole tiles; no token of a row has it."""
+
+
+class KernelFn(Protocol):
+    """Attention of one device's rows and heads.
+
+    Args:
+      segments: for each token, the index of its row in the bin; None = each row stands alone.
+      scale: factor of the products of queries and keys.
+      interpret: whether XLA runs the body of a Pallas kernel, for tests on CPU.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "R S H h"],
+        k: Float[Array, "R S K h"],
+        v: Float[Array, "R S K h"],
+        segments: Int[Array, "R S"] | None,
+        scale: float,
+        interpret: bool,
+    ) -> Float[Array, "R S H h"]: ...
 
 
 class Kernel(NamedTuple):
-    """One implementation; `run(q, k, v, segments, scale, interpret)` on one device's rows and heads."""
+    """One implementation of attention."""
 
     platform: str
-    """Of jax.Device."""
+    """`platform` of the jax.Device that it runs on."""
     packs: bool
-    """Whether it takes segments."""
-    run: Callable[..., Array]
+    """Whether it takes segments, so that bins of several rows can use it."""
+    run: KernelFn
 
 
 def run_kernel(
@@ -38,19 +59,20 @@ def run_kernel(
     segments: Int[Array, "R S"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R S H h"]:
-    """`attention.attend` by a kernel; each device of a mesh computes its own rows and heads.
+    """`xla.attend` by a kernel; each device of a mesh computes its own rows and heads.
 
     Args:
-      interpret: run a Pallas kernel's body by XLA, for tests on CPU.
+      name: a key of KERNELS.
+      scale, segments, interpret: see KernelFn.
     """
-    places = q.shape[1]
-    fill = -places % _tile(places)
+    length = q.shape[1]
+    fill = -length % _tile(length)
     q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q, k, v))
     operands: tuple[Array, ...] = (q, k, v)
     if segments is not None:
-        operands += (jnp.pad(segments, ((0, 0), (0, fill)), constant_values=_PADDING),)
+        operands += (jnp.pad(segments, ((0, 0), (0, fill)), constant_values=_PADDING_SEGMENT),)
 
-    def local(*operands: Array) -> Array:
+    def on_device(*operands: Array) -> Array:
         q, k, v, *rest = operands
         return KERNELS[name].run(q, k, v, rest[0] if rest else None, scale, interpret)
 
@@ -58,22 +80,22 @@ def run_kernel(
     if not mesh.empty:
         heads = spec(("rows", None, "heads", None), mesh.shape)
         specs = (heads,) * 3 + ((spec(("rows", None), mesh.shape),) if segments is not None else ())
-        local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    return local(*operands)[:, :places]
+        on_device = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=False)
+    return on_device(*operands)[:, :length]
 
 
-def _tile(places: int) -> int:
-    """Rows are filled up to a multiple of this: large tiles cost long rows little and run faster."""
-    return 128 if places <= 1024 else 512
+def _tile(length: int) -> int:
+    """Number of tokens of which the padded length of a row is a multiple; large tiles run faster and waste little."""
+    return 128 if length <= 1024 else 512
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, interpret: bool) -> Array:
-    """Splash attention for TPUs: blocks above the diagonal are not visited."""
+    """Splash attention for TPUs, which skips the blocks above the diagonal."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    places, heads = q.shape[1:3]
-    block = next(b for b in (512, 256, 128) if places % b == 0)
+    length, heads = q.shape[1:3]
+    block = next(b for b in (512, 256, 128) if length % b == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -82,7 +104,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, 
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((places, places)) for _ in range(heads)])
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
     def row(q: Array, k: Array, v: Array, ids: Array | None) -> Array:
@@ -94,17 +116,17 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, scale: float, 
 
 
 def _cudnn(q: Array, k: Array, v: Array, segments: Array | None, scale: float, interpret: bool) -> Array:
-    """cuDNN's fused attention, as jax.nn calls it."""
+    """cuDNN's fused attention, through jax.nn."""
     assert segments is None and not interpret
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
 
 
 def _triton(q: Array, k: Array, v: Array, segments: Array | None, scale: float, interpret: bool) -> Array:
-    """JAX's Pallas kernel for GPUs, lowered by Triton; it has no groups of heads."""
+    """JAX's Pallas kernel for GPUs, lowered by Triton. It knows no groups of heads: keys and values are repeated."""
     from jax.experimental.pallas.ops.gpu.attention import mha
 
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    # Positional: nondifferentiable arguments of a custom_vjp are found by place in every version.
+    # All versions of JAX find the nondifferentiable arguments of a custom_vjp by position; some do not by name.
     return mha(q, k, v, segments, scale, True, interpret=interpret)
 
 
@@ -113,12 +135,17 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel("gpu", False, _cudnn),
     "triton": Kernel("gpu", True, _triton),
 }
-"""In the order of preference on each platform."""
+"""The kernels, in the order of preference on each platform."""
 
 
-def obstacle(name: str, platform: str, architecture: Any, context: int) -> str | None:
-    """Why a kernel cannot serve, known without running it; None = it may."""
-    a = architecture
+def obstacle(name: str, platform: str, a: Architecture, context: int) -> str | None:
+    """The reason why a kernel cannot be used, as far as it is known without a trial; None = it may work.
+
+    Args:
+      name: a key of KERNELS.
+      platform: `platform` of the run's devices.
+      context: devices along the mesh's context axis.
+    """
     if platform != KERNELS[name].platform:
         return f"is for {KERNELS[name].platform}, not for {platform}"
     if a.compute_dtype == "float32":

@@ -1,18 +1,20 @@
-"""The attention kernels of a run: asked for, or the first that is found right on this machine.
+"""The choice of a run's attention kernels: the one that is asked for, or the first that is correct on this machine.
 
-Kernels depend on the device, its driver and the shape, and have been wrong without an error. So a candidate is run
-before a run starts, forward and backward, on the run's own shape, beside attention by XLA.
+Whether a kernel is correct depends on the device, its driver and the shape, and kernels have been wrong without an
+error. A candidate is therefore tried before the run, forward and backward, on the shape of the run, and compared with
+XLA.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
@@ -22,36 +24,52 @@ from pspo_jax.model.attention.xla import attend
 from pspo_jax.model.interface import Packed
 
 KERNEL_FROM_TOKENS = 512
-"""Places of a row from which on `auto` looks for a kernel."""
+"""Length of a row, in tokens, from which model.attention=auto looks for a kernel."""
 _TOLERANCE = 0.03
-"""Of the largest number: what 16 bits leave open. A mask that is ignored is off by the number itself."""
+"""Largest difference from XLA, as a share of the largest number: 16 bits explain so much. A kernel that ignored the
+mask would differ by the number itself."""
 
-Run = Callable[..., Array]
+
+class RunKernel(Protocol):
+    """The signature of `kernels.run_kernel`, so that tests can put a wrong kernel in its place."""
+
+    def __call__(
+        self,
+        name: str,
+        q: Float[Array, "R S H h"],
+        k: Float[Array, "R S K h"],
+        v: Float[Array, "R S K h"],
+        scale: float,
+        segments: Int[Array, "R S"] | None = None,
+        /,
+    ) -> Float[Array, "R S H h"]: ...
 
 
 def with_kernels(
     a: Architecture,
     wanted: str,
     platform: str,
-    places: int,
-    mesh: Any,
+    length: int,
+    mesh: Mapping[str, int],
     probe: bool,
     say: Callable[[str], None],
     share_prompts: bool | None = None,
 ) -> Architecture:
-    """The architecture with the kernels for plain and for packed rows.
+    """The architecture with the kernels that compute plain and packed rows.
 
     Args:
-      wanted: model.attention.
-      places: of the longest row.
-      mesh: sizes by axis; heads are along tensor.
-      probe: False = the devices are not there, as in a plan: what could serve is taken.
-      say: told what was dropped, and what was taken.
-      share_prompts: loss.share_prompts; with it packed rows are XLA's.
+      wanted: model.attention: "auto", "xla" or a key of KERNELS.
+      platform: `platform` of the run's devices.
+      length: tokens of the longest row.
+      mesh: size of each axis of the mesh; heads are split along tensor.
+      probe: whether candidates are tried; False = the devices are not there, as in a plan, and the first candidate
+        without an obstacle is taken.
+      say: is called with a line for each kernel that is dropped, and one for the choice.
+      share_prompts: loss.share_prompts; if it is true, XLA computes packed rows.
     Raises:
-      ConfigError: a kernel was named that cannot serve or is wrong here.
+      ConfigError: `wanted` names a kernel that cannot be used or is wrong on this machine.
     """
-    if wanted == "xla" or (wanted == "auto" and (places < KERNEL_FROM_TOKENS or platform == "cpu")):
+    if wanted == "xla" or (wanted == "auto" and (length < KERNEL_FROM_TOKENS or platform == "cpu")):
         return a
     found = {}
     for packed in (False, True):
@@ -61,7 +79,7 @@ def with_kernels(
             if packed and (share_prompts or not KERNELS[name].packs):
                 continue
             if reason is None and probe:
-                reason = agreed(difference(name, local(a, mesh["tensor"]), places, packed))
+                reason = agreed(difference(name, heads_of_device(a, mesh["tensor"]), length, packed))
             if reason is None:
                 found[packed] = name
                 break
@@ -73,30 +91,32 @@ def with_kernels(
     return dataclasses.replace(a, attention=found[False], packed_attention=found[True])
 
 
-def local(a: Architecture, tensor: int) -> Architecture:
-    """With the heads of one device."""
+def heads_of_device(a: Architecture, tensor: int) -> Architecture:
+    """The architecture with the number of heads that one device computes."""
     return dataclasses.replace(a, heads=a.heads // tensor, kv_heads=a.kv_heads // tensor)
 
 
 def agreed(reason: str | None) -> str | None:
-    """A reason on any process is one for all: they run the same program."""
+    """The reason to drop a kernel, on every process if there is one on any, since all run the same program."""
     if processes.any_process(reason is not None) and reason is None:
         return "failed on another process"
     return reason
 
 
-def difference(name: str, a: Architecture, places: int, packed: bool, run: Run = run_kernel) -> str | None:
-    """What is wrong with a kernel on this process's first device; None = it agrees with XLA, gradients included.
+def difference(name: str, a: Architecture, length: int, packed: bool, run: RunKernel = run_kernel) -> str | None:
+    """The error of a kernel on this process's first device, in words; None = results and gradients agree with XLA's.
 
     Args:
-      run: takes run_kernel's arguments.
+      name: a key of KERNELS.
+      length: tokens of a row.
+      packed: whether it is tried on bins of several rows.
     """
     scale = a.attention_scale
     with jax.default_device(jax.local_devices()[0]):
-        operands, segments = _operands(a, places, packed)
+        operands, segments = _operands(a, length, packed)
 
         def plain(q: Array, k: Array, v: Array) -> Array:
-            """A row at a time: its float32 scores are the largest array here."""
+            """XLA's attention, a row at a time, since the float32 scores of a row are the largest array here."""
             ids = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
 
             def row(x: tuple[Array, Array, Array, Array]) -> Array:
@@ -108,30 +128,33 @@ def difference(name: str, a: Architecture, places: int, packed: bool, run: Run =
         try:
             expected = _results(plain, operands, jnp.float32)
             kernel = _results(lambda q, k, v: run(name, q, k, v, scale, segments), operands, a.compute_dtype)
-            off = {part: _off(kernel[part], expected[part]) for part in expected}
-        # A check that fails is a result here, whatever a driver or a compiler raises.
+            error_of = {part: _relative_error(kernel[part], expected[part]) for part in expected}
+        # Whatever a driver or a compiler raises means that the kernel cannot be used.
         except Exception as error:  # noqa: BLE001
             text = str(error).strip()
             return f"raised {type(error).__name__}" + (f": {text.splitlines()[0][:200]}" if text else "")
-    part = max(off, key=lambda part: off[part])
-    return None if off[part] <= _TOLERANCE else f"is wrong by {off[part]:.2g} of the largest number in {part}"
+    part = max(error_of, key=lambda part: error_of[part])
+    return None if error_of[part] <= _TOLERANCE else f"is wrong by {error_of[part]:.2g} of the largest number in {part}"
 
 
-def _operands(a: Architecture, places: int, packed: bool) -> tuple[tuple[Array, ...], Array | None]:
-    """q, k, v and the output's cotangent of two rows, in the compute type; packed rows have four segments."""
+def _operands(a: Architecture, length: int, packed: bool) -> tuple[tuple[Array, ...], Array | None]:
+    """Random q, k, v and cotangent of the output for two rows, in the compute type; and four segments a row if
+    packed."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (a.heads, a.kv_heads, a.kv_heads, a.heads)
     made = [
-        jax.random.normal(key, (2, places, n, a.head_dim), jnp.dtype(a.compute_dtype))
+        jax.random.normal(key, (2, length, n, a.head_dim), jnp.dtype(a.compute_dtype))
         for key, n in zip(keys, heads, strict=True)
     ]
-    bounds = jnp.asarray([[1, 3, 6], [2, 5, 7]]) * places // 8
-    segments = (jnp.arange(places) >= bounds[..., None]).sum(axis=1) if packed else None
+    bounds = jnp.asarray([[1, 3, 6], [2, 5, 7]]) * length // 8
+    segments = (jnp.arange(length) >= bounds[..., None]).sum(axis=1) if packed else None
     return tuple(made), segments
 
 
-def _results(run: Callable[..., Array], operands: tuple[Array, ...], dtype: Any) -> dict[str, Array]:
-    """Output and gradients, computed in a type."""
+def _results(
+    run: Callable[[Array, Array, Array], Array], operands: tuple[Array, ...], dtype: DTypeLike
+) -> dict[str, Array]:
+    """The output and the gradients of attention, computed in a type."""
 
     def both(q: Array, k: Array, v: Array, g: Array) -> dict[str, Array]:
         out, back = jax.vjp(run, q, k, v)
@@ -140,7 +163,7 @@ def _results(run: Callable[..., Array], operands: tuple[Array, ...], dtype: Any)
     return jax.jit(both)(*(x.astype(dtype) for x in operands))
 
 
-def _off(found: Array, expected: Array) -> float:
-    """Largest difference, as a share of the largest number; infinite if any is not finite."""
-    gap = jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32)).max() / jnp.abs(expected).max()
-    return float(jnp.where(jnp.isfinite(gap), gap, jnp.inf))
+def _relative_error(found: Array, expected: Array) -> float:
+    """The largest difference, as a share of the largest number; infinity if any number is not finite."""
+    error = jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32)).max() / jnp.abs(expected).max()
+    return float(jnp.where(jnp.isfinite(error), error, jnp.inf))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pspo_jax.model.attention.kernels import run_kernel
 from pspo_jax.model.interface import MASKED, Packed
 
-BLOCKS = 8
-"""Parts that the queries of long rows are computed in."""
+QUERY_BLOCKS = 8
+"""Number of blocks in which the queries of long rows are computed, one after another."""
 BLOCKWISE_FROM_TOKENS = 1024
-"""Places from which on they are."""
-_MANY_KEYS = 512
+"""Length of a row, in tokens, from which queries are computed in blocks."""
+_KEYS_FIRST_FROM_KEYS = 512
+"""Number of keys from which a bfloat16 product has the keys as its first operand; see `_suffix_scores`."""
 
 
 def attend(
@@ -29,42 +30,63 @@ def attend(
 ) -> Float[Array, "R S H h"]:
     """Causal grouped-query attention with a float32 softmax.
 
-    Queries of long rows are taken in blocks, which are computed again in the backward pass: scores of one block at a
-    time. A block sees the keys up to its end, half the work of the whole square; where a mesh splits the places, each
-    device takes a part of its own, against all keys.
+    Long rows are computed in blocks of queries, and the backward pass computes each block again, so that only the
+    scores of one block exist at a time. A block sees the keys up to its end, which halves the work of the whole square.
+    Where a mesh splits the positions along `context`, every device computes its own part of each block, against all
+    keys.
 
     Args:
-      scale: multiplies q k.
-      window: each query sees this many tokens, itself included; None = all before it.
-      packed: the rows that stand in one; None = there is one.
-      kernel: one of `kernels.KERNELS`, which take no window, context axis or shared prompt; or XLA, as described.
+      scale: factor of the products of queries and keys.
+      window: number of tokens that each query sees, itself included; None = all before it.
+      packed: the layout of several rows in one; None = each row stands alone.
+      kernel: "xla", which is described here, or one of `kernels.KERNELS`, which support no window, no context axis
+        and no shared prompt.
     """
     if kernel != "xla":
-        assert window is None and (packed is None or packed.leader is None)
-        return run_kernel(kernel, q, k, v, scale, None if packed is None else packed.rows)
+        assert window is None and (packed is None or packed.prompt_row is None)
+        return run_kernel(kernel, q, k, v, scale, None if packed is None else packed.row_of)
     s = q.shape[1]
     context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     size = block_size(s, context)
     if size == s:
         return _attend_block(q, k, v, packed, packed, window, jnp.arange(s), scale)
+    if context > 1:
+        return _attend_along_context(q, k, v, packed, window, scale, size, context)
     block = jax.checkpoint(_attend_block, static_argnums=7)
-    if context == 1:
-        found = []
-        for start in range(0, s, size):
-            end = min(start + size, s)
-            own, seen = (jax.tree.map(lambda x, b=b, e=end: x[:, b:e], packed) for b in (start, 0))
-            places = jnp.arange(start, end)
-            found.append(block(q[:, start:end], k[:, :end], v[:, :end], own, seen, window, places, scale))
-        return jnp.concatenate(found, axis=1)
+    found = []
+    for start in range(0, s, size):
+        end = min(start + size, s)
+        of_queries, of_keys = (jax.tree.map(lambda x, b=b, e=end: x[:, b:e], packed) for b in (start, 0))
+        index = jnp.arange(start, end)
+        found.append(block(q[:, start:end], k[:, :end], v[:, :end], of_queries, of_keys, window, index, scale))
+    return jnp.concatenate(found, axis=1)
 
-    def part(x: Any, i: int, axis: int = 1) -> Any:
-        """Part i of every device's places."""
+
+def _attend_along_context(
+    q: Float[Array, "R S H h"],
+    k: Float[Array, "R S K h"],
+    v: Float[Array, "R S K h"],
+    packed: Packed | None,
+    window: Int[Array, ""] | None,
+    scale: float,
+    size: int,
+    context: int,
+) -> Float[Array, "R S H h"]:
+    """`attend` in blocks where positions are split over `context` devices.
+
+    Block i holds part i of every device's positions, so that all devices work on each block.
+    """
+    s = q.shape[1]
+    block = jax.checkpoint(_attend_block, static_argnums=7)
+
+    def part(tree: PyTree, i: int, axis: int = 1) -> PyTree:
+        """Part i of every device's positions."""
 
         def one(x: Array) -> Array:
             split = x.reshape(*x.shape[:axis], context, s // size, -1, *x.shape[axis + 1 :])
             return jnp.take(split, i, axis=axis + 1).reshape(*x.shape[:axis], size, *x.shape[axis + 1 :])
 
-        return jax.tree.map(one, x)
+        return jax.tree.map(one, tree)
 
     found = [
         block(part(q, i), k, v, part(packed, i), packed, window, part(jnp.arange(s), i, axis=0), scale)
@@ -74,83 +96,115 @@ def attend(
     return stacked.reshape(q.shape)
 
 
-def block_size(places: int, context: int) -> int:
-    """Queries that are computed at a time, of all devices along context."""
-    if places < BLOCKWISE_FROM_TOKENS or (context > 1 and places % (BLOCKS * context)):
-        return places
-    return -(-places // BLOCKS)
+def block_size(length: int, context: int) -> int:
+    """Number of queries that are computed at a time, summed over the devices along context.
+
+    Args:
+      length: tokens of a row.
+      context: devices along the mesh's context axis.
+    """
+    if length < BLOCKWISE_FROM_TOKENS or (context > 1 and length % (QUERY_BLOCKS * context)):
+        return length
+    return -(-length // QUERY_BLOCKS)
 
 
 def _attend_block(
     q: Float[Array, "R s H h"],
     k: Float[Array, "R S K h"],
     v: Float[Array, "R S K h"],
-    own: Packed | None,
-    packed: Packed | None,
+    of_queries: Packed | None,
+    of_keys: Packed | None,
     window: Int[Array, ""] | None,
-    places: Int[Array, "s"],
+    index: Int[Array, "s"],
     scale: float,
 ) -> Float[Array, "R s H h"]:
-    """Queries at some places against keys from place 0 on; `own` = what `packed` says of the queries."""
+    """Some queries of each row against its first S keys.
+
+    Args:
+      of_queries: the layout of the packed rows at the queries; None = rows stand alone.
+      of_keys: the same at the keys.
+      index: index of each query in its row.
+    """
     r, s, heads, h = q.shape
     kv, m = k.shape[2], heads // k.shape[2]
-    # The query heads of one kv head become rows of one matrix product; places are the outer index, so that a mesh that
-    # splits them splits the rows.
+    # The query heads of one kv head become rows of one matrix product. Positions are the outer index, so that a mesh
+    # that splits positions splits the rows of the product.
     q = q.reshape(r, s, kv, m, h).swapaxes(1, 2).reshape(r, kv, s * m, h)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * scale
-    before = places[:, None] - jnp.arange(k.shape[2])
-    seen = before >= 0
-    if own is not None and packed is not None:
-        same = own.rows[:, :, None] == packed.rows[:, None]
-        if own.leader is not None and packed.prompt is not None:
-            same |= own.leader[:, :, None] == packed.prompt[:, None]
-        seen = seen & same
-        before = own.places[:, :, None] - packed.places[:, None]
-    if window is not None:
-        seen &= before < window
-    seen = jnp.repeat(seen, m, axis=-2)
-    seen = seen if packed is None else seen[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
+    visible = _visible(of_queries, of_keys, window, index, k.shape[2])
+    visible = jnp.repeat(visible, m, axis=-2)
+    visible = visible if of_keys is None else visible[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkqt,rkth->rkqh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(r, kv, s, m, h).swapaxes(1, 2).reshape(r, s, heads, h).astype(v.dtype)
 
 
+def _visible(
+    of_queries: Packed | None, of_keys: Packed | None, window: Int[Array, ""] | None, index: Int[Array, "s"], keys: int
+) -> Bool[Array, "s S"] | Bool[Array, "R s S"]:
+    """Which keys each query sees: keys before it, of its own row or its row's prompt, and within the window."""
+    distance = index[:, None] - jnp.arange(keys)
+    visible = distance >= 0
+    if of_queries is not None and of_keys is not None:
+        same = of_queries.row_of[:, :, None] == of_keys.row_of[:, None]
+        if of_queries.prompt_row is not None and of_keys.in_prompt_of is not None:
+            same |= of_queries.prompt_row[:, :, None] == of_keys.in_prompt_of[:, None]
+        visible = visible & same
+        distance = of_queries.positions[:, :, None] - of_keys.positions[:, None]
+    return visible if window is None else visible & (distance < window)
+
+
+class Prefix(NamedTuple):
+    """Keys and values of prompts, each held once for the G completions of its prompt."""
+
+    keys: Float[Array, "B K P h"]
+    values: Float[Array, "B K P h"]
+    lengths: Int[Array, "B"]
+    """Tokens of each prompt; keys and values beyond are padding."""
+
+
+class Suffix(NamedTuple):
+    """Keys and values of completions, up to their newest token."""
+
+    keys: Float[Array, "B G K T h"]
+    values: Float[Array, "B G K T h"]
+    t: Int[Array, ""] | Int[Array, "B"]
+    """Index of the newest token in its completion."""
+    ages: Int[Array, "B T"] | None = None
+    """For each column, how many tokens before the newest one its token is, -1 = the column holds no token of this
+    completion; None = column j holds token j."""
+
+
 def attend_shared_prefix(
-    q: Float[Array, "B G H h"],
-    prefix_k: Float[Array, "B K P h"],
-    prefix_v: Float[Array, "B K P h"],
-    lengths: Int[Array, "B"],
-    suffix_k: Float[Array, "B G K T h"],
-    suffix_v: Float[Array, "B G K T h"],
-    t: Int[Array, ""] | Int[Array, "B"],
-    scale: float,
-    window: int | None = None,
-    ages: Int[Array, "B T"] | None = None,
+    q: Float[Array, "B G H h"], prefix: Prefix, suffix: Suffix, scale: float, window: int | None = None
 ) -> Float[Array, "B G H h"]:
-    """Attention of one new token per row: over its prompt, held once for the group, and its own tokens 0..t.
+    """Attention of one new token per completion, over its prompt and its completion up to itself.
 
     The two parts are normalised together by one maximum and one sum, which is exact. The prompt part is a matrix
-    product with the group's rows, where separate caches would be G matrix-vector products. `scale` and `window` are
-    those of `attend`. `ages` says how many tokens before the newest each column of the suffix is, -1 = it holds none;
-    None = columns are places.
+    product with the group's rows, where separate caches would need G matrix-vector products.
+
+    Args:
+      q: queries of the newest token, whose keys and values are in the suffix already.
+      scale: factor of the products of queries and keys.
+      window: number of tokens that the query sees, itself included; None = all before it.
     """
     b, g, heads, h = q.shape
-    kv = prefix_k.shape[1]
+    kv = prefix.keys.shape[1]
     m = heads // kv
-    dtype = prefix_v.dtype
+    dtype = prefix.values.dtype
     q = q.reshape(b, g, kv, m, h)
     # The group's rows and the query heads of one kv head are the rows of one product with the prompt: [B, K, G M, h].
     rows = q.swapaxes(1, 2).reshape(b, kv, g * m, h)
-    in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix_k, preferred_element_type=jnp.float32) * scale
-    in_suffix = _own_scores(q, suffix_k) * scale
-    place = jnp.arange(prefix_k.shape[2])
-    ages = (t - jnp.arange(suffix_k.shape[3]))[None] if ages is None else ages
-    real, drawn = place < lengths[:, None], ages >= 0
+    in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix.keys, preferred_element_type=jnp.float32) * scale
+    in_suffix = _suffix_scores(q, suffix.keys) * scale
+    position = jnp.arange(prefix.keys.shape[2])
+    ages = (suffix.t - jnp.arange(suffix.keys.shape[3]))[None] if suffix.ages is None else suffix.ages
+    in_range, drawn = position < prefix.lengths[:, None], ages >= 0
     if window is not None:
-        real &= (lengths + t)[:, None] - place < window
+        in_range &= (prefix.lengths + suffix.t)[:, None] - position < window
         drawn &= ages < window
-    in_prompt = jnp.where(real[:, None, None], in_prompt, MASKED)
+    in_prompt = jnp.where(in_range[:, None, None], in_prompt, MASKED)
     in_suffix = jnp.where(drawn[:, None, None, None], in_suffix, MASKED)
 
     def by_group(x: Array) -> Array:
@@ -164,17 +218,21 @@ def attend_shared_prefix(
     top = jnp.maximum(by_group(in_prompt.max(axis=-1, keepdims=True)), in_suffix.max(axis=-1, keepdims=True))
     in_prompt, in_suffix = jnp.exp(in_prompt - by_prompt(top)), jnp.exp(in_suffix - top)
     total = by_group(in_prompt.sum(axis=-1, keepdims=True)) + in_suffix.sum(axis=-1, keepdims=True)
-    of_prompt = jnp.einsum("bkrp,bkph->bkrh", in_prompt.astype(dtype), prefix_v, preferred_element_type=jnp.float32)
-    of_suffix = jnp.einsum("bgkmt,bgkth->bgkmh", in_suffix.astype(dtype), suffix_v, preferred_element_type=jnp.float32)
+    of_prompt = jnp.einsum(
+        "bkrp,bkph->bkrh", in_prompt.astype(dtype), prefix.values, preferred_element_type=jnp.float32
+    )
+    of_suffix = jnp.einsum(
+        "bgkmt,bgkth->bgkmh", in_suffix.astype(dtype), suffix.values, preferred_element_type=jnp.float32
+    )
     return ((by_group(of_prompt) + of_suffix) / total).reshape(b, g, heads, h).astype(dtype)
 
 
-def _own_scores(q: Float[Array, "B G K m h"], k: Float[Array, "B G K T h"]) -> Float[Array, "B G K m T"]:
-    """Products of each row's queries with its own keys.
+def _suffix_scores(q: Float[Array, "B G K m h"], k: Float[Array, "B G K T h"]) -> Float[Array, "B G K m T"]:
+    """Products of each completion's queries with its own keys.
 
-    Keys come first where the CPU's products are several times faster so: 2.9 for 256 keys in float32, 8 for 1,024; in
-    bfloat16 with many keys alone.
+    The keys are the first operand where this makes the CPU's product faster: 2.9 times for 256 keys and 8 times for
+    1,024 in float32, and in bfloat16 for many keys only.
     """
-    if k.dtype == jnp.float32 or k.shape[3] >= _MANY_KEYS:
+    if k.dtype == jnp.float32 or k.shape[3] >= _KEYS_FIRST_FROM_KEYS:
         return jnp.einsum("bgkth,bgkmh->bgktm", k, q, preferred_element_type=jnp.float32).swapaxes(-1, -2)
     return jnp.einsum("bgkmh,bgkth->bgkmt", q, k, preferred_element_type=jnp.float32)

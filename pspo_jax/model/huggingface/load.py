@@ -1,6 +1,7 @@
-"""Checkpoints in: a Hugging Face folder or hub id -> architecture, and weights straight into their device buffers.
+"""Reading checkpoints: from a Hugging Face folder or hub id to an architecture, and to weights on their devices.
 
-Nothing is loaded before everything is known to fit: the config, every tensor's name and shape, every file's length.
+No weight is loaded before everything has been checked: the config, the name and shape of every tensor, and the length
+of every file.
 """
 
 from __future__ import annotations
@@ -12,51 +13,58 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture
-from pspo_jax.model.huggingface.families import FAMILIES, architecture_of, unknown_family
+from pspo_jax.model.huggingface.families import FAMILIES, HfConfig, architecture_of, unknown_family
 from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config
 from pspo_jax.model.huggingface.not_a_checkpoint import what_it_is
 from pspo_jax.model.weights import Weight, entries, from_hf, is_weight, table
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""Patterns of the files that are fetched from the hub."""
 _DTYPES = ("F32", "F16", "BF16")
-_ROWS = 4096
-"""Rows of a matrix that are compared at a time."""
+"""Supported types of tensors, as safetensors names them."""
+_ROWS_AT_A_TIME = 4096
+"""Rows of a matrix that are read at a time where two matrices are compared."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies."""
+    """The place and form of a tensor of a checkpoint."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    """Type as safetensors names it, such as BF16."""
 
 
 class Source(NamedTuple):
-    """A checkpoint whose config and tensor headers have been read, and found to fit."""
+    """A checkpoint whose config and tensor headers have been read and agree."""
 
     name: str
-    """As the user gave it."""
+    """model.source, as the user gave it."""
     folder: Path
     architecture: Architecture
-    """Without adapters and forbidden ids."""
+    """The architecture, without adapters and forbidden ids."""
     tensors: dict[str, Tensor]
+    """The tensors by their Hugging Face names; empty if only the config was read."""
     untied: bool = False
-    """config.json ties the head to the embedding, but another head is stored; `architecture` has that one."""
+    """Whether config.json ties the head to the embedding although another head is stored; `architecture` has that
+    head."""
 
     def fingerprint(self) -> str:
-        """Hash of config.json and of every tensor's name, shape and type; contents are left to checksums."""
+        """Hash of config.json and of the name, shape and type of every tensor, but not of their numbers."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
@@ -64,8 +72,8 @@ class Source(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def import_transformers() -> Any:
-    """The library, without its advice to install PyTorch: only its configs and tokenizers are used."""
+def import_transformers() -> ModuleType:
+    """The library transformers, without its advice to install PyTorch: only its configs and tokenizers are used."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -73,12 +81,15 @@ def import_transformers() -> Any:
 
 
 def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> Path:
-    """The local folder of a folder's name or a hub id; a hub id is downloaded, or found in huggingface_hub's cache.
+    """The local folder of a checkpoint; a hub id is downloaded, or found in the cache of huggingface_hub.
 
     Args:
+      name: a folder or a hub id.
+      revision: branch, tag or commit on the hub; None = the main branch.
+      field: the config field that holds the name, for messages.
       weights: whether the safetensors files are wanted too.
     Raises:
-      ConfigError: neither exists.
+      ConfigError: there is no such folder, and the hub has no such id.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -87,7 +98,7 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
         raise ConfigError(f"{field}={name}: {what_it_is(folder)}")
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
-    patterns = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
+    patterns = [pattern for pattern in _DOWNLOADED if weights or pattern != "*.safetensors"]
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -102,12 +113,12 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
 
 
 def read_source(model: ModelConfig, weights: bool = True) -> Source:
-    """Everything about `model.source` but its weights.
+    """The checkpoint `model.source`, read and checked up to its weights, which are not loaded.
 
     Args:
-      weights: False = the config alone, for a plan: neither needs the tensors to be there.
+      weights: whether tensors are looked for; False = the config is enough, as for a plan.
     Raises:
-      ConfigError: names what is missing, extra, misshapen, truncated or unsupported.
+      ConfigError: something is missing, left over, of a wrong shape, cut off or not supported; the message names it.
     """
     assert model.source is not None
     name = model.source
@@ -123,7 +134,7 @@ def read_source(model: ModelConfig, weights: bool = True) -> Source:
 
 
 def _has_own_head(tensors: dict[str, Tensor]) -> bool:
-    """Whether a checkpoint that claims to tie its head stores another one than its embedding."""
+    """Whether a checkpoint stores a head that differs from its embedding."""
     names = "lm_head.weight", "model.embed_tokens.weight"
     if not all(name in tensors for name in names):
         return False
@@ -134,11 +145,12 @@ def _has_own_head(tensors: dict[str, Tensor]) -> bool:
     return any(not np.array_equal(x, y) for x, y in zip(*parts, strict=True))
 
 
-def _read_config(folder: Path, name: str) -> Any:
+def _read_config(folder: Path, name: str) -> HfConfig:
+    """config.json as transformers reads it, after the checks of `read_model_config`."""
     where = f"model.source={name}"
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: {what_it_is(folder)}")
-    model_type = read_model_config(folder, where)["model_type"]
+    model_type = str(read_model_config(folder, where)["model_type"])
     if model_type not in FAMILIES:
         raise ConfigError(unknown_family(model_type, name))
     from huggingface_hub.errors import StrictDataclassError
@@ -151,7 +163,7 @@ def _read_config(folder: Path, name: str) -> Any:
 
 
 def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, from its files' headers."""
+    """All tensors of a checkpoint, from the headers of its files."""
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, Tensor] = {}
@@ -159,7 +171,7 @@ def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
         path = folder / file
         try:
             with safe_open(path, framework="numpy") as opened:
-                for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     part = opened.get_slice(key)
                     if key in found:
                         raise ConfigError(
@@ -175,7 +187,7 @@ def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
-    """Names of the files that hold a checkpoint's tensors: its only one, those of its index, or all there are."""
+    """Names of the files that hold a checkpoint's tensors: model.safetensors, those of its index, or all there are."""
     index, whole = folder / "model.safetensors.index.json", "model.safetensors"
     if not index.exists():
         files = [whole] if (folder / whole).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
@@ -185,7 +197,7 @@ def _weight_files(folder: Path, name: str) -> list[str]:
     weight_map = read_json(index, f"model.source={name}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise ConfigError(f"model.source={name}: {index.name} has no weight_map from tensors to files; fetch it again")
-    files = sorted(set(weight_map.values()))
+    files = sorted({str(file) for file in weight_map.values()})
     for file in files:
         if not (folder / file).exists():
             raise ConfigError(f"model.source={name}: {file} is missing; {index.name} names it")
@@ -198,13 +210,13 @@ def _weight_files(folder: Path, name: str) -> list[str]:
 
 
 def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
-    """Every tensor of the table is there with its shape and a known type, and there is no other."""
+    """Raise ConfigError unless the tensors are those of the table, with their shapes and of a supported type."""
     wanted = {name: w.hf_shape for _, name, w, _ in entries(table(a))}
     missing = [name for name in wanted if name not in tensors]
-    # Old checkpoints store the rotary frequencies, and some that tie their head store it nevertheless.
+    # Old checkpoints store the rotary frequencies, and some store the head although it is tied.
     ignored = {"lm_head.weight"} if a.tied else set()
     extra = [n for n in tensors if n not in wanted and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
-    for kind, names in (("lacks", missing), ("has, and the architecture does not,", extra)):
+    for kind, names in (("lacks", missing), ("has tensors that the architecture lacks:", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ConfigError(f"model.source={where}: the checkpoint {kind} {', '.join(names[:3])}{more}")
@@ -227,34 +239,38 @@ def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
 
 
 def _rows_of(tensor: Tensor, name: str) -> Iterator[np.ndarray]:
-    """A matrix in parts of some rows, float32."""
+    """A matrix in float32, a few thousand rows at a time."""
     from safetensors import safe_open
 
     with safe_open(tensor.file, framework="numpy") as opened:
         rows = opened.get_slice(name)
-        for start in range(0, tensor.shape[0], _ROWS):
-            yield np.asarray(rows[start : min(start + _ROWS, tensor.shape[0])]).astype(np.float32)
+        for start in range(0, tensor.shape[0], _ROWS_AT_A_TIME):
+            yield np.asarray(rows[start : min(start + _ROWS_AT_A_TIME, tensor.shape[0])]).astype(np.float32)
 
 
-def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any:
-    """The weights of `table(architecture)`, each read, turned, cast and placed before the next one is read.
+def load_params(
+    source: Source, weights: PyTree[Weight], shardings: PyTree[NamedSharding], dtype: DTypeLike
+) -> PyTree[Array]:
+    """The params of a checkpoint. Each weight is read, transposed, cast and placed before the next one is read.
 
-    Host memory beyond the params is a small multiple of the largest tensor. Whole tensors come first, largest first,
-    while little else is resident; stacked ones are filled layer by layer in place.
+    Host memory beyond the params is a small multiple of the largest tensor. The weights outside the blocks come first,
+    the largest first, while little else is in memory; those of the blocks are filled layer by layer in place.
 
     Args:
+      weights: the table of the source's architecture.
       shardings: a NamedSharding for each weight.
+      dtype: type in which weights are held.
     Raises:
       ConfigError: a tensor has numbers that are not finite, in its file or in `dtype`.
     """
     leaves, structure = jax.tree.flatten(weights, is_leaf=is_weight)
-    places = jax.tree.leaves(shardings)
+    leaf_shardings = jax.tree.leaves(shardings)
     order = sorted(range(len(leaves)), key=lambda i: (leaves[i].stacked, -int(np.prod(leaves[i].shape))))
-    out: list[Any] = [None] * len(leaves)
+    loaded: dict[int, Array] = {}
     finite: dict[str, Array] = {}
     for i in order:
-        out[i] = _load_leaf(source, leaves[i], places[i], jnp.dtype(dtype), finite)
-    # Asked for at the end: a question for each tensor would wait for it.
+        loaded[i] = _load_leaf(source, leaves[i], leaf_shardings[i], jnp.dtype(dtype), finite)
+    # One transfer at the end: a transfer for each tensor would wait for its device.
     bad = [name for name, good in jax.device_get(finite).items() if not good]
     if bad:
         more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
@@ -262,11 +278,15 @@ def load_params(source: Source, weights: Any, shardings: Any, dtype: Any) -> Any
             f"model.source={source.name}: NaN or infinity in {', '.join(sorted(bad)[:3])}{more}, read as {dtype}; "
             "fetch the checkpoint again, or one from before it diverged"
         )
-    return jax.tree.unflatten(structure, out)
+    return jax.tree.unflatten(structure, [loaded[i] for i in range(len(leaves))])
 
 
-def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, finite: dict[str, Array]) -> Array:
-    """A weight on its devices. `finite` gets an entry for each of its tensors: whether all numbers are finite."""
+def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: jnp.dtype, finite: dict[str, Array]) -> Array:
+    """A weight on its devices.
+
+    Args:
+      finite: gets an entry for each tensor of the weight, whether all its numbers are finite.
+    """
 
     def read(name: str, sharding: NamedSharding) -> Array:
         x = _place(from_hf(w, read_tensor(source.tensors[name], name)), sharding)
@@ -274,7 +294,7 @@ def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, f
         return x
 
     if not w.stacked:
-        return read(w.hf, sharding).astype(dtype)
+        return read(w.hf_name, sharding).astype(dtype)
     leaf = jax.jit(functools.partial(jnp.zeros, w.shape, dtype), out_shardings=sharding)()
     one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     put = jax.jit(
@@ -283,16 +303,16 @@ def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: Any, f
         out_shardings=sharding,
     )
     for i in range(w.shape[0]):
-        leaf = put(leaf, read(w.hf.format(i), one), i)
+        leaf = put(leaf, read(w.hf_name.format(i), one), i)
     return leaf
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _all_finite(x: Array, dtype: Any) -> Array:
-    """Whether all numbers are, once they are of this type."""
+def _all_finite(x: Array, dtype: jnp.dtype) -> Array:
+    """Whether all numbers are finite after a cast to this type."""
     return jnp.isfinite(x.astype(dtype)).all()
 
 
 def _place(x: np.ndarray, sharding: NamedSharding) -> Array:
-    """A host array on its devices; each gets its own part only."""
+    """A host array on its devices; each device gets its own part only."""
     return jax.make_array_from_callback(x.shape, sharding, lambda part: np.ascontiguousarray(x[part]))

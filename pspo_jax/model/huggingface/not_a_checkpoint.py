@@ -1,4 +1,4 @@
-"""What stands where a checkpoint was expected, and what to do about it."""
+"""The message for a path that is not a checkpoint: its contents, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vo
 
 
 def what_it_is(path: Path) -> str:
-    """One line on a file, or on a folder that lacks config.json or *.safetensors: what it holds and what to do."""
+    """The contents of a path that is not a checkpoint, and the remedy, in one line.
+
+    Args:
+      path: a file, or a folder without config.json or without *.safetensors.
+    """
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         kind = "is a GGUF file" if path.suffix == ".gguf" else "holds GGUF files"
         return f"{kind}, quantised weights for inference; name the checkpoint in safetensors that they were made from"

@@ -1,4 +1,4 @@
-"""Checkpoints out: folders that transformers, PEFT, vLLM and lighteval load."""
+"""Writing checkpoints: folders that transformers, PEFT, vLLM and lighteval load."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.huggingface.json_files import Json
 from pspo_jax.model.huggingface.load import Source, read_tensor
 from pspo_jax.model.weights import entries, lora_table, projections, table, to_hf
 
@@ -28,27 +30,36 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+"""Files of a tokenizer, which are copied as they are."""
 SHARD_BYTES = 4 * 2**30
+"""Bytes of a shard at most, unless a single tensor has more."""
 
 Tensors = Iterator[tuple[str, np.ndarray]]
-"""(Hugging Face name, value), made one by one: only a shard is ever held."""
+"""(Hugging Face name, value) of each tensor. They are made one by one, so that only a shard is in memory at a time."""
 
 
-def write_folder(out: Path, fill: Callable[[Path], Any], replace: bool = False) -> None:
-    """Make a folder atomically: `fill` writes beside it, and it takes its name when it is whole.
+class DtypeOf(Protocol):
+    """The type in which the tensor of a Hugging Face name is written."""
 
-    What a failure leaves half done is removed, so that a full disk has its room back.
+    def __call__(self, name: str, /) -> np.dtype: ...
+
+
+def write_folder(out: Path, fill: Callable[[Path], object], replace: bool = False) -> None:
+    """Make a folder atomically: `fill` writes into a folder beside it, which takes its name when it is complete.
+
+    After a failure, nothing is left, so that a full disk has its room back.
 
     Args:
-      replace: whether `out` may be there already, as this function's earlier work.
+      fill: is called with the folder to write into.
+      replace: whether an existing folder is replaced.
     Raises:
-      ConfigError: `out` is there already, or cannot be written.
+      ConfigError: `out` exists, or cannot be written.
     """
     if out.is_symlink() or (out.exists() and not replace):
         raise ConfigError(f"--out {out}: exists already; name a new folder")
     partial = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         partial.mkdir(parents=True)
         fill(partial)
         if replace:
@@ -62,16 +73,16 @@ def write_folder(out: Path, fill: Callable[[Path], Any], replace: bool = False) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def whole_tensors(a: Architecture, params: Any, dtype: Callable[[str], Any]) -> Tensors:
-    """Trained params as a checkpoint's tensors, each cast once to `dtype(name)`."""
+def whole_tensors(a: Architecture, params: PyTree[Array], dtype: DtypeOf) -> Tensors:
+    """Params without adapters as the tensors of a checkpoint, each cast once to `dtype(name)`."""
     values = dict(_paths(params))
     for path, name, w, layer in entries(table(a)):
         value = np.asarray(values[path] if layer is None else values[path][layer])
         yield name, to_hf(w, value).astype(dtype(name))
 
 
-def merged_tensors(a: Architecture, source: Source, adapter: Any, dtype: Callable[[str], Any]) -> Tensors:
-    """The source's tensors with the adapters added: W + alpha / rank B A in float32, cast once."""
+def merged_tensors(a: Architecture, source: Source, adapter: PyTree[Array], dtype: DtypeOf) -> Tensors:
+    """The tensors of the source with the adapters added: W + alpha / rank B A, computed in float32 and cast once."""
     assert a.lora is not None
     low = dict(adapter_tensors(a, adapter))
     module = "base_model.model."
@@ -84,19 +95,20 @@ def merged_tensors(a: Architecture, source: Source, adapter: Any, dtype: Callabl
         yield name, np.ascontiguousarray(value.astype(dtype(name)))
 
 
-def adapter_tensors(a: Architecture, adapter: Any) -> Tensors:
-    """Adapters in PEFT's names and layout, float32."""
+def adapter_tensors(a: Architecture, adapter: PyTree[Array]) -> Tensors:
+    """Adapters in float32, with PEFT's names and layout."""
     values = dict(_paths(adapter))
     for path, name, w, layer in entries(lora_table(a)):
         yield name, to_hf(w, np.asarray(values[path][layer], np.float32))
 
 
-def _paths(tree: Any) -> list[tuple[str, Any]]:
+def _paths(tree: PyTree[Array]) -> list[tuple[str, Array]]:
+    """(path, array) of each leaf."""
     return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
-    """`model.safetensors`, or shards of at most `shard_bytes` (one tensor at least) and their index."""
+    """Write model.safetensors, or shards of at most `shard_bytes` (or one tensor) and their index."""
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = 0
@@ -124,8 +136,12 @@ def write_tensors(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_adapter(folder: Path, a: Architecture, adapter: Any, base: str) -> None:
-    """PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+def write_adapter(folder: Path, a: Architecture, adapter: PyTree[Array], base: str) -> None:
+    """Write adapters as PEFT does, into adapter_config.json and adapter_model.safetensors.
+
+    Args:
+      base: folder or hub id of the base model.
+    """
     assert a.lora is not None
     modules = projections(a)
     config = {
@@ -145,49 +161,52 @@ def write_adapter(folder: Path, a: Architecture, adapter: Any, base: str) -> Non
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file, as readable as its folder; the library makes it private to its owner."""
+    """Write a safetensors file with the permissions of its folder; the library would make it private to its owner."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # The library raises it where the disk is full.
         raise OSError(" ".join(str(error).split())) from error
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def copy_files(folder: Path, source: Path, names: tuple[str, ...]) -> None:
-    """Those of the files that exist, byte for byte."""
+    """Copy the files that exist; the others are left out."""
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
 
 
 def set_dtype(folder: Path, dtype: str) -> None:
-    """Name the tensors' type in a config.json, in the key that it uses."""
+    """Set the type of the tensors in config.json, under the key that it has."""
     config = json.loads((folder / "config.json").read_text())
     set_config(folder, {"torch_dtype" if "torch_dtype" in config else "dtype": dtype})
 
 
-def set_config(folder: Path, fields: dict[str, Any]) -> None:
-    """Change fields of config.json."""
+def set_config(folder: Path, fields: dict[str, Json]) -> None:
+    """Set fields of config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
 
 
 def set_stop_ids(folder: Path, stop_ids: Sequence[int], pad_id: int) -> None:
-    """Name the ids that ended completions in training in a generation_config.json, beside what the source has there."""
+    """Set the ids that end a completion in generation_config.json, and the pad id if it has none."""
     path = folder / "generation_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     config = {"pad_token_id": pad_id} | config | {"eos_token_id": list(stop_ids)}
     path.write_text(json.dumps(config, indent=2))
 
 
-def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pad_id: int) -> dict[str, Any]:
-    """The config.json of a policy that came from no checkpoint.
+def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pad_id: int) -> dict[str, Json]:
+    """The config.json of a built-in model that was not read from a checkpoint.
 
+    Args:
+      theta: base of the rotary frequencies.
+      stop_ids: ids that end a completion.
     Raises:
-      ConfigError: no family has its combination of options.
+      ConfigError: no family has this combination of options.
     """
     family = {((), "none"): "Llama", (("q", "k", "v"), "none"): "Qwen2", ((), "head"): "Qwen3"}.get(
         (a.biases, a.qk_norm)
@@ -216,6 +235,6 @@ def built_in_config(a: Architecture, theta: float, stop_ids: tuple[int, ...], pa
     }
 
 
-def numpy_dtype(name: str) -> Any:
+def numpy_dtype(name: str) -> np.dtype:
     """The dtype of a safetensors ("BF16") or config ("bfloat16") name."""
     return jnp.dtype({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(name, name))

@@ -1,1 +1,1 @@
-"""What all selectors share: visits, eligibility, quotas, exploration, and a draw that passes over few prompts."""
+"""What all selectors have in common: visits, eligibility, quotas, exploration, and a fast draw."""

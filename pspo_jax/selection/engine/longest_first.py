@@ -1,71 +1,77 @@
 """Any selector's batch in the order of expected length, so that refilled slots start with the longest completions.
 
-The longest row that starts last is what all other slots wait for; starting with it is the classic rule for machines
-that share jobs. What is drawn, and with what weight, stays the selector's.
+If the longest row starts last, all other slots wait for it; to start with the longest is the classic rule for machines
+that share jobs. The order does not change which prompts are drawn, nor their loss weights.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.per_prompt import follow_rows, padded_rows
+from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.distributed.mesh import ROWS, size_along
-from pspo_jax.selection.interface import Selector
+from pspo_jax.selection.interface import PromptMetadata, Selector, Step
 
-_NEW = 0.5
-"""Weight of a visit's lengths against those before: a policy's lengths drift."""
+_LATEST_WEIGHT = 0.5
+"""Weight of a visit's lengths against those of earlier visits, as a policy's lengths drift."""
 
 
-class Lengths(NamedTuple):
-    selector: Any
-    """The state of the selector."""
-    of_prompt: Float[Array, "R"]
-    """Tokens of a completion, averaged over visits; 0 = none yet."""
-    of_all: Float[Array, ""]
-    """The same over all prompts, which is what a new one is expected to have."""
+class LengthState(NamedTuple):
+    """The state of a selector, and the lengths of completions."""
+
+    selector: PyTree
+    """State of the selector whose batches are ordered."""
+    prompt_lengths: Float[Array, "R"]
+    """Expected completion length of each prompt in tokens, a moving average over visits; 0 = never visited."""
+    mean_length: Float[Array, ""]
+    """The same over all prompts, which is the expected length of a new prompt."""
 
 
 def longest_first(selector: Selector, chunks: int = 1) -> Selector:
-    """The selector with its batches in the order of expected length, and lengths as a part of its state.
+    """The selector with its batches in the order of expected length, and with lengths as a part of its state.
 
-    Each device refills its slots from its own rows, and each chunk of the batch is a rollout of its own: prompts are
-    dealt to them in turns, so that each starts with its longest.
+    Each device refills its slots from its own rows, and each chunk of the batch is a rollout of its own. Prompts are
+    therefore interleaved over devices and chunks, so that each of them starts with its longest prompts.
 
     Args:
       chunks: rollout.chunks.
     """
 
-    def init(num_prompts: int, columns: Any = None) -> Lengths:
-        return Lengths(selector.init(num_prompts, columns), jnp.zeros(padded_rows(num_prompts)), jnp.zeros(()))
+    def init(num_prompts: int, metadata: PromptMetadata | None = None) -> LengthState:
+        return LengthState(selector.init(num_prompts, metadata), jnp.zeros(padded_rows(num_prompts)), jnp.zeros(()))
 
-    def select(state: Lengths, key: Any, step: Any, batch: int) -> tuple[Any, Any, Lengths]:
+    def select(
+        state: LengthState, key: Key[Array, ""], step: Step, batch: int
+    ) -> tuple[Int[Array, "B"], Float[Array, "B"], LengthState]:
         ids, weight, inner = selector.select(state.selector, key, step, batch)
-        known = state.of_prompt[ids]
-        expected = jnp.where(known > 0, known, state.of_all)
+        known = state.prompt_lengths[ids]
+        expected = jnp.where(known > 0, known, state.mean_length)
         parts = chunks * size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
-        order = deal_by_length(jnp.argsort(-expected, stable=True), parts)
+        order = interleave(jnp.argsort(-expected, stable=True), parts)
         return ids[order], weight[order], state._replace(selector=inner)
 
-    def observe(state: Lengths, ids: Int[Array, "B"], outcome: Any, step: Any) -> Lengths:
-        found = outcome.lengths.mean(axis=1)
+    def observe(state: LengthState, ids: Int[Array, "B"], outcome: RolloutOutcome, step: Step) -> LengthState:
+        lengths = jnp.asarray(outcome.lengths).mean(axis=1)
 
-        def moved(before: Array, now: Array) -> Array:
-            return jnp.where(before > 0, (1 - _NEW) * before + _NEW * now, now)
+        def averaged(before: Array, now: Array) -> Array:
+            return jnp.where(before > 0, (1 - _LATEST_WEIGHT) * before + _LATEST_WEIGHT * now, now)
 
-        # A prompt may be twice in a batch: the larger value stays, whatever the order of the writes.
-        after = state.of_prompt.at[ids].set(0.0).at[ids].max(moved(state.of_prompt[ids], found))
+        # If a prompt is twice in a batch, the larger value stays, whatever the order of the writes is.
+        prompt_lengths = state.prompt_lengths.at[ids].set(0.0)
+        prompt_lengths = prompt_lengths.at[ids].max(averaged(state.prompt_lengths[ids], lengths))
         inner = selector.observe(state.selector, ids, outcome, step)
-        return Lengths(inner, after, moved(state.of_all, found.mean()))
+        return LengthState(inner, prompt_lengths, averaged(state.mean_length, lengths.mean()))
 
-    def follow(state: Lengths, fresh: Lengths, places: Int[Array, "N"]) -> Lengths:
-        return Lengths(
+    def follow(state: LengthState, fresh: LengthState, places: Int[Array, "N"]) -> LengthState:
+        return LengthState(
             selector.follow(state.selector, fresh.selector, places),
-            follow_rows(state.of_prompt, fresh.of_prompt, places),
-            state.of_all,
+            follow_rows(state.prompt_lengths, fresh.prompt_lengths, places),
+            state.mean_length,
         )
 
     return Selector(
@@ -79,6 +85,6 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
     )
 
 
-def deal_by_length(order: Int[Array, "B"], parts: int) -> Int[Array, "B"]:
-    """Dealt to equal parts in turns, the first of each part first."""
+def interleave(order: Int[Array, "B"], parts: int) -> Int[Array, "B"]:
+    """`order` split into equal parts in turns, so that each part begins with one of the first entries."""
     return order.reshape(-1, parts).T.reshape(-1)

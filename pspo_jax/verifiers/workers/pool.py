@@ -1,10 +1,11 @@
 """A pool of killable worker processes with a deadline per request.
 
-One thread of the main process deals requests to workers, one each, and watches their clocks. A worker that overruns is
-killed and its request gets no verdict; one that dies on its own has its request tried once more, by a worker forked
-since. While a worker is slow and others wait, extra workers are forked, so that a few hanging answers do not hold up
-the rest. A verdict does not depend on how busy the machine is: what counts is the time that a worker was on a
-processor, and a larger limit holds for the time that it slept; waiting for a processor costs nothing.
+One thread of the main process gives each worker one request at a time and reads the workers' clocks. A worker that
+exceeds its deadline is killed, and its request gets no verdict. The request of a worker that dies on its own is tried
+once more, by a worker that was forked after the death. While a worker is slow and other requests wait, extra workers
+are forked, so that a few hanging answers do not hold up the rest. A verdict does not depend on how busy the machine is:
+the deadline counts the time that a worker was on a processor, and a larger limit counts the time that it slept;
+waiting for a processor counts for nothing.
 """
 
 from __future__ import annotations
@@ -24,85 +25,93 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import VerifierConfig
-from pspo_jax.verifiers.workers.clock import Spent, spent, usage
+from pspo_jax.verifiers.workers.clock import TimeSpent, time_spent, usage
 from pspo_jax.verifiers.workers.process import KILL, PID, SPAWN
-from pspo_jax.verifiers.workers.requests import Batch, Reply, Request
+from pspo_jax.verifiers.workers.requests import Batch, Reply, Request, WorkerLimits
 
 __all__ = ["Batch", "Pool", "Reply", "Request"]
 
-_SLOW = 0.25
+_SLOW_SECONDS = 0.25
 """Seconds, without those of other processes, after which a worker counts as slow."""
-_LOOK = 0.1
-"""Seconds between two looks at a worker that other processes may have kept from a processor."""
-_WALL = 6.0
-"""verifier.wall_limit, in deadlines, where it is 0."""
-_EXTRA = 4
-"""At most this many workers per configured one while some are slow."""
-_LATE_NICE = 5
-"""Priority of a slow worker. At 19 it would starve on a busy machine and easy answers would miss the deadline."""
-_START_LIMIT = 120.0
+_CHECK_SECONDS = 0.1
+"""Seconds between two checks of a worker that other processes may have kept from a processor."""
+_WALL_DEADLINES = 6.0
+"""The limit on a request's whole time, in deadlines, where verifier.wall_limit is 0."""
+_MOST_WORKERS = 4
+"""Most workers per configured one while some are slow."""
+_SLOW_NICE = 5
+"""The nice value of a slow worker. At 19 it would starve on a busy machine, and easy answers would miss deadlines."""
+_START_SECONDS = 120.0
+"""Seconds that a worker, or the fork server, may take to become ready."""
 _TRIES = 2
-_OUTSIDE_TRIES = 5
-"""Tries of a request whose workers something outside kills or stops, which says nothing about the request."""
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""Tries of a request whose workers die on their own."""
+_TRIES_IF_KILLED = 5
+"""Tries of a request whose workers are killed or stopped from outside, which says nothing about the request."""
+_OUTSIDE_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""Exit codes of a worker that was killed from outside."""
 _CLOSE_SECONDS = 10.0
-"""Seconds after which the process that forks workers is killed, if it has not ended by itself."""
+"""Seconds after which the fork server is killed, if it has not ended by itself."""
 _MAX_FAILED_STARTS = 3
-"""Workers per configured one that may end in a row before they are ready; then starting them is given up."""
-_CACHE = 100_000
+"""Workers per configured one that may end in a row before they are ready; beyond it no more are started."""
+_MOST_REMEMBERED = 100_000
+"""Verdicts that are remembered by key."""
 
 
 class _Job:
+    """A request, and the places in batches that wait for its reply."""
+
     def __init__(self, request: Request):
         self.request = request
         self.targets: list[tuple[Batch, int]] = []
         self.deaths = 0
-        """Workers that died of it, or with it."""
+        """Workers that ended while they had it."""
         self.kills = 0
-        """Those of them that something outside killed."""
-        self.after = 0
-        """Only workers of this number or later may have it: others may be doomed like the one that died."""
+        """Those of them that were killed from outside."""
+        self.first_worker = 0
+        """Number of the first worker that may have it: older ones may share the fate of the one that died."""
 
     def finish(self, reply: Reply) -> None:
+        """Enters the reply in every place that waits for it."""
         for batch, place in self.targets:
             batch.set(place, reply)
-        self.targets = []  # one that was dropped may still be answered
+        self.targets = []  # a job that was given up may still be answered
 
 
 class _Worker:
+    """A worker process, its job, and the clock of that job (or of its start)."""
+
     def __init__(self, channel: Connection, pid: int, number: int):
         self.channel = channel
         self.pid = pid
         self.number = number
         self.ready = False
-        self.late = False
+        self.slow = False
         self.job: _Job | None = None
         self.sent = 0
         """Requests that it was given."""
-        self.start()
+        self.start_clock()
 
-    def start(self) -> None:
-        """Its clock starts anew."""
+    def start_clock(self) -> None:
+        """Starts its clock anew."""
         self.since = time.monotonic()
         self.begun = usage(self.pid)
 
-    def spent(self) -> Spent:
-        """What it has spent on what it does now."""
-        return spent(self.pid, self.begun, time.monotonic() - self.since)
+    def time_spent(self) -> TimeSpent:
+        """The time that it has spent on its job, or on its start."""
+        return time_spent(self.pid, self.begun, time.monotonic() - self.since)
 
 
 class Pool:
-    """Use as a context manager, and enter it before JAX touches a device.
+    """A pool of workers that verify requests. It is a context manager, entered before JAX touches a device.
 
     Args:
       config: deadline and limits.
-      functions: user functions that every worker imports before its first request.
-      log: file for what verifiers print; None = nowhere.
+      functions: users' functions that every worker imports before its first request, as `module:function`.
       imports: slow modules of verifiers, imported once for all workers; they must start no thread.
+      log: file for what verifiers print; None = nowhere.
     Raises:
       ConfigError: a user function cannot be imported.
     """
@@ -115,9 +124,10 @@ class Pool:
         log: Path | None = None,
     ):
         self._config = config
-        self._wall_limit = config.wall_limit or _WALL * config.deadline
-        self._look = min(_SLOW, config.deadline, self._wall_limit)
-        self._forked = 0
+        self._wall_limit = config.wall_limit or _WALL_DEADLINES * config.deadline
+        self._unchecked_seconds = min(_SLOW_SECONDS, config.deadline, self._wall_limit)
+        """Seconds in which a worker is left alone."""
+        self._forks = 0
         self._size = config.workers or max(2, min(8, os.cpu_count() or 2))
         self._functions = tuple(dict.fromkeys(functions))
         self._imports = list(imports)
@@ -129,19 +139,19 @@ class Pool:
         self._cache: OrderedDict[Hashable, Reply] = OrderedDict()
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._stillborn = 0
+        self._failed_starts = 0
         self._closing = False
-        self._over: str | None = None
+        self._closed_reason: str | None = None
         """Why nothing is answered any more."""
-        self.grouped: frozenset[str] = frozenset()
-        """User functions that are given all completions of a prompt at once; known once the pool is entered."""
-        self.needs: dict[str, list[str]] = {}
-        """Columns that user functions cannot do without; known once the pool is entered."""
+        self.group_functions: frozenset[str] = frozenset()
+        """Users' functions that are given all completions of a prompt at once; known once the pool is entered."""
+        self.required_columns: dict[str, list[str]] = {}
+        """Columns that each user's function cannot do without; known once the pool is entered."""
         self.replaced = 0
         """Workers that were killed or died."""
 
     def __enter__(self) -> Pool:
-        self._start_nursery()
+        self._start_fork_server()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         for _ in range(self._size):
@@ -155,11 +165,11 @@ class Pool:
             raise ConfigError(self._failure)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End all workers; requests without a reply get none."""
+        """Ends all workers; requests that still wait get no verdict."""
         if self._closing:
             return
         self._closing = True
@@ -167,26 +177,26 @@ class Pool:
         self._thread.join()
         self._control.close()
         try:
-            self._nursery.wait(_CLOSE_SECONDS)
+            self._fork_server.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:  # somebody has stopped it, and it would never come to its end
-            for pid in (*self.pids(), self._nursery.pid):
+            for pid in (*self.pids(), self._fork_server.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self._nursery.wait()
+            self._fork_server.wait()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
     def pids(self) -> list[int]:
-        """Processes of the workers that are alive now."""
+        """Process ids of the workers that are alive now."""
         return [worker.pid for worker in list(self._workers)]
 
     def submit(self, requests: Sequence[Request]) -> Batch:
-        """Have the requests answered; returns at once."""
+        """Has the requests answered. It returns at once, with the batch of replies to come."""
         batch = Batch(len(requests))
         known: list[tuple[int, Reply]] = []
         with self._lock:
-            if self._over:
-                known = [(place, Reply(None, None, self._over)) for place in range(len(requests))]
+            if self._closed_reason:
+                known = [(place, Reply(None, None, self._closed_reason)) for place in range(len(requests))]
                 requests = ()
             for place, request in enumerate(requests):
                 if request.key is not None and (reply := self._cache.get(request.key)) is not None:
@@ -203,7 +213,7 @@ class Pool:
             # Under the lock, as the pool's thread may be setting other replies of this batch.
             for place, reply in known:
                 batch.set(place, reply)
-            if not self._over:
+            if not self._closed_reason:
                 self._wake()
         return batch
 
@@ -211,16 +221,12 @@ class Pool:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b".")
 
-    def _start_nursery(self) -> None:
+    def _start_fork_server(self) -> None:
         self._control, theirs = socket.socketpair()
-        limits = {
-            "deadline": self._config.deadline,
-            "memory_mib": self._config.memory_mib,
-            "network": self._config.network,
-            "functions": self._functions,
-            "imports": self._imports,
-            "log": self._log,
-        }
+        config = self._config
+        limits = WorkerLimits(
+            config.deadline, config.memory_mib, config.network, self._functions, self._imports, self._log
+        )
         # No accelerator, and one thread: a fork is safe only from a process without others.
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -230,14 +236,15 @@ class Pool:
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "pspo_jax.verifiers.workers.process", str(theirs.fileno()), json.dumps(limits)]
-        self._nursery = subprocess.Popen(
+        arguments = [str(theirs.fileno()), json.dumps(limits._asdict())]
+        command = [sys.executable, "-m", "pspo_jax.verifiers.workers.process", *arguments]
+        self._fork_server = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
-        self._control.settimeout(_START_LIMIT)
+        self._control.settimeout(_START_SECONDS)
         if not self._control.recv(PID.size):
-            raise RuntimeError(f"the verifiers' process ended with code {self._nursery.wait()} before it was ready")
+            raise RuntimeError(f"the verifiers' process ended with code {self._fork_server.wait()} before it was ready")
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
@@ -248,11 +255,11 @@ class Pool:
         socket.send_fds(self._control, [SPAWN + PID.pack(0, 0)], [theirs.fileno()])
         theirs.close()
         pid, _ = PID.unpack(self._control.recv(PID.size))
-        self._forked += 1
-        self._workers.append(_Worker(Connection(ours.detach()), pid, self._forked))
+        self._forks += 1
+        self._workers.append(_Worker(Connection(ours.detach()), pid, self._forks))
 
     def _end(self, worker: _Worker) -> int:
-        """Kill and reap a worker; its exit code, or minus the signal that ended it."""
+        """Kills and reaps a worker; gives its exit code, or minus the signal that ended it."""
         worker.channel.close()
         self._control.sendall(KILL + PID.pack(worker.pid, 0))
         _, status = PID.unpack(self._control.recv(PID.size))
@@ -270,36 +277,36 @@ class Pool:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
         finally:
-            self._drop(reason, over=True)
+            self._refuse_all(reason, over=True)
 
     def _serve(self) -> None:
         while not self._closing:
             if self._failure and not self._workers:
-                self._drop(self._failure)
-            self._deal()
+                self._refuse_all(self._failure)
+            self._assign_jobs()
             channels = {worker.channel: worker for worker in self._workers}
-            for ready in wait([*channels, self._wake_read], self._patience()):
+            for ready in wait([*channels, self._wake_read], self._next_check()):
                 if ready == self._wake_read:
                     os.read(self._wake_read, 4096)
                 else:
                     self._receive(channels[ready])  # type: ignore[index]
-            self._watch()
-        self._drop("closed", over=True)  # first, as a worker that ended takes its request along
+            self._check_workers()
+        self._refuse_all("closed", over=True)  # first, as a worker that ended takes its request along
         for worker in list(self._workers):
             self._end(worker)
 
-    def _drop(self, reason: str, over: bool = False) -> None:
-        """No verdict for every request that waits; if it is over, for all to come."""
+    def _refuse_all(self, reason: str, over: bool = False) -> None:
+        """Gives no verdict to every request that waits; if the pool is over, also to all requests to come."""
         with self._lock:
-            self._over = reason if over else None
+            self._closed_reason = reason if over else None
             jobs = [*self._queue, *self._inbox, *(w.job for w in self._workers if w.job)]
             self._queue.clear()
             self._inbox.clear()
             for job in jobs:
-                self._settle(job, Reply(None, None, reason))
+                self._finish(job, Reply(None, None, reason))
 
-    def _deal(self) -> None:
-        """Give waiting requests to idle workers."""
+    def _assign_jobs(self) -> None:
+        """Gives waiting requests to idle workers."""
         with self._lock:
             self._queue.extend(self._inbox)
             self._inbox.clear()
@@ -308,135 +315,136 @@ class Pool:
                 if len(self._workers) > self._size:
                     self._end(worker)  # forked while others were slow; no longer needed
                 continue
-            if (job := self._next(worker)) is not None:
-                self._give(worker, job)
+            if (job := self._take_job(worker)) is not None:
+                self._send(worker, job)
 
-    def _next(self, worker: _Worker) -> _Job | None:
-        """Take the first request that this worker may have."""
+    def _take_job(self, worker: _Worker) -> _Job | None:
+        """Takes the first request that this worker may have from the queue; None if there is none."""
         for place, job in enumerate(self._queue):
-            if worker.number >= job.after or self._failure is not None:
+            if worker.number >= job.first_worker or self._failure is not None:
                 del self._queue[place]
                 return job
         return None
 
-    def _give(self, worker: _Worker, job: _Job) -> None:
+    def _send(self, worker: _Worker, job: _Job) -> None:
         worker.job = job
         worker.sent += 1
-        worker.start()
+        worker.start_clock()
         try:
             worker.channel.send((worker.sent, job.request.kind, job.request.arguments))
         except OSError:
-            self._lost(worker)
+            self._worker_ended(worker)
         except (TypeError, AttributeError, RecursionError, pickle.PicklingError) as error:
             worker.job = None
             with self._lock:
-                self._settle(job, Reply(None, None, f"cannot be sent to a worker ({error})"))
+                self._finish(job, Reply(None, None, f"cannot be sent to a worker ({error})"))
 
     def _receive(self, worker: _Worker) -> None:
         try:
             message = json.loads(worker.channel.recv_bytes())
         except (EOFError, OSError, ValueError):
-            self._lost(worker)
+            self._worker_ended(worker)
             return
         if "failed_import" in message:
             what = " ".join(message["error"].split())[:300]
             self._failure = f"task.function, reward.terms: {message['failed_import']} cannot be imported ({what})"
             self._end(worker)
-            self._drop(self._failure)
+            self._refuse_all(self._failure)
         elif "ready" in message:
             worker.ready = True
-            worker.start()
-            self._stillborn = 0
-            self.grouped, self.needs = frozenset(message["grouped"]), message["needs"]
+            worker.start_clock()
+            self._failed_starts = 0
+            self.group_functions = frozenset(message["group_functions"])
+            self.required_columns = message["required_columns"]
         elif worker.job is None or message.pop("number", None) != worker.sent:
-            self._lost(worker)  # something else has written to its channel
+            self._worker_ended(worker)  # something else has written to its channel
         else:
             job, worker.job = worker.job, None
             if message["score"] is None and not message["reason"]:
                 message["reason"] = "the verifier gave no verdict"
             with self._lock:
-                self._settle(job, Reply(**message))
-            if worker.late:
+                self._finish(job, Reply(**message))
+            if worker.slow:
                 self._end(worker)  # its priority cannot be raised again
                 if len(self._workers) < self._size:
                     self._spawn()
 
-    def _settle(self, job: _Job, reply: Reply) -> None:
-        """Hand out a reply; called with the lock held."""
+    def _finish(self, job: _Job, reply: Reply) -> None:
+        """Hands out a reply and remembers it; called with the lock held."""
         key = job.request.key
         if key is not None:
             self._pending.pop(key, None)
             if reply.score is not None:
                 self._cache[key] = reply
-                if len(self._cache) > _CACHE:
+                if len(self._cache) > _MOST_REMEMBERED:
                     self._cache.popitem(last=False)
         job.finish(reply)
 
-    def _lost(self, worker: _Worker, stopped: bool = False) -> None:
-        """A worker is gone, or was stopped: replace it, and try its request once more."""
+    def _worker_ended(self, worker: _Worker, stopped: bool = False) -> None:
+        """Replaces a worker that has ended or was stopped, and tries its request once more."""
         job = worker.job
         status = self._end(worker)
         self.replaced += 1
-        outside = stopped or status in _FROM_OUTSIDE
+        outside = stopped or status in _OUTSIDE_SIGNALS
         if job is not None:
             job.deaths += 1
             job.kills += outside
-            job.after = self._forked + 1
+            job.first_worker = self._forks + 1
         if job is None:
             pass
         elif status == -signal.SIGXCPU:
             self._refuse(job, f"deadline of {self._config.deadline:g} s")
-        elif job.deaths - job.kills < _TRIES and job.kills < _OUTSIDE_TRIES:
+        elif job.deaths - job.kills < _TRIES and job.kills < _TRIES_IF_KILLED:
             self._queue.appendleft(job)
         else:
             how = f"signal {-status}" if status < 0 else f"exit code {status}"
             self._refuse(job, f"died: the worker processes of this request ended ({how})")
-        self._renew(worker)
+        self._replace(worker)
 
     def _refuse(self, job: _Job, reason: str) -> None:
-        """No verdict for a request."""
+        """Gives no verdict to a request."""
         with self._lock:
-            self._settle(job, Reply(None, None, reason))
+            self._finish(job, Reply(None, None, reason))
 
-    def _renew(self, worker: _Worker) -> None:
-        """Fork a worker in the place of one that ended."""
-        self._stillborn += not worker.ready
-        if self._stillborn >= _MAX_FAILED_STARTS * self._size and self._failure is None:
+    def _replace(self, worker: _Worker) -> None:
+        """Forks a worker in the place of one that ended, unless too many in a row ended before they were ready."""
+        self._failed_starts += not worker.ready
+        if self._failed_starts >= _MAX_FAILED_STARTS * self._size and self._failure is None:
             names = ",".join(self._functions)
             self._failure = f"task.function, reward.terms: verifiers end before they are ready ({names or '-'})"
         if self._failure is None:
             self._spawn()
 
-    def _watch(self) -> None:
-        """Kill what is overdue; fork extra workers while some are slow and requests wait."""
+    def _check_workers(self) -> None:
+        """Kills workers that are overdue, and forks extra ones while some are slow and requests wait."""
         slow = 0
         for worker in list(self._workers):
-            if (worker.ready and worker.job is None) or time.monotonic() - worker.since <= self._look:
+            if (worker.ready and worker.job is None) or time.monotonic() - worker.since <= self._unchecked_seconds:
                 continue
             if worker.channel.poll():
                 continue  # it has answered, and this thread has not come to read that
-            now = worker.spent()
-            if reason := self._overdue(worker, now):
+            now = worker.time_spent()
+            if reason := self._overdue_reason(worker, now):
                 job = worker.job
                 self._end(worker)
                 self.replaced += 1
                 if job is not None:
                     self._refuse(job, reason)
-                self._renew(worker)
+                self._replace(worker)
             elif now.state in ("T", "t", "Z", "X"):
-                self._lost(worker, stopped=True)
-            elif worker.job is not None and now.waited > _SLOW:
+                self._worker_ended(worker, stopped=True)
+            elif worker.job is not None and now.waited > _SLOW_SECONDS:
                 slow += 1
-                self._lower(worker)
+                self._lower_priority(worker)
         if self._queue and slow:
-            room = self._size * _EXTRA - len(self._workers)
+            room = self._size * _MOST_WORKERS - len(self._workers)
             for _ in range(min(self._size - (len(self._workers) - slow), room)):
                 self._spawn()
 
-    def _overdue(self, worker: _Worker, now: Spent) -> str | None:
-        """Why a worker has had time enough, or None."""
+    def _overdue_reason(self, worker: _Worker, now: TimeSpent) -> str | None:
+        """Why a worker's time is up; None if it is not."""
         if not worker.ready:
-            return "start" if now.waited > _START_LIMIT else None
+            return "start" if now.waited > _START_SECONDS else None
         if now.cpu > self._config.deadline:
             return f"deadline of {self._config.deadline:g} s"
         if now.waited > self._wall_limit:
@@ -444,26 +452,26 @@ class Pool:
         return None
 
     @staticmethod
-    def _lower(worker: _Worker) -> None:
-        """Lower a slow worker's priority: the others come first."""
-        if not worker.late:
-            worker.late = True
+    def _lower_priority(worker: _Worker) -> None:
+        """Lowers a slow worker's priority, so that the others come first."""
+        if not worker.slow:
+            worker.slow = True
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.setpriority(os.PRIO_PROCESS, worker.pid, _LATE_NICE)
+                os.setpriority(os.PRIO_PROCESS, worker.pid, _SLOW_NICE)
 
-    def _patience(self) -> float | None:
-        """Seconds until something may have to be done without a message."""
+    def _next_check(self) -> float | None:
+        """Seconds until a worker has to be checked even if no message comes; None = no worker is busy."""
         times = []
         for worker in self._workers:
             if worker.ready and worker.job is None:
                 continue
             age = time.monotonic() - worker.since
-            if age <= self._look:
-                times.append(self._look - age + 0.01)
-            elif not worker.late:
-                times.append(_LOOK)
+            if age <= self._unchecked_seconds:
+                times.append(self._unchecked_seconds - age + 0.01)
+            elif not worker.slow:
+                times.append(_CHECK_SECONDS)
             else:
-                now = worker.spent()
+                now = worker.time_spent()
                 left = min(self._config.deadline - now.cpu, self._wall_limit - now.waited)
-                times.append(min(max(_LOOK, left), 1.0))
+                times.append(min(max(_CHECK_SECONDS, left), 1.0))
         return min(times) if times else None

@@ -1,42 +1,61 @@
-"""What verifiers are asked, and what they answer."""
+"""The messages between the pool and its workers: limits, requests and replies."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+
+class WorkerLimits(NamedTuple):
+    """Limits of every worker, and what it loads before its first request. It travels as JSON."""
+
+    deadline: float
+    """Seconds of processor time for one request."""
+    memory_mib: int
+    """Address space in MiB."""
+    network: bool
+    """Whether Python's own network connections are allowed."""
+    functions: Sequence[str]
+    """Users' functions that are imported, as `module:function`."""
+    imports: Sequence[str]
+    """Slow modules of verifiers that are imported once, before any fork."""
+    log: str | None
+    """File for what verifiers print; None = nowhere."""
 
 
 class Request(NamedTuple):
-    """What a worker is asked."""
+    """A question to a worker."""
 
     kind: str
-    """A key of worker.VERIFIERS."""
-    arguments: dict[str, Any]
+    """A key of process.VERIFIERS."""
+    arguments: Mapping[str, object]
+    """Keyword arguments of that verifier."""
     key: Hashable | None = None
-    """Requests with equal keys have equal verdicts, which are remembered; None = never."""
+    """Requests with equal keys have equal verdicts, which are remembered; None = the verdict is never remembered."""
 
 
 class Reply(NamedTuple):
-    """What a worker answers, or why there is no answer."""
+    """A worker's answer, or why there is none. It travels as JSON."""
 
-    score: Any
-    """A number, a list of them, or None = no verdict."""
+    score: float | list[float | None] | None
+    """One number, or a number or None for each of a prompt's completions; None = no verdict."""
     answer: str | None
+    """The answer that was found, in a canonical form."""
     reason: str | None
-    """Why there is no verdict: "deadline", "died", or an error in a line."""
+    """Why there is no verdict: "deadline ...", "died ...", or an error in one line; None = there is one."""
     error: str | None = None
     """The whole traceback, if there is one."""
     failed: list[str | None] | None = None
-    """With a list of scores: why each has none; None = there is one, or the function has no opinion."""
+    """Beside a list of scores: why each is missing; None = it is there, or the function has no opinion."""
     metrics: dict[str, list[float]] | None = None
-    """What the function gave to `log_metric`."""
-    columns: dict[str, list[Any]] | None = None
-    """What the function gave to `log_extra`."""
+    """Values that a user's function gave to `log_metric`."""
+    columns: dict[str, list[object]] | None = None
+    """Values that a user's function gave to `log_extra`: one per completion."""
 
 
 class Batch:
-    """Replies to come, in the order of the requests."""
+    """The replies to several requests, in the order of these, which arrive one by one."""
 
     def __init__(self, size: int):
         self._replies: list[Reply | None] = [None] * size
@@ -46,13 +65,13 @@ class Batch:
             self._done.set()
 
     def set(self, place: int, reply: Reply) -> None:
-        """Called by the pool's thread alone."""
+        """Enters the reply to request number `place`; called by the pool alone."""
         self._replies[place] = reply
         self._missing -= 1
         if not self._missing:
             self._done.set()
 
     def result(self) -> list[Reply]:
-        """All replies; waits for them, at most about as long as the deadlines allow."""
+        """All replies. It waits for them, at most about as long as the deadlines allow."""
         self._done.wait()
         return [reply for reply in self._replies if reply is not None]

@@ -1,0 +1,69 @@
+"""Facts about prompts that selectors may use before the first step: tasks and difficulties."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.presets import resolve
+from pspo_jax.config.schema import Config, round_prompts
+from pspo_jax.data.task import PromptDataset
+from pspo_jax.selection import PromptMetadata
+from pspo_jax.selection.engine.quotas import check_prompts
+
+DIFFICULTY_COLUMNS = ("difficulty", "level")
+"""Columns in which a difficulty is looked for if the config names none."""
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ...], PromptMetadata | None]:
+    """Names of the run's tasks, and the facts that the config's selector asks for; () and None if it asks for none.
+
+    Raises:
+      ConfigError: a quota asks for more prompts than its task has, or the data has no difficulty.
+    """
+    config = resolve(config)
+    s = config.selection
+    task_names: tuple[str, ...] = ()
+    task_ids = np.zeros(len(prompts.lengths), np.int16)
+    if s.quotas.strip():
+        names = [str(config.task.name)] * len(task_ids) if prompts.labels is None else list(prompts.labels)
+        task_names, task_ids = _numbered(names)
+        if not s.replacement:
+            check_prompts(s.quotas, task_names, task_ids, round_prompts(config))
+    difficulty = _difficulty(s.difficulty_column, prompts) if s.name == "curriculum" else None
+    if not task_names and difficulty is None:
+        return (), None
+    return task_names, PromptMetadata(task_ids, difficulty)
+
+
+def _numbered(names: list[str]) -> tuple[tuple[str, ...], Int[np.ndarray, "N"]]:
+    """The distinct names in order, and the index of each name among them."""
+    found, index = np.unique(np.array(names), return_inverse=True)
+    return tuple(str(name) for name in found), index.astype(np.int16)
+
+
+def _difficulty(column: str | None, prompts: PromptDataset) -> Float[np.ndarray, "N"]:
+    """Difficulty of each prompt; NaN, which counts as hardest, where no number can be read."""
+    if prompts.difficulty is not None and column is None:
+        return prompts.difficulty
+    for name in DIFFICULTY_COLUMNS if column is None else (column,):
+        values = [] if prompts.column is None else prompts.column(name)
+        numbers = np.array([_number(value) for value in values], np.float32)
+        if np.isfinite(numbers).any():
+            return numbers
+    raise ConfigError(
+        f"selection.difficulty_column={column}: selection.name=curriculum needs a column of numbers, and the data has "
+        f"none {'by that name' if column else 'named ' + ' or '.join(DIFFICULTY_COLUMNS)}; name one"
+    )
+
+
+def _number(value: object) -> float:
+    """The number that a value is or begins with in its text; NaN = none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _NUMBER.search(value) if isinstance(value, str) else None
+    return float(match.group()) if match else float("nan")
