@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPO
 from tests.distributed.processes import finish_all, free_port, launch, output
 from tests.helpers import relative
-from tests.test_run import _wait_for_step, finish, metrics, params, start
+from tests.test_run import _lines, _wait_for_step, finish, metrics, params, start
 
 STEPS = 12
 MESHES = {
@@ -123,15 +123,17 @@ def test_one_that_raises_one_that_is_killed_and_a_stop_lose_nothing(child_env, r
     for number in (0, 1):
         assert "the disk of host 1 is gone" in output(folder, number), output(folder, number)
 
+    logged = _lines(folder)
     processes = begin()
-    assert _wait_for_step(processes[0], folder, at_least=5)
+    assert _wait_for_step(processes[0], folder, at_least=max(logged, 5))
     processes[1].send_signal(signal.SIGKILL)
     assert processes[0].wait(timeout=60) != 0
     assert output(folder, 0).strip()
     processes[1].wait()
 
+    logged = _lines(folder)
     processes = begin()
-    assert _wait_for_step(processes[0], folder, at_least=8)
+    assert _wait_for_step(processes[0], folder, at_least=max(logged, 8))
     processes[1].terminate()
     time.sleep(0.2)
     processes[0].terminate()
