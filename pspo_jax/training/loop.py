@@ -27,9 +27,10 @@ from pspo_jax.distributed import processes
 from pspo_jax.reporting.page import write_report
 from pspo_jax.rewards.own_task import RewardFunction
 from pspo_jax.runs import history
+from pspo_jax.runs.access import read_summary
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.run_date import with_date
-from pspo_jax.runs.run_folder import RunLog, open_folder, read_summary, with_type_of, write_json
+from pspo_jax.runs.run_folder import RunLog, open_folder, with_type_of, write_json
 from pspo_jax.runs.verdicts import NoVerdictError
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError, writing
