@@ -38,10 +38,10 @@ DESCRIPTION = "Supervised fine-tuning of the policy on demonstrations."
 EPOCHS = 3
 _NO_DATA = "sft.data=None: a language model needs demonstrations; name a JSONL file"
 TEXT_DEFAULTS: dict[str, float] = {"batch": 16, "learning_rate": 1e-5, "warmup": 10}
-"""What fields of `sft` are at most for a language model if they are not set: a file of few lines lowers batch and
-warm-up. Steps that are not set follow from the file's lines."""
+"""Largest default of fields of `sft` for a language model: a file of few lines lowers batch and warm-up, and steps
+follow from its lines."""
 _UNSET = 2**30
-"""Steps that nobody sets."""
+"""Value of sft.steps that says that nobody has set it."""
 
 
 def main(argv: Sequence[str]) -> int:

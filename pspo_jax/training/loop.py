@@ -77,7 +77,7 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
     progress: Progress
     stop: Callable[[], bool]
-    """Whether any process was asked to stop; all of them stop at the same step."""
+    """Says whether any process was asked to stop; all of them stop at the same step."""
     persist: Persist
     callbacks: Sequence[Callback]
     as_command: bool
