@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER, arithmetic
@@ -27,6 +28,8 @@ def make_task(
     say: Callable[[str], None] = lambda _: None,
 ) -> Task:
     """The task that a config names. `pool` judges text; None = nothing is judged, as in a plan."""
+    if config.task.name == "own":
+        raise ConfigError("task.name=own: only the program that gave its task to pspo_jax.train has it; name another")
     if not isinstance(tokenizer, CharTokenizer):
         judge = text_reward(pool, tokenizer, config)
         return text_task(config, tokenizer, judge, pool, reward_functions(config), say)
