@@ -1,4 +1,4 @@
-"""Which files of a folder are no longer what was written, told by a record of their sizes and checksums."""
+"""Finds files of a folder that are no longer what was written, by a record of their sizes and checksums."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pspo_jax.system.storage import unread, write_whole
 
 RECORD = "files.json"
 _LARGEST = 64 * 2**20
-"""Bytes up to which a file's checksum is in the record. Of a larger file the record has the size alone: the arrays in
-it have checksums of their own."""
+"""Size in bytes up to which a file's checksum is recorded. For a larger file the size alone is recorded, as its arrays
+have checksums of their own."""
 
 
 class DamageError(ValueError):
@@ -31,20 +31,19 @@ def record(folder: Path) -> None:
     Raises:
       StorageError: a file cannot be read, or the record not be written.
     """
-    files = _look(folder)
+    files = _measure_all(folder)
     write_whole(folder / RECORD, json.dumps({"files": files, "crc": checksum(files)}).encode())
 
 
 def complaint(folder: Path) -> tuple[str | None, bool]:
-    """What is wrong with the files under `folder` (None = nothing that shows), and whether that is certain.
+    """The damage of the files under `folder` in words, None = none is found; and whether the finding is certain.
 
-    Every file is read. Without a record, such as of a checkpoint whose writer was killed in that moment, files of JSON
-    must at least be JSON.
+    Every file is read. Without a record, as after a kill just before it was written, JSON files must at least parse.
 
     Raises:
       StorageError: a file is there and cannot be read, which is no damage.
     """
-    found = _look(folder)
+    found = _measure_all(folder)
     recorded = _recorded(folder)
     if recorded is None:
         broken = next((name for name in found if _is_json(name) and not _parses(folder / name)), None)
@@ -60,7 +59,7 @@ def complaint(folder: Path) -> tuple[str | None, bool]:
 
 
 def complaint_of(folder: Path, name: str) -> str | None:
-    """What is wrong with one small file under `folder` by the record; None = nothing, or there is no record.
+    """The damage of one small file under `folder` in words; None = it is as recorded, or there is no record.
 
     Raises:
       StorageError: it cannot be read now.
@@ -104,7 +103,7 @@ def _recorded(folder: Path) -> dict[str, tuple[int, int | None]] | None:
     return {name: (length, crc) for name, (length, crc) in files.items()}
 
 
-def _look(folder: Path) -> dict[str, list[int | None]]:
+def _measure_all(folder: Path) -> dict[str, list[int | None]]:
     """Size and checksum of each file, by its path inside the folder."""
     found: dict[str, list[int | None]] = {}
     for place, _, names in os.walk(folder, onerror=_raise):

@@ -76,7 +76,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def finite(scores: dict[str, float] | None) -> dict[str, float] | None:
-    """Scores that can rank a checkpoint; None if the greedy one has no value, as when nothing was judged."""
+    """Scores that can rank a checkpoint; None if the greedy one has no value, as when nothing was verified."""
     if scores is None or not math.isfinite(scores.get("greedy", math.nan)):
         return None
     return {name: float(value) for name, value in scores.items() if math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore raise: errors of damaged files, of a disk, and all others."""
+"""Tells Orbax's errors apart: damaged files, a disk that refuses, and all others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def silence_orbax() -> None:
     sys.unraisablehook = without_late_answers
 
 
-def judged(error: Exception, path: Path) -> Exception:
+def classified(error: Exception, path: Path) -> Exception:
     """The error to raise in place of Orbax's.
 
     It is a DamageError if files are damaged, a StorageError if the disk is the reason, and else the error itself.

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import RAISED, classified, silence_orbax
 from pspo_jax.distributed import processes
 from pspo_jax.system.storage import StorageError, os_reason, room, write_whole
 
@@ -105,7 +105,7 @@ def load_folder(folder: Path, abstract: PyTree) -> PyTree:
     except DamageError as error:
         reason = str(error)
     except RAISED as error:
-        found = judged(error, folder)
+        found = classified(error, folder)
         if found is error:
             raise
         if not isinstance(found, DamageError):

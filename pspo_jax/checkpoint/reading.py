@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from pspo_jax.checkpoint.checksums import verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.metadata import Metadata, read_metadata
-from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import RAISED, classified, silence_orbax
 from pspo_jax.config.fields import ConfigError
 
 
@@ -87,7 +87,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[PyTree], P
         with partial_load():
             value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
     except RAISED as error:
-        told = judged(error, path)
+        told = classified(error, path)
         if isinstance(told, DamageError):
             raise _unusable(path, told) from error
         if told is error:

@@ -25,7 +25,7 @@ from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.metadata import Metadata, damaged_metadata, finite, mend_scores, read_metadata
-from pspo_jax.checkpoint.orbax_errors import RAISED, judged, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import RAISED, classified, silence_orbax
 from pspo_jax.checkpoint.reading import partial_load, saved_steps, whole_ones
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import CheckpointConfig
@@ -180,7 +180,7 @@ class Checkpoints:
                 self._start(self._last)
 
     def _can_repeat(self) -> bool:
-        """Whether the arrays of the last save are still there, or training that went on has taken over their memory."""
+        """Whether the arrays of the last save are still there; training that went on takes over their memory."""
         if self._last is None:
             return False
         return not any(x.is_deleted() for x in jax.tree.leaves(self._last.state) if isinstance(x, jax.Array))
@@ -229,7 +229,7 @@ class Checkpoints:
         return StorageError(f"{self.folder}: another process could not write its part") if failed else None
 
     def _failure(self, error: BaseException) -> StorageError:
-        """The error of a save in one line, or the error itself raised, if no disk was the reason."""
+        """The error of a save as a StorageError of one line; if the disk was not the reason, the error is raised."""
         reason = str(error) if isinstance(error, StorageError) else os_reason(error)
         if self._writing is None or (reason is None and not isinstance(error, TimeoutError)):
             raise error
@@ -320,7 +320,7 @@ class Checkpoints:
             try:
                 found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
             except RAISED as error:
-                told = judged(error, self.folder / str(step))
+                told = classified(error, self.folder / str(step))
                 if told is error:
                     raise
                 raise told from error
@@ -340,7 +340,7 @@ class Checkpoints:
         return target
 
     def _aside(self, step: int) -> Path:
-        """Where a damaged checkpoint goes."""
+        """The folder that a damaged checkpoint is moved to."""
         target = self._damaged / str(step)
         while target.exists():
             target = target.with_name(target.name + "_")

@@ -1,1 +1,1 @@
-"""What the entry points do once they have read their arguments."""
+"""The work of the entry points, after they have read their arguments."""

@@ -21,7 +21,10 @@ from pspo_jax.verifiers.workers.pool import Pool
 
 
 def prepare_supervised(config: Config, pool: Pool | None, progress: Progress) -> Setup:
-    """What training needs. A language model has no task of RL here, whose fields must not restrict the mesh."""
+    """The setup of supervised training.
+
+    A language model has no RL task here, and the fields of one must not restrict the mesh.
+    """
     if uses_char_tokenizer(config):
         return prepare(config, pool=pool, say=progress.say)
     _, tokenizer, _ = architecture_for(config)
@@ -39,7 +42,7 @@ def prepare_supervised(config: Config, pool: Pool | None, progress: Progress) ->
 
 
 def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: Progress) -> int:
-    """Write a language model as a checkpoint, and say what can be done with what was learnt."""
+    """Write a language model as a checkpoint, and print how training can begin from it."""
     c = setup.config
     progress.say(f"{first.origin} in {folder / 'cold_start'}")
     fields = [f"--sft.{name} {getattr(c.sft, name)}" for name in ("steps", "batch", "learning_rate", "warmup")]

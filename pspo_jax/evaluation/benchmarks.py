@@ -32,7 +32,7 @@ BENCHMARKS = {
     "olympiadbench": Benchmark("knoveleng/OlympiadBench", "train"),
 }
 FIVE = ("aime24", "math500", "amc23", "minerva", "olympiadbench")
-"""Those whose plain mean PSPO's and open-rs's tables report."""
+"""Benchmarks whose plain mean the tables of PSPO and open-rs report."""
 MADE = ("countdown",)
 MADE_PROBLEMS = 512
 MADE_SEED = 20_260_101
@@ -40,7 +40,7 @@ MADE_SEED = 20_260_101
 HELDOUT = "heldout"
 """A run's own held-out prompts."""
 OWN: tuple[TaskName, ...] = ("math", "gsm8k", "multiple_choice", "python_function")
-"""Tasks that read data."""
+"""Names of the tasks that read data."""
 NAMES = (*BENCHMARKS, *MADE, "arithmetic")
 
 

@@ -82,7 +82,7 @@ class Work(NamedTuple):
 
 
 class StoppedError(Exception):
-    """A stop was asked for; what is done is on disk."""
+    """A stop was asked for; all results so far are on disk."""
 
 
 def run_benchmark(
@@ -94,25 +94,25 @@ def run_benchmark(
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Complete `path`, a JSONL file: a header, then a line per problem. What it holds already of these weights is kept.
+    """Complete `path`, a JSONL file of a header and a line per problem; results of these weights in it are kept.
 
-    Completion s of problem i draws with row number i n + s of one key, so that a continued evaluation draws what an
-    uninterrupted one would have. Of several processes the leading one judges and writes; all must call.
+    Completion s of problem i draws with row number i n + s of one key, so that a continued evaluation draws the same
+    completions as an uninterrupted one. All processes must call; the leading one verifies and writes.
 
     Returns the number of tokens that were sampled.
 
     Args:
       weights: loads them; called only if something is left to do.
       identity: a hash of them; results of other weights are set aside.
-      tick: told of each batch of problems that is done.
-      stop: asked before each batch.
-      say: told if results are set aside.
+      tick: is told how many problems of each batch are done, and the benchmark's name.
+      stop: says before each batch whether to stop.
+      say: is told if results are set aside.
     Raises:
       StoppedError: stop() became true.
       StorageError: the file cannot be written; what it holds stays.
     """
-    total, leads = len(work.prompts.lengths), processes.is_primary()
-    done = int(processes.sum_over_processes(np.array(_recover(path, work.header(identity), say) if leads else 0)))
+    total, is_primary = len(work.prompts.lengths), processes.is_primary()
+    done = int(processes.sum_over_processes(np.array(_recover(path, work.header(identity), say) if is_primary else 0)))
     tick(done, "")
     if done == total:
         return 0
@@ -142,7 +142,7 @@ def run_benchmark(
             work.prompts, rows[:real], tokens[:real], lengths[:real], ended[:real], step=0, wants_reward=False
         )
         sampled += int(lengths[:real].sum())
-        waiting = (completions, real, work.reward_fn(completions)) if leads else None
+        waiting = (completions, real, work.reward_fn(completions)) if is_primary else None
     write(waiting)
     return sampled
 

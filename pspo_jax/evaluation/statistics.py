@@ -1,4 +1,4 @@
-"""What n sampled answers to each of P problems say about a model: accuracy, its standard errors, pass@k, maj@k.
+"""Statistics of n sampled answers to each of P problems: accuracy, its standard errors, pass@k, maj@k.
 
 `verdicts` [P, n] holds values in [0, 1], NaN where the verifier could not tell (no verdict). Shares are in [0, 1], not
 percent. A number that the data do not determine is nan, never a warning.

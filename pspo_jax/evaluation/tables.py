@@ -97,12 +97,12 @@ def curve(path: Path, rows: Rows, steps: Mapping[str, int], title: str, five: Se
 
 
 def to_json(summary: Summary) -> dict[str, object]:
-    """What JSON can hold: nan becomes None, whole-number keys become strings."""
+    """The summary as JSON holds it: nan becomes None, and keys become strings."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
-        return None if math.isnan(value) else value
+        return None if isinstance(value, float) and math.isnan(value) else value
 
     return {name: plain(value) for name, value in summary._asdict().items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER, arithmetic
@@ -32,8 +33,10 @@ def make_task(
       pool: verifies text; None = rewards are not needed, as in a plan.
       say: told of what takes long.
     Raises:
-      ConfigError: the data cannot be read, or leave too few prompts.
+      ConfigError: the data cannot be read, or leave too few prompts, or the task is one that only a program has.
     """
+    if config.task.name == "own":
+        raise ConfigError("task.name=own: only the program that gave its task to pspo_jax.train has it; name another")
     if not isinstance(tokenizer, CharTokenizer):
         reward_fn = text_reward(pool, tokenizer, config)
         return text_task(config, tokenizer, reward_fn, pool, reward_functions(config), say)

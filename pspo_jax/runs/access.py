@@ -1,11 +1,12 @@
-"""What commands read from a run folder: its config, the steps of its checkpoints, its metrics."""
+"""Reads run folders: settings, logs, summary, and the steps of checkpoints."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import yaml
 
@@ -13,8 +14,45 @@ from pspo_jax.checkpoint.reading import saved_steps
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
-from pspo_jax.runs.run_folder import read_lines
-from pspo_jax.system.storage import writing
+from pspo_jax.system.storage import StorageError, os_reason, unread, writing
+
+
+class RunSummary(TypedDict):
+    """The contents of summary.json."""
+
+    eval: dict[str, float]
+    """Held-out scores after the last step: greedy, sampled, no_verdict."""
+    steps: int
+    rollouts: int
+    tokens: int
+    """Tokens generated."""
+    seconds: dict[str, float]
+    """Seconds by phase, and in total."""
+
+
+Record = dict[str, Any]
+"""A line of a log: numbers, histograms, or None where a number was not finite."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Stage -> fields of a run's config.yaml, or of an evaluation's settings.json, as they were written.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: it is no mapping of stages; the message says why.
+      StorageError: it cannot be read now.
+    """
+    try:
+        stages = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unread(path, error) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
+    if not isinstance(stages, dict):
+        raise ValueError("no mapping of stages")
+    return stages
 
 
 def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", prog: str = "export") -> Config:
@@ -29,17 +67,15 @@ def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", p
     path = run / "config.yaml"
     again = "name the run.dir of a training run"
     try:
-        stages = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stages = read_settings(path)
     except FileNotFoundError as error:
         what = "holds no config.yaml" if run.is_dir() else "no such folder"
         raise ConfigError(f"{flag} {run}: {what}; {again}") from error
-    except OSError as error:
-        raise ConfigError(f"{flag} {run}: its config.yaml cannot be read ({error.strerror}); {again}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{flag} {run}: its config.yaml is damaged ({why}); restore it, or {again}") from error
-    if not isinstance(stages, dict):
-        raise ConfigError(f"{flag} {run}: its config.yaml is damaged (no mapping of stages); restore it, or {again}")
+    except StorageError as error:
+        reason = os_reason(error) or error
+        raise ConfigError(f"{flag} {run}: its config.yaml cannot be read ({reason}); {again}") from error
+    except ValueError as error:
+        raise ConfigError(f"{flag} {run}: its config.yaml is damaged ({error}); restore it, or {again}") from error
     for stage in ("mesh", "distributed"):
         stages.pop(stage, None)
     if isinstance(stages.get("run"), dict):
@@ -80,6 +116,43 @@ def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
     return [int(wanted)]
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; none if there are none, and those that are damaged or being written are left out."""
+def metrics_of(run: Path) -> list[Record]:
+    """The records of metrics.jsonl, without lines that are damaged or half written; an empty list without the file."""
     return read_lines(run / "metrics.jsonl")[0]
+
+
+def read_lines(path: Path) -> tuple[list[Record], int]:
+    """The records of a JSONL log that have a step, and the number of other lines; a last line without end is ignored.
+
+    Raises:
+      StorageError: it cannot be read now.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise unread(path, error) from error
+    records, broken = [], 0
+    for line in data.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no record of a step")
+            records.append(record)
+        except ValueError:
+            broken += 1
+    return records, broken
+
+
+def read_summary(folder: Path) -> RunSummary | None:
+    """summary.json; None if it is not there or is damaged."""
+    path = folder / "summary.json"
+    try:
+        found = json.loads(path.read_bytes())
+        whole = {"steps", "eval", "rollouts", "tokens", "seconds"} <= set(found)
+        return cast(RunSummary, found) if whole and {"greedy", "sampled"} <= set(found["eval"]) else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    except OSError as error:
+        raise unread(path, error) from error

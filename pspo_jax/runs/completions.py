@@ -1,4 +1,4 @@
-"""Completions to read: what the policy wrote, and what it got for it."""
+"""Samples of completions with their rewards, for the run folder and the screen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def completion_lines(
 ) -> list[Line]:
     """One record per completion of the first `groups` groups.
 
-    `verdict` is accuracy in [0, 1], None without one; `reward` is what training pays, which terms shape.
+    `verdict` is the accuracy in [0, 1], None without one; `reward` is the sum of all terms that training uses.
     """
     lines = []
     for i in range(min(groups, len(batch.rows))):

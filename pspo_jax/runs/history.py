@@ -7,15 +7,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import flatten, replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
+from pspo_jax.runs.access import read_lines, read_settings
 from pspo_jax.runs.lock import NAME as LOCK
-from pspo_jax.runs.run_folder import read_lines
-from pspo_jax.system.storage import append_whole, unread, write_whole, writing
+from pspo_jax.system.storage import append_whole, write_whole, writing
 
 _NOT_KEPT = {"run.start_over": False, "run.print_config": False, "task.allow_change": False}
 """Fields that hold for one command and are never kept, with the value that the folder keeps instead."""
@@ -173,10 +171,10 @@ def start_over(folder: Path) -> Path | None:
 
 def config_is_whole(folder: Path) -> bool:
     """Whether config.yaml is a mapping; true if there is none."""
-    path = folder / "config.yaml"
     try:
-        return not path.exists() or isinstance(yaml.safe_load(path.read_bytes()), dict)
-    except (yaml.YAMLError, UnicodeDecodeError):
+        read_settings(folder / "config.yaml")
+    except FileNotFoundError:
+        return True
+    except ValueError:
         return False
-    except OSError as error:
-        raise unread(path, error) from error
+    return True

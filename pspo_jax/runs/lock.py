@@ -18,7 +18,7 @@ from pspo_jax.system.storage import REFUSED, unwritten
 NAME = "run.lock"
 """Lock file of the leading process; another process that knows its number before it joins has run.<number>.lock."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-"""What file systems say that have no flock."""
+"""Errors of file systems that have no flock."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def locked(folder: Path, say: Callable[[str], None], process: int = 0) -> Iterat
     Process 1 of a second run would otherwise join the processes of the first one.
 
     Args:
-      say: told if the file system has no locks.
+      say: is told if the file system has no locks.
       process: number of this process, 0 = it leads.
     Raises:
       ConfigError: another process holds it; the message says which, on which host, and since when.
@@ -64,7 +64,7 @@ def locked(folder: Path, say: Callable[[str], None], process: int = 0) -> Iterat
 
 
 def _sign(file: int, path: Path) -> None:
-    """Write who holds the folder."""
+    """Write this process into the lock file."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     words = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode()
     try:
@@ -75,7 +75,7 @@ def _sign(file: int, path: Path) -> None:
 
 
 def _holder(file: int) -> str:
-    """Who signed the lock, in words."""
+    """The process that signed the lock, in words."""
     try:
         found = json.loads(os.pread(file, 4096, 0))
         return f"process {found['pid']} on {found['host']} since {found['since']}"

@@ -6,11 +6,12 @@ import datetime
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed import processes
+from pspo_jax.runs.access import read_settings
+from pspo_jax.system.storage import StorageError
 
 
 def with_date(config: Config, kept: Path, joined: bool = True) -> Config:
@@ -30,8 +31,7 @@ def with_date(config: Config, kept: Path, joined: bool = True) -> Config:
 def _ordinal(kept: Path) -> int:
     """The date in a file of settings as an ordinal; today's without the file, 0 for a run that began without one."""
     try:
-        saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
-        date = saved["prompt"].get("date")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        date = read_settings(kept)["prompt"].get("date")
+    except (OSError, StorageError, ValueError, KeyError, TypeError, AttributeError):
         return datetime.date.today().toordinal()  # no run has begun here; a damaged file is refused elsewhere
     return datetime.date.fromisoformat(str(date)).toordinal() if date else 0

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from jaxtyping import ArrayLike, PyTree
 from rich.console import Console
 
@@ -25,10 +24,11 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.distributed import processes
 from pspo_jax.runs import verdicts
+from pspo_jax.runs.access import read_lines, read_settings
 from pspo_jax.runs.completions import Line, print_completions, write_completions
 from pspo_jax.runs.events import Events
 from pspo_jax.system.json_values import json_number
-from pspo_jax.system.storage import REFUSED, Persist, append_whole, unread, unwritten, write_whole, writing
+from pspo_jax.system.storage import REFUSED, Persist, append_whole, unwritten, write_whole, writing
 
 _ERRORS_BYTES = 2**20
 """Bytes up to which reward_errors.log grows."""
@@ -74,11 +74,9 @@ def with_type_of(folder: Path, config: Config) -> Config:
 def _kept_type(path: Path) -> str:
     """model.compute_dtype in a run's config.yaml; "" where no run has begun, or the file is damaged."""
     try:
-        kept = yaml.safe_load(path.read_bytes())["model"]["compute_dtype"]
-    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        kept = read_settings(path)["model"]["compute_dtype"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
-    except OSError as error:
-        raise unread(path, error) from error
     return kept if kept in ("float32", "bfloat16") else ""
 
 
@@ -202,43 +200,6 @@ def _kind(traceback: str) -> str:
 def _printable(text: str) -> str:
     """The text with lone surrogates, which no terminal takes, written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a JSONL log that have a step, and the number of other lines; a last line without end is ignored.
-
-    Raises:
-      StorageError: it cannot be read now.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    except OSError as error:
-        raise unread(path, error) from error
-    records, broken = [], 0
-    for line in data.split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError("no record of a step")
-            records.append(record)
-        except ValueError:
-            broken += 1
-    return records, broken
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """summary.json; None if it is not there or is damaged."""
-    path = folder / "summary.json"
-    try:
-        found = json.loads(path.read_bytes())
-        whole = {"steps", "eval", "rollouts", "tokens", "seconds"} <= set(found)
-        return found if whole and {"greedy", "sampled"} <= set(found["eval"]) else None
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    except OSError as error:
-        raise unread(path, error) from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,4 +1,4 @@
-"""What a step makes of completions without a verdict: they are counted term by term, and too many stop the run."""
+"""Completions without a verdict: they are counted term by term, and too many of them stop the run."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from pspo_jax.config.schema import round_prompts
 from pspo_jax.distributed.mesh import batch_sharding, replicated
 from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
 from pspo_jax.system.progress import Progress
+from pspo_jax.training.metrics import Metrics
 from pspo_jax.training.optimizer import schedule, updates_per_step
 from pspo_jax.training.setup import Setup
 from pspo_jax.training.step import (
     Collect,
-    Metrics,
     compute_advantages,
     make_collect,
     make_train_step,

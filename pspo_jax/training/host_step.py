@@ -28,8 +28,8 @@ from pspo_jax.runs.accounting import RunAccounting, add_step
 from pspo_jax.runs.completions import completion_lines
 from pspo_jax.runs.run_folder import RunLog, crc
 from pspo_jax.training.compile import Programs, without_buffer
+from pspo_jax.training.metrics import Metrics
 from pspo_jax.training.setup import Setup
-from pspo_jax.training.step import Metrics
 
 Values = dict[str, float | int]
 """Metrics by name."""

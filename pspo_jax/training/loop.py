@@ -27,9 +27,10 @@ from pspo_jax.distributed import processes
 from pspo_jax.reporting.page import write_report
 from pspo_jax.rewards.own_task import RewardFunction
 from pspo_jax.runs import history
+from pspo_jax.runs.access import read_summary
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.run_date import with_date
-from pspo_jax.runs.run_folder import RunLog, open_folder, read_summary, with_type_of, write_json
+from pspo_jax.runs.run_folder import RunLog, open_folder, with_type_of, write_json
 from pspo_jax.runs.verdicts import NoVerdictError
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError, writing
@@ -76,7 +77,7 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
     progress: Progress
     stop: Callable[[], bool]
-    """Whether any process was asked to stop; all of them stop at the same step."""
+    """Says whether any process was asked to stop; all of them stop at the same step."""
     persist: Persist
     callbacks: Sequence[Callback]
     as_command: bool
@@ -306,10 +307,10 @@ def _loop(run: _Run, state: TrainState, programs: Programs, totals: RunAccountin
             last = done == config.run.steps
             evaluates = last or bool(config.eval.every and done % config.eval.every == 0)
             scores = heldout_scores(session.context, state) if evaluates else {}
-            _log_step(session, state, done, values, scores)
+            values = _log_step(session, state, done, values, scores)
             if values["skipped_updates"] >= config.optimizer.max_skipped:
                 return _failed(run, state, done, _not_finite(values, done))
-            stopping = _asked_by(run.callbacks, done, values | _eval_names(scores))
+            stopping = _asked_by(run.callbacks, done, values)
             stopping = not last and (stopping or run.stop())
             # One process reports a save that failed at once; several do at the next save, which all of them make.
             late = processes.process_count() == 1 and run.checkpoints.failed()
@@ -343,8 +344,8 @@ def _open_session(run: _Run, state: TrainState, programs: Programs, totals: RunA
     return _Session(run, StepContext(run.setup, programs, totals, log), named_checksums(state.frozen))
 
 
-def _log_step(session: _Session, state: TrainState, done: int, values: Values, scores: dict[str, float]) -> None:
-    """Log a step's metrics, with its held-out scores and, where it is due, the selector's summary of all prompts."""
+def _log_step(session: _Session, state: TrainState, done: int, values: Values, scores: dict[str, float]) -> Values:
+    """Log a step's metrics, with its held-out scores and, where it is due, the selector's summary; returns them all."""
     config, (_, programs, totals, log) = session.run.setup.config, session.context
     values = values | _eval_names(scores)
     if done == config.run.steps or (config.log.selection_every and done % config.log.selection_every == 0):
@@ -354,6 +355,7 @@ def _log_step(session: _Session, state: TrainState, done: int, values: Values, s
         log.strategy(done, histograms)
         totals.counts["strategy_lines"] += bool(histograms)
     log.metrics(done, values)
+    return values
 
 
 def _asked_by(callbacks: Sequence[Callback], done: int, values: Values) -> bool:

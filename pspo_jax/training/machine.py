@@ -1,7 +1,7 @@
-"""Defaults of a task of text that follow from the machine: types, what the backward pass keeps, and packing.
+"""Defaults of a text task that follow the machine: compute type, activations that are kept, and packing.
 
-On a TPU or GPU products run in bfloat16, the backward pass computes blocks anew, and long rows are packed. A CPU
-mostly emulates bfloat16, its memory is large beside its speed, and rows of any length are worth packing there.
+On a TPU or GPU, products run in bfloat16, the backward pass recomputes blocks, and long rows are packed. Most CPUs
+emulate bfloat16, and their memory is large compared with their speed; there, rows of any length are worth packing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MEMORY_SHARE = 0.25
 
 
 def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
-    """`config` with model.compute_dtype, where nobody set it, and words on what was chosen and why."""
+    """`config` with model.compute_dtype filled in if it is None, and a text on each choice and its reason."""
     if config.model.compute_dtype is not None:
         return config, []
     chosen, why = compute_dtype(on_cpu)
@@ -34,7 +34,7 @@ def with_type(config: Config, on_cpu: bool) -> tuple[Config, list[str]]:
 
 
 def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
-    """The type of products that is the default of a machine, and why.
+    """The default type of products on a machine, and the reason in words.
 
     XLA emulates bfloat16 on most CPUs. Where the processor's flags name bfloat16, measurements have disagreed on which
     type is faster, so the flags do not decide.
@@ -47,7 +47,7 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
 def with_memory(
     config: Config, a: Architecture, mesh: Mesh, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
-    """`config` with model.remat and loss.packing, where nobody set them, and words on what was chosen and why."""
+    """`config` with model.remat and loss.packing filled in if they are None, and a text on each choice."""
     values: dict[str, object] = {}
     words = []
     if config.model.remat is None:
@@ -60,7 +60,7 @@ def with_memory(
 
 
 def _remat(config: Config, a: Architecture, mesh: Mesh, prompt_length: int) -> tuple[Remat, str]:
-    """The least that the backward pass need compute anew with a share of this machine's memory for activations."""
+    """The remat that recomputes least within the memory that activations may take, and the reason in words."""
     allowed = host_bytes() * _MEMORY_SHARE / max(jax.local_device_count(), 1)
     kinds: tuple[Remat, ...] = ("none", "dots")
     for kind in kinds:
@@ -71,7 +71,7 @@ def _remat(config: Config, a: Architecture, mesh: Mesh, prompt_length: int) -> t
 
 
 def activations(config: Config, a: Architecture, remat: Remat, mesh: Mesh, prompt_length: int) -> tuple[float, float]:
-    """Bytes that a microbatch's forward pass keeps on a device for the backward pass, and that one block works in."""
+    """Bytes of activations on a device: those that a microbatch's forward pass keeps, and those inside one block."""
     shape: Mapping[str, int] = mesh.shape
     tensor, width = shape["tensor"], jnp.dtype(a.compute_dtype).itemsize
     rows = config.rollout.prompts * config.rollout.group_size // config.loss.minibatches

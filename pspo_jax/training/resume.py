@@ -220,10 +220,13 @@ def old_rows(before: np.ndarray, now: np.ndarray) -> Int[np.ndarray, "N"]:
 
 def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> SavedState:
     """The saved state's shapes for another number of prompts, and for stored prompts of another padded length."""
-    columns = None if setup.columns is None else jax.tree.map(lambda x: np.zeros(prompts, x.dtype), setup.columns)
 
-    def sized(init: Callable[..., PyTree], *known: PyTree) -> PyTree:
-        shapes = jax.eval_shape(lambda *args: init(prompts, *args), *known)
+    def init_selector() -> PyTree:
+        columns = jax.tree.map(lambda x: jnp.zeros(prompts, x.dtype), setup.columns)
+        return algorithm.selector.init(prompts, columns)
+
+    def sized(init: Callable[[], PyTree]) -> PyTree:
+        shapes = jax.eval_shape(init)
         shardings = prompts_shardings(setup.mesh, shapes, prompts)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -238,7 +241,10 @@ def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> Sa
             wide = jax.ShapeDtypeStruct((tokens.shape[0], shape[-1]), tokens.dtype, sharding=tokens.sharding)
             stored[name] = _with_tokens(getattr(saved, name), wide)
     return dataclasses.replace(
-        saved, selector=sized(algorithm.selector.init, columns), advantage=sized(algorithm.estimator.init), **stored
+        saved,
+        selector=sized(init_selector),
+        advantage=sized(lambda: algorithm.estimator.init(prompts)),
+        **stored,
     )
 
 

@@ -305,6 +305,8 @@ def architecture_for(
     config: Config, weights: bool = True
 ) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
     """The checkpoint if there is one, the tokenizer, and the model's architecture with its adapters."""
+    if config.task.name == "own" and config.model.source is None:
+        raise ConfigError("task.name=own: only the program that gave its task to pspo_jax.train has its tokenizer")
     if uses_char_tokenizer(config):
         own = make_char_tokenizer(config)
         return None, own, built_in(config.model, own.vocab_size, own.forbidden)

@@ -10,7 +10,8 @@ import yaml
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs import history
-from pspo_jax.runs.run_folder import RunLog, read_lines, read_summary, write_json
+from pspo_jax.runs.access import read_lines, read_summary
+from pspo_jax.runs.run_folder import RunLog, write_json
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config(run__steps=4)
