@@ -99,7 +99,8 @@ def serve_ours(work: Work) -> None:
     settings, model, prompts = our_setup(work)
     import jax
 
-    from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+    from pspo_jax.rollout.sampler import make_sampler
+    from pspo_jax.rollout.token_loop import SamplingParams
 
     params = model.init(jax.random.key(0))
     sample = make_sampler(model, work.group_size, work.new_tokens, pad_id=0)

@@ -38,7 +38,8 @@ def serve_ours(work: Work) -> None:
 
     from pspo_jax.arrays.state import ROLLOUT, purpose_key
     from pspo_jax.distributed.runtime import jit_once
-    from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+    from pspo_jax.rollout.sampler import make_sampler
+    from pspo_jax.rollout.token_loop import SamplingParams
     from pspo_jax.training.algorithm import build
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.step import init_state, make_train_step

@@ -35,7 +35,8 @@ from pspo_jax.model.huggingface.load import Source, load_params
 from pspo_jax.model.weights import table
 from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import text_reward
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.rollout.sampler import make_sampler, tokens_per_test
+from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole, writing

@@ -13,7 +13,7 @@ from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.config.schema import Config
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardResult, Task
 from pspo_jax.distributed import processes
-from pspo_jax.rollout.sampler import SamplingParams
+from pspo_jax.rollout.token_loop import SamplingParams
 
 
 class Sample(Protocol):

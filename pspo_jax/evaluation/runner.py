@@ -21,7 +21,7 @@ from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding
 from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
-from pspo_jax.rollout.sampler import SamplingParams
+from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.system.storage import append_whole, write_whole, writing
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from pspo_jax.arrays.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
 from pspo_jax.config.schema import round_prompts
 from pspo_jax.distributed.mesh import batch_sharding, replicated
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler, tokens_per_test
+from pspo_jax.rollout.sampler import make_sampler, tokens_per_test
+from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.metrics import Metrics
 from pspo_jax.training.optimizer import schedule, updates_per_step

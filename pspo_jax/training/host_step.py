@@ -22,7 +22,7 @@ from pspo_jax.data.task import CompletionBatch, RewardResult
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding, replicated
 from pspo_jax.evaluation.heldout import evaluate, gather
-from pspo_jax.rollout.sampler import SamplingParams
+from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.runs import verdicts
 from pspo_jax.runs.accounting import RunAccounting, add_step
 from pspo_jax.runs.completions import completion_lines

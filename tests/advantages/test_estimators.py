@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from pspo_jax.advantages import ESTIMATORS, ers, group_advantages, opo
 from pspo_jax.advantages.interface import group_statistics
 from pspo_jax.config.presets import PRESETS
-from pspo_jax.config.schema import AdvantageConfig
-from pspo_jax.config.strategies import ForgettingConfig
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 
 NAN = math.nan
 FIXED = ForgettingConfig(mode="fixed")

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.advantages import group_advantages, tracked_baseline
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import AdvantageConfig
-from pspo_jax.config.strategies import ForgettingConfig
+from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 
 NAN = math.nan
 FORGETTING = {

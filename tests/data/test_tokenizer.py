@@ -12,7 +12,8 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import PromptConfig
 from pspo_jax.data.tokenizer import load_tokenizer
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import make_sampler
+from pspo_jax.rollout.token_loop import SamplingParams
 from tests.conftest import DATA
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 

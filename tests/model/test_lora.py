@@ -21,7 +21,8 @@ from pspo_jax.model.architecture import Lora, lora_of
 from pspo_jax.model.huggingface.save import merged_tensors, write_adapter
 from pspo_jax.model.transformer import transformer
 from pspo_jax.model.weights import lora_table
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import make_sampler
+from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.supervised import make_sft_steps

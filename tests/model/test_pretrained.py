@@ -13,7 +13,8 @@ from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.model.huggingface.load import load_params, read_source
 from pspo_jax.model.transformer import transformer
 from pspo_jax.model.weights import table
-from pspo_jax.rollout.sampler import SamplingParams, make_sampler
+from pspo_jax.rollout.sampler import make_sampler
+from pspo_jax.rollout.token_loop import SamplingParams
 from tests.helpers import tiny_config
 from tests.model.checkpoints import torch_greedy, torch_logits, write_checkpoint
 
