@@ -62,7 +62,7 @@ def test_in_order_goes_through_the_data(page):
 @pytest.mark.parametrize("name", ["thompson", "optimistic"])
 def test_examples_prefer_prompts_that_are_sometimes_solved(page, name):
     ids, _ = page.run_selector(f"{MODULE}:{name}", some_success(page), steps=30)
-    assert (ids[15:] < 10).mean() > 0.4
+    assert (ids[15:] < 10).mean() > 0.3  # a quarter of the prompts
 
 
 def test_solved_prompts_come_last(page):
