@@ -322,7 +322,8 @@ def test_unwritable_folder_is_named(capsys, tmp_path):
 
 
 def test_folder_of_another_config_says_what_differs(capsys, uninterrupted):
-    other = {"algorithm__name": "pspo", "replay__name": "popo", "optimizer__b2": 0.5, "eval__every": 3}
+    other = {"algorithm__name": "pspo", "replay__name": "popo", "loss__minibatches": 1}
+    other |= {"optimizer__b2": 0.5, "eval__every": 3}
     argv = flags(uninterrupted, **WHOLE | other)
     line = run_bad(capsys, argv)
     assert "optimizer.b2=0.95 there, 0.5 now" in line
