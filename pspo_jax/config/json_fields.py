@@ -9,7 +9,7 @@ import typing
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, TaskName
-from pspo_jax.system.json_value import Json
+from pspo_jax.system.json_values import Json
 
 
 def options(text: str) -> dict[str, Json]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import SupportsFloat
+from typing import SupportsFloat, TypeAlias
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+"""A value as `json.loads` returns it."""
 
 
 def json_number(value: SupportsFloat) -> int | float | None:

@@ -28,7 +28,7 @@ from pspo_jax.data.demonstrations import read_examples, read_text
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.model.interface import Model
-from pspo_jax.system.json_value import Json
+from pspo_jax.system.json_values import Json
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
 

@@ -9,12 +9,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from pspo_jax.config.fields import ConfigError
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-"""A value of a JSON file."""
+from pspo_jax.system.json_values import Json
 
 SIDE_FILES = (
     "generation_config.json",
