@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import TaskConfig
-from pspo_jax.data.synthetic import arithmetic
 from pspo_jax.data.synthetic.arithmetic import (
     EOS,
     STRATA,
     TOKENIZER,
+    arithmetic,
     generate,
     grade,
     hard_steps,

@@ -174,7 +174,8 @@ def test_native_columns(folder, name, tokenizer, config):
     kind, counts, first = NATIVE[name]
     count = counts[folder != MATH]
     path = folder / f"{name}.jsonl"
-    task = make_task(config(task__name=kind, task__train_data=str(path), prompt__template="none"), tokenizer)
+    fields = {"task__name": kind, "task__train_data": str(path), "prompt__template": "none", "rollout__prompts": 2}
+    task = make_task(config(**fields), tokenizer)
     texts, answers, _ = whole(task)
     assert answers[: len(first)] == first and all(answers)
     left = task.train.left_out

@@ -293,7 +293,7 @@ CHOICES_AS_MATH = [{"problem": f"Count to {i}.", "answer": str(i)} for i in rang
         ('[{"name": "arithmetic"}]', "is not a text task"),
         ('[{"name": "countdown", "mixture": "[]"}]', "contains another mixture"),
         ('[{"name": "countdown", "colour": 1}]', "task.colour: there is no such field"),
-        ('[{"name": "math"}]', "task.train_data=None: task.name=math needs a file"),
+        ('[{"name": "math"}]', "task.train_data=None: task.name=math needs data"),
         ('[{"name": "countdown", "numbers": "x"}]', "task.numbers='x': must be numbers from 2 to 6"),
         ('[{"name": "python_function", "train_data": "x"}]', "task.function=None"),
         ('[{"name": "reasoning_gym"}]', "task.dataset=None"),
