@@ -161,7 +161,7 @@ class Persist(NamedTuple):
                 over = time.monotonic() - began > 60 * self.minutes
                 if self.on_error == "stop" or over or self.stop():
                     raise
-                self.say(f"{error}; the next attempt is in {seconds:.0f} s")
+                self.say(f"{error}; it is tried again in {seconds:.0f} s")
             pause(seconds, self.stop)
             seconds = min(2 * seconds, LONGEST_PAUSE)
 
