@@ -97,7 +97,9 @@ USUAL = {
 """Cases of each family that hold each rotary scaling, window and kind of head; the others are slow tests. A family that
 is not listed runs all of its cases."""
 CASES = [
-    pytest.param(family, fields, id=f"{family}-{i}", marks=[] if i in USUAL.get(family, range(len(each))) else pytest.mark.slow)
+    pytest.param(
+        family, fields, id=f"{family}-{i}", marks=[] if i in USUAL.get(family, range(len(each))) else pytest.mark.slow
+    )
     for family, each in CONFIGS.items()
     for i, fields in enumerate(each)
 ]
