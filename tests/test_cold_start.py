@@ -12,7 +12,7 @@ from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.params_folder import load_folder, save_folder
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.synthetic import arithmetic
+from pspo_jax.data.synthetic.arithmetic import arithmetic
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.first_params import _find_start
 from pspo_jax.training.supervised import cold_start, dataset, read_jsonl, settings, sft_loss
