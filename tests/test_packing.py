@@ -254,9 +254,9 @@ def test_packing_is_chosen_for_long_completions():
     assert not uses_packing(model, long, replace(config, {"loss.packing": False}))
     assert not uses_packing(model, long, replace(config, {"loss.microbatch_rows": 0}))
     assert not uses_packing(model._replace(packs=False), long, config)
-    with pytest.raises(ValueError, match=r"loss.packing=true: this policy's `hidden` takes no packed rows"):
+    with pytest.raises(ValueError, match=r"loss.packing=true: this model's `hidden` takes no packed rows"):
         uses_packing(model._replace(packs=False), rows, replace(config, {"loss.packing": True}))
-    with pytest.raises(ValueError, match=r"loss.share_prompts=true: this policy's `hidden` cannot"):
+    with pytest.raises(ValueError, match=r"loss.share_prompts=true: this model's `hidden` cannot"):
         shares_prompts(model._replace(shares=False), replace(config, {"loss.share_prompts": True}))
 
 
