@@ -1,12 +1,9 @@
-"""The one use of JAX's private modules, and the client of its coordination service.
+"""The only uses of JAX's private modules.
 
-`jax.distributed.initialize()` finds out by itself which cluster it is in, and no public function of JAX says
-beforehand whether it would: a run of one process must not wait for others. That question alone reads `jax._src`, and
-tests/distributed/test_private.py fails where a new release of JAX has moved it.
-
-The client comes from Orbax's public `multihost` module. The package calls it directly because the public barrier,
-`multihost_utils.sync_global_devices`, waits for ever and runs a program on the devices, and because JAX has no public
-key-value store, through which a process that fails tells the others why.
+JAX has no public name for two things: the cluster that `jax.distributed.initialize()` would join by itself, which a run
+of one process must know so as not to wait for others; and the barriers with a time limit and the key-value store of its
+coordination service. The public barrier, `multihost_utils.sync_global_devices`, waits for ever and runs a program on the
+devices. tests/distributed/test_private.py fails where a new release of JAX has moved one of them.
 """
 
 from __future__ import annotations
@@ -41,8 +38,9 @@ def coordination_client() -> CoordinationClient:
     Raises:
       ValueError: `jax.distributed.initialize()` has not been called.
     """
-    # Imported here: it takes a second, and one process does without it.
-    from orbax.checkpoint import multihost
+    from jax._src.distributed import global_state
 
-    client: CoordinationClient = multihost.get_jax_distributed_client()
+    client: CoordinationClient | None = global_state.client
+    if client is None:
+        raise ValueError("jax.distributed.initialize() has not been called")
     return client

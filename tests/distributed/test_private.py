@@ -19,7 +19,7 @@ MOVED = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/private
         ("jax._src.clusters", "ClusterEnv.opt_in_only_method"),
         ("jax._src.clusters", "ClusterEnv.is_env_present"),
         ("jax._src.clusters", "ClusterEnv.get_process_count"),
-        ("orbax.checkpoint.multihost", "get_jax_distributed_client"),
+        ("jax._src.distributed", "global_state.client"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.wait_at_barrier"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_set"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_dir_get"),
