@@ -1,4 +1,4 @@
-"""Random faults on random configurations: a few fixed campaigns, and what the campaign takes for a loss."""
+"""Random faults on random configurations: fixed campaigns, and what the campaign takes for a loss."""
 
 from __future__ import annotations
 
