@@ -29,20 +29,20 @@ settings.load_profile("suite")
 
 
 LONGEST = (
-    "test_run",
+    "runs/test_run",
     "distributed/test_processes",
     "pool",
     "small-lora",
-    "test_text_run",
-    "test_replay_step",
-    "test_packing",
-    "test_recipes",
-    "test_step",
+    "runs/test_text_run",
+    "training/test_replay_step",
+    "training/test_packing",
+    "config/test_recipes",
+    "training/test_step",
     "selection/test_sharded",
-    "test_run_faults",
-    "test_chaos",
-    "test_plan",
-    "test_precision",
+    "runs/test_run_faults",
+    "runs/test_chaos",
+    "planning/test_plan",
+    "training/test_precision",
 )
 """Groups of tests that take a minute or so."""
 
