@@ -48,7 +48,7 @@ from pspo_jax.selection.metadata import load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
-from pspo_jax.training.machine import with_memory, with_type
+from pspo_jax.training.machine_defaults import with_memory, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
 from pspo_jax.training.step import init_state
 from pspo_jax.training.supervised import settings

@@ -14,8 +14,8 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
 from pspo_jax.losses.log_probs import compact_rows
-from pspo_jax.losses.losses import denominators
 from pspo_jax.losses.packing import ROWS_PER_BIN, assign_bins, assign_shared_bins, bin_length, loss_lengths
+from pspo_jax.losses.policy_loss import denominators
 from pspo_jax.model import transformer
 from pspo_jax.training.scoring import (
     assign,
