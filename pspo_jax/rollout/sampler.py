@@ -173,7 +173,8 @@ def _decode_to(decoder: RowDecoder, loop: TokenLoop, size: int, chunk: int) -> T
             return decode_token(decoder, loop)
         return jax.lax.fori_loop(0, chunk, lambda _, loop: decode_token(decoder, loop), loop)
 
-    return jax.lax.while_loop(unfinished, decode_chunk, loop)
+    end: TokenLoop = jax.lax.while_loop(unfinished, decode_chunk, loop)
+    return end
 
 
 def decode_token(decoder: RowDecoder, loop: TokenLoop) -> TokenLoop:
