@@ -26,9 +26,10 @@ SMALL = {
     "task.heldout_prompts": 16,
     "rollout.prompts": 8,
     "rollout.group_size": 4,
-    "sft.steps": 300,
 }
-"""Just enough of a policy and a cold start that some groups are mixed, so that every part of the state moves."""
+"""A model and a task of which a step takes milliseconds."""
+COLD_START = {"sft.steps": 200, "sft.batch": 32, "sft.learning_rate": 0.01}
+"""Just enough of a cold start that some groups are mixed, so that every part of the state moves."""
 
 
 def flags(folder, **fields):
@@ -38,10 +39,13 @@ def flags(folder, **fields):
         "run.fingerprint": True,
         "checkpoint.every": 3,
         "log.report": False,
+        "log.tensorboard": False,
         "log.completions_every": 4,
         "eval.samples": 1,
     }
     values |= {k.replace("__", "."): v for k, v in fields.items()}
+    if values.get("sft.steps") != 0:
+        values = COLD_START | values
     return [word for k, v in values.items() for word in (f"--{k}", str(v))]
 
 

@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
 
 
 WHOLE = {
+    "log__tensorboard": True,
     "algorithm__name": "popo",
     "selection__name": "pps",
     "advantage__name": "ers",
