@@ -112,7 +112,8 @@ def configure_runtime(config: Config) -> None:
             ) from error
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     processes.check_settings({name: value for name, value in flatten(config).items() if name not in _OWN_TO_A_PROCESS})
