@@ -13,7 +13,11 @@ def flags(devices: int = 1) -> str:
 
     Most of the suite's time is compilation of tiny programs; optimising them would cost more than it saves.
     """
-    quick = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    quick = [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
     if _TWO_EMITTERS:
         quick.append("--xla_cpu_use_fusion_emitters=false")
     return " ".join([f"--xla_force_host_platform_device_count={devices}", *quick])
