@@ -39,9 +39,9 @@ from pspo_jax.system.storage import StorageError
 from tests import xla
 from tests.checkpoint.trees import abstract, tree
 from tests.distributed.processes import finish_all, launch
-from tests.gcs import environment, serving
 from tests.helpers import TINY
-from tests.test_run import TIMES, flags, metrics
+from tests.runs.gcs import environment, serving
+from tests.runs.processes import TIMES, flags, metrics
 
 URL = "gs://bucket"
 
