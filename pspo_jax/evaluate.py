@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pspo_jax.commands.evaluate import evaluate_checkpoints
@@ -26,6 +26,8 @@ from pspo_jax.distributed import processes
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, NAMES
 from pspo_jax.evaluation.runner import StoppedError
 from pspo_jax.runs.access import choose_steps, read_config
+from pspo_jax.runs.home import local_path, shown
+from pspo_jax.runs.mirror import reading
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
@@ -34,6 +36,19 @@ from pspo_jax.training.setup import verifiers
 
 def main(argv: Sequence[str]) -> int:
     args, overrides = _arguments(argv)
+    local_path("--out", args.out)
+    if args.run is None:
+        return _evaluate(args, overrides, lambda: None)
+    with reading(args.run) as (args.run, keep):
+        return _evaluate(args, overrides, keep)
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str], keep: Callable[[], None]) -> int:
+    """Evaluate what the arguments name; returns the exit code.
+
+    Args:
+      keep: copies results to the bucket of a run that is in one.
+    """
     data = _data(args)
     config = _config(args, overrides, data)
     names = _benchmarks(args, config, data)
@@ -42,14 +57,17 @@ def main(argv: Sequence[str]) -> int:
     with verifiers(config) as pool:
         processes.initialize(config)
         progress = Progress(processes.is_primary(), quiet=not processes.is_primary())
-        interrupted = f"interrupted; finished results are in {out}, and the same command carries on"
+        place = out if args.run is None else shown(out, args.run)
+        interrupted = f"interrupted; finished results are in {place}, and the same command carries on"
         try:
             with stop_requests() as stop, processes.fail_together():
                 if args.model:
                     config = with_date(config, out / "settings.json")
                 try:
-                    return evaluate_checkpoints(args, config, names, data, steps, out, progress, stop, pool)
+                    return evaluate_checkpoints(args, config, names, data, steps, out, progress, stop, pool, keep)
                 except StoppedError:  # all processes raise it together
+                    if processes.is_primary():
+                        keep()
                     progress.say(interrupted)
                     return 130
         except KeyboardInterrupt:
@@ -64,7 +82,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Evaluate checkpoints on benchmarks. Fields of the config, such as --prompt.template, may follow.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="RUN", type=Path, help="run folder, as run.dir in training")
+    source.add_argument("--run", metavar="RUN", help="run folder or gs:// URL, as run.dir in training")
     source.add_argument("--model", metavar="SOURCE", help="folder in Hugging Face's format, or hub id")
     parser.add_argument("--steps", default="all", help="all (default), latest, best, or steps such as 50,100")
     parser.add_argument(

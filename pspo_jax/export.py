@@ -18,11 +18,20 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.runs.access import choose_steps, read_config
+from pspo_jax.runs.home import local_path
+from pspo_jax.runs.mirror import reading
 
 
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     jax.config.update("jax_platforms", "cpu")
+    local_path("--out", args.out)
+    with reading(args.run, model=True) as (args.run, _):
+        return _export(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Write the checkpoints that the arguments name; returns the exit code."""
     config = read_config(args.run)
     if args.base is not None:
         if config.model.source is None:
@@ -51,7 +60,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(
         prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint."
     )
-    parser.add_argument("--run", metavar="RUN", type=Path, required=True, help="run folder, as run.dir in training")
+    parser.add_argument("--run", metavar="RUN", required=True, help="run folder or gs:// URL, as run.dir in training")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="new folder; with --step all, a folder of folders"
     )

@@ -7,6 +7,7 @@ the page then says so. `--prompts` writes a table of each run's prompts instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -14,6 +15,8 @@ import jax
 from pspo_jax.config.command_line import Parser, run
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.reporting.page import write_report
+from pspo_jax.runs.home import local_path, shown
+from pspo_jax.runs.mirror import reading
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m pspo_jax.report",
         description="Write one self-contained HTML page that compares runs.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, as run.dir of a training run")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder or gs:// URL, as run.dir of a training run")
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder")
     parser.add_argument(
         "--prompts",
@@ -32,15 +35,24 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     # A training job may be running beside the report; its accelerators must not be touched.
     jax.config.update("jax_platforms", "cpu")
+    local_path("--out", args.out)
     if args.prompts:
         from pspo_jax.training.prompt_table import write_prompts
 
         if args.out is not None:
             raise ConfigError(f"--out {args.out}: --prompts writes to the run's folder; drop --out")
-        for run_folder in args.runs:
-            print(*write_prompts(run_folder, args.step), sep="\n")
+        for name in args.runs:
+            with reading(name, "RUN") as (folder, keep):
+                paths = write_prompts(folder, args.step)
+                keep()
+                print(*(shown(path, folder) for path in paths), sep="\n")
         return 0
-    print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
+    with ExitStack() as held:
+        runs = [held.enter_context(reading(name, "RUN")) for name in args.runs]
+        first, keep = runs[0]
+        out = write_report([folder for folder, _ in runs], args.out or first / "report.html")
+        keep()
+        print(shown(out, first))
     return 0
 
 

@@ -28,6 +28,7 @@ from pspo_jax.config.schema import Config
 from pspo_jax.data.demonstrations import read_text
 from pspo_jax.data.task import json_lines
 from pspo_jax.distributed import processes
+from pspo_jax.runs.mirror import mirrored
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import open_folder
 from pspo_jax.system.progress import Progress
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
             "aside anyway"
         )
     folder = open_folder(config.run.dir)
-    with started(config, folder) as (pool, stop_requested):
+    say = Progress(config.log.progress).say
+    with started(config, folder) as (pool, stop_requested), mirrored(folder, say, processes.is_primary()):
         config = with_date(config, folder / "config.yaml")
         progress = Progress(config.log.progress and processes.is_primary(), quiet=not processes.is_primary())
         setup = prepare_supervised(config, pool, progress)

@@ -7,7 +7,7 @@
 #   scripts/tpu_pod_run.sh --name NAME --zone ZONE [--project P] --stop
 #
 # The same command runs on all workers, and JAX finds the others by the TPU's metadata. --run.dir must be a folder that all
-# workers share, such as a mounted bucket. After a failure the run goes on from its last checkpoint.
+# workers share, such as gs://BUCKET/FOLDER. After a failure the run goes on from its last checkpoint.
 # --env       pass a variable on; without =VALUE its value here, which keeps a secret such as HF_TOKEN out of `ps`. Values
 #             travel in a file that only its owner can read, and are never printed
 # --retries   how often a run that failed or was cut off begins again; bad input (exit code 2) and a stop are not retried
@@ -95,7 +95,7 @@ kill -TERM \$pid; n=0
 while there && [ \$n -lt $((GRACE * 5)) ]; do sleep 0.2; n=\$((n + 1)); done
 if there; then kill -KILL -\$pid; fi
 if $leads; then tail -n 3 train.log; fi; exit 0"
-install_there='mkdir -p pspo_jax && tar -C pspo_jax -xzf pspo_jax.tar.gz && rm -f pspo_jax.tar.gz && cd pspo_jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e ".[tpu]"'
+install_there='mkdir -p pspo_jax && tar -C pspo_jax -xzf pspo_jax.tar.gz && rm -f pspo_jax.tar.gz && cd pspo_jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e ".[tpu,gcs]"'
 
 # write_env FILE: the variables as a shell's assignments.
 write_env() {

@@ -8,12 +8,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pspo_jax.system.storage import unread, write_whole
+from pspo_jax.system.buckets import Place, object_of, objects, read_bytes, write
+from pspo_jax.system.storage import unread
 
 RECORD = "files.json"
 _LARGEST = 64 * 2**20
 """Size in bytes up to which a file's checksum is recorded. For a larger file the size alone is recorded, as its arrays
-have checksums of their own."""
+have checksums of their own. A bucket computes the checksum of each object itself, whatever its size."""
 
 
 class DamageError(ValueError):
@@ -25,20 +26,21 @@ def checksum(value: object) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def record(folder: Path) -> None:
-    """Keep size and CRC-32 of every file under `folder`, in `folder`/files.json.
+def record(folder: Place) -> None:
+    """Keep size and checksum of every file under `folder`, in `folder`/files.json.
 
     Raises:
       StorageError: a file cannot be read, or the record not be written.
     """
     files = _measure_all(folder)
-    write_whole(folder / RECORD, json.dumps({"files": files, "crc": checksum(files)}).encode())
+    write(folder / RECORD, json.dumps({"files": files, "crc": checksum(files)}).encode())
 
 
-def complaint(folder: Path) -> tuple[str | None, bool]:
+def complaint(folder: Place) -> tuple[str | None, bool]:
     """The damage of the files under `folder` in words, None = none is found; and whether the finding is certain.
 
-    Every file is read. Without a record, as after a kill just before it was written, JSON files must at least parse.
+    Every file is read; of a bucket, its listing is. Without a record, as after a kill just before it was written, JSON
+    files must at least parse.
 
     Raises:
       StorageError: a file is there and cannot be read, which is no damage.
@@ -58,7 +60,7 @@ def complaint(folder: Path) -> tuple[str | None, bool]:
     return None, all(crc is not None for _, crc in recorded.values())
 
 
-def complaint_of(folder: Path, name: str) -> str | None:
+def complaint_of(folder: Place, name: str) -> str | None:
     """The damage of one small file under `folder` in words; None = it is as recorded, or there is no record.
 
     Raises:
@@ -74,7 +76,7 @@ def complaint_of(folder: Path, name: str) -> str | None:
     return None if tuple(found) == recorded else f"{name} is not what was written: its checksum differs"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """The value of a JSON file.
 
     Raises:
@@ -82,7 +84,7 @@ def read_json(path: Path) -> Any:
       StorageError: it cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise DamageError(f"{path.name} is gone") from error
     except OSError as error:
@@ -91,7 +93,7 @@ def read_json(path: Path) -> Any:
         raise DamageError(f"{path.name} is not JSON") from error
 
 
-def _recorded(folder: Path) -> dict[str, tuple[int, int | None]] | None:
+def _recorded(folder: Place) -> dict[str, tuple[int, int | None]] | None:
     """The record; None if there is none, or it is damaged itself."""
     try:
         value = read_json(folder / RECORD)
@@ -103,8 +105,14 @@ def _recorded(folder: Path) -> dict[str, tuple[int, int | None]] | None:
     return {name: (length, crc) for name, (length, crc) in files.items()}
 
 
-def _measure_all(folder: Path) -> dict[str, list[int | None]]:
+def _measure_all(folder: Place) -> dict[str, list[int | None]]:
     """Size and checksum of each file, by its path inside the folder."""
+    if not isinstance(folder, Path):
+        try:
+            listed = objects(folder)
+        except OSError as error:
+            raise unread(folder, error) from error
+        return {name: [thing.size, thing.crc] for name, thing in listed.items() if name != RECORD}
     found: dict[str, list[int | None]] = {}
     for place, _, names in os.walk(folder, onerror=_raise):
         for name in sorted(names):
@@ -118,8 +126,10 @@ def _measure_all(folder: Path) -> dict[str, list[int | None]]:
     return found
 
 
-def _measure(path: Path) -> list[int | None]:
-    """[bytes, CRC-32]; the second is None for a large file, which is read all the same."""
+def _measure(path: Place) -> list[int | None]:
+    """[bytes, CRC-32]; the second is None for a large file, which is read all the same, and CRC-32C in a bucket."""
+    if not isinstance(path, Path):
+        return list(object_of(path))
     crc, length = 0, 0
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -139,7 +149,7 @@ def _is_json(name: str) -> bool:
     return path.name in ("_METADATA", "_CHECKPOINT_METADATA") or path.parent.name == "array_metadatas"
 
 
-def _parses(path: Path) -> bool:
+def _parses(path: Place) -> bool:
     try:
         read_json(path)
     except DamageError:

@@ -10,9 +10,11 @@ from typing import TypedDict, cast
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.system.storage import write_whole
+from pspo_jax.system.buckets import Place, children, exists, remove, write
 
 _METADATA = "_CHECKPOINT_METADATA"
+_COMMITTED = "commit_success.txt"
+"""The object that Orbax writes last to a checkpoint in a bucket."""
 
 
 class AccountingRecord(TypedDict, total=False):
@@ -50,7 +52,7 @@ class Metadata(TypedDict, total=False):
     """Checksum of all of the above."""
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Place) -> Metadata:
     """The metadata of one checkpoint, read without Orbax, which takes a file that it cannot read for an empty one.
 
     Raises:
@@ -82,25 +84,33 @@ def finite(scores: dict[str, float] | None) -> dict[str, float] | None:
     return {name: float(value) for name, value in scores.items() if math.isfinite(value)}
 
 
-def damaged_metadata(folder: Path) -> list[tuple[int, str]]:
+def step_folders(folder: Place) -> list[Place]:
+    """The folders of a run's checkpoints; in a bucket those alone whose checkpoint is complete.
+
+    A folder of this machine gets its name when the checkpoint in it is complete.
+    """
+    found = [path for path in children(folder) if path.name.isdigit()]
+    return [path for path in found if (path.is_dir() if isinstance(path, Path) else exists(path / _COMMITTED))]
+
+
+def damaged_metadata(folder: Place) -> list[tuple[int, str]]:
     """(step, why) of each checkpoint whose metadata is not what was written."""
     found = []
-    for path in sorted(folder.glob("*")):
-        if path.name.isdigit() and path.is_dir():
-            try:
-                read_metadata(path)
-            except DamageError as error:
-                found.append((int(path.name), str(error)))
+    for path in step_folders(folder):
+        try:
+            read_metadata(path)
+        except DamageError as error:
+            found.append((int(path.name), str(error)))
     return found
 
 
-def mend_scores(folder: Path, steps: list[int]) -> list[str]:
+def mend_scores(folder: Place, steps: list[int]) -> list[str]:
     """Rewrite damaged files of scores from the checkpoints' metadata, which holds them too; returns a line on each."""
     said = []
     for step in steps:
         path = folder / str(step) / "metrics" / "metrics"
         try:
-            found = damage.read_json(path) if path.exists() else None
+            found = damage.read_json(path) if exists(path) else None
             if found is None or math.isfinite(found["greedy"]):
                 continue
         except (DamageError, KeyError, TypeError):
@@ -110,7 +120,7 @@ def mend_scores(folder: Path, steps: list[int]) -> list[str]:
         except DamageError:
             scores = None  # `restore` will tell
         if scores is None:
-            path.unlink()
+            remove(path)
         else:
-            write_whole(path, json.dumps(scores).encode())
+            write(path, json.dumps(scores).encode())
     return said

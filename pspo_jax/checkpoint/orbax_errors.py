@@ -5,16 +5,30 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from pathlib import Path
 
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.damage import DamageError
+from pspo_jax.system.buckets import Place
 from pspo_jax.system.storage import StorageError, os_reason
 
-RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
-"""Types that Orbax and TensorStore raise on files that are missing, cut off or altered, and for many other reasons."""
+_RAISED = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError)
 _DECODING = re.compile("^(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND|INVALID_ARGUMENT)|Error decoding")
 """How TensorStore's messages begin where it cannot decode the bytes that it read."""
+
+
+def raised() -> tuple[type[Exception], ...]:
+    """Types that Orbax and TensorStore raise on files that are missing, cut off or altered, and for other reasons.
+
+    Once a bucket is used, these include the types of its client.
+    """
+    if "gcsfs" not in sys.modules:
+        return _RAISED
+    from aiohttp import ClientError
+    from gcsfs.retry import HttpError
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    return (*_RAISED, HttpError, ClientError, GoogleAuthError, GoogleAPIError)
 
 
 def silence_orbax() -> None:
@@ -25,6 +39,7 @@ def silence_orbax() -> None:
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("fsspec").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
     if getattr(before, "__module__", None) == __name__:
         return
@@ -36,7 +51,7 @@ def silence_orbax() -> None:
     sys.unraisablehook = without_late_answers
 
 
-def classified(error: Exception, path: Path) -> Exception:
+def classified(error: Exception, path: Place) -> Exception:
     """The error to raise in place of Orbax's.
 
     It is a DamageError if files are damaged, a StorageError if the disk is the reason, and else the error itself.

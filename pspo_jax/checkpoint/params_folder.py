@@ -14,9 +14,10 @@ from orbax.checkpoint import v1 as ocp
 from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.orbax_errors import RAISED, classified, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import classified, raised, silence_orbax
 from pspo_jax.distributed import processes
-from pspo_jax.system.storage import StorageError, os_reason, room, write_whole
+from pspo_jax.system.buckets import Place, absolute, exists, move, remove, write
+from pspo_jax.system.storage import StorageError, os_reason, room
 
 _SETTINGS = "settings.json"
 
@@ -28,10 +29,11 @@ class _Record(NamedTuple):
     checksums: dict[str, int]
 
 
-def save_folder(folder: Path, params: PyTree, settings: Mapping[str, object], supersedes: bool = False) -> None:
+def save_folder(folder: Place, params: PyTree, settings: Mapping[str, object], supersedes: bool = False) -> None:
     """Write params and their settings to a folder, which appears when it is whole.
 
-    A folder that was there is set aside.
+    A folder that was there is set aside. In a bucket, where no folder can be renamed at once, settings.json is written
+    last, and a folder without it is none.
 
     Args:
       supersedes: whether the folder that was there is an earlier state of the same, which is removed afterwards.
@@ -39,43 +41,63 @@ def save_folder(folder: Path, params: PyTree, settings: Mapping[str, object], su
       StorageError: it cannot be written.
     """
     silence_orbax()
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + ".partial") if isinstance(folder, Path) else folder
     checksums = named_checksums(params)
+    words = {"settings": settings, "checksums": checksums}
+    record = json.dumps({**words, "crc": damage.checksum(words)}, indent=1).encode()
     try:
         if processes.is_primary():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            _clear(partial, supersedes)
         processes.wait_for_all(f"partial {folder}")
-        ocp.save_checkpointables(partial.absolute() / "params", {"params": params})
-        if processes.is_primary():
-            words = {"settings": settings, "checksums": checksums}
-            write_whole(partial / _SETTINGS, json.dumps({**words, "crc": damage.checksum(words)}, indent=1).encode())
+        ocp.save_checkpointables(absolute(partial) / "params", {"params": params})
+        if processes.is_primary() and isinstance(partial, Path):
+            write(partial / _SETTINGS, record)
             damage.record(partial)
             before = set_aside(folder)
-            partial.rename(folder)
+            move(partial, folder)
             if supersedes and before is not None:
-                shutil.rmtree(before)
-    except RAISED as error:
+                remove(before)
+        elif processes.is_primary():
+            damage.record(partial)
+            write(partial / _SETTINGS, record)
+    except raised() as error:
         if reason := os_reason(error):
-            told = f"{folder}: cannot be written ({reason}; {room(folder.parent)})"
+            full = f"; {room(folder.parent)}" if isinstance(folder, Path) else ""
+            told = f"{folder}: cannot be written ({reason}{full})"
             raise StorageError(f"{told}; once it can, the same command carries on") from error
         raise
     processes.wait_for_all(f"whole {folder}")
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename a folder to <name>.before, <name>.before2, ...; None if it is not there."""
-    if not folder.exists():
+def _clear(partial: Place, supersedes: bool) -> None:
+    """Make place for a folder that is to be written; in a bucket, what is there may be whole and is then set aside."""
+    if isinstance(partial, Path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return
+    if is_there(partial) and not supersedes:
+        set_aside(partial)
+    remove(partial)
+
+
+def is_there(folder: Place) -> bool:
+    """Whether a folder of params has been written whole, as far as its names tell."""
+    return exists(folder if isinstance(folder, Path) else folder / _SETTINGS)
+
+
+def set_aside(folder: Place) -> Place | None:
+    """Rename a folder or file to <name>.before, <name>.before2, ...; None if it is not there."""
+    if not exists(folder):
         return None
     target, number = folder.with_name(f"{folder.name}.before"), 1
-    while target.exists():
+    while exists(target):
         number += 1
         target = folder.with_name(f"{folder.name}.before{number}")
-    folder.rename(target)
+    move(folder, target)
     return target
 
 
-def belongs(folder: Path, settings: Mapping[str, object]) -> bool:
+def belongs(folder: Place, settings: Mapping[str, object]) -> bool:
     """Whether a folder's params came from these settings.
 
     Raises:
@@ -85,12 +107,12 @@ def belongs(folder: Path, settings: Mapping[str, object]) -> bool:
     return folder_settings(folder) == settings
 
 
-def folder_settings(folder: Path) -> Mapping[str, object]:
+def folder_settings(folder: Place) -> Mapping[str, object]:
     """The settings that a folder's params came from; raises as `belongs`."""
     return dict(_read(folder).settings)
 
 
-def load_folder(folder: Path, abstract: PyTree) -> PyTree:
+def load_folder(folder: Place, abstract: PyTree) -> PyTree:
     """Params of a folder that `save_folder` wrote.
 
     Raises:
@@ -101,10 +123,10 @@ def load_folder(folder: Path, abstract: PyTree) -> PyTree:
     params, reason, checksums = None, "", {}
     try:
         checksums = _read(folder).checksums
-        params = ocp.load_checkpointables(folder.absolute() / "params", {"params": abstract})["params"]
+        params = ocp.load_checkpointables(absolute(folder) / "params", {"params": abstract})["params"]
     except DamageError as error:
         reason = str(error)
-    except RAISED as error:
+    except raised() as error:
         found = classified(error, folder)
         if found is error:
             raise
@@ -120,7 +142,7 @@ def load_folder(folder: Path, abstract: PyTree) -> PyTree:
     return params
 
 
-def _read(folder: Path) -> _Record:
+def _read(folder: Place) -> _Record:
     """The contents of settings.json; DamageError unless it has the checksum that was written."""
     found = damage.read_json(folder / _SETTINGS)
     try:

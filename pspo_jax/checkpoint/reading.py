@@ -13,18 +13,19 @@ from orbax.checkpoint import v1 as ocp
 
 from pspo_jax.checkpoint.checksums import verify
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.metadata import Metadata, read_metadata
-from pspo_jax.checkpoint.orbax_errors import RAISED, classified, silence_orbax
+from pspo_jax.checkpoint.metadata import Metadata, read_metadata, step_folders
+from pspo_jax.checkpoint.orbax_errors import classified, raised, silence_orbax
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.system.buckets import Place, absolute, exists
 
 
-def saved_steps(folder: Path) -> list[int]:
+def saved_steps(folder: Place) -> list[int]:
     """Steps whose checkpoint is complete, ascending."""
-    done = [p for p in folder.glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
+    done = [p for p in step_folders(folder) if not isinstance(p, Path) or ocp.is_orbax_checkpoint(p.absolute())]
     return sorted(int(p.name) for p in done)
 
 
-def read_params(folder: Path, step: int, place: Callable[[PyTree], PyTree] | None = None) -> tuple[PyTree, Metadata]:
+def read_params(folder: Place, step: int, place: Callable[[PyTree], PyTree] | None = None) -> tuple[PyTree, Metadata]:
     """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
 
     Args:
@@ -43,7 +44,7 @@ def read_params(folder: Path, step: int, place: Callable[[PyTree], PyTree] | Non
     return read_part(folder, step, "params", abstract)
 
 
-def params_identity(folder: Path, step: int) -> str:
+def params_identity(folder: Place, step: int) -> str:
     """Hash of the checksums of a checkpoint's params, and of the base under them.
 
     Raises:
@@ -59,14 +60,14 @@ def params_identity(folder: Path, step: int) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def _unusable(path: Path, error: ValueError) -> ConfigError:
+def _unusable(path: Place, error: ValueError) -> ConfigError:
     """The error of a damaged checkpoint, or of one that a run has removed meanwhile."""
-    if not path.exists():
+    if not exists(path):
         return ConfigError(f"checkpoint {path}: is gone, as a run that goes on keeps only some; choose another step")
     return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
 
 
-def read_part(folder: Path, step: int, part: str, abstract: Callable[[PyTree], PyTree]) -> tuple[PyTree, Metadata]:
+def read_part(folder: Place, step: int, part: str, abstract: Callable[[PyTree], PyTree]) -> tuple[PyTree, Metadata]:
     """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
 
     Args:
@@ -76,7 +77,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[PyTree], P
       ConfigError: the checkpoint is damaged.
       StorageError: it cannot be read now.
     """
-    path = (folder / str(step)).absolute()
+    path = absolute(folder / str(step))
     silence_orbax()
     try:
         metadata = read_metadata(path)
@@ -86,7 +87,7 @@ def read_part(folder: Path, step: int, part: str, abstract: Callable[[PyTree], P
         wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
         with partial_load():
             value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
-    except RAISED as error:
+    except raised() as error:
         told = classified(error, path)
         if isinstance(told, DamageError):
             raise _unusable(path, told) from error

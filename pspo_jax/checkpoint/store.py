@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +24,12 @@ from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.checksums import layout, named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.metadata import Metadata, damaged_metadata, finite, mend_scores, read_metadata
-from pspo_jax.checkpoint.orbax_errors import RAISED, classified, silence_orbax
+from pspo_jax.checkpoint.orbax_errors import classified, raised, silence_orbax
 from pspo_jax.checkpoint.reading import partial_load, saved_steps, whole_ones
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import CheckpointConfig
 from pspo_jax.distributed import processes
+from pspo_jax.system.buckets import Place, absolute, exists, move, remove
 from pspo_jax.system.storage import (
     LONGEST_PAUSE,
     LateError,
@@ -39,7 +39,6 @@ from pspo_jax.system.storage import (
     pause,
     room,
     size,
-    writing,
 )
 
 
@@ -62,7 +61,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         config: CheckpointConfig,
         say: Callable[[str], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
@@ -90,25 +89,26 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        if processes.is_primary():
-            # Orbax reads these files of every checkpoint at once, and raises on what it does not know.
-            for number, reason in damaged_metadata(self.folder):
-                self._say(self._told(number, reason, self._move(number)))
-            for line in mend_scores(self.folder, saved_steps(self.folder)):
-                self._say(line)
-        self._opened += 1
-        processes.wait_for_all(f"scores {self._opened}")
         try:
+            if processes.is_primary():
+                # Orbax reads these files of every checkpoint at once, and raises on what it does not know.
+                for number, reason in damaged_metadata(self.folder):
+                    self._say(self._told(number, reason, self._move(number)))
+                for line in mend_scores(self.folder, saved_steps(self.folder)):
+                    self._say(line)
+            self._opened += 1
+            processes.wait_for_all(f"scores {self._opened}")
             return ocp.training.Checkpointer(
-                self.folder.absolute(),
+                absolute(self.folder),
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=True,
             )
-        except RAISED as error:
+        except raised() as error:
             if why := os_reason(error):
+                full = f"; {room(self.folder)}" if isinstance(self.folder, Path) else ""
                 raise StorageError(
-                    f"{self.folder}: cannot be opened now ({why}; {room(self.folder)}); nothing in it was changed, "
-                    "and once it can be the same command carries on"
+                    f"{self.folder}: cannot be opened now ({why}{full}); nothing in it was changed, and once it can "
+                    "be the same command carries on"
                 ) from error
             raise
 
@@ -120,7 +120,7 @@ class Checkpoints:
         late = None if self._writing is None else self._writing[1].exception()
         try:
             self._orbax.close()
-        except RAISED as again:
+        except raised() as again:
             late = late or again
         if late is not None and error[0] is None:
             raise self._failure(late) from late
@@ -128,6 +128,15 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
         return sorted(c.step for c in self._orbax.checkpoints)
+
+    def whole(self, but: int | None = None) -> str:
+        """A clause on which checkpoints are there; of a bucket, which may not answer, those that were there last.
+
+        Args:
+          but: step of a checkpoint that does not count.
+        """
+        steps = saved_steps(self.folder) if isinstance(self.folder, Path) else self.steps()
+        return whole_ones([step for step in steps if step != but])
 
     def failed(self) -> bool:
         """Whether the last save has failed already; the next `save` or `wait` says why."""
@@ -145,8 +154,7 @@ class Checkpoints:
             if self._config.on_error == "stop" and not isinstance(before, LateError):
                 raise before
             self._say(f"{before}; step {step} is saved instead")
-            self._reopen()
-        if step in self.steps():
+        elif step in self.steps():
             return
         # A copy: metadata is written in the background, while the caller's counters go on.
         metadata = {
@@ -155,8 +163,11 @@ class Checkpoints:
             "checksums": named_checksums(state),
             "layout": layout(state),
         }
-        self._start(_Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores)))
-        if before is not None:
+        save = _Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores))
+        if before is None:
+            self._start(save)
+        else:
+            self._start_anew(save)
             self.wait()
 
     def wait(self) -> None:
@@ -174,10 +185,8 @@ class Checkpoints:
             self._say(f"{error}; it is tried again in {seconds:.0f} s")
             pause(seconds, self._stop)
             seconds = min(2 * seconds, LONGEST_PAUSE)
-            self._reopen()
             assert self._last is not None
-            if self._last.step not in self.steps():
-                self._start(self._last)
+            self._start_anew(self._last)
 
     def _can_repeat(self) -> bool:
         """Whether the arrays of the last save are still there; training that went on takes over their memory."""
@@ -192,23 +201,37 @@ class Checkpoints:
             response = self._orbax.save_checkpointables_async(
                 save.step, {"state": _present(save.state)}, metrics=save.scores, custom_metadata=save.metadata
             )
-        except RAISED as error:
+        except raised() as error:
             future: Future[None] = Future()
             future.set_exception(error)
             self._writing = save._replace(state=None), future
             return
         self._writing = save._replace(state=None), self._saver.submit(self._finish, save, response)
 
+    def _start_anew(self, save: _Save) -> None:
+        """Open the folder again and hand a save to the background; one process alone counts an error as the save's."""
+        self._last = save
+        try:
+            self._reopen()
+            if save.step not in self.steps():
+                self._start(save)
+        except StorageError as error:
+            if processes.process_count() > 1:
+                raise  # The others wait for this process to open the folder, and end with it.
+            future: Future[None] = Future()
+            future.set_exception(error)
+            self._writing = save._replace(state=None), future
+
     def _finish(self, save: _Save, response: ocp.async_types.AsyncResponse[None]) -> None:
         """Wait until a checkpoint is there, and record its files."""
         response.result()
         path = self.folder / str(save.step)
-        if processes.is_primary() and path.exists():
+        if processes.is_primary() and exists(path):
             try:
                 read_metadata(path)
             except DamageError as error:
                 # A disk that was full for a moment may take the arrays and not what belongs to them.
-                shutil.rmtree(path)
+                remove(path)
                 raise StorageError(f"{path}: was not written whole ({error})") from error
             try:
                 damage.record(path)
@@ -236,11 +259,13 @@ class Checkpoints:
         step = self._writing[0].step
         if reason is None or os_number(error) == errno.ENOTEMPTY:  # the latter while an earlier late save still writes
             return LateError(f"{self.folder}: checkpoint {step} was not written in time ({reason or error})")
-        whole = [s for s in saved_steps(self.folder) if s != step]
+        told = f"{self.folder}: checkpoint {step} could not be written ({reason})"
+        if not isinstance(self.folder, Path):
+            return StorageError(f"{told}; {self.whole(step)}; once the bucket answers the same command carries on")
         needed = sum(x.nbytes for x in jax.tree.leaves(self._last.state)) if self._last is not None else 0
         return StorageError(
-            f"{self.folder}: checkpoint {step} could not be written ({reason}); it needs up to {size(needed)} and "
-            f"{room(self.folder)}; {whole_ones(whole)}; once there is room the same command carries on"
+            f"{told}; it needs up to {size(needed)} and {room(self.folder)}; {self.whole(step)}; once there is room "
+            "the same command carries on"
         )
 
     def _reopen(self) -> None:
@@ -248,7 +273,7 @@ class Checkpoints:
         self._writing = None
         try:
             self._orbax.close()
-        except RAISED as error:
+        except raised() as error:
             if os_reason(error) is None and not isinstance(error, TimeoutError):
                 raise
         self._orbax = self._open()
@@ -319,7 +344,7 @@ class Checkpoints:
         with partial_load():
             try:
                 found = self._orbax.load_checkpointables(step, {"state": _present(wanted)})["state"]
-            except RAISED as error:
+            except raised() as error:
                 told = classified(error, self.folder / str(step))
                 if told is error:
                     raise
@@ -327,10 +352,10 @@ class Checkpoints:
         return {**wanted, **found} if isinstance(wanted, dict) else dataclasses.replace(wanted, **found)
 
     @property
-    def _damaged(self) -> Path:
+    def _damaged(self) -> Place:
         return self.folder.with_name(self.folder.name + ".damaged")
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> Place:
         target = self._aside(step)
         processes.wait_for_all(f"damaged {step}")
         if processes.is_primary():
@@ -339,22 +364,20 @@ class Checkpoints:
         self._orbax.reload()
         return target
 
-    def _aside(self, step: int) -> Path:
+    def _aside(self, step: int) -> Place:
         """The folder that a damaged checkpoint is moved to."""
         target = self._damaged / str(step)
-        while target.exists():
+        while exists(target):
             target = target.with_name(target.name + "_")
         return target
 
-    def _move(self, step: int) -> Path:
+    def _move(self, step: int) -> Place:
         target = self._aside(step)
-        with writing(target):
-            self._damaged.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(target)
+        move(self.folder / str(step), target)
         return target
 
     @staticmethod
-    def _told(step: int, reason: str, moved: Path) -> str:
+    def _told(step: int, reason: str, moved: Place) -> str:
         return f"checkpoint {step} is damaged ({reason}); moved to {moved}, trying the one before"
 
 

@@ -37,6 +37,7 @@ from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import text_reward
 from pspo_jax.rollout.sampler import make_sampler, tokens_per_test
 from pspo_jax.rollout.token_loop import SamplingParams
+from pspo_jax.runs.home import home_of, shown
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole, writing
@@ -68,6 +69,7 @@ def evaluate_checkpoints(
     progress: Progress,
     stop: Callable[[], bool],
     pool: Pool | None,
+    keep: Callable[[], None],
 ) -> int:
     """Evaluate the checkpoints that the arguments name, and write problems, tables and a curve to `out`.
 
@@ -76,6 +78,7 @@ def evaluate_checkpoints(
       data: benchmark -> its data, where it is not where it is published.
       steps: checkpoints of the run, if there is one.
       stop: says whether a stop was asked for.
+      keep: copies results to the bucket of a run that is in one.
     Returns:
       The exit code.
     Raises:
@@ -106,12 +109,13 @@ def evaluate_checkpoints(
         candidates = _candidates(args, steps, source, architecture, model, mesh)
         rows: dict[str, dict[str, tables.Summary]] = {}
         for candidate in candidates:
-            rows[candidate.label] = _evaluate(candidate, works, out, args.k, progress, stop)
+            rows[candidate.label] = _evaluate(candidate, works, out, args, progress, stop)
             if processes.is_primary():
                 _write(out, rows, {c.label: c.step for c in candidates})
+                keep()
     if processes.is_primary():
         progress.say((out / "table.md").read_text(encoding="utf-8"))
-        progress.say(f"written to {out}")
+        progress.say(f"written to {_shown(out, args)}")
         if not tables.can_draw():
             progress.say("curve.png is left out, as matplotlib is not installed: pip install 'pspo-jax[plot]'")
     return 0
@@ -195,7 +199,7 @@ def _candidates(
 
     def load_step(step: int) -> PyTree:
         params, metadata = read_params(
-            args.run / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, model.axes)
+            home_of(args.run) / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, model.axes)
         )
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"model.source={source.name}: is not the checkpoint that this run began from")
@@ -214,14 +218,14 @@ def _candidates(
         assert source is not None
         name = Path(args.model).name if Path(args.model).is_dir() else args.model
         return [Candidate(name, 0, files_identity(source.folder), load_source)]
-    folder = args.run / "checkpoints"
+    folder = home_of(args.run) / "checkpoints"
     return [Candidate(f"step {s}", s, params_identity(folder, s), partial(load_step, s)) for s in steps]
 
 
 def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None:
     """Refuse to mix results of different settings in one folder."""
     settings = {
-        "policy": str(args.run or args.model),
+        "policy": args.model if args.run is None else shown(args.run, args.run),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": config.rollout.max_new_tokens,
@@ -252,7 +256,12 @@ def _check_settings(out: Path, config: Config, args: argparse.Namespace) -> None
 
 
 def _evaluate(
-    candidate: Candidate, works: list[Work], out: Path, ks: list[int], progress: Progress, stop: Callable[[], bool]
+    candidate: Candidate,
+    works: list[Work],
+    out: Path,
+    args: argparse.Namespace,
+    progress: Progress,
+    stop: Callable[[], bool],
 ) -> dict[str, tables.Summary]:
     loaded: list[PyTree] = []
 
@@ -269,11 +278,20 @@ def _evaluate(
         with progress.phase(f"{candidate.label} {work.name}", len(work.prompts.lengths)) as bar:
             tokens = run_benchmark(work, weights, candidate.identity, path, bar, stop, progress.say)
         seconds = time.monotonic() - began
-        rate = f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens else f"was in {path}"
+        rate = (
+            f"{seconds:.1f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
+            if tokens
+            else f"was in {_shown(path, args)}"
+        )
         progress.say(f"{candidate.label} {work.name}: {rate}")
         if processes.is_primary():
-            found[work.name] = read_summary(path, ks)
+            found[work.name] = read_summary(path, args.k)
     return found
+
+
+def _shown(path: Path, args: argparse.Namespace) -> str:
+    """A path as the user knows it, who may have named a run in a bucket."""
+    return str(path) if args.run is None else shown(path, args.run)
 
 
 def _write(out: Path, rows: dict[str, dict[str, tables.Summary]], steps: dict[str, int]) -> None:

@@ -36,6 +36,7 @@ from pspo_jax.model.huggingface.save import (
 )
 from pspo_jax.model.weights import entries, table
 from pspo_jax.runs.access import metrics_of
+from pspo_jax.runs.home import home_of
 from pspo_jax.training.setup import architecture_for
 
 
@@ -46,7 +47,7 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
         raise ConfigError("--adapter-only: this run trained all weights (lora.rank=0); leave it out")
 
     def write(folder: Path, step: int) -> None:
-        params, metadata = read_params(run / "checkpoints", step)
+        params, metadata = read_params(home_of(run) / "checkpoints", step)
         write_model(folder, config, params, dtype, adapter_only, metadata.get("source"))
         card = model_card(config, run, step, adapter_only)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -185,7 +186,7 @@ def push(folder: Path, repo: str) -> None:
 def copy_finished_model(args: argparse.Namespace) -> bool:
     """Whether the run is one of supervised fine-tuning alone, whose only model has been copied."""
     model = args.run / "model"
-    if not model.is_dir() or saved_steps(args.run / "checkpoints"):
+    if not model.is_dir() or saved_steps(home_of(args.run) / "checkpoints"):
         return False
     for flag, value in (("--dtype", args.dtype), ("--adapter-only", args.adapter_only), ("--base", args.base)):
         if value:

@@ -14,6 +14,7 @@ from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
 from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.runs import history
+from pspo_jax.runs.home import shown
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.first_params import FirstParams
 from pspo_jax.training.setup import Setup, architecture_for, prepare
@@ -44,7 +45,7 @@ def prepare_supervised(config: Config, pool: Pool | None, progress: Progress) ->
 def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: Progress) -> int:
     """Write a language model as a checkpoint, and print how training can begin from it."""
     c = setup.config
-    progress.say(f"{first.origin} in {folder / 'cold_start'}")
+    progress.say(f"{first.origin} in {shown(folder / 'cold_start', folder)}")
     fields = [f"--sft.{name} {getattr(c.sft, name)}" for name in ("steps", "batch", "learning_rate", "warmup")]
     same = f"train with the same settings ({' '.join(fields)}) and a --run.dir beside it"
     if uses_char_tokenizer(c):
@@ -55,6 +56,8 @@ def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: P
         history.write_config(folder, c)
         out = folder / "model"
         write_folder(out, lambda place: write_model(place, c, params), replace=True)
-        progress.say(f"{out} is the model in Hugging Face's format: train it with --model.source {out}, or {same}")
+        progress.say(
+            f"{shown(out, folder)} is the model in Hugging Face's format: train it with --model.source {out}, or {same}"
+        )
     processes.wait_for_all("model")
     return 0

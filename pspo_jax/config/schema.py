@@ -38,7 +38,8 @@ class RunConfig:
 
     dir: str = "runs/default"
     """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A run resumes from
-    a checkpoint in it."""
+    a checkpoint in it. gs://BUCKET/FOLDER is a folder in a bucket of Google Cloud Storage, which needs the package
+    gcsfs."""
     steps: Annotated[int, Range(1)] = 150
     """Number of training steps. One step rolls out rollout.prompts x rollout.group_size completions."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0

@@ -6,8 +6,6 @@ import csv
 import hashlib
 import json
 import math
-import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast, overload
 
 import numpy as np
+
+from pspo_jax.system.storage import own_partial, write_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -214,7 +214,7 @@ def read_files(paths: Sequence[Path], form: str, folder: Path) -> Records | None
         if not found:
             return None
         names = list(found)
-        _write(columns, json.dumps(names))
+        write_whole(columns, json.dumps(names).encode(), shared=True)
         table = datasets.Dataset.from_file(str(kept))
     empty = dict.fromkeys(names)
     return Records(
@@ -237,7 +237,7 @@ def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
     names: dict[str, None] = {}
     batch: list[str] = []
     size = 0
-    partial = _beside(kept)
+    partial = own_partial(kept)
     try:
         with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as out:
             for path in paths:
@@ -255,17 +255,6 @@ def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
     finally:
         partial.unlink(missing_ok=True)
     return names
-
-
-def _beside(path: Path) -> Path:
-    """The path at which this process writes a file that is then renamed; machines may share the folder."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = _beside(path)
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
 
 
 FileRows = Iterator[tuple[str, Sequence[str]]]

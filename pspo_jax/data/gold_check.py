@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from pspo_jax.data.loading import column_array
 from pspo_jax.distributed import processes
+from pspo_jax.system.storage import write_whole
 from pspo_jax.verifiers import math_answer
 from pspo_jax.verifiers.workers.pool import Pool, Request
 
@@ -67,9 +68,9 @@ def _checked(
     for i in range(0, len(unknown), _BLOCK):
         part = unknown[i : i + _BLOCK]
         out[part] = _block(rows.select(which[part])["answer"], pool)
-    partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, out)
-    partial.rename(path)
+    data = io.BytesIO()
+    np.save(data, out)
+    write_whole(path, data.getvalue(), shared=True)
     return out
 
 

@@ -14,6 +14,7 @@ from pspo_jax.checkpoint.reading import saved_steps
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
+from pspo_jax.runs.home import home_of
 from pspo_jax.system.storage import StorageError, os_reason, unread, writing
 
 
@@ -92,7 +93,7 @@ def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", p
 
 def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
     """Steps of a run's checkpoints that a flag's value means."""
-    steps = saved_steps(run / "checkpoints")
+    steps = saved_steps(home_of(run) / "checkpoints")
     if not steps and (run / "model").is_dir():
         raise ConfigError(f"--run {run}: holds one finished model and no checkpoints; name the model, {run / 'model'}")
     if not steps:

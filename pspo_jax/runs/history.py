@@ -12,8 +12,10 @@ from pspo_jax.config.defaults import flatten, replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.runs.access import read_lines, read_settings
+from pspo_jax.runs.home import home_of
 from pspo_jax.runs.lock import NAME as LOCK
-from pspo_jax.system.storage import append_whole, write_whole, writing
+from pspo_jax.system.buckets import Place, children, exists, move
+from pspo_jax.system.storage import append_whole, write_whole
 
 _NOT_KEPT = {"run.start_over": False, "run.print_config": False, "task.allow_change": False}
 """Fields that hold for one command and are never kept, with the value that the folder keeps instead."""
@@ -130,7 +132,7 @@ def record(folder: Path, step: int, found: list[Change]) -> list[str]:
 def refuse_lost(folder: Path) -> None:
     """Raise ConfigError where a run has left traces and there is no checkpoint of it."""
     traces = []
-    damaged = sorted(p.name for p in (folder / "checkpoints.damaged").glob("*"))
+    damaged = [p.name for p in children(home_of(folder) / "checkpoints.damaged")]
     if damaged:
         traces.append(f"checkpoints.damaged holds {', '.join(damaged)}")
     for name in ("metrics.jsonl", "strategy.jsonl"):
@@ -147,8 +149,8 @@ def refuse_lost(folder: Path) -> None:
         )
 
 
-def start_over(folder: Path) -> Path | None:
-    """Move a run's files to set_aside/<number> inside its folder; None if there are none.
+def start_over(home: Place) -> Place | None:
+    """Move a run's files to set_aside/<number> inside its folder or bucket; None if there are none.
 
     The cold start stays: it says itself which settings it belongs to.
 
@@ -156,16 +158,14 @@ def start_over(folder: Path) -> Path | None:
       StorageError: they cannot be moved.
     """
     keep = ("set_aside", "cold_start", "cold_start.progress", "workers.log")
-    found = sorted(p for p in folder.iterdir() if p.name not in keep and p.suffix != Path(LOCK).suffix)
+    found = [p for p in children(home) if p.name not in keep and p.suffix != Path(LOCK).suffix]
     if not found:
         return None
     number = 1
-    while (target := folder / "set_aside" / str(number)).exists():
+    while exists(target := home / "set_aside" / str(number)):
         number += 1
-    with writing(target):
-        target.mkdir(parents=True)
-        for path in found:
-            path.rename(target / path.name)
+    for path in found:
+        move(path, target / path.name)
     return target
 
 

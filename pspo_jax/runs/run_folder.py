@@ -26,6 +26,8 @@ from pspo_jax.distributed import processes
 from pspo_jax.runs import verdicts
 from pspo_jax.runs.access import read_lines, read_settings
 from pspo_jax.runs.completions import Line, print_completions, write_completions
+from pspo_jax.runs.home import checked_url, stand_for, working_folder
+from pspo_jax.system.buckets import is_url
 from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unwritten, write_whole, writing
 
@@ -39,7 +41,7 @@ _ERROR_KINDS = 200
 
 
 def open_folder(path: str) -> Path:
-    """Make the folder if need be, and check that it can be written.
+    """Make the folder if need be, and check that it can be written; for a URL, the working folder that stands for it.
 
     Raises:
       ConfigError: it is no folder that this process may write to.
@@ -47,7 +49,16 @@ def open_folder(path: str) -> Path:
     """
     if not path.strip():
         raise ConfigError("run.dir='': must name a folder")
-    folder = Path(path)
+    url = checked_url(path) if is_url(path) else None
+    folder = Path(path) if url is None else working_folder(url)
+    _check_writable(path, folder)
+    if url is not None:
+        stand_for(folder, url)
+    return folder
+
+
+def _check_writable(path: str, folder: Path) -> None:
+    """Make the folder that run.dir=`path` means, and write a file to it; raises as `open_folder`."""
     probe = folder / f".write-test-{socket.gethostname()}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +68,12 @@ def open_folder(path: str) -> Path:
             probe.unlink(missing_ok=True)
     except OSError as error:
         if error.errno in (*REFUSED, errno.EEXIST):
+            if Path(path) != folder:
+                raise ConfigError(
+                    f"run.dir={path}: {folder}, which stands for it on this machine: {error.strerror}; make it writable"
+                ) from error
             raise ConfigError(f"run.dir={path}: {error.strerror}; choose a folder that can be written") from error
         raise unwritten(folder / "config.yaml", error, 4096) from error
-    return folder
 
 
 def with_type_of(folder: Path, config: Config) -> Config:

@@ -6,10 +6,11 @@ import errno
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -37,11 +38,20 @@ class StorageError(Exception):
     """
 
 
+class BucketError(OSError):
+    """An error that a bucket or the way to it gave; `filename` is the URL, and `strerror` the client's message."""
+
+    refused = False
+    """Whether the bucket refused the request, so that the same one would be refused again."""
+
+
 def exhausted(error: OSError | RuntimeError) -> StorageError | None:
     """The one-line error of a machine that has run out of something; None for any other error.
 
     Libraries in C++ raise a RuntimeError, of which only the text says what the operating system refused.
     """
+    if isinstance(error, BucketError):
+        return unanswered(error)
     if isinstance(error, RuntimeError):
         text = str(error)
         number = errno.EMFILE if "random_device" in text else None
@@ -56,12 +66,42 @@ def exhausted(error: OSError | RuntimeError) -> StorageError | None:
     return StorageError(f"{reason}; {EXHAUSTED[number]}, and the same command carries on")
 
 
+def unanswered(error: BucketError) -> StorageError:
+    """The one-line error of a bucket that did not give what was asked for."""
+    return StorageError(f"{error.filename}: {error.strerror}; once the bucket answers, the same command carries on")
+
+
 class LateError(StorageError):
     """An error of a save that took too long by the wall clock, which may have jumped. The save is tried once more."""
 
 
+_CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google", "requests")
+"""Packages whose exceptions tell that a bucket, or the way to it, is the reason."""
+FORBIDDEN = "Forbidden: "
+"""How gcsfs's OSError begins where the bucket refuses a request."""
+_UNREACHED = re.compile(
+    "^(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED).*gs://", re.DOTALL
+)
+"""TensorStore's messages where a bucket does not answer, or refuses."""
+
+
+def bucket_reason(error: BaseException) -> str | None:
+    """What the client of a bucket reported, in one line; None if the error does not come from a bucket."""
+    for cause in _chain(error):
+        if isinstance(cause, FileNotFoundError):
+            continue
+        if isinstance(cause, BucketError):
+            return str(cause.strerror)
+        client = type(cause).__module__.partition(".")[0] in _CLIENTS
+        if client or _UNREACHED.search(str(cause)) or (type(cause) is OSError and str(cause).startswith(FORBIDDEN)):
+            return " ".join(str(cause).split())[:200] or type(cause).__name__
+    return None
+
+
 def os_reason(error: BaseException) -> str | None:
-    """The operating system's message behind an error; None if the error does not come from it."""
+    """The message of the operating system, or of a bucket, behind an error; None if the error comes from neither."""
+    if (reason := bucket_reason(error)) is not None:
+        return reason
     number = os_number(error)
     return None if number is None else os.strerror(number)
 
@@ -108,16 +148,15 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def unwritten(path: Path, error: OSError, needed: int) -> StorageError:
+def unwritten(path: PurePath, error: OSError, needed: int) -> StorageError:
     """The error of a failed write of `needed` bytes; 0 = the number is unknown."""
-    wanted = f"{size(needed)} are needed and " if needed else ""
-    return StorageError(
-        f"{path}: cannot be written ({error.strerror or error}); {wanted}{room(path.parent)}; once it can, the same "
-        "command carries on"
-    )
+    told = f"{path}: cannot be written ({error.strerror or error})"
+    if isinstance(path, Path):
+        told += f"; {f'{size(needed)} are needed and ' if needed else ''}{room(path.parent)}"
+    return StorageError(f"{told}; once it can, the same command carries on")
 
 
-def unread(path: Path, error: OSError) -> StorageError:
+def unread(path: PurePath, error: OSError) -> StorageError:
     """The error of a failed read."""
     return StorageError(
         f"{path}: cannot be read now ({error.strerror or error}); nothing was changed, and once it can be read the "
@@ -173,13 +212,15 @@ def pause(seconds: float, stop: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, shared: bool = False) -> None:
     """Write a file that replaces the old one only when it is complete.
 
+    Args:
+      shared: whether another process, on this or another machine, may write the same file meanwhile.
     Raises:
       StorageError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = own_partial(path) if shared else path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -189,6 +230,11 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         _drop(partial)
         raise unwritten(path, error, len(data)) from error
+
+
+def own_partial(path: Path) -> Path:
+    """The path at which this process alone writes a file that is then renamed to `path`."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def append_whole(path: Path, data: bytes) -> None:

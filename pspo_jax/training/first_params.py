@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,18 @@ import jax
 from jaxtyping import PyTree
 
 from pspo_jax.checkpoint.damage import DamageError
-from pspo_jax.checkpoint.params_folder import belongs, folder_settings, load_folder, save_folder, set_aside
+from pspo_jax.checkpoint.params_folder import (
+    belongs,
+    folder_settings,
+    is_there,
+    load_folder,
+    save_folder,
+    set_aside,
+)
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.runtime import jit_once
+from pspo_jax.runs.home import home_of
+from pspo_jax.system.buckets import Place, absolute, children, remove
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
 from pspo_jax.training.setup import Setup, load_base
@@ -52,10 +60,11 @@ def first_params(
         if not setup.config.sft.steps:
             return FirstParams(params, frozen, origin)
         wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
-        found = _finished_start(setup, folder, wanted, progress.say)
+        home = home_of(folder)
+        found = _finished_start(setup, home, wanted, progress.say)
     if found is not None:
         return FirstParams(found[0], frozen, f"cold start of {found[1]}")
-    kept = _StoppedStart(setup, folder / "cold_start.progress", wanted, progress.say, stop)
+    kept = _StoppedStart(setup, home / "cold_start.progress", wanted, progress.say, stop)
     progress.say(
         f"the cold start takes {setup.config.sft.steps:,} supervised steps on examples before the RL begins; "
         "--sft.steps 0 leaves it out"
@@ -65,7 +74,7 @@ def first_params(
         if params is None:
             return FirstParams(None, None, "stopped")
         params = jax.device_put(params, setup.shardings.params)
-        _keep(setup, folder / "cold_start", params, wanted, progress.say, stop)
+        _keep(setup, home / "cold_start", params, wanted, progress.say, stop)
         kept.drop()
     return FirstParams(params, frozen, "cold start")
 
@@ -85,36 +94,35 @@ def _initial(setup: Setup, progress: Progress) -> tuple[PyTree, PyTree | None, s
 
 
 def _finished_start(
-    setup: Setup, folder: Path, wanted: Mapping[str, object], say: Callable[[str], None]
-) -> tuple[PyTree, Path] | None:
+    setup: Setup, home: Place, wanted: Mapping[str, object], say: Callable[[str], None]
+) -> tuple[PyTree, Place] | None:
     """Params of a finished cold start of these settings, and its folder; one in a sibling run folder is copied."""
-    own, passed = folder / "cold_start", set[Path]()
+    own, passed = absolute(home / "cold_start"), set[Place]()
     while True:
         # The leading process alone looks, so that all processes find the same, even if a folder appears meanwhile.
         found = _find_start(own, setup.config.sft.share, wanted, passed, say) if processes.is_primary() else ""
         name = processes.text_from_primary(found)
         if not name:
             return None
-        place = folder.absolute().parent / name / "cold_start"
+        place = own.parent.parent / name / "cold_start"
         try:
             params = load_folder(place, setup.abstract.params)
         except DamageError as error:
             _pass_over(place, own, error, passed, say)
             continue
-        if place != own.absolute():
+        if place != own:
             say(f"the cold start is that of {place}, whose settings are equal; --sft.share false would train another")
             save_folder(own, params, wanted)
         return params, place
 
 
 def _find_start(
-    own: Path, share: bool, wanted: Mapping[str, object], passed: set[Path], say: Callable[[str], None]
+    own: Place, share: bool, wanted: Mapping[str, object], passed: set[Place], say: Callable[[str], None]
 ) -> str:
     """Name of the run folder whose cold start has these settings, this one's first; "" if there is none."""
-    mine = own.absolute()
-    neighbours = sorted(mine.parent.parent.glob("*/cold_start")) if share else []
-    for place in [mine, *(p for p in neighbours if p != mine)]:
-        if place in passed or not place.exists():
+    neighbours = [run / "cold_start" for run in children(own.parent.parent)] if share else []
+    for place in [own, *(p for p in neighbours if p != own)]:
+        if place in passed or not is_there(place):
             continue
         try:
             if belongs(place, wanted):
@@ -122,17 +130,17 @@ def _find_start(
         except DamageError as error:
             _pass_over(place, own, error, passed, say)
         except StorageError as error:
-            if place == mine:
+            if place == own:
                 raise
             passed.add(place)
             say(f"{error}; this run does without it")
     return ""
 
 
-def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], say: Callable[[str], None]) -> None:
+def _pass_over(place: Place, own: Place, error: DamageError, passed: set[Place], say: Callable[[str], None]) -> None:
     """Say that a cold start is damaged; one of this run's own is set aside."""
     passed.add(place)
-    if place != own.absolute():
+    if place != own:
         say(f"{place}: is damaged ({error}); this run does without it")
     elif processes.is_primary():
         say(f"{place}: is damaged ({error}); it is set aside as {set_aside(place)}, and another is trained")
@@ -140,7 +148,7 @@ def _pass_over(place: Path, own: Path, error: DamageError, passed: set[Path], sa
 
 def _keep(
     setup: Setup,
-    folder: Path,
+    folder: Place,
     tree: PyTree,
     wanted: Mapping[str, object],
     say: Callable[[str], None],
@@ -157,7 +165,7 @@ class _StoppedStart(NamedTuple):
     """A cold start that was stopped, in <folder>/cold_start.progress."""
 
     setup: Setup
-    folder: Path
+    folder: Place
     wanted: Mapping[str, object]
     say: Callable[[str], None]
     stop: Callable[[], bool]
@@ -175,7 +183,7 @@ class _StoppedStart(NamedTuple):
             return template, 0
 
     def _done(self) -> int:
-        if not self.folder.exists():
+        if not is_there(self.folder):
             return 0
         try:
             found = folder_settings(self.folder)
@@ -192,4 +200,5 @@ class _StoppedStart(NamedTuple):
     def drop(self) -> None:
         """Remove the folder, once the finished cold start is kept itself."""
         if processes.is_primary():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                remove(self.folder)

@@ -14,7 +14,6 @@ import jax
 from pspo_jax.arrays.state import TrainState
 from pspo_jax.checkpoint.checksums import named_checksums
 from pspo_jax.checkpoint.metadata import Metadata
-from pspo_jax.checkpoint.reading import saved_steps, whole_ones
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
@@ -30,6 +29,8 @@ from pspo_jax.rewards.own_task import RewardFunction
 from pspo_jax.runs import history
 from pspo_jax.runs.access import read_summary
 from pspo_jax.runs.accounting import RunAccounting
+from pspo_jax.runs.home import home_of, shown
+from pspo_jax.runs.mirror import Mirror, mirrored
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import RunLog, open_folder, with_type_of, write_json
 from pspo_jax.runs.verdicts import NoVerdictError
@@ -63,7 +64,7 @@ class TrainResult(NamedTuple):
     scores: dict[str, float]
     """Held-out `greedy` and `sampled` accuracy and `no_verdict` share at that step; empty if it was not evaluated."""
     folder: Path
-    """The run folder."""
+    """The run folder; for a run in a bucket, the working folder that stands for it on this machine."""
     state: TrainState | None
     """The train state on the devices; None if the run stopped before it had one."""
 
@@ -83,6 +84,13 @@ class _Run(NamedTuple):
     callbacks: Sequence[Callback]
     as_command: bool
     """Whether the run prints; False = it logs."""
+    mirror: Mirror | None
+    """Copies the folder's small files to the bucket that it stands for; None if it stands for none."""
+
+    def copy_files(self) -> None:
+        """Copy the folder's small files to the bucket, if the run is in one; raises StorageError as `persist` does."""
+        if self.mirror is not None:
+            self.persist(self.mirror.push)
 
 
 class _End(NamedTuple):
@@ -126,14 +134,17 @@ def train(
     # Before the processes have joined, each one prints; afterwards the leading one alone.
     say = None if as_command else Progress(enabled=False, quiet=True).say
     verify = task is None and reward is None
-    with started(config, folder, say, signals=as_command, verify=verify) as (pool, asked):
+    with (
+        started(config, folder, say, signals=as_command, verify=verify) as (pool, asked),
+        mirrored(folder, say or Progress(config.log.progress).say, processes.is_primary()) as mirror,
+    ):
         config = with_type_of(folder, with_date(config, folder / "config.yaml"))
         shown = as_command and processes.is_primary()
         progress = Progress(config.log.progress and shown, quiet=not shown)
         setup = prepare(config, pool=pool, say=progress.say, task=task, reward=reward)
         # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
         kept = dataclasses.replace(setup.config, mesh=config.mesh)
-        end = _train(kept, setup, folder, progress, asked, callbacks, as_command)
+        end = _train(kept, setup, folder, progress, asked, callbacks, as_command, mirror)
     if end.error is not None:
         raise end.error
     return end.result
@@ -159,6 +170,7 @@ def _train(
     asked: Callable[[], bool],
     callbacks: Sequence[Callback],
     as_command: bool,
+    mirror: Mirror | None,
 ) -> _End:
     def stop() -> bool:
         return processes.any_process(asked())
@@ -167,15 +179,18 @@ def _train(
     if stop():
         progress.say("stopped before anything was begun; the same command begins again")
         return nothing
-    if config.run.start_over and processes.is_primary() and (aside := history.start_over(folder)):
-        progress.say(f"run.start_over: what was in {folder} is in {aside}; leave this flag out to carry on from now on")
+    home = home_of(folder)
+    if config.run.start_over and processes.is_primary() and (aside := history.start_over(home)):
+        progress.say(f"run.start_over: what was in {home} is in {aside}; leave this flag out to carry on from now on")
+        if mirror is not None:
+            mirror.pull()
     processes.wait_for_all("start over")
     persist = Persist(config.checkpoint.on_error, config.checkpoint.retry_minutes, progress.say, asked)
     with (
         jax.set_mesh(setup.mesh),
-        Checkpoints(folder / "checkpoints", config.checkpoint, progress.say, asked) as checkpoints,
+        Checkpoints(home / "checkpoints", config.checkpoint, progress.say, asked) as checkpoints,
     ):
-        run = _Run(setup, config, folder, checkpoints, progress, stop, persist, callbacks, as_command)
+        run = _Run(setup, config, folder, checkpoints, progress, stop, persist, callbacks, as_command, mirror)
         early_check(setup, folder, checkpoints)
         if not checkpoints.steps() and processes.is_primary():
             history.refuse_lost(folder)
@@ -194,9 +209,11 @@ def _train(
             with totals.phase("compile"):
                 programs = compiled(progress)
         try:
-            return _loop(run, state, programs, totals)
+            end = _loop(run, state, programs, totals)
+            run.copy_files()
+            return end
         except StorageError as error:
-            there = whole_ones(saved_steps(checkpoints.folder))
+            there = checkpoints.whole()
             raise error if there in str(error) else StorageError(f"{error}; {there}") from error
 
 
@@ -209,7 +226,9 @@ def _is_finished(run: _Run) -> bool:
 def _finished_before(run: _Run, state: TrainState) -> _End:
     """The end of a run that had been finished by an earlier call."""
     folder = run.folder
-    run.progress.say(f"{folder} is finished; choose another --run.dir to train again, or a larger --run.steps")
+    run.progress.say(
+        f"{shown(folder, folder)} is finished; choose another --run.dir to train again, or a larger --run.steps"
+    )
     show_summary(run.config, folder, run.progress)
     summary = read_summary(folder)
     scores = {} if summary is None else {name: float(value) for name, value in summary["eval"].items()}
@@ -226,7 +245,7 @@ def _begin(run: _Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting]
     changed = [] if restored is None else restored.changes
     if processes.is_primary():
         if not history.config_is_whole(folder):
-            progress.say(f"{folder / 'config.yaml'}: is damaged; it is written anew")
+            progress.say(f"{shown(folder / 'config.yaml', folder)}: is damaged; it is written anew")
         step = 0 if restored is None else int(restored.state.step)
         run.persist(lambda: _record_start(run, step, changed))
     if restored is not None:
@@ -278,7 +297,8 @@ class _Session(NamedTuple):
     """Checksums of the frozen weights."""
 
     def save(self, state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
-        """Start saving step `done`."""
+        """Start saving step `done`, once the bucket of a run in one has the logs up to that step."""
+        self.run.copy_files()
         setup, totals = self.run.setup, self.context.totals
         metadata: Metadata = {
             "step": done,
@@ -437,7 +457,7 @@ def _finish(run: _Run, state: TrainState, totals: RunAccounting, scores: dict[st
         return end
     run.persist(lambda: write_json(folder / "summary.json", summary))
     if setup.config.log.report:
-        run.persist(lambda: progress.say(f"report: {write_report([folder], folder / 'report.html')}"))
+        run.persist(lambda: progress.say(f"report: {shown(write_report([folder], folder / 'report.html'), folder)}"))
     show_summary(setup.config, folder, progress)
     return end
 

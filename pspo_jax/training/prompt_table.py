@@ -16,6 +16,7 @@ from pspo_jax.checkpoint.reading import read_part
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.runs.access import choose_steps, read_config
+from pspo_jax.runs.home import home_of
 from pspo_jax.training.setup import Setup, prepare, verifiers
 
 Column = Sequence[str] | np.ndarray
@@ -49,7 +50,7 @@ def _columns(setup: Setup, run: Path, step: int) -> dict[str, Column]:
     prompts = setup.task.train
     n = len(prompts.lengths)
     with jax.set_mesh(setup.mesh):
-        state, metadata = read_part(run / "checkpoints", step, "selector", lambda _: setup.abstract.selector)
+        state, metadata = read_part(home_of(run) / "checkpoints", step, "selector", lambda _: setup.abstract.selector)
         if metadata["dataset"] != prompts.fingerprint():
             raise ConfigError(
                 f"--prompts {run}: its data is not what checkpoint {step} was trained on; restore it, or carry the run "

@@ -25,7 +25,9 @@ from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import prompts_shardings
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.history import Change, changes
+from pspo_jax.runs.home import home_of
 from pspo_jax.selection import PromptMetadata
+from pspo_jax.system.buckets import Place, read_bytes
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
 from pspo_jax.training.setup import Setup, load_base
@@ -141,7 +143,7 @@ def _check_heldout(setup: Setup, metadata: Metadata) -> list[Change]:
 
 def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
     """Hashes of the checkpoint's prompts; ConfigError if a change of data cannot be followed or is not allowed."""
-    before = saved_content(folder, fingerprint)
+    before = saved_content(home_of(folder), fingerprint)
     if before is None:
         raise ConfigError(
             f"task.name={setup.task.name}: the prompts differ from those of the checkpoint, and what these were is "
@@ -166,7 +168,7 @@ def save_content(setup: Setup, folder: Path) -> None:
     """Keep a hash of every prompt beside the checkpoints, 8 bytes each, by which a later change of data is found."""
     fingerprint = setup.task.train.fingerprint()
     content = setup.task.train.content()
-    path, before = _content_path(folder, fingerprint), saved_content(folder, fingerprint)
+    path, before = _content_path(folder, fingerprint), saved_content(home_of(folder), fingerprint)
     if before is not None and np.array_equal(before, content):
         return
     path.parent.mkdir(exist_ok=True)
@@ -175,15 +177,15 @@ def save_content(setup: Setup, folder: Path) -> None:
     write_whole(path, data.getvalue())
 
 
-def saved_content(folder: Path, fingerprint: str) -> np.ndarray | None:
-    """The hashes that `save_content` kept; None if they are gone or damaged.
+def saved_content(home: Place, fingerprint: str) -> np.ndarray | None:
+    """The hashes that `save_content` kept, in a run's folder or bucket; None if they are gone or damaged.
 
     Raises:
       StorageError: it cannot be read now.
     """
-    path = _content_path(folder, fingerprint)
+    path = home / "prompts" / f"{fingerprint}.npy"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         return None
     except OSError as error:
