@@ -34,7 +34,7 @@ BENCHMARKS = {
 }
 FIVE = ("aime24", "math500", "amc23", "minerva", "olympiadbench")
 """Benchmarks whose plain mean the tables of PSPO and open-rs report."""
-MADE = {"countdown": (countdown_source, 512), "text_suite": (suite_source, 640)}
+MADE = {"countdown": (countdown_source, 512), "text_suite": (suite_source, 768)}
 """Benchmarks that are generated: (config, seed, count) -> Source, and the number of problems."""
 MADE_SEED = 20_260_101
 """Seed of their problems; no training seed should be this one."""

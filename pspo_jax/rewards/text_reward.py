@@ -140,9 +140,10 @@ def _request(kind: str, gold: str, extra: dict[str, object], text: str) -> Reque
 
 
 def _is_one_answer(text: str) -> bool:
-    """Whether a completion gives one candidate: it is one line, with at most one number behind its last `=`."""
+    """Whether a completion gives one candidate: it is one line without `;`, and after its last `=` is one number at
+    most."""
     lines = text.rpartition("</think>")[2].strip().splitlines()
-    return len(lines) == 1 and len(_NUMBER.findall(lines[0].rpartition("=")[2])) <= 1
+    return len(lines) == 1 and ";" not in lines[0] and len(_NUMBER.findall(lines[0].rpartition("=")[2])) <= 1
 
 
 def _function_questions(

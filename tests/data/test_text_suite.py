@@ -54,30 +54,27 @@ def capitals(phrase):
 
 
 def belonging(category, *words):
-    (right,) = [letter for letter, word in zip("ABCD", words, strict=True) if word in CATEGORIES[category]]
+    (right,) = [letter for letter, word in zip("AB", words, strict=True) if word in CATEGORIES[category]]
     return right
 
 
+NUMBER = r" Reply with the number only\."
 PARSERS = {
-    "compare": (r"Which number is larger, (\d\d) or (\d\d)\? Answer with the number only\.", larger),
-    "compare_decimals": (r"Which number is larger, (\d\.\d+) or (\d\.\d+)\? Answer with the number only\.", larger),
-    "add": (r"What is (\d\d) \+ (\d\d)\? Answer with the number only\.", added),
-    "add_carry": (r"What is (\d\d) \+ (\d\d)\? Answer with the number only\.", added),
-    "answer_line": (
-        r'What is (\d\d) \+ (\d)\? Write "Answer: " and the number\.',
-        lambda a, b: f"Answer: {added(a, b)}",
-    ),
-    "count_letters": (
-        r'How many times does the letter "([a-z])" occur in "([a-z ]+)"\? Answer with the number only\.',
-        counted,
-    ),
+    "first_letter": (r'What is the first letter of the word "([A-Z])[a-z]+"\?', str),
+    "compare": (r"What is the larger number: (\d\d) or (\d\d)\?", larger),
+    "compare_decimals": (r"What is the larger number: (\d\.\d+) or (\d\.\d+)\?", larger),
+    "add_small": (rf"What is (\d+) \+ (\d+)\?{NUMBER}", added),
+    "add": (rf"What is (\d\d) \+ (\d\d)\?{NUMBER}", added),
+    "add_carry": (rf"What is (\d\d) \+ (\d\d)\?{NUMBER}", added),
+    "equation": (r"What is (\d+) \+ (\d+)\? Write the whole equation\.", lambda a, b: f"{a} + {b} = {added(a, b)}"),
+    "count_letters": (rf'How many times does the letter "([a-z])" occur in "([a-z ]+)"\?{NUMBER}', counted),
     "uppercase": (r'Write "([a-z ]+)" in capital letters and nothing else\.', capitals),
     "brackets": (r'Write "([a-z ]+)" in square brackets and nothing else\.', lambda phrase: f"[{phrase}]"),
     "multiple_choice": (
-        r"Which of these is (an? [a-z ]+)\?\nA\. (\w+)\nB\. (\w+)\nC\. (\w+)\nD\. (\w+)\nAnswer with the letter only\.",
+        r"Which of these is (an? [a-z ]+)\?\nA\. (\w+)\nB\. (\w+)\nAnswer with the letter only\.",
         belonging,
     ),
-    "word_problem": (r"(.*) Answer with the number only\.", lambda story: story_value(story)),
+    "word_problem": (rf"(.*){NUMBER}", lambda story: story_value(story)),
 }
 """Pattern of a kind's questions, and the answer from the groups of its match."""
 
@@ -114,14 +111,16 @@ def wrong_answers(row):
     answer = row.item.answer
     match row.kind:
         case "multiple_choice":
-            return [letter for letter in "ABCD" if letter != answer] + [w for w in row.item.options]
+            return [letter for letter in "ABC" if letter != answer] + [w for w in row.item.options]
         case "uppercase":
             return [answer.lower(), answer.title(), f"{answer}.", f"[{answer}]"]
         case "brackets":
             return [answer[1:-1], answer[:-1], f"({answer[1:-1]})", answer.upper(), f"{answer} "[::-1]]
-        case "answer_line":
-            number = int(answer.removeprefix("Answer: "))
-            return [str(number), f"Answer: {number + 1}", f"answer: {number}", f"The answer is {number}."]
+        case "equation":
+            left, number = answer.split(" = ")
+            return [number, f"{left} = {int(number) + 1}", answer.replace(" ", ""), f"{answer}.", f"{number} = {left}"]
+        case "first_letter":
+            return [chr(ord(answer) + 1), f"{answer}{answer}", "", "I do not know."]
     off = Fraction(answer) + Fraction(1, 10) if "." in answer else int(answer) + 1
     return [str(float(off)) if "." in answer else str(off), f"-{answer}", f"1{answer}", "", "I do not know."]
 
@@ -130,7 +129,7 @@ def candidates(row):
     """The answers among which a completion that knows nothing could choose."""
     match row.kind:
         case "multiple_choice":
-            return list("ABCD")
+            return list("AB")
         case "compare" | "compare_decimals":
             return re.findall(r"\d+(?:\.\d+)?", row.item.question)
     return [row.item.answer, wrong_answers(row)[0]]
@@ -148,7 +147,7 @@ def test_a_row_s_own_answer_is_right_and_a_changed_one_is_wrong(seed, kind):
     for row in generate(seed, 2, (kind,)):
         answer = row.item.answer
         assert verdict(row, answer) == 1 and verdict(row, f"<think>\n1 or 2\n</think>\n\n{answer}") == 1
-        right_word = dict(zip("ABCD", row.item.options, strict=False)).get(answer)
+        right_word = dict(zip("AB", row.item.options, strict=False)).get(answer)
         assert [w for w in wrong_answers(row) if w != right_word and verdict(row, w)] == []
 
 
@@ -163,7 +162,7 @@ def test_a_list_of_candidates_is_wrong(seed, kind, order):
 
 def test_letters_may_have_their_option_s_text():
     (row,) = generate(0, 1, ("multiple_choice",))
-    right = "ABCD".index(row.item.answer)
+    right = "AB".index(row.item.answer)
     for text in (f"{row.item.answer}.", f"({row.item.answer})", f"{row.item.answer}. {row.item.options[right]}"):
         assert verdict(row, text) == 1, text
     assert verdict(row, f"{row.item.answer}. {row.item.options[right - 1]}") == 0
@@ -191,7 +190,7 @@ def test_seeds_differ(one, other):
 def test_questions_are_the_same_on_every_machine():
     """A change of the generator changes this value, and the data of every run with it."""
     text = json.dumps([[row.kind, row.item.question, row.item.answer] for row in generate(0, 500, NAMES)])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "0"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a213b54131c6c12f"
 
 
 def test_both_orders_of_a_pair_are_one_question():
@@ -205,11 +204,10 @@ def test_answers_are_spread():
     for kind in NAMES:
         rows = generate(1, 300, (kind,))
         most = Counter(row.item.answer for row in rows).most_common(1)[0][1] / len(rows)
-        assert most < 0.6, kind
+        assert most < 0.65, kind
         if kind.startswith("compare"):
             first = sum(re.search(r"[\d.]*\d", row.item.question)[0] == row.item.answer for row in rows) / len(rows)
             assert 0.4 < first < 0.6
-    assert max(Counter(row.item.answer for row in generate(2, 400, ("multiple_choice",))).values()) < 140
 
 
 def test_a_kind_carries_if_its_name_says_so():
@@ -224,11 +222,11 @@ def test_no_word_is_of_two_categories():
 
 
 def test_kinds_without_more_questions_are_passed():
-    rows = generate(0, 1200, ("answer_line", "count_letters"))
-    counts = Counter(row.kind for row in rows)
-    assert counts["answer_line"] == 9 * 45 and counts["count_letters"] == 1200 - 9 * 45
-    with pytest.raises(ValueError, match=r"^answer_line have 405 different questions$"):
-        generate(0, 406, ("answer_line",))
+    pairs = 2 * 9 * 20 - 9 * 9
+    rows = generate(0, 1000, ("equation", "count_letters"))
+    assert Counter(row.kind for row in rows) == {"equation": pairs, "count_letters": 1000 - pairs}
+    with pytest.raises(ValueError, match=f"^equation have {pairs} different questions$"):
+        generate(0, pairs + 1, ("equation",))
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +241,7 @@ def config(tmp_path, folder):
             "task__name": "text_suite",
             "task__cache": str(tmp_path / "prompts"),
             "task__train_prompts": 60,
-            "task__heldout_prompts": 20,
+            "task__heldout_prompts": 24,
             "model__tokenizer": folder,
             "rollout__prompts": 4,
         }
@@ -259,7 +257,7 @@ def made(config, pool=None):
 
 def test_the_task_holds_out_other_questions_of_every_kind(config):
     task = made(config())
-    assert (len(task.train.lengths), len(task.heldout.lengths)) == (60, 20) and not task.train.left_out
+    assert (len(task.train.lengths), len(task.heldout.lengths)) == (60, 24) and not task.train.left_out
     assert not set(task.train.texts) & set(task.heldout.texts)
     assert Counter(task.heldout.labels) == dict.fromkeys(NAMES, 2) and Counter(task.train.labels) == dict.fromkeys(
         NAMES, 6
@@ -301,10 +299,7 @@ def test_in_a_mixture_the_suite_is_one_task(config):
     assert set(task.train.labels) == {"text_suite", "numbers"}
     assert {
         text.split()[0] for text, k in zip(task.train.texts, task.train.kinds, strict=True) if k == "text_suite"
-    } == {
-        "What",
-        "Which",
-    }
+    } == {"What"}
 
 
 @pytest.mark.parametrize(
@@ -315,7 +310,7 @@ def test_in_a_mixture_the_suite_is_one_task(config):
         ({"kinds": "add,add"}, ["task.kinds='add,add': add appears twice"]),
         ({"kinds": ""}, ["task.kinds='': has an empty entry"]),
         ({"kinds": "add,"}, ["task.kinds='add,': has an empty entry"]),
-        ({"kinds": "answer_line", "train_prompts": 500}, ["task.train_prompts=500: answer_line have 405", "lower it"]),
+        ({"kinds": "equation", "train_prompts": 500}, ["task.train_prompts=500: equation have 279", "lower it"]),
         ({"kinds": "add", "name": "countdown"}, ["task.kinds=add: task.name=countdown does not read it"]),
         ({"numbers": "3"}, ["task.numbers=3: task.name=text_suite does not read it"]),
     ],
@@ -336,7 +331,7 @@ def test_held_out_accuracy_is_reported_by_kind(config):
         labels, answers = list(task.heldout.labels), list(task.heldout.answers)
         places = {kind: [i for i, label in enumerate(labels) if label == kind] for kind in set(labels)}
         right = {*places["add"], *places["uppercase"], *places["multiple_choice"][::2]}
-        assert len(places["multiple_choice"]) == 5
+        assert len(places["multiple_choice"]) == 6
 
         def sample(params, prompts, key, settings):
             texts = [answers[i] if i in right else "?" for i in np.asarray(prompts.ids)]
@@ -352,8 +347,8 @@ def test_held_out_accuracy_is_reported_by_kind(config):
         scores = evaluate(
             sample, None, task, c, jax.random.key(0), 8, lambda prompts: jax.tree.map(jnp.asarray, prompts)
         )
-    shares = {"add": 1.0, "uppercase": 1.0, "multiple_choice": 0.6, "compare": 0.0}
-    assert scores.pop("greedy") == scores.pop("sampled") == pytest.approx(13 / 20) and scores.pop("no_verdict") == 0
+    shares = {"add": 1.0, "uppercase": 1.0, "multiple_choice": 0.5, "compare": 0.0}
+    assert scores.pop("greedy") == scores.pop("sampled") == pytest.approx(15 / 24) and scores.pop("no_verdict") == 0
     assert scores == pytest.approx({f"{kind}/{k}": v for kind in ("greedy", "sampled") for k, v in shares.items()})
 
 

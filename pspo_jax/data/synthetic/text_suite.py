@@ -22,8 +22,8 @@ Draw = Callable[[int], int]
 """A function from n to a random whole number in 0..n-1."""
 _MOST_TRIES = 20_000
 """Draws in a row without a new question after which a kind is taken to have no more."""
-_NUMBER_ONLY = "Answer with the number only."
-_OPTIONS = 4
+_NUMBER_ONLY = "Reply with the number only."
+_OPTIONS = 2
 """Options of a multiple-choice question."""
 
 
@@ -121,7 +121,7 @@ def _compare_decimals(draw: Draw) -> Item:
 
 
 def _larger(first: str, second: str, first_is_larger: bool) -> Item:
-    question = f"Which number is larger, {first} or {second}? {_NUMBER_ONLY}"
+    question = f"What is the larger number: {first} or {second}?"
     return Item(question, first if first_is_larger else second, frozenset((first, second)))
 
 
@@ -168,22 +168,39 @@ def _brackets(draw: Draw) -> Item:
     return Item(f'Write "{phrase}" in square brackets and nothing else.', f"[{phrase}]", phrase)
 
 
-def _answer_line(draw: Draw) -> Item:
-    """A number of two digits plus a digit, without a carry, whose sum stands after "Answer:"."""
-    units, tens = _digits(draw, 0, 8), 1 + draw(9)
-    a, b = 10 * tens + units[0], 1 + units[1]
-    return Item(f'What is {a} + {b}? Write "Answer: " and the number.', f"Answer: {a + b}", (a, b))
+def _small_sum(draw: Draw) -> tuple[int, int]:
+    """A digit and a number of 1..20, in either order."""
+    a, b = 1 + draw(9), 1 + draw(20)
+    return (a, b) if draw(2) else (b, a)
+
+
+def _add_small(draw: Draw) -> Item:
+    """A sum of a digit and a number up to 20."""
+    a, b = _small_sum(draw)
+    return Item(f"What is {a} + {b}? {_NUMBER_ONLY}", str(a + b), (a, b))
+
+
+def _equation(draw: Draw) -> Item:
+    """The same, to be written as a whole equation."""
+    a, b = _small_sum(draw)
+    return Item(f"What is {a} + {b}? Write the whole equation.", f"{a} + {b} = {a + b}", (a, b))
+
+
+def _first_letter(draw: Draw) -> Item:
+    """The first letter of a color or a noun."""
+    word = _pick(draw, COLORS + NOUNS).capitalize()
+    return Item(f'What is the first letter of the word "{word}"?', word[0], word)
 
 
 def _multiple_choice(draw: Draw) -> Item:
-    """Which of four words, each of another category, belongs to a category."""
+    """Which of two words of different categories belongs to one of these."""
     names = list(CATEGORIES)
     chosen = [names.pop(draw(len(names))) for _ in range(_OPTIONS)]
     words = tuple(_pick(draw, CATEGORIES[name]) for name in chosen)
     right = draw(_OPTIONS)
-    lines = [f"{letter}. {word}" for letter, word in zip("ABCD", words, strict=True)]
+    lines = [f"{letter}. {word}" for letter, word in zip("AB", words, strict=True)]
     question = "\n".join([f"Which of these is {chosen[right]}?", *lines, "Answer with the letter only."])
-    return Item(question, "ABCD"[right], (chosen[right], frozenset(words)), words)
+    return Item(question, "AB"[right], (chosen[right], frozenset(words)), words)
 
 
 def _word_problem(draw: Draw) -> Item:
@@ -199,16 +216,18 @@ def _word_problem(draw: Draw) -> Item:
 
 
 KINDS = {
-    "uppercase": Kind(_uppercase, "exact", 1),
-    "multiple_choice": Kind(_multiple_choice, "multiple_choice", 2),
-    "add": Kind(_add, "math", 3),
-    "answer_line": Kind(_answer_line, "exact", 4),
-    "add_carry": Kind(_add_carry, "math", 5),
-    "word_problem": Kind(_word_problem, "math", 6),
-    "compare": Kind(_compare, "math", 7),
-    "count_letters": Kind(_count_letters, "math", 8),
-    "compare_decimals": Kind(_compare_decimals, "math", 9),
-    "brackets": Kind(_brackets, "exact", 10),
+    "first_letter": Kind(_first_letter, "math", 1),
+    "add_small": Kind(_add_small, "math", 2),
+    "equation": Kind(_equation, "exact", 3),
+    "compare": Kind(_compare, "math", 4),
+    "compare_decimals": Kind(_compare_decimals, "math", 5),
+    "multiple_choice": Kind(_multiple_choice, "multiple_choice", 6),
+    "add": Kind(_add, "math", 7),
+    "add_carry": Kind(_add_carry, "math", 8),
+    "count_letters": Kind(_count_letters, "math", 9),
+    "word_problem": Kind(_word_problem, "math", 10),
+    "uppercase": Kind(_uppercase, "exact", 11),
+    "brackets": Kind(_brackets, "exact", 12),
 }
 """The kinds of questions by name."""
 
