@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 GENERATED = {"countdown": countdown_source, "reasoning_gym": gym_source, "text_suite": suite_source}
 """Tasks that generate their prompts: (config, seed, count) -> Source."""
 LABEL_COLUMNS = {"text_suite": "kind"}
-"""Column that labels a task's prompts one by one. Beside other tasks in a mixture, they all have the task's label."""
+"""Column that labels a task's prompts one by one, beside a column difficulty. In a mixture with other tasks, all of a
+task's prompts have the task's label."""
 GENERATED_PROMPTS = 10_000
 """Training prompts of a generated task if task.train_prompts is 0."""
 _SHOWN = 200
@@ -477,6 +478,7 @@ def prompt_dataset(
         texts=_Column(records, rows, "text"),
         kinds=_Column(records, rows, "kind"),
         labels=[str(x) for x in column(labelled)] if labelled else [names[part // 2] for part in parts],
+        difficulty=np.array(column("difficulty"), np.float32) if labelled else None,
         extras=_Column(records, rows, "extra"),
         columns=columns,
         column=column,

@@ -285,7 +285,11 @@ def test_selectors_read_kinds_and_difficulties(config):
     names, metadata = load_metadata(config(selection__quotas="add=0.5,compare=0.25"), task.train)
     assert names == tuple(sorted(NAMES)) and [names[i] for i in metadata.task_ids] == list(task.train.labels)
     _, metadata = load_metadata(config(algorithm__name="curriculum", selection__name="curriculum"), task.train)
-    assert metadata.difficulty.tolist() == [KINDS[kind].difficulty for kind in task.train.labels]
+    assert (
+        metadata.difficulty.tolist()
+        == task.train.difficulty.tolist()
+        == [KINDS[kind].difficulty for kind in task.train.labels]
+    )
     assert sorted(kind.difficulty for kind in KINDS.values()) == list(range(1, len(KINDS) + 1))
 
 
