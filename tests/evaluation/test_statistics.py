@@ -204,8 +204,8 @@ def test_samples_without_a_verdict_change_nothing(sample, more):
 @pytest.mark.parametrize("shape", [(0, 4), (0, 0), (3, 0)])
 def test_no_samples_at_all(shape):
     s = summarise(np.zeros(shape), [[]] * shape[0], np.zeros(shape, int), np.zeros(shape, bool), [1])
-    assert (s.problems, s.samples) == shape
-    assert all(math.isnan(x) for x in numbers(s)[2:])
+    assert (s.problems, s.samples, s.by_task) == (*shape, ())
+    assert all(math.isnan(x) for x in numbers(s)[2:-1])
 
 
 def test_no_verdict_at_all():

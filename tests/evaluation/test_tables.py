@@ -4,13 +4,14 @@ import json
 import math
 import struct
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.commands.evaluate import _write
 from pspo_jax.evaluation import tables
-from pspo_jax.evaluation.statistics import Summary
+from pspo_jax.evaluation.statistics import Summary, TaskAccuracy, summarise
 from pspo_jax.evaluation.tables import curve, from_json, markdown, to_json
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -67,7 +68,8 @@ def summary_strategy():
     number = st.floats(0, 1) | st.just(NAN)
     at = st.dictionaries(st.integers(1, 1024), number, max_size=3)
     count = st.integers(0, 1000)
-    return st.builds(Summary, count, count, number, number, number, at, at, number, number, number)
+    tasks = st.lists(st.builds(TaskAccuracy, st.text(max_size=3), count, number, number), max_size=3).map(tuple)
+    return st.builds(Summary, count, count, number, number, number, at, at, number, number, number, tasks)
 
 
 def test_markdown():
@@ -143,6 +145,24 @@ def test_curve_draws_the_numbers_in_order_of_step(monkeypatch, tmp_path):
 def test_curve_leaves_out_checkpoints_without_a_step_and_an_average_of_one(monkeypatch, tmp_path):
     lines = drawn(monkeypatch, tmp_path, {"step 10 | a": 10}, five=["aime"])
     assert lines == {"aime": [pytest.approx((10, 55, 3))], "math": [pytest.approx((10, 75, 4))]}
+
+
+def test_tasks_of_a_benchmark_have_a_table():
+    right = np.array([[1, 0], [1, 1], [0, NAN], [NAN, NAN]])
+    shape = right.shape
+    tasks = ["b", "b", "a | c", "a | c"]
+    found = summarise(right, [["1"] * 2] * 4, np.ones(shape, int), np.zeros(shape, bool), [1], tasks)
+    assert [tuple(part) for part in found.by_task] == [
+        ("a | c", 2, 0, pytest.approx(NAN, nan_ok=True)),
+        ("b", 2, 0.75, 0.25),
+    ]
+    old = summary(by_task=(TaskAccuracy("b", 2, 0.5, 0.1),))
+    text = markdown({"new": {"suite": found}, "old": {"suite": old}, "none": {"suite": summary()}}, [])
+    assert text.endswith(
+        "\n| task | problems | new | old | none |\n|---|---:|---:|---:|---:|\n"
+        "| a \\| c | 2 | 0.0 ± – | – | – |\n| b | 2 | 75.0 ± 25.0 | 50.0 ± 10.0 | – |\n"
+    )
+    assert "| task |" not in markdown({"x": {"suite": summary()}}, [])
 
 
 @given(summary_strategy())
