@@ -156,15 +156,10 @@ def padded_length(length: int) -> int:
     return length if length < BLOCKWISE_FROM_TOKENS else -(-length // _LONG_BIN_MULTIPLE) * _LONG_BIN_MULTIPLE
 
 
-def rows_of_bins(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
-    """The rows of some bins, [b M, ...]; where a bin holds no row, there is a row that counts in no sum.
-
-    Args:
-      ids: indices of the rows, R = no row; see `BinAssignment.rows`.
-    """
-    flat = ids.reshape(-1)
-    exists = flat < rows.lengths.shape[0]
-    part = jax.tree.map(lambda x: x.at[flat].get(mode="clip"), rows)
+def take_rows(rows: Rows, ids: Int[Array, "m"]) -> Rows:
+    """The rows with these indices; where the index is R there is a row that counts in no sum."""
+    exists = ids < rows.lengths.shape[0]
+    part = jax.tree.map(lambda x: x.at[ids].get(mode="clip"), rows)
     return part.replace(mask=part.mask & exists[:, None], counted=part.counted & exists)
 
 
@@ -183,7 +178,7 @@ def packed_log_probs(
     The head runs on predictions alone, chunk by chunk, and skips chunks in which no bin has any.
 
     Args:
-      part: the rows, as `rows_of_bins` returns them.
+      part: the rows, as `take_rows` returns them.
       owns_prompt: see `BinAssignment`.
       logits_mib: size of one chunk of float32 logits.
       entropy_gradient: whether entropies carry a gradient.

@@ -30,7 +30,7 @@ from pspo_jax.losses.packing import (
     loss_lengths,
     packed_log_probs,
     row_lengths,
-    rows_of_bins,
+    take_rows,
 )
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
@@ -101,7 +101,7 @@ class Microbatch(NamedTuple):
     owns_prompt: Bool[Array, "b M"] | None
     """Whether each row of a bin holds its own prompt; None = rows are not packed."""
     indices: Int[Array, "r"] | None
-    """Index of each row of the bins among all rows, R = no row; None = rows are not packed."""
+    """Index of each row among all rows, R = no row; None = the microbatch is a fixed part of all rows."""
 
 
 class Microbatches(NamedTuple):
@@ -132,16 +132,16 @@ def fold_microbatches(step: Callable[[Carry, Microbatch], Carry], carry: Carry, 
     return jax.lax.fori_loop(0, microbatches.num_parts, lambda i, carry: step(carry, microbatches.take(i)), carry)
 
 
-def make_microbatches(model: Model, rows: Rows, config: Config, wanted: Bool[Array, "B"] | None = None) -> Microbatches:
+def make_microbatches(model: Model, rows: Rows, config: Config, wanted: Bool[Array, "R"] | None = None) -> Microbatches:
     """The microbatches of these rows: bins where rows are packed, else rows as they are.
 
     Args:
-      wanted: groups whose rows are needed; microbatches without any are left out. None = all.
+      wanted: rows that are needed; there are no more microbatches than these fill. None = all.
     """
     if uses_packing(model, rows, config):
         return _packed(model, rows, wanted, config)
     parts = num_microbatches(rows, config)
-    return _split(rows, parts) if wanted is None else _wanted_first(rows, wanted, parts)
+    return _split(rows, parts) if wanted is None else _split_wanted(rows, wanted, parts)
 
 
 def _split(rows: Rows, parts: int) -> Microbatches:
@@ -157,27 +157,30 @@ def _split(rows: Rows, parts: int) -> Microbatches:
     )
 
 
-def _wanted_first(rows: Rows, wanted: Bool[Array, "B"], parts: int) -> Microbatches:
-    """The wanted groups' rows in front, and as many parts as hold any of them."""
-    group_size = rows.tokens.shape[0] // wanted.shape[0]
-    size = rows.tokens.shape[0] // parts
-    order = jnp.argsort(~wanted, stable=True)
-    index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
-    back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
-    in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
+def _split_wanted(rows: Rows, wanted: Bool[Array, "R"], parts: int) -> Microbatches:
+    """The wanted rows, dealt like cards to as many parts as hold them; where all are wanted, as `_split` deals them."""
+    r = rows.tokens.shape[0]
+    size = r // parts
+    needed = -(-wanted.sum() // size)
+    number = jnp.cumsum(wanted) - 1
+    place = number % jnp.maximum(needed, 1) * size + number // jnp.maximum(needed, 1)
+    ids = jnp.full(r, r, jnp.int32).at[jnp.where(wanted, place, r)].set(jnp.arange(r), mode="drop")
+    dealt = jax.tree.map(lambda x: x.reshape(parts, size, *x.shape[1:]), take_rows(rows, ids))
+    ids = ids.reshape(parts, size)
 
     def take(i: Array | int) -> Microbatch:
-        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
-        return Microbatch(i, part, None, None)
+        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), dealt)
+        return Microbatch(i, part, None, ids[i])
 
-    needed = -(-wanted.sum() * group_size // size)
     return Microbatches(
         num_parts=needed,
         take=take,
-        put=_put_part,
-        merge=lambda x: x.reshape(rows.tokens.shape)[back],
-        shape=in_front.tokens.shape,
-        utilisation=TokenUtilisation(row_lengths(rows).sum(), needed * (padded_tokens(rows) // parts)),
+        put=_put_rows,
+        merge=lambda x: x,
+        shape=rows.tokens.shape,
+        utilisation=TokenUtilisation(
+            jnp.where(wanted, row_lengths(rows), 0).sum(), needed * (padded_tokens(rows) // parts)
+        ),
     )
 
 
@@ -185,11 +188,14 @@ def _put_part(found: Array, part: Microbatch, new: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(found, new, part.number, 0)
 
 
-def _packed(model: Model, rows: Rows, wanted: Bool[Array, "B"] | None, config: Config) -> Microbatches:
-    """The wanted groups' rows in bins, and as many microbatches of bins as hold any of them."""
+def _put_rows(found: Array, part: Microbatch, new: Array) -> Array:
+    return found.at[part.indices].set(new, mode="drop")
+
+
+def _packed(model: Model, rows: Rows, wanted: Bool[Array, "R"] | None, config: Config) -> Microbatches:
+    """The wanted rows in bins, and as many microbatches of bins as hold any of them."""
     lengths = loss_lengths(rows)
-    if wanted is not None:
-        lengths = jnp.where(jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0]), lengths, 0)
+    lengths = lengths if wanted is None else jnp.where(wanted, lengths, 0)
     assignment = assign(model, rows, lengths, config)
     bins = bins_at_a_time(rows.tokens.shape[0], config)
 
@@ -197,13 +203,13 @@ def _packed(model: Model, rows: Rows, wanted: Bool[Array, "B"] | None, config: C
         ids, owns_prompt = (
             jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (assignment.rows, assignment.owns_prompt)
         )
-        return Microbatch(i, rows_of_bins(rows, ids), owns_prompt, ids.reshape(-1))
+        return Microbatch(i, take_rows(rows, ids.reshape(-1)), owns_prompt, ids.reshape(-1))
 
     num_parts = -(-assignment.num_bins // bins)
     return Microbatches(
         num_parts=num_parts,
         take=take,
-        put=lambda found, part, new: found.at[part.indices].set(new, mode="drop"),
+        put=_put_rows,
         merge=lambda x: x,
         shape=rows.tokens.shape,
         utilisation=TokenUtilisation(assignment.num_tokens, num_parts * bins * bin_length(rows)),
@@ -247,14 +253,14 @@ def score(
     rows: Rows,
     temperature: Float[Array, ""],
     config: Config,
-    wanted: Bool[Array, "B"] | None = None,
+    wanted: Bool[Array, "R"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
-    Outside the mask, and for rows of groups that are not wanted, they may hold anything.
+    Outside the mask, and for rows that are not wanted, they may hold anything.
 
     Args:
-      wanted: groups whose rows are needed; the others cost nothing. None = all.
+      wanted: rows that are needed; the others cost nothing. None = all.
     """
     microbatches = make_microbatches(model, rows, config, wanted)
 
@@ -276,8 +282,8 @@ def score_some(
     config: Config,
 ) -> Float[Array, "R T"]:
     """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing."""
-    found = score(model, weights, rows, temperature, config, wanted)[0]
     wanted_rows = jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0])
+    found = score(model, weights, rows, temperature, config, wanted_rows)[0]
     return jax.lax.stop_gradient(jnp.where(wanted_rows[:, None], found, rows.old_log_probs))
 
 
@@ -364,6 +370,11 @@ def num_microbatches(rows: Rows, config: Config) -> int:
     """Number of parts that rows are computed in where they are not packed."""
     n = rows.tokens.shape[0]
     return n // microbatch_size(n, config.loss.microbatch_rows)
+
+
+def is_single_part(model: Model, rows: Rows, config: Config) -> bool:
+    """Whether all rows are one microbatch of padded rows."""
+    return not uses_packing(model, rows, config) and num_microbatches(rows, config) == 1
 
 
 def bins_at_a_time(rows: int, config: Config) -> int:
