@@ -60,6 +60,7 @@ def settings(options: argparse.Namespace) -> Config:
     from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
     from pspo_jax.config.schema import Config
+    from pspo_jax.training.machine import ENOUGH_TOKENS
 
     fields: dict[str, Any] = {
         "algorithm.name": "grpo",
@@ -71,6 +72,7 @@ def settings(options: argparse.Namespace) -> Config:
         "rollout.temperature": 0.7,
         "loss.packing": True,
         "loss.microbatch_rows": 8,
+        "loss.microbatch_tokens": ENOUGH_TOKENS,
         "model.remat": "none",
         "model.param_dtype": "float32",
         "model.compute_dtype": "float32",
@@ -134,12 +136,12 @@ def rewards_of(effective: int, prompts: int, group_size: int) -> Any:
     return rewards
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     """Seconds of a call, and its result."""
     import jax
 
     start = time.perf_counter()
-    found = jax.block_until_ready(function())
+    found = jax.block_until_ready(function(*args))
     return time.perf_counter() - start, found
 
 
@@ -176,14 +178,14 @@ def measure(options: argparse.Namespace) -> None:
     sample = make_sampler(model, r.group_size, r.max_new_tokens, a.vocab_size - 1)
     sampling = SamplingParams.of(r, [-1])
     key = jax.random.key(3)
-    _, rollouts = timed(lambda: sample(state.weights, prompts, key, sampling))
+    _, rollouts = timed(sample, state.weights, prompts, key, sampling)
     rollouts = cut(rollouts, options.mean_tokens, r.max_new_tokens)
     rewards = jnp.asarray(rewards_of(r.prompts, r.prompts, r.group_size))
-    seconds, step = timed(lambda: make_train_step(model, optimizer, algorithm, config).lower(state, rollouts, rewards))
+    seconds, step = timed(make_train_step(model, optimizer, algorithm, config).lower, state, rollouts, rewards)
     compiling, compiled = timed(step.compile)
     rows = rows_of(groups_of(rollouts, rewards, rewards, state.step), state.step, config)
     scoring = jax.jit(lambda weights, rows: score(model, weights, rows, jnp.float32(0.7), config)[0])
-    timed(lambda: scoring(state.weights, rows))
+    timed(scoring, state.weights, rows)
     print(f"traced in {seconds:.1f} s, compiled in {compiling:.1f} s; {memory(compiled)}")
     for effective in options.effective:
         state = report(options, effective, sample, sampling, scoring, compiled, prompts, rows, rollouts, state)
@@ -217,19 +219,19 @@ def report(
     for run in range(options.runs):
         if "rollout" in options.parts:
             key = jax.random.key(run)
-            parts["rollout"].append(timed(lambda key=key: sample(state.weights, prompts, key, sampling))[0])
+            parts["rollout"].append(timed(sample, state.weights, prompts, key, sampling)[0])
         if "scoring" in options.parts:
-            parts["scoring"].append(timed(lambda: scoring(state.weights, rows))[0])
-        taken, (state, metrics) = timed(lambda: compiled(state, rollouts, jax.device_put(rewards)))
+            parts["scoring"].append(timed(scoring, state.weights, rows)[0])
+        taken, (state, metrics) = timed(compiled, state, rollouts, jax.device_put(rewards))
         parts["update"].append(taken)
         useful = float(metrics["update/useful_tokens"])
     tokens = int(np.asarray(rollouts.lengths).sum())
     found = {name: statistics.median(values) for name, values in parts.items() if values}
-    words = ", ".join(f"{name} {value * 1e3:,.0f} ms (best {min(parts[name]) * 1e3:,.0f})" for name, value in found.items())
+    words = ", ".join(f"{name} {x * 1e3:,.0f} ms (best {min(parts[name]) * 1e3:,.0f})" for name, x in found.items())
     step = found["update"] + found.get("rollout", 0.0)
     print(
         f"{effective} of {options.prompts} groups with a signal: {words}; {tokens / step:,.0f} tokens/s of rollout and "
-        f"update, useful tokens {useful:.2f}, loss {float(metrics['loss']):.6g}, gradient {float(metrics['grad_norm']):.6g}",
+        f"update; useful tokens {useful:.2f}, gradient {float(metrics['grad_norm']):.6g}",
         flush=True,
     )
     return state
@@ -242,7 +244,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8, help="completions of a prompt (default 8)")
     parser.add_argument("--prompt-tokens", type=int, default=50, help="tokens of a prompt (default 50)")
     parser.add_argument("--new-tokens", type=int, default=12, help="longest completion (default 12)")
-    parser.add_argument("--mean-tokens", type=int, default=0, help="mean length of completions; 0 = all at their longest")
+    parser.add_argument("--mean-tokens", type=int, default=0, help="mean length; 0 = all at their longest")
     parser.add_argument(
         "--effective",
         type=lambda text: [int(n) for n in text.split(",")],

@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "rollout.weights",
     "rollout.slots",
     "loss.microbatch_rows",
+    "loss.microbatch_tokens",
     "loss.logits_mib",
     "loss.packing",
     "loss.share_prompts",

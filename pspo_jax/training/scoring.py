@@ -20,13 +20,14 @@ from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
-from pspo_jax.distributed.mesh import constrain, microbatch_size
+from pspo_jax.distributed.mesh import UPDATE_ROWS, constrain, microbatch_size, size_along
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.losses.packing import (
     BinAssignment,
+    BinShape,
     assign_bins,
     assign_shared_bins,
-    bin_length,
+    choose_bin_shape,
     loss_lengths,
     packed_log_probs,
     row_lengths,
@@ -102,6 +103,8 @@ class Microbatch(NamedTuple):
     """Whether each row of a bin holds its own prompt; None = rows are not packed."""
     indices: Int[Array, "r"] | None
     """Index of each row among all rows, R = no row; None = the microbatch is a fixed part of all rows."""
+    shape: BinShape | None = None
+    """The shape of the bins; None = rows are not packed."""
 
 
 class Microbatches(NamedTuple):
@@ -197,22 +200,23 @@ def _packed(model: Model, rows: Rows, wanted: Bool[Array, "R"] | None, config: C
     lengths = loss_lengths(rows)
     lengths = lengths if wanted is None else jnp.where(wanted, lengths, 0)
     assignment = assign(model, rows, lengths, config)
-    bins = bins_at_a_time(rows.tokens.shape[0], config)
+    shape = shape_of_bins(model, rows, config)
 
     def take(i: Array | int) -> Microbatch:
         ids, owns_prompt = (
-            jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (assignment.rows, assignment.owns_prompt)
+            jax.lax.dynamic_slice_in_dim(x, i * shape.at_a_time, shape.at_a_time)
+            for x in (assignment.rows, assignment.owns_prompt)
         )
-        return Microbatch(i, take_rows(rows, ids.reshape(-1)), owns_prompt, ids.reshape(-1))
+        return Microbatch(i, take_rows(rows, ids.reshape(-1)), owns_prompt, ids.reshape(-1), shape)
 
-    num_parts = -(-assignment.num_bins // bins)
+    num_parts = -(-assignment.num_bins // shape.at_a_time)
     return Microbatches(
         num_parts=num_parts,
         take=take,
         put=_put_rows,
         merge=lambda x: x,
         shape=rows.tokens.shape,
-        utilisation=TokenUtilisation(assignment.num_tokens, num_parts * bins * bin_length(rows)),
+        utilisation=TokenUtilisation(assignment.num_tokens, num_parts * shape.at_a_time * shape.length),
     )
 
 
@@ -239,12 +243,14 @@ def microbatch_log_probs(
       entropy_gradient: whether the entropies have a gradient.
     """
     rows, logits_mib = part.rows, config.loss.logits_mib
-    if part.owns_prompt is None:
+    if part.owns_prompt is None or part.shape is None:
         return completion_log_probs(
             model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, logits_mib, entropy_gradient
         )
     shares = shares_prompts(model, config)
-    return packed_log_probs(model, weights, rows, part.owns_prompt, temperature, logits_mib, entropy_gradient, shares)
+    return packed_log_probs(
+        model, weights, rows, part.owns_prompt, part.shape, temperature, logits_mib, entropy_gradient, shares
+    )
 
 
 def score(
@@ -355,15 +361,40 @@ def shares_prompts(model: Model, config: Config) -> bool:
 
 
 def assign(model: Model, rows: Rows, completion_lengths: Int[Array, "R"], config: Config) -> BinAssignment:
-    """The bins of the rows whose completion is not empty, as many bins as there are rows.
+    """The bins of the rows whose completion is not empty, as many bins as there are rows, and whole microbatches.
 
     Args:
       completion_lengths: tokens of each completion that are needed; 0 = the row goes into no bin.
     """
     r = rows.tokens.shape[0]
+    shape = shape_of_bins(model, rows, config)
+    bins = -(-r // shape.at_a_time) * shape.at_a_time
     if shares_prompts(model, config):
-        return assign_shared_bins(rows.lengths, completion_lengths, rows.group, bin_length(rows), r)
-    return assign_bins(rows.lengths, completion_lengths, jnp.arange(r), bin_length(rows), r)
+        return assign_shared_bins(rows.lengths, completion_lengths, rows.group, shape.length, bins, shape.rows)
+    return assign_bins(rows.lengths, completion_lengths, jnp.arange(r), shape.length, bins, shape.rows)
+
+
+def shape_of_bins(model: Model, rows: Rows, config: Config) -> BinShape:
+    """`bin_shape` of rows of these shapes."""
+    return bin_shape(rows.tokens.shape[0], rows.prompts.shape[1], rows.tokens.shape[1], model, config)
+
+
+def bin_shape(rows: int, prompt: int, completion: int, model: Model, config: Config) -> BinShape:
+    """The bins that so many rows are packed into.
+
+    A microbatch takes no more memory than loss.microbatch_rows rows at their longest. Where that allows all rows at
+    once, it is an eighth of them: empty bins can only be left out by whole microbatches. loss.microbatch_tokens may
+    allow less.
+
+    Args:
+      prompt: P.
+      completion: T.
+    """
+    at_most = config.loss.microbatch_rows
+    at_once = microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
+    shards = size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    shares, enough = shares_prompts(model, config), config.loss.microbatch_tokens
+    return choose_bin_shape(prompt, completion, config.rollout.group_size, at_once, shards, shares, enough)
 
 
 def num_microbatches(rows: Rows, config: Config) -> int:
@@ -375,16 +406,6 @@ def num_microbatches(rows: Rows, config: Config) -> int:
 def is_single_part(model: Model, rows: Rows, config: Config) -> bool:
     """Whether all rows are one microbatch of padded rows."""
     return not uses_packing(model, rows, config) and num_microbatches(rows, config) == 1
-
-
-def bins_at_a_time(rows: int, config: Config) -> int:
-    """How many bins of this many packed rows are computed together; microbatches of bins without a row are left out.
-
-    Where loss.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
-    and empty ones can only be left out by whole microbatches.
-    """
-    at_most = config.loss.microbatch_rows
-    return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
 
 
 RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
