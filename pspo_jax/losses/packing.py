@@ -102,7 +102,7 @@ def choose_bin_shape(
 
     def shape(k: int) -> BinShape:
         length = padded_length(prompt + k * (completion - 1))
-        at_a_time = int(rows * memory(alone) / memory(length)) // shards
+        at_a_time = int(rows * min(alone / length, memory(alone) / memory(length))) // shards
         if enough is not None:
             at_a_time = min(at_a_time, -(-enough // (length * shards)))
         return BinShape(length, max(ROWS_PER_BIN, 2 * k), at_a_time * shards)
