@@ -6,8 +6,8 @@
 The step draws 8 completions of each of 8 prompts and trains LoRA adapters of rank 16, in float32. The parts are the
 rollout, the scoring (one forward pass over all completions, which `loss.old_log_probs=trainer` or a KL term would
 need), and the update. An update costs by how many groups have a signal: rewards are given so that `--effective` of the
-groups have one, and no row ends before --mean-tokens says so. Each line has the median over --runs steps. Weights are
-random unless --model names a Hugging Face folder of this or another model.
+groups have one. Each line has the median over --runs steps, by the clock and in processor time, which other programs
+disturb less. Weights are random unless --model names a Hugging Face folder of this or another model.
 """
 
 from __future__ import annotations
@@ -136,13 +136,13 @@ def rewards_of(effective: int, prompts: int, group_size: int) -> Any:
     return rewards
 
 
-def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Seconds of a call, and its result."""
+def timed(function: Callable[..., Any], *args: Any) -> tuple[float, float, Any]:
+    """Seconds of a call, its seconds of processor time over all threads, and its result."""
     import jax
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     found = jax.block_until_ready(function(*args))
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, time.process_time() - before, found
 
 
 def cut(rollouts: Rollouts, mean_tokens: int, new_tokens: int) -> Rollouts:
@@ -178,11 +178,11 @@ def measure(options: argparse.Namespace) -> None:
     sample = make_sampler(model, r.group_size, r.max_new_tokens, a.vocab_size - 1)
     sampling = SamplingParams.of(r, [-1])
     key = jax.random.key(3)
-    _, rollouts = timed(sample, state.weights, prompts, key, sampling)
+    _, _, rollouts = timed(sample, state.weights, prompts, key, sampling)
     rollouts = cut(rollouts, options.mean_tokens, r.max_new_tokens)
     rewards = jnp.asarray(rewards_of(r.prompts, r.prompts, r.group_size))
-    seconds, step = timed(make_train_step(model, optimizer, algorithm, config).lower, state, rollouts, rewards)
-    compiling, compiled = timed(step.compile)
+    seconds, _, step = timed(make_train_step(model, optimizer, algorithm, config).lower, state, rollouts, rewards)
+    compiling, _, compiled = timed(step.compile)
     rows = rows_of(groups_of(rollouts, rewards, rewards, state.step), state.step, config)
     scoring = jax.jit(lambda weights, rows: score(model, weights, rows, jnp.float32(0.7), config)[0])
     timed(scoring, state.weights, rows)
@@ -214,20 +214,21 @@ def report(
     import numpy as np
 
     rewards = rewards_of(effective, options.prompts, options.group_size)
-    parts: dict[str, list[float]] = {"rollout": [], "scoring": [], "update": []}
+    parts: dict[str, list[tuple[float, float]]] = {"rollout": [], "scoring": [], "update": []}
     useful = 0.0
     for run in range(options.runs):
         if "rollout" in options.parts:
             key = jax.random.key(run)
-            parts["rollout"].append(timed(sample, state.weights, prompts, key, sampling)[0])
+            parts["rollout"].append(timed(sample, state.weights, prompts, key, sampling)[:2])
         if "scoring" in options.parts:
-            parts["scoring"].append(timed(scoring, state.weights, rows)[0])
-        taken, (state, metrics) = timed(compiled, state, rollouts, jax.device_put(rewards))
-        parts["update"].append(taken)
+            parts["scoring"].append(timed(scoring, state.weights, rows)[:2])
+        taken, busy, (state, metrics) = timed(compiled, state, rollouts, jax.device_put(rewards))
+        parts["update"].append((taken, busy))
         useful = float(metrics["update/useful_tokens"])
     tokens = int(np.asarray(rollouts.lengths).sum())
-    found = {name: statistics.median(values) for name, values in parts.items() if values}
-    words = ", ".join(f"{name} {x * 1e3:,.0f} ms (best {min(parts[name]) * 1e3:,.0f})" for name, x in found.items())
+    found = {name: statistics.median(x for x, _ in values) for name, values in parts.items() if values}
+    busy_of = {name: statistics.median(x for _, x in values) for name, values in parts.items() if values}
+    words = ", ".join(f"{name} {x * 1e3:,.0f} ms ({busy_of[name] * 1e3:,.0f} of a core)" for name, x in found.items())
     step = found["update"] + found.get("rollout", 0.0)
     print(
         f"{effective} of {options.prompts} groups with a signal: {words}; {tokens / step:,.0f} tokens/s of rollout and "
