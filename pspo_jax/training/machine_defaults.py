@@ -21,8 +21,8 @@ from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
 
-ENOUGH_TOKENS = 256
-"""Tokens of a microbatch of packed rows from which a CPU's products become no faster."""
+ENOUGH_TOKENS = 128
+"""Tokens of a microbatch of packed rows from which a CPU computes a token hardly faster."""
 _MEMORY_SHARE = 0.25
 """Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
 
@@ -63,7 +63,7 @@ def with_memory(
         words.append("loss.packing true (padding would be computed)")
     if on_cpu and config.loss.microbatch_tokens is None and (config.loss.packing or "loss.packing" in values):
         values["loss.microbatch_tokens"] = ENOUGH_TOKENS
-        words.append(f"loss.microbatch_tokens {ENOUGH_TOKENS} (larger products are no faster)")
+        words.append(f"loss.microbatch_tokens {ENOUGH_TOKENS} (larger products are hardly faster)")
     return replace(config, values), words
 
 
