@@ -88,10 +88,12 @@ def build(options: argparse.Namespace) -> Built:
     import jax
     import jax.numpy as jnp
 
+    from pspo_jax.config.defaults import replace
+    from pspo_jax.distributed.mesh import make_mesh, replicated
     from pspo_jax.model import built_in, transformer
     from pspo_jax.model.architecture import lora_of
     from pspo_jax.model.huggingface.load import load_params, read_source
-    from pspo_jax.model.weights import init_weights, table
+    from pspo_jax.model.weights import init_weights, is_weight, table
 
     config = settings(options)
     source = None
@@ -105,8 +107,9 @@ def build(options: argparse.Namespace) -> Built:
     if source is None:
         base = init_weights(weights, jax.random.key(0), jnp.dtype("float32"))
     else:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        base = load_params(source, weights, jax.tree.map(lambda _: one, weights), "float32")
+        mesh = make_mesh(replace(config, {"mesh.data": 1}), a)
+        whole = jax.tree.map(lambda _: replicated(mesh), weights, is_leaf=is_weight)
+        base = load_params(source, weights, whole, "float32")
     model = transformer(a)
     adapters = model.init(jax.random.key(1)) if a.lora is not None else base
     if a.lora is not None:  # B is not 0, as after a few steps

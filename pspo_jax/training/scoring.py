@@ -39,8 +39,8 @@ from pspo_jax.replay import Groups
 PACK_FROM_TOKENS = 256
 """Completions that may be this long are packed, unless the config says otherwise."""
 FEWEST_BINS = 8
-"""Least number of bins of packed rows that are computed together, where the config sets no bound: products of fewer
-rows are slow."""
+"""Least number of completions whose memory a microbatch of bins may take, where the config sets no bound: products of
+fewer rows are slow."""
 Carry = TypeVar("Carry")
 
 
