@@ -63,20 +63,20 @@ KEPT = [0, 2, 3, 4, 5, 6, 7, 13, 21]
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("name", slow_except(["gspo", "vespo"], sorted(LOSSES)))
+@pytest.mark.parametrize("name", slow_except(["gspo"], sorted(LOSSES)))
 def test_every_loss_is_that_of_all_rows(name, packing):
     rows = with_advantages(rows_with(masked=(5,)), KEPT)
     some, every = same(rows, packing, loss__name=name)
     assert int(some[3].computed) < int(every[3].computed) * (1 if packing else 0.6)
 
 
-@pytest.mark.parametrize("aggregation", slow_except(["grpo"], AGGREGATIONS))
+@pytest.mark.parametrize("aggregation", slow_except(["dapo"], AGGREGATIONS))
 def test_every_denominator_counts_all_rows(aggregation):
     same(with_advantages(rows_with(1), KEPT), True, loss__aggregation=aggregation, loss__dual_clip=3.0)
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("count", [0, 1, R])
+@pytest.mark.parametrize("count", slow_except([0], [0, 1, R]))
 def test_any_number_of_rows_may_be_left_out(count, packing):
     """With all left out nothing is computed."""
     rows = with_advantages(rows_with(2), range(count))
