@@ -60,7 +60,7 @@ def settings(options: argparse.Namespace) -> Config:
     from pspo_jax.config.defaults import replace
     from pspo_jax.config.presets import resolve
     from pspo_jax.config.schema import Config
-    from pspo_jax.training.machine import ENOUGH_TOKENS
+    from pspo_jax.training.machine_defaults import ENOUGH_TOKENS
 
     fields: dict[str, Any] = {
         "algorithm.name": "grpo",

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pspo_jax.arrays.state import Rollouts
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh
-from pspo_jax.losses.losses import denominators, rows_with_gradient
+from pspo_jax.losses.policy_loss import denominators, rows_with_gradient
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.update import loss_gradient
 from tests.helpers import random_prompts, relative, slow_except, tiny_config, tiny_policy
-from tests.test_packing import P, R, T, rows_with
+from tests.training.test_packing import P, R, T, rows_with
 
 AGGREGATIONS = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo", "token_sum")
 
