@@ -297,7 +297,7 @@ class LossConfig:
     microbatch_tokens: Annotated[int | None, Range(1)] = None
     """Number of tokens that are enough for a microbatch of packed completions: no more bins are computed together than
     have room for so many. The last microbatch of an update is seldom full, and so smaller ones compute less in vain,
-    as long as products of so few tokens are fast. None = 128 for text on a CPU, and otherwise all that microbatch_rows
+    as long as products of so few tokens are fast. None = 256 for text on a CPU, and otherwise all that microbatch_rows
     permits."""
     packing: bool | None = None
     """Whether to pack whole completions into bins, so that little padding is computed. A bin has the length of the

@@ -21,7 +21,7 @@ from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
 
-ENOUGH_TOKENS = 128
+ENOUGH_TOKENS = 256
 """Tokens of a microbatch of packed rows from which a CPU computes a token hardly faster."""
 _MEMORY_SHARE = 0.25
 """Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""

@@ -77,7 +77,7 @@ def test_a_cpu_recomputes_no_more_than_its_memory_requires(monkeypatch):
         assert f"model.remat {wanted} (" in words[0] and "loss.packing true" in words[1]
         assert (
             chosen.loss.microbatch_tokens == machine_defaults.ENOUGH_TOKENS
-            and "loss.microbatch_tokens 128 (" in words[2]
+            and "loss.microbatch_tokens 256 (" in words[2]
         )
     chosen, words = machine_defaults.with_memory(config, a, mesh, 512, on_cpu=False)
     assert (
