@@ -291,10 +291,17 @@ class LossConfig:
     """Number of optimizer updates in a pass; each takes an equal share of the prompts, in order."""
     microbatch_rows: Annotated[int, Range(0)] = 32
     """Largest number of completions whose gradient is computed at a time; gradients accumulate over a minibatch. The
-    number used is the largest divisor of the minibatch that the mesh divides. 0 = a whole minibatch. With packing it
-    counts bins; where it permits all rows at a time, an eighth of the bins, at least 8, are computed at a time."""
+    number used is the largest divisor of the minibatch that the mesh divides. 0 = a whole minibatch. With packing, bins
+    that are computed together take no more memory than so many completions; where it permits a whole minibatch, that
+    is an eighth of its completions, at least 8."""
+    microbatch_tokens: Annotated[int | None, Range(1)] = None
+    """Number of tokens that are enough for a microbatch of packed completions: no more bins are computed together than
+    have room for so many. The last microbatch of an update is seldom full, and so smaller ones compute less in vain,
+    as long as products of so few tokens are fast. None = 256 for text on a CPU, and otherwise all that microbatch_rows
+    permits."""
     packing: bool | None = None
-    """Whether to pack whole completions into bins of the longest one's length, so that no padding is computed. None =
+    """Whether to pack whole completions into bins, so that little padding is computed. A bin has the length of the
+    longest completion or, where completions share their prompt, the length at which a completion costs least. None =
     pack where there are several microbatches and rollout.max_new_tokens is 256 or more, and always for text on a CPU.
     The loss is the same up to rounding."""
     share_prompts: bool | None = None

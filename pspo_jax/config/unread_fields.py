@@ -429,6 +429,7 @@ READ_WHEN: dict[str, Conditions] = {
         when("loss.off_policy", "decoupled"),
         unless("loss.surrogate", "vespo", "choose another loss.surrogate"),
     ),
+    "loss.microbatch_tokens": (unless("loss.packing", False, "leave loss.packing out"),),
     "loss.share_prompts": (unless("loss.packing", False, "leave loss.packing out"),),
     **_all("optimizer", _OPTIMIZER),
     "optimizer.final_fraction": (when("optimizer.schedule", "cosine"),),

@@ -8,11 +8,15 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.interface import Model
+
+_LEAST_PREDICTIONS = 64
+"""Predictions of a chunk below which the head's products become slow, as each chunk reads all of its weights."""
 
 
 def compact_rows(
@@ -74,9 +78,7 @@ def chunked_log_probs(
       valid: predictions that are wanted. A chunk without any is skipped and its results are 0; None = all are wanted.
     """
     r, t = targets.shape
-    columns = max(1, min(t, logits_mib * 2**20 // (4 * model.vocab_size * r)))
-    # Where chunks may be skipped, there are at least eight, so that some can be.
-    columns = columns if valid is None else min(columns, -(-t // 8))
+    columns = chunk_columns(r, t, model.vocab_size, logits_mib, valid is not None)
     chunks = _num_chunks(t, columns)
     columns = -(-t // chunks)
     pad = chunks * columns - t
@@ -93,6 +95,15 @@ def chunked_log_probs(
     settings = _Settings(head, entropy_gradient, valid is not None)
     log_probs, entropy = _chunks(settings, hidden, cut(targets), jnp.asarray(temperature), wanted, tuple(weights))
     return log_probs.reshape(r, -1)[:, :t], entropy.reshape(r, -1)[:, :t]
+
+
+def chunk_columns(rows: int, t: int, vocab_size: int, logits_mib: int, skips: bool) -> int:
+    """Largest number of columns of a chunk.
+
+    Where chunks may be skipped, there are eight, so that some can be, unless their products would be of few rows only.
+    """
+    columns = max(1, min(t, logits_mib * 2**20 // (4 * vocab_size * rows)))
+    return min(columns, max(-(-t // 8), -(-_LEAST_PREDICTIONS // rows))) if skips else columns
 
 
 def _num_chunks(t: int, columns: int) -> int:
@@ -122,7 +133,7 @@ Results = tuple[Float[Array, "R N C"], Float[Array, "R N C"]]
 
 
 class _Saved(NamedTuple):
-    """The values that the forward pass keeps for the backward pass."""
+    """The values that the forward pass keeps for the backward pass of a head that trains."""
 
     hidden: Float[Array, "R N C D"]
     targets: Int[Array, "R N C"]
@@ -132,6 +143,13 @@ class _Saved(NamedTuple):
     log_total: Float[Array, "R N C"]
     """The log-sum-exp of the logits."""
     entropy: Float[Array, "R N C"]
+
+
+class _Slopes(NamedTuple):
+    """The values that the forward pass keeps for the backward pass of a head that does not train."""
+
+    slopes: Float[Array, "R N C D"]
+    """The gradient of each log-prob in its hidden state."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,6 +165,10 @@ def _chunks(
 
     The backward pass computes a chunk's logits again and normalises them by the log-sum-exp that the forward pass kept.
     It writes the gradient of the hidden states chunk by chunk, so that there is no second copy of them.
+
+    The gradient of a log-prob in its hidden state depends on the weights alone. Where the head does not train, as under
+    adapters, the forward pass keeps this gradient, and the backward pass multiplies by cotangents: the head computes
+    two products instead of three.
 
     Args:
       wanted: chunks that are computed; the others are skipped if `settings.skips`.
@@ -166,32 +188,95 @@ def _forward(
     wanted: Bool[Array, "N"],
     weights: tuple[Array, ...],
 ) -> tuple[Results, _Saved]:
-    def compute(h: Array, ids: Array) -> tuple[Array, Array, Array]:
-        logits = _logits(settings, h, temperature, weights)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        entropy = log_total - (jnp.exp(logits - log_total[..., None]) * logits).sum(axis=-1)
-        return chosen - log_total, entropy, log_total
+    def compute(h: Array, ids: Array) -> tuple[Array, ...]:
+        return _of_logits(_logits(settings, h, temperature, weights), ids)
 
-    def skip(h: Array, ids: Array) -> tuple[Array, Array, Array]:
+    def skip(h: Array, ids: Array) -> tuple[Array, ...]:
         return (jnp.zeros(ids.shape),) * 3
 
-    def body(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
+    log_probs, entropy, log_total = _each_chunk(settings, compute, skip, hidden, targets, wanted)
+    return (log_probs, entropy), _Saved(hidden, targets, temperature, wanted, weights, log_total, entropy)
+
+
+def _forward_with_slopes(
+    settings: _Settings,
+    hidden: Float[Array, "R N C D"],
+    targets: Int[Array, "R N C"],
+    temperature: Float[Array, ""],
+    wanted: Bool[Array, "N"],
+    weights: tuple[Array, ...],
+) -> tuple[Results, _Slopes]:
+    def compute(h: Array, ids: Array) -> tuple[Array, ...]:
+        logits, vjp = jax.vjp(lambda h: _logits(settings, h, temperature, weights), h)
+        log_probs, entropy, log_total = _of_logits(logits, ids)
+        (slopes,) = vjp(_is_target(logits, ids) - jnp.exp(logits - log_total[..., None]))
+        return log_probs, entropy, slopes
+
+    def skip(h: Array, ids: Array) -> tuple[Array, ...]:
+        return jnp.zeros(ids.shape), jnp.zeros(ids.shape), jnp.zeros_like(h)
+
+    log_probs, entropy, slopes = _each_chunk(settings, compute, skip, hidden, targets, wanted)
+    return (log_probs, entropy), _Slopes(slopes)
+
+
+def _of_logits(logits: Float[Array, "R C V"], ids: Int[Array, "R C"]) -> tuple[Array, Array, Array]:
+    """Log-probs of the ids, entropies, and the log-sum-exp of the logits."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    entropy = log_total - (jnp.exp(logits - log_total[..., None]) * logits).sum(axis=-1)
+    return chosen - log_total, entropy, log_total
+
+
+def _is_target(logits: Float[Array, "R C V"], ids: Int[Array, "R C"]) -> Bool[Array, "R C V"]:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == ids[..., None]
+
+
+class _ChunkFn(Protocol):
+    """Results of one chunk."""
+
+    def __call__(self, h: Float[Array, "R C D"], ids: Int[Array, "R C"], /) -> tuple[Array, ...]: ...
+
+
+def _each_chunk(
+    settings: _Settings,
+    compute: _ChunkFn,
+    skip: _ChunkFn,
+    hidden: Float[Array, "R N C D"],
+    targets: Int[Array, "R N C"],
+    wanted: Bool[Array, "N"],
+) -> tuple[Array, ...]:
+    """The results of every chunk, [R, N, C, ...]: those of `compute`, or of `skip` for chunks that are not wanted."""
+
+    def body(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, ...]]:
         i, ids, is_wanted = xs
         h = jax.lax.dynamic_index_in_dim(hidden, i, axis=1, keepdims=False)
         return None, jax.lax.cond(is_wanted, compute, skip, h, ids) if settings.skips else compute(h, ids)
 
     xs = jnp.arange(hidden.shape[1]), targets.swapaxes(0, 1), wanted
-    _, found = jax.lax.scan(body, None, xs)
-    log_probs, entropy, log_total = (x.swapaxes(0, 1) for x in found)
-    return (log_probs, entropy), _Saved(hidden, targets, temperature, wanted, weights, log_total, entropy)
+    return tuple(x.swapaxes(0, 1) for x in jax.lax.scan(body, None, xs)[1])
+
+
+def _forward_to_differentiate(
+    settings: _Settings,
+    hidden: CustomVJPPrimal,
+    targets: CustomVJPPrimal,
+    temperature: CustomVJPPrimal,
+    wanted: CustomVJPPrimal,
+    weights: tuple[CustomVJPPrimal, ...],
+) -> tuple[Results, _Saved | _Slopes]:
+    """The forward pass before a backward pass; each argument says whether a gradient in it is wanted (`perturbed`)."""
+    trains = settings.entropy_gradient or any(w.perturbed for w in weights)
+    args = hidden.value, targets.value, temperature.value, wanted.value, tuple(w.value for w in weights)
+    return _forward(settings, *args) if trains else _forward_with_slopes(settings, *args)
 
 
 def _backward(
-    settings: _Settings, saved: _Saved, cotangents: Results
-) -> tuple[Array, None, Array, None, tuple[Array, ...]]:
+    settings: _Settings, saved: _Saved | _Slopes, cotangents: tuple[Array | SymbolicZero, Array | SymbolicZero]
+) -> tuple[Array, None, None, None, tuple[Array, ...] | None]:
+    d_log_probs, d_entropy = (jnp.zeros(x.shape) if isinstance(x, SymbolicZero) else x for x in cotangents)
+    if isinstance(saved, _Slopes):
+        return (saved.slopes * d_log_probs[..., None]).astype(saved.slopes.dtype), None, None, None, None
     hidden, targets, temperature, wanted, weights, log_total, entropy = saved
-    d_log_probs, d_entropy = cotangents
 
     def compute(
         h: Array, ids: Array, total: Array, chunk_entropy: Array, d_log_prob: Array, d_chunk_entropy: Array
@@ -199,8 +284,7 @@ def _backward(
         logits, vjp = jax.vjp(lambda h, w: _logits(settings, h, temperature, w), h, weights)
         log_p = logits - total[..., None]
         p = jnp.exp(log_p)
-        is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == ids[..., None]
-        d_logits = d_log_prob[..., None] * (is_target - p)
+        d_logits = d_log_prob[..., None] * (_is_target(logits, ids) - p)
         if settings.entropy_gradient:
             d_logits -= d_chunk_entropy[..., None] * p * (log_p + chunk_entropy[..., None])
         return vjp(d_logits)
@@ -222,7 +306,7 @@ def _backward(
     parts = (targets, log_total, entropy, d_log_probs, d_entropy)
     xs = (jnp.arange(hidden.shape[1]), wanted, *(x.swapaxes(0, 1) for x in parts))
     (d_hidden, d_weights), _ = jax.lax.scan(body, start, xs)
-    return d_hidden, None, jnp.zeros_like(temperature), None, d_weights
+    return d_hidden, None, None, None, d_weights
 
 
-_chunks.defvjp(_forward, _backward)
+_chunks.defvjp(_forward_to_differentiate, _backward, symbolic_zeros=True)

@@ -1,4 +1,4 @@
-"""Training without padding: rows of a minibatch packed into bins of one length.
+"""Training without padding: rows of a minibatch packed into bins of one length, `choose_bin_shape`.
 
 A bin is one long row that holds several rows of the batch, one behind another. Each row attends to itself alone and has
 its own positions, so that its log-probs are those it would have in a batch of padded rows. The losses get these
@@ -44,13 +44,81 @@ from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.losses.log_probs import chunked_log_probs, compact_rows
-from pspo_jax.model.attention.xla import BLOCKWISE_FROM_TOKENS
+from pspo_jax.model.attention.xla import BLOCKWISE_FROM_TOKENS, block_size
 from pspo_jax.model.interface import Model, Packed
 
 _LONG_BIN_MULTIPLE = 128
 """Tokens of which the length of a long bin is a multiple, so that attention computes it in blocks of equal size."""
 ROWS_PER_BIN = 16
-"""Rows that a bin holds at most, M. It bounds the arrays of the loss, which are [bins x M, T]."""
+"""Rows that a bin holds at most, M, unless it is made for more. It bounds the arrays of the loss, [bins x M, T]."""
+_EQUAL_WORK_TOKENS = 2048
+"""Length of a bin, in tokens, at which attention over its whole square takes about as long as all other products."""
+_EQUAL_MEMORY_TOKENS = 512
+"""Number of queries computed at a time at which their scores take about as much memory as all other activations."""
+
+
+class BinShape(NamedTuple):
+    """The shape of bins, and how many are computed together."""
+
+    length: int
+    """Tokens of a bin, S."""
+    rows: int
+    """Rows that a bin holds at most, M."""
+    at_a_time: int
+    """Bins of a microbatch, b."""
+
+    def predictions(self, shares: bool) -> int:
+        """Predictions for which a bin has room, Q.
+
+        Args:
+          shares: whether rows may share their prompt, whose last token then predicts a token of each of them.
+        """
+        return padded_length(self.length + self.rows - 1) if shares else self.length
+
+
+def choose_bin_shape(
+    prompt: int,
+    completion: int,
+    group_size: int,
+    rows: int,
+    shards: int,
+    shares: bool = True,
+    enough: int | None = None,
+) -> BinShape:
+    """Bins as long as sharing wants, and as many of them at a time as take the memory of some rows.
+
+    A bin that holds k completions behind one copy of their prompt has prompt + k (completion - 1) tokens. More
+    completions share the prompt's cost, and attention grows with the square of the length; k is the number up to
+    `group_size` at which a completion costs least. Where completions are much longer than their prompt, that is 1.
+
+    Args:
+      prompt: P, the longest prompt in tokens.
+      completion: T.
+      rows: largest number of bins of one row each that may be computed together; it bounds the memory.
+      shards: number of devices that split the bins of a microbatch; it divides `rows`.
+      shares: whether rows may share their prompt; False = bins are as long as the longest row.
+      enough: tokens that are enough for a microbatch; None = as many bins as the memory permits.
+    """
+
+    def shape(k: int) -> BinShape:
+        length = padded_length(prompt + k * (completion - 1))
+        at_a_time = int(rows * min(alone / length, memory(alone) / memory(length))) // shards
+        if enough is not None:
+            at_a_time = min(at_a_time, -(-enough // (length * shards)))
+        return BinShape(length, max(ROWS_PER_BIN, 2 * k), at_a_time * shards)
+
+    def memory(length: int) -> float:
+        return length * (1 + block_size(length, 1) / _EQUAL_MEMORY_TOKENS)
+
+    def work(length: int) -> float:
+        # Queries in blocks do not see the keys behind their block.
+        seen = length if length < BLOCKWISE_FROM_TOKENS else (length + block_size(length, 1)) / 2
+        return length * (1 + seen / _EQUAL_WORK_TOKENS)
+
+    alone = padded_length(prompt + completion - 1)
+    by_completions = {k: shape(k) for k in range(1, group_size + 1 if shares else 2)}
+    possible = [k for k, found in by_completions.items() if found.at_a_time]
+    return by_completions[min(possible, key=lambda k: work(by_completions[k].length) / k)]
 
 
 class BinAssignment(NamedTuple):
@@ -72,6 +140,7 @@ def assign_bins(
     groups: Int[Array, "R"],
     length: int,
     bins: int,
+    rows_per_bin: int = ROWS_PER_BIN,
 ) -> BinAssignment:
     """First-fit decreasing: the largest group first and, within a group, the longest completion first.
 
@@ -84,6 +153,7 @@ def assign_bins(
       groups: a number below R for each row; rows with the same number may share their prompt.
       length: tokens of a bin, S.
       bins: N, at least R, rounded up to whole microbatches; as many bins as rows are always enough.
+      rows_per_bin: M.
     """
     r = prompt_lengths.shape[0]
     alone = jnp.where(completion_lengths > 0, prompt_lengths + completion_lengths - 1, 0)
@@ -95,7 +165,7 @@ def assign_bins(
         room, held, last_group = carry
         shares = last_group == groups[row]
         need = completion_lengths[row] - 1 + jnp.where(shares, 0, prompt_lengths[row])
-        fits = (room >= need) & (held < ROWS_PER_BIN)
+        fits = (room >= need) & (held < rows_per_bin)
         bin_ = jnp.where(completion_lengths[row] > 0, jnp.argmax(fits * (1 + shares)), bins)
         slot = held.at[bin_].get(mode="fill", fill_value=0)
         owns_prompt = ~shares.at[bin_].get(mode="fill", fill_value=True)
@@ -108,7 +178,7 @@ def assign_bins(
 
     start = jnp.full(bins, length, jnp.int32), jnp.zeros(bins, jnp.int32), jnp.full(bins, -1, jnp.int32)
     (room, held, _), (bin_, slot, owns_prompt) = jax.lax.scan(put_row, start, order)
-    shape = bins, ROWS_PER_BIN
+    shape = bins, rows_per_bin
     return BinAssignment(
         rows=jnp.full(shape, r, jnp.int32).at[bin_, slot].set(order, mode="drop"),
         owns_prompt=jnp.ones(shape, bool).at[bin_, slot].set(owns_prompt, mode="drop"),
@@ -123,13 +193,14 @@ def assign_shared_bins(
     groups: Int[Array, "R"],
     length: int,
     bins: int,
+    rows_per_bin: int = ROWS_PER_BIN,
 ) -> BinAssignment:
     """`assign_bins` with shared prompts or without, whichever needs fewer bins.
 
     Sharing can need more bins, since it keeps the rows of a group together: rows in order of their size pack better.
     """
     unshared = jnp.arange(prompt_lengths.shape[0])
-    both = jax.vmap(lambda g: assign_bins(prompt_lengths, completion_lengths, g, length, bins))(
+    both = jax.vmap(lambda g: assign_bins(prompt_lengths, completion_lengths, g, length, bins, rows_per_bin))(
         jnp.stack([groups, unshared])
     )
     return jax.tree.map(lambda x: x[both.num_bins.argmin()], both)
@@ -146,25 +217,15 @@ def row_lengths(rows: Rows) -> Int[Array, "R"]:
     return jnp.where(completion_lengths > 0, rows.lengths + completion_lengths - 1, 0)
 
 
-def bin_length(rows: Rows) -> int:
-    """Tokens of a bin: as many as the longest row can need, rounded up by `padded_length`."""
-    return padded_length(rows.prompts.shape[1] + rows.tokens.shape[1] - 1)
-
-
 def padded_length(length: int) -> int:
     """The length, rounded up where attention computes it in blocks, so that these are of equal size."""
     return length if length < BLOCKWISE_FROM_TOKENS else -(-length // _LONG_BIN_MULTIPLE) * _LONG_BIN_MULTIPLE
 
 
-def rows_of_bins(rows: Rows, ids: Int[Array, "b M"]) -> Rows:
-    """The rows of some bins, [b M, ...]; where a bin holds no row, there is a row that counts in no sum.
-
-    Args:
-      ids: indices of the rows, R = no row; see `BinAssignment.rows`.
-    """
-    flat = ids.reshape(-1)
-    exists = flat < rows.lengths.shape[0]
-    part = jax.tree.map(lambda x: x.at[flat].get(mode="clip"), rows)
+def take_rows(rows: Rows, ids: Int[Array, "m"]) -> Rows:
+    """The rows with these indices; where the index is R there is a row that counts in no sum."""
+    exists = ids < rows.lengths.shape[0]
+    part = jax.tree.map(lambda x: x.at[ids].get(mode="clip"), rows)
     return part.replace(mask=part.mask & exists[:, None], counted=part.counted & exists)
 
 
@@ -173,6 +234,7 @@ def packed_log_probs(
     weights: Params,
     part: Rows,
     owns_prompt: Bool[Array, "b M"],
+    shape: BinShape,
     temperature: Float[Array, ""] | float,
     logits_mib: int,
     entropy_gradient: bool = False,
@@ -183,29 +245,27 @@ def packed_log_probs(
     The head runs on predictions alone, chunk by chunk, and skips chunks in which no bin has any.
 
     Args:
-      part: the rows, as `rows_of_bins` returns them.
+      part: the rows, as `take_rows` returns them.
       owns_prompt: see `BinAssignment`.
+      shape: the shape of the bins.
       logits_mib: size of one chunk of float32 logits.
       entropy_gradient: whether entropies carry a gradient.
       shares: whether a row may share its prompt; False = `owns_prompt` is known to be true of every row.
     """
     p, t = part.prompts.shape[1], part.tokens.shape[1]
-    bins, length = owns_prompt.shape[0], bin_length(part)
+    bins = owns_prompt.shape[0]
     completion_lengths = loss_lengths(part).reshape(owns_prompt.shape)
     prompt_lengths = part.lengths.reshape(owns_prompt.shape)
     rows = compact_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t)
     rows = constrain(rows, "rows", None, None)
     prompt_offset = jnp.where(owns_prompt, 0, prompt_lengths)
     need = jnp.where(completion_lengths > 0, prompt_lengths - prompt_offset + completion_lengths - 1, 0)
-    layout, first_token = _lay_out(need, length, prompt_offset)
+    layout, first_token = _lay_out(need, shape.length, prompt_offset)
     prompt_row = jax.lax.cummax(jnp.where(owns_prompt, jnp.arange(owns_prompt.shape[1]), 0), axis=1)
     if shares:
         layout = _share_prompts(layout, prompt_row, prompt_lengths)
     hidden = model.hidden(weights, _gather_tokens(rows, layout.row_of, layout.positions), layout)
-    # A shared prompt's last token predicts one token of each row, and a bin has at most M rows.
-    predictions, first_prediction = _lay_out(
-        completion_lengths, padded_length(length + owns_prompt.shape[1] - 1) if shares else length
-    )
+    predictions, first_prediction = _lay_out(completion_lengths, shape.predictions(shares))
     row_of, valid = _clip(predictions.row_of, need), predictions.row_of < need.shape[1]
 
     def by_prediction(of_row: Int[Array, "b M"]) -> Int[Array, "b Q"]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.config.strategies import Aggregation, LossConfig
 from pspo_jax.losses.ratios import (
+    SURROGATES,
     SurrogateInputs,
     SurrogateTerms,
     find_surrogate,
@@ -42,17 +43,38 @@ class Denominators(NamedTuple):
     """Tokens of this minibatch that the entropy bonus is taken from, at least 1."""
     minibatch_rows: Float[Array, ""]
     """Completions of this minibatch, at least 1."""
+    computed_tokens: Float[Array, ""]
+    """Tokens of those completions of this minibatch that are computed, at least 1."""
+    computed_rows: Float[Array, ""]
+    """Completions of this minibatch that are computed, at least 1."""
+
+
+def rows_with_gradient(inputs: LossInputs, config: LossConfig) -> Bool[Array, "R"] | None:
+    """Rows whose loss and gradient may differ from 0; None = any row's may. Those of the others are exactly 0.
+
+    Every surrogate of the package is 0 where the advantage is 0, whatever the ratio. A KL term, an entropy bonus and a
+    surrogate of the user's own may be anything there.
+    """
+    everywhere = inputs.reference_log_probs is not None or config.entropy_coef > 0
+    if everywhere or config.surrogate not in SURROGATES:
+        return None
+    return inputs.counted & (inputs.advantages != 0)
 
 
 def denominators(
-    batch: LossInputs, minibatch: LossInputs | None = None, minibatches: int = 1, count_masked: bool = True
+    batch: LossInputs,
+    minibatch: LossInputs | None = None,
+    minibatches: int = 1,
+    count_masked: bool = True,
+    computed: Bool[Array, "R"] | None = None,
 ) -> Denominators:
-    """The denominators of a minibatch.
+    """The denominators of a minibatch. Those of the loss count all completions, whether they are computed or not.
 
     Args:
       minibatch: None = the whole batch is one minibatch.
       minibatches: number of minibatches that the batch is split into.
       count_masked: whether rows without a token count in means over rows.
+      computed: rows of the minibatch that are computed; None = all.
     """
     part = batch if minibatch is None else minibatch
     counted = batch.counted if count_masked else batch.mask.any(axis=1)
@@ -67,6 +89,8 @@ def denominators(
         at_least_one(part.mask),
         at_least_one(bonus),
         at_least_one(part.counted),
+        at_least_one(part.mask if computed is None else part.mask & computed[:, None]),
+        at_least_one(part.counted if computed is None else part.counted & computed),
     )
 
 
@@ -78,7 +102,7 @@ class LossMetrics(NamedTuple):
     kl: Float[Array, ""]
     """Mean KL term per token, in nats."""
     entropy: Float[Array, ""]
-    """Mean entropy per token, in nats."""
+    """Mean entropy per token of the rows that are computed, in nats; NaN = none is."""
     low: Float[Array, ""]
     """Share of tokens, or of rows where there is one ratio per row, that are clipped from below."""
     high: Float[Array, ""]
@@ -88,7 +112,7 @@ class LossMetrics(NamedTuple):
     high_max: Float[Array, ""]
     """Largest share of a row's tokens that are clipped from above."""
     gamma: Float[Array, ""]
-    """Mean of VESPO's weight over rows; 1 for other surrogates."""
+    """Mean of VESPO's weight over the rows that are computed, 1 for other surrogates; NaN = none is."""
 
 
 def compute_loss(
@@ -181,12 +205,12 @@ def loss_metrics(
     return LossMetrics(
         loss,
         mean(kl),
-        mean(entropy),
+        jnp.where(mask, entropy, 0).sum() / total.computed_tokens,
         share(low),
         share(high),
         jnp.where(mask.any(axis=1), share_by_row(low), jnp.inf).min(),
         share_by_row(high).max(),
-        jnp.where(inputs.counted, gamma, 0).sum() / total.minibatch_rows,
+        jnp.where(inputs.counted, gamma, 0).sum() / total.computed_rows,
     )
 
 
@@ -227,6 +251,17 @@ def zero_metrics() -> LossMetrics:
     """The metrics of no rows, the identity of `combine`."""
     zero = jnp.float32(0)
     return LossMetrics(zero, zero, zero, zero, zero, jnp.float32(jnp.inf), zero, zero)
+
+
+def metrics_of_uncomputed(inputs: LossInputs, computed: Bool[Array, "R"]) -> LossMetrics:
+    """The metrics of the rows that are not computed: no token of theirs is clipped.
+
+    Their entropies and VESPO's weights are unknown, and no mean counts them; without any row that is computed, these
+    means are NaN.
+    """
+    unknown = jnp.where(computed.any(), 0.0, jnp.nan)
+    some = (inputs.mask.any(axis=1) & ~computed).any()
+    return zero_metrics()._replace(entropy=unknown, gamma=unknown, low_min=jnp.where(some, 0.0, jnp.inf))
 
 
 def combine(a: LossMetrics, b: LossMetrics) -> LossMetrics:

@@ -83,8 +83,9 @@ def project(a: Architecture, w: BlockWeights, name: str, x: Array, key: Key[Arra
             own_key = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
             kept = jax.random.bernoulli(own_key, 1 - a.lora.dropout, x.shape)
             x = jnp.where(kept, x / (1 - a.lora.dropout), 0).astype(x.dtype)
-        low = einsum_lowp(down, x, w[f"{name}_lora_a"], dtype, dtype)
-        y = y + a.lora.scale * einsum_lowp(up, low, w[f"{name}_lora_b"], dtype, dtype)
+        # The narrow product is scaled, and not the wide one, which would cost a pass over a wide gradient too.
+        low = a.lora.scale * einsum_lowp(down, x, w[f"{name}_lora_a"], dtype, dtype)
+        y = y + einsum_lowp(up, low, w[f"{name}_lora_b"], dtype, dtype)
     return checkpoint_name(y.astype(dtype), _PROJECTION)
 
 

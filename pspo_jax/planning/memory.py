@@ -33,10 +33,10 @@ from pspo_jax.distributed.devices import (
     parse_target,
 )
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
-from pspo_jax.losses.packing import padded_length
+from pspo_jax.losses.log_probs import chunk_columns
 from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
 from pspo_jax.training.compile import lower_programs
-from pspo_jax.training.scoring import bins_at_a_time, packs_lengths
+from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup, device_bytes, prepare
 
 _GIB = 2**30
@@ -302,16 +302,18 @@ def _update_details(setup: Setup) -> dict[str, float]:
     new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         packed = packs_lengths(rows, new, c)
-        at_once = bins_at_a_time(rows, c) if packed else microbatch_size(rows, c.loss.microbatch_rows)
-    length = setup.task.train.tokens.shape[1] + new
-    length = padded_length(length - 1) if packed else length
+        at_once, predictions = microbatch_size(rows, c.loss.microbatch_rows), new
+        length = setup.task.train.tokens.shape[1] + new
+        if packed:
+            bins = bin_shape(rows, length - new, new, setup.model, c)
+            at_once, length = bins.at_a_time, bins.length
+            predictions = bins.predictions(shares_prompts(setup.model, c))
     tokens = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
     # The backward pass of attention needs q, k and v, and that of the MLP needs gate and up, whichever weights train.
     inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
     kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
     again = inner if a.remat in ("full", "offload") else 0
-    columns = max(1, min(new, c.loss.logits_mib * 2**20 // (4 * a.vocab_size * at_once)))
-    columns = min(columns, -(-new // 8)) if packed else columns
+    columns = chunk_columns(at_once, predictions, a.vocab_size, c.loss.logits_mib, packed)
     # Chunks are of equal size, which may be less than the config allows.
     chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
     trained = jax.tree.leaves(setup.abstract.params)

@@ -17,9 +17,8 @@ from jaxtyping import PyTree
 from pspo_jax.config.schema import round_prompts
 from pspo_jax.distributed.devices import DeviceSpec
 from pspo_jax.distributed.mesh import ROWS, WEIGHTS, microbatch_size, size_along
-from pspo_jax.losses.packing import padded_length
 from pspo_jax.training.optimizer import decays
-from pspo_jax.training.scoring import bins_at_a_time, packs_lengths, shares_prompts
+from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup
 
 
@@ -171,9 +170,9 @@ def _passes(setup: Setup) -> int:
     rows = c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         if _packed(setup):
-            length = padded_length(setup.task.train.tokens.shape[1] + c.rollout.max_new_tokens - 1)
-            bins = _update_work(setup).tokens / c.loss.minibatches / length
-            parts = max(math.ceil(bins / bins_at_a_time(rows, c)), 1)
+            shape = bin_shape(rows, setup.task.train.tokens.shape[1], c.rollout.max_new_tokens, setup.model, c)
+            bins = _update_work(setup).tokens / c.loss.minibatches / shape.length
+            parts = max(math.ceil(bins / shape.at_a_time), 1)
         else:
             parts = rows // microbatch_size(rows, c.loss.microbatch_rows)
     return parts * c.loss.minibatches * c.loss.num_iterations

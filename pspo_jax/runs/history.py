@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "rollout.weights",
     "rollout.slots",
     "loss.microbatch_rows",
+    "loss.microbatch_tokens",
     "loss.logits_mib",
     "loss.packing",
     "loss.share_prompts",

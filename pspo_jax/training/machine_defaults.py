@@ -1,4 +1,4 @@
-"""Defaults of a text task that follow the machine: compute type, activations that are kept, and packing.
+"""Defaults that follow the machine: compute type, activations that are kept, packing, and the size of microbatches.
 
 On a TPU or GPU, products run in bfloat16, the backward pass recomputes blocks, and long rows are packed. Most CPUs
 emulate bfloat16, and their memory is large compared with their speed; there, rows of any length are worth packing.
@@ -21,6 +21,8 @@ from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
 
+ENOUGH_TOKENS = 256
+"""Tokens of a microbatch of packed rows from which a CPU computes a token hardly faster."""
 _MEMORY_SHARE = 0.25
 """Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
 
@@ -47,7 +49,10 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
 def with_memory(
     config: Config, a: Architecture, mesh: Mesh, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
-    """`config` with model.remat and loss.packing filled in if they are None, and a text on each choice."""
+    """`config` with what the memory decides filled in where it is None, and a text on each choice.
+
+    The fields are model.remat, loss.packing and loss.microbatch_tokens.
+    """
     values: dict[str, object] = {}
     words = []
     if config.model.remat is None:
@@ -56,6 +61,9 @@ def with_memory(
     if config.loss.packing is None and on_cpu and not uses_char_tokenizer(config):
         values["loss.packing"] = True
         words.append("loss.packing true (padding would be computed)")
+    if on_cpu and config.loss.microbatch_tokens is None and (config.loss.packing or "loss.packing" in values):
+        values["loss.microbatch_tokens"] = ENOUGH_TOKENS
+        words.append(f"loss.microbatch_tokens {ENOUGH_TOKENS} (larger products are hardly faster)")
     return replace(config, values), words
 
 

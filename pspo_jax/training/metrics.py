@@ -55,6 +55,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: 
         "completions/min_terminated_length": jnp.where(ended.any(), jnp.where(ended, lengths, jnp.inf).min(), 0),
         "completions/max_terminated_length": jnp.where(ended, lengths, 0).max(),
         "completions/clipped_ratio": 1 - ended.mean(),
+        "entropy": -jnp.where(rollouts.mask, rollouts.log_probs, 0).sum() / jnp.maximum(rollouts.mask.sum(), 1),
     }
 
 
@@ -92,7 +93,8 @@ def replay_metrics(groups: Groups, rows: Rows, step: Array, config: Config) -> M
 def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
     """Metrics of a step's updates by TRL's names, means over the updates.
 
-    The sampler's mismatch is that of the first update, before any change; NaN = older policies sampled all its groups.
+    The sampler's mismatch is that of the first update, before any change; NaN = it computed no completion that the
+    current policy sampled.
     `kl` is there only if the loss has a KL term; `assign_advantages` reports a KL that is taken from the rewards.
 
     Args:
@@ -103,9 +105,10 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
     first = jax.tree.map(lambda x: jnp.where(mismatch.tokens > 0, x, jnp.nan), mismatch)
     metrics = {
         "loss": loss.loss.mean(),
-        "entropy": loss.entropy.mean(),
         "grad_norm": updates.grad_norm.mean(),
-        "update/useful_tokens": updates.useful.mean(),
+        "update/completions": updates.completions.mean(),
+        "update/entropy": jnp.nanmean(loss.entropy),
+        "update/useful_tokens": jnp.nanmean(updates.useful),
         "clip_ratio/low_mean": loss.low.mean(),
         "clip_ratio/low_min": _finite(loss.low_min.min()),
         "clip_ratio/high_mean": loss.high.mean(),
@@ -122,7 +125,7 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
     if config.loss.surrogate == "cispo":
         metrics["cispo_clip_ratio"] = loss.high.mean()
     if config.loss.surrogate == "vespo":
-        metrics["vespo/phi_seq_mean"] = loss.gamma.mean()
+        metrics["vespo/phi_seq_mean"] = jnp.nanmean(loss.gamma)
     return metrics
 
 

@@ -20,17 +20,18 @@ from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
-from pspo_jax.distributed.mesh import constrain, microbatch_size
+from pspo_jax.distributed.mesh import UPDATE_ROWS, constrain, microbatch_size, size_along
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.losses.packing import (
     BinAssignment,
+    BinShape,
     assign_bins,
     assign_shared_bins,
-    bin_length,
+    choose_bin_shape,
     loss_lengths,
     packed_log_probs,
     row_lengths,
-    rows_of_bins,
+    take_rows,
 )
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
@@ -38,8 +39,8 @@ from pspo_jax.replay import Groups
 PACK_FROM_TOKENS = 256
 """Completions that may be this long are packed, unless the config says otherwise."""
 FEWEST_BINS = 8
-"""Least number of bins of packed rows that are computed together, where the config sets no bound: products of fewer
-rows are slow."""
+"""Least number of completions whose memory a microbatch of bins may take, where the config sets no bound: products of
+fewer rows are slow."""
 Carry = TypeVar("Carry")
 
 
@@ -101,7 +102,9 @@ class Microbatch(NamedTuple):
     owns_prompt: Bool[Array, "b M"] | None
     """Whether each row of a bin holds its own prompt; None = rows are not packed."""
     indices: Int[Array, "r"] | None
-    """Index of each row of the bins among all rows, R = no row; None = rows are not packed."""
+    """Index of each row among all rows, R = no row; None = the microbatch is a fixed part of all rows."""
+    shape: BinShape | None = None
+    """The shape of the bins; None = rows are not packed."""
 
 
 class Microbatches(NamedTuple):
@@ -132,16 +135,16 @@ def fold_microbatches(step: Callable[[Carry, Microbatch], Carry], carry: Carry, 
     return jax.lax.fori_loop(0, microbatches.num_parts, lambda i, carry: step(carry, microbatches.take(i)), carry)
 
 
-def make_microbatches(model: Model, rows: Rows, config: Config, wanted: Bool[Array, "B"] | None = None) -> Microbatches:
+def make_microbatches(model: Model, rows: Rows, config: Config, wanted: Bool[Array, "R"] | None = None) -> Microbatches:
     """The microbatches of these rows: bins where rows are packed, else rows as they are.
 
     Args:
-      wanted: groups whose rows are needed; microbatches without any are left out. None = all.
+      wanted: rows that are needed; there are no more microbatches than these fill. None = all.
     """
     if uses_packing(model, rows, config):
         return _packed(model, rows, wanted, config)
     parts = num_microbatches(rows, config)
-    return _split(rows, parts) if wanted is None else _wanted_first(rows, wanted, parts)
+    return _split(rows, parts) if wanted is None else _split_wanted(rows, wanted, parts)
 
 
 def _split(rows: Rows, parts: int) -> Microbatches:
@@ -157,27 +160,30 @@ def _split(rows: Rows, parts: int) -> Microbatches:
     )
 
 
-def _wanted_first(rows: Rows, wanted: Bool[Array, "B"], parts: int) -> Microbatches:
-    """The wanted groups' rows in front, and as many parts as hold any of them."""
-    group_size = rows.tokens.shape[0] // wanted.shape[0]
-    size = rows.tokens.shape[0] // parts
-    order = jnp.argsort(~wanted, stable=True)
-    index = (order[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
-    back = jnp.zeros_like(index).at[index].set(jnp.arange(index.shape[0]))
-    in_front = jax.tree.map(lambda x: x[index].reshape(parts, size, *x.shape[1:]), rows)
+def _split_wanted(rows: Rows, wanted: Bool[Array, "R"], parts: int) -> Microbatches:
+    """The wanted rows, dealt like cards to as many parts as hold them; where all are wanted, as `_split` deals them."""
+    r = rows.tokens.shape[0]
+    size = r // parts
+    needed = -(-wanted.sum() // size)
+    number = jnp.cumsum(wanted) - 1
+    place = number % jnp.maximum(needed, 1) * size + number // jnp.maximum(needed, 1)
+    ids = jnp.full(r, r, jnp.int32).at[jnp.where(wanted, place, r)].set(jnp.arange(r), mode="drop")
+    dealt = jax.tree.map(lambda x: x.reshape(parts, size, *x.shape[1:]), take_rows(rows, ids))
+    ids = ids.reshape(parts, size)
 
     def take(i: Array | int) -> Microbatch:
-        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), in_front)
-        return Microbatch(i, part, None, None)
+        part = jax.tree.map(lambda x: constrain(x[i], "rows", *[None] * (x.ndim - 2)), dealt)
+        return Microbatch(i, part, None, ids[i])
 
-    needed = -(-wanted.sum() * group_size // size)
     return Microbatches(
         num_parts=needed,
         take=take,
-        put=_put_part,
-        merge=lambda x: x.reshape(rows.tokens.shape)[back],
-        shape=in_front.tokens.shape,
-        utilisation=TokenUtilisation(row_lengths(rows).sum(), needed * (padded_tokens(rows) // parts)),
+        put=_put_rows,
+        merge=lambda x: x,
+        shape=rows.tokens.shape,
+        utilisation=TokenUtilisation(
+            jnp.where(wanted, row_lengths(rows), 0).sum(), needed * (padded_tokens(rows) // parts)
+        ),
     )
 
 
@@ -185,28 +191,32 @@ def _put_part(found: Array, part: Microbatch, new: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(found, new, part.number, 0)
 
 
-def _packed(model: Model, rows: Rows, wanted: Bool[Array, "B"] | None, config: Config) -> Microbatches:
-    """The wanted groups' rows in bins, and as many microbatches of bins as hold any of them."""
+def _put_rows(found: Array, part: Microbatch, new: Array) -> Array:
+    return found.at[part.indices].set(new, mode="drop")
+
+
+def _packed(model: Model, rows: Rows, wanted: Bool[Array, "R"] | None, config: Config) -> Microbatches:
+    """The wanted rows in bins, and as many microbatches of bins as hold any of them."""
     lengths = loss_lengths(rows)
-    if wanted is not None:
-        lengths = jnp.where(jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0]), lengths, 0)
+    lengths = lengths if wanted is None else jnp.where(wanted, lengths, 0)
     assignment = assign(model, rows, lengths, config)
-    bins = bins_at_a_time(rows.tokens.shape[0], config)
+    shape = shape_of_bins(model, rows, config)
 
     def take(i: Array | int) -> Microbatch:
         ids, owns_prompt = (
-            jax.lax.dynamic_slice_in_dim(x, i * bins, bins) for x in (assignment.rows, assignment.owns_prompt)
+            jax.lax.dynamic_slice_in_dim(x, i * shape.at_a_time, shape.at_a_time)
+            for x in (assignment.rows, assignment.owns_prompt)
         )
-        return Microbatch(i, rows_of_bins(rows, ids), owns_prompt, ids.reshape(-1))
+        return Microbatch(i, take_rows(rows, ids.reshape(-1)), owns_prompt, ids.reshape(-1), shape)
 
-    num_parts = -(-assignment.num_bins // bins)
+    num_parts = -(-assignment.num_bins // shape.at_a_time)
     return Microbatches(
         num_parts=num_parts,
         take=take,
-        put=lambda found, part, new: found.at[part.indices].set(new, mode="drop"),
+        put=_put_rows,
         merge=lambda x: x,
         shape=rows.tokens.shape,
-        utilisation=TokenUtilisation(assignment.num_tokens, num_parts * bins * bin_length(rows)),
+        utilisation=TokenUtilisation(assignment.num_tokens, num_parts * shape.at_a_time * shape.length),
     )
 
 
@@ -233,12 +243,14 @@ def microbatch_log_probs(
       entropy_gradient: whether the entropies have a gradient.
     """
     rows, logits_mib = part.rows, config.loss.logits_mib
-    if part.owns_prompt is None:
+    if part.owns_prompt is None or part.shape is None:
         return completion_log_probs(
             model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, logits_mib, entropy_gradient
         )
     shares = shares_prompts(model, config)
-    return packed_log_probs(model, weights, rows, part.owns_prompt, temperature, logits_mib, entropy_gradient, shares)
+    return packed_log_probs(
+        model, weights, rows, part.owns_prompt, part.shape, temperature, logits_mib, entropy_gradient, shares
+    )
 
 
 def score(
@@ -247,14 +259,14 @@ def score(
     rows: Rows,
     temperature: Float[Array, ""],
     config: Config,
-    wanted: Bool[Array, "B"] | None = None,
+    wanted: Bool[Array, "R"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
-    Outside the mask, and for rows of groups that are not wanted, they may hold anything.
+    Outside the mask, and for rows that are not wanted, they may hold anything.
 
     Args:
-      wanted: groups whose rows are needed; the others cost nothing. None = all.
+      wanted: rows that are needed; the others cost nothing. None = all.
     """
     microbatches = make_microbatches(model, rows, config, wanted)
 
@@ -276,8 +288,8 @@ def score_some(
     config: Config,
 ) -> Float[Array, "R T"]:
     """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing."""
-    found = score(model, weights, rows, temperature, config, wanted)[0]
     wanted_rows = jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0])
+    found = score(model, weights, rows, temperature, config, wanted_rows)[0]
     return jax.lax.stop_gradient(jnp.where(wanted_rows[:, None], found, rows.old_log_probs))
 
 
@@ -349,15 +361,40 @@ def shares_prompts(model: Model, config: Config) -> bool:
 
 
 def assign(model: Model, rows: Rows, completion_lengths: Int[Array, "R"], config: Config) -> BinAssignment:
-    """The bins of the rows whose completion is not empty, as many bins as there are rows.
+    """The bins of the rows whose completion is not empty, as many bins as there are rows, and whole microbatches.
 
     Args:
       completion_lengths: tokens of each completion that are needed; 0 = the row goes into no bin.
     """
     r = rows.tokens.shape[0]
+    shape = shape_of_bins(model, rows, config)
+    bins = -(-r // shape.at_a_time) * shape.at_a_time
     if shares_prompts(model, config):
-        return assign_shared_bins(rows.lengths, completion_lengths, rows.group, bin_length(rows), r)
-    return assign_bins(rows.lengths, completion_lengths, jnp.arange(r), bin_length(rows), r)
+        return assign_shared_bins(rows.lengths, completion_lengths, rows.group, shape.length, bins, shape.rows)
+    return assign_bins(rows.lengths, completion_lengths, jnp.arange(r), shape.length, bins, shape.rows)
+
+
+def shape_of_bins(model: Model, rows: Rows, config: Config) -> BinShape:
+    """`bin_shape` of rows of these shapes."""
+    return bin_shape(rows.tokens.shape[0], rows.prompts.shape[1], rows.tokens.shape[1], model, config)
+
+
+def bin_shape(rows: int, prompt: int, completion: int, model: Model, config: Config) -> BinShape:
+    """The bins that so many rows are packed into.
+
+    A microbatch takes no more memory than loss.microbatch_rows rows at their longest. Where that allows all rows at
+    once, it is an eighth of them: empty bins can only be left out by whole microbatches. loss.microbatch_tokens may
+    allow less.
+
+    Args:
+      prompt: P.
+      completion: T.
+    """
+    at_most = config.loss.microbatch_rows
+    at_once = microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
+    shards = size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    shares, enough = shares_prompts(model, config), config.loss.microbatch_tokens
+    return choose_bin_shape(prompt, completion, config.rollout.group_size, at_once, shards, shares, enough)
 
 
 def num_microbatches(rows: Rows, config: Config) -> int:
@@ -366,14 +403,9 @@ def num_microbatches(rows: Rows, config: Config) -> int:
     return n // microbatch_size(n, config.loss.microbatch_rows)
 
 
-def bins_at_a_time(rows: int, config: Config) -> int:
-    """How many bins of this many packed rows are computed together; microbatches of bins without a row are left out.
-
-    Where loss.microbatch_rows allows all rows at once, an eighth of them is taken: there are as many bins as rows,
-    and empty ones can only be left out by whole microbatches.
-    """
-    at_most = config.loss.microbatch_rows
-    return microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
+def is_single_part(model: Model, rows: Rows, config: Config) -> bool:
+    """Whether all rows are one microbatch of padded rows."""
+    return not uses_packing(model, rows, config) and num_microbatches(rows, config) == 1
 
 
 RowsOrArray = TypeVar("RowsOrArray", Rows, Array)

@@ -9,13 +9,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config
-from pspo_jax.losses.policy_loss import Denominators, LossMetrics, combine, compute_loss, denominators, zero_metrics
+from pspo_jax.losses.policy_loss import (
+    Denominators,
+    LossMetrics,
+    combine,
+    compute_loss,
+    denominators,
+    metrics_of_uncomputed,
+    rows_with_gradient,
+    zero_metrics,
+)
 from pspo_jax.losses.ratios import top_entropy
 from pspo_jax.model.interface import Model
 from pspo_jax.training.optimizer import float32, in_float32
@@ -23,6 +32,7 @@ from pspo_jax.training.scoring import (
     Microbatch,
     TokenUtilisation,
     fold_microbatches,
+    is_single_part,
     make_microbatches,
     microbatch_log_probs,
     score,
@@ -61,7 +71,9 @@ class UpdateMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     """Global norm of the gradient before clipping."""
     useful: Float[Array, ""]
-    """Share of the tokens computed that the loss needs."""
+    """Share of the tokens computed that the loss needs; NaN = none was computed."""
+    completions: Float[Array, ""]
+    """Number of completions that were computed."""
     applied: Float[Array, ""]
     """1, or 0 if the update was skipped because it was not finite."""
 
@@ -97,9 +109,12 @@ def optimize(
             _, entropy = score(model, merge_params(before.params, state.frozen), minibatch, temperature, config)
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
-        total = denominators(rows, minibatch, o.minibatches, o.count_masked)
-        found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total)
-        return apply_gradient(optimizer, before, *found)
+        # A single part is computed whole, with whatever it holds.
+        computed = None if is_single_part(model, minibatch, config) else rows_with_gradient(minibatch, o)
+        total = denominators(rows, minibatch, o.minibatches, o.count_masked, computed)
+        found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total, computed)
+        completions = (minibatch.counted if computed is None else computed).sum().astype(jnp.float32)
+        return apply_gradient(optimizer, before, *found, completions)
 
     def iteration(before: Training, _: None) -> tuple[Training, UpdateMetrics]:
         return jax.lax.scan(update, before, minibatches)
@@ -125,9 +140,10 @@ def apply_gradient(
     metrics: LossMetrics,
     mismatch: SamplerMismatch,
     tokens: TokenUtilisation,
+    completions: Float[Array, ""],
 ) -> tuple[Training, UpdateMetrics]:
     """One optimizer update. If loss or gradient is not finite, weights and optimizer state stay as they were."""
-    useful = tokens.needed / jnp.maximum(tokens.computed, 1)
+    useful = tokens.needed / jnp.where(tokens.computed > 0, tokens.computed, jnp.nan)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
     changes, new_opt_state = in_float32(optimizer).update(grads, before.opt_state, before.params)
@@ -137,7 +153,7 @@ def apply_gradient(
     )
     skipped = jnp.where(finite, 0, before.skipped + 1).astype(jnp.int32)
     after = Training(params, opt_state, skipped, before.done + 1)
-    return after, UpdateMetrics(metrics, mismatch, norm, useful, finite.astype(jnp.float32))
+    return after, UpdateMetrics(metrics, mismatch, norm, useful, completions, finite.astype(jnp.float32))
 
 
 def loss_gradient(
@@ -148,9 +164,15 @@ def loss_gradient(
     temperature: Float[Array, ""],
     config: Config,
     total: Denominators,
+    computed: Bool[Array, "R"] | None = None,
 ) -> tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]:
-    """Gradient of a minibatch's loss in `params`, in float32, accumulated over microbatches; and its metrics."""
-    microbatches = make_microbatches(model, rows, config)
+    """Gradient of a minibatch's loss in `params`, in float32, accumulated over microbatches; and its metrics.
+
+    Args:
+      total: the denominators, which count all rows.
+      computed: rows that are computed, which must hold all of `rows_with_gradient`; None = all.
+    """
+    microbatches = make_microbatches(model, rows, config, computed)
 
     def loss_fn(params: Params, part: Microbatch) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
         return microbatch_loss(model, weights(params, part.number), part, temperature, config, total)
@@ -169,7 +191,8 @@ def loss_gradient(
         return grads, combine(metrics, new_metrics), _combine_mismatches(mismatch, new_mismatch)
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-    start = zeros, zero_metrics(), _no_mismatch()
+    others = zero_metrics() if computed is None else metrics_of_uncomputed(rows, computed)
+    start = zeros, others, _no_mismatch()
     return *fold_microbatches(add, start, microbatches), microbatches.utilisation
 
 

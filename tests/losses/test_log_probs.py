@@ -74,7 +74,8 @@ def test_logits_never_materialise(tied, skips):
         few.memory_analysis().temp_size_in_bytes, rel=0.02
     )
     products = [program.cost_analysis()["flops"] for program in (few, frozen)]
-    assert products[1] == pytest.approx(0.75 * products[0], rel=0.02)
+    # Forward pass, logits again, and two gradients; of the frozen head, forward pass and one gradient.
+    assert products[1] == pytest.approx(0.5 * products[0], rel=0.02)
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -103,6 +104,9 @@ def test_gradients_of_chunks_are_autodiffs(t, entropy_gradient):
     for columns in (None, live):
         got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden, columns)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), got, want)
+        frozen = jax.jit(jax.value_and_grad(chunked, argnums=1))(params, hidden, columns)
+        frozen_want = want[0], want[1][1]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), frozen, frozen_want)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))

@@ -80,7 +80,8 @@ def trained(**fields):
 def test_an_own_surrogate_trains_as_the_packages_equal_one_does(modules):
     mine, metrics = trained(loss__surrogate="mine:log_prob", loss__microbatch_rows=8)
     same, _ = trained(loss__surrogate="reinforce", loss__microbatch_rows=8)
-    jax.tree.map(np.testing.assert_array_equal, mine, same)
+    # The update leaves out completions without an advantage for the package's surrogate alone.
+    assert relative(mine, same) < 1e-6
     assert relative(mine, trained(loss__microbatch_rows=8)[0]) > 1e-4
     assert float(metrics["clip_ratio/region_mean"]) == 0
 

@@ -71,12 +71,20 @@ def test_a_cpu_recomputes_no_more_than_its_memory_requires(monkeypatch):
         kinds[kind] = kept + inside
     assert kinds["none"] > kinds["dots"] > kinds["full"]
     for memory, wanted in ((kinds["none"], "none"), (kinds["dots"], "dots"), (kinds["full"], "full"), (0, "full")):
-        monkeypatch.setattr(machine, "host_bytes", lambda m=memory: 4 * m * jax.local_device_count() * 1.001)
+        monkeypatch.setattr(machine_defaults, "host_bytes", lambda m=memory: 4 * m * jax.local_device_count() * 1.001)
         chosen, words = machine_defaults.with_memory(config, a, mesh, 512, on_cpu=True)
         assert chosen.model.remat == wanted and chosen.loss.packing
         assert f"model.remat {wanted} (" in words[0] and "loss.packing true" in words[1]
+        assert (
+            chosen.loss.microbatch_tokens == machine_defaults.ENOUGH_TOKENS
+            and "loss.microbatch_tokens 256 (" in words[2]
+        )
     chosen, words = machine_defaults.with_memory(config, a, mesh, 512, on_cpu=False)
-    assert chosen.model.remat == "full" and chosen.loss.packing is None and len(words) == 1
+    assert (
+        chosen.model.remat == "full"
+        and chosen.loss.packing is chosen.loss.microbatch_tokens is None
+        and len(words) == 1
+    )
 
 
 def test_a_run_keeps_its_type_on_another_machine(tmp_path):

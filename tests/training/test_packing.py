@@ -14,15 +14,23 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
 from pspo_jax.losses.log_probs import compact_rows
-from pspo_jax.losses.packing import ROWS_PER_BIN, assign_bins, assign_shared_bins, bin_length, loss_lengths
+from pspo_jax.losses.packing import (
+    ROWS_PER_BIN,
+    assign_bins,
+    assign_shared_bins,
+    choose_bin_shape,
+    loss_lengths,
+    padded_length,
+)
 from pspo_jax.losses.policy_loss import denominators
 from pspo_jax.model import transformer
+from pspo_jax.model.attention.xla import block_size
 from pspo_jax.training.scoring import (
     assign,
-    bins_at_a_time,
     padded_tokens,
     score,
     score_some,
+    shape_of_bins,
     shares_prompts,
     split_microbatches,
     uses_packing,
@@ -301,14 +309,53 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
     packed, padded = run(True), run(False)
     assert relative(packed[0], padded[0]) < 1e-5
     needed = int(assign(model, rows, loss_lengths(rows), config).num_bins)
-    assert needed < 40 and bins_at_a_time(64, config) == 8
-    assert int(packed[3].computed) == -(-needed // 8) * 8 * (P + T - 1)
+    shape = shape_of_bins(model, rows, config)
+    b = shape.at_a_time
+    assert needed < 20 and b * shape.length <= 8 * (P + T - 1)
+    assert int(packed[3].computed) == -(-needed // b) * b * shape.length
     assert int(padded[3].computed) == 64 * (P + T)
 
 
 def test_long_padded_rows_are_counted_as_they_are_computed():
-    """The length of so long a bin is rounded up for attention, to 1,152; that of padded rows is not."""
+    """The length of so long a bin is rounded up for attention; that of padded rows is not."""
     rows = rows_with()
     longer = rows.replace(prompts=jnp.pad(rows.prompts, ((0, 0), (0, 1100 - P)), constant_values=14))
-    assert bin_length(longer) == 1152
+    assert shape_of_bins(tiny_policy()[0], longer, tiny_config(loss__packing=True)).length % 128 == 0
     assert padded_tokens(longer) == compact_rows(longer.prompts, longer.lengths, longer.tokens).size == R * (1100 + T)
+
+
+@given(st.integers(1, 1500), st.integers(1, 1500), st.integers(2, 32), st.integers(1, 64), st.sampled_from([1, 2, 8]))
+def test_a_microbatch_of_bins_takes_no_more_room_than_its_rows(prompt, completion, group_size, rows, shards):
+    """Tokens, and tokens with scores, are at most those of the rows; the mesh divides the bins; every row fits."""
+    shape = choose_bin_shape(prompt, completion, group_size, rows * shards, shards)
+    alone = padded_length(prompt + completion - 1)
+    assert alone <= shape.length <= padded_length(prompt + group_size * (completion - 1))
+    assert shape.at_a_time >= shards and shape.at_a_time % shards == 0
+    assert shape.at_a_time * shape.length <= rows * shards * alone
+    of_bin, of_row = (x + x * block_size(x, 1) / 512 for x in (shape.length, alone))
+    assert shape.at_a_time * of_bin <= rows * shards * of_row
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [((64, 12, 8), 152), ((64, 12, 4), 108), ((256, 2048, 8), 2304), ((9, 1, 8), 9)],
+    ids=("a group of short completions", "a smaller group", "long completions", "completions of one token"),
+)
+def test_a_bin_is_as_long_as_sharing_wants(sizes, length):
+    assert choose_bin_shape(*sizes, rows=64, shards=1).length == length
+
+
+def test_enough_tokens_bound_a_microbatch():
+    at_once = [choose_bin_shape(64, 12, 8, 64, 2, enough=n).at_a_time for n in (1, 304, 305, 609, None)]
+    assert at_once[:4] == [2, 2, 4, 6] and at_once[4] > 20
+
+
+def test_a_group_of_short_completions_shares_one_prompt():
+    """Eight completions of 12 tokens behind a prompt of 50, of at most 64, stand in one bin."""
+    shape = choose_bin_shape(64, 12, 8, 8, 1)
+    assert shape.length * shape.at_a_time <= 8 * 75
+    prompts, completions = jnp.full(64, 50), jnp.full(64, 12)
+    found = assign_shared_bins(prompts, completions, jnp.arange(64) // 8, shape.length, 64, shape.rows)
+    assert int(found.num_bins) == 8 and int(found.num_tokens) == 8 * (50 + 8 * 11)
+    before = assign_shared_bins(prompts, completions, jnp.arange(64) // 8, 75, 64)
+    assert int(before.num_bins) == 32
