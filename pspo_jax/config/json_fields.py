@@ -8,7 +8,7 @@ import typing
 
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import Config, TaskName
+from pspo_jax.config.schema import Config, TextTaskName
 from pspo_jax.system.json_values import Json
 
 
@@ -61,7 +61,7 @@ def mixture(c: Config) -> list[tuple[Config, float]]:
 def _check_name(item: dict[str, Json]) -> None:
     """Raise ConfigError unless an entry of a mixture names a text task."""
     where = f"task.mixture={str(item)[:80]}"
-    text_tasks = [name for name in typing.get_args(TaskName) if name not in ("arithmetic", "own")]
+    text_tasks = typing.get_args(TextTaskName)
     if "name" not in item:
         raise ConfigError(f"{where}: lacks a name; add one of {', '.join(text_tasks)}")
     if item["name"] not in text_tasks:

@@ -313,6 +313,7 @@ OWNERS: dict[str, Owner] = {
     "task.function": (task("python_function"),),
     **_all("task", ("dataset", "options"), task("reasoning_gym")),
     **_all("task", ("numbers", "max_target"), task("countdown")),
+    "task.kinds": (task("text_suite"),),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
     **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),

@@ -23,9 +23,10 @@ from pspo_jax.config.strategies import (
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
-TaskName = Literal[
-    "arithmetic", "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "python_function", "own"
+TextTaskName = Literal[
+    "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "text_suite", "python_function"
 ]
+TaskName = Literal["arithmetic", TextTaskName, "own"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -59,9 +60,10 @@ class TaskConfig:
     """Prompts and gold answers: where they come from and how they are read."""
 
     name: TaskName = "arithmetic"
-    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic and countdown generate
-    their prompts; math, gsm8k, multiple_choice and python_function read task.train_data; reasoning_gym takes datasets
-    of the package of that name. own is the task that a program gives to pspo_jax.train, which sets this field."""
+    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic, countdown and
+    text_suite generate their prompts; math, gsm8k, multiple_choice and python_function read task.train_data;
+    reasoning_gym takes datasets of the package of that name. own is the task that a program gives to pspo_jax.train,
+    which sets this field."""
     train_prompts: Annotated[int, Range(0)] = 512
     """Number of prompts to train on; 0 = all rows of the data, or 10,000 for a task that generates its prompts."""
     heldout_prompts: Annotated[int, Range(1)] = 384
@@ -105,6 +107,8 @@ class TaskConfig:
     """countdown: permitted counts of numbers in a problem, separated by commas."""
     max_target: Annotated[int, Range(2)] = 99
     """countdown: largest target."""
+    kinds: str = "all"
+    """text_suite: kinds of questions, separated by commas, such as add,add_carry; all = every kind."""
     mixture: str | None = None
     """Several tasks in place of one: a JSON list (in YAML, a list) of objects. Each holds fields of this stage, a name
     among them, and a weight, which is its share of the prompts."""
@@ -187,7 +191,6 @@ class ModelConfig:
     """Activations of a block that the backward pass recomputes: none; all but the results of projections (dots); all
     but the block's input (full, about a third more work); or the same with the inputs in host memory (offload). None
     (the default of a text task) = full; on a CPU, the first of these whose activations fit in a quarter of memory."""
-
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
     tokens or more, the first kernel that passes a check at the start; else XLA."""

@@ -247,6 +247,7 @@ def _check_task(c: Config) -> None:
     for name in ("subset", "revision", "prompt_column", "answer_column", "function"):
         if getattr(t, name) is not None and not getattr(t, name).strip():
             raise ConfigError(f"task.{name}='': must not be empty; leave it out")
+    _check_list("task.kinds", t.kinds)
     _check_list("task.numbers", t.numbers)
     sizes = t.numbers.split(",")
     if not all(s.strip().isdecimal() and 2 <= int(s) <= 6 for s in sizes):

@@ -32,6 +32,7 @@ from pspo_jax.data.loading import (
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
 from pspo_jax.data.synthetic.countdown import source as countdown_source
 from pspo_jax.data.synthetic.reasoning_gym import source as gym_source
+from pspo_jax.data.synthetic.text_suite import source as suite_source
 from pspo_jax.data.task import Demonstrations, LeftOut, PromptDataset, RewardFn, Task, pad_rows
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.verifiers.workers.pool import Pool
@@ -39,8 +40,10 @@ from pspo_jax.verifiers.workers.pool import Pool
 if TYPE_CHECKING:
     import datasets
 
-GENERATED = {"countdown": countdown_source, "reasoning_gym": gym_source}
+GENERATED = {"countdown": countdown_source, "reasoning_gym": gym_source, "text_suite": suite_source}
 """Tasks that generate their prompts: (config, seed, count) -> Source."""
+LABEL_COLUMNS = {"text_suite": "kind"}
+"""Column that labels a task's prompts one by one. Beside other tasks in a mixture, they all have the task's label."""
 GENERATED_PROMPTS = 10_000
 """Training prompts of a generated task if task.train_prompts is 0."""
 _SHOWN = 200
@@ -444,7 +447,7 @@ def prompt_dataset(
       width: padded length of the prompts.
       pad: the id that fills padding.
       identity: hash of the tokenizer and template.
-      names: labels of the tasks; each task has two parts.
+      names: labels of the tasks, each of which has two parts; a single task may have LABEL_COLUMNS instead.
     """
     rows = pick.rows.select(pick.keep)
     records = grain.MapDataset.source(rows)
@@ -466,13 +469,14 @@ def prompt_dataset(
                 values[here] = np.array([*source.select(row[here]).values(name), None], object)[:-1]
         return list(values)
 
+    labelled = LABEL_COLUMNS.get(rows[0]["kind"]) if len(names) == 1 else None
     return PromptDataset(
         tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
         lengths=column_array(rows, "length").astype(np.int32),
         answers=_Column(records, rows, "answer"),
         texts=_Column(records, rows, "text"),
         kinds=_Column(records, rows, "kind"),
-        labels=[names[part // 2] for part in parts],
+        labels=[str(x) for x in column(labelled)] if labelled else [names[part // 2] for part in parts],
         extras=_Column(records, rows, "extra"),
         columns=columns,
         column=column,

@@ -9,6 +9,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import AnswerTransform, Config, TaskConfig, TaskName
 from pspo_jax.data.loading import Source, from_data
 from pspo_jax.data.synthetic.countdown import source as countdown_source
+from pspo_jax.data.synthetic.text_suite import source as suite_source
 
 
 class Benchmark(NamedTuple):
@@ -33,10 +34,10 @@ BENCHMARKS = {
 }
 FIVE = ("aime24", "math500", "amc23", "minerva", "olympiadbench")
 """Benchmarks whose plain mean the tables of PSPO and open-rs report."""
-MADE = ("countdown",)
-MADE_PROBLEMS = 512
+MADE = {"countdown": (countdown_source, 512), "text_suite": (suite_source, 640)}
+"""Benchmarks that are generated: (config, seed, count) -> Source, and the number of problems."""
 MADE_SEED = 20_260_101
-"""Problems of the countdown benchmark; no training seed should be this one."""
+"""Seed of their problems; no training seed should be this one."""
 HELDOUT = "heldout"
 """A run's own held-out prompts."""
 OWN: tuple[TaskName, ...] = ("math", "gsm8k", "multiple_choice", "python_function")
@@ -51,7 +52,8 @@ def benchmark_source(name: str, data: str | None, config: Config) -> Source:
       ConfigError: no such benchmark, or its data cannot be read.
     """
     if name in MADE:
-        return countdown_source(config, MADE_SEED, MADE_PROBLEMS)
+        make, problems = MADE[name]
+        return make(config, MADE_SEED, problems)
     if name not in BENCHMARKS and data is not None:  # a set of one's own, read as the config's task reads its data
         own = config.task if config.task.name in OWN else dataclasses.replace(config.task, name="math")
         return from_data(data, f"--data {name}", "test", own)._replace(name=name)

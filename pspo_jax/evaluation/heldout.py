@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import jax
@@ -43,12 +43,13 @@ def evaluate(
       report: is called with the rewards of this process's rows, batch by batch.
     Returns:
       Shares in [0, 1]: `greedy`, the mean verdict of greedy completions; `sampled`, that of eval.samples completions
-      of each prompt; `no_verdict`, the share of all completions that have none.
+      of each prompt; `no_verdict`, the share of all completions that have none. If the prompts have several labels,
+      `greedy/LABEL` and `sampled/LABEL` are the means over the prompts of one label.
     """
     greedy = SamplingParams.of(config.rollout, task.stop_ids, temperature=0.0)
     sampled = SamplingParams.of(config.rollout, task.stop_ids)
     n = len(task.heldout.lengths)
-    waits: dict[str, list[Callable[[], RewardResult]]] = {"greedy": [], "sampled": []}
+    waits: dict[str, list[tuple[Int[np.ndarray, "b"], Callable[[], RewardResult]]]] = {"greedy": [], "sampled": []}
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch)
         real = rows < n
@@ -63,22 +64,47 @@ def evaluate(
                 processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended)
             )
             completions = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, wants_reward=False)
-            waits[name].append(task.reward_fn(completions))
-    scores = {name: [wait() for wait in of_kind] for name, of_kind in waits.items()}
-    for found in (found for of_kind in scores.values() for found in of_kind):
-        report(found)
-    return _means(scores)
+            waits[name].append((rows[own], task.reward_fn(completions)))
+    verdicts: dict[str, Float[np.ndarray, "M 1"]] = {}
+    for name, of_name in waits.items():
+        scores = [wait() for _, wait in of_name]
+        for found in scores:
+            report(found)
+        verdicts[name] = np.concatenate([found.verdicts for found in scores])
+    sampled_rows = {name: np.concatenate([rows for rows, _ in of_name]) for name, of_name in waits.items()}
+    return _means(verdicts) | _means_by_label(verdicts, sampled_rows, task.heldout.labels)
 
 
-def _means(scores: dict[str, list[RewardResult]]) -> dict[str, float]:
-    """Shares over all processes, from each one's rewards."""
-    verdicts = {name: np.concatenate([found.verdicts for found in of_kind]) for name, of_kind in scores.items()}
+def _means(verdicts: dict[str, Float[np.ndarray, "M 1"]]) -> dict[str, float]:
+    """Shares over all processes, from each one's verdicts."""
     # (sum of verdicts, number of verdicts, number of completions) of each kind.
     sums = processes.sum_over_processes(
         np.array([[np.nansum(x), (~np.isnan(x)).sum(), x.size] for x in verdicts.values()], np.float64)
     )
     means = {name: float(s / n) if n else float("nan") for name, (s, n, _) in zip(verdicts, sums, strict=True)}
     return means | {"no_verdict": float(1 - sums[:, 1].sum() / sums[:, 2].sum())}
+
+
+def _means_by_label(
+    verdicts: dict[str, Float[np.ndarray, "M 1"]], rows: dict[str, Int[np.ndarray, "M"]], labels: Sequence[str] | None
+) -> dict[str, float]:
+    """Shares over all processes for each label, if there are several.
+
+    Args:
+      rows: the prompt of each verdict.
+      labels: the label of each prompt.
+    """
+    names, label_of_row = np.unique(np.array(labels or [""]), return_inverse=True)
+    if len(names) < 2:
+        return {}
+    out = {}
+    for kind, values in verdicts.items():
+        known = ~np.isnan(values[:, 0])
+        label = label_of_row[rows[kind]][known]
+        counts = [np.bincount(label, weights, len(names)) for weights in (values[known, 0], np.ones(len(label)))]
+        for name, total, count in zip(names, *processes.sum_over_processes(np.array(counts, np.float64)), strict=True):
+            out[f"{kind}/{name}"] = float(total / count) if count else float("nan")
+    return out
 
 
 def gather(prompts: PromptDataset, rows: Int[np.ndarray, "B"], loss_weight: Float[np.ndarray, "B"]) -> Prompts:

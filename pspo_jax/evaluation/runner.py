@@ -157,6 +157,7 @@ def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> l
                 "problem": int(row),
                 "prompt": work.tokenizer.decode(batch.prompts.tokens[int(row)][: batch.prompts.lengths[row]].tolist()),
                 "answer": batch.prompts.answers[int(row)],
+                "task": "" if batch.prompts.labels is None else batch.prompts.labels[int(row)],
                 "right": [None if np.isnan(x) else float(x) for x in scores.verdicts[i]],
                 "found": scores.answers[i],
                 "lengths": n,
@@ -227,4 +228,6 @@ def read_summary(path: Path, ks: Sequence[int]) -> Summary:
     verdicts = np.array([[np.nan if x is None else x for x in line["right"]] for line in lines])
     lengths = np.array([line["lengths"] for line in lines])
     truncated = np.array([line["truncated"] for line in lines])
-    return summarise(verdicts, [line["found"] for line in lines], lengths, truncated, ks)
+    return summarise(
+        verdicts, [line["found"] for line in lines], lengths, truncated, ks, [line["task"] for line in lines]
+    )

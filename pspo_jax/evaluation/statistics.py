@@ -18,6 +18,17 @@ Answers = Sequence[Sequence[str | None]]
 """P lists of n extracted answers, None where nothing was extracted."""
 
 
+class TaskAccuracy(NamedTuple):
+    """The problems of one task, or of one kind, among those of a benchmark."""
+
+    task: str
+    """Label of the problems."""
+    problems: int
+    accuracy: float
+    """avg@n."""
+    se_problems: float
+
+
 class Summary(NamedTuple):
     """One checkpoint on one benchmark."""
 
@@ -36,6 +47,8 @@ class Summary(NamedTuple):
     """Share of the samples."""
     no_verdict: float
     """Share of the samples."""
+    by_task: tuple[TaskAccuracy, ...] = ()
+    """The accuracy of each label's problems; empty if all problems have one label."""
 
 
 def mean_accuracy(verdicts: Float[np.ndarray, "P n"]) -> float:
@@ -108,8 +121,13 @@ def summarise(
     lengths: Int[np.ndarray, "P n"],
     truncated: Bool[np.ndarray, "P n"],
     ks: Sequence[int],
+    tasks: Sequence[str] = (),
 ) -> Summary:
-    """Everything above at once; `lengths` are in tokens, pass@k and maj@k are given for each k of `ks`."""
+    """Everything above at once; `lengths` are in tokens, pass@k and maj@k are given for each k of `ks`.
+
+    Args:
+      tasks: the label of each problem; empty = none has one.
+    """
     for name, array in {"lengths": lengths, "truncated": truncated}.items():
         if array.shape != verdicts.shape:
             raise ValueError(f"{name} has shape {array.shape}, verdicts {verdicts.shape}")
@@ -125,7 +143,17 @@ def summarise(
         mean_length=_mean(lengths),
         truncated=_mean(truncated),
         no_verdict=_mean(np.isnan(verdicts)),
+        by_task=_by_task(verdicts, tasks),
     )
+
+
+def _by_task(verdicts: Float[np.ndarray, "P n"], tasks: Sequence[str]) -> tuple[TaskAccuracy, ...]:
+    """The accuracy of each label's problems, in the order of the labels; () if there are not several labels."""
+    names = sorted(set(tasks))
+    if len(names) < 2:
+        return ()
+    of = {name: verdicts[np.array(tasks) == name] for name in names}
+    return tuple(TaskAccuracy(name, len(v), mean_accuracy(v), se_problems(v)) for name, v in of.items())
 
 
 def average(summaries: Sequence[tuple[float, float]]) -> tuple[float, float]:

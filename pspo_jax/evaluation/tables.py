@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pspo_jax.evaluation.statistics import Summary, average
+from pspo_jax.evaluation.statistics import Summary, TaskAccuracy, average
 from pspo_jax.system.storage import write_whole
 
 Rows = Mapping[str, Mapping[str, Summary]]
@@ -102,6 +102,8 @@ def to_json(summary: Summary) -> dict[str, object]:
     def plain(value: object) -> object:
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
         return None if isinstance(value, float) and math.isnan(value) else value
 
     return {name: plain(value) for name, value in summary._asdict().items()}
@@ -115,7 +117,8 @@ def from_json(saved: Mapping[str, Any]) -> Summary:
             return {int(k): back(v) for k, v in value.items()}
         return math.nan if value is None else value
 
-    return Summary(**{name: back(value) for name, value in saved.items()})
+    by_task = tuple(TaskAccuracy(*map(back, row)) for row in saved["by_task"])
+    return Summary(**{name: back(value) for name, value in saved.items()} | {"by_task": by_task})
 
 
 def _benchmarks(rows: Iterable[Mapping[str, Summary]]) -> list[str]:
@@ -160,7 +163,24 @@ def _details(name: str, of: Mapping[str, Summary]) -> list[str]:
     ]
     problems, samples = _range(s.problems for s in every), _range(s.samples for s in every)
     size = f"Problems: {problems}; n, samples of each: {samples}. In percent, the mean length in tokens."
-    return [f"### {_escape(name)}", size, _table(header, body)]
+    return [f"### {_escape(name)}", size, _table(header, body), *_by_task(of)]
+
+
+def _by_task(of: Mapping[str, Summary]) -> list[str]:
+    """A table of the tasks, or kinds, of a benchmark's problems against checkpoints; nothing if there is only one."""
+    found = {label: {part.task: part for part in s.by_task} for label, s in of.items()}
+    problems = {part.task: part.problems for s in of.values() for part in s.by_task}
+    if not problems:
+        return []
+    body = [
+        [
+            task,
+            str(count),
+            *(_score(p[task].accuracy, p[task].se_problems) if task in p else DASH for p in found.values()),
+        ]
+        for task, count in problems.items()
+    ]
+    return [_table(["task", "problems", *found], body)]
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -127,6 +127,13 @@ def _request(kind: str, gold: str, extra: dict[str, object], text: str) -> Reque
             return Request("choice", {"gold": gold, "completion": text, **extra})
         case "reasoning_gym":
             return Request("reasoning_gym", {**extra, "completion": text})
+        case "exact":
+            return Request("exact", {"gold": gold, "completion": text})
+        case "text_suite":
+            if len(text.rpartition("</think>")[2].strip().splitlines()) != 1:
+                return None  # candidates on several lines, of which the last would count
+            arguments = {name: value for name, value in extra.items() if name != "verifier"}
+            return _request(str(extra["verifier"]), gold, arguments, text)
     raise ValueError(f"no verifier for {kind}")
 
 

@@ -21,7 +21,7 @@ class RunSummary(TypedDict):
     """The contents of summary.json."""
 
     eval: dict[str, float]
-    """Held-out scores after the last step: greedy, sampled, no_verdict."""
+    """Held-out scores after the last step: greedy, sampled, no_verdict, and greedy/LABEL and sampled/LABEL."""
     steps: int
     rollouts: int
     tokens: int

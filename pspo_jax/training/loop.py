@@ -446,12 +446,18 @@ def show_summary(config: Config, folder: Path, progress: Progress) -> None:
     summary = read_summary(folder)
     if summary is None:
         return
+    scores = summary["eval"]
+    labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     progress.table(
         f"{config.algorithm.name} on {config.task.name}, {summary['steps']} steps",
         [
-            ("held-out greedy", f"{summary['eval']['greedy']:.3f}"),
-            ("held-out sampled", f"{summary['eval']['sampled']:.3f}"),
+            ("held-out greedy", f"{scores['greedy']:.3f}"),
+            ("held-out sampled", f"{scores['sampled']:.3f}"),
+            *[
+                (f"{x}, greedy / sampled", f"{scores[f'greedy/{x}']:.3f} / {scores[f'sampled/{x}']:.3f}")
+                for x in labels
+            ],
             ("rollouts", f"{summary['rollouts']:,}"),
             ("tokens generated", f"{summary['tokens']:,}"),
             ("seconds", seconds),

@@ -1,1 +1,1 @@
-"""Problems that are generated: arithmetic, countdown, and those of reasoning-gym."""
+"""Problems that are generated: arithmetic, countdown, the text suite, and those of reasoning-gym."""

@@ -69,6 +69,12 @@ def verify_choice(gold: str, completion: str, options: int, texts: Sequence[str]
     return Verdict(float(letter == gold), letter)
 
 
+def verify_exact(gold: str, completion: str) -> Verdict:
+    """Scores a completion that is to be the gold answer itself, but for its reasoning and space around it."""
+    text = completion.rpartition("</think>")[2].strip()
+    return Verdict(float(text == gold), text[:200])
+
+
 def verify_gold(gold: str) -> Verdict:
     """Scores a gold answer against itself: 1 if it is accepted from a completion, 0 if it is not or cannot be read."""
     value, name = math_answer.score(gold, "\\boxed{" + gold.partition(math_answer.ALTERNATIVES)[0] + "}")
@@ -119,6 +125,7 @@ VERIFIERS: dict[str, Callable[..., Verdict | functions.FunctionScores]] = {
     "gold": verify_gold,
     "countdown": verify_countdown,
     "choice": verify_choice,
+    "exact": verify_exact,
     "reasoning_gym": verify_gym,
     "function": verify_function,
 }
