@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROWS = 8
-"""Prompts of one length that transformers completes at a time."""
+ROWS = 16
+"""Prompts that transformers completes at a time."""
 
 
 class Answer(NamedTuple):
@@ -46,27 +45,26 @@ def greedy(
 ) -> list[list[int]]:
     """The greedy tokens of each prompt, up to and with the first stop id. `stop_ids` may be empty.
 
-    Prompts of equal length share a batch, so that no row is padded.
+    Prompts are sorted by length and padded on the left, where the mask hides the padding, so that little is padded.
     """
     import torch
 
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(i)
-    batches = [rows[i : i + ROWS] for rows in by_length.values() for i in range(0, len(rows), ROWS)]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[list[int]] = [[] for _ in prompts]
-    for batch in batches:
-        tokens = torch.tensor([prompts[i] for i in batch])
+    for batch in [order[i : i + ROWS] for i in range(0, len(order), ROWS)]:
+        width = len(prompts[batch[-1]])
+        tokens = torch.tensor([[pad_id] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
         with torch.no_grad():
             made = model.generate(
                 tokens,
-                attention_mask=torch.ones_like(tokens),
+                attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 eos_token_id=list(stop_ids) or None,
                 pad_token_id=pad_id,
             )
-        for i, row in zip(batch, made[:, tokens.shape[1] :].tolist(), strict=True):
+        for i, row in zip(batch, made[:, width:].tolist(), strict=True):
             ends = [place for place, token in enumerate(row) if token in stop_ids]
             out[i] = row[: ends[0] + 1] if ends else row
     return out

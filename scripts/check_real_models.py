@@ -7,7 +7,7 @@
 
 `logits` computes the logits of the prompts in float32 and bfloat16 and `--new-tokens` greedy tokens of each in float32.
 `evaluation` completes the prompts of an evaluation's file with transformers' `generate` and judges both completions
-with the same verifier. Both print a table and exit with code 1 if anything that should be equal differs. `--question`
+with the same verifier. Both exit with code 1 if anything that should be equal differs. `--question`
 is the text around a question for a base model; without it, the tokenizer's chat template is used.
 """
 
@@ -130,34 +130,38 @@ def greedy_here(loaded: Loaded, prompts: Sequence[Sequence[int]], new_tokens: in
 
 
 def check_logits(args: argparse.Namespace) -> int:
-    """Print the table of `logits`; 1 if logits differ by more than rounding, or a greedy token differs."""
+    """Print the lines of `logits`; 1 if logits differ by more than rounding, or a greedy token differs."""
     rows = [json.loads(line) for line in json_lines(args.rows.read_text(encoding="utf-8"))][: args.prompts]
     loaded = load_here(config_of(args.folder, "float32", args.question))
     prompts = [loaded.tokenizer.prompt(row[args.column], loaded.config.prompt) for row in rows]
+    lengths = [len(prompt) for prompt in prompts]
     theirs, tokenizer = load(args.folder)
-    their_prompts = [tokenizer.encode(loaded.tokenizer.decode(prompt), add_special_tokens=False) for prompt in prompts]
+    same_ids = [tokenizer.encode(loaded.tokenizer.decode(p), add_special_tokens=False) == p for p in prompts]
     full, scale = gap(zip(logits_here(loaded, prompts), logits_there(theirs, prompts), strict=True))
+    print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens; largest logit {scale:.1f}")
+    print(f"prompts with equal ids: {sum(same_ids)} of {len(prompts)}")
+    print_gap("float32: here and transformers", full)
     made = greedy_here(loaded, prompts, args.new_tokens)
     their_made = greedy(theirs, prompts, args.new_tokens, [], loaded.tokenizer.pad_token_id)
     equal = sum(a == b for a, b in zip(made, their_made, strict=True))
-    half_config = config_of(args.folder, "bfloat16", args.question)
-    half, _ = gap(zip(logits_here(loaded, prompts), logits_here(load_here(half_config), prompts), strict=True))
-    theirs_half, _ = load(args.folder, "bfloat16")
-    their_half, _ = gap(zip(logits_there(theirs, prompts), logits_there(theirs_half, prompts), strict=True))
-    lengths = [len(prompt) for prompt in prompts]
-    print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens; largest logit {scale:.1f}")
-    print("| Compared | Largest difference of logits | Mean | Same most probable token |\n|---|---|---|---|")
-    for name, found in (
-        ("float32: here and transformers", full),
-        ("here: float32 and bfloat16", half),
-        ("transformers: float32 and bfloat16", their_half),
-    ):
-        print(f"| {name} | {found.largest:.2e} | {found.mean:.2e} | {found.best:.4f} |")
+    print(f"prompts whose {args.new_tokens} greedy tokens are equal: {equal} of {len(prompts)}", flush=True)
+    half = load_here(config_of(args.folder, "bfloat16", args.question))
+    pairs = zip(logits_here(loaded, prompts), logits_here(half, prompts), strict=True)
+    print_gap("here: float32 and bfloat16", gap(pairs)[0])
+    del half
+    their_half, _ = load(args.folder, "bfloat16")
+    pairs = zip(logits_there(theirs, prompts), logits_there(their_half, prompts), strict=True)
+    print_gap("transformers: float32 and bfloat16", gap(pairs)[0])
+    return int(full.largest > CLOSE * scale or equal < len(prompts) or not all(same_ids))
+
+
+def print_gap(name: str, found: Gap) -> None:
+    """Print what was compared and how far it differs."""
     print(
-        f"prompts with equal ids: {sum(a == b for a, b in zip(prompts, their_prompts, strict=True))} of {len(prompts)}"
+        f"{name}: logits differ by {found.largest:.2e} at most and {found.mean:.2e} on average; the most probable "
+        f"token is the same at {found.best:.2%} of places",
+        flush=True,
     )
-    print(f"prompts whose {args.new_tokens} greedy tokens are equal: {equal} of {len(prompts)}")
-    return int(full.largest > CLOSE * scale or equal < len(prompts) or prompts != their_prompts)
 
 
 def verdict(answer: Answer, ends: Sequence[str]) -> float | None:

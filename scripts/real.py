@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ REPO = Path(__file__).resolve().parents[1]
 RECIPE = "configs/smollm2_135m_pspo.yaml"
 WEIGHTS = "weights/smollm2"
 """Folder of the weights from the Python package, in the repository."""
+STOPPED = 130
+"""Exit code after Ctrl-C."""
 SHOWN = 3
 """Held-out questions that are printed with their answers before and after."""
 
@@ -48,14 +51,22 @@ def say(text: str = "") -> None:
 def run(words: Sequence[str], quiet: bool = False) -> str:
     """Print a command and run it in the repository; its output is shown, or returned if `quiet`.
 
+    Ctrl-C reaches the command too, which saves what it has; this waits for it.
+
     Raises:
-      SystemExit: the command failed, with its exit code.
+      SystemExit: the command failed, with its exit code, or was stopped.
     """
-    say(f"$ python {' '.join(words)}\n")
-    done = subprocess.run([sys.executable, *words], cwd=REPO, stdout=subprocess.PIPE if quiet else None, text=True)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return done.stdout or ""
+    say(f"$ python {shlex.join(words)}\n")
+    process = subprocess.Popen([sys.executable, *words], cwd=REPO, stdout=subprocess.PIPE if quiet else None, text=True)
+    try:
+        output = process.communicate()[0]
+    except KeyboardInterrupt:
+        process.wait()
+        say("\nstopped; the same command carries on")
+        raise SystemExit(STOPPED) from None
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return output or ""
 
 
 def write_weights(folder: Path) -> None:
@@ -67,8 +78,16 @@ def write_weights(folder: Path) -> None:
 
 
 def last_step(folder: Path) -> int:
-    """Steps that a run has done."""
-    return int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"])
+    """Steps that a finished run has done.
+
+    Raises:
+      SystemExit: the run was stopped.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        say("the training was stopped; the same command carries on")
+        raise SystemExit(STOPPED)
+    return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
 
 
 def results_of(folder: Path, step: int) -> list[dict[str, object]]:

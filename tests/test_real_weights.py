@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -140,7 +141,7 @@ def pieces(text: str, score: dict[str, float]) -> list[str]:
     """SentencePiece's BPE, step by step: of all neighbours that form a piece, those of the best score are joined."""
     parts = list(text)
     while True:
-        pairs = [(score[a + b], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in score]
+        pairs = [(score[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in score]
         if not pairs:
             return parts
         i = -max(pairs)[1]
