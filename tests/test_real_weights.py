@@ -81,6 +81,60 @@ def test_a_tokenizer_with_other_ids_is_refused(script):
         script.check_ids("smollm2", other)
 
 
+def q4_1(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of 32 numbers in GGUF's Q4_1, and what they hold: scale and least number as float16, and 4 bits each."""
+    blocks, held = [], []
+    for row in values.reshape(-1, 32):
+        low = np.float16(row.min())
+        scale = np.float16((row.max() - row.min()) / 15)
+        codes = np.clip(np.round((row - np.float32(low)) / np.float32(scale)), 0, 15).astype(np.uint8)
+        blocks.append(np.concatenate([np.array([scale, low]).view(np.uint8), codes[:16] | codes[16:] << 4]))
+        held.append(np.float32(scale) * codes + np.float32(low))
+    return np.stack(blocks).reshape(len(values), -1), np.stack(held).reshape(values.shape)
+
+
+def test_tensors_of_a_file(script, tmp_path):
+    """Q4_1 is unpacked, a name is translated, and heads are put back, in a file that gguf wrote."""
+    gguf = pytest.importorskip("gguf")
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(8, 64)).astype(np.float32)
+    packed, held = q4_1(plain)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("blk.1.attn_q.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("blk.1.ffn_down.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("output_norm.weight", plain[0])
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+    found = dict(script.tensors(gguf.GGUFReader(tmp_path / "a.gguf"), script.WEIGHTS["smollm2"], config))
+    np.testing.assert_array_equal(found["model.layers.1.mlp.down_proj.weight"], held)
+    np.testing.assert_array_equal(found["model.layers.1.self_attn.q_proj.weight"], held[[0, 2, 1, 3, 4, 6, 5, 7]])
+    np.testing.assert_array_equal(found["model.norm.weight"], plain[0])
+
+
+def record(task: str, right: float, text: str) -> dict[str, object]:
+    """A line of an evaluation's file."""
+    prompt = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n"
+    return {"task": task, "right": [right], "prompt": prompt, "completions": [text]}
+
+
+def test_what_make_real_says_of_learning(script, capsys):
+    real = importlib.import_module("real")
+    before = [record("add", 0.0, "It is 7"), record("add", 1.0, "8"), record("compare", 0.0, "?")]
+    after = [record("add", 1.0, "7"), record("add", 1.0, "8"), record("compare", 0.0, "??")]
+    assert real.accuracies(after) == {"add": (2, 2), "compare": (0, 1), "all": (2, 3)}
+    real.print_learning(before, after)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "add before 1 of 2 after 2 of 2" in lines and "all before 1 of 3 after 2 of 3" in lines
+    at = lines.index("Question 'Q?'")
+    assert lines[at + 1 : at + 3] == ["before 'It is 7'", "after '7'"] and lines.count("Question 'Q?'") == 1
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """The folder of a model's weights, by its name."""
