@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from pspo_jax.verifiers.workers.pool import Batch, Pool, Reply, Request
 PARTIAL_CREDIT = ("python_function", "reasoning_gym")
 """Kinds whose scores between 0 and 1 count in evaluation; for other kinds only a score of 1 counts, as 1."""
 NO_OPINION = "the function returned None"
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 class _Question(NamedTuple):
@@ -130,11 +132,17 @@ def _request(kind: str, gold: str, extra: dict[str, object], text: str) -> Reque
         case "exact":
             return Request("exact", {"gold": gold, "completion": text})
         case "text_suite":
-            if len(text.rpartition("</think>")[2].strip().splitlines()) != 1:
-                return None  # candidates on several lines, of which the last would count
+            if not _is_one_answer(text):
+                return None
             arguments = {name: value for name, value in extra.items() if name != "verifier"}
             return _request(str(extra["verifier"]), gold, arguments, text)
     raise ValueError(f"no verifier for {kind}")
+
+
+def _is_one_answer(text: str) -> bool:
+    """Whether a completion gives one candidate: it is one line, with at most one number behind its last `=`."""
+    lines = text.rpartition("</think>")[2].strip().splitlines()
+    return len(lines) == 1 and len(_NUMBER.findall(lines[0].rpartition("=")[2])) <= 1
 
 
 def _function_questions(

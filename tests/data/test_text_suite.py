@@ -123,7 +123,7 @@ def wrong_answers(row):
             number = int(answer.removeprefix("Answer: "))
             return [str(number), f"Answer: {number + 1}", f"answer: {number}", f"The answer is {number}."]
     off = Fraction(answer) + Fraction(1, 10) if "." in answer else int(answer) + 1
-    return [str(float(off)) if "." in answer else str(off), f"-{answer}", f"{answer}0", "", "I do not know."]
+    return [str(float(off)) if "." in answer else str(off), f"-{answer}", f"1{answer}", "", "I do not know."]
 
 
 def candidates(row):
@@ -358,7 +358,7 @@ def test_held_out_accuracy_is_reported_by_kind(config):
 
 
 def test_the_benchmark_has_other_questions_than_training(config):
-    make, count = MADE["text_suite"]
+    _, count = MADE["text_suite"]
     found = benchmark_source("text_suite", None, config())
     questions = set(found.records["question"])
     assert len(questions) == count and len(questions & set(made(config()).train.texts)) < 6

@@ -148,9 +148,10 @@ def _sum(a: int, b: int) -> Item:
 
 
 def _count_letters(draw: Draw) -> Item:
-    """How often a letter occurs in a color and a noun; letters that occur more often are asked for more often."""
+    """How often a letter occurs in a color and a noun; it is the more frequent one of two random letters of these."""
     phrase = _phrase(draw)
-    letter = _pick(draw, phrase.replace(" ", ""))
+    letters = phrase.replace(" ", "")
+    letter = max(_pick(draw, letters), _pick(draw, letters), key=phrase.count)
     question = f'How many times does the letter "{letter}" occur in "{phrase}"? {_NUMBER_ONLY}'
     return Item(question, str(phrase.count(letter)), (letter, phrase))
 
