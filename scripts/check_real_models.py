@@ -1,11 +1,11 @@
 """Compare a checkpoint here with transformers and torch on the same prompts: logits, greedy tokens, an evaluation.
 
-    python scripts/check_real_models.py logits weights/smollm2 --rows gsm8k_test.jsonl
+    python scripts/check_real_models.py logits weights/smollm2 --rows gsm8k_test.jsonl --bfloat16
     python -m pspo_jax.evaluate --model weights/smollm2 --benchmarks gsm8k --data gsm8k=gsm8k_test.jsonl --limit 48 \\
       --temperature 0 --max-new-tokens 256 --out eval/smollm2
     python scripts/check_real_models.py evaluation weights/smollm2 --results eval/smollm2/smollm2/gsm8k.jsonl
 
-`logits` computes the logits of the prompts in float32 and bfloat16 and `--new-tokens` greedy tokens of each in float32.
+`logits` computes the logits of the prompts, and `--new-tokens` greedy tokens of each, in float32.
 `evaluation` completes the prompts of an evaluation's file with transformers' `generate` and judges both completions
 with the same verifier. Both exit with code 1 if anything that should be equal differs. `--question`
 is the text around a question for a base model; without it, the tokenizer's chat template is used.
@@ -145,6 +145,15 @@ def check_logits(args: argparse.Namespace) -> int:
     their_made = greedy(theirs, prompts, args.new_tokens, [], loaded.tokenizer.pad_token_id)
     equal = sum(a == b for a, b in zip(made, their_made, strict=True))
     print(f"prompts whose {args.new_tokens} greedy tokens are equal: {equal} of {len(prompts)}", flush=True)
+    if args.bfloat16:
+        print_bfloat16(args, loaded, theirs, prompts)
+    return int(full.largest > CLOSE * scale or equal < len(prompts) or not all(same_ids))
+
+
+def print_bfloat16(
+    args: argparse.Namespace, loaded: Loaded, theirs: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Print how far bfloat16 is from float32, here and in transformers."""
     half = load_here(config_of(args.folder, "bfloat16", args.question))
     pairs = zip(logits_here(loaded, prompts), logits_here(half, prompts), strict=True)
     print_gap("here: float32 and bfloat16", gap(pairs)[0])
@@ -152,7 +161,6 @@ def check_logits(args: argparse.Namespace) -> int:
     their_half, _ = load(args.folder, "bfloat16")
     pairs = zip(logits_there(theirs, prompts), logits_there(their_half, prompts), strict=True)
     print_gap("transformers: float32 and bfloat16", gap(pairs)[0])
-    return int(full.largest > CLOSE * scale or equal < len(prompts) or not all(same_ids))
 
 
 def print_gap(name: str, found: Gap) -> None:
@@ -216,6 +224,7 @@ def main(argv: Sequence[str]) -> int:
     logits.add_argument("--question", help="text around a question, with {question} in its place; default: chat")
     logits.add_argument("--prompts", type=int, default=20, help="first rows that are used (default 20)")
     logits.add_argument("--new-tokens", type=int, default=64, help="greedy tokens of each (default 64)")
+    logits.add_argument("--bfloat16", action="store_true", help="compare bfloat16 with float32 too; slow on most CPUs")
     evaluation = commands.add_parser("evaluation", help="completions and verdicts of an evaluation")
     evaluation.add_argument("folder", type=Path, help="checkpoint in Hugging Face's format")
     evaluation.add_argument("--results", type=Path, required=True, help="JSONL of an evaluation, problem by problem")

@@ -219,6 +219,37 @@ def test_gemmas_tokenizer_is_sentencepieces_by_its_scores(script, folders, name,
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == 2 and tokenizer.chat_template is None
 
 
+ROWS = str(DATA / "math" / "gsm8k_test.jsonl")
+BASE = ("--question", "Question: {question}\nAnswer:")
+"""The prompt of a base model."""
+
+
+def check(env, *words: str) -> str:
+    """What scripts/check_real_models.py prints; it ends with exit code 1 where something differs."""
+    words = (sys.executable, "scripts/check_real_models.py", *words)
+    done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_tokens_are_transformers(folders, name, child_env):
+    words = ("logits", str(folders(name)), "--rows", ROWS, "--prompts", "4", "--new-tokens", "24")
+    said = check(child_env, *words, *(BASE if name == "gemma3" else ()))
+    assert "24 greedy tokens are equal: 4 of 4" in said
+
+
+@pytest.mark.parametrize("name", MODELS[:1])
+def test_evaluation_is_that_of_generate(folders, name, child_env, tmp_path):
+    """The same texts and verdicts, problem by problem."""
+    words = ["--benchmarks", "gsm8k", "--data", f"gsm8k={ROWS}", "--limit", "6", "--temperature", "0"]
+    command = [sys.executable, "-m", "pspo_jax.evaluate", "--model", str(folders(name)), *words]
+    command += ["--max-new-tokens", "48", "--out", str(tmp_path / "out")]
+    subprocess.run(command, cwd=REPO, env=child_env, check=True, timeout=600)
+    said = check(child_env, "evaluation", str(folders(name)), "--results", str(tmp_path / "out" / name / "gsm8k.jsonl"))
+    assert "equal texts: 6 of 6; equal verdicts: 6 of 6" in said
+
+
 def commands_of_the_page() -> str:
     """The bash blocks of docs/real_weights.md, as one script."""
     return "".join(re.findall(r"```bash\n(.*?)```", (REPO / "docs" / "real_weights.md").read_text(), re.S))
