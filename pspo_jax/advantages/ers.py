@@ -30,7 +30,7 @@ class ErsState(NamedTuple):
     mean: Float[Array, "N"]
     """Smoothed mean reward m of each prompt."""
     spread: Float[Array, "N"]
-    """Smoothed variance v; for stat_mode linear_std and released_head, what those modes smooth in its place."""
+    """Smoothed variance v; for stat_mode linear_std and published_head, what those modes smooth in its place."""
     visits: Int[Array, "N"]
     """Number of groups with a usable verdict; 0 = no history."""
     policy_drift: Float[Array, "N"] | None
@@ -40,7 +40,7 @@ class ErsState(NamedTuple):
 def ers(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """Advantages against a prompt's smoothed statistics.
 
-    stat_mode="linear_std" smooths standard deviations linearly. "released_head" stores the variance in the slot of the
+    stat_mode="linear_std" smooths standard deviations linearly. "published_head" stores the variance in the slot of the
     standard deviation, squares it at the next visit and divides by it without a root, as the published code's last
     commit does; it exists for parity studies. A group with fewer than two verdicts updates nothing and gets A = 0.
     alpha_mode="count" takes 1/n at the n-th visit, so that m is the plain mean of all groups; "policy_drift" forgets as
@@ -113,7 +113,7 @@ def _smoothed(
         case "linear_std":
             std = jnp.sqrt(stats.variance)
             spread = jnp.where(seen, smooth(spread_old, std), std)
-        case "released_head":
+        case "published_head":
             spread = jnp.where(seen, smooth(spread_old**2, stats.variance) + mixing, stats.variance)
     return mean, spread, spread
 
@@ -144,7 +144,7 @@ def published_code_ers(
     """ERS and loss weights with the defects of PSPO's published code, for parity studies.
 
     Statistics belong to the slot of a batch, so a prompt's history is another's; the variance is kept in the standard
-    deviation's place (stat_mode released_head); each sample is weighted by its own new advantage, (|A_i| + floor)^-x
+    deviation's place (stat_mode published_head); each sample is weighted by its own new advantage, (|A_i| + floor)^-x
     with x = lambda beta and no maximum, so that a group's advantages no longer sum to 0. The weight is put on the
     advantage; a KL term stays unweighted.
 
@@ -152,7 +152,7 @@ def published_code_ers(
       batch: prompts that are rolled out at a time.
       weight_exponent: x.
     """
-    inner = ers(dataclasses.replace(config, stat_mode="released_head", alpha_mode="fixed"), forgetting)
+    inner = ers(dataclasses.replace(config, stat_mode="published_head", alpha_mode="fixed"), forgetting)
 
     def estimate(
         state: ErsState,

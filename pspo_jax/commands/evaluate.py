@@ -40,7 +40,7 @@ from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole, writing
-from pspo_jax.training.machine import with_type
+from pspo_jax.training.machine_defaults import with_type
 from pspo_jax.training.setup import architecture_for, configure_runtime, device_bytes
 from pspo_jax.verifiers.workers.pool import Pool
 

@@ -12,10 +12,10 @@ from collections.abc import Collection
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.defaults import replace as replace_fields
 from pspo_jax.config.fields import ConfigError, Value, nearest
-from pspo_jax.config.ownership import is_read
 from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ESTIMATORS, REPLAYS, SELECTORS, SURROGATES, AlgorithmName, LossName
+from pspo_jax.config.unread_fields import is_read
 
 _GRPO: dict[str, Value] = {"advantage.name": "group", "advantage.scale": "group", "loss.name": "dapo"}
 _MEAN_ONLY: dict[str, Value] = {"advantage.scale": "none", "loss.name": "dapo"}

@@ -150,9 +150,9 @@ class AdvantageConfig:
     """ers: source of that weight: alpha (fixed); 1/n at a prompt's n-th visit, a plain average (count); or 1 - rho
     (policy_drift), where rho is the share of the past that forgetting.mode=policy_drift leaves, so that history counts
     less the further the policy has drifted."""
-    stat_mode: Literal["variance", "linear_std", "released_head"] = "variance"
+    stat_mode: Literal["variance", "linear_std", "published_head"] = "variance"
     """ers: statistic that is smoothed: the variance (paper), the standard deviation (linear_std), or the mixture in the
-    last commit of the published code (released_head)."""
+    last commit of the published code (published_head)."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class LossConfig:
 
     name: LossName | None = None
     """Published loss, which fills surrogate, ratio, aggregation and the clip range where they are None (table in
-    docs/objectives.md); None = the algorithm's."""
+    docs/losses.md); None = the algorithm's."""
     surrogate: SurrogateName | None = None
     """Function of ratio and advantage that is maximised: PPO's clip, CISPO's truncated weight, SAPO's gate, VESPO's
     gamma weight, or the log-prob alone (reinforce); or a function of your own, as module:function

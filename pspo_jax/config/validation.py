@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError, check_range, convert, field_types
 from pspo_jax.config.json_fields import labels, mixture, options
-from pspo_jax.config.ownership import check_owners
 from pspo_jax.config.presets import check_choices, resolve
 from pspo_jax.config.schema import PROJECTIONS, Config, round_prompts
 from pspo_jax.config.text_fields import gamma_shape, interval, parse_quotas, parse_terms, parse_weights, stop_texts
+from pspo_jax.config.unread_fields import refuse_unread
 
 MAX_DEADLINE = 86_400
 """Largest verifier.deadline, in seconds: a day."""
@@ -30,7 +30,7 @@ def validate(config: Config) -> None:
     check_choices(config)
     config = replace(config, {})
     _check_relations(config)
-    check_owners(config, resolve(config))
+    refuse_unread(config, resolve(config))
 
 
 def _check_fields(stage: str, section: object) -> None:

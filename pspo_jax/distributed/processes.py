@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
-from pspo_jax.distributed.private import CoordinationClient, cluster_processes, coordination_client
+from pspo_jax.distributed.jax_internals import CoordinationClient, cluster_processes, coordination_client
 from pspo_jax.system.storage import StorageError
 
 _FAILURES = "pspo_jax/failed/"

@@ -2,7 +2,7 @@
 
 from pspo_jax.arrays.rows import LossInputs
 from pspo_jax.losses.log_probs import compact_rows, completion_log_probs
-from pspo_jax.losses.losses import Denominators, compute_loss, denominators
+from pspo_jax.losses.policy_loss import Denominators, compute_loss, denominators
 from pspo_jax.losses.ratios import Surrogate, SurrogateInputs, SurrogateTerms
 
 __all__ = [

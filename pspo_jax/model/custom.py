@@ -88,7 +88,8 @@ def from_nnx(module: nnx.Module, forbidden: Sequence[int] = (), vocab_size: int 
     graph, params, *others = nnx.split(module, nnx.Param, ...)
 
     def apply(params: PyTree, tokens: Int[Array, "R S"]) -> Float[Array, "R S V"]:
-        return nnx.merge(graph, params, *others)(tokens)
+        logits: Float[Array, "R S V"] = nnx.merge(graph, params, *others)(tokens)
+        return logits
 
     if vocab_size is None:
         vocab_size = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, 2), jnp.int32)).shape[-1]

@@ -171,7 +171,8 @@ def _decode_to(decoder: RowDecoder, loop: TokenLoop, size: int, chunk: int) -> T
     def decode_chunk(loop: TokenLoop) -> TokenLoop:
         if chunk == 1:
             return decode_token(decoder, loop)
-        return jax.lax.fori_loop(0, chunk, lambda _, loop: decode_token(decoder, loop), loop)
+        after: TokenLoop = jax.lax.fori_loop(0, chunk, lambda _, loop: decode_token(decoder, loop), loop)
+        return after
 
     return jax.lax.while_loop(unfinished, decode_chunk, loop)
 

@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,9 +26,11 @@ from pspo_jax.distributed import processes
 from pspo_jax.runs import verdicts
 from pspo_jax.runs.access import read_lines, read_settings
 from pspo_jax.runs.completions import Line, print_completions, write_completions
-from pspo_jax.runs.events import Events
 from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unwritten, write_whole, writing
+
+if TYPE_CHECKING:
+    from pspo_jax.runs.events import Events
 
 _ERRORS_BYTES = 2**20
 """Bytes up to which reward_errors.log grows."""
@@ -122,6 +124,9 @@ class RunLog:
         if (there := len(read_lines(self._strategy)[0])) < strategy_lines:
             say(f"{self._strategy}: {strategy_lines - there} of its {strategy_lines} lines are lost")
         if tensorboard:
+            # tensorboardX imports torch where it is installed, which takes seconds.
+            from pspo_jax.runs.events import Events
+
             self._persist(lambda: setattr(self, "_events", Events(folder, resume_step + 1)))
 
     def begun(self) -> bool:

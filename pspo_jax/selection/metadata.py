@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.task import PromptDataset
@@ -20,7 +21,9 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ...], PromptMetadata | None]:
-    """Names of the run's tasks, and the facts that the config's selector asks for; () and None if it asks for none.
+    """Names of the run's tasks, and what the config's selector reads of each prompt; () and None if it reads nothing.
+
+    A user's own selector may read everything: the task, and the difficulty if the data has one.
 
     Raises:
       ConfigError: a quota asks for more prompts than its task has, or the data has no difficulty.
@@ -29,12 +32,14 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
     s = config.selection
     task_names: tuple[str, ...] = ()
     task_ids = np.zeros(len(prompts.lengths), np.int16)
-    if s.quotas.strip():
+    own = is_plugin(str(s.name))
+    if s.quotas.strip() or own:
         names = [str(config.task.name)] * len(task_ids) if prompts.labels is None else list(prompts.labels)
         task_names, task_ids = _numbered(names)
-        if not s.replacement:
+        if s.quotas.strip() and not s.replacement:
             check_prompts(s.quotas, task_names, task_ids, round_prompts(config))
-    difficulty = _difficulty(s.difficulty_column, prompts) if s.name == "curriculum" else None
+    asked = s.name == "curriculum" or (own and (s.difficulty_column is not None or prompts.difficulty is not None))
+    difficulty = _difficulty(s.difficulty_column, prompts) if asked else None
     if not task_names and difficulty is None:
         return (), None
     return task_names, PromptMetadata(task_ids, difficulty)
@@ -56,7 +61,7 @@ def _difficulty(column: str | None, prompts: PromptDataset) -> Float[np.ndarray,
         if np.isfinite(numbers).any():
             return numbers
     raise ConfigError(
-        f"selection.difficulty_column={column}: selection.name=curriculum needs a column of numbers, and the data has "
+        f"selection.difficulty_column={column}: the selector needs a column of numbers, and the data has "
         f"none {'by that name' if column else 'named ' + ' or '.join(DIFFICULTY_COLUMNS)}; name one"
     )
 

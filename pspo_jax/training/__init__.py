@@ -7,7 +7,7 @@ An update reads, from the step to the loss, in four files:
 2. `update.py`: `optimize` runs iterations and minibatches; `loss_gradient` adds up the gradients of microbatches, each
    by `microbatch_loss`.
 3. `scoring.py`: groups become rows, rows become microbatches, and `microbatch_log_probs` runs the model on one.
-4. `losses/losses.py`: `compute_loss` is the loss of a microbatch, with the ratios and surrogates of
+4. `losses/policy_loss.py`: `compute_loss` is the loss of a microbatch, with the ratios and surrogates of
    `losses/ratios.py`.
 
 Around the step stand `algorithm.py` (the strategies that a config names), `optimizer.py` (optax chains), `metrics.py`,

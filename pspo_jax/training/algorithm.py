@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from pspo_jax import advantages, replay, selection
 from pspo_jax.config.defaults import flatten
-from pspo_jax.config.ownership import believes
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
+from pspo_jax.config.unread_fields import believes
 from pspo_jax.config.validation import validate
 from pspo_jax.losses.ratios import check_surrogate
 

@@ -18,6 +18,7 @@ from pspo_jax.checkpoint.reading import saved_steps, whole_ones
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
@@ -448,9 +449,15 @@ def show_summary(config: Config, folder: Path, progress: Progress) -> None:
         return
     scores = summary["eval"]
     labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
+    resolved = resolve(config)
+    own = [
+        str(name)
+        for name in (resolved.selection.name, resolved.advantage.name, resolved.loss.surrogate)
+        if is_plugin(str(name))
+    ]
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     progress.table(
-        f"{config.algorithm.name} on {config.task.name}, {summary['steps']} steps",
+        f"{' with '.join([config.algorithm.name, *own])} on {config.task.name}, {summary['steps']} steps",
         [
             ("held-out greedy", f"{scores['greedy']:.3f}"),
             ("held-out sampled", f"{scores['sampled']:.3f}"),

@@ -67,7 +67,8 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         return optimizer.init(float32(params))
 
     def update(grads: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        return optimizer.update(float32(grads), state, float32(params))
+        updates, state = optimizer.update(float32(grads), state, float32(params))
+        return updates, state
 
     return optax.GradientTransformation(init, update)
 

@@ -222,8 +222,8 @@ def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> Sa
     """The saved state's shapes for another number of prompts, and for stored prompts of another padded length."""
 
     def init_selector() -> PyTree:
-        columns = jax.tree.map(lambda x: jnp.zeros(prompts, x.dtype), setup.columns)
-        return algorithm.selector.init(prompts, columns)
+        metadata = jax.tree.map(lambda x: jnp.zeros(prompts, x.dtype), setup.prompt_metadata)
+        return algorithm.selector.init(prompts, metadata)
 
     def sized(init: Callable[[], PyTree]) -> PyTree:
         shapes = jax.eval_shape(init)
@@ -272,8 +272,8 @@ def _follow(
     n = len(places)
     algorithm, shardings = setup.algorithm, setup.shardings
 
-    def move_selector(old: PyTree, columns: PromptMetadata | None) -> PyTree:
-        return algorithm.selector.follow(old, algorithm.selector.init(n, columns), jnp.asarray(places))
+    def move_selector(old: PyTree, metadata: PromptMetadata | None) -> PyTree:
+        return algorithm.selector.follow(old, algorithm.selector.init(n, metadata), jnp.asarray(places))
 
     def move_advantage(old: PyTree) -> PyTree:
         return algorithm.estimator.follow(old, algorithm.estimator.init(n), jnp.asarray(places))
@@ -285,7 +285,7 @@ def _follow(
             stored[name] = _stored(setup, name, holder, new_rows, say)
     return dataclasses.replace(
         saved,
-        selector=jax.jit(move_selector, out_shardings=shardings.selector)(saved.selector, setup.columns),
+        selector=jax.jit(move_selector, out_shardings=shardings.selector)(saved.selector, setup.prompt_metadata),
         advantage=jax.jit(move_advantage, out_shardings=shardings.advantage)(saved.advantage),
         **stored,
     )

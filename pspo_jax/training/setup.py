@@ -48,7 +48,7 @@ from pspo_jax.selection.metadata import load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
-from pspo_jax.training.machine import with_memory, with_type
+from pspo_jax.training.machine_defaults import with_memory, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
 from pspo_jax.training.step import init_state
 from pspo_jax.training.supervised import settings
@@ -68,7 +68,7 @@ class Setup(NamedTuple):
     model: Model
     algorithm: Algorithm
     optimizer: optax.GradientTransformation
-    columns: PromptMetadata | None
+    prompt_metadata: PromptMetadata | None
     """Tasks and difficulties of the training prompts, which selectors may read, on the host."""
     abstract: TrainState
     """The train state as ShapeDtypeStructs with shardings."""
@@ -112,7 +112,8 @@ def configure_runtime(config: Config) -> None:
             ) from error
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     processes.check_settings({name: value for name, value in flatten(config).items() if name not in _OWN_TO_A_PROCESS})
@@ -222,18 +223,18 @@ def _with_strategies(
 ) -> Setup:
     """The setup with the strategies and the optimizer that the config names, and the shapes of its state."""
     model = transformer(architecture)
-    names, columns = load_metadata(config, task.train)
+    names, metadata = load_metadata(config, task.train)
     algorithm = build(config, names)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     shapes = jax.eval_shape(
         lambda known: new_state(
             config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known
         ),
-        columns,
+        metadata,
     )
     shardings = _state_shardings(mesh, model, optimizer, len(task.train.lengths), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, columns, abstract)
+    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract)
 
 
 def _language_model(
@@ -352,7 +353,7 @@ def new_state(
     optimizer: optax.GradientTransformation,
     params: PyTree,
     frozen: PyTree | None = None,
-    columns: PromptMetadata | None = None,
+    metadata: PromptMetadata | None = None,
 ) -> TrainState:
     """The state before step 0."""
     prompts = task.train.tokens
@@ -365,7 +366,7 @@ def new_state(
         prompt_length=prompts.shape[1],
         key=run_key(config.run.seed),
         frozen=frozen,
-        columns=columns,
+        metadata=metadata,
     )
 
 
@@ -377,7 +378,7 @@ def place_state(setup: Setup, params: PyTree, frozen: PyTree | None = None) -> T
         return new_state(*parts, params, frozen, known).to_save()
 
     jitted = jax.jit(init, donate_argnums=0, out_shardings=setup.shardings.to_save())
-    return jitted(params, setup.columns).joined(frozen)
+    return jitted(params, setup.prompt_metadata).joined(frozen)
 
 
 def load_base(setup: Setup) -> PyTree:

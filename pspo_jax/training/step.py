@@ -107,7 +107,7 @@ def init_state(
     prompt_length: int,
     key: Key[Array, ""],
     frozen: Params | None = None,
-    columns: PromptMetadata | None = None,
+    metadata: PromptMetadata | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -120,7 +120,7 @@ def init_state(
       prompt_length: P, the padded length of prompts.
       key: the run's key, `jax.random.key(seed)`.
       frozen: weights under `params` that do not train, such as the base of adapters.
-      columns: what the selector may know about prompts beforehand; None = nothing.
+      metadata: what the selector may know about prompts beforehand; None = nothing.
     """
     config = resolve(config)
     r = config.rollout
@@ -138,7 +138,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=in_float32(optimizer).init(params),
-        selector=algorithm.selector.init(num_prompts, columns),
+        selector=algorithm.selector.init(num_prompts, metadata),
         advantage=algorithm.estimator.init(num_prompts),
         replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),
         key=key,

@@ -15,7 +15,7 @@ from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config
-from pspo_jax.losses.losses import Denominators, LossMetrics, combine, compute_loss, denominators, zero_metrics
+from pspo_jax.losses.policy_loss import Denominators, LossMetrics, combine, compute_loss, denominators, zero_metrics
 from pspo_jax.losses.ratios import top_entropy
 from pspo_jax.model.interface import Model
 from pspo_jax.training.optimizer import float32, in_float32

@@ -188,7 +188,7 @@ class PlainErs:
             m_old, old, when = self.history[prompt]
             a = self.alpha(prompt, policy_drift - when)
             m = m_old + a * (mu - m_old)
-            if mode == "released_head":
+            if mode == "published_head":
                 old = old**2
             spread = (1 - a) * old + a * spread
             if mode != "linear_std":
@@ -238,7 +238,7 @@ def assert_equals_plain_python(config, steps):
         assert state.policy_drift is None or float(state.policy_drift[i]) == pytest.approx(when, abs=1e-5)
 
 
-STAT_MODES = ("variance", "linear_std", "released_head")
+STAT_MODES = ("variance", "linear_std", "published_head")
 ALPHAS = [("fixed", 0.1), ("fixed", 0.99), ("fixed", 1.0), ("count", 0.99), ("policy_drift", 0.99)]
 DISTINCT = st.permutations(range(4)).map(lambda order: order[:3])
 REPEATED = st.lists(st.integers(0, 1), min_size=3, max_size=3)

@@ -31,15 +31,6 @@ SHAREGPT = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Datasets keeps its own copies out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet_datasets()
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {

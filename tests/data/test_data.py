@@ -23,15 +23,6 @@ MATH, TOKENIZER = DATA / "math", DATA / "tokenizers" / "qwen2.5-small"
 ROWS = [{"problem": f"What is {i} + {i}?\nThink.", "answer": f"{2 * i}", "level": i % 3} for i in range(12)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Datasets keeps its own copies out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet_datasets()
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER)), None, None)

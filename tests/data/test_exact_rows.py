@@ -20,15 +20,6 @@ from tests.data.small_tokenizer import CHATML, write_tokenizer
 from tests.helpers import tiny_config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Datasets keeps its own copies out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet_datasets()
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("t"), CHATML)

@@ -11,21 +11,11 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels
 from pspo_jax.config.validation import validate
-from pspo_jax.data.loading import quiet_datasets
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.selection.metadata import load_metadata
 from tests.data.small_tokenizer import CHATML, SPECIAL, write_tokenizer
 from tests.helpers import tiny_config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Datasets keeps its own copies out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet_datasets()
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
 
 
 @pytest.fixture(scope="module")

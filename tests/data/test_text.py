@@ -14,7 +14,7 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
-from pspo_jax.data.loading import from_data, quiet_datasets
+from pspo_jax.data.loading import from_data
 from pspo_jax.data.synthetic.countdown import generate
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.text import benchmark_prompts
@@ -45,15 +45,6 @@ def longest(completions, **columns):
 def opinion(completion):
     return None if "quiet" in completion else 2
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Datasets keeps its own copies out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet_datasets()
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests import xla
-from tests.test_run import flags
+from tests.runs.processes import flags
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPO
 from tests.distributed.processes import finish_all, free_port, launch, output
 from tests.helpers import relative
-from tests.test_run import _lines, _wait_for_step, finish, metrics, params, start
+from tests.runs.processes import finish, lines_of, metrics, params, start, wait_for_step
 
 STEPS = 12
 MESHES = {
@@ -118,22 +118,22 @@ def test_one_that_raises_one_that_is_killed_and_a_stop_lose_nothing(child_env, r
     # Process 1 cannot read what the others can: all end within a minute, each with its traceback.
     (tmp_path / "sitecustomize.py").write_text(BREAKS)
     processes = begin(child_env | {"PYTHONPATH": f"{tmp_path}:{REPO}"})
-    assert _wait_for_step(processes[0], folder, at_least=2)
+    assert wait_for_step(processes[0], folder, at_least=2)
     assert all(process.wait(timeout=60) != 0 for process in processes)
     for number in (0, 1):
         assert "the disk of host 1 is gone" in output(folder, number), output(folder, number)
 
-    logged = _lines(folder)
+    logged = lines_of(folder)
     processes = begin()
-    assert _wait_for_step(processes[0], folder, at_least=max(logged, 5))
+    assert wait_for_step(processes[0], folder, at_least=max(logged, 5))
     processes[1].send_signal(signal.SIGKILL)
     assert processes[0].wait(timeout=60) != 0
     assert output(folder, 0).strip()
     processes[1].wait()
 
-    logged = _lines(folder)
+    logged = lines_of(folder)
     processes = begin()
-    assert _wait_for_step(processes[0], folder, at_least=max(logged, 8))
+    assert wait_for_step(processes[0], folder, at_least=max(logged, 8))
     processes[1].terminate()
     time.sleep(0.2)
     processes[0].terminate()
@@ -152,7 +152,7 @@ def test_a_stop_at_any_moment_is_at_one_step_and_resumes_to_the_bit(child_env, r
     folder = runs / f"stopped-{trial}"
     processes = launch(child_env, folder, 2, DEVICES["small"] // 2, **fields)
     rng = np.random.default_rng(trial)
-    assert _wait_for_step(processes[0], folder, at_least=int(rng.integers(1, STEPS - 4)))
+    assert wait_for_step(processes[0], folder, at_least=int(rng.integers(1, STEPS - 4)))
     time.sleep(rng.random() * 0.2)
     order = rng.permutation(2)
     processes[order[0]].terminate()

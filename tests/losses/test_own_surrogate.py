@@ -12,10 +12,10 @@ import pytest
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.ownership import is_read
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import SURROGATES as CONFIG_SURROGATES
+from pspo_jax.config.unread_fields import is_read
 from pspo_jax.config.validation import validate
 from pspo_jax.losses.ratios import SURROGATES, SurrogateInputs
 from pspo_jax.rollout import SamplingParams, make_sampler

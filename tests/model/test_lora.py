@@ -82,9 +82,16 @@ def test_new_adapters_change_nothing_and_are_float32(tmp_path):
     assert names == {f"{n}_lora_{x}" for n in ("q", "k", "v", "o", "gate", "up", "down") for x in "ab"}
 
 
-def train_once(model, base, adapters, config, steps=2):
-    """(first state, last state, metrics, rollouts) of steps with random rewards."""
+def programs(model, config):
+    """(optimizer, sampler, step), which runs of one model and config share."""
     optimizer = optax.adam(1e-2)
+    sample = make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, 0)
+    return optimizer, sample, make_train_step(model, optimizer, build(config), config)
+
+
+def train_once(model, base, adapters, config, steps=2, compiled=None):
+    """(first state, last state, metrics, rollouts) of steps with random rewards."""
+    optimizer, sample, step = compiled or programs(model, config)
     state = init_state(
         jax.tree.map(jnp.copy, adapters),
         optimizer,
@@ -96,8 +103,6 @@ def train_once(model, base, adapters, config, steps=2):
         jax.tree.map(jnp.copy, base),
     )
     first = jax.tree.map(jnp.copy, state)
-    sample = make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, 0)
-    step = make_train_step(model, optimizer, build(config), config)
     settings = SamplingParams.of(config.rollout, [2])
     for i in range(steps):
         rollouts = sample(state.weights, random_prompts(8, 6), jax.random.key(i), settings)
@@ -109,7 +114,8 @@ def train_once(model, base, adapters, config, steps=2):
 def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
     _, _, model, base, adapters = adapted(tmp_path)
     config = tiny_config(loss__kl_coef=0.04, lora__rank=4)
-    first, last, metrics, _ = train_once(model, base, adapters, config)
+    compiled = programs(model, config)
+    first, last, metrics, _ = train_once(model, base, adapters, config, compiled=compiled)
     assert first.reference is None and last.reference is None
     jax.tree.map(np.testing.assert_array_equal, first.frozen, last.frozen)
     assert relative(last.params, first.params) > 1e-3
@@ -120,7 +126,7 @@ def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
     assert not hasattr(last.to_save(), "frozen")
 
     zero = model.init(jax.random.key(3))
-    _, _, at_zero, _ = train_once(model, base, zero, config, steps=1)
+    _, _, at_zero, _ = train_once(model, base, zero, config, steps=1, compiled=compiled)
     assert float(at_zero["kl"]) == pytest.approx(0, abs=1e-9)
 
 

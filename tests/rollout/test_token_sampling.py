@@ -76,7 +76,7 @@ def test_greedy():
 )
 def test_a_draw_is_always_allowed(logits, u, top_k, top_p):
     """Whatever the uniform number, the token is one that the truncation keeps; one of weight 0 is never drawn."""
-    logits = np.array([*logits, MASKED, MASKED], np.float32)
+    logits = np.array(logits + [MASKED] * (72 - len(logits)), np.float32)
     token, _, sampling = draw_tokens(
         jnp.asarray(logits)[None], jnp.array([u]), jnp.float32(1), jnp.int32(top_k), jnp.float32(top_p)
     )

@@ -1,5 +1,7 @@
 """Batches in the order of expected length: the same prompts are drawn, and the longest start first."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +36,13 @@ def outcome(lengths):
     )
 
 
+@functools.cache
+def jitted(function, *static):
+    return jax.jit(function, static_argnums=static)
+
+
 def drawn(selector, state, step):
-    ids, weight, state = selector.select(state, jax.random.key(step), jnp.int32(step), B)
+    ids, weight, state = jitted(selector.select, 3)(state, jax.random.key(step), jnp.int32(step), B)
     return np.asarray(ids), np.asarray(weight), state
 
 
@@ -51,8 +58,8 @@ def test_what_is_drawn_stays_and_the_longest_come_first(name):
         known = np.asarray(other.prompt_lengths)[order]
         expected = np.where(known > 0, known, float(other.mean_length))
         assert (np.diff(expected) <= 0).all()
-        one = plain.observe(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
-        other = ordered.observe(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
+        one = jitted(plain.observe)(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
+        other = jitted(ordered.observe)(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
         np.testing.assert_allclose(np.asarray(other.prompt_lengths)[order], length[order])
     jax.tree.map(np.testing.assert_array_equal, plain.to_table(one, 6), ordered.to_table(other, 6))
 

@@ -22,7 +22,7 @@ from pspo_jax.training.optimizer import adamw, in_float32
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.supervised import make_sft_steps
 from tests.helpers import random_prompts, relative, tiny_config
-from tests.test_run import finish, metrics, start
+from tests.runs.processes import finish, metrics, start
 
 P, PAD, EOS = 9, 14, 13
 DTYPES = ("float32", "bfloat16")

@@ -17,9 +17,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from orbax.checkpoint import v1 as ocp
 
-from pspo_jax.checkpoint.reading import saved_steps
 from pspo_jax.commands.train import main
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
@@ -27,73 +25,8 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.model import built_in, transformer
 from pspo_jax.report import main as report
-from tests import xla
 from tests.helpers import relative
-
-TIMES = ("time/", "step_time", "tokens_per_second")
-SMALL = {
-    "model.layers": 1,
-    "model.width": 32,
-    "model.heads": 4,
-    "model.kv_heads": 4,
-    "model.mlp_width": 64,
-    "task.train_prompts": 40,
-    "task.heldout_prompts": 16,
-    "rollout.prompts": 8,
-    "rollout.group_size": 4,
-    "sft.steps": 300,
-}
-"""Just enough of a policy and a cold start that some groups are mixed, so that every part of the state moves."""
-
-
-def flags(folder, **fields):
-    values = SMALL | {
-        "run.dir": folder,
-        "run.steps": 12,
-        "run.fingerprint": True,
-        "checkpoint.every": 3,
-        "log.report": False,
-        "log.completions_every": 4,
-        "eval.samples": 1,
-    }
-    values |= {k.replace("__", "."): v for k, v in fields.items()}
-    return [word for k, v in values.items() for word in (f"--{k}", str(v))]
-
-
-def start(env, folder, devices=1, **fields):
-    env = env | {"XLA_FLAGS": xla.flags(devices)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pspo_jax.train", *flags(folder, **fields)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process, code=0):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == code, out
-    return out
-
-
-def metrics(folder, drop=TIMES):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(drop)} for line in lines]
-
-
-def params(folder):
-    """Parts of the last checkpoint, whatever the devices that it was saved from."""
-    path = Path(folder) / "checkpoints"
-    last = saved_steps(path)[-1]
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    there = ocp.checkpointables_metadata((path / str(last)).absolute()).metadata["state"]
-
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
-    tree = ocp.load_checkpointables((path / str(last)).absolute(), {"state": wanted})["state"]
-    return jax.tree.map(
-        np.asarray, {k: tree[k] for k in ("params", "selector", "advantage", "replay", "queue") if k in tree}
-    )
+from tests.runs.processes import SMALL, finish, flags, lines_of, metrics, params, start, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +36,7 @@ def runs(tmp_path_factory):
 
 
 WHOLE = {
+    "log__tensorboard": True,
     "algorithm__name": "popo",
     "selection__name": "pps",
     "advantage__name": "ers",
@@ -132,7 +66,7 @@ def test_killed_at_random_moments_and_resumed_to_the_bit(child_env, uninterrupte
     folder, kills, during_save = runs / f"killed-{times}", 0, 0
     while kills < times:
         process = start(child_env, folder, **WHOLE, checkpoint__every=1)
-        seen = _wait_for_step(process, folder, at_least=kills)
+        seen = wait_for_step(process, folder, at_least=kills)
         if kills % 2:
             during_save += _wait_for_partial_save(process, folder)
         else:
@@ -142,9 +76,9 @@ def test_killed_at_random_moments_and_resumed_to_the_bit(child_env, uninterrupte
         process.stdout.close()
         kills += 1
         assert seen
-    logged = _lines(folder)
+    logged = lines_of(folder)
     process = start(child_env, folder, **WHOLE, checkpoint__every=1000)
-    assert _wait_for_step(process, folder, at_least=max(logged, kills + 2))
+    assert wait_for_step(process, folder, at_least=max(logged, kills + 2))
     process.terminate()
     out = finish(process)
     if "stopped after step" in out:
@@ -153,22 +87,6 @@ def test_killed_at_random_moments_and_resumed_to_the_bit(child_env, uninterrupte
     assert during_save >= times // 5
     assert metrics(folder) == metrics(uninterrupted)
     jax.tree.map(np.testing.assert_array_equal, params(folder), params(uninterrupted))
-
-
-def _lines(folder):
-    """Lines that are logged; the first is of step 0."""
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def _wait_for_step(process, folder, at_least):
-    """Until the run has logged this many steps."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if _lines(folder) > at_least:
-            return True
-        time.sleep(0.01)
-    return process.poll() is not None
 
 
 def _wait_for_partial_save(process, folder):
@@ -185,7 +103,7 @@ def _wait_for_partial_save(process, folder):
 def test_signals_save_and_exit_cleanly(child_env, uninterrupted, runs, number):
     folder = runs / f"stopped-{number}"
     process = start(child_env, folder, **WHOLE, checkpoint__every=1000)
-    assert _wait_for_step(process, folder, at_least=2)
+    assert wait_for_step(process, folder, at_least=2)
     process.send_signal(number)
     out = finish(process, code=0)
     if "stopped after step" in out:
@@ -212,7 +130,7 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
     whole, killed = runs / f"two-whole-{algorithm}", runs / f"two-killed-{algorithm}"
     finish(start(child_env, whole, **fields))
     process = start(child_env, killed, **fields)
-    assert _wait_for_step(process, killed, at_least=3)
+    assert wait_for_step(process, killed, at_least=3)
     process.kill()
     process.wait()
     process.stdout.close()

@@ -21,7 +21,7 @@ from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import AdvantageConfig, ForgettingConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.distributed.mesh import AXES, microbatch_size
-from pspo_jax.losses.losses import compute_loss, denominators
+from pspo_jax.losses.policy_loss import compute_loss, denominators
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.metrics import rollout_metrics

@@ -19,7 +19,7 @@ from tests import xla
 from tests.conftest import DATA
 from tests.model.checkpoints import torch_logits, transformers, write_talker
 from tests.model.test_pretrained import load
-from tests.test_run import TIMES, finish, metrics
+from tests.runs.processes import TIMES, finish, metrics
 
 TOKENIZERS = DATA / "tokenizers"
 ROWS = DATA / "math" / "gsm8k_train.jsonl"

@@ -3,7 +3,7 @@
 JAX has no public name for two things: the cluster that `jax.distributed.initialize()` would join by itself, which a run
 of one process must know so as not to wait for others; and the barriers with a time limit and the key-value store of its
 coordination service. The public barrier, `multihost_utils.sync_global_devices`, waits for ever and runs a program on
-the devices. tests/distributed/test_private.py fails where a new release of JAX has moved one of them.
+the devices. tests/distributed/test_jax_internals.py fails where a new release of JAX has moved one of them.
 """
 
 from __future__ import annotations

@@ -7,13 +7,12 @@ import json
 import re
 from dataclasses import fields, is_dataclass
 from functools import cache
-from pathlib import Path
 
 from pspo_jax.config.schema import Config
 from pspo_jax.runs.accounting import PHASES
+from tests.conftest import REPO
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+PAGE = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
 KEY = re.compile(r"[a-z_]+(?:/(?:[a-z_]|\{[a-z_]+\})+)*")
 NOT_METRICS = {"rewards/{name}", "terms/{name}", "failed/{name}"}
 """Columns of completion dumps, and names under which scores travel between processes."""
@@ -31,11 +30,11 @@ def written() -> dict[str, str]:
     """Keys that the package's code gives to dictionaries, with the file: those with a slash wherever they stand, others
     in functions that return metrics. A formatted part is its expression's name in braces."""
     found: dict[str, str] = {}
-    for path in sorted((ROOT / "pspo_jax").rglob("*.py")):
+    for path in sorted((REPO / "pspo_jax").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         of_metrics = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and _writes_metrics(n)]
         names = {key for key in _keys(tree) if "/" in key} | {key for n in of_metrics for key in _keys(n)}
-        found |= {key: str(path.relative_to(ROOT)) for key in names if KEY.fullmatch(key) and key not in NOT_METRICS}
+        found |= {key: str(path.relative_to(REPO)) for key in names if KEY.fullmatch(key) and key not in NOT_METRICS}
     return found
 
 

@@ -26,7 +26,7 @@ from pspo_jax.system.progress import Progress
 from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import tiny_config
-from tests.test_run import metrics
+from tests.runs.processes import metrics
 
 FUNCTIONS = '''
 import time

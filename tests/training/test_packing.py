@@ -14,8 +14,8 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import LOSSES
 from pspo_jax.distributed.mesh import batch_sharding, make_mesh, params_shardings
 from pspo_jax.losses.log_probs import compact_rows
-from pspo_jax.losses.losses import denominators
 from pspo_jax.losses.packing import ROWS_PER_BIN, assign_bins, assign_shared_bins, bin_length, loss_lengths
+from pspo_jax.losses.policy_loss import denominators
 from pspo_jax.model import transformer
 from pspo_jax.training.scoring import (
     assign,
@@ -63,6 +63,8 @@ def rows_with(seed=0, masked=(), r=R):
     )
 
 
+assign_jitted = jax.jit(assign_bins, static_argnums=(3, 4))
+assign_shared_jitted = jax.jit(assign_shared_bins, static_argnums=(3, 4))
 NEEDS = st.integers(0, 17)
 MANY = st.sampled_from([1, 7, 40])
 """Numbers of rows, or of groups: each is another program to compile."""
@@ -72,7 +74,7 @@ MANY = st.sampled_from([1, 7, 40])
 def test_bins_hold_every_row_once_and_no_more_than_fits(needs, more):
     r, length = len(needs), 17
     needs = np.asarray(needs)
-    bins = assign_bins(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
+    bins = assign_jitted(jnp.ones(r, jnp.int32), jnp.asarray(needs, jnp.int32), jnp.arange(r), length, r + more)
     assert int(bins.num_tokens) == sum(needs) and bins.owns_prompt.all()
     rows = np.asarray(bins.rows)
     placed = rows[rows < r]
@@ -103,7 +105,7 @@ def test_groups_share_a_prompt_in_a_bin(groups):
     completion_lengths = np.array([c for _, cs in groups for c in cs])
     r, length = len(prompts), 17
     args = jnp.asarray(prompts, jnp.int32), jnp.asarray(completion_lengths, jnp.int32)
-    bins = assign_bins(*args, jnp.arange(r) // 3, length, r)
+    bins = assign_jitted(*args, jnp.arange(r) // 3, length, r)
     rows, owners = np.asarray(bins.rows), np.asarray(bins.owns_prompt)
     assert sorted(rows[rows < r]) == [i for i in range(r) if completion_lengths[i]]
     used = 0
@@ -118,9 +120,9 @@ def test_groups_share_a_prompt_in_a_bin(groups):
         assert length_of_bin <= length
         used += length_of_bin
     assert int(bins.num_tokens) == used
-    alone = assign_bins(*args, jnp.arange(r), length, r)
+    alone = assign_jitted(*args, jnp.arange(r), length, r)
     assert used <= int(alone.num_tokens)
-    assert int(assign_shared_bins(*args, jnp.arange(r) // 3, length, r).num_bins) == min(
+    assert int(assign_shared_jitted(*args, jnp.arange(r) // 3, length, r).num_bins) == min(
         int(bins.num_bins), int(alone.num_bins)
     )
 

@@ -13,7 +13,7 @@ import yaml
 from tests import xla
 from tests.conftest import REPO
 from tests.distributed.processes import finish_all, free_port, output
-from tests.test_run import flags
+from tests.runs.processes import flags
 
 SCRIPTS = REPO / "scripts"
 POD = ["--name", "pod", "--zone", "us-east5-b"]

@@ -16,15 +16,15 @@ from pspo_jax.distributed.mesh import make_mesh
 from pspo_jax.model import built_in
 from pspo_jax.runs.history import changes, settings
 from pspo_jax.runs.run_folder import with_type_of
-from pspo_jax.training import machine
+from pspo_jax.training import machine_defaults
 from tests.helpers import tiny_config
 
 TEXT = ["--task.name", "math", "--task.train_data", "rows.jsonl", "--model.source", "a/b"]
 
 
 def test_a_cpu_computes_in_float32_unless_told_otherwise():
-    assert machine.compute_dtype(on_cpu=True)[0] == "float32"
-    assert machine.compute_dtype(on_cpu=False)[0] == "bfloat16"
+    assert machine_defaults.compute_dtype(on_cpu=True)[0] == "float32"
+    assert machine_defaults.compute_dtype(on_cpu=False)[0] == "bfloat16"
 
 
 def test_a_memory_limit_of_the_container_counts(tmp_path):
@@ -41,19 +41,23 @@ def text_config(*words):
 def test_fields_of_text_tasks_that_are_not_set_follow_the_machine():
     config = text_config()
     assert config.model.compute_dtype is config.model.remat is config.loss.packing is None
-    chosen, words = machine.with_type(config, on_cpu=False)
+    chosen, words = machine_defaults.with_type(config, on_cpu=False)
     assert chosen.model.compute_dtype == "bfloat16" and "accelerator" in words[0]
-    on_cpu, words = machine.with_type(config, on_cpu=True)
+    on_cpu, words = machine_defaults.with_type(config, on_cpu=True)
     assert on_cpu.model.compute_dtype == "float32"
     assert len(words) == 1 and "emulated on most CPUs" in words[0]
     config = text_config("--model.compute_dtype", "float32", "--model.remat", "dots", "--loss.packing", "false")
-    assert machine.with_type(config, on_cpu=False) == (config, [])
-    assert machine.with_memory(config, None, None, 8, on_cpu=True) == (config, [])
+    assert machine_defaults.with_type(config, on_cpu=False) == (config, [])
+    assert machine_defaults.with_memory(config, None, None, 8, on_cpu=True) == (config, [])
 
 
 def test_the_embedded_tasks_do_not_follow_the_machine():
     config = tiny_config()
-    assert machine.with_type(config, on_cpu=True) == machine.with_memory(config, None, None, 8, True) == (config, [])
+    assert (
+        machine_defaults.with_type(config, on_cpu=True)
+        == machine_defaults.with_memory(config, None, None, 8, True)
+        == (config, [])
+    )
     assert config.model.compute_dtype == "float32" and config.model.remat == "none"
 
 
@@ -63,15 +67,15 @@ def test_a_cpu_recomputes_no_more_than_its_memory_requires(monkeypatch):
     mesh = make_mesh(tiny_config(), tiny_config().model, jax.devices()[:1])
     kinds = {}
     for kind in ("none", "dots", "full"):
-        kept, inside = machine.activations(config, a, kind, mesh, 512)
+        kept, inside = machine_defaults.activations(config, a, kind, mesh, 512)
         kinds[kind] = kept + inside
     assert kinds["none"] > kinds["dots"] > kinds["full"]
     for memory, wanted in ((kinds["none"], "none"), (kinds["dots"], "dots"), (kinds["full"], "full"), (0, "full")):
         monkeypatch.setattr(machine, "host_bytes", lambda m=memory: 4 * m * jax.local_device_count() * 1.001)
-        chosen, words = machine.with_memory(config, a, mesh, 512, on_cpu=True)
+        chosen, words = machine_defaults.with_memory(config, a, mesh, 512, on_cpu=True)
         assert chosen.model.remat == wanted and chosen.loss.packing
         assert f"model.remat {wanted} (" in words[0] and "loss.packing true" in words[1]
-    chosen, words = machine.with_memory(config, a, mesh, 512, on_cpu=False)
+    chosen, words = machine_defaults.with_memory(config, a, mesh, 512, on_cpu=False)
     assert chosen.model.remat == "full" and chosen.loss.packing is None and len(words) == 1
 
 

@@ -9,12 +9,12 @@ from pspo_jax.advantages import ESTIMATORS
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.ownership import _BY_ESTIMATOR, _BY_SELECTOR, OWNERS
 from pspo_jax.config.presets import LOSSES, PRESETS, resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ESTIMATORS as CONFIG_ESTIMATORS
 from pspo_jax.config.strategies import REPLAYS as CONFIG_REPLAYS
 from pspo_jax.config.strategies import SELECTORS as CONFIG_SELECTORS
+from pspo_jax.config.unread_fields import _BY_ESTIMATOR, _BY_SELECTOR, READ_WHEN
 from pspo_jax.config.validation import validate
 from pspo_jax.replay import REPLAYS
 from pspo_jax.selection import SCORERS
@@ -122,9 +122,9 @@ def words_of(values):
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def test_every_field_has_an_owner():
-    """A new field must be added to OWNERS with the conditions under which it is read."""
-    assert set(OWNERS) == set(flatten(Config()))
+def test_every_field_has_its_conditions():
+    """A new field must be added to READ_WHEN with the conditions under which it is read."""
+    assert set(READ_WHEN) == set(flatten(Config()))
 
 
 def test_selectors_and_estimators_read_fields_that_exist():
@@ -133,8 +133,10 @@ def test_selectors_and_estimators_read_fields_that_exist():
         assert {f"{stage}.{name}" for reads in table.values() for name in reads} <= set(flatten(Config()))
 
 
-@pytest.mark.parametrize(("values", "owner"), UNREAD, ids=lambda case: " ".join(case) if isinstance(case, dict) else "")
-def test_a_field_that_nothing_reads_is_refused_through_every_door(values, owner, tmp_path):
+@pytest.mark.parametrize(
+    ("values", "reason"), UNREAD, ids=lambda case: " ".join(case) if isinstance(case, dict) else ""
+)
+def test_a_field_that_nothing_reads_is_refused_through_every_door(values, reason, tmp_path):
     messages = []
     for door in ("flags", "file", "python"):
         with pytest.raises(ConfigError) as error:
@@ -149,7 +151,7 @@ def test_a_field_that_nothing_reads_is_refused_through_every_door(values, owner,
         messages.append(str(error.value))
     assert len(set(messages)) == 1, messages
     (field,) = [name for name in values if messages[0].startswith(f"{name}=")]
-    assert owner in messages[0] and "; drop it, or " in messages[0] and "\n" not in messages[0], messages[0]
+    assert reason in messages[0] and "; drop it, or " in messages[0] and "\n" not in messages[0], messages[0]
     value = values[field]
     assert messages[0].startswith(f"{field}={value:g}:" if type(value) is float else f"{field}={value}:")
 
@@ -168,7 +170,7 @@ def test_presets_set_nothing_that_is_not_read(name, loss):
     plain = flatten(Config())
     for field, value in flatten(config).items():
         if value != plain[field]:
-            assert all(condition.holds(config) for condition in OWNERS[field]), field
+            assert all(condition.holds(config) for condition in READ_WHEN[field]), field
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

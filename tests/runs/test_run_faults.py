@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.trees import fill, small_disk
-from tests.test_run import finish, metrics, params, start
+from tests.runs.processes import finish, metrics, params, start
 
-FIELDS = {"sft__steps": 0, "run__steps": 24, "checkpoint__every": 2, "log__tensorboard": False}
+FIELDS = {"sft__steps": 0, "run__steps": 24, "checkpoint__every": 2}
 
 
 @pytest.fixture(scope="module")

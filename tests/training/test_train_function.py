@@ -17,7 +17,7 @@ import pytest
 import pspo_jax as pj
 from pspo_jax.checkpoint.reading import saved_steps
 from tests.conftest import REPO
-from tests.test_run import SMALL
+from tests.runs.processes import SMALL
 
 sys.path.insert(0, str(REPO / "examples"))
 import own_reward

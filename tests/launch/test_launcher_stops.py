@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from tests.conftest import REPO
-from tests.launched import Launched, write_stub
+from tests.launch.launched import Launched, write_stub
 
 TWO = ["--processes", "2", "--wait", "0", "--", "--run.steps", "3"]
 

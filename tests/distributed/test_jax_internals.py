@@ -7,9 +7,9 @@ import inspect
 import jax
 import pytest
 
-from pspo_jax.distributed import private
+from pspo_jax.distributed import jax_internals
 
-MOVED = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/private.py"
+MOVED = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/jax_internals.py"
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_every_private_name_of_jax_is_where_it_was(module, path):
 def test_a_single_machine_is_not_a_cluster_and_has_no_coordination_service(monkeypatch):
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "JOBSET_NAME", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)
-    assert private.cluster_processes() == 1
+    assert jax_internals.cluster_processes() == 1
     with pytest.raises(ValueError, match="initialize"):
-        private.coordination_client()
+        jax_internals.coordination_client()
 
 
 def test_only_one_file_names_private_modules():
@@ -49,5 +49,5 @@ def test_only_one_file_names_private_modules():
 
     package = importlib.resources.files(pspo_jax)
     named = [path for path in package.rglob("*.py") if "jax._src" in path.read_text(encoding="utf-8")]
-    assert [path.name for path in named] == ["private.py"]
-    assert inspect.getdoc(private)
+    assert [path.name for path in named] == ["jax_internals.py"]
+    assert inspect.getdoc(jax_internals)

@@ -1,6 +1,6 @@
 """The conditions under which a run reads each field; a field that is set but not read is refused.
 
-`OWNERS` lists every field with its conditions; an empty tuple = always read. A new field must be added to the table,
+`READ_WHEN` lists every field with its conditions; an empty tuple = always read. A new field must be added to the table,
 which a test checks. `_BY_SELECTOR` and `_BY_ESTIMATOR` list the fields that each built-in selector and advantage
 estimator reads; a user's own strategy may read every field of its stage.
 """
@@ -54,8 +54,8 @@ class Condition(NamedTuple):
     """Clause, beginning with a verb, that says how to make the condition hold."""
 
 
-Owner = tuple[Condition, ...]
-ALWAYS: Owner = ()
+Conditions = tuple[Condition, ...]
+ALWAYS: Conditions = ()
 
 
 def when(field: str, *values: Value) -> Condition:
@@ -245,12 +245,12 @@ def _has_splits(field: str) -> Condition:
     )
 
 
-def _selection(name: str, *more: Condition) -> Owner:
+def _selection(name: str, *more: Condition) -> Conditions:
     """The condition that the selector reads the field `name`, and more conditions."""
     return (by_name("selection.name", _BY_SELECTOR, name), *more)
 
 
-def _estimator(name: str, *more: Condition) -> Owner:
+def _estimator(name: str, *more: Condition) -> Conditions:
     """The condition that the advantage estimator reads the field `name`, and more conditions."""
     return (by_name("advantage.name", _BY_ESTIMATOR, name), *more)
 
@@ -279,12 +279,12 @@ _OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_
 _LOG = ("progress", "tensorboard", "completions_every", "selection_every", "report")
 
 
-def _all(stage: str, names: tuple[str, ...], *owner: Condition) -> dict[str, Owner]:
-    """Dotted field -> owner, for fields of one stage with the same owner."""
-    return {f"{stage}.{name}": owner for name in names}
+def _all(stage: str, names: tuple[str, ...], *conditions: Condition) -> dict[str, Conditions]:
+    """Dotted field -> conditions, for fields of one stage with the same conditions."""
+    return {f"{stage}.{name}": conditions for name in names}
 
 
-OWNERS: dict[str, Owner] = {
+READ_WHEN: dict[str, Conditions] = {
     **_all("run", _RUN),
     "algorithm.name": ALWAYS,
     "algorithm.variant": (when("advantage.name", "ers"),),
@@ -448,7 +448,7 @@ _OF_THE_MIXTURE = ("task.name", "task.seed", "task.cache")
 """Fields of `task` that the mixture as a whole reads, and its parts do not."""
 
 
-def check_owners(config: Config, resolved: Config) -> None:
+def refuse_unread(config: Config, resolved: Config) -> None:
     """Raise ConfigError for the first field whose value differs from its default and that the run does not read.
 
     Args:
@@ -473,12 +473,12 @@ def check_owners(config: Config, resolved: Config) -> None:
 
 def is_read(name: str, config: Config) -> bool:
     """Whether a run of a config reads a field. The config is resolved, except for this field."""
-    return all(condition.holds(config) for condition in OWNERS[name])
+    return all(condition.holds(config) for condition in READ_WHEN[name])
 
 
 def _missing(name: str, config: Config) -> str | None:
     """The reason why the run does not read a field, and what to do; None if the run reads it."""
-    for condition in OWNERS[name]:
+    for condition in READ_WHEN[name]:
         if not condition.holds(config):
             return f"{condition.why(config)}; drop it, or {condition.choose}"
     return None

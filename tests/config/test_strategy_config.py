@@ -10,9 +10,9 @@ from pspo_jax.advantages import ESTIMATORS
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import flatten, replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.ownership import BELIEFS, OWNERS
 from pspo_jax.config.presets import PRESETS, resolve
 from pspo_jax.config.schema import Config
+from pspo_jax.config.unread_fields import BELIEFS, READ_WHEN
 from pspo_jax.config.validation import validate
 from pspo_jax.selection import SCORERS
 from pspo_jax.training.algorithm import build, needs_policy_drift
@@ -212,7 +212,7 @@ OWN = {
 def test_a_preset_fills_every_field_that_is_left_open_and_read(name):
     config = resolve(replace(Config(), {"algorithm.name": name}))
     values = flatten(config)
-    unread = {field for field in FILLED if not all(condition.holds(config) for condition in OWNERS[field])}
+    unread = {field for field in FILLED if not all(condition.holds(config) for condition in READ_WHEN[field])}
     assert {field for field in FILLED if values[field] is None} == unread
     preset = PRESETS[name].items() - {(field, PRESETS[name].get(field)) for field in unread}
     assert {(field, values[field]) for field, _ in preset} == preset

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.strategies import Aggregation, LossConfig
 from pspo_jax.losses import LossInputs
-from pspo_jax.losses.losses import aggregate, combine, denominators
+from pspo_jax.losses.policy_loss import aggregate, combine, denominators
 from pspo_jax.losses.ratios import kl_estimate, top_entropy
 from tests.helpers import slow_except
 from tests.losses.golden import (

@@ -1,0 +1,35 @@
+"""What a selector may know of prompts before the first step."""
+
+import numpy as np
+import pytest
+
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
+from pspo_jax.rewards.task import make_task
+from pspo_jax.selection.metadata import load_metadata
+from tests.helpers import tiny_config
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Arithmetic has difficulties of its own: the number of carries."""
+    return make_task(tiny_config(), TOKENIZER).train
+
+
+def test_built_in_selectors_get_what_they_read(prompts):
+    assert load_metadata(tiny_config(selection__name="pps"), prompts) == ((), None)
+    _, metadata = load_metadata(tiny_config(selection__name="curriculum"), prompts)
+    np.testing.assert_array_equal(metadata.difficulty, prompts.difficulty)
+
+
+def test_a_selector_of_ones_own_gets_all_that_is_known(prompts):
+    names, metadata = load_metadata(tiny_config(selection__name="mine:easy_first"), prompts)
+    assert names == ("arithmetic",) and metadata.task_ids.tolist() == [0] * len(prompts.lengths)
+    np.testing.assert_array_equal(metadata.difficulty, prompts.difficulty)
+    assert len(set(metadata.difficulty.tolist())) > 1
+
+
+def test_a_column_that_is_not_there_is_named(prompts):
+    config = tiny_config(selection__name="mine:easy_first", selection__difficulty_column="level")
+    with pytest.raises(ConfigError, match=r"selection\.difficulty_column=level: .* the data has none by that name"):
+        load_metadata(config, prompts)
