@@ -408,7 +408,8 @@ def test_a_killed_process_is_followed_by_another_machine(child_env, server, stor
     assert out.splitlines()[-1].startswith(f"pspo_jax.train: error: run.dir={url}: is held by process {os.getpid()} ")
     store.fault = lambda method, path: 403 if method == "POST" and store.names("runs/other/run.lock/") else None
     out = _finish(_train(env, tmp_path / "fourth", f"{URL}/runs/other"), code=1)
-    assert out.splitlines()[-1].startswith(f"pspo_jax.train: error: {URL}/runs/other: cannot be written (Forbidden: ")
+    last = out.splitlines()[-1]
+    assert last.startswith(f"pspo_jax.train: error: {URL}/runs/other/") and "cannot be written (Forbidden: " in last
 
 
 def _beat(place, done):
