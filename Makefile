@@ -17,7 +17,7 @@ real: $(VENV)/.installed-real
 	$(BIN)/python scripts/real.py $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 # What `make test` leaves out: more kills, more meshes, larger models.
 test-slow: $(VENV)/.installed-test

@@ -33,9 +33,16 @@ TINY = {
 }
 
 
-def slow_except(kept: Sequence[Any], cases: Sequence[Any]) -> list[Any]:
-    """Cases of a grid, of which those that are not kept are slow tests."""
-    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def slow_except(kept: Sequence[Any], cases: Sequence[Any], several: bool = False) -> list[Any]:
+    """Cases of a grid, of which those that are not kept are slow tests.
+
+    Args:
+      several: whether a case is a tuple of the values of several parameters.
+    """
+    return [
+        case if case in kept else pytest.param(*(case if several else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def tiny_config(**fields: Any) -> Config:
@@ -54,7 +61,7 @@ def tiny_policy(
     config = config or tiny_config()
     a = built_in(dataclasses.replace(config.model, **fields), vocab_size, forbidden)
     model = transformer(a)
-    return model, model.init(jax.random.key(1)), a
+    return model, jax.jit(model.init)(jax.random.key(1)), a
 
 
 def random_prompts(b: int, p: int, vocab: int = 13, seed: int = 0) -> Prompts:

@@ -13,7 +13,7 @@ from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import TINY
 
 NAMES = tuple(PRESETS)
-USUAL = {"prioritized_replay", "popo"}
+USUAL = {"popo"}
 """The largest state of a selector, and rounds with replay; the others are slow tests."""
 SURVEYED = {
     "selection/priority_entropy",

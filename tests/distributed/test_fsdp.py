@@ -14,7 +14,7 @@ from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.setup import prepare
 from tests.distributed.hlo import collectives
-from tests.helpers import TINY, random_prompts, tiny_config
+from tests.helpers import TINY, random_prompts, slow_except, tiny_config
 
 LAYERS, WIDTH, MLP = 6, 64, 192
 
@@ -64,7 +64,7 @@ def test_the_step_gathers_a_layer_and_scatters_gradients():
 MESHES = [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 4, 1), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mesh", slow_except([(2, 2, 2)], [(1, 8, 1), (2, 4, 1), (2, 2, 2)]), ids=str)
 def test_what_the_step_sends_is_what_arithmetic_says(mesh, capfd):
     """Gathers to 5 %: each weight once for the forward and once for the backward pass. The CPU's compiler has no
     reduce-scatter: its gradients are all-reduced whole, over all devices that hold rows."""

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPO
 
 SCRIPT = """
@@ -35,6 +37,7 @@ sys.exit(bool(bad))
 """
 
 
+@pytest.mark.slow
 def test_each_module_can_be_imported_first():
     """A fork of an interpreter that has all other packages, and none of this one, stands for a fresh interpreter."""
     done = subprocess.run(

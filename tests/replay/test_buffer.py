@@ -101,7 +101,7 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(histories, st.sampled_from([(5, 3, 2), (3, 2, 1), (12, 6, 3), (1, 1, 1), (7, 9, 9)]))
 def test_newest_first_is_the_deques(history, sizes):
     capacity, age, uses = sizes

@@ -39,7 +39,10 @@ def trainer_log_probs(model, params, rollouts):
     )[0].reshape(rollouts.tokens.shape)
 
 
-@pytest.mark.parametrize("shape", [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}, {"kv_heads": 1}])
+SHAPES = [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}, {"kv_heads": 1}]
+
+
+@pytest.mark.parametrize("shape", slow_except([{"tied": True}, {"kv_heads": 1}], SHAPES))
 @pytest.mark.parametrize("temperature", slow_except([0.6], [1.0, 0.6]))
 def test_sampler_and_trainer_agree(shape, temperature):
     model, params, _ = tiny_policy(**shape)
@@ -181,7 +184,9 @@ def test_a_cache_that_grows_changes_no_row(monkeypatch):
     np.testing.assert_allclose(at_once.log_probs, grown.log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("chunk", "limit"), [(4, T), (5, 7), (16, 1), (5, T)])
+@pytest.mark.parametrize(
+    ("chunk", "limit"), slow_except([(4, T), (5, 7)], [(4, T), (5, 7), (16, 1), (5, T)], several=True)
+)
 def test_chunks_of_tokens_change_no_row(chunk, limit, monkeypatch):
     """This holds whether or not chunks divide the longest completion, the limit and the sizes of the cache."""
     model, params, _ = tiny_policy()

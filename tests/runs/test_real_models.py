@@ -77,6 +77,7 @@ def run(env, folder, talker, rows, devices, *argv):
         # than rounding differs between meshes.
         "rollout.temperature": 0.5,
         "log.report": False,
+        "log.tensorboard": False,
     }
     flags = [w for k, v in words.items() for w in (f"--{k}", str(v))]
     env = env | {"XLA_FLAGS": xla.flags(devices)}
@@ -108,6 +109,7 @@ def trained(request, tmp_path_factory, child_env, talkers, rows):
     return found
 
 
+@pytest.mark.slow
 def test_one_device_equals_four(trained, tmp_path, child_env, rows):
     one = metrics(trained.folder)
     assert len(one) == STEPS + 1

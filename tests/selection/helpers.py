@@ -26,7 +26,7 @@ class CompiledSelector(NamedTuple):
     functions: dict[str, Callable[..., Any]]
 
     def init(self, prompts: int, metadata: PromptMetadata | None = None) -> Any:
-        return self.selector.init(prompts, metadata)
+        return self.functions["init"](prompts, metadata)
 
     def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
         key = jax.random.key(step if seed is None else seed)
@@ -44,7 +44,7 @@ class CompiledSelector(NamedTuple):
 
     def table(self, state: Any, prompts: int, step: int = 0) -> dict[str, np.ndarray]:
         """The table without its padding."""
-        return {name: np.asarray(x)[:prompts] for name, x in self.selector.to_table(state, jnp.int32(step)).items()}
+        return {name: np.asarray(x)[:prompts] for name, x in self.functions["table"](state, jnp.int32(step)).items()}
 
 
 @functools.cache
@@ -70,9 +70,9 @@ def make(
         return jax.lax.map(lambda key: made.select(state, key, step, batch)[0], keys)
 
     select = functools.partial(made.select, batch=batch)
-    return CompiledSelector(
-        made, batch, {"select": jax.jit(select), "observe": jax.jit(made.observe), "draws": jax.jit(draws)}
-    )
+    functions = {"select": select, "observe": made.observe, "draws": draws, "table": made.to_table}
+    jitted = {name: jax.jit(function) for name, function in functions.items()}
+    return CompiledSelector(made, batch, jitted | {"init": jax.jit(made.init, static_argnums=0)})
 
 
 def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.selection import SCORERS, PromptMetadata
 from pspo_jax.selection.beliefs import Beliefs
+from tests.helpers import slow_except
 from tests.selection.helpers import (
     GROUP,
     all_wrong,
@@ -25,6 +26,7 @@ from tests.selection.helpers import (
 
 MODES = ["uniform", "pps", "mopps", "prioritized_replay"]
 """Top, draw, candidates, and top of several pools."""
+USUAL = slow_except(["pps", "prioritized_replay"], MODES)
 N, B = 40, 4
 COLUMNS = PromptMetadata(jnp.zeros(N, jnp.int8), jnp.arange(N, dtype=jnp.float32))
 
@@ -41,7 +43,7 @@ def last_visits(drawn, prompts):
 # Cooldown
 
 
-@pytest.mark.parametrize("name", ["pps", "prioritized_replay"])
+@pytest.mark.parametrize("name", slow_except(["prioritized_replay"], ["pps", "prioritized_replay"]))
 @settings(max_examples=8)
 @given(sizes=st.sampled_from([(3, 3), (1, 4)]), more=st.sampled_from([1, 7, 60]), seed=st.integers(0, 10**6))
 def test_a_prompt_rests_for_the_cooldown(name, sizes, more, seed):
@@ -69,7 +71,7 @@ def test_a_prompt_can_be_drawn_as_soon_as_its_cooldown_ends(name):
     assert not np.isin(np.delete(drawn, came, axis=0), [0, 1]).any()
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", USUAL)
 def test_where_all_prompts_rest_the_oldest_visits_come_first(name):
     n, b = 7, 3
     compiled = make(name, b, cooldown=3)
@@ -82,7 +84,7 @@ def test_where_all_prompts_rest_the_oldest_visits_come_first(name):
 # Limits
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", USUAL)
 def test_no_prompt_is_drawn_more_often_than_max_visits(name):
     n, b, most = 10, 2, 3
     compiled = make(name, b, max_visits=most)
@@ -103,7 +105,7 @@ def judged_once(ids, step):
     return np.where((np.asarray(ids)[:, None] % 2 == 1) & (step < 10), half_right(ids), np.nan)
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", USUAL)
 def test_a_prompt_that_never_had_a_verdict_is_left_out(name):
     n = 20
     compiled = make(name, B, discount=0.0)  # max_unjudged is 3
@@ -127,7 +129,7 @@ def unjudged(ids, step):
     return np.full((len(ids), GROUP), np.nan)
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", USUAL)
 def test_batches_are_full_where_no_prompt_ever_had_a_verdict(name):
     n = 12
     compiled = make(name, B, discount=0.0)
@@ -153,7 +155,7 @@ def with_favourites(compiled, n):
     return state
 
 
-@pytest.mark.parametrize("name", MODES[1:])
+@pytest.mark.parametrize("name", USUAL[1:])
 def test_half_of_a_batch_explores(name):
     n, b = 12, 4
     extra = {"pps": {"floor": 1e-6, "exponent": 2.0}, "prioritized_replay": {"retest_share": 0.0}}.get(name, {})
@@ -195,7 +197,7 @@ QUOTAS = "a=0.5, b=0.25"
 KIND = np.random.default_rng(5).permutation(np.repeat([0, 1, 2], [6, 10, 24]))
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", slow_except(["pps", "mopps"], MODES))
 def test_every_batch_has_each_tasks_quota(name):
     compiled = make(name, 8, task_names=KINDS, quotas=QUOTAS, cooldown=2)
     state = compiled.init(N, PromptMetadata(jnp.asarray(KIND, jnp.int8)))
@@ -245,7 +247,7 @@ def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
 # Sizes
 
 
-@pytest.mark.parametrize("name", MODES[1:])
+@pytest.mark.parametrize("name", USUAL[1:])
 @pytest.mark.parametrize("n", [B, B + 1])
 def test_batches_are_full_where_there_are_hardly_more_prompts(name, n):
     compiled = make(name, B, discount=0.0)
@@ -279,7 +281,7 @@ TWICE = np.array([7, 3, 7, 9])
 GROUPS = np.array([[0, 1, 0, 0], [1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1, 1]])
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", slow_except(["pps", "prioritized_replay", "mopps", "spo"], sorted(SCORERS)))
 def test_a_prompt_twice_in_a_batch_counts_twice(name):
     compiled = make(name, B, discount=0.0)
     state = compiled.observe(compiled.init(N, COLUMNS), TWICE, GROUPS, 6)

@@ -27,9 +27,9 @@ KINDS = ("a", "b")
 WEIGHTED = [
     ("pps", {"cooldown": 2, "exponent": 2.0, "floor": 1e-4, "exploration": 0.25}),
     pytest.param("spo", {"cooldown": 3}, marks=pytest.mark.slow),
-    ("difficulty_pools", {"pool_weights": "0,1,0", "exploration": 0.25}),
+    pytest.param("difficulty_pools", {"pool_weights": "0,1,0", "exploration": 0.25}, marks=pytest.mark.slow),
     ("difficulty_pools", {"pool_weights": "0,1,0", "cooldown": 2}),
-    ("curriculum", {"cooldown": 2, "curriculum_start": 0.2}),
+    pytest.param("curriculum", {"cooldown": 2, "curriculum_start": 0.2}, marks=pytest.mark.slow),
 ]
 
 

@@ -8,10 +8,12 @@ import pytest
 
 from pspo_jax.selection import Scorer
 from tests.conftest import REPO
+from tests.helpers import slow_except
 
 MODULE = "my_selectors"
 PAGE = REPO / "docs" / "extending" / "selector.md"
 EXAMPLES = ["spread", "pps", "in_order", "thompson", "optimistic", "unsolved_first"]
+OPTIONS = {"selection.cooldown": 2, "selection.exploration": 0.25}
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_the_test_to_copy_passes(page):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize("fields", [{}, {"selection.cooldown": 2, "selection.exploration": 0.25}])
+@pytest.mark.parametrize("fields", slow_except([OPTIONS], [{}, OPTIONS]))
 def test_every_example_draws_full_batches(page, name, fields):
     ids, _ = page.run_selector(f"{MODULE}:{name}", some_success(page), steps=6, **fields)
     assert ids.shape == (6, page.BATCH)

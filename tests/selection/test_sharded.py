@@ -71,7 +71,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-USUAL = {"pps", "prioritized_replay"}
+USUAL = {"prioritized_replay"}
 """A score for each prompt and a tree over all of them; the others are slow tests."""
 
 

@@ -172,13 +172,14 @@ def test_every_loss_is_the_padded_one(loss):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"masked": (3, 5)},
-        {"masked": tuple(range(R))},
-        {"model_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}},
-        {"loss__logits_mib": 1, "loss__microbatch_rows": 24},
-        {"loss__share_prompts": False},
+        pytest.param({"masked": (3, 5)}, id="without tokens"),
+        pytest.param({"masked": tuple(range(R))}, id="no tokens at all"),
+        pytest.param(
+            {"model_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}}, id="remat", marks=pytest.mark.slow
+        ),
+        pytest.param({"loss__logits_mib": 1, "loss__microbatch_rows": 24}, id="one microbatch", marks=pytest.mark.slow),
+        pytest.param({"loss__share_prompts": False}, id="prompts not shared"),
     ],
-    ids=("without tokens", "no tokens at all", "remat", "one microbatch", "prompts not shared"),
 )
 def test_odd_batches_are_the_padded_ones(fields):
     packed, padded = both(**fields)

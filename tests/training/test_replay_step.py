@@ -188,6 +188,7 @@ def test_microbatches_change_nothing(fields):
         np.testing.assert_allclose(metrics_a[key], metrics_b[key], rtol=2e-3, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does():
     found = []
     for devices in (1, 8):
