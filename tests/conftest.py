@@ -30,20 +30,26 @@ settings.load_profile("suite")
 
 
 LONGEST = (
-    "runs/test_run",
     "distributed/test_processes",
-    "pool",
-    "small-lora",
     "runs/test_text_run",
+    "selection/test_options",
+    "runs/test_run",
+    "runs/test_chaos",
+    "small-lora",
     "training/test_replay_step",
     "training/test_packing",
-    "config/test_recipes",
-    "training/test_step",
-    "selection/test_sharded",
-    "runs/test_run_faults",
-    "runs/test_chaos",
+    "pool",
     "planning/test_plan",
-    "training/test_precision",
+    "rollout/test_sampler",
+    "launch/test_launchers",
+    "selection/test_over_steps",
+    "selection/test_posterior",
+    "model/test_lora",
+    "training/test_step",
+    "model/test_pretrained",
+    "runs/test_run_faults",
+    "runs/test_bucket",
+    "selection/test_sharded",
 )
 """Groups of tests that take a minute or so."""
 
