@@ -152,7 +152,7 @@ def pod(tmp_path, launch):
     """Starts tpu_pod_run.sh on a slice whose one worker is a folder."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    shutil.copy(REPO / "tests" / "gcloud.sh", programs / "gcloud")
+    shutil.copy(REPO / "tests" / "launch" / "gcloud.sh", programs / "gcloud")
     (programs / "gcloud").chmod(0o755)
     write_stub(tmp_path / "worker" / "pspo_jax" / ".venv" / "bin" / "python")
 
