@@ -9,6 +9,7 @@ from tests import xla
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
@@ -24,7 +25,6 @@ every_row = [pytest.mark.slow, pytest.mark.skipif(EVERY_ROW is None, reason="PSP
 CACHE = REPO / ".jax_cache"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 settings.register_profile("suite", deadline=None, max_examples=30)
 settings.load_profile("suite")
 
