@@ -22,7 +22,7 @@ from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
 
 ENOUGH_TOKENS = 256
-"""Tokens of a microbatch of packed rows from which a CPU computes a token hardly faster."""
+"""Number of tokens of a microbatch of packed rows beyond which a CPU hardly computes a token faster."""
 _MEMORY_SHARE = 0.25
 """Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
 
