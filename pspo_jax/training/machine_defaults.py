@@ -49,7 +49,7 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
 def with_memory(
     config: Config, a: Architecture, mesh: Mesh, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
-    """`config` with what the memory decides filled in where it is None, and a text on each choice.
+    """`config` with the fields that depend on memory filled in where they are None, and a text on each choice.
 
     The fields are model.remat, loss.packing and loss.microbatch_tokens.
     """
