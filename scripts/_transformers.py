@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS = 16
-"""Prompts that transformers completes at a time."""
+"""Number of prompts that transformers completes at a time."""
 
 
 class Answer(NamedTuple):
@@ -43,7 +43,7 @@ def load(folder: Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrai
 def greedy(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, stop_ids: Sequence[int], pad_id: int
 ) -> list[list[int]]:
-    """The greedy tokens of each prompt, up to and with the first stop id. `stop_ids` may be empty.
+    """The greedy tokens of each prompt, up to the first stop id and including it. `stop_ids` may be empty.
 
     Prompts are sorted by length and padded on the left, where the mask hides the padding, so that little is padded.
     """
@@ -105,7 +105,7 @@ def answers(folder: Path, results: Path, new_tokens: int, stop: Sequence[int] = 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare an exported folder with an evaluation of its run, as a process whose memory ends with it."""
+    """Print, as JSON, the answers of an exported folder beside those of its run's evaluation."""
     folder, results, new_tokens = Path(argv[0]), Path(argv[1]), int(argv[2])
     print(json.dumps([answer._asdict() for answer in answers(folder, results, new_tokens)]))
     return 0

@@ -5,9 +5,10 @@
 
 The step draws 8 completions of each of 8 prompts and trains LoRA adapters of rank 16, in float32. The parts are the
 rollout, the scoring (one forward pass over all completions, which `loss.old_log_probs=trainer` or a KL term would
-need), and the update. An update costs by how many groups have a signal: rewards are given so that `--effective` of the
-groups have one. Each line has the median over --runs steps, by the clock and in processor time, which other programs
-disturb less. Weights are random unless --model names a Hugging Face folder of this or another model.
+need), and the update. The cost of an update depends on how many groups have a signal, that is rewards that
+differ. Rewards are set so that `--effective` of the groups have one. Each line has the median over --runs steps, in
+elapsed time and in processor time, which other programs disturb less. Weights are random unless --model names a Hugging
+Face folder of this or another model.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PROMPT_BUCKET = 16
 
 
 class Built(NamedTuple):
-    """What a step is made of."""
+    """The config of the measured step, its model, and the weights."""
 
     config: Config
     model: Model

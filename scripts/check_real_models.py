@@ -60,12 +60,12 @@ class Loaded(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Differences of two sets of logits of the same tokens, over all places of all prompts."""
+    """Differences of two sets of logits of the same tokens, over all positions of all prompts."""
 
     largest: float
     mean: float
     best: float
-    """Share of places with the same most probable token."""
+    """Share of positions with the same most probable token."""
 
 
 def config_of(folder: Path, dtype: str, question: str | None) -> Config:
@@ -118,7 +118,7 @@ def gap(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[Gap, float]:
 
 
 def greedy_here(loaded: Loaded, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """`new_tokens` greedy tokens of each prompt, whatever would end a completion."""
+    """`new_tokens` greedy tokens of each prompt; a stop token does not end a completion."""
     width = max(map(len, prompts))
     tokens = np.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], np.int32)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -167,7 +167,7 @@ def print_gap(name: str, found: Gap) -> None:
     """Print what was compared and how far it differs."""
     print(
         f"{name}: logits differ by {found.largest:.2e} at most and {found.mean:.2e} on average; the most probable "
-        f"token is the same at {found.best:.2%} of places",
+        f"token is the same at {found.best:.2%} of positions",
         flush=True,
     )
 
@@ -210,7 +210,7 @@ def check_evaluation(args: argparse.Namespace) -> int:
 
 
 def first_difference(a: str, b: str) -> int:
-    """The first place at which two texts differ."""
+    """The index of the first character at which two texts differ."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -222,8 +222,10 @@ def main(argv: Sequence[str]) -> int:
     logits.add_argument("--rows", type=Path, required=True, help="JSONL with questions")
     logits.add_argument("--column", default="question", help="column of the question (default question)")
     logits.add_argument("--question", help="text around a question, with {question} in its place; default: chat")
-    logits.add_argument("--prompts", type=int, default=20, help="first rows that are used (default 20)")
-    logits.add_argument("--new-tokens", type=int, default=64, help="greedy tokens of each (default 64)")
+    logits.add_argument(
+        "--prompts", type=int, default=20, help="number of rows that are used, from the first (default 20)"
+    )
+    logits.add_argument("--new-tokens", type=int, default=64, help="greedy tokens of each prompt (default 64)")
     logits.add_argument("--bfloat16", action="store_true", help="compare bfloat16 with float32 too; slow on most CPUs")
     evaluation = commands.add_parser("evaluation", help="completions and verdicts of an evaluation")
     evaluation.add_argument("folder", type=Path, help="checkpoint in Hugging Face's format")

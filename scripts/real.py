@@ -5,8 +5,8 @@
 
 Five parts, each of which prints the command that it runs: the weights become a folder in Hugging Face's format, PSPO
 trains adapters on short text questions, the held-out questions are answered before and after, the trained model is
-exported, and transformers answers the held-out questions with the exported folder. The same command carries a run on
-that was stopped. `--model` takes any folder or hub id instead of the weights that a Python package carries; further
+exported, and transformers answers the held-out questions with the exported folder. The same command carries on a
+run that was stopped. `--model` takes any folder or hub id instead of the weights that a Python package carries; further
 arguments are fields of the config.
 """
 
@@ -30,15 +30,15 @@ from pspo_jax.system.one_line_parser import OneLineParser
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = "configs/smollm2_135m_pspo.yaml"
 WEIGHTS = "weights/smollm2"
-"""Folder of the weights from the Python package, in the repository."""
+"""Folder of the weights from the Python package, relative to the repository."""
 STOPPED = 130
 """Exit code after Ctrl-C."""
 SHOWN = 3
-"""Held-out questions that are printed with their answers before and after."""
+"""Number of held-out questions that are printed with their answers before and after."""
 
 
 class Part(NamedTuple):
-    """A part that has ended."""
+    """Name of a part that has ended, and how long it took."""
 
     name: str
     seconds: float
@@ -51,7 +51,7 @@ def say(text: str = "") -> None:
 def run(words: Sequence[str], quiet: bool = False) -> str:
     """Print a command and run it in the repository; its output is shown, or returned if `quiet`.
 
-    Ctrl-C reaches the command too, which saves what it has; this waits for it.
+    Ctrl-C also reaches the command, which then saves its state; this function waits for its end.
 
     Raises:
       SystemExit: the command failed, with its exit code, or was stopped.
@@ -70,7 +70,7 @@ def run(words: Sequence[str], quiet: bool = False) -> str:
 
 
 def write_weights(folder: Path) -> None:
-    """Make the checkpoint of the package's weights, unless it is there."""
+    """Write a checkpoint of the package's weights, unless the folder exists."""
     if folder.is_dir():
         say(f"{folder} is there already.\n")
         return
@@ -78,7 +78,7 @@ def write_weights(folder: Path) -> None:
 
 
 def last_step(folder: Path) -> int:
-    """Steps that a finished run has done.
+    """Number of steps of a finished run.
 
     Raises:
       SystemExit: the run was stopped.
@@ -91,7 +91,7 @@ def last_step(folder: Path) -> int:
 
 
 def results_of(folder: Path, step: int) -> list[dict[str, object]]:
-    """The evaluation of a step, a mapping for each held-out question."""
+    """The evaluation of a step: a mapping for each held-out question."""
     path = results_file(folder, step)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
 
@@ -211,7 +211,7 @@ TEXTS = {
     "export": "The adapters are added to the weights, and the result is written in Hugging Face's format.",
     "check": "transformers loads the exported folder and answers the held-out questions, for comparison.",
 }
-"""What the screen says of each part."""
+"""Text that is printed at the start of each part."""
 
 
 if __name__ == "__main__":

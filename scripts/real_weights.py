@@ -14,9 +14,9 @@ files, whose weights are quantised to 4 to 8 bits. The script dequantises them w
 needs no torch. It writes float32, because that holds the dequantised values exactly, because a CPU computes in it, and
 because an export of a trained run takes the types of its source: merged adapters are then not rounded.
 
-GGUF names a tokenizer's rule for splitting text and does not hold it, so transformers reads SmolLM2's without the
-digits' rule: "\\n\\n3" becomes three tokens instead of two. The script puts the rule back, and refuses to write a
-tokenizer that does not give the token ids that others have published.
+A GGUF file names a tokenizer's rule for splitting text but does not hold it, so transformers reads SmolLM2's tokenizer
+without the rule that splits digits: "\\n\\n3" becomes three tokens instead of two. The script puts the
+rule back, and refuses to write a tokenizer that does not give the token ids that others have published.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ class Weights(NamedTuple):
     """A model that Python packages carry."""
 
     packages: tuple[str, ...]
-    """Modules in which the file's parts lie, in order."""
+    """Modules that hold the parts of the GGUF file, in order."""
     pattern: str
     """File name of a part, as a glob."""
     sha256: str
-    """Hash of the whole GGUF file."""
+    """SHA-256 of the whole GGUF file."""
     install: str
     """Command that installs the packages."""
     config: Callable[[GGUFReader], Json]
-    """config.json of the GGUF file's metadata."""
+    """Function that makes config.json from the GGUF file's metadata."""
     tensor: Callable[[str, np.ndarray, Json], np.ndarray]
-    """A tensor in Hugging Face's layout, of its GGUF name, its value and config.json."""
+    """Function that makes a tensor in Hugging Face's layout from its GGUF name, its value and config.json."""
     fix: Callable[[PreTrainedTokenizerBase], None]
-    """Puts back what GGUF does not hold of the tokenizer."""
+    """Function that puts back the parts of the tokenizer that GGUF does not hold."""
     known_ids: Mapping[str, Sequence[int]]
-    """Text -> the ids that the tokenizer must give."""
+    """Mapping of a text to the token ids that the tokenizer must give."""
 
 
 def number(reader: GGUFReader, key: str) -> float:
@@ -145,7 +145,7 @@ def gemma3_config(reader: GGUFReader) -> Json:
 
 
 def smollm2_tensor(name: str, value: np.ndarray, config: Json) -> np.ndarray:
-    """GGUF interleaves the two halves of each head of q and k, as llama.cpp rotates neighbours; halves go back."""
+    """A tensor of SmolLM2. GGUF interleaves the halves of each head of q and k, since llama.cpp rotates neighbours."""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(name.split(".")[-2])
     if heads is None:
         return value
@@ -153,7 +153,7 @@ def smollm2_tensor(name: str, value: np.ndarray, config: Json) -> np.ndarray:
 
 
 def gemma3_tensor(name: str, value: np.ndarray, config: Json) -> np.ndarray:
-    """GGUF holds the scales of norms, and Hugging Face's format scale - 1."""
+    """A tensor of Gemma 3. GGUF holds the scales of norms, and Hugging Face's format holds scale - 1."""
     return value - 1 if "norm" in name else value
 
 
@@ -260,7 +260,7 @@ def gguf_file(name: str, scratch: Path) -> Path:
 
 
 def write_tokenizer(name: str, gguf: Path, config: Json, out: Path) -> None:
-    """The tokenizer of a GGUF file, with what GGUF leaves out put back.
+    """Write the tokenizer of a GGUF file, with the parts that GGUF does not hold.
 
     Raises:
       ConfigError: it does not give the published ids.

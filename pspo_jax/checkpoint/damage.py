@@ -39,7 +39,7 @@ def record(folder: Place) -> None:
 def complaint(folder: Place) -> tuple[str | None, bool]:
     """The damage of the files under `folder` in words, None = none is found; and whether the finding is certain.
 
-    Every file is read; of a bucket, its listing is. Without a record, as after a kill just before it was written, JSON
+    Every file is read, or the listing of a bucket. Without a record, as after a kill just before it was written, JSON
     files must at least parse.
 
     Raises:
@@ -127,7 +127,7 @@ def _measure_all(folder: Place) -> dict[str, list[int | None]]:
 
 
 def _measure(path: Place) -> list[int | None]:
-    """[bytes, CRC-32]; the second is None for a large file, which is read all the same, and CRC-32C in a bucket."""
+    """[bytes, CRC-32] of a file. The CRC is None for a large file, which is read too; in a bucket it is CRC-32C."""
     if not isinstance(path, Path):
         return list(object_of(path))
     crc, length = 0, 0

@@ -39,7 +39,7 @@ class RunConfig:
 
     dir: str = "runs/default"
     """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A run resumes from
-    a checkpoint in it. gs://BUCKET/FOLDER is a folder in a bucket of Google Cloud Storage, which needs the package
+    a checkpoint in it. gs://BUCKET/FOLDER names a folder in a bucket of Google Cloud Storage; it needs the package
     gcsfs."""
     steps: Annotated[int, Range(1)] = 150
     """Number of training steps. One step rolls out rollout.prompts x rollout.group_size completions."""

@@ -292,13 +292,13 @@ class LossConfig:
     microbatch_rows: Annotated[int, Range(0)] = 32
     """Largest number of completions whose gradient is computed at a time; gradients accumulate over a minibatch. The
     number used is the largest divisor of the minibatch that the mesh divides. 0 = a whole minibatch. With packing, bins
-    that are computed together take no more memory than so many completions; where it permits a whole minibatch, that
-    is an eighth of its completions, at least 8."""
+    that are computed together take no more memory than this number of completions; where that permits a whole
+    minibatch, no more than an eighth of its completions, but at least 8."""
     microbatch_tokens: Annotated[int | None, Range(1)] = None
-    """Number of tokens that are enough for a microbatch of packed completions: no more bins are computed together than
-    have room for so many. The last microbatch of an update is seldom full, and so smaller ones compute less in vain,
-    as long as products of so few tokens are fast. None = 256 for text on a CPU, and otherwise all that microbatch_rows
-    permits."""
+    """Number of tokens that suffice for a microbatch of packed completions: no more bins are computed together than are
+    needed to hold it. The last microbatch of an update is seldom full, so smaller microbatches compute less padding,
+    as long as matrix products of so few tokens are fast. None = 256 for text on a CPU, and otherwise as many as
+    microbatch_rows permits."""
     packing: bool | None = None
     """Whether to pack whole completions into bins, so that little padding is computed. A bin has the length of the
     longest completion or, where completions share their prompt, the length at which a completion costs least. None =

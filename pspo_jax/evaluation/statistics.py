@@ -123,7 +123,7 @@ def summarise(
     ks: Sequence[int],
     tasks: Sequence[str] = (),
 ) -> Summary:
-    """Everything above at once; `lengths` are in tokens, pass@k and maj@k are given for each k of `ks`.
+    """All statistics of a benchmark; `lengths` are in tokens, pass@k and maj@k are given for each k of `ks`.
 
     Args:
       tasks: the label of each problem; empty = none has one.

@@ -16,7 +16,7 @@ from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.interface import Model
 
 _LEAST_PREDICTIONS = 64
-"""Predictions of a chunk below which the head's products become slow, as each chunk reads all of its weights."""
+"""Number of predictions of a chunk below which the head is slow, since each chunk reads all weights of the head."""
 
 
 def compact_rows(
@@ -100,14 +100,14 @@ def chunked_log_probs(
 def chunk_columns(rows: int, t: int, vocab_size: int, logits_mib: int, skips: bool) -> int:
     """Largest number of columns of a chunk.
 
-    Where chunks may be skipped, there are eight, so that some can be, unless their products would be of few rows only.
+    Where chunks may be skipped, there are about eight, or fewer so that each has `_LEAST_PREDICTIONS` predictions.
     """
     columns = max(1, min(t, logits_mib * 2**20 // (4 * vocab_size * rows)))
     return min(columns, max(-(-t // 8), -(-_LEAST_PREDICTIONS // rows))) if skips else columns
 
 
 def _num_chunks(t: int, columns: int) -> int:
-    """Number of chunks of at most so many columns: the fewest that divide t, unless that takes twice the fewest."""
+    """Number of chunks of at most `columns` columns: the fewest, or up to twice as many if that number divides t."""
     fewest = -(-t // columns)
     return next((n for n in range(fewest, min(2 * fewest, t) + 1) if t % n == 0), fewest)
 
@@ -232,7 +232,7 @@ def _is_target(logits: Float[Array, "R C V"], ids: Int[Array, "R C"]) -> Bool[Ar
 
 
 class _ChunkFn(Protocol):
-    """Results of one chunk."""
+    """A function that gives the results of one chunk."""
 
     def __call__(self, h: Float[Array, "R C D"], ids: Int[Array, "R C"], /) -> tuple[Array, ...]: ...
 

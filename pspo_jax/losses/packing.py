@@ -1,4 +1,4 @@
-"""Training without padding: rows of a minibatch packed into bins of one length, `choose_bin_shape`.
+"""Training without padding: rows of a minibatch are packed into bins of one length.
 
 A bin is one long row that holds several rows of the batch, one behind another. Each row attends to itself alone and has
 its own positions, so that its log-probs are those it would have in a batch of padded rows. The losses get these
@@ -26,7 +26,8 @@ every completion, so there may be more predictions than tokens:
     row_of           0  0  0    1  1  1  1    2  2
 
 First-fit decreasing assigns rows to bins: rows come in order of their size, and each goes to the first bin with room
-for it. As many microbatches of bins are computed as hold any row; that number is known at run time alone.
+for it. Only microbatches with at least one row are computed; their number is known only at run time. `choose_bin_shape`
+finds the length of bins.
 
 Letters: R rows, N bins, M rows that a bin holds at most, b bins of a microbatch, P the longest prompt, T the longest
 completion, S tokens of a bin, Q predictions of a bin.
@@ -50,7 +51,8 @@ from pspo_jax.model.interface import Model, Packed
 _LONG_BIN_MULTIPLE = 128
 """Tokens of which the length of a long bin is a multiple, so that attention computes it in blocks of equal size."""
 ROWS_PER_BIN = 16
-"""Rows that a bin holds at most, M, unless it is made for more. It bounds the arrays of the loss, [bins x M, T]."""
+"""Largest number of rows of a bin, M, unless `choose_bin_shape` finds a larger one. It bounds the arrays of the loss,
+[bins x M, T]."""
 _EQUAL_WORK_TOKENS = 2048
 """Length of a bin, in tokens, at which attention over its whole square takes about as long as all other products."""
 _EQUAL_MEMORY_TOKENS = 512
@@ -61,14 +63,14 @@ class BinShape(NamedTuple):
     """The shape of bins, and how many are computed together."""
 
     length: int
-    """Tokens of a bin, S."""
+    """Length of a bin in tokens, S."""
     rows: int
-    """Rows that a bin holds at most, M."""
+    """Largest number of rows of a bin, M."""
     at_a_time: int
-    """Bins of a microbatch, b."""
+    """Number of bins of a microbatch, b."""
 
     def predictions(self, shares: bool) -> int:
-        """Predictions for which a bin has room, Q.
+        """Number of predictions for which a bin has room, Q.
 
         Args:
           shares: whether rows may share their prompt, whose last token then predicts a token of each of them.
@@ -85,19 +87,19 @@ def choose_bin_shape(
     shares: bool = True,
     enough: int | None = None,
 ) -> BinShape:
-    """Bins as long as sharing wants, and as many of them at a time as take the memory of some rows.
+    """The length of bins at which a completion costs least, and as many bins at a time as fit in the memory of `rows`.
 
-    A bin that holds k completions behind one copy of their prompt has prompt + k (completion - 1) tokens. More
-    completions share the prompt's cost, and attention grows with the square of the length; k is the number up to
-    `group_size` at which a completion costs least. Where completions are much longer than their prompt, that is 1.
+    A bin that holds k completions behind one copy of their prompt has prompt + k (completion - 1) tokens. With a larger
+    k, more completions share the prompt's cost, but attention grows with the square of the length. k is the number up
+    to `group_size` at which a completion costs least; it is 1 where completions are much longer than their prompt.
 
     Args:
       prompt: P, the longest prompt in tokens.
-      completion: T.
-      rows: largest number of bins of one row each that may be computed together; it bounds the memory.
+      completion: T, the longest completion in tokens.
+      rows: largest number of rows that may be computed together if each has a bin of its own; it bounds the memory.
       shards: number of devices that split the bins of a microbatch; it divides `rows`.
       shares: whether rows may share their prompt; False = bins are as long as the longest row.
-      enough: tokens that are enough for a microbatch; None = as many bins as the memory permits.
+      enough: number of tokens that suffice for a microbatch; None = as many bins as the memory permits.
     """
 
     def shape(k: int) -> BinShape:
@@ -223,7 +225,7 @@ def padded_length(length: int) -> int:
 
 
 def take_rows(rows: Rows, ids: Int[Array, "m"]) -> Rows:
-    """The rows with these indices; where the index is R there is a row that counts in no sum."""
+    """The rows with these indices; index R stands for a row that counts in no sum."""
     exists = ids < rows.lengths.shape[0]
     part = jax.tree.map(lambda x: x.at[ids].get(mode="clip"), rows)
     return part.replace(mask=part.mask & exists[:, None], counted=part.counted & exists)
@@ -291,7 +293,7 @@ def _by_row(
     """Log-probs and entropies of the bins' predictions, row by row; 0 after a row's last token in the loss.
 
     Args:
-      first_prediction: index of each row's first prediction in its bin; its token k is that many entries further on.
+      first_prediction: index of each row's first prediction in its bin; its token k is k entries behind that.
       t: T.
     """
     in_loss = jnp.arange(t) < completion_lengths[:, :, None]

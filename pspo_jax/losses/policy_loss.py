@@ -44,16 +44,16 @@ class Denominators(NamedTuple):
     minibatch_rows: Float[Array, ""]
     """Completions of this minibatch, at least 1."""
     computed_tokens: Float[Array, ""]
-    """Tokens of those completions of this minibatch that are computed, at least 1."""
+    """Tokens in the computed completions of this minibatch, at least 1."""
     computed_rows: Float[Array, ""]
     """Completions of this minibatch that are computed, at least 1."""
 
 
 def rows_with_gradient(inputs: LossInputs, config: LossConfig) -> Bool[Array, "R"] | None:
-    """Rows whose loss and gradient may differ from 0; None = any row's may. Those of the others are exactly 0.
+    """Rows whose loss and gradient may differ from 0; None = all. Loss and gradient of other rows are exactly 0.
 
-    Every surrogate of the package is 0 where the advantage is 0, whatever the ratio. A KL term, an entropy bonus and a
-    surrogate of the user's own may be anything there.
+    Every surrogate of the package is 0 where the advantage is 0, whatever the ratio. A KL term, an entropy bonus or a
+    surrogate of the user's own may have a gradient there.
     """
     everywhere = inputs.reference_log_probs is not None or config.entropy_coef > 0
     if everywhere or config.surrogate not in SURROGATES:
@@ -102,7 +102,7 @@ class LossMetrics(NamedTuple):
     kl: Float[Array, ""]
     """Mean KL term per token, in nats."""
     entropy: Float[Array, ""]
-    """Mean entropy per token of the rows that are computed, in nats; NaN = none is."""
+    """Mean entropy per token of the rows that are computed, in nats; NaN = no row is computed."""
     low: Float[Array, ""]
     """Share of tokens, or of rows where there is one ratio per row, that are clipped from below."""
     high: Float[Array, ""]
@@ -112,7 +112,7 @@ class LossMetrics(NamedTuple):
     high_max: Float[Array, ""]
     """Largest share of a row's tokens that are clipped from above."""
     gamma: Float[Array, ""]
-    """Mean of VESPO's weight over the rows that are computed, 1 for other surrogates; NaN = none is."""
+    """Mean of VESPO's weight over the rows that are computed, 1 for other surrogates; NaN = no row is computed."""
 
 
 def compute_loss(
@@ -254,9 +254,9 @@ def zero_metrics() -> LossMetrics:
 
 
 def metrics_of_uncomputed(inputs: LossInputs, computed: Bool[Array, "R"]) -> LossMetrics:
-    """The metrics of the rows that are not computed: no token of theirs is clipped.
+    """The metrics of the rows that are not computed. None of their tokens is clipped.
 
-    Their entropies and VESPO's weights are unknown, and no mean counts them; without any row that is computed, these
+    Their entropies and VESPO's weights are unknown, and the means leave them out; if no row at all is computed, these
     means are NaN.
     """
     unknown = jnp.where(computed.any(), 0.0, jnp.nan)

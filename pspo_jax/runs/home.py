@@ -1,9 +1,9 @@
 """Where a run lives: its own folder, or a folder of a bucket that a working folder of this machine stands for.
 
-A run writes its logs line by line, which a bucket cannot take. A run whose run.dir is gs://BUCKET/FOLDER therefore has
-a working folder on this machine. Its small files lie there and are copied to the bucket (`runs/mirror.py`); checkpoints
-and cold starts are written to the bucket itself. The working folder says which bucket it stands for, so that every
-function takes a run by one path.
+A run writes its logs line by line, but an object of a bucket cannot be appended to. A run whose run.dir is
+gs://BUCKET/FOLDER therefore has a working folder on this machine. Its small files lie there and are copied to the
+bucket (`runs/mirror.py`); checkpoints and cold starts are written to the bucket itself. A file in that folder names the
+bucket, so that every function needs only the path of the run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Home(NamedTuple):
 
     url: str
     id: str
-    """Random text that no other working folder has."""
+    """Random text that identifies the working folder."""
 
 
 def home_of(folder: Path) -> Place:
-    """The place of a run's checkpoints and cold start: the folder itself, or the bucket that it stands for."""
+    """The place of a run's checkpoints and cold start: its folder, or the folder of a bucket that this stands for."""
     found = bucket_of(folder)
     return folder if found is None else epath.Path(found.url)
 
@@ -138,5 +138,5 @@ def local_path(flag: str, path: Path | None) -> Path | None:
     """
     text = "" if path is None else str(path)
     if path is not None and (is_url(text) or re.match(r"[a-z0-9]+:/", text)):
-        raise ConfigError(f"{flag} {path}: must be on this machine; write it here and copy it then")
+        raise ConfigError(f"{flag} {path}: must be on this machine; write it here, then copy it")
     return path

@@ -1,8 +1,9 @@
-"""One run at a time in a folder of a bucket: a numbered lease, which its holder renews and a later one follows.
+"""Leases, which let one process at a time write to a run in a bucket.
 
-A bucket has no locks, but of several processes one alone can make an object that is not there. Lease n + 1 may be made
-when lease n was given back, or was not renewed for `EXPIRY` seconds. A holder that finds a later lease has lost the
-run. Clocks of two machines are not compared: who waits, counts the seconds itself.
+A bucket has no locks, but if several processes try to create the same object, exactly one succeeds. Leases are numbered
+objects, and the holder of the newest one renews it. Lease n + 1 may be created once lease n was given back or has not
+been renewed for `EXPIRY` seconds. A holder that finds a later lease has lost the run. A process that waits counts the
+seconds by its own clock; clocks of two machines are compared only for leases older than `_LONG_AGO`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from pspo_jax.system.buckets import children, create, read_bytes, remove, write
 from pspo_jax.system.storage import StorageError, unread
 
 FOLDER = "run.lock"
-"""Folder of the leases in the run's folder."""
+"""Name of the folder of leases in the run's folder."""
 BEAT = 20.0
 """Seconds between two renewals."""
 EXPIRY = 120.0
-"""Seconds without a renewal after which another process may take the run over."""
+"""Seconds without a renewal after which another process may take over the run."""
 _LONG_AGO = 3600.0
-"""Seconds of age, by this machine's clock, from which a lease has expired without a wait; no two clocks differ so."""
+"""Age in seconds, by this machine's clock, from which a lease counts as expired without a wait. Clocks of two machines
+are taken to differ by less."""
 
 _Lease = dict[str, Any]
 """The contents of a lease: holder (in words), id, beats, time in seconds since 1970, and whether it was given back."""
@@ -39,11 +41,11 @@ _Lease = dict[str, Any]
 def held(home: epath.Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Hold the run in a folder of a bucket, and renew the lease meanwhile.
 
-    Yields a function that raises ConfigError once another process has taken the run over.
+    Yields a function that raises ConfigError once another process has taken over the run.
 
     Args:
-      owner: id of the working folder, whose lock this process holds; no other process has a lease of this id then.
-      say: is told of a wait, and of a lease that could not be given back.
+      owner: id of the working folder. This process holds its lock, so no other process holds a lease with this id.
+      say: function that prints a line: on a wait, and if the lease cannot be given back.
     Raises:
       ConfigError: another process holds the run; the message says which, on which host, and since when.
       StorageError: the bucket does not answer.
@@ -60,8 +62,8 @@ def held(home: epath.Path, owner: str, say: Callable[[str], None]) -> Iterator[C
         if last > number:
             lost.set()
             raise ConfigError(
-                f"run.dir={home}: {found.get('holder')} took this run over, as its lease was not renewed for "
-                f"{EXPIRY:.0f} s; stop that process to carry on here"
+                f"run.dir={home}: {found.get('holder')} took this run over, as this process had not renewed its "
+                f"lease for {EXPIRY:.0f} s; stop that process to carry on here"
             )
 
     try:
@@ -77,14 +79,14 @@ def held(home: epath.Path, owner: str, say: Callable[[str], None]) -> Iterator[C
 
 
 def _acquire(home: epath.Path, mine: _Lease, say: Callable[[str], None]) -> int:
-    """The number of a new lease; waits for the end of another one, if need be."""
+    """Create a lease, after the end of the one before it, and return its number."""
     while True:
         number, last = _newest(home)
         over = not number or last.get("released") or last.get("id") == mine["id"]
         if not over and abs(time.time() - float(last.get("time", 0))) < _LONG_AGO:
             say(
-                f"{home}: {last.get('holder')} has not given this run back; this process waits until it has, or has "
-                f"given no sign of life for {EXPIRY:.0f} s"
+                f"{home}: {last.get('holder')} has not given this run back; this process waits until that one "
+                f"gives it back, or has not renewed its lease for {EXPIRY:.0f} s"
             )
             if not _silent(home, number, last):
                 continue
@@ -128,7 +130,7 @@ def _renew(home: epath.Path, number: int, mine: _Lease, done: threading.Event, l
                 return
             write(_path(home, number), _text(mine, beats))
         except (OSError, StorageError, ConfigError):
-            continue  # The bucket does not answer; copies and checkpoints tell.
+            continue  # The bucket does not answer. Copies and checkpoints report that.
 
 
 def _newest(home: epath.Path) -> tuple[int, _Lease]:
@@ -140,7 +142,9 @@ def _newest(home: epath.Path) -> tuple[int, _Lease]:
         number = int(names[-1].partition(".")[0])
         return number, json.loads(read_bytes(home / FOLDER / names[-1]))
     except ValueError as error:
-        raise ConfigError(f"run.dir={home}: {FOLDER} holds what is no lease ({error}); remove it") from error
+        raise ConfigError(
+            f"run.dir={home}: {FOLDER} holds a file that is no lease ({error}); remove the file"
+        ) from error
     except OSError as error:
         raise unread(home / FOLDER, error) from error
 

@@ -20,16 +20,17 @@ from pspo_jax.system.storage import StorageError, unread, unwritten, writing
 _OWN = (HOME, "*.lock", "*.partial", ".write-test*")
 """Names of files that belong to the working folder and are never copied."""
 _MODEL = "model"
+"""Name of the folder of the finished model of a run of supervised fine-tuning."""
 _IN_BUCKET = ("checkpoints", "checkpoints.damaged", "cold_start*", "set_aside", "events.out.*", *_OWN)
-"""Names of files and folders of the bucket that are not copied to the working folder, nor is the finished model of a
-run of supervised fine-tuning: they are large, or never read."""
+"""Names of files and folders of the bucket that are never copied to the working folder, since they are large or not
+read there."""
 _LOGS = ("workers.log",)
 """Names of files that a process of this machine may have open already when the others are copied here."""
 _TOGETHER = 64
-"""Files that are copied at once."""
+"""Number of files that are copied at once."""
 
 _Stamp = tuple[int, int, int]
-"""Bytes, time of the last change in nanoseconds, and inode of a file."""
+"""Size in bytes, time of the last change in nanoseconds, and inode of a file."""
 
 
 class Mirror(NamedTuple):
@@ -40,10 +41,10 @@ class Mirror(NamedTuple):
     known: dict[str, _Stamp]
     """The stamp of each file of the working folder that the bucket has."""
     check: Callable[[], None] = lambda: None
-    """Raises ConfigError once another process has taken over the run in the bucket."""
+    """Function that raises ConfigError once another process has taken over the run in the bucket."""
 
     def pull(self, model: bool = False) -> None:
-        """Make the small files of the working folder those of the bucket; what else the working folder had is dropped.
+        """Replace the files of the working folder by the small files of the bucket; those that only it has are removed.
 
         Args:
           model: whether the finished model of a run of supervised fine-tuning is copied too.
@@ -90,12 +91,12 @@ class Mirror(NamedTuple):
 
 @contextmanager
 def mirrored(folder: Path, say: Callable[[str], None], writes: bool) -> Iterator[Mirror | None]:
-    """Hold the run in the bucket that a working folder stands for, and copy its small files here, and back at the end.
+    """Hold the lease of a run in a bucket; copy its small files to the working folder, and back at the end.
 
     Yields None for a run that is in no bucket, and for a process that does not write.
 
     Args:
-      say: is told of waits for another process, and of files that could not be copied after another error.
+      say: function that prints a line: on a wait for another process, and if files cannot be copied after an error.
       writes: whether this process is the one of the run that writes.
     Raises:
       ConfigError: another process holds the run.
@@ -116,7 +117,7 @@ def mirrored(folder: Path, say: Callable[[str], None], writes: bool) -> Iterator
             try:
                 mirror.push()
             except (StorageError, ValueError) as late:
-                say(f"{late}; what was logged since the last checkpoint is in {folder} alone")
+                say(f"{late}; lines logged since the last checkpoint are only in {folder}")
             raise
         mirror.push()
 

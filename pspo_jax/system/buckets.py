@@ -1,7 +1,7 @@
 """Folders in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER, beside local ones: the file operations of both.
 
-A bucket has objects whose names hold slashes, and no folders: nothing can be appended to or renamed at once, an object
-appears whole, and one object can be made on the condition that it is not there yet. gcsfs sends the requests.
+A bucket has no folders, only objects whose names may hold slashes. An object cannot be appended to or renamed. It
+appears whole, and it can be created on the condition that it does not exist yet. gcsfs sends the requests.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _REFUSALS = (400, 401, 403, 404)
 
 
 class Object(NamedTuple):
-    """What a bucket's listing says of an object."""
+    """Size and checksum of an object, as the bucket lists them."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     crc: int
-    """CRC-32C of its contents, as the bucket computed it."""
+    """CRC-32C of the contents, as the bucket computed it."""
 
 
 def is_url(text: str) -> bool:
@@ -49,7 +49,7 @@ def exists(place: Place) -> bool:
     """Whether a file or folder is there; a folder of a bucket is there if an object is in it.
 
     Raises:
-      BucketError: the bucket does not say.
+      BucketError: the bucket does not answer, or refuses.
     """
     if isinstance(place, Path):
         return place.exists()
@@ -65,7 +65,7 @@ def children(folder: Place) -> list[Place]:
     """The files and folders in a folder, by name; an empty list if it is not there.
 
     Raises:
-      BucketError: the bucket does not say.
+      BucketError: the bucket does not answer, or refuses.
     """
     if isinstance(folder, Path):
         return sorted(folder.glob("*"))
@@ -82,7 +82,7 @@ def objects(folder: epath.Path) -> dict[str, Object]:
     """The objects under a folder of a bucket, by their names inside it.
 
     Raises:
-      BucketError: the bucket does not say.
+      BucketError: the bucket does not answer, or refuses.
     """
     try:
         with _asking(folder):
@@ -94,11 +94,11 @@ def objects(folder: epath.Path) -> dict[str, Object]:
 
 
 def object_of(place: epath.Path) -> Object:
-    """What the bucket says of one object.
+    """Size and checksum of one object.
 
     Raises:
       FileNotFoundError: it is not there.
-      BucketError: the bucket does not say.
+      BucketError: the bucket does not answer, or refuses.
     """
     with _asking(place):
         return _object(_client().info(str(place)))
@@ -173,7 +173,7 @@ def put_files(local: Path, folder: epath.Path, names: Sequence[str]) -> None:
 
 
 def create(place: epath.Path, data: bytes) -> bool:
-    """Make an object that is not there yet; False if it is there. Of several processes one alone succeeds.
+    """Create an object; False if it exists already. If several processes try at once, exactly one succeeds.
 
     Raises:
       StorageError: it cannot be written.
@@ -208,7 +208,7 @@ def remove(place: Place) -> None:
 
 
 def move(place: Place, target: Place) -> None:
-    """Move a file or folder to a target that is not there. In a bucket each object is copied, and all are removed then.
+    """Move a file or folder to a target that is not there. In a bucket, all objects are copied and then removed.
 
     Raises:
       StorageError: it cannot be moved; in a bucket, some objects may have been.
@@ -245,16 +245,16 @@ def check_reachable(folder: epath.Path) -> None:
 def _client() -> fsspec.AbstractFileSystem:
     """The client of buckets, which this process shares with Orbax's.
 
-    Listings are asked for anew each time: TensorStore, and other processes, write what no cache here would know of.
+    Listings are not cached, since TensorStore and other processes write objects that a cache here would miss.
     """
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the tracebacks of errors that it raises too
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # gcsfs logs the tracebacks of errors that it also raises
     fsspec.config.conf["gcs"] = {**fsspec.config.conf.get("gcs", {}), "use_listings_cache": False}
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 @contextmanager
 def _asking(place: epath.Path) -> Iterator[None]:
-    """Turn the errors of the bucket's client in the block into a BucketError; a file that is or is not there stays so.
+    """Raise errors of the bucket's client in this block as BucketError; FileNotFoundError and FileExistsError stay.
 
     Raises:
       BucketError: the bucket does not answer, or refuses.

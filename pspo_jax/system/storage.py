@@ -39,7 +39,7 @@ class StorageError(Exception):
 
 
 class BucketError(OSError):
-    """An error that a bucket or the way to it gave; `filename` is the URL, and `strerror` the client's message."""
+    """An error of a bucket or of the connection to it; `filename` is the URL, and `strerror` the client's message."""
 
     refused = False
     """Whether the bucket refused the request, so that the same one would be refused again."""
@@ -67,7 +67,7 @@ def exhausted(error: OSError | RuntimeError) -> StorageError | None:
 
 
 def unanswered(error: BucketError) -> StorageError:
-    """The one-line error of a bucket that did not give what was asked for."""
+    """The one-line error of a request that a bucket did not answer."""
     return StorageError(f"{error.filename}: {error.strerror}; once the bucket answers, the same command carries on")
 
 
@@ -76,17 +76,17 @@ class LateError(StorageError):
 
 
 _CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google", "requests")
-"""Packages whose exceptions tell that a bucket, or the way to it, is the reason."""
+"""Names of packages whose exceptions come from a bucket or from the connection to it."""
 FORBIDDEN = "Forbidden: "
-"""How gcsfs's OSError begins where the bucket refuses a request."""
+"""Start of the message of gcsfs's OSError if the bucket refuses a request."""
 _UNREACHED = re.compile(
     "^(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED).*gs://", re.DOTALL
 )
-"""TensorStore's messages where a bucket does not answer, or refuses."""
+"""Pattern of TensorStore's messages if a bucket does not answer, or refuses."""
 
 
 def bucket_reason(error: BaseException) -> str | None:
-    """What the client of a bucket reported, in one line; None if the error does not come from a bucket."""
+    """The report of a bucket's client, in one line; None if the error does not come from a bucket."""
     for cause in _chain(error):
         if isinstance(cause, FileNotFoundError):
             continue
@@ -216,7 +216,7 @@ def write_whole(path: Path, data: bytes, shared: bool = False) -> None:
     """Write a file that replaces the old one only when it is complete.
 
     Args:
-      shared: whether another process, on this or another machine, may write the same file meanwhile.
+      shared: whether another process, on this or another machine, may write the same file at the same time.
     Raises:
       StorageError: the file cannot be written.
     """

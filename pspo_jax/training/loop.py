@@ -85,7 +85,7 @@ class _Run(NamedTuple):
     as_command: bool
     """Whether the run prints; False = it logs."""
     mirror: Mirror | None
-    """Copies the folder's small files to the bucket that it stands for; None if it stands for none."""
+    """Mirror that copies the folder's small files to the bucket that it stands for; None if it stands for none."""
 
     def copy_files(self) -> None:
         """Copy the folder's small files to the bucket, if the run is in one; raises StorageError as `persist` does."""
@@ -297,7 +297,7 @@ class _Session(NamedTuple):
     """Checksums of the frozen weights."""
 
     def save(self, state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
-        """Start saving step `done`, once the bucket of a run in one has the logs up to that step."""
+        """Start to save step `done`; for a run in a bucket, after its logs up to that step are copied there."""
         self.run.copy_files()
         setup, totals = self.run.setup, self.context.totals
         metadata: Metadata = {

@@ -22,7 +22,7 @@ from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
 
 ENOUGH_TOKENS = 256
-"""Tokens of a microbatch of packed rows from which a CPU computes a token hardly faster."""
+"""Number of tokens of a microbatch of packed rows beyond which a CPU hardly computes a token faster."""
 _MEMORY_SHARE = 0.25
 """Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
 
@@ -49,7 +49,7 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
 def with_memory(
     config: Config, a: Architecture, mesh: Mesh, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
-    """`config` with what the memory decides filled in where it is None, and a text on each choice.
+    """`config` with the fields that depend on memory filled in where they are None, and a text on each choice.
 
     The fields are model.remat, loss.packing and loss.microbatch_tokens.
     """

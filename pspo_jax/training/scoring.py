@@ -39,8 +39,8 @@ from pspo_jax.replay import Groups
 PACK_FROM_TOKENS = 256
 """Completions that may be this long are packed, unless the config says otherwise."""
 FEWEST_BINS = 8
-"""Least number of completions whose memory a microbatch of bins may take, where the config sets no bound: products of
-fewer rows are slow."""
+"""Least number of completions whose memory a microbatch of bins may take where the config sets no bound, since products
+of fewer rows are slow."""
 Carry = TypeVar("Carry")
 
 
@@ -139,7 +139,7 @@ def make_microbatches(model: Model, rows: Rows, config: Config, wanted: Bool[Arr
     """The microbatches of these rows: bins where rows are packed, else rows as they are.
 
     Args:
-      wanted: rows that are needed; there are no more microbatches than these fill. None = all.
+      wanted: rows that are needed; there are only as many microbatches as these fill. None = all.
     """
     if uses_packing(model, rows, config):
         return _packed(model, rows, wanted, config)
@@ -161,7 +161,7 @@ def _split(rows: Rows, parts: int) -> Microbatches:
 
 
 def _split_wanted(rows: Rows, wanted: Bool[Array, "R"], parts: int) -> Microbatches:
-    """The wanted rows, dealt like cards to as many parts as hold them; where all are wanted, as `_split` deals them."""
+    """The wanted rows, in turn to as few parts as hold them; if all are wanted, the parts are those of `_split`."""
     r = rows.tokens.shape[0]
     size = r // parts
     needed = -(-wanted.sum() // size)
@@ -361,7 +361,7 @@ def shares_prompts(model: Model, config: Config) -> bool:
 
 
 def assign(model: Model, rows: Rows, completion_lengths: Int[Array, "R"], config: Config) -> BinAssignment:
-    """The bins of the rows whose completion is not empty, as many bins as there are rows, and whole microbatches.
+    """The bins of rows with a completion; there are as many bins as rows, rounded up to whole microbatches.
 
     Args:
       completion_lengths: tokens of each completion that are needed; 0 = the row goes into no bin.
@@ -380,15 +380,15 @@ def shape_of_bins(model: Model, rows: Rows, config: Config) -> BinShape:
 
 
 def bin_shape(rows: int, prompt: int, completion: int, model: Model, config: Config) -> BinShape:
-    """The bins that so many rows are packed into.
+    """The shape of the bins that a batch of `rows` rows is packed into.
 
-    A microbatch takes no more memory than loss.microbatch_rows rows at their longest. Where that allows all rows at
-    once, it is an eighth of them: empty bins can only be left out by whole microbatches. loss.microbatch_tokens may
-    allow less.
+    A microbatch takes no more memory than loss.microbatch_rows rows of the greatest length. Where that allows all
+    rows at once, an eighth of them is taken instead, since empty bins can only be left out by whole microbatches.
+    loss.microbatch_tokens may allow less.
 
     Args:
-      prompt: P.
-      completion: T.
+      prompt: P, the longest prompt in tokens.
+      completion: T, the longest completion in tokens.
     """
     at_most = config.loss.microbatch_rows
     at_once = microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))

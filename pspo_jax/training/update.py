@@ -71,7 +71,7 @@ class UpdateMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     """Global norm of the gradient before clipping."""
     useful: Float[Array, ""]
-    """Share of the tokens computed that the loss needs; NaN = none was computed."""
+    """Share of the tokens computed that the loss needs; NaN = no token was computed."""
     completions: Float[Array, ""]
     """Number of completions that were computed."""
     applied: Float[Array, ""]
@@ -109,7 +109,7 @@ def optimize(
             _, entropy = score(model, merge_params(before.params, state.frozen), minibatch, temperature, config)
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
-        # A single part is computed whole, with whatever it holds.
+        # A single microbatch is computed whole, including its rows without a gradient.
         computed = None if is_single_part(model, minibatch, config) else rows_with_gradient(minibatch, o)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked, computed)
         found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total, computed)
@@ -170,7 +170,7 @@ def loss_gradient(
 
     Args:
       total: the denominators, which count all rows.
-      computed: rows that are computed, which must hold all of `rows_with_gradient`; None = all.
+      computed: rows that are computed; they must include all of `rows_with_gradient`. None = all.
     """
     microbatches = make_microbatches(model, rows, config, computed)
 

@@ -21,10 +21,10 @@ from pspo_jax.data.synthetic.text_suite_words import CATEGORIES, COLORS, NAMES, 
 Draw = Callable[[int], int]
 """A function from n to a random whole number in 0..n-1."""
 _MOST_TRIES = 20_000
-"""Draws in a row without a new question after which a kind is taken to have no more."""
+"""Number of draws in a row without a new question after which a kind counts as exhausted."""
 _NUMBER_ONLY = "Reply with the number only."
 _OPTIONS = 2
-"""Options of a multiple-choice question."""
+"""Number of options of a multiple-choice question."""
 
 
 class Item(NamedTuple):
@@ -33,7 +33,7 @@ class Item(NamedTuple):
     question: str
     answer: str
     key: Hashable
-    """What tells it from the kind's other questions; two questions that differ in order alone have one key."""
+    """Value that identifies the question within its kind; questions that differ only in order share it."""
     options: tuple[str, ...] = ()
     """Texts of the options of a multiple-choice question."""
 
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     """A kind of question."""
 
     make: Callable[[Draw], Item]
-    """The next question of the kind."""
+    """Function that draws a question of the kind."""
     verifier: str
     """Name of the task by whose rules its answers are verified, or exact = the answer is the whole completion."""
     difficulty: int
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 def generate(seed: int, count: int, kinds: Sequence[str]) -> list[Row]:
-    """`count` questions of these kinds in turn, no two of them with one key; a kind without new questions is passed.
+    """`count` questions of these kinds in turn, all different; a kind that has no more questions is left out.
 
     Python documents that `random.Random(text).random()` gives the same numbers on every machine and in every version.
 
@@ -112,7 +112,7 @@ def _compare(draw: Draw) -> Item:
 
 
 def _compare_decimals(draw: Draw) -> Item:
-    """Which of two numbers is larger that differ behind the point alone: one has one decimal, the other has two."""
+    """Which of two numbers is larger; they differ only behind the point, where one has one digit and the other two."""
     whole, tenths = 1 + draw(9), 1 + draw(9)
     hundredths = 11 + 10 * draw(9) + draw(9)  # without 0 at the end
     short, long = f"{whole}.{tenths}", f"{whole}.{hundredths}"
@@ -148,7 +148,7 @@ def _sum(a: int, b: int) -> Item:
 
 
 def _count_letters(draw: Draw) -> Item:
-    """How often a letter occurs in a color and a noun; it is the more frequent one of two random letters of these."""
+    """How often a letter occurs in a color and a noun; the letter is the more frequent of two random ones of theirs."""
     phrase = _phrase(draw)
     letters = phrase.replace(" ", "")
     letter = max(_pick(draw, letters), _pick(draw, letters), key=phrase.count)
@@ -181,7 +181,7 @@ def _add_small(draw: Draw) -> Item:
 
 
 def _equation(draw: Draw) -> Item:
-    """The same, to be written as a whole equation."""
+    """A sum of a digit and a number up to 20, to be written as a whole equation."""
     a, b = _small_sum(draw)
     return Item(f"What is {a} + {b}? Write the whole equation.", f"{a} + {b} = {a + b}", (a, b))
 
@@ -193,7 +193,7 @@ def _first_letter(draw: Draw) -> Item:
 
 
 def _multiple_choice(draw: Draw) -> Item:
-    """Which of two words of different categories belongs to one of these."""
+    """Which of two words of different categories belongs to the category that the question names."""
     names = list(CATEGORIES)
     chosen = [names.pop(draw(len(names))) for _ in range(_OPTIONS)]
     words = tuple(_pick(draw, CATEGORIES[name]) for name in chosen)
@@ -247,7 +247,7 @@ def kinds_of(text: str) -> tuple[str, ...]:
 def source(config: Config, seed: int, count: int) -> Source:
     """`count` questions of the kinds in task.kinds. The last rows, which are held out, are drawn first.
 
-    Held-out questions thus do not depend on the number of training prompts, and hold each kind equally often.
+    Held-out questions therefore do not depend on the number of training prompts, and each kind is equally frequent.
 
     Raises:
       ConfigError: a kind is unknown, or the kinds have too few questions.
