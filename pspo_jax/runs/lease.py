@@ -139,12 +139,13 @@ def _newest(home: epath.Path) -> tuple[int, _Lease]:
         names = sorted(path.name for path in children(home / FOLDER))
         if not names:
             return 0, {}
-        number = int(names[-1].partition(".")[0])
-        return number, json.loads(read_bytes(home / FOLDER / names[-1]))
-    except ValueError as error:
-        raise ConfigError(
-            f"run.dir={home}: {FOLDER} holds a file that is no lease ({error}); remove the file"
-        ) from error
+        try:
+            number = int(names[-1].partition(".")[0])
+            return number, json.loads(read_bytes(home / FOLDER / names[-1]))
+        except ValueError as error:
+            raise ConfigError(
+                f"run.dir={home}: {FOLDER}/{names[-1]} is not a lease ({error}); remove that file"
+            ) from error
     except OSError as error:
         raise unread(home / FOLDER, error) from error
 

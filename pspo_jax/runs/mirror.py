@@ -51,17 +51,18 @@ class Mirror(NamedTuple):
         Raises:
           StorageError: the bucket does not give a file, or it cannot be written here.
         """
+        try:
+            left = (*_IN_BUCKET, *_LOGS, *(() if model else (_MODEL,)))
+            found = [name for name in objects(self.home) if not _is(name, left)]
+        except OSError as error:
+            raise unread(self.home, error) from error
+        # Only now: a bucket that does not answer leaves the folder as it is.
         for name in _files(self.local):
             if _is(name, _LOGS):
                 continue
             with writing(self.local / name):
                 (self.local / name).unlink()
         self.known.clear()
-        try:
-            left = (*_IN_BUCKET, *_LOGS, *(() if model else (_MODEL,)))
-            found = [name for name in objects(self.home) if not _is(name, left)]
-        except OSError as error:
-            raise unread(self.home, error) from error
         for start in range(0, len(found), _TOGETHER):
             names = found[start : start + _TOGETHER]
             get_files(self.home, self.local, names)
