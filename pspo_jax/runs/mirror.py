@@ -118,7 +118,10 @@ def mirrored(folder: Path, say: Callable[[str], None], writes: bool) -> Iterator
             try:
                 mirror.push()
             except (StorageError, ValueError) as late:
-                say(f"{late}; lines logged since the last checkpoint are only in {folder}")
+                say(
+                    f"{late}; lines logged since the last checkpoint are only in {folder}, and the next start replaces "
+                    "them: the resumed run logs these steps again"
+                )
             raise
         mirror.push()
 
