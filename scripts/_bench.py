@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 QUIET_CORES = 0.15
 """A repetition starts only when everything on the machine uses less than this many cores."""
@@ -204,6 +204,14 @@ class Repetition:
         return statistics.fmean(call[key] for call in self.calls)
 
 
+class HasCache(Protocol):
+    """A dataclass that describes a contender's work."""
+
+    @property
+    def cache(self) -> str | None:
+        """Folder of XLA's persistent compilation cache; None = no cache."""
+
+
 @dataclass
 class Contender:
     """How to start a worker: its role in the script, its interpreter, and the work."""
@@ -211,7 +219,7 @@ class Contender:
     name: str
     role: str
     python: str
-    work: Work
+    work: HasCache
     note: str = ""
     ours: bool = False
     """Peers are divided by this one."""
@@ -350,15 +358,16 @@ def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, 
 # Output
 
 
-def options(description: str, peers: bool = True, tunix: bool = False) -> argparse.ArgumentParser:
+def options(description: str, peers: bool = True, tunix: bool = False, shapes: bool = True) -> argparse.ArgumentParser:
     """Parser of the options that the benchmarks have in common."""
     from pspo_jax.system.one_line_parser import (
         OneLineParser,  # a peer's interpreter also imports this file and may lack it
     )
 
     parser = OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
+    if shapes:
+        parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
+        parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
     parser.add_argument("--runs", type=int, default=5, help="quiet repetitions per contender (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a repetition (default 1)")
     parser.add_argument(

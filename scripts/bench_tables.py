@@ -77,6 +77,16 @@ COLUMNS: dict[str, list[Column]] = {
         *_COMMON,
         *_NOISE,
     ],
+    "real": [
+        Column("s/step, median", "seconds.median", places(2), "down"),
+        Column("s/step, best", "seconds.best", places(2), "down"),
+        Column("rollout s", "values.rollout_s", places(2), "down"),
+        Column("update s", "values.update_s", places(2), "down"),
+        Column("tokens/s", "values.tokens_per_s", places(1), "up"),
+        _SPREAD,
+        *_COMMON,
+        *_NOISE,
+    ],
     "ragged": [
         Column("s, median", "seconds.median", places(3), "down"),
         Column("s, best", "seconds.best", places(3), "down"),
@@ -115,7 +125,7 @@ COLUMNS: dict[str, list[Column]] = {
 }
 """Columns of the benches' tables, which are named after them; a column that no line has is left out."""
 
-ON_CPU = ("rollout", "step", "ragged", "floors")
+ON_CPU = ("rollout", "step", "real", "ragged", "floors")
 """Benches whose machine the table `machine` describes; the accelerator's stands with its own table."""
 
 

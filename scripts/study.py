@@ -2,11 +2,14 @@
 
     python scripts/study.py --out runs/study --steps 40 --seeds 0 1 2 3 4 \\
         --arm grpo --arm dr_grpo --arm ers --arm pps --arm pspo --arm "pspo selection.floor=1e-6"
+    python scripts/study.py --out runs/smollm2 --arm configs/smollm2_135m_grpo.yaml \\
+        --arm configs/smollm2_135m_pspo.yaml --arm configs/smollm2_135m_popo.yaml
 
-An arm is an algorithm with overrides of fields. Runs follow one another, each in its own folder; finished runs are not
-repeated, and runs of one seed share their cold start. The first arm is the baseline of the paired differences: the same
-seed has the same cold start and the same problems. An arm that rolls out more than the baseline (dapo) is also read at
-its last evaluation within the baseline's rollouts, so give it a small eval.every.
+An arm is an algorithm or a recipe, with overrides of fields. Runs follow one another, or `--jobs` at a time, each in
+its own folder; finished runs are not repeated, and runs of one seed share their cold start. The first arm is the
+baseline of the paired differences: the same seed has the same cold start and the same problems. An arm that rolls out
+more than the baseline (dapo) is also read at its last evaluation within the baseline's rollouts, so give it a small
+eval.every. A second table has the greedy accuracy of each kind of problem, where a task has kinds.
 """
 
 from __future__ import annotations
@@ -16,34 +19,44 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.system.one_line_parser import OneLineParser
 
+STEPS = 40
+"""Training steps of a run where no recipe says how many."""
+
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
-    return out / f"{arm.replace(' ', '_').replace('=', '-')}_seed{seed}"
+    algorithm, *overrides = arm.split()
+    words = [Path(algorithm).stem if is_recipe(algorithm) else algorithm, *overrides]
+    return out / f"{'_'.join(words).replace('=', '-')}_seed{seed}"
 
 
-def flags(folder: Path, arm: str, seed: int, steps: int) -> list[str]:
+def is_recipe(algorithm: str) -> bool:
+    """Whether the first word of an arm is a file of settings and no algorithm's name."""
+    return algorithm.endswith((".yaml", ".yml"))
+
+
+def flags(folder: Path, arm: str, seed: int, steps: int | None) -> list[str]:
     """Command-line arguments of pspo_jax.train for one run."""
     algorithm, *overrides = arm.split()
-    words = [
-        "--run.dir",
-        str(folder),
-        "--algorithm.name",
-        algorithm,
-        "--run.seed",
-        str(seed),
-        "--run.steps",
-        str(steps),
-    ]
+    words = ["--config" if is_recipe(algorithm) else "--algorithm.name", algorithm]
+    words += ["--run.dir", str(folder), "--run.seed", str(seed)]
+    words += [] if steps is None else ["--run.steps", str(steps)]
     return [*words, "--log.report", "false", "--log.progress", "false", *(f"--{override}" for override in overrides)]
 
 
-def run(out: Path, arm: str, seed: int, steps: int) -> None:
+def run(out: Path, arm: str, seed: int, steps: int | None) -> None:
+    """Run an arm with a seed, unless it has finished before.
+
+    Raises:
+      SystemExit: the run failed, with its exit code.
+    """
     folder = folder_of(out, arm, seed)
     if (folder / "summary.json").exists():
         return
@@ -54,13 +67,19 @@ def run(out: Path, arm: str, seed: int, steps: int) -> None:
     print(f"{arm}, seed {seed}: {json.loads((folder / 'summary.json').read_text())['eval']}", flush=True)
 
 
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    """The metrics of the steps of a run after which it was evaluated."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval/greedy" in line]
+
+
 def read(folder: Path, budget: float = float("inf")) -> dict[str, float]:
     """Figures of one run for the table, at its last evaluation within `budget` rollouts."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [line for line in lines if "eval/greedy" in line]
+    evaluated = evaluations(folder)
     last = [line for line in evaluated if line["rollouts/total"] <= budget][-1]
     return {
         "before": evaluated[0]["eval/greedy"],
+        "sampled before": evaluated[0]["eval/sampled"],
         "greedy": last["eval/greedy"],
         "sampled": last["eval/sampled"],
         "effective": last.get("rollouts/effective", 0) / max(last["rollouts/total"], 1),
@@ -99,31 +118,53 @@ def table(out: Path, arms: list[str], seeds: list[int]) -> str:
             f"| {arm} | {cells[0]} | {cells[1]} | {differences[0]} | {differences[1]} | {effective} "
             f"| {spent:,} | {step} |"
         )
-    before = mean_and_error([r["before"] for r in base])
-    note = f"{len(seeds)} seeds; greedy before RL {before}."
+    before, sampled = (mean_and_error([r[key] for r in base]) for key in ("before", "sampled before"))
+    note = f"{len(seeds)} seeds; greedy before RL {before}, sampled {sampled}."
     return "\n".join([note, "", *rows])
+
+
+def table_of_kinds(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
+    """Greedy accuracy of each kind of problem before and after training; empty if the task has no kinds."""
+    ends = {arm: [evaluations(folder_of(out, arm, seed)) for seed in seeds] for arm in arms}
+    kinds = sorted(key for key in ends[arms[0]][0][-1] if key.startswith("eval/greedy/"))
+    if not kinds:
+        return ""
+    rows = [f"| kind | before | {' | '.join(arms)} |", "|---" * (len(arms) + 2) + "|"]
+    for kind in kinds:
+        cells = [mean_and_error([found[0][kind] for found in ends[arms[0]]])]
+        cells += [mean_and_error([found[-1][kind] for found in ends[arm]]) for arm in arms]
+        rows.append(f"| {kind.removeprefix('eval/greedy/')} | {' | '.join(cells)} |")
+    return "\n".join(["", *rows])
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", action="append", required=True, help='"ALGORITHM [stage.field=value ...]", repeatable')
+    parser.add_argument(
+        "--arm", action="append", required=True, help='"ALGORITHM|RECIPE.yaml [stage.field=value ...]", repeatable'
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=40, help="training steps a run")
+    parser.add_argument("--steps", type=int, help="training steps a run (default 40, or the recipe's)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: needs a number of at least 1")
+    if not all(arm.strip() for arm in args.arm):
+        parser.error("--arm '': needs an algorithm or a recipe")
+    if len(set(args.seeds)) < len(args.seeds) or len({folder_of(args.out, arm, 0) for arm in args.arm}) < len(args.arm):
+        parser.error("--seeds, --arm: name each one once")
+    steps: dict[str, int | None] = {}
     for arm in args.arm:
-        if not arm.strip():
-            parser.error("--arm '': needs an algorithm")
+        steps[arm] = args.steps or (None if is_recipe(arm.split()[0]) else STEPS)
         try:
-            command_line.parse(flags(folder_of(args.out, arm, 0), arm, 0, args.steps), parser.prog, "")
+            command_line.parse(flags(folder_of(args.out, arm, 0), arm, 0, steps[arm]), parser.prog, "")
         except ConfigError as error:
             parser.error(f"--arm {arm!r}: {error}")
-    if len(set(args.seeds)) < len(args.seeds) or len(set(args.arm)) < len(args.arm):
-        parser.error("--seeds, --arm: name each one once")
-    for seed in args.seeds:
-        for arm in args.arm:
-            run(args.out, arm, seed, args.steps)
+    pairs = [(arm, seed) for seed in args.seeds for arm in args.arm]
+    with ThreadPoolExecutor(args.jobs) as executor:
+        list(executor.map(lambda pair: run(args.out, *pair, steps[pair[0]]), pairs))
     print(table(args.out, args.arm, args.seeds))
+    print(table_of_kinds(args.out, args.arm, args.seeds))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tests import xla
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -30,26 +30,28 @@ settings.load_profile("suite")
 
 
 LONGEST = (
-    "distributed/test_processes",
     "runs/test_text_run",
+    "training/test_train_function",
+    "selection/test_selection",
+    "distributed/test_processes",
+    "launch/test_launcher_stops",
     "selection/test_options",
-    "runs/test_run",
-    "runs/test_chaos",
     "small-lora",
+    "runs/test_run",
     "training/test_replay_step",
+    "runs/test_chaos",
     "training/test_packing",
-    "pool",
-    "planning/test_plan",
     "rollout/test_sampler",
-    "launch/test_launchers",
     "selection/test_over_steps",
-    "selection/test_posterior",
-    "model/test_lora",
     "training/test_step",
+    "selection/test_posterior",
+    "pool",
     "model/test_pretrained",
     "runs/test_run_faults",
-    "runs/test_bucket",
-    "selection/test_sharded",
+    "selection/test_tree",
+    "model/test_lora",
+    "training/test_step_meaning",
+    "selection/test_longest_first",
 )
 """Groups of tests that take a minute or so."""
 

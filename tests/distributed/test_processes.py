@@ -108,6 +108,7 @@ if "--distributed.process" in sys.argv and sys.argv[sys.argv.index("--distribute
 """
 
 
+@pytest.mark.slow
 def test_one_that_raises_one_that_is_killed_and_a_stop_lose_nothing(child_env, runs, together, tmp_path):
     """Three faults in a row, each followed by the same command; the run equals one that met none, to the bit."""
     folder = runs / "faults"

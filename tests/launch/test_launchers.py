@@ -138,6 +138,7 @@ def test_shellcheck_passes():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_slurms_variables_are_enough(child_env, tmp_path):
     """Two local processes that look like SLURM's: JAX finds the coordinator and the places by itself."""
     folder = tmp_path / "slurm"

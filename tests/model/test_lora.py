@@ -130,6 +130,7 @@ def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
     assert float(at_zero["kl"]) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_the_gradient_alone(tmp_path):
     _, _, model, base, adapters = adapted(tmp_path, dropout=0.5)
     with_dropout = logits(model, LoraParams(base, adapters, jax.random.key(0)))

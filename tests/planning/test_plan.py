@@ -77,17 +77,13 @@ def test_a_peak_between_the_least_and_the_compilers_fits_or_not_if_the_compiler_
     assert plan._verdict(refused, 16 * GIB, exact=True) == ("does not fit", "Used 17G of 16G hbm")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
 @pytest.mark.parametrize(
     ("target", "words", "kernel"),
     [
         ("v5e-8", "--mesh.fsdp 4 --model.remat offload --rollout.max_new_tokens 512", "splash"),
-        pytest.param(
-            "v6e-16",
-            "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo",
-            None,
-            marks=pytest.mark.slow,
-        ),
+        ("v6e-16", "--mesh.fsdp 2 --mesh.tensor 2 --rollout.weights split --algorithm.name popo", None),
     ],
 )
 def test_compiles_for_a_tpu_that_is_not_there(target, words, kernel, child_env):

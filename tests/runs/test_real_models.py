@@ -176,6 +176,7 @@ def check_adapter(folder, talker, out, env, tokens, merged):
     assert np.abs(torch_logits(exported, tokens) - merged).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_export_of_all_steps_and_of_one_that_is_not_there(trained, tmp_path, child_env):
     kind, folder = trained.kind, trained.folder
     if kind == "full":

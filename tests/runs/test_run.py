@@ -25,7 +25,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.model import built_in, transformer
 from pspo_jax.report import main as report
-from tests.helpers import relative
+from tests.helpers import relative, slow_except
 from tests.runs.processes import SMALL, finish, flags, lines_of, metrics, params, start, wait_for_step
 
 
@@ -59,7 +59,7 @@ def uninterrupted(child_env, runs):
     return folder
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", slow_except([1], [1, 10]))
 def test_killed_at_random_moments_and_resumed_to_the_bit(child_env, uninterrupted, runs, times):
     """SIGKILL, at random moments and in the middle of saves, and a SIGTERM; then let it end."""
     rng = random.Random(0)

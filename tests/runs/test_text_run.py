@@ -146,6 +146,7 @@ def test_every_reward_is_logged_and_its_errors_are_kept(trained):
     assert "I print" in (folder / "workers.log").read_text() and "I print" not in out
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(trained, place, child_env):
     run(child_env, place, "chunks", reward__terms=TERMS, reward__format="open_rs", rollout__chunks=4)
     for a, b in zip(metrics(trained[0]), metrics(place / "chunks"), strict=True):
@@ -240,6 +241,7 @@ def evaluate(env, place, out, *argv):
     )
 
 
+@pytest.mark.slow
 def test_killed_evaluation_continues_as_if_it_had_not_been(trained, place, child_env, tmp_path):
     whole = evaluate(child_env, place, tmp_path / "whole", "--steps", "1,3")
     out = whole.communicate(timeout=300)[0]

@@ -168,7 +168,7 @@ def test_half_of_a_batch_explores(name):
     assert_even(counted(ids[:, 2:], n)[2:], 2)
 
 
-@pytest.mark.parametrize("name", ["pps", "prioritized_replay"])
+@pytest.mark.parametrize("name", slow_except(["pps"], ["pps", "prioritized_replay"]))
 def test_with_exploration_alone_all_prompts_that_may_be_drawn_are_alike(name):
     n, b = 12, 2
     compiled = make(name, b, exploration=1.0, cooldown=2)
@@ -197,7 +197,7 @@ QUOTAS = "a=0.5, b=0.25"
 KIND = np.random.default_rng(5).permutation(np.repeat([0, 1, 2], [6, 10, 24]))
 
 
-@pytest.mark.parametrize("name", slow_except(["pps", "mopps"], MODES))
+@pytest.mark.parametrize("name", slow_except(["pps"], MODES))
 def test_every_batch_has_each_tasks_quota(name):
     compiled = make(name, 8, task_names=KINDS, quotas=QUOTAS, cooldown=2)
     state = compiled.init(N, PromptMetadata(jnp.asarray(KIND, jnp.int8)))
@@ -234,7 +234,10 @@ def test_loss_weights_use_the_probability_within_a_quota(weighted):
     np.testing.assert_allclose(weight, raw / raw.max(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("tasks", "name", "named"), [(44, "prioritized_replay", 44), (130, "uniform", 1)])
+MANY_TASKS = [(44, "prioritized_replay", 44), (130, "uniform", 1)]
+
+
+@pytest.mark.parametrize(("tasks", "name", "named"), slow_except(MANY_TASKS[:1], MANY_TASKS, several=True))
 def test_quotas_of_many_tasks_lose_no_prompt(tasks, name, named):
     task_names = tuple(f"task{i:03d}" for i in range(tasks))
     quotas = ", ".join(f"{task}={0.9 / named}" for task in task_names[:named])
@@ -356,7 +359,7 @@ def changed(seed=9, before=30, kept=21, new=9):
     return rng.permutation(np.concatenate([rng.permutation(before)[:kept], np.full(new, -1)]))
 
 
-@pytest.mark.parametrize("name", ["uniform", "pps", "mopps", "prioritized_replay", "spo"])
+@pytest.mark.parametrize("name", slow_except(["pps", "spo"], ["uniform", "pps", "mopps", "prioritized_replay", "spo"]))
 def test_what_is_known_of_prompts_follows_them(name):
     places = changed()
     compiled = make(name, 3, cooldown=3)

@@ -87,7 +87,8 @@ def test_eight_devices_draw_and_learn_what_one_does(name):
     assert_equal(one.state, eight.state)
 
 
-@pytest.mark.parametrize("name", [pytest.param("pps", marks=pytest.mark.slow), "prioritized_replay"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pps", "prioritized_replay"])
 def test_a_restored_state_goes_on_as_the_saved_one_on_any_number_of_devices(name, tmp_path: Path):
     chosen = strategy(name, quotas="even=0.25")
     saved = Stepper(chosen, mesh_of(4, 2))

@@ -238,6 +238,7 @@ def test_a_row_sees_only_itself():
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
 
 
+@pytest.mark.slow
 def test_many_short_completions_of_a_short_prompt():
     """The last token of a shared prompt predicts a token of every row: there may be more predictions than tokens."""
     r = 16

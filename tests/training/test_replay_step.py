@@ -72,7 +72,7 @@ def mixed(seed):
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("pspo", "popo"),
+        pytest.param("pspo", "popo", marks=pytest.mark.slow),
         pytest.param("pspo", "filter", marks=pytest.mark.slow),
         pytest.param("grpo", "popo", marks=pytest.mark.slow),
         pytest.param("grpo", "filter", marks=pytest.mark.slow),

@@ -44,6 +44,7 @@ def test_an_own_task_is_trained_saved_and_carried_on(tmp_path):
     assert "name: own\n" in (tmp_path / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_an_own_reward_takes_the_place_of_the_tasks_and_a_callback_stops_the_run(tmp_path, capsys):
     fields = {k.replace(".", "__"): v for k, v in SMALL.items()} | {"sft__steps": 0, "eval__samples": 1}
     result = own_reward.main(str(tmp_path), wanted=0.0, **fields)
