@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from pspo_jax.verifiers.workers.pool import Pool
 from tests.conftest import DATA
 from tests.helpers import tiny_config
 
-reasoning_gym = pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+if find_spec("reasoning_gym") is None:
+    pytest.skip("reasoning-gym is not installed", allow_module_level=True)
 TOKENIZER = DATA / "tokenizers" / "qwen2.5-small"
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -53,6 +55,8 @@ def config(tmp_path):
 def test_datasets_take_turns(tokenizer, config):
     task = make_task(config(task__seed=3), tokenizer)
     assert (len(task.train.lengths), len(task.heldout.lengths)) == (10, 4)
+    import reasoning_gym
+
     made = {name: reasoning_gym.create_dataset(name, size=7, seed=3) for name in ("leg_counting", "chain_sum")}
     entries = [made[name][i] for i in range(7) for name in made]
     assert [*task.train.texts, *task.heldout.texts] == [e["question"] for e in entries]
@@ -85,6 +89,8 @@ def test_questions_that_come_twice_are_left_out(tokenizer, config):
 
 
 def test_completions_are_verified_by_their_dataset(tokenizer, config, pool):
+    import reasoning_gym
+
     task = make_task(config(), tokenizer, pool)
     rows = [0, 1, 2, 3]
     gold = [task.train.answers[i] for i in rows]

@@ -30,8 +30,6 @@ from tests.helpers import random_prompts, relative, slow_except, tiny_config
 from tests.model.checkpoints import torch_logits, write_checkpoint
 from tests.model.test_pretrained import load
 
-peft = pytest.importorskip("peft", reason="peft is a test dependency; install '.[test]'")
-
 TOKENS = np.random.default_rng(0).integers(3, 97, (3, 12))
 
 
@@ -55,6 +53,7 @@ def logits(model, params, tokens=TOKENS):
 @pytest.mark.parametrize("family", slow_except(["qwen2"], ["qwen2", "llama", "gemma3_text"]))
 @pytest.mark.parametrize("targets", ["q,k,v,o,gate,up,down", "q_proj,down_proj"])
 def test_merge_and_logits_are_pefts(tmp_path, family, targets):
+    peft = pytest.importorskip("peft", reason="peft is a test dependency; install '.[test]'")
     extra = {"head_dim": 8, "layer_types": ["full_attention"] * 2} if family == "gemma3_text" else {}
     torch_model, source, model, base, adapters = adapted(tmp_path / "base", family, targets, **extra)
     (tmp_path / "adapter").mkdir()
