@@ -48,7 +48,15 @@ MAX_REWARD = 1e15
 """Rewards of larger magnitude count as missing: their squares would not be finite in float32."""
 
 
-class TrainStep(Protocol):
+class Jitted(Protocol):
+    """A function that `jax.jit` compiles."""
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, as `jax.jit` traces it."""
+        ...
+
+
+class TrainStep(Jitted, Protocol):
     """A whole training step; see `make_train_step`."""
 
     def __call__(
@@ -62,12 +70,8 @@ class TrainStep(Protocol):
         """The state after the step, and the step's metrics."""
         ...
 
-    def lower(self, *args: PyTree) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, as `jax.jit` traces it."""
-        ...
 
-
-class Collect(Protocol):
+class Collect(Jitted, Protocol):
     """One round of dynamic sampling; see `make_collect`."""
 
     def __call__(
@@ -81,20 +85,12 @@ class Collect(Protocol):
         """The state with the round's effective groups in its queue, and the round's metrics."""
         ...
 
-    def lower(self, *args: PyTree) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, as `jax.jit` traces it."""
-        ...
 
-
-class Update(Protocol):
+class Update(Jitted, Protocol):
     """A training step on the groups that wait; see `make_update`."""
 
     def __call__(self, state: TrainState, temperature: Float[Array, ""], /) -> tuple[TrainState, Metrics]:
         """The state after the step, and the step's metrics."""
-        ...
-
-    def lower(self, *args: PyTree) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, as `jax.jit` traces it."""
         ...
 
 

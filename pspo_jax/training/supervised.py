@@ -31,6 +31,7 @@ from pspo_jax.model.interface import Model
 from pspo_jax.system.json_values import Json
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
+from pspo_jax.training.step import Jitted
 
 _MAX_STEPS_A_CALL = 60
 """Largest number of training steps in one jitted call."""
@@ -110,17 +111,13 @@ def sft_loss(model: Model, params: PyTree, batch: dict[str, Array], logits_mib: 
     return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-class SftSteps(Protocol):
+class SftSteps(Jitted, Protocol):
     """Several supervised steps in one jitted call; see `make_sft_steps`."""
 
     def __call__(
         self, params: Params, opt_state: OptState, batches: dict[str, Array], frozen: Params | None = None, /
     ) -> tuple[Params, OptState, Float[Array, "K"]]:
         """The weights and the optimizer's state after the steps, and the loss of each step, in nats per token."""
-        ...
-
-    def lower(self, *args: PyTree) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, as `jax.jit` traces it."""
         ...
 
 

@@ -42,7 +42,7 @@ def summed(inputs, config):
 def cut_by_row(inputs, config):
     return SurrogateTerms(inputs.ratio, clipped_low=(inputs.ratio < 1).any(axis=1))
 
-def wrong(inputs, config):
+def raises_attribute_error(inputs, config):
     return SurrogateTerms(inputs.rewards)
 
 constant = 3
@@ -95,7 +95,7 @@ def test_an_own_surrogate_trains_as_the_packages_equal_one_does(modules):
         ("mine:array", "return pspo_jax.losses.SurrogateTerms"),
         ("mine:summed", r"`value` has shape \[\].*return \[2, 3\] or \[2, 1\]"),
         ("mine:cut_by_row", r"`clipped_low` has shape \[2\].*return \[2, 3\]"),
-        ("mine:wrong", "AttributeError"),
+        ("mine:raises_attribute_error", "AttributeError"),
     ],
 )
 def test_a_surrogate_that_cannot_serve_is_refused_before_it_is_compiled(modules, name, message):
