@@ -387,6 +387,18 @@ def options(description: str, peers: bool = True, tunix: bool = False, shapes: b
     return parser
 
 
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """FIELD=VALUE pairs, values as JSON where they are."""
+    found: dict[str, Any] = {}
+    for text in settings:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def chosen(value: str, every: Sequence[str]) -> list[str]:
     return list(every) if value == "both" else [value]
 

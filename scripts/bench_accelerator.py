@@ -196,25 +196,13 @@ def main() -> None:
     if gone:
         raise SystemExit(f"{sys.executable} has no {', '.join(gone)}, which this package needs")
     with tempfile.TemporaryDirectory() as cache:
-        job = dataclasses.replace((h200 if options.h200 else smoke)(cache), fields=parsed(options.set))
+        job = dataclasses.replace((h200 if options.h200 else smoke)(cache), fields=_bench.parsed(options.set))
         lines = measure(job, options)
     rates = rates_of(lines)
     rest = [complete(line, rates) for line in lines if line.get("work")]
     final = [_bench.rounded(line) for line in best_ceiling(lines) + rest]
     _bench.emit(final, options.out)
     print("\n" + bench_tables.tables(bench_tables.latest([*lines, *final]))["accelerator"], file=sys.stderr)
-
-
-def parsed(settings: list[str]) -> dict[str, Any]:
-    """FIELD=VALUE pairs, values as JSON where they are."""
-    found: dict[str, Any] = {}
-    for text in settings:
-        name, _, value = text.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 if __name__ == "__main__":

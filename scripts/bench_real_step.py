@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import _bench
+
 from pspo_jax.system.one_line_parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def settings(options: argparse.Namespace) -> Config:
         "optimizer.learning_rate": 3e-4,
     }
     fields |= {} if options.model else SMOLLM2
-    fields |= dict(pair.split("=", 1) for pair in options.set)
+    fields |= _bench.parsed(options.set)
     return resolve(replace(Config(), fields))
 
 
@@ -258,11 +260,16 @@ def main() -> None:
     )
     parser.add_argument("--parts", default="rollout,scoring", help="parts to time beside the update")
     parser.add_argument("--runs", type=int, default=3, help="steps for each line (default 3)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="another setting")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="value as JSON, or text")
     options = parser.parse_args()
+    from pspo_jax.config.fields import ConfigError
     from pspo_jax.distributed.runtime import keep_freed_memory
 
     keep_freed_memory()
+    try:
+        settings(options)
+    except ConfigError as error:
+        parser.error(str(error))
     measure(options)
 
 
