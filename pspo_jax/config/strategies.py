@@ -23,7 +23,7 @@ SELECTORS = (
 )
 """Names of the selectors that `selection.SCORERS` holds."""
 EstimatorName = str
-ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo")
+ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo", "maxrl")
 """Names of the advantage estimators that `advantages.ESTIMATORS` holds."""
 ReplayName = str
 REPLAYS = ("none", "filter", "popo")

@@ -39,6 +39,7 @@ _BY_ESTIMATOR: dict[str, tuple[str, ...]] = {
     "group": ("scale",),
     "rloo": ("scale",),
     "opo": ("scale",),
+    "maxrl": (),
     "tracked_baseline": ("scale",),
     "ers": ("alpha", "alpha_mode", "stat_mode"),
 }
