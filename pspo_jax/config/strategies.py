@@ -290,6 +290,10 @@ class LossConfig:
     or become 0 (mask)."""
     importance_cap: Annotated[float, Range(above=0.0)] = 2.0
     """decoupled: largest importance weight."""
+    ess_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """decoupled: factor on the learning rate of each update, by the effective sample size of its importance weights as
+    a share of their number, which is 1 for fresh groups: 1 (none), the share's square root (sqrt, which VCPO takes for
+    AdamW), or the share (linear)."""
     num_iterations: Annotated[int, Range(1)] = 1
     """Number of passes over a batch of rollouts."""
     minibatches: Annotated[int, Range(1)] = 1

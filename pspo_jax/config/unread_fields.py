@@ -432,7 +432,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
     "loss.off_policy": (OLDER_GROUPS,),
-    "loss.importance": (OLDER_GROUPS, when("loss.off_policy", "decoupled")),
+    **_all("loss", ("importance", "ess_scaling"), OLDER_GROUPS, when("loss.off_policy", "decoupled")),
     "loss.importance_cap": (
         OLDER_GROUPS,
         when("loss.off_policy", "decoupled"),

@@ -126,7 +126,7 @@ def test_beliefs_equal_plain_floats(name, forgetting):
     check()
 
 
-@pytest.mark.parametrize("name", ["posterior_mixed", "mopps", "prioritized_replay"])
+@pytest.mark.parametrize("name", slow_except(["posterior_mixed"], ["posterior_mixed", "mopps", "prioritized_replay"]))
 def test_a_prompt_that_was_never_tried_is_ranked_by_its_bin(name):
     """Prompts 0 to 9 are of a bin that is always solved, 10 to 19 of one that is half solved; half of each is tried."""
     bins, tried = np.repeat([0, 1], 10), np.r_[0:5, 10:15]
@@ -142,7 +142,9 @@ def test_a_prompt_that_was_never_tried_is_ranked_by_its_bin(name):
     assert np.ptp(priority["none"][np.r_[solved, mixed]]) == 0
 
 
-@pytest.mark.parametrize(("shrinkage", "returns"), [(0.05, True), (0.0, False)])
+@pytest.mark.parametrize(
+    ("shrinkage", "returns"), slow_except([(0.05, True)], [(0.05, True), (0.0, False)], several=True)
+)
 def test_a_bin_that_was_given_up_is_tried_again(shrinkage, returns):
     """Bin 0 is never solved for 20 steps, then half solved for ever; in bin 1, each third group has one mistake."""
     n, batch = 24, 4
