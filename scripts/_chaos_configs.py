@@ -61,6 +61,7 @@ _ALGORITHMS = (
     "grpo",
     "dr_grpo",
     "rloo",
+    "maxrl",
     "ers",
     "pps",
     "pspo",

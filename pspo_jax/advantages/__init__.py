@@ -8,7 +8,16 @@ import dataclasses
 from collections.abc import Callable
 
 from pspo_jax.advantages.ers import ers, published_code_ers
-from pspo_jax.advantages.group import group, group_advantages, opo, opo_advantages, rloo, rloo_advantages
+from pspo_jax.advantages.group import (
+    group,
+    group_advantages,
+    maxrl,
+    maxrl_advantages,
+    opo,
+    opo_advantages,
+    rloo,
+    rloo_advantages,
+)
 from pspo_jax.advantages.interface import AdvantageEstimator, MakeEstimator, OverBatchFn, divide_by_deviation
 from pspo_jax.advantages.tracked import divide_by_rms, tracked_baseline
 from pspo_jax.config.plugins import load_plugin
@@ -20,6 +29,7 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     "rloo": rloo,
     "tracked_baseline": tracked_baseline,
     "opo": opo,
+    "maxrl": maxrl,
 }
 """Constructor of each estimator, by the name that `advantage.name` gives it."""
 
@@ -60,6 +70,8 @@ __all__ = [
     "group",
     "group_advantages",
     "make",
+    "maxrl",
+    "maxrl_advantages",
     "opo",
     "opo_advantages",
     "published_code_ers",

@@ -1,4 +1,4 @@
-"""Advantages against the group: GRPO and Dr.GRPO, leave-one-out (RLOO), and the length-weighted baseline of OPO."""
+"""Advantages against the group: GRPO and Dr.GRPO, leave-one-out (RLOO), the length-weighted baseline of OPO, MaxRL."""
 
 from __future__ import annotations
 
@@ -53,6 +53,23 @@ def opo_advantages(
     return scaled(rewards - baseline[:, None], rewards, known, scale, ddof, eps)
 
 
+def maxrl_advantages(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """(r_i - mean) / mean, the advantage of maximum likelihood RL (MaxRL, arXiv 2602.02710).
+
+    For rewards of 0 and 1 with success probability p, the mean over a group of A_i times the gradient of log pi has the
+    expectation sum over k from 1 to G - 1 of (1 - p)^(k - 1) grad p, which are the first terms of the series of
+    grad log p. A prompt thus weighs about 1/p as much as in the gradient of p.
+
+    NaN rewards are left out of the mean and get advantage 0. A group whose mean is 0 has no success to learn from, and
+    a group with a reward below 0 has no likelihood; their advantages are 0.
+    """
+    stats = group_statistics(rewards, ddof=1)
+    valid = ~jnp.isnan(rewards)
+    usable = (stats.mean > 0) & ~(rewards < 0).any(axis=1)
+    mean = jnp.where(usable, stats.mean, 1.0)[:, None]
+    return jnp.where(valid & usable[:, None], (rewards - mean) / mean, 0.0)
+
+
 def group(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
     """The estimator of GRPO, and of Dr.GRPO with advantage.scale=none."""
     del forgetting
@@ -75,6 +92,12 @@ def opo(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstim
         return opo_advantages(rewards, lengths, config.scale, config.ddof, config.eps)
 
     return _stateless(advantages)
+
+
+def maxrl(config: AdvantageConfig, forgetting: ForgettingConfig) -> AdvantageEstimator:
+    """The estimator of MaxRL, for rewards of at least 0."""
+    del config, forgetting
+    return _stateless(lambda rewards, lengths: maxrl_advantages(rewards))
 
 
 def _stateless(advantages: Callable[[Array, Array | None], Array]) -> AdvantageEstimator:

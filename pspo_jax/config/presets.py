@@ -30,6 +30,7 @@ PRESETS: dict[AlgorithmName, dict[str, Value]] = {
     },
     "rloo": {"selection.name": "uniform", "advantage.name": "rloo", **_MEAN_ONLY},
     "opo": {"selection.name": "uniform", "advantage.name": "opo", **_MEAN_ONLY},
+    "maxrl": {"selection.name": "uniform", "advantage.name": "maxrl", "loss.name": "dapo"},
     "ers": {**_GRPO, "selection.name": "uniform", "advantage.name": "ers"},
     "pps": {"selection.name": "pps", **_GRPO},
     "pspo": {**_GRPO, "selection.name": "pps", "advantage.name": "ers"},

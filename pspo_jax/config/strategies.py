@@ -23,7 +23,7 @@ SELECTORS = (
 )
 """Names of the selectors that `selection.SCORERS` holds."""
 EstimatorName = str
-ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo")
+ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo", "maxrl")
 """Names of the advantage estimators that `advantages.ESTIMATORS` holds."""
 ReplayName = str
 REPLAYS = ("none", "filter", "popo")
@@ -96,6 +96,10 @@ class SelectionConfig:
     signal: Literal["raw", "smoothed"] = "raw"
     """pps: advantage that the priority takes: normalised within the group (raw), or the result of the advantage
     estimator, such as ERS (smoothed)."""
+    bins: Literal["none", "task", "difficulty"] = "none"
+    """prioritized_replay, mopps, posterior_mixed: bins of prompts that share what is believed of their success: the
+    tasks of a mixture or kinds of text_suite (task); or one for each difficulty, at most 64 with about equally many
+    prompts (difficulty). The prior of a prompt then has its bin's mean, and forgetting.shrinkage leads to it."""
     estimate: Literal["beta", "last"] = "beta"
     """prioritized_replay: estimate of a prompt's success probability: a discounted Beta belief, or the mean of its last
     group."""
@@ -121,8 +125,8 @@ class SelectionConfig:
     hard_to: Annotated[float, Range(0.0, 1.0)] = 0.0
     """difficulty_pools: largest mean success of the last group at which a prompt counts as hard."""
     difficulty_column: str | None = None
-    """curriculum: column with each prompt's difficulty, a number or a text that contains one; None = difficulty, or
-    else level. Tasks that generate their prompts supply a difficulty."""
+    """curriculum, and bins=difficulty: column with each prompt's difficulty, a number or a text that contains one; None
+    = difficulty, or else level. Tasks that generate their prompts supply a difficulty."""
     curriculum_start: Annotated[float, Range(above=0.0, high=1.0)] = 0.2
     """curriculum: share of the prompts, easiest first, from which the first steps draw."""
     curriculum_steps: Annotated[int, Range(0, 2**30)] = 0
@@ -173,7 +177,8 @@ class ForgettingConfig:
     """policy_drift: largest weight of the past."""
     shrinkage: Annotated[float, Range(0.0, 1.0)] = 0.0
     """Share by which, in each step, the belief about a prompt that is not visited approaches a prior with the mean of
-    all prompts; 0 = the belief stays as it is."""
+    all prompts, or of its bin with selection.bins, and the mean of a bin approaches that of the prior; 0 = the belief
+    stays as it is."""
     prior_successes: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter a of the Beta belief about a prompt before its first visit."""
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0
@@ -285,6 +290,10 @@ class LossConfig:
     or become 0 (mask)."""
     importance_cap: Annotated[float, Range(above=0.0)] = 2.0
     """decoupled: largest importance weight."""
+    ess_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """decoupled: factor on the learning rate of each update, by the effective sample size of its importance weights as
+    a share of their number, which is 1 for fresh groups: 1 (none), the share's square root (sqrt, which VCPO takes for
+    AdamW), or the share (linear)."""
     num_iterations: Annotated[int, Range(1)] = 1
     """Number of passes over a batch of rollouts."""
     minibatches: Annotated[int, Range(1)] = 1

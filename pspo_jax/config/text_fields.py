@@ -46,6 +46,26 @@ def parse_terms(config: RewardConfig) -> dict[str, float]:
     return out
 
 
+def least_reward(config: RewardConfig) -> float | None:
+    """A lower bound of the reward, from the least value of each term; None = a user's function has no known bound."""
+    right = interval(config.cosine_right, "reward.cosine_right")
+    wrong = interval(config.cosine_wrong, "reward.cosine_wrong")
+    ranges = {
+        "repetition": (config.repetition_penalty, 0.0),
+        "cosine": (min(right + wrong), max(right + wrong)),
+        "length": (-0.5, 0.5),
+        "overlong": (-1.0, 0.0),
+    }
+    terms = parse_terms(config)
+    if any(name not in TERMS for name in terms):
+        return None
+    least = 0.0
+    for name, weight in terms.items():
+        low, high = ranges.get(name, (0.0, 1.0))
+        least += min(weight * low, weight * high)
+    return least
+
+
 def interval(text: str, field: str) -> tuple[float, float]:
     """The two numbers of "low,high".
 

@@ -27,9 +27,9 @@ _WEIGHTED = ("correction", "correction_end", "replacement")
 _BY_SELECTOR: dict[str, tuple[str, ...]] = {
     "uniform": (),
     "pps": (*_WEIGHTED, "floor", "exponent", "exponent_end", "initial", "statistic", "signal"),
-    "prioritized_replay": ("estimate", "retest_every", "retest_share"),
-    "mopps": ("candidates",),
-    "posterior_mixed": ("draw", "candidates"),
+    "prioritized_replay": ("estimate", "retest_every", "retest_share", "bins"),
+    "mopps": ("candidates", "bins"),
+    "posterior_mixed": ("draw", "candidates", "bins"),
     "spo": (*_WEIGHTED, "floor"),
     "greso": ("greso_base", "greso_floor"),
     "difficulty_pools": (*_WEIGHTED, "pool_weights", "easy_from", "hard_to"),
@@ -39,6 +39,7 @@ _BY_ESTIMATOR: dict[str, tuple[str, ...]] = {
     "group": ("scale",),
     "rloo": ("scale",),
     "opo": ("scale",),
+    "maxrl": (),
     "tracked_baseline": ("scale",),
     "ers": ("alpha", "alpha_mode", "stat_mode"),
 }
@@ -379,7 +380,15 @@ READ_WHEN: dict[str, Conditions] = {
         ),
     ),
     **{f"selection.{name}": _selection(name) for name in ("greso_base", "greso_floor", "easy_from", "hard_to")},
-    **{f"selection.{name}": _selection(name) for name in ("difficulty_column", "curriculum_start")},
+    "selection.bins": _selection("bins", SELECTOR_HAS_BELIEFS),
+    "selection.difficulty_column": (
+        Condition(
+            lambda c: c.selection.bins == "difficulty" or _selection("difficulty_column")[0].holds(c),
+            _unread("selection.name", "selection.bins"),
+            "set selection.name to curriculum, or selection.bins to difficulty",
+        ),
+    ),
+    "selection.curriculum_start": _selection("curriculum_start"),
     "selection.curriculum_steps": _selection(
         "curriculum_steps", unless("selection.curriculum_start", 1.0, "lower selection.curriculum_start")
     ),
@@ -423,7 +432,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
     "loss.off_policy": (OLDER_GROUPS,),
-    "loss.importance": (OLDER_GROUPS, when("loss.off_policy", "decoupled")),
+    **_all("loss", ("importance", "ess_scaling"), OLDER_GROUPS, when("loss.off_policy", "decoupled")),
     "loss.importance_cap": (
         OLDER_GROUPS,
         when("loss.off_policy", "decoupled"),

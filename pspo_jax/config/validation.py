@@ -11,7 +11,15 @@ from pspo_jax.config.fields import ConfigError, check_range, convert, field_type
 from pspo_jax.config.json_fields import labels, mixture, options
 from pspo_jax.config.presets import check_choices, resolve
 from pspo_jax.config.schema import PROJECTIONS, Config, round_prompts
-from pspo_jax.config.text_fields import gamma_shape, interval, parse_quotas, parse_terms, parse_weights, stop_texts
+from pspo_jax.config.text_fields import (
+    gamma_shape,
+    interval,
+    least_reward,
+    parse_quotas,
+    parse_terms,
+    parse_weights,
+    stop_texts,
+)
 from pspo_jax.config.unread_fields import refuse_unread
 
 MAX_DEADLINE = 86_400
@@ -182,6 +190,23 @@ def _check_strategies(c: Config) -> None:
         raise ConfigError(
             "advantage.scale=group: cannot be used with advantage.name=tracked_baseline, as a group's deviation is 0 "
             "where all completions are correct; choose batch or none"
+        )
+    if c.advantage.name == "maxrl":
+        _check_maxrl(c)
+
+
+def _check_maxrl(c: Config) -> None:
+    """No reward that the config describes is below 0; rewards of a user's own are checked as they come."""
+    if c.loss.kl_coef > 0 and c.loss.kl_in == "reward":
+        raise ConfigError(
+            "advantage.name=maxrl: divides by a group's mean reward, which loss.kl_in=reward may lower below 0; set "
+            "loss.kl_in=loss"
+        )
+    least = least_reward(c.reward)
+    if least is not None and least < 0:
+        raise ConfigError(
+            f"advantage.name=maxrl: divides by a group's mean reward, and reward.terms={c.reward.terms!r} may give "
+            f"{least:g}; drop the terms that are below 0, or choose advantage.name=group"
         )
 
 

@@ -217,6 +217,23 @@ def importance_weight(log_w: Float[Array, "R T"], config: LossConfig) -> Float[A
     return jnp.minimum(w, config.importance_cap)
 
 
+def effective_share(log_w: Float[Array, "R T"], mask: Bool[Array, "R T"], config: LossConfig) -> Float[Array, ""]:
+    """Effective sample size of the importance weights as a share of their number n, (sum w)^2 / (n sum w^2).
+
+    It is 1 if all weights are equal, as they are on-policy, and 1/n if one outweighs the others. The weights are those
+    of tokens, or of completions with a token where `config.importance` is of sequences; they are not truncated.
+
+    Args:
+      log_w: as `log_importance_weight` returns it.
+    """
+    if config.importance.startswith("sequence"):
+        log_w, mask = row_mean(log_w, mask), mask.any(axis=1, keepdims=True)
+    # The share does not depend on the weights' scale, and their squares must be finite.
+    w = jnp.where(mask, jnp.exp(log_w - jnp.where(mask, log_w, -jnp.inf).max()), 0)
+    n, total = mask.sum(), w.sum()
+    return jnp.where(n > 0, (total / jnp.maximum(n, 1)) * (total / jnp.maximum((w**2).sum(), 1e-30)), 1.0)
+
+
 def low_divergence(
     behaviour: Float[Array, "R T"],
     log_probs: Float[Array, "R T"],

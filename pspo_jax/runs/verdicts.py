@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.task import RewardResult
 
@@ -45,6 +46,20 @@ def check(scores: RewardResult, done: int, config: Config, counts: dict[str, int
                 f"({_why(scores, name)}); mend it or drop it from reward.terms, or set verifier.max_no_verdict 1 "
                 "where it seldom has one"
             )
+
+
+def check_sign(scores: RewardResult, done: int, config: Config) -> None:
+    """Stop a run whose advantages are not defined for its rewards: MaxRL divides by their mean in a group.
+
+    Raises:
+      ConfigError: advantage.name=maxrl, and a reward is below 0.
+    """
+    known = scores.reward[~np.isnan(scores.reward)]
+    if config.advantage.name == "maxrl" and (known < 0).any():
+        raise ConfigError(
+            f"advantage.name=maxrl: needs rewards of at least 0, and a completion of step {done} has "
+            f"{float(known.min()):g}; change the reward, or choose advantage.name=group"
+        )
 
 
 def shares(scores: RewardResult) -> dict[str, float]:

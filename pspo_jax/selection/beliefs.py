@@ -65,13 +65,17 @@ def current(
     """
     if not config.shrinkage:
         return beliefs
-    age = jnp.maximum(now - 1 - last_step, 0).astype(jnp.float32)
-    keep = jnp.exp(age * jnp.log1p(-jnp.float32(min(config.shrinkage, 1 - 1e-7))))
+    keep = kept(config, jnp.maximum(now - 1 - last_step, 0))
     a0, b0 = _prior(config, population)
     seen = last_step >= 0
     return beliefs._replace(
         a=jnp.where(seen, a0 + keep * (beliefs.a - a0), a0), b=jnp.where(seen, b0 + keep * (beliefs.b - b0), b0)
     )
+
+
+def kept(config: ForgettingConfig, steps: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Share of a distance from the prior that is left after this many steps without a visit, (1 - shrinkage)^steps."""
+    return jnp.exp(steps.astype(jnp.float32) * jnp.log1p(-jnp.float32(min(config.shrinkage, 1 - 1e-7))))
 
 
 def update_beliefs(

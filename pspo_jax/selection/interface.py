@@ -33,6 +33,8 @@ class PromptMetadata(NamedTuple):
     difficulty: Float[Array | np.ndarray, "N"] | None = None
     """Difficulty of each prompt, larger = harder, in units of the data; NaN = unknown, which counts as hardest. None =
     the selector does not ask for it."""
+    bins: Int[Array | np.ndarray, "N"] | None = None
+    """Number of each prompt's bin, from 0; None = selection.bins is none."""
 
 
 class SelectorContext(NamedTuple):
@@ -253,6 +255,22 @@ class TieBreakFn(Protocol):
         ...
 
 
+class ScorerFollowFn(Protocol):
+    """Carries a scorer's state over to changed data."""
+
+    def __call__(
+        self, old: tuple[PyTree, PyTree], fresh: tuple[PyTree, PyTree], places: Int[Array, "N"], /
+    ) -> tuple[PyTree, PyTree]:
+        """The per-prompt and the shared state for the new data.
+
+        Args:
+          old: the per-prompt and the shared state for the old data.
+          fresh: the result of `InitFn` for the new data.
+          places: old row of each new prompt; -1 = the prompt is new.
+        """
+        ...
+
+
 class PoolFn(Protocol):
     """Assigns prompts to pools."""
 
@@ -311,5 +329,8 @@ class Scorer(NamedTuple):
     """Whether some prompts are worth more than others. If False, reports show no priority."""
     resets_on_new_data: bool = False
     """Whether the state is created anew, and not carried over, when the data changes."""
+    follow: ScorerFollowFn | None = None
+    """How the state is carried over when the data changes; None = per-prompt arrays follow their prompts, and the
+    shared state stays as it is."""
     priority: ScoreFn | None = None
     """Value of each prompt that reports show; None = `score`."""

@@ -1,4 +1,4 @@
-"""Facts about prompts that selectors may use before the first step: tasks and difficulties."""
+"""Facts about prompts that selectors may use before the first step: tasks, difficulties and bins of either."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.task import PromptDataset
 from pspo_jax.selection import PromptMetadata
+from pspo_jax.selection.bins import MAX_BINS, number_bins
 from pspo_jax.selection.engine.quotas import check_prompts
 
 DIFFICULTY_COLUMNS = ("difficulty", "level")
@@ -26,23 +27,38 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
     A user's own selector may read everything: the task, and the difficulty if the data has one.
 
     Raises:
-      ConfigError: a quota asks for more prompts than its task has, or the data has no difficulty.
+      ConfigError: a quota asks for more prompts than its task has, the data has no difficulty, or too many tasks.
     """
     config = resolve(config)
     s = config.selection
     task_names: tuple[str, ...] = ()
     task_ids = np.zeros(len(prompts.lengths), np.int16)
     own = is_plugin(str(s.name))
-    if s.quotas.strip() or own:
+    if s.quotas.strip() or own or s.bins == "task":
         names = [str(config.task.name)] * len(task_ids) if prompts.labels is None else list(prompts.labels)
         task_names, task_ids = _numbered(names)
         if s.quotas.strip() and not s.replacement:
             check_prompts(s.quotas, task_names, task_ids, round_prompts(config))
     asked = s.name == "curriculum" or (own and (s.difficulty_column is not None or prompts.difficulty is not None))
     difficulty = _difficulty(s.difficulty_column, prompts) if asked else None
-    if not task_names and difficulty is None:
+    bins = None
+    if s.bins == "task":
+        bins = _task_bins(task_names, task_ids)
+    elif s.bins == "difficulty":
+        bins = number_bins(_difficulty(s.difficulty_column, prompts))
+    if not task_names and difficulty is None and bins is None:
         return (), None
-    return task_names, PromptMetadata(task_ids, difficulty)
+    return task_names, PromptMetadata(task_ids, difficulty, bins)
+
+
+def _task_bins(names: tuple[str, ...], ids: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """The bin of each prompt, its task."""
+    if len(names) > MAX_BINS:
+        raise ConfigError(
+            f"selection.bins=task: the data has {len(names)} tasks, and there are at most {MAX_BINS} bins; choose "
+            "difficulty or none"
+        )
+    return ids.astype(np.int8)
 
 
 def _numbered(names: list[str]) -> tuple[tuple[str, ...], Int[np.ndarray, "N"]]:

@@ -3,16 +3,18 @@
 MoPPS (arXiv 2507.04632) draws a success probability from each belief and takes the prompts nearest to one half. SPO
 (arXiv 2509.13232) draws prompts in proportion to sqrt(v (1 - v)) + floor, where v is the belief's mean. posterior_mixed
 ranks prompts by what makes a rollout worth its cost: the probability that the next group of this size is mixed,
-1 - E[p^G] - E[(1-p)^G]. For G = 8 and p = 0.05 this probability is 0.34, where 4 p (1 - p) is 0.19.
+1 - E[p^G] - E[(1-p)^G]. For G = 8 and p = 0.05 this probability is 0.34, where 4 p (1 - p) is 0.19. With
+`selection.bins`, the prompts of a bin share what is believed of them (`bins.py`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.beliefs import (
@@ -25,23 +27,51 @@ from pspo_jax.selection.beliefs import (
     update_beliefs,
     update_population,
 )
-from pspo_jax.selection.interface import InitFn, PromptMetadata, PromptStats, Scorer, SelectorContext, VisitUpdate
+from pspo_jax.selection.bins import follow_bins, init_bins, learn_bins, read_bins
+from pspo_jax.selection.interface import (
+    InitFn,
+    LearnFn,
+    PromptMetadata,
+    PromptStats,
+    Scorer,
+    ScorerFollowFn,
+    SelectorContext,
+    VisitUpdate,
+)
 
 
-class LearnBeliefsFn(Protocol):
-    """A scorer's `learn` whose state is Beliefs and a Population."""
+class ReadFn(Protocol):
+    """Turns the state into beliefs."""
 
-    def __call__(
-        self, beliefs: Beliefs, population: Population, update: VisitUpdate, /
-    ) -> tuple[Beliefs, Population]: ...
+    def __call__(self, per_prompt: PyTree, shared: PyTree, stats: PromptStats, /) -> Beliefs:
+        """The belief about each of m prompts as of step `stats.now`."""
+        ...
 
 
-def tracker(forgetting: ForgettingConfig, toward_prior: bool = True) -> tuple[InitFn, LearnBeliefsFn]:
-    """A scorer's `init` and `learn` whose per-prompt state is Beliefs and whose shared state is the Population.
+class Tracker(NamedTuple):
+    """Beliefs as parts of a scorer: `init`, `learn` and `follow` are the scorer's own.
+
+    The per-prompt state is Beliefs and the shared state a Population; with bins they are BinnedBeliefs and BinCounts.
+    """
+
+    init: InitFn
+    learn: LearnFn
+    read: ReadFn
+    follow: ScorerFollowFn | None
+    changes_with_time: bool
+    """Whether the belief about a prompt changes in steps in which it is not visited."""
+
+
+def tracker(forgetting: ForgettingConfig, bins: str = "none", toward_prior: bool = True) -> Tracker:
+    """The beliefs of a scorer.
 
     Args:
-      toward_prior: see `update_beliefs`.
+      bins: selection.bins; prompts of one bin share what is believed of them, unless it is none.
+      toward_prior: see `update_beliefs`; with bins, forgetting always leads to the prior.
     """
+    if bins != "none":
+        learn_in, read_in = partial(learn_bins, forgetting), partial(read_bins, forgetting)
+        return Tracker(init_bins, learn_in, read_in, follow_bins, changes_with_time=True)
 
     def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[Beliefs, Population]:
         return init_beliefs(forgetting, rows)
@@ -55,55 +85,67 @@ def tracker(forgetting: ForgettingConfig, toward_prior: bool = True) -> tuple[In
         )
         return after, update_population(population, beliefs, after, stats.visits == 0, update.is_last_entry)
 
-    return init, learn
+    def read(beliefs: Beliefs, population: Population, stats: PromptStats) -> Beliefs:
+        return current(forgetting, beliefs, population, stats.last_step, stats.now)
+
+    return Tracker(init, learn, read, None, forgetting.shrinkage > 0)
 
 
 def mopps(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The prompts of a pool of candidates whose drawn success probability is nearest to one half."""
-    init, learn = tracker(forgetting)
+    beliefs = tracker(forgetting, config.bins)
 
     def candidate_score(
-        key: Key[Array, ""], beliefs: Beliefs, population: Population, stats: PromptStats
+        key: Key[Array, ""], per_prompt: PyTree, shared: PyTree, stats: PromptStats
     ) -> Float[Array, "m"]:
-        belief = current(forgetting, beliefs, population, stats.last_step, stats.now)
+        belief = beliefs.read(per_prompt, shared, stats)
         return -jnp.abs(jax.random.beta(key, belief.a, belief.b) - 0.5)
 
-    def priority(beliefs: Beliefs, population: Population, stats: PromptStats) -> Float[Array, "m"]:
-        expected = mean(current(forgetting, beliefs, population, stats.last_step, stats.now))
+    def priority(per_prompt: PyTree, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
+        expected = mean(beliefs.read(per_prompt, shared, stats))
         return 1 - 2 * jnp.abs(expected - 0.5)
 
-    return Scorer("candidates", init, learn, _ones, candidate_score=candidate_score, priority=priority)
+    return Scorer(
+        "candidates",
+        beliefs.init,
+        beliefs.learn,
+        _ones,
+        candidate_score=candidate_score,
+        follow=beliefs.follow,
+        priority=priority,
+    )
 
 
 def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The prompts whose next group is most likely mixed, by their beliefs or by a draw from these (Thompson)."""
-    init, learn = tracker(forgetting)
+    beliefs = tracker(forgetting, config.bins)
 
-    def expected(beliefs: Beliefs, population: Population, stats: PromptStats) -> Float[Array, "m"]:
-        belief = current(forgetting, beliefs, population, stats.last_step, stats.now)
+    def expected(per_prompt: PyTree, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
+        belief = beliefs.read(per_prompt, shared, stats)
         return p_mixed(belief.a, belief.b, context.group_size)
 
-    def drawn(key: Key[Array, ""], beliefs: Beliefs, population: Population, stats: PromptStats) -> Float[Array, "m"]:
-        belief = current(forgetting, beliefs, population, stats.last_step, stats.now)
+    def drawn(key: Key[Array, ""], per_prompt: PyTree, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
+        belief = beliefs.read(per_prompt, shared, stats)
         p = jax.random.beta(key, belief.a, belief.b)
         return 1 - p**context.group_size - (1 - p) ** context.group_size
 
+    init, learn, _, follow, changes = beliefs
     if config.draw == "thompson":
-        return Scorer("candidates", init, learn, _ones, candidate_score=drawn, priority=expected)
-    return Scorer("top", init, learn, expected, time_dependent=forgetting.shrinkage > 0)
+        return Scorer("candidates", init, learn, _ones, candidate_score=drawn, follow=follow, priority=expected)
+    return Scorer("top", init, learn, expected, follow=follow, time_dependent=changes)
 
 
 def spo(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """Draws in proportion to the standard deviation of the reward under the tracked value, plus a floor."""
-    init, learn = tracker(forgetting, toward_prior=False)
+    beliefs = tracker(forgetting, toward_prior=False)
     floor = 0.05 if config.floor is None else config.floor
 
-    def score(beliefs: Beliefs, population: Population, stats: PromptStats) -> Float[Array, "m"]:
-        value = mean(current(forgetting, beliefs, population, stats.last_step, stats.now))
+    def score(per_prompt: Beliefs, shared: Population, stats: PromptStats) -> Float[Array, "m"]:
+        value = mean(beliefs.read(per_prompt, shared, stats))
         return jnp.sqrt(value * (1 - value)) + floor
 
-    return Scorer("draw", init, learn, score, time_dependent=forgetting.shrinkage > 0)
+    return Scorer("draw", beliefs.init, beliefs.learn, score, time_dependent=beliefs.changes_with_time)
 
 
-def _ones(beliefs: Beliefs, population: Population, stats: PromptStats) -> Float[Array, "m"]:
+def _ones(per_prompt: PyTree, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
     return jnp.ones(stats.rows.shape)

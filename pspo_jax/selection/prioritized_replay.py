@@ -14,10 +14,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from pspo_jax.arrays.per_prompt import follow_rows
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
-from pspo_jax.selection.beliefs import Beliefs, Population, current, init_beliefs, mean
+from pspo_jax.selection.beliefs import Beliefs, mean
+from pspo_jax.selection.bins import BinCounts, BinnedBeliefs, follow_bins
 from pspo_jax.selection.engine.selector import LOWEST_SCORE
 from pspo_jax.selection.interface import PromptMetadata, PromptStats, Ranked, Scorer, SelectorContext, Step, VisitUpdate
 from pspo_jax.selection.posterior import tracker
@@ -30,7 +32,7 @@ MAX_WAIT = 2**20
 class RetestState(NamedTuple):
     """Per-prompt arrays of the selector."""
 
-    beliefs: Beliefs | None
+    beliefs: Beliefs | BinnedBeliefs | None
     """Beliefs of the success probability; None = the estimate is the last group's success."""
     last_success: Float[Array, "R"] | None
     """Mean success of the last group, 1/2 before there is one; None = the estimate is the belief."""
@@ -44,11 +46,12 @@ class RetestState(NamedTuple):
 
 def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The top B prompts by omega, ties by the oldest visit, with retests."""
-    _, learn_beliefs = tracker(forgetting)
     by_last = config.estimate == "last"
+    bins = "none" if by_last else config.bins
+    tracked, in_bins = tracker(forgetting, bins), bins != "none"
 
-    def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[RetestState, Population]:
-        beliefs, population = init_beliefs(forgetting, rows)
+    def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[RetestState, PyTree]:
+        beliefs, shared = tracked.init(num_prompts, rows, metadata)
         per_prompt = RetestState(
             beliefs=None if by_last else beliefs,
             last_success=jnp.full(rows, 0.5, jnp.float32) if by_last else None,
@@ -56,33 +59,44 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
             due=jnp.zeros(rows, jnp.int32),
             wait=jnp.zeros(rows, jnp.int32),
         )
-        return per_prompt, population
+        return per_prompt, shared
 
-    def learn(state: RetestState, population: Population, update: VisitUpdate) -> tuple[RetestState, Population]:
+    def learn(state: RetestState, shared: PyTree, update: VisitUpdate) -> tuple[RetestState, PyTree]:
         beliefs, last_success = state.beliefs, state.last_success
         if last_success is not None:
             last_success = jnp.where(update.has_verdict, update.success, last_success)
         if beliefs is not None:
-            beliefs, population = learn_beliefs(beliefs, population, update)
+            beliefs, shared = tracked.learn(beliefs, shared, update)
         new_pool = jnp.where(update.success >= 1, SOLVED, jnp.where(update.success <= 0, UNSOLVED, RANKED))
         pool = jnp.where(update.has_verdict, new_pool, state.pool)
         unchanged = (pool == state.pool) & update.has_verdict
         wait = jnp.where(unchanged, jnp.minimum(2 * state.wait, MAX_WAIT), config.retest_every)
         wait = jnp.where(update.has_verdict, wait, state.wait)
-        return RetestState(beliefs, last_success, pool.astype(jnp.int8), update.stats.now + wait, wait), population
+        return RetestState(beliefs, last_success, pool.astype(jnp.int8), update.stats.now + wait, wait), shared
 
-    def omega(state: RetestState, population: Population, stats: PromptStats) -> Float[Array, "m"]:
+    def omega(state: RetestState, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
         p = state.last_success
         if p is None:
             assert state.beliefs is not None
-            p = mean(current(forgetting, state.beliefs, population, stats.last_step, stats.now))
-        return jnp.where(stats.last_step < 0, 0.25, p * (1 - p))
+            p = mean(tracked.read(state.beliefs, shared, stats))
+        value = p * (1 - p)
+        # The bin of a prompt that was never tried says something about it.
+        return value if in_bins else jnp.where(stats.last_step < 0, 0.25, value)
 
-    def score(state: RetestState, population: Population, stats: PromptStats) -> Float[Array, "m"]:
-        return jnp.where(state.pool == RANKED, omega(state, population, stats), -state.due.astype(jnp.float32))
+    def score(state: RetestState, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
+        return jnp.where(state.pool == RANKED, omega(state, shared, stats), -state.due.astype(jnp.float32))
 
-    def priority(state: RetestState, population: Population, stats: PromptStats) -> Float[Array, "m"]:
-        return jnp.where(state.pool == RANKED, omega(state, population, stats), 0.0)
+    def priority(state: RetestState, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
+        return jnp.where(state.pool == RANKED, omega(state, shared, stats), 0.0)
+
+    def follow(
+        old: tuple[RetestState, BinCounts], fresh: tuple[RetestState, BinCounts], places: Int[Array, "N"]
+    ) -> tuple[RetestState, BinCounts]:
+        before, new = old[0].beliefs, fresh[0].beliefs
+        assert isinstance(before, BinnedBeliefs) and isinstance(new, BinnedBeliefs)
+        beliefs, counts = follow_bins((before, old[1]), (new, fresh[1]), places)
+        per_prompt: RetestState = follow_rows(old[0], fresh[0], places)
+        return per_prompt._replace(beliefs=beliefs), counts
 
     def merge_pools(pools: list[Ranked], step: Step, k: int, last_rollout_step: Step) -> Ranked:
         return with_retests(config, pools, step, k, last_rollout_step)
@@ -95,7 +109,8 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
         pools=("ranked", "solved", "unsolved"),
         pool_ids=lambda state, stats: state.pool.astype(jnp.int32),
         merge_pools=merge_pools,
-        time_dependent=forgetting.shrinkage > 0,
+        time_dependent=tracked.changes_with_time,
+        follow=follow if in_bins else None,
         priority=priority,
     )
 

@@ -96,6 +96,7 @@ def one_step(context: StepContext, state: TrainState, done: int) -> tuple[TrainS
       The state after the step, and the step's metrics.
     Raises:
       verdicts.NoVerdictError: more completions than verifier.max_no_verdict have no verdict.
+      ConfigError: the advantage estimator is not defined for a reward.
     """
     config = context.setup.config
     seconds: dict[str, float] = {}
@@ -215,6 +216,7 @@ def _round(
     log.errors(done, owned_scores.errors)
     log.no_verdicts(done, owned_scores.missing)
     verdicts.check(scores, done, setup.config, totals.counts)
+    verdicts.check_sign(scores, done, setup.config)
     reward, correct = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.verdicts))
     return state, _Round(rows, weights, rollout, lengths, reward, correct, owned_scores, scores, draw_metrics)
 

@@ -122,6 +122,8 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
     }
     if config.loss.kl_coef > 0 and config.loss.kl_in == "loss":
         metrics["kl"] = loss.kl.mean()
+    if updates.rate_factor is not None:
+        metrics["update/rate_factor"] = updates.rate_factor.mean()
     if config.loss.surrogate == "cispo":
         metrics["cispo_clip_ratio"] = loss.high.mean()
     if config.loss.surrogate == "vespo":

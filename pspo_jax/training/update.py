@@ -15,6 +15,7 @@ from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config
+from pspo_jax.config.strategies import LossConfig
 from pspo_jax.losses.policy_loss import (
     Denominators,
     LossMetrics,
@@ -25,7 +26,7 @@ from pspo_jax.losses.policy_loss import (
     rows_with_gradient,
     zero_metrics,
 )
-from pspo_jax.losses.ratios import top_entropy
+from pspo_jax.losses.ratios import effective_share, log_importance_weight, top_entropy
 from pspo_jax.model.interface import Model
 from pspo_jax.training.optimizer import float32, in_float32
 from pspo_jax.training.scoring import (
@@ -76,6 +77,8 @@ class UpdateMetrics(NamedTuple):
     """Number of completions that were computed."""
     applied: Float[Array, ""]
     """1, or 0 if the update was skipped because it was not finite."""
+    rate_factor: Float[Array, ""] | None
+    """Factor on the learning rate by the effective sample size; None = loss.ess_scaling is none."""
 
 
 class Training(NamedTuple):
@@ -114,7 +117,7 @@ def optimize(
         total = denominators(rows, minibatch, o.minibatches, o.count_masked, computed)
         found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total, computed)
         completions = (minibatch.counted if computed is None else computed).sum().astype(jnp.float32)
-        return apply_gradient(optimizer, before, *found, completions)
+        return apply_gradient(optimizer, before, *found, completions, rate_factor(minibatch, o))
 
     def iteration(before: Training, _: None) -> tuple[Training, UpdateMetrics]:
         return jax.lax.scan(update, before, minibatches)
@@ -141,19 +144,40 @@ def apply_gradient(
     mismatch: SamplerMismatch,
     tokens: TokenUtilisation,
     completions: Float[Array, ""],
+    factor: Float[Array, ""] | None = None,
 ) -> tuple[Training, UpdateMetrics]:
-    """One optimizer update. If loss or gradient is not finite, weights and optimizer state stay as they were."""
+    """One optimizer update. If loss or gradient is not finite, weights and optimizer state stay as they were.
+
+    Args:
+      factor: what the change of the weights is multiplied by; None = 1.
+    """
     useful = tokens.needed / jnp.where(tokens.computed > 0, tokens.computed, jnp.nan)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
     changes, new_opt_state = in_float32(optimizer).update(grads, before.opt_state, before.params)
+    if factor is not None:
+        changes = jax.tree.map(lambda change: factor * change, changes)
     new_params = optax.apply_updates(before.params, changes)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (before.params, before.opt_state)
     )
     skipped = jnp.where(finite, 0, before.skipped + 1).astype(jnp.int32)
     after = Training(params, opt_state, skipped, before.done + 1)
-    return after, UpdateMetrics(metrics, mismatch, norm, useful, completions, finite.astype(jnp.float32))
+    return after, UpdateMetrics(metrics, mismatch, norm, useful, completions, finite.astype(jnp.float32), factor)
+
+
+def rate_factor(rows: Rows, config: LossConfig) -> Float[Array, ""] | None:
+    """Factor on the learning rate of an update on these rows; None = it is as scheduled.
+
+    VCPO (Huang et al., arXiv 2602.17616) multiplies the rate of AdamW by the square root of the effective sample size's
+    share, relative to that of an on-policy batch, which is 1 here. The weights are pi_old / mu as of the beginning of
+    the step, untruncated, over all rows of the update: those of fresh groups are 1.
+    """
+    if config.ess_scaling == "none":
+        return None
+    log_w = log_importance_weight(rows.old_log_probs, rows.behaviour_log_probs, rows.mask, config)
+    share = effective_share(log_w, rows.mask, config)
+    return jnp.sqrt(share) if config.ess_scaling == "sqrt" else share
 
 
 def loss_gradient(

@@ -134,6 +134,10 @@ RECIPES = ("pspo_qwen25_math_1p5b", "pspo_qwen25_math_7b_lora")
 @pytest.mark.parametrize("algorithm", sorted(PRESETS))
 def test_recipes_of_real_models_take_every_algorithm(name, algorithm):
     words = ["--config", str(REPO / "configs" / f"{name}.yaml"), "--algorithm.name", algorithm]
+    if algorithm == "maxrl":
+        with pytest.raises(ConfigError, match=r"advantage\.name=maxrl: .* may give -1; drop the terms"):
+            parse(*words)
+        words += ["--reward.terms", "accuracy, format"]
     if algorithm not in ("pps", "pspo", "spo"):
         with pytest.raises(ConfigError, match=r"selection\.floor=1e-06: selection\.name=\w+ does not read it; drop it"):
             parse(*words)

@@ -33,3 +33,21 @@ def test_a_column_that_is_not_there_is_named(prompts):
     config = tiny_config(selection__name="mine:easy_first", selection__difficulty_column="level")
     with pytest.raises(ConfigError, match=r"selection\.difficulty_column=level: .* the data has none by that name"):
         load_metadata(config, prompts)
+
+
+def test_bins_follow_tasks_or_difficulties(prompts):
+    fields = {"algorithm__name": "posterior_mixed"}
+    names, metadata = load_metadata(tiny_config(selection__bins="task", **fields), prompts)
+    assert names == ("arithmetic",) and metadata.bins.tolist() == [0] * len(prompts.lengths)
+    _, metadata = load_metadata(tiny_config(selection__bins="difficulty", **fields), prompts)
+    carries = sorted(set(prompts.difficulty.tolist()))
+    assert metadata.bins.tolist() == [carries.index(x) for x in prompts.difficulty.tolist()]
+    assert metadata.difficulty is None
+
+
+def test_more_tasks_than_bins_are_refused(prompts):
+    labels = [f"task{i % 65}" for i in range(len(prompts.lengths) * 2)]
+    many = prompts._replace(lengths=np.tile(prompts.lengths, 2), labels=labels)
+    config = tiny_config(selection__bins="task", algorithm__name="mopps")
+    with pytest.raises(ConfigError, match=r"selection\.bins=task: the data has 65 tasks, .* at most 64 bins; choose"):
+        load_metadata(config, many)

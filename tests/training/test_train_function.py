@@ -125,6 +125,13 @@ def test_errors_are_exceptions(tmp_path):
         pj.train(small(tmp_path / "f", task__name="own", task__train_prompts=0))
 
 
+@pytest.mark.slow
+def test_a_negative_reward_stops_a_run_of_maxrl(tmp_path):
+    with pytest.raises(pj.ConfigError, match=r"advantage\.name=maxrl: .* a completion of step 1 has -0\.5"):
+        config = small(tmp_path, advantage__name="maxrl")
+        pj.train(config, reward=lambda completions, answers: [-0.5] * len(completions))
+
+
 def test_the_state_is_the_callers(tmp_path):
     state = pj.train(small(tmp_path, run__steps=1)).state
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.params))

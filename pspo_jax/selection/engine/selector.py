@@ -258,6 +258,10 @@ def follow(engine: Engine, old: SelectorState, fresh: SelectorState, places: Int
     visit_stats = follow_rows(old.visit_stats, fresh.visit_stats, places)._replace(task_ids=fresh.visit_stats.task_ids)
     if engine.scorer.resets_on_new_data:
         per_prompt, shared = fresh.per_prompt, fresh.shared
+    elif engine.scorer.follow is not None:
+        per_prompt, shared = engine.scorer.follow(
+            (old.per_prompt, old.shared), (fresh.per_prompt, fresh.shared), places
+        )
     else:
         per_prompt, shared = follow_rows(old.per_prompt, fresh.per_prompt, places), old.shared
     return _build_state(

@@ -1,0 +1,150 @@
+"""Beliefs that the prompts of a bin share: a hierarchical Beta model, in which a bin's mean is its prompts' prior.
+
+A bin is the prompts of one task or of one difficulty. It counts the successes S and failures F of all their groups, and
+its mean is m = (a0 + S) / (a0 + b0 + S + F), with the prior (a0, b0) of `ForgettingConfig`. A prompt with own counts s
+and f then has the belief
+
+    Beta((a0 + b0) m + s,    (a0 + b0) (1 - m) + f)
+
+so that a prompt with few visits has about the success of its bin, and one with many has its own. At a visit, a prompt's
+counts are multiplied by the discount rho of `beliefs.discount`. In each step, a share `shrinkage` is forgotten of the
+counts of every bin and of every prompt that is not visited: a prompt's belief drifts to its bin's mean, and the mean of
+a bin that no draw reaches drifts to that of the prior, so that neither is given up for good. MarinSkyRL
+(marin-community) weighs whole bins by 1 - p^n - (1 - p)^n and lets their counts revert for the same reason; here the
+prompts keep beliefs of their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pspo_jax.arrays.per_prompt import follow_rows
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.strategies import ForgettingConfig
+from pspo_jax.selection.beliefs import Beliefs, discount, kept
+from pspo_jax.selection.interface import PromptMetadata, PromptStats, Step, VisitUpdate
+
+MAX_BINS = 64
+"""Largest number of bins."""
+
+
+class BinnedBeliefs(NamedTuple):
+    """What is known of each prompt beside its bin, as of its last visit."""
+
+    successes: Float[Array, "R"]
+    """Discounted count of its own successes."""
+    failures: Float[Array, "R"]
+    """Discounted count of its own failures."""
+    policy_drift: Float[Array, "R"]
+    """`TrainState.policy_drift` at the last visit."""
+    bin: Int[Array, "R"]
+    """Number of its bin, from 0."""
+
+
+class BinCounts(NamedTuple):
+    """Discounted counts of each bin over all of its prompts' groups."""
+
+    successes: Float[Array, "K"]
+    failures: Float[Array, "K"]
+    step: Int[Array, ""]
+    """Step as of which the counts are discounted."""
+
+
+def number_bins(values: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """The bin of each prompt by its difficulty: equal difficulties are in one bin, and harder prompts in later ones.
+
+    Each difficulty has a bin of its own. If there are more than `MAX_BINS` of them, bins hold about equally many
+    prompts.
+
+    Args:
+      values: difficulties; NaN = unknown, which counts as hardest.
+    """
+    known = np.where(np.isnan(values), np.inf, values)
+    distinct, number = np.unique(known, return_inverse=True)
+    if len(distinct) > MAX_BINS:
+        number = np.searchsorted(np.sort(known), known) * MAX_BINS // len(known)
+    return number.astype(np.int8)
+
+
+def init_bins(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[BinnedBeliefs, BinCounts]:
+    """The state before any visit.
+
+    Raises:
+      ConfigError: `metadata` has no bins.
+    """
+    if metadata is None or metadata.bins is None:
+        raise ConfigError("selection.bins: the bin of each prompt is not known; pass PromptMetadata with bins, or none")
+    bins = jnp.pad(jnp.asarray(metadata.bins, jnp.int8), (0, rows - num_prompts))
+    # Each array has a buffer of its own, because the training step donates its state.
+    counts = BinCounts(jnp.zeros(MAX_BINS, jnp.float32), jnp.zeros(MAX_BINS, jnp.float32), jnp.int32(0))
+    successes, failures, policy_drift = (jnp.zeros(rows, jnp.float32) for _ in range(3))
+    return BinnedBeliefs(successes, failures, policy_drift, bins), counts
+
+
+def read_bins(config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, stats: PromptStats) -> Beliefs:
+    """The Beta belief about each of m prompts as of step `stats.now`."""
+    strength = config.prior_successes + config.prior_failures
+    share = bin_means(config, counts, stats.now)[beliefs.bin.astype(jnp.int32)]
+    own = _as_of_now(config, beliefs, stats)
+    return Beliefs(strength * share + own.successes, strength * (1 - share) + own.failures, beliefs.policy_drift)
+
+
+def bin_means(config: ForgettingConfig, counts: BinCounts, now: Step) -> Float[Array, "K"]:
+    """Expected success probability of each bin as of step `now`."""
+    keep = kept(config, jnp.maximum(now - counts.step, 0))
+    right, wrong = config.prior_successes + keep * counts.successes, config.prior_failures + keep * counts.failures
+    return right / (right + wrong)
+
+
+def learn_bins(
+    config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, update: VisitUpdate
+) -> tuple[BinnedBeliefs, BinCounts]:
+    """The state of the round's prompts and of all bins after the round."""
+    drift = jnp.asarray(update.outcome.policy_drift, jnp.float32)
+    own = _as_of_now(config, beliefs, update.stats)
+    rho = jnp.where(update.has_verdict, discount(config, drift - beliefs.policy_drift), 1.0)
+    after = BinnedBeliefs(
+        rho * own.successes + update.successes,
+        rho * own.failures + update.failures,
+        jnp.where(update.has_verdict, drift, beliefs.policy_drift),
+        beliefs.bin,
+    )
+    now = jnp.asarray(update.stats.now, jnp.int32)
+    keep = kept(config, jnp.maximum(now - counts.step, 0))
+
+    def total(values: Float[Array, "B"]) -> Float[Array, "K"]:
+        """Sum over the prompts of each bin; a prompt that is twice in the batch has its sum in both entries."""
+        return _per_bin(jnp.where(update.is_last_entry, values, 0.0), beliefs.bin)
+
+    return after, BinCounts(
+        keep * counts.successes + total(update.successes), keep * counts.failures + total(update.failures), now
+    )
+
+
+def follow_bins(
+    old: tuple[BinnedBeliefs, BinCounts], fresh: tuple[BinnedBeliefs, BinCounts], places: Int[Array, "N"]
+) -> tuple[BinnedBeliefs, BinCounts]:
+    """The state for changed data. Known prompts keep their own counts, from which the new bins' counts are summed.
+
+    Args:
+      places: old row of each new prompt; -1 = the prompt is new.
+    """
+    beliefs: BinnedBeliefs = follow_rows(old[0], fresh[0], places)
+    beliefs = beliefs._replace(bin=fresh[0].bin)
+    counts = BinCounts(_per_bin(beliefs.successes, beliefs.bin), _per_bin(beliefs.failures, beliefs.bin), old[1].step)
+    return beliefs, counts
+
+
+def _as_of_now(config: ForgettingConfig, beliefs: BinnedBeliefs, stats: PromptStats) -> BinnedBeliefs:
+    """Prompts whose own counts have shrunk in the steps since their last visit."""
+    keep = kept(config, jnp.maximum(stats.now - 1 - stats.last_step, 0))
+    return beliefs._replace(successes=keep * beliefs.successes, failures=keep * beliefs.failures)
+
+
+def _per_bin(values: Float[Array, "m"], bins: Int[Array, "m"]) -> Float[Array, "K"]:
+    return jax.ops.segment_sum(values, bins.astype(jnp.int32), MAX_BINS)
