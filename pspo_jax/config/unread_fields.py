@@ -190,6 +190,7 @@ TEXT = Condition(
     lambda c: f"task.name={c.task.name} uses the character tokenizer and does not read it",
     "choose a text task, such as --task.name gsm8k --task.train_data FILE.jsonl",
 )
+ONE_TASK = when("task.mixture", None)
 COLD_START = unless("sft.steps", 0, "set sft.steps")
 RANDOM_WEIGHTS = Condition(
     lambda c: c.model.source is None,
@@ -289,7 +290,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("run", _RUN),
     "algorithm.name": ALWAYS,
     "algorithm.variant": (when("advantage.name", "ers"),),
-    "task.name": (when("task.mixture", None),),
+    "task.name": (ONE_TASK,),
     **_all("task", ("train_prompts", "heldout_prompts", "mixture", "allow_change")),
     "task.seed": (
         Condition(
@@ -315,6 +316,13 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("task", ("dataset", "options"), task("reasoning_gym")),
     **_all("task", ("numbers", "max_target"), task("countdown")),
     "task.kinds": (task("text_suite"),),
+    "task.strata": (ONE_TASK, unless("task.name", "own", "choose another task")),
+    "task.difficulty_column": (
+        ONE_TASK,
+        task(*FROM_DATA, "reasoning_gym"),
+        unless("task.strata", "", "set task.strata"),
+    ),
+    "task.wrong_labels": (ONE_TASK, task("arithmetic", "countdown", "text_suite", "math", "gsm8k", "multiple_choice")),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
     **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
@@ -456,6 +464,8 @@ READ_WHEN: dict[str, Conditions] = {
 """Field -> conditions, all of which must hold for a run to read the field."""
 _OF_THE_MIXTURE = ("task.name", "task.seed", "task.cache")
 """Fields of `task` that the mixture as a whole reads, and its parts do not."""
+_OF_ONE_TASK = ("task.strata", "task.difficulty_column", "task.wrong_labels")
+"""Fields of `task` that neither a mixture nor its parts read."""
 
 
 def refuse_unread(config: Config, resolved: Config) -> None:
@@ -469,7 +479,7 @@ def refuse_unread(config: Config, resolved: Config) -> None:
     for name, value in flatten(config).items():
         if value == defaults[name]:
             continue
-        read_by_parts = parts and name.startswith("task.") and name not in _OF_THE_MIXTURE
+        read_by_parts = parts and name.startswith("task.") and name not in (*_OF_THE_MIXTURE, *_OF_ONE_TASK)
         missing = [_missing(name, reader) for reader in (parts if read_by_parts else [resolved])]
         if all(missing):
             raise ConfigError(f"{name}={_shown(value)}: {missing[0]}")
@@ -477,6 +487,8 @@ def refuse_unread(config: Config, resolved: Config) -> None:
         for field, value in vars(part.task).items():
             name = f"task.{field}"
             is_set = value != getattr(config.task, field) and name not in (*_OF_THE_MIXTURE, "task.mixture")
+            if is_set and name in _OF_ONE_TASK:
+                raise ConfigError(f"task.mixture: {name}={_shown(value)}: a mixture does not read it; drop it")
             if is_set and (why := _missing(name, part)):
                 raise ConfigError(f"task.mixture: {name}={_shown(value)}: {why}")
 
