@@ -96,7 +96,7 @@ def _candidate(labels: _Labels, row: int, kind: str, t: TaskConfig, rng: np.rand
     """An answer that may be wrong for a row."""
     extra = json.loads(labels.extras[row])
     if kind == "countdown":
-        return str(1 + (extra["target"] - 1 + int(rng.integers(1, max(t.max_target, 2)))) % t.max_target)
+        return str(1 + (extra["target"] - 1 + int(rng.integers(1, t.max_target))) % t.max_target)
     if "options" in extra:
         letters = [chr(ord("A") + i) for i in range(extra["options"])]
         others = [letter for letter in letters if letter != labels.answers[row]]

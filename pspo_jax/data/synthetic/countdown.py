@@ -299,15 +299,9 @@ def _guess(problem: Problem, rng: np.random.Generator) -> str:
 
 
 def _wrong_targets(t: TaskConfig, strata: Sequence[Stratum], problems: list[Problem]) -> dict[int, int]:
-    """Row -> wrong target, for task.wrong_labels of the problems; the prompt still asks for the right one.
-
-    Raises:
-      ConfigError: there is no other target.
-    """
+    """Row -> wrong target, for task.wrong_labels of the problems; the prompt still asks for the right one."""
     if not t.wrong_labels:
         return {}
-    if t.max_target == 1:
-        raise ConfigError(f"task.wrong_labels={t.wrong_labels:g}: task.max_target=1 leaves no other target; raise it")
     stratum = stratum_of(np.array([len(p.numbers) for p in problems]), strata) if strata else None
     shift = wrong_label_draws(t.seed).integers(1, t.max_target, len(problems))
     wrong = np.flatnonzero(wrong_rows(t.wrong_labels, t.seed, len(problems), stratum))

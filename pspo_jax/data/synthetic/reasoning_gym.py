@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
 
-_MOST_FURTHER = 64
+_MOST_FURTHER = 16
 """Largest number of questions, as a multiple of a dataset's first ones, among which strata are looked for."""
 
 
