@@ -62,8 +62,8 @@ class PromptDataset(NamedTuple):
     column: Callable[[str], list[object]] | None = None
     """A function from a column's name to its values in all rows; None where a row's source has no such column."""
     difficulty: Float[np.ndarray, "N"] | None = None
-    """A number that grows with a prompt's difficulty, for tasks that generate their prompts and where task.strata is set;
-    NaN = the prompt has none."""
+    """A number that grows with a prompt's difficulty, for tasks that generate their prompts, or if task.strata is
+    set; NaN = the prompt has none."""
     digests: UInt64[np.ndarray, "N"] | None = None
     """Hash of each row's content; None = the hash of its tokens and answer."""
     identity: str = ""
