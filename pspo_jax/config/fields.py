@@ -44,7 +44,7 @@ PATH_FIELDS = (
     "sft.data",
 )
 """Text fields that may name a file or folder; ~ means the home folder."""
-SHARE_FIELDS = ("selection.quotas", "reward.terms")
+SHARE_FIELDS = ("selection.quotas", "reward.terms", "task.strata")
 """Text fields that hold name=number pairs separated by commas; a dict is also accepted."""
 _NOTHING = ("None", "null")
 _TRUTH = {"true": True, "false": False}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pspo_jax.config.fields import Range
+from pspo_jax.config.machines import DistributedConfig, MeshConfig, RuntimeConfig
 from pspo_jax.config.strategies import (
     AdvantageConfig,
     AlgorithmConfig,
@@ -110,6 +111,17 @@ class TaskConfig:
     """countdown: largest target."""
     kinds: str = "all"
     """text_suite: kinds of questions, separated by commas, such as add,add_carry; all = every kind."""
+    strata: str = ""
+    """Shares of the training prompts by difficulty, such as "0=0.8, 3+=0.2": 80 % of difficulty 0, 20 % of 3 or more.
+    A stratum is a number, a range (1-2) or a least number (3+), and the shares sum to 1. Empty = as the task draws its
+    prompts. Held-out prompts do not depend on it, and their accuracy is logged by stratum."""
+    difficulty_column: str | None = None
+    """Source of the difficulty that task.strata reads: a column of the data, or an entry of reasoning-gym's metadata,
+    such as num_terms. None = the first column found of difficulty and level. Other tasks have a difficulty of their
+    own."""
+    wrong_labels: Annotated[float, Range(0.0, 1.0)] = 0.0
+    """Share of the training prompts whose gold answer is replaced by a wrong one, the same in every stratum of
+    task.strata. Held-out prompts keep their answers."""
     mixture: str | None = None
     """Several tasks in place of one: a JSON list (in YAML, a list) of objects. Each holds fields of this stage, a name
     among them, and a weight, which is its share of the prompts."""
@@ -314,53 +326,6 @@ class OptimizerConfig:
     """Largest global norm of the gradient; larger gradients are scaled down to it."""
     max_skipped: Annotated[int, Range(1)] = 5
     """Number of consecutive non-finite updates that stop the run; fewer are skipped."""
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh. The product of the four numbers is the number of devices."""
-
-    data: Annotated[int, Range(-1)] = -1
-    """Number of devices that split the batch and hold copies of the weights; -1 = all that the other axes leave."""
-    fsdp: Annotated[int | None, Range(1)] = None
-    """Number of devices that split the batch, the weights and the optimizer state. None = the fewest that leave half of
-    a device's memory free; 1 where that memory is unknown, as on CPUs."""
-    tensor: Annotated[int, Range(1)] = 1
-    """Number of devices that share one row by splitting its heads, MLP width and vocabulary."""
-    context: Annotated[int, Range(1)] = 1
-    """Number of devices that share one row of an update by splitting its tokens, for long sequences; only attention's
-    keys and values are gathered. In rollouts these devices split the batch, and weights are split along fsdp x
-    context."""
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """How several processes, one for each host or GPU, join. TPU pods, SLURM, Open MPI and GKE need no settings."""
-
-    auto: bool = True
-    """Whether to join the processes of a cluster that JAX recognises from its environment."""
-    coordinator: str | None = None
-    """Address host:port of process 0; None = the address that the cluster supplies, or a single process."""
-    processes: Annotated[int, Range(1)] = 1
-    """Number of processes in the run; read with distributed.coordinator."""
-    process: Annotated[int, Range(0)] = 0
-    """Number of this process, from 0; read with distributed.coordinator."""
-    join_timeout: Annotated[int, Range(1)] = 300
-    """Seconds to wait for the other processes at the start."""
-    heartbeat_timeout: Annotated[int, Range(5)] = 30
-    """Seconds without a heartbeat after which a process counts as dead and the others end."""
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """Compiler flags that are set before JAX starts; docs/distributed.md lists them."""
-
-    flags: bool = True
-    """Whether to set the recommended compiler flags for GPUs and TPUs, except those that the environment sets."""
-    xla_flags: str = ""
-    """Additional flags for XLA_FLAGS, as --name=value, separated by spaces."""
-    libtpu_flags: str = ""
-    """Additional flags for LIBTPU_INIT_ARGS, in the same form."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Parsers of text fields that hold lists: reward terms, quotas, weights, pairs of numbers, stop tokens."""
+"""Parsers of text fields that hold lists: reward terms, quotas, strata, weights, pairs of numbers, stop tokens."""
 
 from __future__ import annotations
 
 import json
+import re
+from typing import NamedTuple
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import RewardConfig
@@ -13,6 +15,17 @@ LENGTH_TERMS = ("cosine", "length", "overlong")
 """Reward terms that depend on the verdict and the completion's length."""
 TERMS = ("accuracy", *TEXT_TERMS, *LENGTH_TERMS)
 _MAX_WEIGHT = 1e6
+_STRATUM = re.compile(r"(\d+(?:\.\d+)?)(?:(\+)|\s*-\s*(\d+(?:\.\d+)?))?")
+
+
+class Stratum(NamedTuple):
+    """Prompts whose difficulty is in low..high, both included, and their share of the training prompts."""
+
+    name: str
+    """The stratum as task.strata writes it, such as 0, 1-2 or 3+."""
+    low: float
+    high: float
+    share: float
 
 
 def parse_terms(config: RewardConfig) -> dict[str, float]:
@@ -103,21 +116,62 @@ def parse_quotas(quotas: str) -> dict[str, float]:
     Raises:
       ConfigError: the text is not "task=share, ..." with shares above 0 that sum to at most 1.
     """
+    named = _shares("selection.quotas", quotas, "task", "math=0.5, gsm8k=0.5")
+    if sum(named.values()) > 1 + 1e-9:
+        raise ConfigError(f"selection.quotas={quotas!r}: sums to more than 1; lower a share")
+    return named
+
+
+def parse_strata(strata: str) -> tuple[Stratum, ...]:
+    """The strata of task.strata, in their order; () = there are none.
+
+    Raises:
+      ConfigError: the text is not "difficulty=share, ..." with shares above 0 that sum to 1, or strata overlap.
+    """
+    named = _shares("task.strata", strata, "difficulty", "0=0.8, 3+=0.2")
+    out: list[Stratum] = []
+    for name, share in named.items():
+        match = _STRATUM.fullmatch(name)
+        if match is None:
+            raise ConfigError(
+                f"task.strata={strata!r}: {name!r} is no difficulty; write a number (0), a range (1-2) or a least "
+                "number (3+)"
+            )
+        first, open_end, last = match.groups()
+        low = float(first)
+        stratum = Stratum(name.replace(" ", ""), low, float("inf") if open_end else float(last or first), share)
+        if stratum.high < low:
+            raise ConfigError(f"task.strata={strata!r}: {name!r} ends before it begins; write {last}-{first}")
+        for other in out:
+            if low <= other.high and other.low <= stratum.high:
+                raise ConfigError(f"task.strata={strata!r}: {other.name} and {name} overlap; change one of them")
+        out.append(stratum)
+    if out and abs(sum(named.values()) - 1) > 1e-6:
+        raise ConfigError(
+            f"task.strata={strata!r}: the shares sum to {sum(named.values()):g}; change them so that they sum to 1"
+        )
+    return tuple(out)
+
+
+def _shares(field: str, text: str, what: str, example: str) -> dict[str, float]:
+    """Name -> share, from "name=share, ...", whose names stand for a `what`.
+
+    Raises:
+      ConfigError: a part has another form, a share is not in (0, 1], or a name comes twice.
+    """
     named: dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in quotas.split(","))):
-        name, equals, text = (x.strip() for x in part.partition("="))
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, number = (x.strip() for x in part.partition("="))
         try:
-            value = float(text)
+            value = float(number)
         except ValueError:
             value = 0.0
         if not (name and equals and 0 < value <= 1) or name in named:
             raise ConfigError(
-                f"selection.quotas={quotas!r}: {part!r} is not task=share with a share in (0, 1], each task once, "
-                'such as "math=0.5, gsm8k=0.5"'
+                f"{field}={text!r}: {part!r} is not {what}=share with a share in (0, 1], each {what} once, such as "
+                f'"{example}"'
             )
         named[name] = value
-    if sum(named.values()) > 1 + 1e-9:
-        raise ConfigError(f"selection.quotas={quotas!r}: sums to more than 1; lower a share")
     return named
 
 

@@ -7,16 +7,27 @@ estimator reads; a user's own strategy may read every field of its stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from pspo_jax.config.conditions import (
+    ALWAYS,
+    Condition,
+    Conditions,
+    any_of,
+    by_name,
+    field_value,
+    shown,
+    surrogate,
+    task,
+    term,
+    unless,
+    unread,
+    when,
+)
 from pspo_jax.config.defaults import defaults_of, flatten, uses_char_tokenizer
-from pspo_jax.config.fields import ConfigError, Value
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ModelConfig, round_prompts
-from pspo_jax.config.strategies import SURROGATES
-from pspo_jax.config.text_fields import parse_terms
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
 """Names of the tasks that read task.train_data."""
@@ -43,86 +54,6 @@ _BY_ESTIMATOR: dict[str, tuple[str, ...]] = {
     "tracked_baseline": ("scale",),
     "ers": ("alpha", "alpha_mode", "stat_mode"),
 }
-
-
-class Condition(NamedTuple):
-    """A condition for a field to be read. Its functions take a resolved config."""
-
-    holds: Callable[[Config], bool]
-    why: Callable[[Config], str]
-    """Clause that says why the field is not read when the condition does not hold."""
-    choose: str
-    """Clause, beginning with a verb, that says how to make the condition hold."""
-
-
-Conditions = tuple[Condition, ...]
-ALWAYS: Conditions = ()
-
-
-def when(field: str, *values: Value) -> Condition:
-    """The condition that another field has one of these values."""
-    return Condition(lambda c: _get(c, field) in values, _unread(field), f"set {field} to {_any_of(values)}")
-
-
-def unless(field: str, value: Value, choose: str) -> Condition:
-    """The condition that another field does not have this value."""
-    return Condition(lambda c: _get(c, field) != value, _unread(field), choose)
-
-
-def by_name(field: str, table: dict[str, tuple[str, ...]], name: str) -> Condition:
-    """The condition that the strategy which `field` names reads the field `name` of its stage."""
-    readers = [strategy for strategy, reads in table.items() if name in reads]
-
-    def holds(c: Config) -> bool:
-        chosen = _get(c, field)
-        return chosen not in table or chosen in readers
-
-    return Condition(holds, _unread(field), f"set {field} to {_any_of(readers)}")
-
-
-def term(name: str) -> Condition:
-    """The condition that the reward has a term of this name."""
-    return Condition(lambda c: name in parse_terms(c.reward), _unread("reward.terms"), f"add {name} to reward.terms")
-
-
-def surrogate(*names: str) -> Condition:
-    """The condition that the loss has one of these surrogates, or a user's own, which may read every field."""
-    return Condition(
-        lambda c: c.loss.surrogate in names or c.loss.surrogate not in SURROGATES,
-        _unread("loss.surrogate"),
-        f"set loss.surrogate to {_any_of(names)}",
-    )
-
-
-def task(*names: str) -> Condition:
-    """The condition that the task has one of these names."""
-    return when("task.name", *names)
-
-
-def _any_of(values: Sequence[Value]) -> str:
-    """The values in words: "a", "a or b", "a, b or c"."""
-    *first, last = map(str, values)
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def _shown(value: Value) -> str:
-    """A value as messages print it, at most 80 characters."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return repr(value) if value == "" else str(value)[:80]
-
-
-def _get(c: Config, field: str) -> Value:
-    """The value of a field, by its dotted name."""
-    stage, _, name = field.partition(".")
-    value: Value = getattr(getattr(c, stage), name)
-    return value
-
-
-def _unread(*fields: str) -> Callable[[Config], str]:
-    """A function that says that these fields, with their values, do not read the field in question."""
-    verb = "does not" if len(fields) == 1 else "do not"
-    return lambda c: f"{' and '.join(f'{field}={_shown(_get(c, field))}' for field in fields)} {verb} read it"
 
 
 def _completions_at_once(c: Config) -> int:
@@ -190,6 +121,7 @@ TEXT = Condition(
     lambda c: f"task.name={c.task.name} uses the character tokenizer and does not read it",
     "choose a text task, such as --task.name gsm8k --task.train_data FILE.jsonl",
 )
+ONE_TASK = when("task.mixture", None)
 COLD_START = unless("sft.steps", 0, "set sft.steps")
 RANDOM_WEIGHTS = Condition(
     lambda c: c.model.source is None,
@@ -205,30 +137,30 @@ PAPER_VARIANT = when("algorithm.variant", "paper")
 HAS_COORDINATOR = unless("distributed.coordinator", None, "set distributed.coordinator")
 JOINS_PROCESSES = Condition(
     lambda c: c.distributed.auto or c.distributed.coordinator is not None,
-    _unread("distributed.auto", "distributed.coordinator"),
+    unread("distributed.auto", "distributed.coordinator"),
     "set distributed.coordinator",
 )
 DUMPS_COMPLETIONS = unless("log.completions_every", 0, "set log.completions_every")
 HAS_BELIEFS = Condition(
     believes,
-    _unread("selection.name", "advantage.name"),
+    unread("selection.name", "advantage.name"),
     "choose a strategy that keeps beliefs, such as selection.name mopps or advantage.name tracked_baseline",
 )
 SELECTOR_HAS_BELIEFS = Condition(
-    _selector_has_beliefs, _unread("selection.name", "selection.estimate"), f"set selection.name to {_any_of(BELIEFS)}"
+    _selector_has_beliefs, unread("selection.name", "selection.estimate"), f"set selection.name to {any_of(BELIEFS)}"
 )
 MEASURES_DRIFT = Condition(
     _reads_policy_drift,
-    _unread("forgetting.mode", "selection.name", "advantage.name", "advantage.alpha_mode"),
+    unread("forgetting.mode", "selection.name", "advantage.name", "advantage.alpha_mode"),
     "set forgetting.mode to policy_drift with a strategy that keeps beliefs, or advantage.alpha_mode to policy_drift "
     "with advantage.name ers",
 )
 OLDER_GROUPS = Condition(
     lambda c: _trains_on_older_groups(c) or c.loss.old_log_probs == "trainer",
-    _unread("replay.name", "rollout.dynamic_sampling_rounds", "loss.old_log_probs"),
+    unread("replay.name", "rollout.dynamic_sampling_rounds", "loss.old_log_probs"),
     "set replay.name to popo, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
 )
-_NO_DEVIATION = _unread("advantage.name", "advantage.scale", "selection.name")
+_NO_DEVIATION = unread("advantage.name", "advantage.scale", "selection.name")
 _DEVIATION_CHOICE = "choose advantage.name ers, an advantage.scale other than none, or selection.name pps"
 
 
@@ -236,12 +168,12 @@ def _has_splits(field: str) -> Condition:
     """The condition that `field` names data with splits: a hub dataset or a folder."""
 
     def holds(c: Config) -> bool:
-        data = _get(c, field)
+        data = field_value(c, field)
         return isinstance(data, str) and not Path(data).expanduser().is_file()
 
     return Condition(
         holds,
-        _unread(field),
+        unread(field),
         f"name a hub dataset, or a folder that has it, in {field}",
     )
 
@@ -289,12 +221,12 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("run", _RUN),
     "algorithm.name": ALWAYS,
     "algorithm.variant": (when("advantage.name", "ers"),),
-    "task.name": (when("task.mixture", None),),
+    "task.name": (ONE_TASK,),
     **_all("task", ("train_prompts", "heldout_prompts", "mixture", "allow_change")),
     "task.seed": (
         Condition(
             lambda c: c.task.mixture is not None or c.task.name not in FROM_DATA,
-            _unread("task.name"),
+            unread("task.name"),
             "choose a task that generates its prompts, or set task.mixture",
         ),
     ),
@@ -306,7 +238,7 @@ READ_WHEN: dict[str, Conditions] = {
         task(*FROM_DATA),
         Condition(
             lambda c: any(data and not _is_local(data) for data in (c.task.train_data, c.task.heldout_data)),
-            _unread("task.train_data"),
+            unread("task.train_data"),
             "name a hub dataset",
         ),
     ),
@@ -315,6 +247,13 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("task", ("dataset", "options"), task("reasoning_gym")),
     **_all("task", ("numbers", "max_target"), task("countdown")),
     "task.kinds": (task("text_suite"),),
+    "task.strata": (ONE_TASK, unless("task.name", "own", "choose another task")),
+    "task.difficulty_column": (
+        ONE_TASK,
+        task(*FROM_DATA, "reasoning_gym"),
+        unless("task.strata", "", "set task.strata"),
+    ),
+    "task.wrong_labels": (ONE_TASK, task("arithmetic", "countdown", "text_suite", "math", "gsm8k", "multiple_choice")),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
     **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
@@ -323,7 +262,7 @@ READ_WHEN: dict[str, Conditions] = {
     "model.revision": (
         Condition(
             lambda c: c.model.source is not None and not _is_local(c.model.source),
-            _unread("model.source"),
+            unread("model.source"),
             "set model.source to a hub id",
         ),
     ),
@@ -356,7 +295,7 @@ READ_WHEN: dict[str, Conditions] = {
         TEXT,
         Condition(
             lambda c: c.task.mixture is not None or c.task.name != "python_function",
-            _unread("task.name"),
+            unread("task.name"),
             "choose another task",
         ),
     ),
@@ -375,7 +314,7 @@ READ_WHEN: dict[str, Conditions] = {
         "candidates",
         Condition(
             lambda c: c.selection.name != "posterior_mixed" or c.selection.draw == "thompson",
-            _unread("selection.draw"),
+            unread("selection.draw"),
             "set selection.draw to thompson",
         ),
     ),
@@ -384,7 +323,7 @@ READ_WHEN: dict[str, Conditions] = {
     "selection.difficulty_column": (
         Condition(
             lambda c: c.selection.bins == "difficulty" or _selection("difficulty_column")[0].holds(c),
-            _unread("selection.name", "selection.bins"),
+            unread("selection.name", "selection.bins"),
             "set selection.name to curriculum, or selection.bins to difficulty",
         ),
     ),
@@ -400,7 +339,7 @@ READ_WHEN: dict[str, Conditions] = {
         "alpha",
         Condition(
             lambda c: c.advantage.alpha_mode == "fixed" or c.algorithm.variant == "published_code",
-            _unread("advantage.alpha_mode"),
+            unread("advantage.alpha_mode"),
             "set advantage.alpha_mode to fixed",
         ),
     ),
@@ -417,12 +356,12 @@ READ_WHEN: dict[str, Conditions] = {
     "replay.effective": (
         Condition(
             lambda c: c.replay.name != "none" or c.rollout.dynamic_sampling_rounds != 1,
-            _unread("replay.name", "rollout.dynamic_sampling_rounds"),
+            unread("replay.name", "rollout.dynamic_sampling_rounds"),
             "set replay.name to filter or popo, or raise rollout.dynamic_sampling_rounds",
         ),
     ),
     **_all("loss", _LOSS),
-    "loss.ratio": (Condition(_reads_ratio, _unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
+    "loss.ratio": (Condition(_reads_ratio, unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
     "loss.count_masked": (when("loss.aggregation", "grpo", "dr_grpo", "luspo"),),
     "loss.clip_low": (CLIP,),
     "loss.clip_high": (surrogate("clip", "cispo"),),
@@ -456,6 +395,8 @@ READ_WHEN: dict[str, Conditions] = {
 """Field -> conditions, all of which must hold for a run to read the field."""
 _OF_THE_MIXTURE = ("task.name", "task.seed", "task.cache")
 """Fields of `task` that the mixture as a whole reads, and its parts do not."""
+_OF_ONE_TASK = ("task.strata", "task.difficulty_column", "task.wrong_labels")
+"""Fields of `task` that neither a mixture nor its parts read."""
 
 
 def refuse_unread(config: Config, resolved: Config) -> None:
@@ -469,16 +410,18 @@ def refuse_unread(config: Config, resolved: Config) -> None:
     for name, value in flatten(config).items():
         if value == defaults[name]:
             continue
-        read_by_parts = parts and name.startswith("task.") and name not in _OF_THE_MIXTURE
+        read_by_parts = parts and name.startswith("task.") and name not in (*_OF_THE_MIXTURE, *_OF_ONE_TASK)
         missing = [_missing(name, reader) for reader in (parts if read_by_parts else [resolved])]
         if all(missing):
-            raise ConfigError(f"{name}={_shown(value)}: {missing[0]}")
+            raise ConfigError(f"{name}={shown(value)}: {missing[0]}")
     for part in parts:
         for field, value in vars(part.task).items():
             name = f"task.{field}"
             is_set = value != getattr(config.task, field) and name not in (*_OF_THE_MIXTURE, "task.mixture")
+            if is_set and name in _OF_ONE_TASK:
+                raise ConfigError(f"task.mixture: {name}={shown(value)}: a mixture does not read it; drop it")
             if is_set and (why := _missing(name, part)):
-                raise ConfigError(f"task.mixture: {name}={_shown(value)}: {why}")
+                raise ConfigError(f"task.mixture: {name}={shown(value)}: {why}")
 
 
 def is_read(name: str, config: Config) -> bool:

@@ -16,6 +16,7 @@ from pspo_jax.config.text_fields import (
     interval,
     least_reward,
     parse_quotas,
+    parse_strata,
     parse_terms,
     parse_weights,
     stop_texts,
@@ -267,9 +268,10 @@ def _check_task(c: Config) -> None:
             "task.dataset=None: task.name=reasoning_gym needs datasets; name them, such as leg_counting,chain_sum"
         )
     options(t.options)
+    parse_strata(t.strata)
     if t.dataset is not None:
         _check_list("task.dataset", t.dataset)
-    for name in ("subset", "revision", "prompt_column", "answer_column", "function"):
+    for name in ("subset", "revision", "prompt_column", "answer_column", "difficulty_column", "function"):
         if getattr(t, name) is not None and not getattr(t, name).strip():
             raise ConfigError(f"task.{name}='': must not be empty; leave it out")
     _check_list("task.kinds", t.kinds)

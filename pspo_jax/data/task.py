@@ -62,7 +62,8 @@ class PromptDataset(NamedTuple):
     column: Callable[[str], list[object]] | None = None
     """A function from a column's name to its values in all rows; None where a row's source has no such column."""
     difficulty: Float[np.ndarray, "N"] | None = None
-    """A number that grows with a prompt's difficulty, for tasks that generate their prompts."""
+    """A number that grows with a prompt's difficulty, for tasks that generate their prompts, or if task.strata is
+    set; NaN = the prompt has none."""
     digests: UInt64[np.ndarray, "N"] | None = None
     """Hash of each row's content; None = the hash of its tokens and answer."""
     identity: str = ""
@@ -70,7 +71,7 @@ class PromptDataset(NamedTuple):
     left_out: tuple[LeftOut, ...] = ()
     """Rows of the source that are no prompts."""
     labels: Sequence[str] | None = None
-    """Label of each row's task in a mixture: its kind, or another text where two tasks are of one kind."""
+    """Label of each row: its task in a mixture, its kind in the text suite, or its stratum in task.strata."""
 
     def content(self) -> UInt64[np.ndarray, "N"]:
         """A hash of each row that depends on neither the other rows nor their order."""

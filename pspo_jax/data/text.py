@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, overload
 
 import grain
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels, mixture
-from pspo_jax.config.schema import Config
+from pspo_jax.config.schema import Config, TaskConfig
+from pspo_jax.config.text_fields import parse_strata
 from pspo_jax.data.conversations import Conversation, read_prompt
 from pspo_jax.data.files import Record, Records, as_records, heads
 from pspo_jax.data.gold_check import NO_VERDICT, REFUSED, check_gold
@@ -26,39 +24,23 @@ from pspo_jax.data.loading import (
     column_array,
     first_of_each,
     from_data,
-    quiet_datasets,
     tokenised,
 )
+from pspo_jax.data.mixing import SHOWN, Picked, config_of_part, drop_shared, mix, why
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
-from pspo_jax.data.synthetic.countdown import source as countdown_source
-from pspo_jax.data.synthetic.reasoning_gym import source as gym_source
-from pspo_jax.data.synthetic.text_suite import source as suite_source
+from pspo_jax.data.strata import chosen_rows, difficulties, labels_of
+from pspo_jax.data.synthetic.generated import GENERATED, GENERATED_PROMPTS
 from pspo_jax.data.task import Demonstrations, LeftOut, PromptDataset, RewardFn, Task, pad_rows
 from pspo_jax.data.tokenizer import TextTokenizer
+from pspo_jax.data.wrong_labels import mislabelled
 from pspo_jax.verifiers.workers.pool import Pool
 
 if TYPE_CHECKING:
     import datasets
 
-GENERATED = {"countdown": countdown_source, "reasoning_gym": gym_source, "text_suite": suite_source}
-"""Tasks that generate their prompts: (config, seed, count) -> Source."""
 LABEL_COLUMNS = {"text_suite": "kind"}
 """Column that labels a task's prompts one by one, beside a column difficulty. In a mixture with other tasks, all of a
 task's prompts have the task's label."""
-GENERATED_PROMPTS = 10_000
-"""Training prompts of a generated task if task.train_prompts is 0."""
-_SHOWN = 200
-"""Characters of a question that the list of left-out rows shows."""
-
-
-class _Picked(NamedTuple):
-    """A tokenised data set, and its rows that are prompts."""
-
-    rows: datasets.Dataset
-    """All rows, as `tokenised` makes them."""
-    keep: Int[np.ndarray, "n"]
-    """The rows that are prompts."""
-    left_out: list[LeftOut]
 
 
 RowIndex = int | slice | np.ndarray
@@ -139,7 +121,7 @@ def text_task(
     records: list[datasets.Dataset | Records] = []
     for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
         if config.task.mixture:
-            part = _config_of_part(part, config.task.heldout_prompts, share)
+            part = config_of_part(part, config.task.heldout_prompts, share)
         train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
         trains.append(train)
         heldouts.append(heldout)
@@ -147,24 +129,45 @@ def text_task(
     if len(parts) == 1:
         train_pick, heldout_pick = trains[0], heldouts[0]
     else:
-        train_pick, heldout_pick = _mix(config, [part for part, _ in parts], shares, trains, heldouts)
+        train_pick, heldout_pick = mix(config, [part for part, _ in parts], shares, trains, heldouts)
     _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
     needs = {} if pool is None else pool.required_columns
     _check_functions({name: needs.get(name, []) for name in functions}, records)
     width = _width(config, train_pick, heldout_pick)
+    if config.task.wrong_labels:
+        train_pick = mislabelled(train_pick, records[0], config.task, pool)
+    columns = records, width, tokenizer.pad_token_id, identity, labels(config)
     return Task(
         name="mixture" if config.task.mixture else config.task.name,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         forbidden=tokenizer.forbidden,
         stop_ids=tokenizer.stop_ids,
-        train=prompt_dataset(train_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
-        heldout=prompt_dataset(heldout_pick, records, width, tokenizer.pad_token_id, identity, labels(config)),
+        train=_with_strata(config, prompt_dataset(train_pick, *columns)),
+        heldout=_with_strata(config, prompt_dataset(heldout_pick, *columns)),
         reward_fn=reward_fn,
         demonstrations=_no_demonstrations,
         encode_prompt=lambda prompt: tokenizer.prompt(read_prompt(prompt), config.prompt),
     )
+
+
+def _with_strata(config: Config, prompts: PromptDataset) -> PromptDataset:
+    """The prompts with the difficulties that task.strata reads, and labelled by stratum if they have no kinds."""
+    strata = parse_strata(config.task.strata)
+    if not strata:
+        return prompts
+    assert prompts.column is not None
+    difficulty = difficulties(prompts.column, _difficulty_column(config.task))
+    if difficulty is None:
+        difficulty = np.full(len(prompts.lengths), np.nan, np.float32)
+    labelled = config.task.name in LABEL_COLUMNS
+    return prompts._replace(difficulty=difficulty, labels=prompts.labels if labelled else labels_of(difficulty, strata))
+
+
+def _difficulty_column(t: TaskConfig) -> str | None:
+    """The column of the records that holds the difficulty; None = one of the usual ones."""
+    return None if t.name in GENERATED else t.difficulty_column
 
 
 def benchmark_prompts(
@@ -216,40 +219,56 @@ def _split(
     pool: Pool | None,
     part: int,
     say: Callable[[str], None],
-) -> tuple[_Picked, _Picked, list[datasets.Dataset | Records]]:
+) -> tuple[Picked, Picked, list[datasets.Dataset | Records]]:
     """Training and held-out rows of one task, and the records of the parts `part` and `part + 1`."""
     t, folder = c.task, cache_folder(c.task)
     if t.name in GENERATED:
         count = (t.train_prompts or GENERATED_PROMPTS) + t.heldout_prompts
-        source = GENERATED[t.name](c, t.seed, count)
+        source = GENERATED[t.name](c, t.seed, count, parse_strata(t.strata))
         pick = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, None, say)
-        return (*_hold_out_last(pick, c), [source.records, source.records])
+        return (*_hold_out_last(pick, c, source, count), [source.records, source.records])
     assert t.train_data is not None
     source = from_data(t.train_data, "task.train_data", t.train_split, t)
     train = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, pool, say)
     if t.heldout_data is None:
-        return (*_hold_out_last(train, c), [source.records, source.records])
+        return (*_hold_out_last(train, c, source, len(train.rows)), [source.records, source.records])
     other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
     heldout = _filter(tokenised(other, encode, identity, folder, part + 1, say), other.name, c, pool, say)
     heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
-    train = _drop_shared(train, heldout, source.name)
-    return (
-        train._replace(keep=train.keep[: t.train_prompts or None]),
-        heldout,
-        [source.records, other.records],
-    )
+    train = drop_shared(train, heldout, source.name)
+    return _trained_on(train, c, source), heldout, [source.records, other.records]
 
 
-def _hold_out_last(pick: _Picked, c: Config) -> tuple[_Picked, _Picked]:
-    """Training and held-out rows of one data set, whose last rows are held out."""
+def _hold_out_last(pick: Picked, c: Config, source: Source, count: int) -> tuple[Picked, Picked]:
+    """Training and held-out rows of one data set, of whose first `count` rows the last are held out."""
     n = c.task.heldout_prompts
-    if len(pick.keep) <= n:
+    first, further = pick.keep[pick.keep < count], pick.keep[pick.keep >= count]
+    if len(first) <= n:
         raise ConfigError(
-            f"task.heldout_prompts={n}: the data has {len(pick.keep)} usable rows"
+            f"task.heldout_prompts={n}: the data has {len(first)} usable rows"
             f"{' (' + why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
         )
-    train = pick._replace(keep=pick.keep[:-n][: c.task.train_prompts or None])
-    return train, _Picked(pick.rows, pick.keep[-n:], [])
+    train = pick._replace(keep=np.concatenate([first[:-n], further]))
+    return _trained_on(train, c, source), Picked(pick.rows, first[-n:], [])
+
+
+def _trained_on(pick: Picked, c: Config, source: Source) -> Picked:
+    """The rows of `pick` that are trained on: the first task.train_prompts, or the first of each stratum.
+
+    Raises:
+      ConfigError: a stratum has too few rows, or the data have no difficulty.
+    """
+    t, strata = c.task, parse_strata(c.task.strata)
+    if not strata:
+        return pick._replace(keep=pick.keep[: t.train_prompts or None])
+    total = t.train_prompts or (GENERATED_PROMPTS if t.name in GENERATED else 0)
+    difficulty = difficulties(as_records(source.records).values, _difficulty_column(t))
+    if difficulty is None:
+        raise ConfigError(
+            f"task.difficulty_column={t.difficulty_column}: task.strata={t.strata!r} needs a column of numbers in "
+            f"{source.name}; its columns are {', '.join(source.records.column_names)}"
+        )
+    return pick._replace(keep=pick.keep[chosen_rows(difficulty[pick.keep], strata, total)])
 
 
 def _filter(
@@ -259,7 +278,7 @@ def _filter(
     pool: Pool | None,
     say: Callable[[str], None],
     duplicates: bool = False,
-) -> _Picked:
+) -> Picked:
     """Rows that are prompts: readable, short enough, not repeated, and with a gold answer that its verifier accepts."""
     reason = np.array(rows["reason"], object)
     _check_conversations(reason, name, c)
@@ -276,8 +295,8 @@ def _filter(
     keep = np.flatnonzero(reason == "")
     out = np.flatnonzero(reason != "")
     texts = rows.select(out)["text"] if len(out) else []
-    left_out = [LeftOut(name, int(i), str(reason[i]), text[:_SHOWN]) for i, text in zip(out, texts, strict=True)]
-    return _Picked(rows, keep, left_out)
+    left_out = [LeftOut(name, int(i), str(reason[i]), text[:SHOWN]) for i, text in zip(out, texts, strict=True)]
+    return Picked(rows, keep, left_out)
 
 
 def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
@@ -292,94 +311,7 @@ def _check_conversations(reason: np.ndarray, name: str, c: Config) -> None:
             raise ConfigError(f"{field}: row {rows[0]} of {name}, one of {len(rows)} such rows, {why_not}; {what}")
 
 
-def _config_of_part(part: Config, total: int, share: float) -> Config:
-    """The config of a mixture's task. It holds out only as many rows as the mixture evaluates of that task."""
-    most = part.task.train_prompts if part.task.name in GENERATED else 0
-    held_out = min(part.task.heldout_prompts, math.ceil(total * share))
-    return replace(part, {"task.heldout_prompts": held_out, "task.train_prompts": most})
-
-
-def _mix(
-    c: Config,
-    parts: list[Config],
-    shares: Float[np.ndarray, "m"],
-    trains: list[_Picked],
-    heldouts: list[_Picked],
-) -> tuple[_Picked, _Picked]:
-    """Training and held-out rows of a mixture. Rows that are neither are listed as left out."""
-    rng = np.random.default_rng([c.task.seed, 3])
-    names = [part.task.name if part.task.name in GENERATED else str(part.task.train_data) for part in parts]
-    chosen = _choose_by_share(heldouts, shares, c.task.heldout_prompts, rng)
-    trains = [_return_unused(*picks) for picks in zip(trains, heldouts, chosen, strict=True)]
-    heldouts = [pick._replace(keep=kept) for pick, kept in zip(heldouts, chosen, strict=True)]
-    trains = _make_disjoint(trains, heldouts, names)
-    limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
-    trains = [
-        _keep_only(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
-        for train, limit, name in zip(trains, limits, names, strict=True)
-    ]
-    chosen = _choose_by_share(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
-    trains = [
-        _keep_only(train, kept, name, "beyond its share of task.mixture", part.task.name not in GENERATED)
-        for train, kept, name, part in zip(trains, chosen, names, parts, strict=True)
-    ]
-    return _concatenated(trains, rng), _concatenated(heldouts, rng)
-
-
-def _choose_by_share(
-    picks: list[_Picked], shares: Float[np.ndarray, "m"], total: int, rng: np.random.Generator
-) -> list[Int[np.ndarray, "n"]]:
-    """Random rows of every task in proportion to its share: as many as possible without repetition, at most `total`."""
-    n = min(len(pick.keep) / share for pick, share in zip(picks, shares, strict=True))
-    n = min(n, total) if total else n
-    return [
-        np.sort(rng.permutation(pick.keep)[: max(1, int(n * share + 1e-9))])
-        for pick, share in zip(picks, shares, strict=True)
-    ]
-
-
-def _return_unused(train: _Picked, heldout: _Picked, kept: Int[np.ndarray, "n"]) -> _Picked:
-    """Training rows, with the rows that were held out of the same data but that the mixture does not evaluate."""
-    if train.rows is not heldout.rows:
-        return train
-    return train._replace(keep=np.sort(np.concatenate([train.keep, np.setdiff1d(heldout.keep, kept)])))
-
-
-def _make_disjoint(trains: list[_Picked], heldouts: list[_Picked], names: list[str]) -> list[_Picked]:
-    """Training rows whose question no task of the mixture holds out; a question of several tasks stays in the first."""
-    out: list[_Picked] = []
-    for train, name in zip(trains, names, strict=True):
-        for heldout in heldouts:
-            train = _drop_shared(train, heldout, name)
-        for other in out:
-            train = _drop_shared(train, other, name, "duplicate")
-        if not len(train.keep):
-            raise ConfigError(f"task.mixture: {name} leaves no prompt ({why(train.left_out)}); change it or drop it")
-        out.append(train)
-    return out
-
-
-def _drop_shared(train: _Picked, other: _Picked, name: str, reason: str = "also held out") -> _Picked:
-    """Training rows whose question is not among the rows of `other`."""
-    also = np.isin(column_array(train.rows, "question")[train.keep], column_array(other.rows, "question")[other.keep])
-    return _keep_only(train, train.keep[~also], name, reason)
-
-
-def _keep_only(pick: _Picked, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> _Picked:
-    """`pick` with the rows `keep` alone; the other rows are listed as left out, for a reason."""
-    out = np.setdiff1d(pick.keep, keep) if listed else np.zeros(0, int)
-    texts = pick.rows.select(out)["text"] if len(out) else []
-    items = [LeftOut(name, int(i), reason, text[:_SHOWN]) for i, text in zip(out, texts, strict=True)]
-    return pick._replace(keep=keep, left_out=pick.left_out + items)
-
-
-def _concatenated(picks: list[_Picked], rng: np.random.Generator) -> _Picked:
-    """The rows of several tasks as one set, shuffled."""
-    rows = quiet_datasets().concatenate_datasets([pick.rows.select(pick.keep) for pick in picks])
-    return _Picked(rows, rng.permutation(len(rows)), [item for pick in picks for item in pick.left_out])
-
-
-def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Picked) -> None:
+def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: Picked) -> None:
     """Refuses prompts with a token for which the embedding has no row."""
     for pick in picks:
         bad = pick.keep[column_array(pick.rows, "largest")[pick.keep] >= tokenizer.vocab_size]
@@ -394,7 +326,7 @@ def _check_ids(tokenizer: TextTokenizer, config: Config, *picks: _Picked) -> Non
         )
 
 
-def _check_sizes(c: Config, train: _Picked, heldout: _Picked) -> None:
+def _check_sizes(c: Config, train: Picked, heldout: Picked) -> None:
     """Refuses data that leave too few prompts."""
     for pick, name in ((train, "train_data"), (heldout, "heldout_data")):
         if not len(pick.keep):
@@ -420,13 +352,7 @@ def _check_functions(needs: dict[str, list[str]], sources: Sequence[datasets.Dat
             )
 
 
-def why(left_out: Sequence[LeftOut]) -> str:
-    """A text that says how many rows were left out for each reason."""
-    counts = Counter(item.reason for item in left_out)
-    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "it has no rows"
-
-
-def _width(config: Config, *picks: _Picked) -> int:
+def _width(config: Config, *picks: Picked) -> int:
     """Padded length of the prompts: a multiple of rollout.prompt_bucket."""
     longest = max(int(column_array(pick.rows, "length")[pick.keep].max()) for pick in picks)
     bucket = config.rollout.prompt_bucket
@@ -434,7 +360,7 @@ def _width(config: Config, *picks: _Picked) -> int:
 
 
 def prompt_dataset(
-    pick: _Picked,
+    pick: Picked,
     sources: list[datasets.Dataset | Records],
     width: int,
     pad: int,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -11,14 +9,11 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
+from pspo_jax.data.strata import DIFFICULTY_COLUMNS, difficulties
 from pspo_jax.data.task import PromptDataset
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.selection.bins import MAX_BINS, number_bins
 from pspo_jax.selection.engine.quotas import check_prompts
-
-DIFFICULTY_COLUMNS = ("difficulty", "level")
-"""Columns in which a difficulty is looked for if the config names none."""
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ...], PromptMetadata | None]:
@@ -71,20 +66,10 @@ def _difficulty(column: str | None, prompts: PromptDataset) -> Float[np.ndarray,
     """Difficulty of each prompt; NaN, which counts as hardest, where no number can be read."""
     if prompts.difficulty is not None and column is None:
         return prompts.difficulty
-    for name in DIFFICULTY_COLUMNS if column is None else (column,):
-        values = [] if prompts.column is None else prompts.column(name)
-        numbers = np.array([_number(value) for value in values], np.float32)
-        if np.isfinite(numbers).any():
-            return numbers
+    numbers = None if prompts.column is None else difficulties(prompts.column, column)
+    if numbers is not None:
+        return numbers
     raise ConfigError(
         f"selection.difficulty_column={column}: the selector needs a column of numbers, and the data has "
         f"none {'by that name' if column else 'named ' + ' or '.join(DIFFICULTY_COLUMNS)}; name one"
     )
-
-
-def _number(value: object) -> float:
-    """The number that a value is or begins with in its text; NaN = none."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    match = _NUMBER.search(value) if isinstance(value, str) else None
-    return float(match.group()) if match else float("nan")

@@ -203,6 +203,10 @@ def cold_start(
     return params
 
 
+_TRAINING_PROMPTS = ("task.train_prompts", "task.strata", "task.wrong_labels")
+"""Fields that change a generated task's training prompts; its held-out prompts are there by their contents."""
+
+
 def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Json]:
     """The settings that decide the result of a cold start.
 
@@ -222,6 +226,9 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
     fields["train"] = task.train.fingerprint()
     fields["heldout"] = task.heldout.fingerprint()
     fields["source"] = source
+    if config.task.name in ("arithmetic", "countdown"):
+        # Demonstrations are fresh problems without the held-out ones, so the training prompts decide nothing.
+        fields = {k: v for k, v in fields.items() if k not in ("train", *_TRAINING_PROMPTS)}
     if config.sft.data is not None:
         # Only the rows of the file are learnt, so the task decides nothing.
         fields = {k: v for k, v in fields.items() if not k.startswith("task.") and k not in ("heldout", "train")}

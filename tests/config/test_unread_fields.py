@@ -99,6 +99,8 @@ UNREAD = [
         "estimate=last",
     ),
     ({"task.train_data": "x"}, "task.name=arithmetic"),
+    ({"task.difficulty_column": "x", "task.strata": "0=1"}, "task.name=arithmetic"),
+    ({**TEXT, "task.difficulty_column": "x"}, "task.strata='' does not read it"),
     ({"task.numbers": "3"}, "task.name=arithmetic"),
     ({"task.function": "a:b"}, "task.name=arithmetic"),
     ({"task.cache": "x"}, "task.name=arithmetic"),

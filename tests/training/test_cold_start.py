@@ -124,9 +124,14 @@ def test_settings_hold_what_the_result_depends_on(tmp_path):
     found = settings(config, task)
     for field, value in (("rollout.max_new_tokens", 12), ("model.width", 8), ("sft.batch", 3), ("run.seed", 5)):
         assert settings(replace(config, {field: value}), task) != found, field
-    assert found["version"] == __version__ and found["train"] == task.train.fingerprint()
+    assert found["version"] == __version__ and found["heldout"] == task.heldout.fingerprint()
     moved = {"task.train_data": "/elsewhere", "model.source": "/elsewhere", "sft.share": False, "run.steps": 3}
     assert settings(replace(config, moved), task) == found
+    # Demonstrations are other problems than the training prompts.
+    other = replace(config, {"task.strata": "0=0.8, 3+=0.2", "task.wrong_labels": 0.5})
+    assert settings(other, arithmetic(other.task, 16)) == found
+    other = replace(config, {"task.seed": 3})
+    assert settings(other, arithmetic(other.task, 16)) != found
 
 
 def test_a_neighbours_start_is_taken_if_it_is_whole_and_equal(tmp_path):

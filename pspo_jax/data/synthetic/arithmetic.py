@@ -3,20 +3,23 @@
 A prompt is `27-4+8-3=`, and its right response is `-4=23+8=31-3=28$`: each operation with its new total, then EOS. The
 start is in 10..99 and every total stays there; there are three to six operations, with digits 1..9 and P(d) ~ 2^-(d-1).
 The reward is 1 if and only if EOS came and the last number is right. An operation is hard if it carries or borrows;
-prompts are stratified by their number of hard operations, because these remain to be learnt after the cold start.
+prompts are stratified by their number of hard operations, because these remain to be learnt after the cold start. This
+number is a prompt's difficulty, by which task.strata gives training prompts other shares.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from pspo_jax.config.schema import TaskConfig
+from pspo_jax.config.text_fields import Stratum, parse_strata
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.strata import counts_of, labels_of, stratum_of, too_few, wrong_label_draws, wrong_rows
 from pspo_jax.data.task import CompletionBatch, Demonstrations, PromptDataset, RewardResult, Task
 
 CHARACTERS = "0123456789+-=$_"
@@ -30,6 +33,12 @@ STRATA = (0.35, 0.15, 0.10, 0.40)
 EASY_SLIP = 0.002
 """Probability that the noisy demonstrator is off by one in an operation without carry or borrow."""
 _BLOCK = 4096
+_IDLE_BLOCKS = 50
+"""Blocks in a row without a new problem of a stratum after which no more are expected."""
+_STRATA_STREAM = 6
+"""Number of the stream of random numbers that draws the training prompts of task.strata."""
+_TOTALS = 90
+"""Number of totals in 10..99."""
 TOKENIZER = CharTokenizer(CHARACTERS, VOCAB)
 
 
@@ -191,26 +200,45 @@ def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
     return lambda: RewardResult(verdicts, {"accuracy": verdicts}, verdicts, answers, Counter())
 
 
+_Item = tuple[bytes, str, int]
+"""Tokens, answer and hard operations of a prompt."""
+
+
 def _split(config: TaskConfig, width: int) -> tuple[PromptDataset, PromptDataset]:
-    """Training and held-out prompts: distinct, both stratified by hard operations."""
+    """Training and held-out prompts: distinct, both stratified by hard operations.
+
+    task.strata and task.wrong_labels change training prompts alone.
+    """
     rng = np.random.default_rng([config.seed, 1])
     sizes = [_shares(config.train_prompts), _shares(config.heldout_prompts)]
     wanted = [a + b for a, b in zip(*sizes, strict=True)]
-    found: list[list[tuple[bytes, str, int]]] = [[] for _ in STRATA]
+    found: list[list[_Item]] = [[] for _ in STRATA]
     seen: set[bytes] = set()
     while any(len(f) < w for f, w in zip(found, wanted, strict=True)):
-        problems = generate(rng, _BLOCK)
-        tokens, _ = write_prompts(problems, width)
-        hard = hard_steps(problems)
-        stratum = np.minimum(hard, len(STRATA) - 1)
-        last = totals(problems)[np.arange(_BLOCK), problems.length - 1]
-        for row, s, answer, steps in zip(tokens.astype(np.uint8), stratum, last, hard, strict=True):
-            if len(found[s]) < wanted[s] and bytes(row) not in seen:
-                seen.add(bytes(row))
-                found[s].append((bytes(row), str(answer), int(steps)))
+        for row, answer, steps in _block(rng, width):
+            s = min(steps, len(STRATA) - 1)
+            if len(found[s]) < wanted[s] and row not in seen:
+                seen.add(row)
+                found[s].append((row, answer, steps))
     train = [item for f, size in zip(found, sizes[0], strict=True) for item in f[:size]]
     heldout = [item for f, size in zip(found, sizes[0], strict=True) for item in f[size:]]
-    return _prompt_dataset(train, rng), _prompt_dataset(heldout, rng)
+    train = _shuffled(train, rng)
+    heldout = _shuffled(heldout, rng)
+    strata = parse_strata(config.strata)
+    if strata:
+        train = _in_strata(config, strata, width, {row for row, _, _ in heldout})
+    if config.wrong_labels:
+        train = _mislabelled(config, strata, train)
+    return _prompt_dataset(train, strata), _prompt_dataset(heldout, strata)
+
+
+def _block(rng: np.random.Generator, width: int) -> Iterator[_Item]:
+    """Random problems, which may repeat."""
+    problems = generate(rng, _BLOCK)
+    tokens, _ = write_prompts(problems, width)
+    last = totals(problems)[np.arange(_BLOCK), problems.length - 1]
+    for row, answer, steps in zip(tokens.astype(np.uint8), last, hard_steps(problems), strict=True):
+        yield bytes(row), str(answer), int(steps)
 
 
 def _shares(n: int) -> list[int]:
@@ -219,13 +247,54 @@ def _shares(n: int) -> list[int]:
     return [*parts, n - sum(parts)]
 
 
-def _prompt_dataset(items: list[tuple[bytes, str, int]], rng: np.random.Generator) -> PromptDataset:
-    """Prompts from (tokens, answer, hard operations), shuffled."""
-    order = rng.permutation(len(items))
-    tokens = np.array([np.frombuffer(items[i][0], np.uint8) for i in order]).astype(np.int32)
+def _in_strata(config: TaskConfig, strata: Sequence[Stratum], width: int, banned: set[bytes]) -> list[_Item]:
+    """Training prompts with the shares of task.strata, shuffled; none of them is in `banned`.
+
+    Raises:
+      ConfigError: many random problems in a row hold no further one of a stratum.
+    """
+    rng = np.random.default_rng([config.seed, _STRATA_STREAM])
+    wanted = counts_of(config.train_prompts, strata)
+    found: list[list[_Item]] = [[] for _ in strata]
+    seen = set(banned)
+    idle = 0
+    while any(len(f) < w for f, w in zip(found, wanted, strict=True)):
+        before = len(seen)
+        block = list(_block(rng, width))
+        for item, s in zip(block, stratum_of(np.array([steps for _, _, steps in block]), strata), strict=True):
+            if s >= 0 and len(found[s]) < wanted[s] and item[0] not in seen:
+                seen.add(item[0])
+                found[s].append(item)
+        idle = idle + 1 if len(seen) == before else 0
+        if idle == _IDLE_BLOCKS:
+            short = next(i for i, (f, w) in enumerate(zip(found, wanted, strict=True)) if len(f) < w)
+            raise too_few(strata, strata[short], wanted[short], len(found[short]))
+    return _shuffled([item for f in found for item in f], rng)
+
+
+def _mislabelled(config: TaskConfig, strata: Sequence[Stratum], items: list[_Item]) -> list[_Item]:
+    """The prompts with task.wrong_labels of their answers replaced by another total in 10..99."""
+    steps = np.array([steps for _, _, steps in items])
+    wrong = wrong_rows(config.wrong_labels, config.seed, len(items), stratum_of(steps, strata) if strata else None)
+    shift = wrong_label_draws(config.seed).integers(1, _TOTALS, len(items))
+    return [
+        (row, str(10 + (int(answer) - 10 + int(by)) % _TOTALS) if is_wrong else answer, n)
+        for (row, answer, n), is_wrong, by in zip(items, wrong, shift, strict=True)
+    ]
+
+
+def _shuffled(items: list[_Item], rng: np.random.Generator) -> list[_Item]:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _prompt_dataset(items: list[_Item], strata: Sequence[Stratum]) -> PromptDataset:
+    """The prompts, labelled by stratum if there are strata."""
+    tokens = np.array([np.frombuffer(row, np.uint8) for row, _, _ in items]).astype(np.int32)
+    difficulty = np.array([steps for _, _, steps in items], np.float32)
     return PromptDataset(
         tokens,
         (tokens != PAD).sum(axis=1).astype(np.int32),
-        tuple(items[i][1] for i in order),
-        difficulty=np.array([items[i][2] for i in order], np.float32),
+        tuple(answer for _, answer, _ in items),
+        difficulty=difficulty,
+        labels=labels_of(difficulty, strata) if strata else None,
     )

@@ -15,9 +15,11 @@ import numpy as np
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, TaskConfig
+from pspo_jax.config.text_fields import Stratum, parse_strata
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.files import Record
 from pspo_jax.data.loading import Question, Source, quiet_datasets
+from pspo_jax.data.strata import chosen_rows, counts_of, labels_of, stratum_of, written, wrong_label_draws, wrong_rows
 from pspo_jax.data.task import (
     CompletionBatch,
     Demonstrations,
@@ -180,12 +182,14 @@ def question(problem_numbers: Sequence[int], target: int) -> str:
     )
 
 
-def source(config: Config, seed: int, count: int) -> Source:
-    """`count` problems as questions for a language model."""
+def source(config: Config, seed: int, count: int, strata: Sequence[Stratum] = ()) -> Source:
+    """`count` problems as questions for a language model; with strata, further ones follow (see `Generator`)."""
     problems = _problems(config.task, seed, count)
-    records = quiet_datasets().Dataset.from_dict(
-        {"numbers": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}
-    )
+    problems += _further(config.task, strata, seed, count - config.task.heldout_prompts, problems)
+    columns = {"numbers": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}
+    if strata:
+        columns["difficulty"] = [len(p.numbers) for p in problems]
+    records = quiet_datasets().Dataset.from_dict(columns)
 
     def convert(record: Record, exact: Record | None = None) -> Question:
         numbers, target = cast(list[int], record["numbers"]), cast(int, record["target"])
@@ -203,6 +207,28 @@ def _problems(t: TaskConfig, seed: int, count: int) -> list[Problem]:
         raise ConfigError(f"task.train_prompts={t.train_prompts}: {error}") from error
 
 
+def _further(
+    t: TaskConfig, strata: Sequence[Stratum], seed: int, total: int, known: Sequence[Problem]
+) -> list[Problem]:
+    """Problems that are not in `known`: for each stratum, its share of `total`, or all that are found.
+
+    Raises:
+      ConfigError: a stratum holds none of the counts in task.numbers.
+    """
+    out: list[Problem] = []
+    taken = {_key(p) for p in known}
+    for stratum, wanted in zip(strata, counts_of(total, strata) if strata else (), strict=True):
+        sizes = [n for n in map(int, t.numbers.split(",")) if stratum.low <= n <= stratum.high]
+        if not sizes:
+            raise ConfigError(
+                f"task.strata={written(strata)!r}: no problem of task.numbers={t.numbers} has difficulty "
+                f"{stratum.name}, which is its count of numbers; change one of them"
+            )
+        found = generate(seed, wanted + len(known), sizes, max_target=t.max_target, enough=False)
+        out += [p for p in found if _key(p) not in taken][:wanted]
+    return out
+
+
 def countdown_task(config: TaskConfig, prompt_bucket: int, max_new_tokens: int) -> Task:
     """The task with one token per character; prompts are padded to a multiple of `prompt_bucket`.
 
@@ -212,7 +238,12 @@ def countdown_task(config: TaskConfig, prompt_bucket: int, max_new_tokens: int) 
     tokenizer = CharTokenizer(CHARACTERS, VOCAB)
     problems = _problems(config, config.seed, config.train_prompts + config.heldout_prompts)
     heldout, train = problems[: config.heldout_prompts], problems[config.heldout_prompts :]
-    longest = max(len(write_prompt(p)) for p in problems)
+    strata = parse_strata(config.strata)
+    if strata:
+        train += _further(config, strata, config.seed, config.train_prompts, problems)
+        difficulty = np.array([len(p.numbers) for p in train])
+        train = [train[i] for i in chosen_rows(difficulty, strata, config.train_prompts)]
+    longest = max(len(write_prompt(p)) for p in [*problems, *train])
     width = -(-longest // prompt_bucket) * prompt_bucket
     banned = {(tuple(sorted(p.numbers)), p.target) for p in heldout}
 
@@ -231,8 +262,8 @@ def countdown_task(config: TaskConfig, prompt_bucket: int, max_new_tokens: int) 
         vocab_size=VOCAB,
         forbidden=tokenizer.forbidden,
         stop_ids=(tokenizer.eos_token_id,),
-        train=_prompt_dataset(train, tokenizer, width),
-        heldout=_prompt_dataset(heldout, tokenizer, width),
+        train=_prompt_dataset(train, tokenizer, width, strata, _wrong_targets(config, strata, train)),
+        heldout=_prompt_dataset(heldout, tokenizer, width, strata, {}),
         reward_fn=_reward_fn(tokenizer),
         demonstrations=demonstrations,
         encode_prompt=tokenizer.encode_prompt,
@@ -267,17 +298,39 @@ def _guess(problem: Problem, rng: np.random.Generator) -> str:
     return "".join(f"{n}{rng.choice(list('+-*/'))}" for n in numbers[:-1]) + str(numbers[-1])
 
 
-def _prompt_dataset(problems: list[Problem], tokenizer: CharTokenizer, width: int) -> PromptDataset:
+def _wrong_targets(t: TaskConfig, strata: Sequence[Stratum], problems: list[Problem]) -> dict[int, int]:
+    """Row -> wrong target, for task.wrong_labels of the problems; the prompt still asks for the right one."""
+    if not t.wrong_labels:
+        return {}
+    stratum = stratum_of(np.array([len(p.numbers) for p in problems]), strata) if strata else None
+    shift = wrong_label_draws(t.seed).integers(1, t.max_target, len(problems))
+    wrong = np.flatnonzero(wrong_rows(t.wrong_labels, t.seed, len(problems), stratum))
+    return {int(i): 1 + (problems[i].target - 1 + int(shift[i])) % t.max_target for i in wrong}
+
+
+def _prompt_dataset(
+    problems: list[Problem], tokenizer: CharTokenizer, width: int, strata: Sequence[Stratum], wrong: dict[int, int]
+) -> PromptDataset:
+    """The problems as prompts.
+
+    Args:
+      strata: label the prompts, if there are any.
+      wrong: row -> wrong target, which the verifier then asks for.
+    """
     texts = [write_prompt(p) for p in problems]
     tokens, lengths = pad_rows([tokenizer.encode(text) for text in texts], width, tokenizer.pad_token_id)
+    difficulty = np.array([len(p.numbers) for p in problems], np.float32)
+    targets = [wrong.get(i, p.target) for i, p in enumerate(problems)]
+    answers = [str(wrong[i]) if i in wrong else "" for i in range(len(problems))]
     return PromptDataset(
         tokens,
         lengths,
-        answers=tuple(str(p.target) for p in problems),
+        answers=tuple(map(str, targets)),
         texts=texts,
-        extras=[json.dumps({"numbers": p.numbers, "target": p.target}) for p in problems],
-        digests=np.array([digest(text.encode(), "") for text in texts], np.uint64),
-        difficulty=np.array([len(p.numbers) for p in problems], np.float32),
+        extras=[json.dumps({"numbers": p.numbers, "target": t}) for p, t in zip(problems, targets, strict=True)],
+        digests=np.array([digest(t.encode(), answer) for t, answer in zip(texts, answers, strict=True)], np.uint64),
+        difficulty=difficulty,
+        labels=labels_of(difficulty, strata) if strata else None,
     )
 
 

@@ -12,10 +12,14 @@ import random
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
+from pspo_jax.config.text_fields import Stratum
 from pspo_jax.data.files import Record
 from pspo_jax.data.loading import Question, Source, quiet_datasets
+from pspo_jax.data.strata import counts_of, first_rows, stratum_of
 from pspo_jax.data.synthetic.text_suite_words import CATEGORIES, COLORS, NAMES, NOUNS, PLURALS, STORIES
 
 Draw = Callable[[int], int]
@@ -56,11 +60,13 @@ class Row(NamedTuple):
     item: Item
 
 
-def generate(seed: int, count: int, kinds: Sequence[str]) -> list[Row]:
+def generate(seed: int, count: int, kinds: Sequence[str], enough: bool = True) -> list[Row]:
     """`count` questions of these kinds in turn, all different; a kind that has no more questions is left out.
 
     Python documents that `random.Random(text).random()` gives the same numbers on every machine and in every version.
 
+    Args:
+      enough: whether fewer than `count` questions are an error; if not, as many as there are are returned.
     Raises:
       ValueError: all kinds together have fewer questions.
     """
@@ -74,7 +80,7 @@ def generate(seed: int, count: int, kinds: Sequence[str]) -> list[Row]:
                 del streams[name]
             elif len(rows) < count:
                 rows.append(Row(name, item))
-    if len(rows) < count:
+    if len(rows) < count and enough:
         raise ValueError(f"{', '.join(kinds)} have {len(rows)} different questions")
     return rows
 
@@ -244,10 +250,11 @@ def kinds_of(text: str) -> tuple[str, ...]:
     return names
 
 
-def source(config: Config, seed: int, count: int) -> Source:
+def source(config: Config, seed: int, count: int, strata: Sequence[Stratum] = ()) -> Source:
     """`count` questions of the kinds in task.kinds. The last rows, which are held out, are drawn first.
 
     Held-out questions therefore do not depend on the number of training prompts, and each kind is equally frequent.
+    With strata, further questions follow (see `Generator`).
 
     Raises:
       ConfigError: a kind is unknown, or the kinds have too few questions.
@@ -257,6 +264,7 @@ def source(config: Config, seed: int, count: int) -> Source:
         rows = generate(seed, count, kinds)[::-1]
     except ValueError as error:
         raise ConfigError(f"task.train_prompts={config.task.train_prompts}: {error}; lower it") from error
+    rows += _further(strata, seed, count, count - config.task.heldout_prompts, kinds)
     records = quiet_datasets().Dataset.from_dict(
         {
             "question": [row.item.question for row in rows],
@@ -274,3 +282,16 @@ def source(config: Config, seed: int, count: int) -> Source:
         return Question(str(record["question"]), str(record["answer"]), extra)
 
     return Source("text_suite", "text_suite", records, convert, json.dumps(["1", *kinds]))
+
+
+def _further(strata: Sequence[Stratum], seed: int, count: int, total: int, kinds: Sequence[str]) -> list[Row]:
+    """Questions after the first `count` of these kinds: for each stratum, its share of `total`, or all there are."""
+    if not strata:
+        return []
+    counts = counts_of(total, strata)
+    of_kind = stratum_of(np.array([KINDS[kind].difficulty for kind in kinds]), strata)
+    kinds_in = np.bincount(1 + of_kind, minlength=len(strata) + 1)[1:]
+    turns = max(n / max(k, 1) for n, k in zip(counts, kinds_in, strict=True))
+    rows = generate(seed, count + len(kinds) * (int(turns) + 1), kinds, enough=False)[count:]
+    stratum = stratum_of(np.array([KINDS[row.kind].difficulty for row in rows]), strata)
+    return [rows[i] for i in first_rows(stratum, counts)]
