@@ -66,6 +66,7 @@ def evaluated(run):
     return out
 
 
+@pytest.mark.slow
 def test_one_device_finds_what_eight_find(run, evaluated, child_env, tmp_path):
     words = ["--run", str(run), "--temperature", "0", "--out", str(tmp_path / "on1")]
     done = subprocess.run(

@@ -118,6 +118,7 @@ def test_pps_draws_are_successive_draws_in_proportion_to_powers_of_priorities():
     assert_fits(times_drawn(ids, ways), list(ways.values()))
 
 
+@pytest.mark.slow
 def test_pps_draws_are_exact_where_one_prompt_holds_nearly_all_of_the_weight():
     priority = np.array([1e6, 1.0, 2.0, 4.0])
     compiled = make("pps", 3, exponent=1.0, floor=1e-6)

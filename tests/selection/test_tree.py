@@ -288,6 +288,7 @@ def test_more_draws_than_rows_are_all_rows():
     assert sorted(drawn[:100]) == list(range(100)) and drawn[100:] == [-1] * 100
 
 
+@pytest.mark.slow
 def test_draws_across_classes_are_by_weigh_and_member():
     """Exploration draws every eligible row of a quota's pools with the same probability."""
     value, label, rows = spread([0.001, 100.0, 7.0, 1.0, 5.0, 0.0], [0, 1, 1, 2, 0, 1])

@@ -92,6 +92,7 @@ def test_a_step_keeps_every_type_and_optimizer_state_is_float32(shapes, param, c
     assert {str(x.dtype) for x in jax.tree.leaves(metrics)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing_in_bfloat16():
     """Gradients are the same to bfloat16's rounding, and the weights move."""
     moments = []

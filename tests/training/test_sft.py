@@ -143,6 +143,7 @@ def test_nothing_to_learn_from_is_refused(base, tmp_path):
         read_config(["--sft.steps", "0"])
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_the_model(base, data, tmp_path):
     folder = tmp_path / "lora"
     assert sft(flags(base, data, folder, "--lora.rank", "2", "--sft.learning_rate", "0.01", "--sft.steps", "2")) == 0
