@@ -125,8 +125,8 @@ COLUMNS: dict[str, list[Column]] = {
 }
 """Columns of the benches' tables, which are named after them; a column that no line has is left out."""
 
-ON_CPU = ("rollout", "step", "real", "ragged", "floors")
-"""Benches whose machine the table `machine` describes; the accelerator's stands with its own table."""
+ONE_MACHINE = ("rollout", "step", "ragged", "floors")
+"""Benches whose machine the table `machine` describes; that of any other bench stands above its own table."""
 
 
 def read(files: Iterable[Path]) -> list[Line]:
@@ -237,12 +237,11 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
         raise SystemExit(f"no table for the bench {', '.join(sorted(unknown))}")
     benches = [b for b in COLUMNS if any(line["bench"] == b for line in lines)]
     found: dict[str, str] = {}
-    if any(b in ON_CPU for b in benches):
-        found["machine"] = machine_table([line for line in lines if line["bench"] in ON_CPU])
-    found |= {b: table(b, lines) for b in benches}
-    if "accelerator" in found:
-        own = machine_table([line for line in lines if line["bench"] == "accelerator"])
-        found["accelerator"] = f"{own}\n\n{found['accelerator']}"
+    if any(b in ONE_MACHINE for b in benches):
+        found["machine"] = machine_table([line for line in lines if line["bench"] in ONE_MACHINE])
+    for bench in benches:
+        own = "" if bench in ONE_MACHINE else machine_table([x for x in lines if x["bench"] == bench]) + "\n\n"
+        found[bench] = own + table(bench, lines)
     return found
 
 
