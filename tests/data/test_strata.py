@@ -127,8 +127,9 @@ def test_bad_settings_are_refused_in_one_line(fields, words, made):
 # --- shares ---
 
 
-@given(st.integers(0, 5000), st.lists(st.floats(0.01, 1), min_size=1, max_size=12))
-def test_parts_are_whole_and_next_to_the_exact_share(total, shares):
+@given(st.integers(0, 5000), st.lists(st.integers(1, 100), min_size=1, max_size=12))
+def test_parts_are_whole_and_next_to_the_exact_share(total, percents):
+    shares = [percent / 100 for percent in percents]  # those that differ do so by more than rounding
     parts = apportioned(total, shares)
     exact = [share / sum(shares) * total for share in shares]
     assert sum(parts) == total
