@@ -171,3 +171,26 @@ def test_what_is_no_measurement_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit, match=r"a\.jsonl:1: not a measurement"):
         bench_tables.read([tmp_path / "a.jsonl"])
+
+
+def test_a_study_of_recipes_has_a_table_of_kinds(script, tmp_path):
+    study = script("study")
+    arms = ["configs/smollm2_135m_grpo.yaml", "configs/smollm2_135m_popo.yaml loss.off_policy=coupled"]
+    assert study.flags(tmp_path, arms[0], 3, None)[:2] == ["--config", arms[0]]
+    assert "--run.steps" not in study.flags(tmp_path, arms[0], 3, None)
+    for arm, end in zip(arms, (0.5, 0.75), strict=True):
+        for seed in (0, 1):
+            folder = study.folder_of(tmp_path, arm, seed)
+            folder.mkdir()
+            lines = [
+                {"step": step, "rollouts/total": 64 * step, "eval/greedy": right, "eval/sampled": right / 2}
+                | {"eval/greedy/add": right + seed / 10, "eval/greedy/compare": 1.0}
+                for step, right in ((0, 0.25), (2, end))
+            ]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| 0.250 ± 0.000 |" in study.table(tmp_path, arms, [0, 1])
+    rows = study.table_of_kinds(tmp_path, arms, [0, 1]).splitlines()
+    assert rows[3:] == [
+        "| add | 0.300 ± 0.050 | 0.550 ± 0.050 | 0.800 ± 0.050 |",
+        "| compare | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |",
+    ]
