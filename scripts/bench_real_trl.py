@@ -2,10 +2,12 @@
 
     python scripts/bench_real_trl.py --model weights/smollm2 --peer-python PYTHON_WITH_TRL --out bench.jsonl
 
-Both train SmolLM2-135M-Instruct by `configs/smollm2_135m_grpo.yaml`: the same weights, questions and rewards, 8 prompts
-x 8 completions of at most 16 tokens at temperature 0.7, LoRA adapters of rank 16 on all seven projections in float32,
-AdamW at 3e-4, and the DAPO loss without a KL term. A step is a whole step of `pspo_jax.train` and of `GRPOTrainer`, the
-answers' verification included. TRL's reward function accepts an answer that stands anywhere in the completion.
+Both train SmolLM2-135M-Instruct by `configs/smollm2_135m_grpo.yaml`: the same weights and questions, 8 prompts x 8
+completions of at most 16 tokens at temperature 0.7, LoRA adapters of rank 16 on all seven projections in float32, AdamW
+at 3e-4, and the DAPO loss without a KL term. A step is a whole step of `pspo_jax.train` and of `GRPOTrainer`, the
+answers' verification included. The rewards differ: this package takes the task's verifiers, and TRL's reward function
+accepts an answer that stands anywhere in the completion. TRL's time does not depend on rewards, as it computes all
+groups; this package's time depends on how many groups have rewards that differ.
 """
 
 from __future__ import annotations

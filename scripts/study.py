@@ -6,7 +6,8 @@
         --arm configs/smollm2_135m_pspo.yaml --arm configs/smollm2_135m_popo.yaml
 
 An arm is an algorithm or a recipe, with overrides of fields. Runs follow one another, or `--jobs` at a time, each in
-its own folder; finished runs are not repeated, and runs of one seed share their cold start. The first arm is the
+its own folder; finished runs are not repeated. Runs of one seed share their cold start if one has finished it before
+the other begins; with `--jobs` above 1, each may make the same one anew. The first arm is the
 baseline of the paired differences: the same seed has the same cold start and the same problems. An arm that rolls out
 more than the baseline (dapo) is also read at its last evaluation within the baseline's rollouts, so give it a small
 eval.every. A second table has the greedy accuracy of each kind of problem, where a task has kinds.
