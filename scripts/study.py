@@ -5,12 +5,18 @@
     python scripts/study.py --out runs/smollm2 --arm configs/smollm2_135m_grpo.yaml \\
         --arm configs/smollm2_135m_pspo.yaml --arm configs/smollm2_135m_popo.yaml
 
+    python scripts/study.py --plan docs/data/uneven_pools.yaml --part confirmation --jobs 2
+
 An arm is an algorithm or a recipe, with overrides of fields. Runs follow one another, or `--jobs` at a time, each in
 its own folder; finished runs are not repeated. Runs of one seed share their cold start if one has finished it before
 the other begins; with `--jobs` above 1, each may make the same one anew. The first arm is the
 baseline of the paired differences: the same seed has the same cold start and the same problems. An arm that rolls out
 more than the baseline (dapo) is also read at its last evaluation within the baseline's rollouts, so give it a small
 eval.every. A second table has the greedy accuracy of each kind of problem, where a task has kinds.
+
+With --plan, regimes, arms and seeds come from a file (scripts/_study_plan.py describes it). Each run that finishes adds
+its line to the file of the same name that ends in .jsonl, from which scripts/study_tables.py makes tables and pictures;
+runs that have a line are not repeated.
 """
 
 from __future__ import annotations
@@ -20,9 +26,13 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+import _study_plan
+import yaml
 
 from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
@@ -138,18 +148,68 @@ def table_of_kinds(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
     return "\n".join(["", *rows])
 
 
+def run_plan(path: Path, part: str, out: Path, jobs: int, limit: int | None) -> None:
+    """Run what is left of one part of a registered study, `jobs` runs at a time.
+
+    Raises:
+      SystemExit: the plan cannot be read or run, or a run failed.
+    """
+    try:
+        plan = _study_plan.load_plan(path)
+        runs = _study_plan.runs_of(plan, part)
+        for one in {(one.regime, one.arm): one for one in runs}.values():
+            command_line.parse(_study_plan.flags_of(plan, one, out), "study.py", "")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ConfigError) as error:
+        sys.exit(f"study.py: error: --plan {path}: {error}")
+    if not runs:
+        sys.exit(f"study.py: error: --part {part}: {path} has no such seeds")
+    data = path.with_suffix(".jsonl")
+    left = [one for one in runs if one not in _study_plan.read_summaries(data)][:limit]
+    print(f"{len(left)} of {len(runs)} runs are left", flush=True)
+    lock = threading.Lock()
+
+    def finish(one: _study_plan.Run) -> None:
+        words = [sys.executable, "-m", "pspo_jax.train", *_study_plan.flags_of(plan, one, out)]
+        folder = _study_plan.folder_of(out, one)
+        if not (folder / "summary.json").exists():
+            done = subprocess.run(words, check=False, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"study.py: {one}: exit code {done.returncode}: {done.stderr[-2000:]}")
+        with lock:
+            summary = _study_plan.summarise(plan, one, out)
+            _study_plan.write_summaries(data, _study_plan.read_summaries(data) | {one: summary})
+            print(f"{one.regime}, {one.arm}, seed {one.seed}: {summary['points'][-1]}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as executor:
+        futures = [executor.submit(finish, one) for one in left]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arm", action="append", required=True, help='"ALGORITHM|RECIPE.yaml [stage.field=value ...]", repeatable'
+        "--arm", action="append", default=[], help='"ALGORITHM|RECIPE.yaml [stage.field=value ...]", repeatable'
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="training steps a run (default 40, or the recipe's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--plan", type=Path, help="file of a registered study, in place of --arm, --seeds and --steps")
+    parser.add_argument("--part", default="confirmation", help="the plan's part to run (default confirmation)")
+    parser.add_argument("--limit", type=int, help="largest number of the plan's runs to make now")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: needs a number of at least 1")
+    if (args.plan is None) == (not args.arm):
+        parser.error("--plan, --arm: give one of them")
+    if args.plan is not None:
+        run_plan(args.plan, args.part, args.out, args.jobs, args.limit)
+        return
     if not all(arm.strip() for arm in args.arm):
         parser.error("--arm '': needs an algorithm or a recipe")
     if len(set(args.seeds)) < len(args.seeds) or len({folder_of(args.out, arm, 0) for arm in args.arm}) < len(args.arm):

@@ -1,0 +1,170 @@
+"""A study's plan, its statistics against independent ones, and tables that the committed data give."""
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tests.conftest import REPO
+
+sys.path.insert(0, str(REPO / "scripts"))
+_study_plan = importlib.import_module("_study_plan")
+_study_statistics = importlib.import_module("_study_statistics")
+study_tables = importlib.import_module("study_tables")
+
+PLAN = """
+baseline: grpo
+fields: {run.steps: 3}
+seeds: {choice: [0], confirmation: [1, 2]}
+regimes:
+  even: {title: as it is}
+  uneven: {title: most prompts solved, fields: {task.strata: "0=0.8, 3+=0.2"}}
+arms:
+  grpo: {fields: {algorithm.name: grpo}}
+  popo: {fields: {algorithm.name: popo, eval.every: 1}, seeds: {confirmation: [1]}, regimes: [uneven]}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN)
+    return path
+
+
+def test_the_baseline_runs_first_and_an_arm_keeps_to_its_regimes_and_seeds(plan, tmp_path):
+    found = _study_plan.load_plan(plan)
+    runs = [tuple(run) for run in _study_plan.runs_of(found, "confirmation")]
+    assert runs == [
+        ("confirmation", "even", "grpo", 1),
+        ("confirmation", "even", "grpo", 2),
+        ("confirmation", "uneven", "grpo", 1),
+        ("confirmation", "uneven", "grpo", 2),
+        ("confirmation", "uneven", "popo", 1),
+    ]
+    words = _study_plan.flags_of(found, _study_plan.Run(*runs[-1]), tmp_path)
+    assert words[:6] == ["--run.steps", "3", "--task.strata", "0=0.8, 3+=0.2", "--algorithm.name", "popo"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("baseline: grpo", "baseline: gppo", "gppo"),
+        ("regimes: [uneven]", "regimes: [odd]", "odd"),
+        ("title: as it is", "titel: as it is", "titel"),
+        ("algorithm.name: popo", "algorithm.name: poppo", "poppo"),
+        ("run.steps", "run.stepps", "stepps"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused_in_one_line(plan, child_env, old, new, said):
+    plan.write_text(PLAN.replace(old, new))
+    done = subprocess.run(
+        [sys.executable, "scripts/study.py", "--plan", str(plan)],
+        env=child_env,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+curves = st.lists(st.floats(0, 1), min_size=2, max_size=8)
+
+
+@given(curves, st.floats(0, 1))
+def test_the_first_crossing_is_that_of_a_fine_search(scores, level):
+    points = [[step, 10.0 * step, 5.0 * step, 0.0, score] for step, score in enumerate(scores)]
+    found = _study_statistics.reached(points, _study_statistics.ROLLOUTS, level)
+    at = np.linspace(0, 10 * (len(scores) - 1), 10 * (len(scores) - 1) * 100 + 1)
+    above = np.flatnonzero(np.interp(at, [p[1] for p in points], scores) >= level)
+    if found is None:
+        assert not len(above)
+    else:
+        assert abs(np.interp(found, [p[1] for p in points], scores) - max(level, scores[0])) < 1e-6 or found == 0
+        assert not len(above) or found <= at[above[0]] + 1e-9
+
+
+def test_the_area_is_the_mean_of_the_curve():
+    points = [[0, 0, 0, 0, 0.2], [1, 10, 0, 0, 0.4], [2, 20, 0, 0, 0.8]]
+    assert _study_statistics.area(points, 20) == pytest.approx((0.3 + 0.6) / 2)
+    assert _study_statistics.area(points, 15) == pytest.approx((0.3 * 10 + 0.5 * 5) / 15)
+    assert _study_statistics.area(points, 40) == pytest.approx((0.9 * 10 + 0.8 * 20) / 40)
+
+
+def test_p_values_are_scipys_and_their_correction_is_holms_definition():
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.3, 1, (6, 10))
+    p_values = [_study_statistics.paired_p(row) for row in differences]
+    assert p_values == pytest.approx([stats.ttest_rel(row, np.zeros(10)).pvalue for row in differences])
+    # Holm's corrected value of p is the largest of (n - rank) p over the values that are no larger.
+    ranked = sorted(p_values)
+    expected = [min(1.0, max((len(ranked) - rank) * q for rank, q in enumerate(ranked) if q <= p)) for p in p_values]
+    assert _study_statistics.holm(p_values) == pytest.approx(expected)
+    assert _study_statistics.paired_p([0.1, 0.1, 0.1]) == 1.0
+
+
+def test_an_interval_covers_the_mean_and_has_no_width_without_variation():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(40):
+        low, high = _study_statistics.interval(rng.normal(size=10))[1:]
+        covered += low <= 0 <= high
+    assert covered >= 33
+    assert _study_statistics.interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+def line(arm, seed, scores, rollouts=100, **more):
+    points = [[step, rollouts * step, 10 * rollouts * step, score, score / 2] for step, score in enumerate(scores)]
+    run = {"part": "confirmation", "regime": "uneven", "arm": arm, "seed": seed, "fields": {}, "points": points}
+    return run | {"kinds": {}, "effective": 0.25} | more
+
+
+def test_tables_pictures_and_their_check(plan, tmp_path, capsys):
+    lines = [line("grpo", s, [0.2, 0.4, 0.6]) for s in (1, 2)] + [line("popo", 1, [0.2, 0.8, 1.0])]
+    plan.with_suffix(".jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    study_tables.main([str(plan)])
+    out = capsys.readouterr().out
+    # 0.6 is passed at two thirds of the first step: 67 of the baseline's 200 rollouts.
+    assert "| `popo` | 1 | 1.000 | 0.500 | +0.400 [+0.400, +0.400] | +0.200" in out
+    assert "| 0.33 [0.33, 0.33] | 0.33 [0.33, 0.33] |" in out
+    page = tmp_path / "page.md"
+    names = ["confirmation summary", "confirmation uneven"]
+    page.write_text("\n\n".join(f"<!-- table {name} -->\n<!-- end {name} -->" for name in names))
+    with pytest.raises(SystemExit, match="its tables are not"):
+        study_tables.main([str(plan), "--write", str(page), "--check"])
+    study_tables.main([str(plan), "--write", str(page)])
+    with pytest.raises(SystemExit) as same:
+        study_tables.main([str(plan), "--write", str(page), "--check"])
+    assert not same.value.code
+    assert "</svg>" in (tmp_path / "pictures" / "confirmation_uneven.svg").read_text()
+
+
+def test_a_score_that_is_not_reached_makes_the_share_a_lower_bound():
+    assert study_tables.share([0.5, None]).startswith("≥ 0.75") and study_tables.share([0.5, None]).endswith("1 of 2")
+    assert "≥" not in study_tables.share([0.5, 1.0])
+
+
+def test_the_documents_tables_are_those_of_the_committed_runs():
+    plans = sorted((REPO / "docs" / "data").glob("*.yaml"))
+    assert plans
+    for plan in plans:
+        with pytest.raises(SystemExit) as done:
+            study_tables.main([str(plan), "--write", str(REPO / "docs" / "results.md"), "--check"])
+        assert not done.value.code, done.value.code
+
+
+def test_seeds_that_choose_do_not_confirm():
+    for path in (REPO / "docs" / "data").glob("*.yaml"):
+        plan = _study_plan.load_plan(path)
+        parts = {part for arm in plan.arms.values() for part in arm.seeds}
+        used = {part: {seed for arm in plan.arms.values() for seed in arm.seeds.get(part, [])} for part in parts}
+        for one, other in itertools.combinations(parts, 2):
+            assert not used[one] & used[other], (path, one, other)
