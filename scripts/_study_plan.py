@@ -1,6 +1,6 @@
 """A registered study: a YAML file of regimes, arms and seeds, and one line of JSON for each run that has finished.
 
-    baseline: grpo                  the arm that the others are compared with
+    baseline: grpo                  the arm that the others are compared with; an arm may name another one
     fields: {run.steps: 60}         fields of every run
     seeds: {choice: [0, 1], confirmation: [10, 11]}
     regimes:
@@ -9,8 +9,8 @@
       grpo: {fields: {algorithm.name: grpo}}
       popo: {fields: {algorithm.name: popo}, seeds: {confirmation: [10]}, regimes: [uneven]}
 
-`config: FILE.yaml` beside a regime's fields names its recipe. `seeds` of an arm replaces the study's, part by part;
-`regimes` of an arm or of a part keeps it to these.
+`config: FILE.yaml` beside a regime's fields names its recipe. `seeds` of an arm replaces the study's, part by part, and
+`regimes` of an arm keeps it to these. Arms run in the order of the file, so the most important ones come first.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ class Arm(NamedTuple):
     """Seeds of each part of the study."""
     regimes: list[str]
     """Regimes in which it runs."""
+    baseline: str
+    """The arm that it is compared with."""
 
 
 class Plan(NamedTuple):
     """A whole study."""
 
-    baseline: str
     fields: dict[str, Scalar]
     regimes: dict[str, Regime]
     arms: dict[str, Arm]
@@ -93,14 +94,14 @@ def load_plan(path: Path) -> Plan:
         regimes[name] = Regime(entry["title"], entry.get("config"), entry.get("fields", {}))
     arms = {}
     for name, entry in data["arms"].items():
-        _check(path, f"arm {name}", entry, {"fields", "seeds", "regimes"})
-        chosen = entry.get("regimes", list(regimes))
+        _check(path, f"arm {name}", entry, {"fields", "seeds", "regimes", "baseline"})
+        chosen, baseline = entry.get("regimes", list(regimes)), entry.get("baseline", data["baseline"])
         if unknown := set(chosen) - regimes.keys():
             raise ValueError(f"{path}: arm {name}: no regime {', '.join(sorted(unknown))}")
-        arms[name] = Arm(entry["fields"], data["seeds"] | entry.get("seeds", {}), chosen)
-    if data["baseline"] not in arms:
-        raise ValueError(f"{path}: baseline {data['baseline']!r} is none of the arms")
-    return Plan(data["baseline"], data.get("fields", {}), regimes, arms)
+        if baseline not in data["arms"]:
+            raise ValueError(f"{path}: arm {name}: its baseline {baseline!r} is none of the arms")
+        arms[name] = Arm(entry["fields"], data["seeds"] | entry.get("seeds", {}), chosen, baseline)
+    return Plan(data.get("fields", {}), regimes, arms)
 
 
 def _check(path: Path, where: str, entry: Mapping[str, object], known: set[str]) -> None:
@@ -109,20 +110,14 @@ def _check(path: Path, where: str, entry: Mapping[str, object], known: set[str])
 
 
 def runs_of(plan: Plan, part: str) -> list[Run]:
-    """The runs of one part: the baseline's, regime by regime, then those of the other arms, seed by seed.
-
-    So each seed's cold start is made once, before the other arms of the seed begin, and whole comparisons are there
-    early.
-    """
-    found = [
-        (place, Run(part, regime, name, seed))
-        for regime in plan.regimes
+    """The runs of one part, arm by arm in the order of the plan, and within an arm regime by regime."""
+    return [
+        Run(part, regime, name, seed)
         for name, arm in plan.arms.items()
+        for regime in plan.regimes
         if regime in arm.regimes
-        for place, seed in enumerate(arm.seeds.get(part, []))
+        for seed in arm.seeds.get(part, [])
     ]
-    found.sort(key=lambda pair: (pair[1].arm != plan.baseline, pair[0] if pair[1].arm != plan.baseline else 0))
-    return [run for _, run in found]
 
 
 def fields_of(plan: Plan, run: Run) -> dict[str, Scalar]:

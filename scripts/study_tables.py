@@ -62,7 +62,7 @@ def compare(plan: Plan, summaries: Summaries, part: str, regime: str, arm: str) 
     """The arm's figures from the runs that have finished."""
     pairs = []
     for run in _study_plan.runs_of(plan, part):
-        base = run._replace(arm=plan.baseline)
+        base = run._replace(arm=plan.arms[arm].baseline)
         if (run.regime, run.arm) == (regime, arm) and run in summaries and base in summaries:
             pairs.append((summaries[run], summaries[base]))
     points = [(own["points"], base["points"]) for own, base in pairs]
@@ -128,23 +128,28 @@ def summary_table(plan: Plan, found: Mapping[str, Mapping[str, Comparison]]) -> 
 
 def regime_table(plan: Plan, arms: Mapping[str, Comparison], corrected: Mapping[str, float]) -> str:
     """All figures of one regime."""
-    base = plan.baseline
     rows = [
-        f"| arm | seeds | greedy | sampled | greedy less {base} | sampled less {base} | rollouts to {base}'s score "
-        f"| tokens to it | area less {base} | p | effective |",
-        "|---" * 11 + "|",
+        "| arm | beside | seeds | greedy | sampled | greedy less its | sampled less its | rollouts to its score "
+        "| tokens to it | area less its | p | effective |",
+        "|---" * 12 + "|",
     ]
     for arm, one in arms.items():
-        gains = ["", "", "", ""]
+        gains, base = ["", "", "", ""], plan.arms[arm].baseline
         if arm != base:
             p = corrected.get(arm)
             gains = [signed(interval(x)) for x in (one.greedy_gain, one.sampled_gain, one.area_gain)]
             gains.append("" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}")
-        means = [f"{interval(x).mean:.3f}" for x in (one.greedy, one.sampled)]
-        rows.append(
-            f"| `{arm}` | {len(one.seeds)} | {means[0]} | {means[1]} | {gains[0]} | {gains[1]} | {share(one.rollouts)} "
-            f"| {share(one.tokens)} | {gains[2]} | {gains[3]} | {interval(one.effective).mean:.2f} |"
-        )
+        cells = [
+            f"`{arm}`",
+            "" if arm == base else f"`{base}`",
+            str(len(one.seeds)),
+            *(f"{interval(x).mean:.3f}" for x in (one.greedy, one.sampled)),
+            *gains[:2],
+            *(share(x) for x in (one.rollouts, one.tokens)),
+            *gains[2:],
+            f"{interval(one.effective).mean:.2f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -157,7 +162,7 @@ def tables(plan: Plan, summaries: Summaries) -> dict[str, str]:
             (regime, arm): paired_p(one.area_gain)
             for regime, arms in found.items()
             for arm, one in arms.items()
-            if arm != plan.baseline and len(one.seeds) >= FEWEST
+            if arm != plan.arms[arm].baseline and len(one.seeds) >= FEWEST
         }
         corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
         out[f"{part} summary"] = summary_table(plan, found)
@@ -182,7 +187,8 @@ def draw(plan: Plan, summaries: Summaries, part: str, regime: str, path: Path) -
             by_arm.setdefault(run.arm, []).append(line["points"])
     most = max(len(runs) for runs in by_arm.values())
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    limit = min(points[-1][ROLLOUTS] for points in by_arm[plan.baseline])
+    first = next(arm for arm in plan.arms if arm in by_arm)
+    limit = min(points[-1][ROLLOUTS] for points in by_arm[first])
     for arm in plan.arms:
         runs = by_arm.get(arm, [])
         if len(runs) < most:
@@ -191,7 +197,7 @@ def draw(plan: Plan, summaries: Summaries, part: str, regime: str, path: Path) -
         curves = np.array([np.interp(at, [p[ROLLOUTS] for p in run], [p[SAMPLED] for p in run]) for run in runs])
         mean = curves.mean(axis=0)
         error = curves.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.zeros_like(mean)
-        (line,) = axes.plot(at, mean, label=arm, color="black" if arm == plan.baseline else None)
+        (line,) = axes.plot(at, mean, label=arm, color="black" if arm == first else None)
         axes.fill_between(at, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(
         xlabel="rollouts", ylabel="held-out accuracy, sampled", title=f"{plan.regimes[regime].title} ({most} seeds)"

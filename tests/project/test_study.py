@@ -39,7 +39,7 @@ def plan(tmp_path):
     return path
 
 
-def test_the_baseline_runs_first_and_an_arm_keeps_to_its_regimes_and_seeds(plan, tmp_path):
+def test_arms_run_in_order_and_keep_to_their_regimes_and_seeds(plan, tmp_path):
     found = _study_plan.load_plan(plan)
     runs = [tuple(run) for run in _study_plan.runs_of(found, "confirmation")]
     assert runs == [
@@ -57,6 +57,7 @@ def test_the_baseline_runs_first_and_an_arm_keeps_to_its_regimes_and_seeds(plan,
     ("old", "new", "said"),
     [
         ("baseline: grpo", "baseline: gppo", "gppo"),
+        ("eval.every: 1}", "eval.every: 1}, baseline: gppo", "gppo"),
         ("regimes: [uneven]", "regimes: [odd]", "odd"),
         ("title: as it is", "titel: as it is", "titel"),
         ("algorithm.name: popo", "algorithm.name: poppo", "poppo"),
@@ -133,7 +134,7 @@ def test_tables_pictures_and_their_check(plan, tmp_path, capsys):
     study_tables.main([str(plan)])
     out = capsys.readouterr().out
     # 0.6 is passed at two thirds of the first step: 67 of the baseline's 200 rollouts.
-    assert "| `popo` | 1 | 1.000 | 0.500 | +0.400 [+0.400, +0.400] | +0.200" in out
+    assert "| `popo` | `grpo` | 1 | 1.000 | 0.500 | +0.400 [+0.400, +0.400] | +0.200" in out
     assert "| 0.33 [0.33, 0.33] | 0.33 [0.33, 0.33] |" in out
     page = tmp_path / "page.md"
     names = ["confirmation summary", "confirmation uneven"]
