@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 
 import _study_plan
 import yaml
@@ -148,6 +150,21 @@ def table_of_kinds(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
     return "\n".join(["", *rows])
 
 
+def shares_of_cores(jobs: int) -> list[set[int]]:
+    """The processor cores of each job. Jobs that share cores slow each other down by more than their share of them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [set()] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(len(cores) // jobs, 1)
+    return [{cores[(job * each + i) % len(cores)] for i in range(each)} for job in range(jobs)]
+
+
+def pinned(cores: set[int]) -> list[str]:
+    """The beginning of a command that keeps to these cores; empty = any core."""
+    code = f"import os, sys; os.sched_setaffinity(0, {sorted(cores)}); os.execvp(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", code] if cores else []
+
+
 def run_plan(path: Path, part: str, out: Path, jobs: int, limit: int | None) -> None:
     """Run what is left of one part of a registered study, `jobs` runs at a time.
 
@@ -167,12 +184,17 @@ def run_plan(path: Path, part: str, out: Path, jobs: int, limit: int | None) -> 
     left = [one for one in runs if one not in _study_plan.read_summaries(data)][:limit]
     print(f"{len(left)} of {len(runs)} runs are left", flush=True)
     lock = threading.Lock()
+    shares: SimpleQueue[set[int]] = SimpleQueue()
+    for share in shares_of_cores(jobs):
+        shares.put(share)
 
     def finish(one: _study_plan.Run) -> None:
         words = [sys.executable, "-m", "pspo_jax.train", *_study_plan.flags_of(plan, one, out)]
         folder = _study_plan.folder_of(out, one)
         if not (folder / "summary.json").exists():
-            done = subprocess.run(words, check=False, capture_output=True, text=True)
+            cores = shares.get()
+            done = subprocess.run([*pinned(cores), *words], check=False, capture_output=True, text=True)
+            shares.put(cores)
             if done.returncode:
                 sys.exit(f"study.py: {one}: exit code {done.returncode}: {done.stderr[-2000:]}")
         with lock:

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,11 @@ arms:
   grpo: {fields: {algorithm.name: grpo}}
   popo: {fields: {algorithm.name: popo, eval.every: 1}, seeds: {confirmation: [1]}, regimes: [uneven]}
 """
+
+
+@pytest.fixture
+def script():
+    return importlib.import_module("study")
 
 
 @pytest.fixture
@@ -75,6 +81,18 @@ def test_a_plan_that_cannot_run_is_refused_in_one_line(plan, child_env, old, new
         check=False,
     )
     assert done.returncode and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+def test_jobs_divide_the_cores(script, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 4, 5})
+    assert script.shares_of_cores(2) == [{0, 1}, {4, 5}] and script.shares_of_cores(1) == [{0, 1, 4, 5}]
+    assert script.shares_of_cores(5) == [{0}, {1}, {4}, {5}, {0}]
+
+
+def test_a_pinned_command_keeps_to_its_cores(script):
+    core = min(os.sched_getaffinity(0))
+    words = [*script.pinned({core}), sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == f"{{{core}}}"
 
 
 curves = st.lists(st.floats(0, 1), min_size=2, max_size=8)
