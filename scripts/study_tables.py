@@ -3,15 +3,16 @@
     python scripts/study_tables.py docs/data/uneven_pools.yaml --write docs/results.md [--check]
 
 The text between `<!-- table NAME -->` and `<!-- end NAME -->` in the document is replaced. The tables are
-`PART summary` (arms by regimes) and `PART REGIME` for each regime, and `docs/pictures/PART_REGIME.svg` has the curves.
-With --check nothing is written, and a table that is not as the data say is an error.
+`PART summary` (arms by regimes) and `PART REGIME` for each regime. Where the document shows
+`pictures/PART_REGIME.svg`, the curves are drawn. With --check nothing is written, and a table that is not as the data
+say is an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ from _study_statistics import (
     ROLLOUTS,
     SAMPLED,
     TOKENS,
-    Interval,
     area,
     holm,
     interval,
@@ -103,8 +103,11 @@ def comparisons(plan: Plan, summaries: Summaries, part: str) -> dict[str, dict[s
     return found
 
 
-def signed(found: Interval) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+def signed(values: Sequence[float]) -> str:
+    """Mean with its interval, with signs; one or two seeds have no interval."""
+    found = interval(values)
+    width = f" [{found.low:+.3f}, {found.high:+.3f}]" if len(values) > 2 else ""
+    return f"{found.mean:+.3f}{width}"
 
 
 def share(shares: Iterable[float | None]) -> str:
@@ -112,7 +115,7 @@ def share(shares: Iterable[float | None]) -> str:
     known = list(shares)
     found = interval([1.0 if one is None else one for one in known])
     missed = sum(one is None for one in known)
-    text = f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    text = f"{found.mean:.2f}" + (f" [{found.low:.2f}, {found.high:.2f}]" if len(known) > 2 else "")
     return text if not missed else f"≥ {text}, {len(known) - missed} of {len(known)}"
 
 
@@ -137,7 +140,7 @@ def regime_table(plan: Plan, arms: Mapping[str, Comparison], corrected: Mapping[
         gains, base = ["", "", "", ""], plan.arms[arm].baseline
         if arm != base:
             p = corrected.get(arm)
-            gains = [signed(interval(x)) for x in (one.greedy_gain, one.sampled_gain, one.area_gain)]
+            gains = [signed(x) for x in (one.greedy_gain, one.sampled_gain, one.area_gain)]
             gains.append("" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}")
         cells = [
             f"`{arm}`",
@@ -228,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if text == old else f"{args.write}: its tables are not those of {args.plan}")
     args.write.write_text(text)
     for part, regime in sorted({(run.part, run.regime) for run in summaries}):
-        draw(plan, summaries, part, regime, args.write.parent / "pictures" / f"{part}_{regime}.svg")
+        picture = f"pictures/{part}_{regime}.svg"
+        if picture in text:
+            draw(plan, summaries, part, regime, args.write.parent / picture)
 
 
 if __name__ == "__main__":

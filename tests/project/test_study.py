@@ -152,11 +152,11 @@ def test_tables_pictures_and_their_check(plan, tmp_path, capsys):
     study_tables.main([str(plan)])
     out = capsys.readouterr().out
     # 0.6 is passed at two thirds of the first step: 67 of the baseline's 200 rollouts.
-    assert "| `popo` | `grpo` | 1 | 1.000 | 0.500 | +0.400 [+0.400, +0.400] | +0.200" in out
-    assert "| 0.33 [0.33, 0.33] | 0.33 [0.33, 0.33] |" in out
+    assert "| `popo` | `grpo` | 1 | 1.000 | 0.500 | +0.400 | +0.200 | 0.33 | 0.33 |" in out
     page = tmp_path / "page.md"
     names = ["confirmation summary", "confirmation uneven"]
-    page.write_text("\n\n".join(f"<!-- table {name} -->\n<!-- end {name} -->" for name in names))
+    marked = "\n\n".join(f"<!-- table {name} -->\n<!-- end {name} -->" for name in names)
+    page.write_text(f"{marked}\n\n![curves](pictures/confirmation_uneven.svg)\n")
     with pytest.raises(SystemExit, match="its tables are not"):
         study_tables.main([str(plan), "--write", str(page), "--check"])
     study_tables.main([str(plan), "--write", str(page)])
@@ -167,7 +167,8 @@ def test_tables_pictures_and_their_check(plan, tmp_path, capsys):
 
 
 def test_a_score_that_is_not_reached_makes_the_share_a_lower_bound():
-    assert study_tables.share([0.5, None]).startswith("≥ 0.75") and study_tables.share([0.5, None]).endswith("1 of 2")
+    assert study_tables.share([0.5, None]) == "≥ 0.75, 1 of 2"
+    assert study_tables.share([0.25, 0.5, 0.75]).startswith("0.50 [0.25")
     assert "≥" not in study_tables.share([0.5, 1.0])
 
 
