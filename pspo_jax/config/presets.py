@@ -49,6 +49,13 @@ PRESETS: dict[AlgorithmName, dict[str, Value]] = {
     "dapo": {"selection.name": "uniform", "rollout.dynamic_sampling_rounds": 10, **_GRPO},
     "grpo_filter": {"selection.name": "uniform", "replay.name": "filter", **_GRPO},
     "popo": {"selection.name": "uniform", "replay.name": "popo", **_GRPO},
+    "learnability_replay": {
+        "selection.name": "posterior_mixed",
+        "selection.bins": "auto",
+        "selection.draw": "thompson",
+        "replay.name": "popo",
+        **_GRPO,
+    },
 }
 _REST: dict[str, Value] = {"replay.name": "none", "rollout.dynamic_sampling_rounds": 1}
 """Fields that every algorithm fills whose preset does not name them."""
@@ -79,6 +86,8 @@ _SELECTION: dict[str, Value] = {
     "selection.cooldown": 0,
     "selection.correction": 0.0,
     "selection.floor": 0.1,
+    "selection.bins": "none",
+    "selection.draw": "expected",
     "forgetting.mode": "fixed",
 }
 SELECTION_PRESETS: dict[str, dict[str, Value]] = {

@@ -96,10 +96,12 @@ class SelectionConfig:
     signal: Literal["raw", "smoothed"] = "raw"
     """pps: advantage that the priority takes: normalised within the group (raw), or the result of the advantage
     estimator, such as ERS (smoothed)."""
-    bins: Literal["none", "task", "difficulty"] = "none"
+    bins: Literal["none", "task", "difficulty", "auto"] | None = None
     """prioritized_replay, mopps, posterior_mixed: bins of prompts that share what is believed of their success: the
     tasks of a mixture or kinds of text_suite (task); or one for each difficulty, at most 64 with about equally many
-    prompts (difficulty). The prior of a prompt then has its bin's mean, and forgetting.shrinkage leads to it."""
+    prompts (difficulty). auto = difficulty if the data has one, else task, which is one bin for all prompts if there is
+    one task. The prior of a prompt then has its bin's mean, and forgetting.shrinkage leads to it. None = auto for
+    learnability_replay, else none."""
     estimate: Literal["beta", "last"] = "beta"
     """prioritized_replay: estimate of a prompt's success probability: a discounted Beta belief, or the mean of its last
     group."""
@@ -108,9 +110,9 @@ class SelectionConfig:
     of a prompt."""
     retest_share: Annotated[float, Range(0.0, 0.5)] = 0.05
     """prioritized_replay: share of the batch retested from each of the two pools, at least one prompt; 0 = none."""
-    draw: Literal["expected", "thompson"] = "expected"
+    draw: Literal["expected", "thompson"] | None = None
     """posterior_mixed: order of the prompts: all of them by the belief's expectation (expected), or a pool of
-    candidates by one sample from each belief (thompson)."""
+    candidates by one sample from each belief (thompson). None = thompson for learnability_replay, else expected."""
     candidates: Annotated[int, Range(1, 1024)] = 8
     """mopps, and posterior_mixed with draw=thompson: size of the pool of candidates, as a multiple of the batch."""
     greso_base: Annotated[float, Range(0.0, 1.0)] = 0.5
@@ -125,7 +127,7 @@ class SelectionConfig:
     hard_to: Annotated[float, Range(0.0, 1.0)] = 0.0
     """difficulty_pools: largest mean success of the last group at which a prompt counts as hard."""
     difficulty_column: str | None = None
-    """curriculum, and bins=difficulty: column with each prompt's difficulty, a number or a text that contains one; None
+    """curriculum, and bins=difficulty or auto: column with each prompt's difficulty, a number or a text with one; None
     = difficulty, or else level. Tasks that generate their prompts supply a difficulty."""
     curriculum_start: Annotated[float, Range(above=0.0, high=1.0)] = 0.2
     """curriculum: share of the prompts, easiest first, from which the first steps draw."""

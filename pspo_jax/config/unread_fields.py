@@ -322,7 +322,7 @@ READ_WHEN: dict[str, Conditions] = {
     "selection.bins": _selection("bins", SELECTOR_HAS_BELIEFS),
     "selection.difficulty_column": (
         Condition(
-            lambda c: c.selection.bins == "difficulty" or _selection("difficulty_column")[0].holds(c),
+            lambda c: c.selection.bins in ("difficulty", "auto") or _selection("difficulty_column")[0].holds(c),
             unread("selection.name", "selection.bins"),
             "set selection.name to curriculum, or selection.bins to difficulty",
         ),

@@ -29,7 +29,8 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
     task_names: tuple[str, ...] = ()
     task_ids = np.zeros(len(prompts.lengths), np.int16)
     own = is_plugin(str(s.name))
-    if s.quotas.strip() or own or s.bins == "task":
+    kind = _kind_of_bins(config, prompts)
+    if s.quotas.strip() or own or kind == "task":
         names = [str(config.task.name)] * len(task_ids) if prompts.labels is None else list(prompts.labels)
         task_names, task_ids = _numbered(names)
         if s.quotas.strip() and not s.replacement:
@@ -37,13 +38,23 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
     asked = s.name == "curriculum" or (own and (s.difficulty_column is not None or prompts.difficulty is not None))
     difficulty = _difficulty(s.difficulty_column, prompts) if asked else None
     bins = None
-    if s.bins == "task":
+    if kind == "task":
         bins = _task_bins(task_names, task_ids)
-    elif s.bins == "difficulty":
+    elif kind == "difficulty":
         bins = number_bins(_difficulty(s.difficulty_column, prompts))
     if not task_names and difficulty is None and bins is None:
         return (), None
     return task_names, PromptMetadata(task_ids, difficulty, bins)
+
+
+def _kind_of_bins(config: Config, prompts: PromptDataset) -> str:
+    """What the bins of prompts are: none, task or difficulty."""
+    s = config.selection
+    if s.bins != "auto":
+        return s.bins or "none"
+    known = s.difficulty_column is not None or prompts.difficulty is not None
+    known |= prompts.column is not None and difficulties(prompts.column, None) is not None
+    return "difficulty" if known else "task"
 
 
 def _task_bins(names: tuple[str, ...], ids: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:

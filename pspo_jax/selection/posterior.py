@@ -93,7 +93,7 @@ def tracker(forgetting: ForgettingConfig, bins: str = "none", toward_prior: bool
 
 def mopps(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The prompts of a pool of candidates whose drawn success probability is nearest to one half."""
-    beliefs = tracker(forgetting, config.bins)
+    beliefs = tracker(forgetting, config.bins or "none")
 
     def candidate_score(
         key: Key[Array, ""], per_prompt: PyTree, shared: PyTree, stats: PromptStats
@@ -118,7 +118,7 @@ def mopps(config: SelectionConfig, forgetting: ForgettingConfig, context: Select
 
 def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The prompts whose next group is most likely mixed, by their beliefs or by a draw from these (Thompson)."""
-    beliefs = tracker(forgetting, config.bins)
+    beliefs = tracker(forgetting, config.bins or "none")
 
     def expected(per_prompt: PyTree, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
         belief = beliefs.read(per_prompt, shared, stats)

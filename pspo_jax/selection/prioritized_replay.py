@@ -47,7 +47,7 @@ class RetestState(NamedTuple):
 def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The top B prompts by omega, ties by the oldest visit, with retests."""
     by_last = config.estimate == "last"
-    bins = "none" if by_last else config.bins
+    bins = "none" if by_last else config.bins or "none"
     tracked, in_bins = tracker(forgetting, bins), bins != "none"
 
     def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[RetestState, PyTree]:

@@ -30,7 +30,7 @@ def test_every_algorithm_builds(name):
     config = parse("--algorithm.name", name)
     assert config.algorithm.name == name
     assert None not in (config.selection.name, config.advantage.name, config.loss.name, config.loss.aggregation)
-    columns = PromptMetadata(np.zeros(40, np.int8), np.zeros(40, np.float32))
+    columns = PromptMetadata(np.zeros(40, np.int8), np.zeros(40, np.float32), np.zeros(40, np.int8))
     assert build(config).selector.init(40, columns) is not None
     assert config.run.steps == 150
 

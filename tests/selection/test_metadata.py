@@ -45,6 +45,21 @@ def test_bins_follow_tasks_or_difficulties(prompts):
     assert metadata.difficulty is None
 
 
+def test_automatic_bins_are_difficulties_else_tasks(prompts):
+    config = tiny_config(algorithm__name="posterior_mixed", selection__bins="auto")
+    by_difficulty = load_metadata(tiny_config(algorithm__name="posterior_mixed", selection__bins="difficulty"), prompts)
+    np.testing.assert_array_equal(load_metadata(config, prompts)[1].bins, by_difficulty[1].bins)
+    rows = len(prompts.lengths)
+    levels = {"level": [f"Level {i % 3}" for i in range(rows)]}
+    column = prompts._replace(difficulty=None, column=lambda name: levels.get(name, [None] * rows))
+    assert load_metadata(config, column)[1].bins.tolist() == [i % 3 for i in range(rows)]
+    bare = prompts._replace(difficulty=None, column=None)
+    names, metadata = load_metadata(config, bare._replace(labels=["gsm8k", "math"] * (rows // 2)))
+    assert names == ("gsm8k", "math") and metadata.bins.tolist() == [0, 1] * (rows // 2)
+    names, metadata = load_metadata(config, bare)
+    assert names == ("arithmetic",) and not metadata.bins.any()
+
+
 def test_more_tasks_than_bins_are_refused(prompts):
     labels = [f"task{i % 65}" for i in range(len(prompts.lengths) * 2)]
     many = prompts._replace(lengths=np.tile(prompts.lengths, 2), labels=labels)
