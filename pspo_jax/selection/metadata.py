@@ -29,7 +29,7 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
     task_names: tuple[str, ...] = ()
     task_ids = np.zeros(len(prompts.lengths), np.int16)
     own = is_plugin(str(s.name))
-    kind = _kind_of_bins(config, prompts)
+    kind = kind_of_bins(config, prompts)
     if s.quotas.strip() or own or kind == "task":
         names = [str(config.task.name)] * len(task_ids) if prompts.labels is None else list(prompts.labels)
         task_names, task_ids = _numbered(names)
@@ -47,8 +47,8 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
     return task_names, PromptMetadata(task_ids, difficulty, bins)
 
 
-def _kind_of_bins(config: Config, prompts: PromptDataset) -> str:
-    """What the bins of prompts are: none, task or difficulty."""
+def kind_of_bins(config: Config, prompts: PromptDataset) -> str:
+    """What the bins of prompts are: none, task or difficulty. Automatic ones are difficulties if the data has any."""
     s = config.selection
     if s.bins != "auto":
         return s.bins or "none"

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from pspo_jax.arrays.state import SavedState, TrainState, run_key
 from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.task import Task
@@ -44,7 +45,7 @@ from pspo_jax.rewards.task import make_char_tokenizer, make_task
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import PromptMetadata
-from pspo_jax.selection.metadata import load_metadata
+from pspo_jax.selection.metadata import kind_of_bins, load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
@@ -289,7 +290,7 @@ def _check_processes(config: Config, source: Source | None, task: Task) -> None:
 
 
 def _remarks(config: Config, source: Source | None, architecture: Architecture, task: Task) -> list[str]:
-    """Lines on what is unusual about a checkpoint, or about what is asked of it."""
+    """Lines on what is unusual about a checkpoint or what is asked of it, and on what follows from the data."""
     lines = []
     if source is not None and source.untied:
         lines.append(
@@ -297,6 +298,10 @@ def _remarks(config: Config, source: Source | None, architecture: Architecture, 
             "differs from the embedding: it is used, and trained, as a head of its own"
         )
     longest = max(int(part.lengths.max()) for part in (task.train, task.heldout))
+    if resolve(config).selection.bins == "auto":
+        kind = kind_of_bins(resolve(config), task.train)
+        reason = "of one difficulty" if kind == "difficulty" else "of one task, as the data has no difficulties,"
+        lines.append(f"selection.bins=auto: prompts {reason} share what is believed of their success")
     if line := beyond_context(architecture, longest, config.rollout.max_new_tokens):
         lines.append(line)
     return lines

@@ -7,6 +7,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.rewards.task import make_task
 from pspo_jax.selection.metadata import load_metadata
+from pspo_jax.training.setup import prepare
 from tests.helpers import tiny_config
 
 
@@ -58,6 +59,12 @@ def test_automatic_bins_are_difficulties_else_tasks(prompts):
     assert names == ("gsm8k", "math") and metadata.bins.tolist() == [0, 1] * (rows // 2)
     names, metadata = load_metadata(config, bare)
     assert names == ("arithmetic",) and not metadata.bins.any()
+
+
+def test_a_run_says_what_its_automatic_bins_are():
+    lines: list[str] = []
+    prepare(tiny_config(algorithm__name="learnability_replay"), say=lines.append)
+    assert "selection.bins=auto: prompts of one difficulty share what is believed of their success" in lines
 
 
 def test_more_tasks_than_bins_are_refused(prompts):
