@@ -1,6 +1,5 @@
 """Which completions are stored, evicted and drawn, against plain Python; and how often each is drawn."""
 
-import dataclasses
 from functools import lru_cache
 from itertools import permutations
 
@@ -38,38 +37,36 @@ def made(**fields):
 
 def batch_of(first, step, advantages):
     """Groups of which every array holds the completion's name, or that of its group's first completion."""
-    names = first + jnp.arange(B * G, dtype=jnp.int32).reshape(B, G)
-    tokens = jnp.broadcast_to(names[..., None], (B, G, T))
-    group = names[:, 0]
+    names = first + np.arange(B * G, dtype=np.int32).reshape(B, G)
+    tokens = np.broadcast_to(names[..., None], (B, G, T))
+    group, full = names[:, 0], np.float32(names)
     return Groups(
-        prompts=Prompts(group, jnp.broadcast_to(group[:, None], (B, P)), jnp.full(B, 2, jnp.int32), group / 1e3),
+        prompts=Prompts(group, np.broadcast_to(group[:, None], (B, P)), np.full(B, 2, np.int32), full[:, 0] / 1000),
         tokens=tokens,
-        mask=jnp.ones((B, G, T), bool),
-        log_probs=-tokens / 1e3,
-        rewards=names / 10,
-        advantages=jnp.asarray(advantages, jnp.float32).reshape(B, G),
-        ended=jnp.ones((B, G), bool),
-        step=jnp.full(B, step, jnp.int32),
-        counted=jnp.ones(B, bool),
+        mask=np.ones((B, G, T), bool),
+        log_probs=-np.float32(tokens) / 1000,
+        rewards=full / 10,
+        advantages=np.float32(advantages).reshape(B, G),
+        ended=np.ones((B, G), bool),
+        step=np.full(B, step, np.int32),
+        counted=np.ones(B, bool),
     )
 
 
 def entries(groups):
     """(name, step, advantage) of the counted completions; checks that all arrays of one are of the same completion."""
-    there = np.asarray(groups.counted)
-    name = np.asarray(groups.tokens[:, 0, 0])
-    np.testing.assert_array_equal(np.asarray(groups.mask).all(axis=(1, 2)), there)
-    np.testing.assert_array_equal(np.asarray(groups.mask).any(axis=(1, 2)), there)
-    assert not np.asarray(groups.advantages)[~there].any()
-    np.testing.assert_allclose(groups.log_probs[:, 0, 1], -name / 1e3, rtol=1e-6)
+    groups = jax.device_get(groups)
+    there, name = groups.counted, groups.tokens[:, 0, 0]
+    assert (groups.mask == there[:, None, None]).all() and not groups.advantages[~there].any()
+    np.testing.assert_allclose(groups.log_probs[:, 0, 1], -name / 1000, rtol=1e-6)
     np.testing.assert_allclose(groups.rewards[:, 0], name / 10, rtol=1e-6)
     # The prompt is that of the completion's group: no completion may change its prompt on the way.
-    prompt = np.asarray(groups.prompts.tokens)[there]
-    np.testing.assert_array_equal(prompt, np.repeat(groups.prompts.ids[there], P).reshape(-1, P))
-    assert ((name[there] - prompt[:, 0] >= 0) & (name[there] - prompt[:, 0] < G)).all()
-    np.testing.assert_allclose(np.asarray(groups.prompts.loss_weight)[there], prompt[:, 0] / 1e3, rtol=1e-6)
-    rows = zip(name, np.asarray(groups.step), np.asarray(groups.advantages)[:, 0], strict=True)
-    return [(int(n), int(s), float(a)) for (n, s, a), there in zip(rows, there, strict=True) if there]
+    prompt = groups.prompts.ids[there]
+    assert (groups.prompts.tokens[there] == prompt[:, None]).all()
+    assert ((name[there] - prompt >= 0) & (name[there] - prompt < G)).all()
+    np.testing.assert_allclose(groups.prompts.loss_weight[there], prompt / 1000, rtol=1e-6)
+    rows = zip(name[there], groups.step[there], groups.advantages[there, 0], strict=True)
+    return [(int(n), int(s), float(a)) for n, s, a in rows]
 
 
 histories = st.lists(
@@ -79,8 +76,8 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=40)
-@given(histories, st.sampled_from([(0, 3, 1, 3), (7, 4, 2, 7), (12, 2, 1, 12), (5, 9, 3, 1)]), st.integers(0, 9))
+@settings(max_examples=25)
+@given(histories, st.sampled_from([(0, 3, 1, 3), (7, 4, 2, 7), (5, 9, 1, 1)]), st.integers(0, 9))
 def test_the_buffer_is_the_lists_and_draws_come_from_it(history, sizes, seed):
     """Entry, eviction and order; never too old, never advantage 0, never twice, and as many as there are places."""
     capacity, max_age, min_age, extra = sizes
@@ -88,15 +85,14 @@ def test_the_buffer_is_the_lists_and_draws_come_from_it(history, sizes, seed):
     replay, add_rollouts = made(**{f"replay__{k}": v for k, v in fields.items()})
     buffer = replay.init(B, G, P, T)
     plain = PlainRollouts(capacity or B * G * max_age, max_age, min_age)
-    first, step = 1, 0
+    first, step, key = 1, 0, jax.random.key(seed)
     for gap, advantages in history:
         step += gap
         batch = batch_of(first, step, advantages)
         able = plain.able(step)
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        kept, same = replay.mix_batch(buffer, batch, jnp.int32(step), key)
+        kept, same = replay.mix_batch(buffer, batch, step, key)
         assert kept is batch and same is buffer
-        added, buffer = add_rollouts(buffer, batch, jnp.int32(step), key)
+        added, buffer = add_rollouts(buffer, batch, np.int32(step), key)
         drawn = entries(added)
         assert added.tokens.shape == (extra, 1, T) and len(drawn) == min(extra, len(able))
         assert set(drawn) <= able and len(set(drawn)) == len(drawn)
@@ -154,7 +150,7 @@ def test_a_changed_stored_advantage_changes_what_is_drawn():
 
 def test_a_completion_without_a_token_in_the_loss_does_not_enter():
     batch = batch_of(1, 0, [1.0] * (B * G))
-    batch = dataclasses.replace(batch, ended=batch.ended.at[1].set(False))
+    batch.ended[1] = False
     for masked, stored in ((False, 12), (True, 8)):
         replay, add_rollouts = made(loss__mask_truncated=masked)
         _, buffer = add_rollouts(replay.init(B, G, P, T), batch, jnp.int32(0), jax.random.key(0))

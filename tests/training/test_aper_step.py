@@ -11,6 +11,7 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.runs.accounting import RunAccounting
+from pspo_jax.training.scoring import split_minibatches
 from tests.helpers import relative
 from tests.training.test_replay_step import B, G, advantages_of, mixed, setup, stepper
 
@@ -18,66 +19,70 @@ EXTRA = 6
 CAP = 1.05
 
 
+def prepared(**fields):
+    return setup(algorithm__name="aper", replay__extra=EXTRA, loss__importance_cap=CAP, **fields)
+
+
 def second_step(**fields):
     """A run before its second step: the setup, the state, and the second batch with its rewards."""
-    made = setup(algorithm__name="aper", replay__extra=EXTRA, loss__importance_cap=CAP, **fields)
+    made = prepared(**fields)
     state, _ = stepper(made)(made[4], made[5](made[4].params, 0), mixed(0))
     rewards = mixed(1)
     rewards[2], rewards[5] = 0, 1
     return made, state, (made[5](state.params, 1), rewards)
 
 
+def padded_rows(batches):
+    """Rows (prompts, lengths, tokens, mask, log mu, advantages), one for each completion, in NumPy.
+
+    Args:
+      batches: list of (rollouts or groups [B, G, T], advantages [B, G]).
+    """
+    parts = []
+    for batch, advantages in batches:
+        size = advantages.shape[1]
+        p = [np.repeat(x, size, axis=0) for x in (batch.prompts.tokens, batch.prompts.lengths)]
+        rows = [np.asarray(x).reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask, batch.log_probs)]
+        parts.append((*p, *rows, np.ravel(advantages)))
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
 def naive_loss(made, params, old_params, rows):
-    """Token mean of w min(r A, clip(r) A) by Python loops over padded rows (prompt, length, tokens, T, log mu, A)."""
-    config = made[0]
-    score_row = jax.jit(lambda params, *args: completion_log_probs(made[1], params, *args)[0])
-    total, tokens = 0.0, 0
-    for prompt, length, completion, drawn, behaviour, advantage in rows:
-        args = prompt[None], length[None], completion[None]
-        now, old = score_row(params, *args)[0], score_row(old_params, *args)[0]
-        w = jnp.minimum(jnp.exp(old - behaviour), CAP)
-        r = jnp.exp(now - old)
-        clipped = jnp.clip(r, 1 - config.loss.clip_low, 1 + config.loss.clip_high)
-        value = jax.lax.stop_gradient(w) * jnp.minimum(r * advantage, clipped * advantage)
-        total = total - jnp.where(np.arange(value.shape[0]) < drawn, value, 0).sum()
-        tokens += drawn
-    return total / tokens
+    """Token mean of w min(r A, clip(r) A) over padded rows."""
+    loss = made[0].loss
+    prompts, lengths, tokens, mask, behaviour, advantages = rows
+    now, old = (completion_log_probs(made[1], p, prompts, lengths, tokens)[0] for p in (params, old_params))
+    w = jnp.minimum(jnp.exp(old - behaviour), CAP)
+    r, a = jnp.exp(now - old), advantages[:, None]
+    value = jax.lax.stop_gradient(w) * jnp.minimum(r * a, jnp.clip(r, 1 - loss.clip_low, 1 + loss.clip_high) * a)
+    return -jnp.where(mask, value, 0).sum() / mask.sum()
 
 
-def added_to(made, state, groups):
-    """What the replay adds to the step after `state`, drawn once more."""
-    key = purpose_key(state.key, state.step, REPLAY)
-    return jax.jit(made[2].replay.add_rollouts)(state.replay, groups, state.step, key)[0]
+def naive_gradient(made, params, rows):
+    return jax.jit(jax.grad(lambda new, old: naive_loss(made, new, old, rows)))(params, params)
 
 
-def empty_batch(state):
-    """A batch that is not read, since draws come before entries."""
-    return jax.tree.map(lambda x: x[:1], state.replay.groups)
+def added_to(made, state):
+    """What the replay adds to the step after `state`, drawn once more; no batch is needed, since draws come first."""
+    key, batch = purpose_key(state.key, state.step, REPLAY), jax.tree.map(lambda x: x[:1], state.replay.groups)
+    return jax.jit(made[2].replay.add_rollouts)(state.replay, batch, state.step, key)[0]
 
 
 def test_the_step_is_that_of_the_batch_and_the_drawn_rows():
+    """The gradient of one loss over fresh and replayed completions, with stored advantages and weights pi_old / mu."""
     made, state, (second, rewards) = second_step()
-    params = jax.tree.map(jnp.copy, state.params)
-    new = advantages_of(rewards)
-    p = second.prompts
-    rows = [
-        (p.tokens[b], p.lengths[b], second.tokens[b, g], int(second.lengths[b, g]), second.log_probs[b, g], new[b, g])
-        for b in range(B)
-        for g in range(G)
-    ]
-    added = added_to(made, state, empty_batch(state))
+    added = jax.device_get(added_to(made, state))
+    stored = np.asarray(state.replay.groups.advantages)[np.asarray(state.replay.groups.counted), 0]
+    np.testing.assert_allclose(np.sort(stored), np.sort(advantages_of(mixed(0)).ravel()), rtol=1e-5)
     assert added.counted.all() and set(added.step.tolist()) == {0}
-    q = added.prompts
-    assert len(set(q.ids.tolist())) > 1 and not set(q.ids.tolist()) & set(p.ids.tolist())
-    rows += [
-        (q.tokens[k], q.lengths[k], added.tokens[k, 0], int(added.mask[k].sum()), added.log_probs[k, 0], float(a))
-        for k, a in enumerate(added.advantages[:, 0])
-    ]
-    grads = jax.grad(lambda x: naive_loss(made, x, params, rows))(params)
-    without = jax.grad(lambda x: naive_loss(made, x, params, rows[: B * G]))(params)
+    assert len(set(added.prompts.ids.tolist())) > 1 and not set(added.prompts.ids) & set(second.prompts.ids.tolist())
+    fresh = jax.device_get(second)
+    grads = naive_gradient(
+        made, state.params, padded_rows([(fresh, advantages_of(rewards)), (added, added.advantages)])
+    )
+    moved = jax.tree.map(lambda p, g: np.asarray(p - 0.5 * g), state.params, grads)
     after, metrics = stepper(made)(state, second, rewards)
-    moved = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
-    assert relative(after.params, moved) < 1e-5 < relative(without, grads)
+    assert relative(after.params, moved) < 1e-5
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-3)
     assert float(metrics["replay/completions"]) == EXTRA and float(metrics["replay/age_mean"]) == 1
     assert float(metrics["replay/share"]) == pytest.approx(EXTRA / (B * G + EXTRA))
@@ -88,15 +93,22 @@ def test_the_step_is_that_of_the_batch_and_the_drawn_rows():
     assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-4
 
 
-def test_an_empty_buffer_changes_no_result():
-    """At the first step nothing is stored: the update is GRPO's, up to the order of its sums."""
-    made, plain = setup(algorithm__name="aper", replay__extra=EXTRA), setup(algorithm__name="grpo")
-    rollouts, rewards = made[5](made[4].params, 0), mixed(0)
-    state, metrics = stepper(made)(made[4], rollouts, rewards)
-    expected, others = stepper(plain)(plain[4], rollouts, rewards)
-    assert relative(state.params, expected.params) < 1e-6
+def test_places_for_which_nothing_is_stored_are_in_no_mean():
+    """At the first step the update is that of the batch alone."""
+    made = prepared()
+    rollouts = made[5](made[4].params, 0)
+    grads = naive_gradient(made, made[4].params, padded_rows([(jax.device_get(rollouts), advantages_of(mixed(0)))]))
+    moved = jax.tree.map(lambda p, g: np.asarray(p - 0.5 * g), made[4].params, grads)
+    state, metrics = stepper(made)(made[4], rollouts, mixed(0))
+    assert relative(state.params, moved) < 1e-5
     assert float(metrics["replay/completions"]) == 0 and float(metrics["replay/ess"]) == 1
-    assert float(metrics["loss"]) == pytest.approx(float(others["loss"]), abs=1e-6)
+
+
+def test_minibatches_split_whole_groups_and_the_rows_beside_them():
+    rows = jnp.arange(B * G + EXTRA)
+    first, second = split_minibatches(rows, 2, G, EXTRA).tolist()
+    groups = np.arange(B * G).reshape(B, G)
+    assert first == [*groups[::2].ravel(), 32, 34, 36] and second == [*groups[1::2].ravel(), 33, 35, 37]
 
 
 def assert_alike(found):
@@ -109,11 +121,17 @@ def assert_alike(found):
 
 
 def test_packed_rows_give_what_padded_ones_do():
-    """Two minibatches of 19 rows, which share prompts in bins; the learning rate follows the sample size."""
-    shared = {"loss__minibatches": 2, "loss__ess_scaling": "sqrt"}
+    made, state, batch = second_step(loss__packing=True)
+    plain, before, same = second_step()
+    assert_alike([stepper(plain)(before, *same), stepper(made)(state, *batch)])
+
+
+@pytest.mark.slow
+def test_packed_minibatches_give_what_padded_ones_do():
+    """Two minibatches of 19 rows, with and without shared prompts; the learning rate follows the sample size."""
     found = []
     for fields in ({}, {"loss__packing": True}, {"loss__packing": True, "loss__share_prompts": False}):
-        made, state, batch = second_step(**shared, **fields)
+        made, state, batch = second_step(loss__minibatches=2, loss__ess_scaling="sqrt", **fields)
         found.append(stepper(made)(state, *batch))
     assert float(found[0][1]["update/rate_factor"]) < 1
     assert_alike(found)
@@ -177,6 +195,7 @@ def test_other_settings_replay_too(fields):
     assert_alike(found)
 
 
+@pytest.mark.slow
 def test_advantages_are_stored_as_they_trained():
     """Those divided by a scale of the batch are divided once, when they train for the first time."""
     made = setup(algorithm__name="aper", advantage__scale="batch", replay__extra=EXTRA)
@@ -186,5 +205,5 @@ def test_advantages_are_stored_as_they_trained():
     want = centred / (rewards.std(ddof=1) + 1e-4)
     stored = np.asarray(state.replay.groups.advantages)[np.asarray(state.replay.groups.counted), 0]
     np.testing.assert_allclose(np.sort(stored), np.sort(want[want != 0]), rtol=1e-3)
-    added = added_to(made, state, empty_batch(state))
+    added = added_to(made, state)
     assert set(np.asarray(added.advantages)[:, 0].tolist()) <= set(stored.tolist())
