@@ -137,7 +137,9 @@ def test_packed_minibatches_give_what_padded_ones_do():
     assert_alike(found)
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does():
+    prepared()  # the shared weights are made on one device
     found = []
     for devices in (1, 8):
         mesh = jax.make_mesh((devices, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
