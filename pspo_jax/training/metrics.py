@@ -90,7 +90,7 @@ def replay_metrics(groups: Groups, added: Groups | None, rows: Rows, step: Array
         found = age == steps if steps < last else age >= steps
         metrics[f"replay/age_{steps}"] = found.sum() / batch
     if added is not None:
-        metrics["replay/completions"] = stale.sum().astype(jnp.float32)
+        metrics["replay/completions"] = added.counted.sum().astype(jnp.float32)
     return metrics
 
 
