@@ -164,6 +164,7 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
             "rollout.top_p": args.top_p if args.temperature else 1.0,
             "rollout.top_k": 0,
             "loss.minibatches": 1,
+            "replay.extra": 0,
             "sft.steps": 0,
             "reward.terms": "accuracy",
             "reward.require_end": False,  # as in lighteval: an answer counts in a cut-off completion too

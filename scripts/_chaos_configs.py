@@ -74,12 +74,13 @@ _ALGORITHMS = (
     "dapo",
     "grpo_filter",
     "popo",
+    "aper",
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "selection.cooldown": (1,),
     "selection.exploration": (0.25,),
     "selection.replacement": (True,),
-    "replay.name": ("filter", "popo"),
+    "replay.name": ("filter", "popo", "aper"),
     "replay.order": ("variance", "random", "kl"),
     "replay.capacity": (16,),
     "replay.memory": ("pinned_host",),

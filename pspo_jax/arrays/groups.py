@@ -90,6 +90,29 @@ def keep(groups: Groups, kept: Bool[Array, "B"]) -> Groups:
     )
 
 
+def split_groups(groups: Groups) -> Groups:
+    """Each completion as a group of its own, [B, G, ...] -> [B G, 1, ...]."""
+    size = groups.rewards.shape[1]
+
+    def repeated(x: Array) -> Array:
+        return jnp.repeat(x, size, axis=0)
+
+    def alone(x: Array) -> Array:
+        return x.reshape(-1, 1, *x.shape[2:])
+
+    return Groups(
+        prompts=jax.tree.map(repeated, groups.prompts),
+        tokens=alone(groups.tokens),
+        mask=alone(groups.mask),
+        log_probs=alone(groups.log_probs),
+        rewards=alone(groups.rewards),
+        advantages=alone(groups.advantages),
+        ended=alone(groups.ended),
+        step=repeated(groups.step),
+        counted=repeated(groups.counted),
+    )
+
+
 def take(groups: Groups, rows: Int[Array, "m"]) -> Groups:
     """The groups in these rows."""
     return jax.tree.map(lambda x: x[rows], groups)

@@ -56,6 +56,7 @@ PRESETS: dict[AlgorithmName, dict[str, Value]] = {
         "replay.name": "popo",
         **_GRPO,
     },
+    "aper": {"selection.name": "uniform", "replay.name": "aper", **_GRPO},
 }
 _REST: dict[str, Value] = {"replay.name": "none", "rollout.dynamic_sampling_rounds": 1}
 """Fields that every algorithm fills whose preset does not name them."""

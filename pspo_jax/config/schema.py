@@ -462,3 +462,21 @@ def round_prompts(config: Config) -> int:
     """Number of prompts that a resolved config rolls out together: a batch, or a round of dynamic sampling."""
     r = config.rollout
     return r.prompts if r.dynamic_sampling_rounds == 1 else round(r.prompts * r.oversampling)
+
+
+def extra_completions(config: Config) -> int:
+    """Number of places beside the batch that a resolved config has for single stored completions."""
+    if config.replay.name != "aper":
+        return 0
+    return config.replay.extra or max(config.rollout.group_size // 4, 1) * config.rollout.prompts
+
+
+def rollout_capacity(config: Config) -> int:
+    """Number of single completions that a resolved config stores at most."""
+    r, stored = config.rollout, config.replay
+    return stored.capacity or r.prompts * r.group_size * stored.max_age
+
+
+def update_completions(config: Config) -> int:
+    """Number of completions that the updates of a resolved config compute at most: a batch, and those beside it."""
+    return config.rollout.prompts * config.rollout.group_size + extra_completions(config)

@@ -26,8 +26,10 @@ EstimatorName = str
 ESTIMATORS = ("group", "ers", "rloo", "tracked_baseline", "opo", "maxrl")
 """Names of the advantage estimators that `advantages.ESTIMATORS` holds."""
 ReplayName = str
-REPLAYS = ("none", "filter", "popo")
-"""Names of the treatments of ineffective groups that `replay.REPLAYS` holds."""
+REPLAYS = ("none", "filter", "popo", "aper")
+"""Names of the replays that `replay.REPLAYS` holds."""
+STORING = ("popo", "aper")
+"""Names of the replays that store completions for later steps."""
 LossName = str
 """A key of `presets.LOSSES`."""
 Scale = Literal["group", "batch", "none"]
@@ -189,18 +191,22 @@ class ForgettingConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """What happens to groups whose rewards are all equal, and which stored groups are replayed."""
+    """What happens to groups whose rewards are all equal, and which stored groups or completions are replayed."""
 
     name: ReplayName | None = None
     """Treatment of groups whose rewards are all equal: they stay (none); they leave the batch, and means are over the
-    other groups (filter); or stored groups replace them, and slots that stay empty leave (popo). None = the
-    algorithm's."""
+    other groups (filter); or stored groups replace them, and slots that stay empty leave (popo). With aper they stay,
+    and single stored completions join the batch. None = the algorithm's."""
     capacity: Annotated[int, Range(0, 2**24)] = 0
-    """popo: number of groups stored; the oldest leaves first. 0 = rollout.prompts."""
+    """popo: number of groups stored; aper: number of completions stored. The oldest leaves first. 0 = rollout.prompts
+    for popo, and as many completions as max_age steps sample for aper."""
     max_age: Annotated[int, Range(1, 2**24)] = 3
-    """popo: largest age of a group that is replayed, in steps since it was sampled."""
+    """popo, aper: largest age of what is replayed, in steps since it was sampled."""
     min_age: Annotated[int, Range(1, 2**24)] = 1
-    """popo: smallest age of a group that is replayed, in steps, for ablations."""
+    """popo, aper: smallest age of what is replayed, in steps, for ablations."""
+    extra: Annotated[int, Range(0, 2**24)] = 0
+    """aper: largest number of stored completions that join a batch. 0 = a quarter of rollout.group_size, rounded down
+    but at least 1, times rollout.prompts."""
     max_uses: Annotated[int, Range(1, 2**24)] = 2
     """popo: largest number of times that a stored group is replayed."""
     max_share: Annotated[float, Range(above=0.0, high=1.0)] = 1.0
@@ -218,8 +224,8 @@ class ReplayConfig:
     """popo: smallest effective sample size of the replayed tokens, as a share of their number. Below it the replayed
     share is halved; otherwise the share grows by a quarter in each step, up to max_share. 0 = off."""
     memory: Literal["device", "pinned_host"] = "device"
-    """popo: memory that holds stored groups between updates. pinned_host frees device memory for rollouts, at the cost
-    of a transfer each way."""
+    """popo, aper: memory that holds what is stored between updates. pinned_host frees device memory for rollouts, at
+    the cost of a transfer each way."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pspo_jax.config.defaults import defaults_of, flatten, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ModelConfig, round_prompts
+from pspo_jax.config.strategies import STORING
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
 """Names of the tasks that read task.train_data."""
@@ -66,9 +67,9 @@ def _is_local(data: str | None) -> bool:
     return data is not None and Path(data).expanduser().exists()
 
 
-def _trains_on_older_groups(c: Config) -> bool:
-    """Whether a batch may hold groups from earlier steps."""
-    return c.replay.name == "popo" or c.rollout.dynamic_sampling_rounds != 1
+def trains_on_older_policies(c: Config) -> bool:
+    """Whether a batch of a resolved config may hold completions from earlier steps."""
+    return c.replay.name in STORING or c.rollout.dynamic_sampling_rounds != 1
 
 
 def _reads_ratio(c: Config) -> bool:
@@ -130,6 +131,7 @@ RANDOM_WEIGHTS = Condition(
 )
 ADAPTERS = unless("lora.rank", 0, "set lora.rank")
 POPO = when("replay.name", "popo")
+STORES = when("replay.name", *STORING)
 DYNAMIC_SAMPLING = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
 CLIP = surrogate("clip")
 KL = unless("loss.kl_coef", 0.0, "set loss.kl_coef")
@@ -156,9 +158,9 @@ MEASURES_DRIFT = Condition(
     "with advantage.name ers",
 )
 OLDER_GROUPS = Condition(
-    lambda c: _trains_on_older_groups(c) or c.loss.old_log_probs == "trainer",
+    lambda c: trains_on_older_policies(c) or c.loss.old_log_probs == "trainer",
     unread("replay.name", "rollout.dynamic_sampling_rounds", "loss.old_log_probs"),
-    "set replay.name to popo, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
+    "set replay.name to popo or aper, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
 )
 _NO_DEVIATION = unread("advantage.name", "advantage.scale", "selection.name")
 _DEVIATION_CHOICE = "choose advantage.name ers, an advantage.scale other than none, or selection.name pps"
@@ -203,7 +205,6 @@ _ROLLOUT = (
     "dynamic_sampling_rounds",
 )
 _SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success", "success_threshold")
-_REPLAY = ("capacity", "max_age", "min_age", "max_uses", "max_share", "order", "ess_floor", "memory")
 _LOSS = (
     *("name", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated", "off_policy_threshold"),
     *("kl_coef", "num_iterations", "minibatches", "microbatch_rows", "packing", "old_log_probs", "logits_mib"),
@@ -351,11 +352,13 @@ READ_WHEN: dict[str, Conditions] = {
     "forgetting.shrinkage": (SELECTOR_HAS_BELIEFS,),
     **_all("forgetting", ("prior_successes", "prior_failures"), HAS_BELIEFS),
     "replay.name": ALWAYS,
-    **_all("replay", _REPLAY, POPO),
+    **_all("replay", ("capacity", "max_age", "min_age", "memory"), STORES),
+    **_all("replay", ("max_uses", "max_share", "order", "ess_floor"), POPO),
+    "replay.extra": (when("replay.name", "aper"),),
     "replay.tau": (POPO, when("replay.order", "fresh_priority")),
     "replay.effective": (
         Condition(
-            lambda c: c.replay.name != "none" or c.rollout.dynamic_sampling_rounds != 1,
+            lambda c: c.replay.name in ("filter", "popo") or c.rollout.dynamic_sampling_rounds != 1,
             unread("replay.name", "rollout.dynamic_sampling_rounds"),
             "set replay.name to filter or popo, or raise rollout.dynamic_sampling_rounds",
         ),

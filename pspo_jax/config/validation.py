@@ -10,7 +10,7 @@ from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError, check_range, convert, field_types
 from pspo_jax.config.json_fields import labels, mixture, options
 from pspo_jax.config.presets import check_choices, resolve
-from pspo_jax.config.schema import PROJECTIONS, Config, round_prompts
+from pspo_jax.config.schema import PROJECTIONS, Config, extra_completions, rollout_capacity, round_prompts
 from pspo_jax.config.text_fields import (
     gamma_shape,
     interval,
@@ -25,6 +25,8 @@ from pspo_jax.config.unread_fields import refuse_unread
 
 MAX_DEADLINE = 86_400
 """Largest verifier.deadline, in seconds: a day."""
+MAX_CAPACITY = 2**24
+"""Largest number of completions that a buffer stores."""
 
 
 def validate(config: Config) -> None:
@@ -111,6 +113,8 @@ def _check_loss(c: Config) -> None:
     loss, stored = c.loss, c.replay
     if stored.min_age > stored.max_age:
         raise ConfigError(f"replay.min_age={stored.min_age}: must be at most replay.max_age={stored.max_age}")
+    if stored.name == "aper":
+        _check_extra(c)
     if loss.delta and loss.delta <= 1 + (loss.clip_high or 0):
         raise ConfigError(
             f"loss.delta={loss.delta:g}: must be greater than 1 + loss.clip_high = {1 + (loss.clip_high or 0):g}"
@@ -134,6 +138,25 @@ def _check_loss(c: Config) -> None:
         raise ConfigError(
             "loss.off_policy=coupled: needs the sampler's log-probs, as it clips around the behaviour policy; set "
             "loss.old_log_probs=sampler"
+        )
+
+
+def _check_extra(c: Config) -> None:
+    """The completions that join a batch are stored at all, and minibatches divide them."""
+    extra, capacity = extra_completions(c), rollout_capacity(c)
+    if capacity > MAX_CAPACITY:
+        raise ConfigError(
+            f"replay.max_age={c.replay.max_age}: would store {capacity} completions, and at most {MAX_CAPACITY} can "
+            "be; lower it, or set replay.capacity"
+        )
+    if extra > capacity:
+        raise ConfigError(
+            f"replay.extra={extra}: is more than the {capacity} completions that are stored; lower it, or raise "
+            "replay.capacity"
+        )
+    if extra % c.loss.minibatches:
+        raise ConfigError(
+            f"replay.extra={extra}: must be a multiple of loss.minibatches={c.loss.minibatches}; choose another"
         )
 
 

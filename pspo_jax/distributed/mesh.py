@@ -56,7 +56,7 @@ from jaxtyping import Array, PyTree
 
 from pspo_jax.arrays.per_prompt import FANOUT, padded_rows
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import Config, round_prompts
+from pspo_jax.config.schema import Config, extra_completions, round_prompts
 
 AXES = ("data", "fsdp", "context", "tensor")
 """The axes of a mesh, in the order of its dimensions."""
@@ -177,6 +177,7 @@ def _check_divides(c: Config, row_shards: int, shape: ModelShape) -> None:
     for name, size in (
         ("rollout.prompts", c.rollout.prompts),
         ("prompts of a minibatch", minibatch),
+        ("completions that replay.extra adds to a minibatch", extra_completions(c) // c.loss.minibatches),
         ("prompts of a chunk (rollout.chunks)", round_prompts(c) // c.rollout.chunks),
         ("rollout.slots", c.rollout.slots or row_shards),
         ("sft.batch", c.sft.batch if c.sft.steps else row_shards),

@@ -21,7 +21,8 @@ from jaxtyping import PyTree
 from rich.console import Console
 from rich.table import Table
 
-from pspo_jax.config.schema import Config, round_prompts
+from pspo_jax.config.schema import Config, round_prompts, update_completions
+from pspo_jax.config.strategies import STORING
 from pspo_jax.distributed.devices import (
     DEVICES,
     THIS_MACHINE,
@@ -264,7 +265,7 @@ def _residents(setup: Setup) -> dict[str, int]:
 def _details(setup: Setup) -> dict[str, dict[str, float]]:
     """For each phase, bytes of the further arrays that must exist at one moment."""
     c = setup.config
-    on_host = c.replay.memory != "device" and c.replay.name == "popo"
+    on_host = c.replay.memory != "device" and c.replay.name in STORING
     stored = (
         {"replay, which is otherwise in the host's memory": float(bytes_per_device(setup.abstract.replay))}
         if on_host
@@ -299,7 +300,7 @@ def _update_details(setup: Setup) -> dict[str, float]:
     """Bytes per device as the backward pass of a microbatch begins: gradients, kept activations, and those in use."""
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
-    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
+    new, rows = c.rollout.max_new_tokens, update_completions(c) // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         packed = packs_lengths(rows, new, c)
         at_once, predictions = microbatch_size(rows, c.loss.microbatch_rows), new

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from pspo_jax.config.schema import round_prompts
+from pspo_jax.config.schema import extra_completions, round_prompts, update_completions
 from pspo_jax.distributed.devices import DeviceSpec
 from pspo_jax.distributed.mesh import ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.training.optimizer import decays
@@ -124,13 +124,13 @@ def _update_work(setup: Setup) -> _Work:
 
     Packed prompts are counted as if all were as short as the shortest; a shared prompt is counted once for its group.
     """
-    c, g = setup.config, setup.config.rollout.group_size
-    new, rows = c.rollout.max_new_tokens, c.rollout.prompts * g
+    c = setup.config
+    new, rows = c.rollout.max_new_tokens, update_completions(c)
     longest = setup.task.train.tokens.shape[1] + new
     if not _packed(setup):
         return _Work(rows * longest, rows * new, rows * longest * (longest + 1) / 2, longest)
     prompt, shared = _shortest_prompt(setup), shares_prompts(setup.model, c)
-    tokens = rows * (new - 1) + prompt * (c.rollout.prompts if shared else rows)
+    tokens = rows * (new - 1) + prompt * (c.rollout.prompts + extra_completions(c) if shared else rows)
     return _Work(tokens, rows * new, rows * (new - 1) * (prompt + new / 2), longest)
 
 
@@ -159,7 +159,7 @@ def _matrices(params: PyTree | None) -> int:
 def _packed(setup: Setup) -> bool:
     """Whether updates pack rows into bins."""
     c = setup.config
-    rows = c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
+    rows = update_completions(c) // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         return packs_lengths(rows, c.rollout.max_new_tokens, c)
 
@@ -167,7 +167,7 @@ def _packed(setup: Setup) -> bool:
 def _passes(setup: Setup) -> int:
     """Number of microbatches in the updates of a step; for packed rows, the fewest that hold them."""
     c = setup.config
-    rows = c.rollout.prompts * c.rollout.group_size // c.loss.minibatches
+    rows = update_completions(c) // c.loss.minibatches
     with jax.set_mesh(setup.mesh):
         if _packed(setup):
             shape = bin_shape(rows, setup.task.train.tokens.shape[1], c.rollout.max_new_tokens, setup.model, c)

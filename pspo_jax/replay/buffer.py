@@ -148,17 +148,32 @@ def _preference(
 
 def insert(buffer: ReplayBuffer, groups: Groups, fresh: Bool[Array, "B"]) -> ReplayBuffer:
     """The buffer after the effective groups of a batch have entered it, the one of largest variance last."""
-    capacity, batch = buffer.uses.shape[0], fresh.shape[0]
     variance = group_statistics(groups.rewards, ddof=1).variance
-    # By ascending variance; of equal ones the first of the batch is last. Groups that are not effective come first.
-    order = jnp.lexsort((-jnp.arange(batch), variance, fresh))
-    entering = fresh.sum()
-    rank = jnp.arange(batch) - (batch - entering)
-    kept = (rank >= 0) & (rank >= entering - capacity)
-    slot = jnp.where(kept, (buffer.place + rank) % capacity, capacity)
+    order, slot, place = ring_slots(buffer.place, buffer.uses.shape[0], fresh, variance)
     return dataclasses.replace(
         buffer,
         groups=put(buffer.groups, slot, take(groups, order)),
         uses=buffer.uses.at[slot].set(0, mode="drop"),
-        place=((buffer.place + entering) % capacity).astype(jnp.int32),
+        place=place,
     )
+
+
+def ring_slots(
+    place: Int[Array, ""], capacity: int, entering: Bool[Array, "B"], worth: Float[Array, "B"]
+) -> tuple[Int[Array, "B"], Int[Array, "B"], Int[Array, ""]]:
+    """The order in which a batch enters a ring, the slot of each entry in that order, and the place after them.
+
+    Entries come by ascending worth, so that of one batch the least worthy leave first; of equal ones the first of the
+    batch comes last. Entries that do not enter come first in the order, and get a slot that does not exist.
+
+    Args:
+      place: the slot that the next entry goes to.
+      capacity: number of slots; more entries than these are cut to the most worthy.
+    """
+    batch = entering.shape[0]
+    order = jnp.lexsort((-jnp.arange(batch), worth, entering))
+    number = entering.sum()
+    rank = jnp.arange(batch) - (batch - number)
+    kept = (rank >= 0) & (rank >= number - capacity)
+    slot = jnp.where(kept, (place + rank) % capacity, capacity)
+    return order, slot, ((place + number) % capacity).astype(jnp.int32)

@@ -66,17 +66,41 @@ class AdaptShareFn(Protocol):
         ...
 
 
+class AddRolloutsFn(Protocol):
+    """Exchanges single completions between a batch and the store."""
+
+    def __call__(
+        self, state: PyTree, groups: Groups, step: Int[Array, ""], key: Key[Array, ""], /
+    ) -> tuple[Groups | None, PyTree]:
+        """Stored completions that train beside the batch, and the state after the batch has entered it.
+
+        Each completion is a group of its own, so that completions of any prompts stand side by side. Their number is
+        `config.schema.extra_completions`; places that stay empty are not counted. None = the replay has none.
+
+        Args:
+          groups: the batch that trains, with the advantages by which it trains.
+          key: key of this step's draws.
+        """
+        ...
+
+
 def _keep_share(state: PyTree, ess: Float[Array, ""]) -> PyTree:
     del ess
     return state
 
 
+def _add_none(state: PyTree, groups: Groups, step: Int[Array, ""], key: Key[Array, ""]) -> tuple[Groups | None, PyTree]:
+    del groups, step, key
+    return None, state
+
+
 class Replay(NamedTuple):
-    """Which old groups come back, as pure functions over a state of stored groups."""
+    """Which old groups or completions come back, as pure functions over a state that stores them."""
 
     init: InitFn
     mix_batch: MixBatchFn
     adapt_share: AdaptShareFn = _keep_share
+    add_rollouts: AddRolloutsFn = _add_none
 
 
 class MakeReplay(Protocol):
@@ -104,7 +128,19 @@ def effective(groups: Groups, by: str = "rewards") -> Bool[Array, "B"]:
 def identity(config: Config) -> Replay:
     """The replay that leaves every batch as it is and stores nothing."""
     del config
-    return Replay(_init_nothing, lambda state, groups, step, key, distance=None: (groups, state))
+    return Replay(_init_nothing, keep_batch)
+
+
+def keep_batch(
+    state: PyTree,
+    groups: Groups,
+    step: Int[Array, ""],
+    key: Key[Array, ""],
+    distance: DistanceFn | None = None,
+) -> tuple[Groups, PyTree]:
+    """The batch and the state as they are."""
+    del step, key, distance
+    return groups, state
 
 
 def filter_ineffective(config: Config) -> Replay:

@@ -45,7 +45,7 @@ def build(config: Config, task_names: tuple[str, ...] = ()) -> Algorithm:
     if rounds > 1:
         # No prompt is rolled out twice in a step.
         chosen = dataclasses.replace(chosen, cooldown=max(chosen.cooldown or 0, 1))
-    batch_differs = rounds > 1 or config.replay.name != "none"
+    batch_differs = rounds > 1 or config.replay.name in ("filter", "popo")
     estimator = advantages.make(config.advantage, config.forgetting, batch_differs)
     if config.algorithm.variant == "published_code":
         exponent = chosen.exponent * (chosen.correction or 0.0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
-from pspo_jax.config.schema import Config, Dtype, Remat
+from pspo_jax.config.schema import Config, Dtype, Remat, update_completions
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
 from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along
@@ -82,7 +82,7 @@ def activations(config: Config, a: Architecture, remat: Remat, mesh: Mesh, promp
     """Bytes of activations on a device: those that a microbatch's forward pass keeps, and those inside one block."""
     shape: Mapping[str, int] = mesh.shape
     tensor, width = shape["tensor"], jnp.dtype(a.compute_dtype).itemsize
-    rows = config.rollout.prompts * config.rollout.group_size // config.loss.minibatches
+    rows = update_completions(config) // config.loss.minibatches
     with jax.set_mesh(mesh):
         rows = microbatch_size(rows, config.loss.microbatch_rows) // size_along(shape, UPDATE_ROWS)
     length = prompt_length + config.rollout.max_new_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pspo_jax.advantages.interface import group_statistics
 from pspo_jax.arrays.rows import Rows
@@ -59,15 +59,17 @@ def rollout_metrics(rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: 
     }
 
 
-def replay_metrics(groups: Groups, rows: Rows, step: Array, config: Config) -> Metrics:
-    """Metrics of a batch's ages, and of the importance weights of groups that an older policy sampled.
+def replay_metrics(groups: Groups, added: Groups | None, rows: Rows, step: Array, config: Config) -> Metrics:
+    """Metrics of a batch's ages, and of the importance weights of completions that an older policy sampled.
 
     replay/ess is (sum w)^2 / (n sum w^2) over the n stale tokens, with w = pi_old / mu before truncation; it is 1 where
     there are none.
+
+    Args:
+      added: completions beside the batch, which `rows` ends with; None = there is no place for any.
     """
-    batch = groups.counted.shape[0]
-    age = jnp.where(groups.counted, step - groups.step, 0)
-    stale = age > 0
+    age = jnp.concatenate([_ages(part, step) for part in (groups, added) if part is not None])
+    batch, stale = age.shape[0], age > 0
     mask = rows.mask & rows.stale[:, None]
     log_w = log_importance_weight(rows.old_log_probs, rows.behaviour_log_probs, mask, config.loss)
     w = jnp.where(mask, jnp.exp(log_w), 0)
@@ -87,7 +89,14 @@ def replay_metrics(groups: Groups, rows: Rows, step: Array, config: Config) -> M
     for steps in range(1, last + 1):
         found = age == steps if steps < last else age >= steps
         metrics[f"replay/age_{steps}"] = found.sum() / batch
+    if added is not None:
+        metrics["replay/completions"] = added.counted.sum().astype(jnp.float32)
     return metrics
+
+
+def _ages(groups: Groups, step: Array) -> Int[Array, "R"]:
+    """Steps since each completion was sampled; 0 = the current policy sampled it, or its group is not in the batch."""
+    return jnp.repeat(jnp.where(groups.counted, step - groups.step, 0), groups.rewards.shape[1])
 
 
 def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:

@@ -307,8 +307,9 @@ def _stored(
     rows, tokens = _rows_that_follow(setup, processes.to_host(holder.groups.prompts), there, new_rows, in_queue)
     kept = rows >= 0
     order = np.argsort(~kept, kind="stable") if in_queue else np.arange(len(rows))
+    what = "completions" if setup.config.replay.name == "aper" and not in_queue else "groups"
     say(
-        f"{'waiting' if in_queue else 'stored'} groups: {kept.sum()} follow their prompts, "
+        f"{'waiting' if in_queue else 'stored'} {what}: {kept.sum()} follow their prompts, "
         f"{there.sum() - kept.sum()} are dropped, as their prompts are gone"
     )
 

@@ -20,6 +20,7 @@ from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
+from pspo_jax.config.unread_fields import trains_on_older_policies
 from pspo_jax.distributed.mesh import UPDATE_ROWS, constrain, microbatch_size, size_along
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.losses.packing import (
@@ -76,6 +77,23 @@ def rows_of(
         stale=per_prompt(stale_groups(groups, step)),
         sampling_log_probs=flat(groups.log_probs if sampling_log_probs is None else sampling_log_probs),
     )
+
+
+def rows_of_batch(
+    groups: Groups,
+    added: Groups | None,
+    step: Int[Array, ""],
+    config: Config,
+    sampling_log_probs: Float[Array, "B G T"] | None = None,
+) -> Rows:
+    """`rows_of` a batch and, behind them, of the completions that a replay has added; None = it has added none."""
+    rows = rows_of(groups, step, config, sampling_log_probs)
+    if added is None:
+        return rows
+    more = rows_of(added, step, config)
+    # Groups of one completion share no prompt with others: they are numbered on behind those of the batch.
+    more = dataclasses.replace(more, group=more.group + groups.counted.shape[0])
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), rows, more)
 
 
 def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
@@ -283,34 +301,28 @@ def score_some(
     model: Model,
     weights: PyTree,
     rows: Rows,
-    wanted: Bool[Array, "B"],
+    wanted: Bool[Array, "R"],
     temperature: Float[Array, ""],
     config: Config,
 ) -> Float[Array, "R T"]:
-    """Log-probs of the wanted groups' rows under `weights`; `rows.old_log_probs` for the others, which cost nothing."""
-    wanted_rows = jnp.repeat(wanted, rows.tokens.shape[0] // wanted.shape[0])
-    found = score(model, weights, rows, temperature, config, wanted_rows)[0]
-    return jax.lax.stop_gradient(jnp.where(wanted_rows[:, None], found, rows.old_log_probs))
+    """Log-probs of the wanted rows under `weights`; `rows.old_log_probs` for the others, which cost nothing."""
+    found = score(model, weights, rows, temperature, config, wanted)[0]
+    return jax.lax.stop_gradient(jnp.where(wanted[:, None], found, rows.old_log_probs))
 
 
 def with_log_probs(
     model: Model,
     state: TrainState,
     rows: Rows,
-    stale: Bool[Array, "B"] | None,
     temperature: Float[Array, ""],
     config: Config,
 ) -> Rows:
-    """`rows` with the old and the reference policy's log-probs, which do not change during the step.
-
-    Args:
-      stale: groups that an older policy sampled; None = there are none.
-    """
+    """`rows` with the old and the reference policy's log-probs, which do not change during the step."""
     o = config.loss
     if o.old_log_probs == "trainer":
         rows = dataclasses.replace(rows, old_log_probs=score(model, state.weights, rows, temperature, config)[0])
-    elif stale is not None and o.off_policy != "coupled":
-        found = score_some(model, state.weights, rows, stale, temperature, config)
+    elif trains_on_older_policies(config) and o.off_policy != "coupled":
+        found = score_some(model, state.weights, rows, rows.stale, temperature, config)
         rows = dataclasses.replace(rows, old_log_probs=found)
     if o.kl_coef > 0 and o.kl_in == "loss":
         found = score(model, reference_weights(state), rows, temperature, config)[0]
@@ -421,11 +433,20 @@ def merge_microbatches(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-def split_minibatches(rows: Rows, parts: int, group_size: int) -> Rows:
-    """`split_microbatches` that keeps the rows of a prompt together."""
+def split_minibatches(rows: Rows, parts: int, group_size: int, extra: int = 0) -> Rows:
+    """`split_microbatches` that keeps the rows of a group together.
+
+    Args:
+      extra: number of rows at the end that are groups of one.
+    """
+
+    def split(x: Array, size: int) -> Array:
+        groups = x.reshape(-1, size, *x.shape[1:])
+        return split_microbatches(groups, parts).reshape(parts, -1, *x.shape[1:])
 
     def one(x: Array) -> Array:
-        groups = x.reshape(-1, group_size, *x.shape[1:])
-        return split_microbatches(groups, parts).reshape(parts, -1, *x.shape[1:])
+        if not extra:
+            return split(x, group_size)
+        return jnp.concatenate([split(x[:-extra], group_size), split(x[-extra:], 1)], axis=1)
 
     return jax.tree.map(one, rows)

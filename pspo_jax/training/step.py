@@ -1,6 +1,7 @@
 """The training step: rewards in, updated state out, as one jitted program that donates the state.
 
-rewards -> advantages -> selector.observe -> replay.mix_batch -> (old, reference log-probs) -> optimizer updates
+rewards -> advantages -> selector.observe -> replay.mix_batch, add_rollouts -> (old, reference log-probs) -> optimizer
+updates
 
 Dynamic sampling cuts the step in two: `collect` runs once per round of rollouts, `update` once per step.
 
@@ -24,6 +25,8 @@ from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import REPLAY, Params, RolloutOutcome, Rollouts, TrainState, purpose_key
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
+from pspo_jax.config.strategies import STORING
+from pspo_jax.config.unread_fields import trains_on_older_policies
 from pspo_jax.distributed.mesh import UPDATE_ROWS, size_along
 from pspo_jax.losses.ratios import kl_estimate
 from pspo_jax.model.interface import Model
@@ -37,9 +40,9 @@ from pspo_jax.training.scoring import (
     num_microbatches,
     reference_weights,
     rows_of,
+    rows_of_batch,
     score,
     split_microbatches,
-    stale_groups,
     with_log_probs,
 )
 from pspo_jax.training.update import Training, optimize
@@ -306,17 +309,16 @@ def _update(
     sampling_log_probs: Float[Array, "B G T"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The second half of a step: the replay mixes the batch, then the optimizer updates the weights."""
-    state, groups, metrics = _mix_batch(model, algorithm, config, state, groups, temperature)
-    rows = rows_of(groups, state.step, config, sampling_log_probs)
-    may_be_stale = config.replay.name == "popo" or samples_dynamically(config)
-    stale = stale_groups(groups, state.step) if may_be_stale else None
-    rows = with_log_probs(model, state, rows, stale, temperature, config)
-    if may_be_stale:
-        metrics |= replay_metrics(groups, rows, state.step, config)
+    state, groups, added, metrics = _mix_batch(model, algorithm, config, state, groups, temperature)
+    rows = rows_of_batch(groups, added, state.step, config, sampling_log_probs)
+    rows = with_log_probs(model, state, rows, temperature, config)
+    if trains_on_older_policies(config):
+        metrics |= replay_metrics(groups, added, rows, state.step, config)
         adapted = algorithm.replay.adapt_share(state.replay, metrics["replay/ess"])
         state = dataclasses.replace(state, replay=adapted)
-    if config.replay.name == "popo":
+    if config.replay.name in STORING:
         metrics["replay/stored"] = state.replay.groups.counted.sum().astype(jnp.float32)
+    if config.replay.name == "popo":
         metrics["replay/max_share"] = state.replay.share
     training, updates = optimize(model, optimizer, config, state, rows, temperature)
     metrics |= update_metrics(updates, config)
@@ -337,8 +339,11 @@ def _mix_batch(
     state: TrainState,
     groups: Groups,
     temperature: Float[Array, ""],
-) -> tuple[TrainState, Groups, Metrics]:
-    """The batch that trains, its advantages divided by their scale over it, and the state of the replay after it."""
+) -> tuple[TrainState, Groups, Groups | None, Metrics]:
+    """The batch that trains, its advantages divided by their scale over it, and the completions added to it.
+
+    The state is that after the replay; None = the replay adds no completions.
+    """
 
     def distance(stored: Groups) -> Float[Array, "C"]:
         return behaviour_divergence(model, state, stored, temperature, config)
@@ -353,7 +358,8 @@ def _mix_batch(
         metrics["advantages/abs_mean"] = jnp.where(groups.counted[:, None], jnp.abs(scaled), 0).sum() / in_batch
     if config.replay.name != "none" or samples_dynamically(config):
         metrics["groups/in_batch"] = groups.counted.sum().astype(jnp.float32)
-    return dataclasses.replace(state, replay=replay_state), groups, metrics
+    added, replay_state = algorithm.replay.add_rollouts(replay_state, groups, state.step, key)
+    return dataclasses.replace(state, replay=replay_state), groups, added, metrics
 
 
 def _after_updates(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
-from pspo_jax.config.schema import Config
+from pspo_jax.config.schema import Config, extra_completions
 from pspo_jax.config.strategies import LossConfig
 from pspo_jax.losses.policy_loss import (
     Denominators,
@@ -102,7 +102,7 @@ def optimize(
 ) -> tuple[Training, UpdateMetrics]:
     """num_iterations passes over the minibatches of `rows`; the metrics are stacked over updates."""
     o = config.loss
-    minibatches = split_minibatches(rows, o.minibatches, config.rollout.group_size)
+    minibatches = split_minibatches(rows, o.minibatches, config.rollout.group_size, extra_completions(config))
     drops = state.frozen is not None and config.lora.dropout > 0
     step_key = purpose_key(state.key, state.step, DROPOUT) if drops else None
 

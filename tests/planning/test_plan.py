@@ -11,10 +11,13 @@ import pytest
 
 from pspo_jax.config.command_line import parse
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.distributed.devices import THIS_MACHINE, Target
+from pspo_jax.distributed.devices import DEVICES, THIS_MACHINE, Target
 from pspo_jax.planning import memory as plan
+from pspo_jax.planning.roofline import update_lower_bound
+from pspo_jax.training.setup import prepare
 from scripts.make_checkpoint import SHAPES, make
 from tests.conftest import DATA
+from tests.helpers import tiny_config
 
 ROWS, TOKENIZER = DATA / "math" / "gsm8k_test.jsonl", DATA / "tokenizers" / "qwen2.5"
 
@@ -50,6 +53,22 @@ def test_the_replay_buffer_is_in_the_plan_and_the_first_line_gives_the_answer(ca
     assert re.match(r"(fits|may not fit|does not fit) on this machine", out)
     found = rows_of(out)["replay"]
     assert found == pytest.approx(256 * 8 * 8192 * 9 / 2**30, abs=0.006)
+
+
+def test_completions_beside_the_batch_are_in_the_plan():
+    """Four more completions for each sixteen: a quarter more products, and a buffer of three steps' completions."""
+    setups = {
+        name: prepare(tiny_config(algorithm__name=name, mesh__data=1, loss__microbatch_rows=0), weights=False)
+        for name in ("grpo", "aper")
+    }
+    products = {name: update_lower_bound(setup, DEVICES["v5e"]).products for name, setup in setups.items()}
+    assert products["aper"] == pytest.approx(1.25 * products["grpo"])
+    kept = {name: list(plan._update_details(setup).values())[1] for name, setup in setups.items()}
+    assert kept["aper"] == pytest.approx(1.25 * kept["grpo"])
+    tokens = setups["aper"].task.train.tokens.shape[1] * 4 + 12 * 9
+    # Beside the tokens a completion has 10 numbers of 4 bytes at most.
+    stored = plan._residents(setups["aper"])["replay"] / (3 * 8 * 4)
+    assert tokens < stored <= tokens + 40 and "replay" not in plan._residents(setups["grpo"])
 
 
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""POPO's replay in plain Python: a deque of groups, searched and sorted by hand."""
+"""The replays in plain Python: a deque of groups or of completions, searched and sorted by hand."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -60,3 +60,25 @@ class PlainReplay:
     def _worth(self, group, step):
         spread = variance(group.rewards)
         return spread if self.order == "variance" else spread * 2.718281828459045 ** (-(step - group.step) / self.tau)
+
+
+@dataclass
+class PlainRollouts:
+    """APER's buffer: a list of (name, step, advantage), the oldest first."""
+
+    capacity: int
+    max_age: int
+    min_age: int = 1
+    buffer: list = field(default_factory=list)
+
+    def able(self, step):
+        """Evict what is too old at a step; the completions that it may draw."""
+        self.buffer = [entry for entry in self.buffer if step - entry[1] <= self.max_age]
+        return {entry for entry in self.buffer if step - entry[1] >= self.min_age}
+
+    def enter(self, batch):
+        """batch: list of (name, step, advantage), which enter by ascending |advantage|; of equal ones the first of the
+        batch enters last."""
+        entering = [entry for entry in reversed(batch) if entry[2] != 0]
+        self.buffer += sorted(entering, key=lambda entry: abs(entry[2]))
+        self.buffer = self.buffer[-self.capacity :]

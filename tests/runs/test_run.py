@@ -114,11 +114,16 @@ def test_signals_save_and_exit_cleanly(child_env, uninterrupted, runs, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("algorithm", "more"), [("pspo", {}), ("dapo", {"rollout__oversampling": 1.5, "replay__name": "popo"})]
+    ("algorithm", "more"),
+    [
+        ("pspo", {}),
+        ("aper", {"replay__memory": "pinned_host"}),
+        ("dapo", {"rollout__oversampling": 1.5, "replay__name": "popo"}),
+    ],
 )
 def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, runs, algorithm, more):
-    """Checkpoints are taken between steps, never inside a batch: the documented boundary. Stored and waiting groups are
-    in them."""
+    """Checkpoints are taken between steps, never inside a batch: the documented boundary. What is stored and what waits
+    is in them."""
     fields = {
         "algorithm__name": algorithm,
         "loss__num_iterations": 2,
@@ -149,6 +154,7 @@ def test_two_iterations_resume_at_the_step_boundary(child_env, uninterrupted, ru
         pytest.param("pspo", {"mesh__fsdp": 4, "rollout__weights": "split"}, marks=pytest.mark.slow),
         pytest.param("pspo", {"mesh__data": 8}, marks=pytest.mark.slow),
         pytest.param("popo", {"mesh__data": 8}, marks=pytest.mark.slow),
+        pytest.param("aper", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
         pytest.param("dapo", {"mesh__data": 4, "mesh__tensor": 2}, marks=pytest.mark.slow),
     ],
 )

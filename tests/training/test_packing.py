@@ -201,7 +201,7 @@ def test_scores_are_the_padded_ones():
     packed, padded = (score(model, params, rows, jnp.float32(1), c) for c in (on, config))
     for a, b in zip(packed, padded, strict=True):
         np.testing.assert_allclose(jnp.where(rows.mask, a, 0), jnp.where(rows.mask, b, 0), atol=1e-5)
-    wanted = jnp.asarray([True, False, True, False, False, True])
+    wanted = jnp.repeat(jnp.asarray([True, False, True, False, False, True]), G)
     packed, padded = (score_some(model, params, rows, wanted, jnp.float32(1), c) for c in (on, config))
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 

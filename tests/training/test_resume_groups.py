@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
@@ -18,7 +19,7 @@ from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import tiny_config
 
-FIELDS = {"algorithm__name": "dapo", "replay__name": "popo", "rollout__oversampling": 2.0}
+FIELDS = {"algorithm__name": "dapo", "rollout__oversampling": 2.0}
 
 
 def stored(groups, task, rows):
@@ -44,9 +45,14 @@ def stored(groups, task, rows):
     )
 
 
-def test_groups_follow_their_prompts_into_another_padded_length(tmp_path, capsys):
-    before = prepare(tiny_config(**FIELDS, run__dir=str(tmp_path), task__train_prompts=56))
-    other = tiny_config(**FIELDS, run__dir=str(tmp_path), task__train_prompts=40, rollout__prompt_bucket=32)
+@pytest.mark.parametrize(
+    ("replay", "stored_kind"),
+    [("popo", "stored groups"), pytest.param("aper", "stored completions", marks=pytest.mark.slow)],
+)
+def test_groups_follow_their_prompts_into_another_padded_length(replay, stored_kind, tmp_path, capsys):
+    fields = FIELDS | {"replay__name": replay}
+    before = prepare(tiny_config(**fields, run__dir=str(tmp_path), task__train_prompts=56))
+    other = tiny_config(**fields, run__dir=str(tmp_path), task__train_prompts=40, rollout__prompt_bucket=32)
     after = prepare(replace(other, {"task.allow_change": True}))
     old, new = before.task.train.content().tolist(), after.task.train.content().tolist()
     assert before.task.train.tokens.shape[1] != after.task.train.tokens.shape[1]
@@ -75,8 +81,8 @@ def test_groups_follow_their_prompts_into_another_padded_length(tmp_path, capsys
             checkpoints.wait()
             found = resume.restore(after, tmp_path, checkpoints, Progress(False)).state
     printed = capsys.readouterr().out
-    for kind in ("stored", "waiting"):
-        assert f"{kind} groups: 3 follow their prompts, 2 are dropped" in printed
+    for kind in (stored_kind, "waiting groups"):
+        assert f"{kind}: 3 follow their prompts, 2 are dropped" in printed
     kept = [new.index(old[i]) for i in (stays[0], stays[1], stays[2])]
     ring, queue = found.replay, found.queue
     assert np.flatnonzero(ring.groups.counted).tolist() == [0, 2, 4]
