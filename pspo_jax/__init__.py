@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pspo_jax.training.algorithm import Algorithm, build
     from pspo_jax.training.loop import Callback, NotFiniteError, TrainResult, train
     from pspo_jax.training.optimizer import adamw
+    from pspo_jax.training.prompt_features import prompt_features
     from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "config.fields": ("ConfigError",),
     "config.schema": ("Config",),
     "training.optimizer": ("adamw",),
+    "training.prompt_features": ("prompt_features",),
     "model": ("Architecture", "Model", "built_in", "from_logits", "from_nnx", "transformer"),
     "rollout": ("SamplingParams", "make_sampler"),
     "selection": ("PromptMetadata", "Scorer", "Selector", "SelectorContext"),
@@ -87,6 +89,7 @@ __all__ = [
     "make_train_step",
     "make_update",
     "own_task",
+    "prompt_features",
     "replace",
     "train",
     "transformer",

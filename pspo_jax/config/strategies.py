@@ -104,6 +104,10 @@ class SelectionConfig:
     prompts (difficulty). auto = difficulty if the data has one, else task, which is one bin for all prompts if there is
     one task. The prior of a prompt then has its bin's mean, and forgetting.shrinkage leads to it. None = auto for
     learnability_replay, else none."""
+    predictor: Literal["none", "hidden_states"] = "none"
+    """prioritized_replay, mopps, posterior_mixed: source of a prediction of each prompt's success, which is then the
+    mean of its prior: a linear regression of the groups seen so far on the hidden states that the policy from which RL
+    begins has on the prompt (hidden_states). Cannot be used with bins."""
     estimate: Literal["beta", "last"] = "beta"
     """prioritized_replay: estimate of a prompt's success probability: a discounted Beta belief, or the mean of its last
     group."""
@@ -181,12 +185,14 @@ class ForgettingConfig:
     """policy_drift: largest weight of the past."""
     shrinkage: Annotated[float, Range(0.0, 1.0)] = 0.0
     """Share by which, in each step, the belief about a prompt that is not visited approaches a prior with the mean of
-    all prompts, or of its bin with selection.bins, and the mean of a bin approaches that of the prior; 0 = the belief
-    stays as it is."""
+    all prompts, or of its bin with selection.bins, or the predicted one with selection.predictor, and the mean of a bin
+    approaches that of the prior; 0 = the belief stays as it is."""
     prior_successes: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter a of the Beta belief about a prompt before its first visit."""
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter b of the Beta belief about a prompt before its first visit."""
+    predictor_steps: Annotated[float, Range(above=0.0)] = 20.0
+    """selection.predictor: number of steps in which the weight of a group in the regression falls to 1/e."""
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ _WEIGHTED = ("correction", "correction_end", "replacement")
 _BY_SELECTOR: dict[str, tuple[str, ...]] = {
     "uniform": (),
     "pps": (*_WEIGHTED, "floor", "exponent", "exponent_end", "initial", "statistic", "signal"),
-    "prioritized_replay": ("estimate", "retest_every", "retest_share", "bins"),
-    "mopps": ("candidates", "bins"),
-    "posterior_mixed": ("draw", "candidates", "bins"),
+    "prioritized_replay": ("estimate", "retest_every", "retest_share", "bins", "predictor"),
+    "mopps": ("candidates", "bins", "predictor"),
+    "posterior_mixed": ("draw", "candidates", "bins", "predictor"),
     "spo": (*_WEIGHTED, "floor"),
     "greso": ("greso_base", "greso_floor"),
     "difficulty_pools": (*_WEIGHTED, "pool_weights", "easy_from", "hard_to"),
@@ -320,7 +320,7 @@ READ_WHEN: dict[str, Conditions] = {
         ),
     ),
     **{f"selection.{name}": _selection(name) for name in ("greso_base", "greso_floor", "easy_from", "hard_to")},
-    "selection.bins": _selection("bins", SELECTOR_HAS_BELIEFS),
+    **{f"selection.{name}": _selection(name, SELECTOR_HAS_BELIEFS) for name in ("bins", "predictor")},
     "selection.difficulty_column": (
         Condition(
             lambda c: c.selection.bins in ("difficulty", "auto") or _selection("difficulty_column")[0].holds(c),
@@ -351,6 +351,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("forgetting", ("half_life", "low", "high"), MEASURES_DRIFT),
     "forgetting.shrinkage": (SELECTOR_HAS_BELIEFS,),
     **_all("forgetting", ("prior_successes", "prior_failures"), HAS_BELIEFS),
+    "forgetting.predictor_steps": (unless("selection.predictor", "none", "set selection.predictor to hidden_states"),),
     "replay.name": ALWAYS,
     **_all("replay", ("capacity", "max_age", "min_age", "memory"), STORES),
     **_all("replay", ("max_uses", "max_share", "order", "ess_floor"), POPO),

@@ -13,7 +13,7 @@ from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.engine.draw import select
 from pspo_jax.selection.engine.longest_first import longest_first
 from pspo_jax.selection.engine.selector import LOWEST_SCORE, SelectorState, follow, init, make_engine, observe
-from pspo_jax.selection.engine.summary import batch_metrics, summary, to_table
+from pspo_jax.selection.engine.summary import batch_metrics, outcome_metrics, summary, to_table
 from pspo_jax.selection.greso import greso
 from pspo_jax.selection.interface import (
     PromptMetadata,
@@ -66,6 +66,7 @@ def make(scorer: Scorer, config: SelectionConfig, context: SelectorContext) -> S
         observe=partial(observe, engine),
         follow=partial(follow, engine),
         batch_metrics=partial(batch_metrics, engine),
+        outcome_metrics=partial(outcome_metrics, engine),
         summary=partial(summary, engine),
         to_table=partial(to_table, engine),
     )

@@ -26,22 +26,19 @@ from jaxtyping import Array, Float, Int
 from pspo_jax.arrays.per_prompt import follow_rows
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import ForgettingConfig
-from pspo_jax.selection.beliefs import Beliefs, discount, kept
+from pspo_jax.selection.beliefs import Beliefs, kept
 from pspo_jax.selection.interface import PromptMetadata, PromptStats, Step, VisitUpdate
+from pspo_jax.selection.own_counts import OwnCounts, init_counts, learn_counts, with_prior
 
 MAX_BINS = 64
 """Largest number of bins."""
 
 
 class BinnedBeliefs(NamedTuple):
-    """What is known of each prompt beside its bin, as of its last visit."""
+    """What is known of each prompt beside its bin's counts."""
 
-    successes: Float[Array, "R"]
-    """Discounted count of its own successes."""
-    failures: Float[Array, "R"]
-    """Discounted count of its own failures."""
-    policy_drift: Float[Array, "R"]
-    """`TrainState.policy_drift` at the last visit."""
+    own: OwnCounts
+    """Its own counts."""
     bin: Int[Array, "R"]
     """Number of its bin, from 0."""
 
@@ -80,18 +77,14 @@ def init_bins(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> t
     if metadata is None or metadata.bins is None:
         raise ConfigError("selection.bins: the bin of each prompt is not known; pass PromptMetadata with bins, or none")
     bins = jnp.pad(jnp.asarray(metadata.bins, jnp.int8), (0, rows - num_prompts))
-    # Each array has a buffer of its own, because the training step donates its state.
     counts = BinCounts(jnp.zeros(MAX_BINS, jnp.float32), jnp.zeros(MAX_BINS, jnp.float32), jnp.int32(0))
-    successes, failures, policy_drift = (jnp.zeros(rows, jnp.float32) for _ in range(3))
-    return BinnedBeliefs(successes, failures, policy_drift, bins), counts
+    return BinnedBeliefs(init_counts(rows), bins), counts
 
 
 def read_bins(config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, stats: PromptStats) -> Beliefs:
     """The Beta belief about each of m prompts as of step `stats.now`."""
-    strength = config.prior_successes + config.prior_failures
     share = bin_means(config, counts, stats.now)[beliefs.bin.astype(jnp.int32)]
-    own = _as_of_now(config, beliefs, stats)
-    return Beliefs(strength * share + own.successes, strength * (1 - share) + own.failures, beliefs.policy_drift)
+    return with_prior(config, beliefs.own, share, stats)
 
 
 def bin_means(config: ForgettingConfig, counts: BinCounts, now: Step) -> Float[Array, "K"]:
@@ -105,15 +98,6 @@ def learn_bins(
     config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, update: VisitUpdate
 ) -> tuple[BinnedBeliefs, BinCounts]:
     """The state of the round's prompts and of all bins after the round."""
-    drift = jnp.asarray(update.outcome.policy_drift, jnp.float32)
-    own = _as_of_now(config, beliefs, update.stats)
-    rho = jnp.where(update.has_verdict, discount(config, drift - beliefs.policy_drift), 1.0)
-    after = BinnedBeliefs(
-        rho * own.successes + update.successes,
-        rho * own.failures + update.failures,
-        jnp.where(update.has_verdict, drift, beliefs.policy_drift),
-        beliefs.bin,
-    )
     now = jnp.asarray(update.stats.now, jnp.int32)
     keep = kept(config, jnp.maximum(now - counts.step, 0))
 
@@ -121,7 +105,7 @@ def learn_bins(
         """Sum over the prompts of each bin; a prompt that is twice in the batch has its sum in both entries."""
         return _per_bin(jnp.where(update.is_last_entry, values, 0.0), beliefs.bin)
 
-    return after, BinCounts(
+    return beliefs._replace(own=learn_counts(config, beliefs.own, update)), BinCounts(
         keep * counts.successes + total(update.successes), keep * counts.failures + total(update.failures), now
     )
 
@@ -136,14 +120,8 @@ def follow_bins(
     """
     beliefs: BinnedBeliefs = follow_rows(old[0], fresh[0], places)
     beliefs = beliefs._replace(bin=fresh[0].bin)
-    counts = BinCounts(_per_bin(beliefs.successes, beliefs.bin), _per_bin(beliefs.failures, beliefs.bin), old[1].step)
-    return beliefs, counts
-
-
-def _as_of_now(config: ForgettingConfig, beliefs: BinnedBeliefs, stats: PromptStats) -> BinnedBeliefs:
-    """Prompts whose own counts have shrunk in the steps since their last visit."""
-    keep = kept(config, jnp.maximum(stats.now - 1 - stats.last_step, 0))
-    return beliefs._replace(successes=keep * beliefs.successes, failures=keep * beliefs.failures)
+    own = beliefs.own
+    return beliefs, BinCounts(_per_bin(own.successes, beliefs.bin), _per_bin(own.failures, beliefs.bin), old[1].step)
 
 
 def _per_bin(values: Float[Array, "m"], bins: Int[Array, "m"]) -> Float[Array, "K"]:

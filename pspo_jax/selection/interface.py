@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
@@ -35,6 +36,9 @@ class PromptMetadata(NamedTuple):
     the selector does not ask for it."""
     bins: Int[Array | np.ndarray, "N"] | None = None
     """Number of each prompt's bin, from 0; None = selection.bins is none."""
+    features: Float[Array | np.ndarray, "N F"] | jax.ShapeDtypeStruct | None = None
+    """Features of each prompt, each with mean 0 and variance 1 over the data; None = selection.predictor is none. A run
+    that has no weights yet knows their shape alone."""
 
 
 class SelectorContext(NamedTuple):
@@ -113,6 +117,14 @@ class BatchMetricsFn(Protocol):
         ...
 
 
+class OutcomeMetricsFn(Protocol):
+    """Describes the results of a round before they are observed."""
+
+    def __call__(self, state: PyTree, ids: Int[Array, "B"], outcome: RolloutOutcome, step: Step, /) -> BatchMetrics:
+        """Scalars float32, of a state that has not seen the results; NaN = there is no value."""
+        ...
+
+
 class SummaryFn(Protocol):
     """Describes all prompts."""
 
@@ -130,6 +142,10 @@ class TableFn(Protocol):
 
 
 def _no_metrics(state: PyTree, ids: Int[Array, "B"], step: Step) -> BatchMetrics:
+    return {}
+
+
+def _no_outcome_metrics(state: PyTree, ids: Int[Array, "B"], outcome: RolloutOutcome, step: Step) -> BatchMetrics:
     return {}
 
 
@@ -152,6 +168,7 @@ class Selector(NamedTuple):
     observe: ObserveFn
     follow: FollowFn = follow_rows
     batch_metrics: BatchMetricsFn = _no_metrics
+    outcome_metrics: OutcomeMetricsFn = _no_outcome_metrics
     summary: SummaryFn = _no_summary
     to_table: TableFn = _no_table
 
@@ -255,6 +272,20 @@ class TieBreakFn(Protocol):
         ...
 
 
+class ScorerMetricsFn(Protocol):
+    """Describes the results of a round before a scorer learns from them."""
+
+    def __call__(self, per_prompt: PyTree, shared: PyTree, update: VisitUpdate, /) -> BatchMetrics:
+        """Scalars float32 by the keys of metrics.jsonl; NaN = there is no value.
+
+        Args:
+          per_prompt: arrays [B, ...], the state of the round's prompts before the round.
+          shared: the shared state before the round.
+          update: results of the round.
+        """
+        ...
+
+
 class ScorerFollowFn(Protocol):
     """Carries a scorer's state over to changed data."""
 
@@ -332,5 +363,7 @@ class Scorer(NamedTuple):
     follow: ScorerFollowFn | None = None
     """How the state is carried over when the data changes; None = per-prompt arrays follow their prompts, and the
     shared state stays as it is."""
+    metrics: ScorerMetricsFn | None = None
+    """Metrics of a round beside those that all selectors have; None = there are none."""
     priority: ScoreFn | None = None
     """Value of each prompt that reports show; None = `score`."""

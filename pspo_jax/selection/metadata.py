@@ -19,7 +19,8 @@ from pspo_jax.selection.engine.quotas import check_prompts
 def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ...], PromptMetadata | None]:
     """Names of the run's tasks, and what the config's selector reads of each prompt; () and None if it reads nothing.
 
-    A user's own selector may read everything: the task, and the difficulty if the data has one.
+    A user's own selector may read everything: the task, and the difficulty if the data has one. The features of
+    `selection.predictor` are not among it, as they follow from weights.
 
     Raises:
       ConfigError: a quota asks for more prompts than its task has, the data has no difficulty, or too many tasks.
@@ -42,7 +43,7 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
         bins = _task_bins(task_names, task_ids)
     elif kind == "difficulty":
         bins = number_bins(_difficulty(s.difficulty_column, prompts))
-    if not task_names and difficulty is None and bins is None:
+    if not task_names and difficulty is None and bins is None and s.predictor == "none":
         return (), None
     return task_names, PromptMetadata(task_ids, difficulty, bins)
 

@@ -4,13 +4,14 @@ MoPPS (arXiv 2507.04632) draws a success probability from each belief and takes 
 (arXiv 2509.13232) draws prompts in proportion to sqrt(v (1 - v)) + floor, where v is the belief's mean. posterior_mixed
 ranks prompts by what makes a rollout worth its cost: the probability that the next group of this size is mixed,
 1 - E[p^G] - E[(1-p)^G]. For G = 8 and p = 0.05 this probability is 0.34, where 4 p (1 - p) is 0.19. With
-`selection.bins`, the prompts of a bin share what is believed of them (`bins.py`).
+`selection.bins`, the prompts of a bin share what is believed of them (`bins.py`); with `selection.predictor`, it is
+predicted from a prompt's features (`predictor.py`).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,20 @@ from pspo_jax.selection.interface import (
     PromptStats,
     Scorer,
     ScorerFollowFn,
+    ScorerMetricsFn,
     SelectorContext,
     VisitUpdate,
 )
+from pspo_jax.selection.predictor import (
+    follow_predictor,
+    init_predictor,
+    learn_predictor,
+    predictor_metrics,
+    read_predictor,
+)
+
+SharedPrior = Literal["none", "bins", "predictor"]
+"""How other prompts decide the mean of a prompt's prior: not at all, as those of its bin, or by a prediction."""
 
 
 class ReadFn(Protocol):
@@ -51,7 +63,8 @@ class ReadFn(Protocol):
 class Tracker(NamedTuple):
     """Beliefs as parts of a scorer: `init`, `learn` and `follow` are the scorer's own.
 
-    The per-prompt state is Beliefs and the shared state a Population; with bins they are BinnedBeliefs and BinCounts.
+    The per-prompt state is Beliefs and the shared state a Population; with bins they are BinnedBeliefs and BinCounts,
+    with a predictor PredictedBeliefs and a Regression.
     """
 
     init: InitFn
@@ -60,18 +73,36 @@ class Tracker(NamedTuple):
     follow: ScorerFollowFn | None
     changes_with_time: bool
     """Whether the belief about a prompt changes in steps in which it is not visited."""
+    metrics: ScorerMetricsFn | None = None
+    """Metrics of a round, as `Scorer.metrics`; None = there are none."""
 
 
-def tracker(forgetting: ForgettingConfig, bins: str = "none", toward_prior: bool = True) -> Tracker:
+def shared_prior(config: SelectionConfig) -> SharedPrior:
+    """The shared prior that the config asks for."""
+    if config.predictor != "none":
+        return "predictor"
+    return "none" if config.bins in (None, "none") else "bins"
+
+
+def tracker(forgetting: ForgettingConfig, prior: SharedPrior = "none", toward_prior: bool = True) -> Tracker:
     """The beliefs of a scorer.
 
     Args:
-      bins: selection.bins; prompts of one bin share what is believed of them, unless it is none.
-      toward_prior: see `update_beliefs`; with bins, forgetting always leads to the prior.
+      prior: how other prompts decide the mean of a prompt's prior.
+      toward_prior: see `update_beliefs`; with a shared prior, forgetting always leads to it.
     """
-    if bins != "none":
+    if prior == "bins":
         learn_in, read_in = partial(learn_bins, forgetting), partial(read_bins, forgetting)
         return Tracker(init_bins, learn_in, read_in, follow_bins, changes_with_time=True)
+    if prior == "predictor":
+        return Tracker(
+            init_predictor,
+            partial(learn_predictor, forgetting),
+            partial(read_predictor, forgetting),
+            follow_predictor,
+            changes_with_time=True,
+            metrics=partial(predictor_metrics, forgetting),
+        )
 
     def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[Beliefs, Population]:
         return init_beliefs(forgetting, rows)
@@ -93,7 +124,7 @@ def tracker(forgetting: ForgettingConfig, bins: str = "none", toward_prior: bool
 
 def mopps(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The prompts of a pool of candidates whose drawn success probability is nearest to one half."""
-    beliefs = tracker(forgetting, config.bins or "none")
+    beliefs = tracker(forgetting, shared_prior(config))
 
     def candidate_score(
         key: Key[Array, ""], per_prompt: PyTree, shared: PyTree, stats: PromptStats
@@ -112,13 +143,14 @@ def mopps(config: SelectionConfig, forgetting: ForgettingConfig, context: Select
         _ones,
         candidate_score=candidate_score,
         follow=beliefs.follow,
+        metrics=beliefs.metrics,
         priority=priority,
     )
 
 
 def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The prompts whose next group is most likely mixed, by their beliefs or by a draw from these (Thompson)."""
-    beliefs = tracker(forgetting, config.bins or "none")
+    beliefs = tracker(forgetting, shared_prior(config))
 
     def expected(per_prompt: PyTree, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
         belief = beliefs.read(per_prompt, shared, stats)
@@ -129,10 +161,19 @@ def posterior_mixed(config: SelectionConfig, forgetting: ForgettingConfig, conte
         p = jax.random.beta(key, belief.a, belief.b)
         return 1 - p**context.group_size - (1 - p) ** context.group_size
 
-    init, learn, _, follow, changes = beliefs
+    init, learn, _, follow, changes, metrics = beliefs
     if config.draw == "thompson":
-        return Scorer("candidates", init, learn, _ones, candidate_score=drawn, follow=follow, priority=expected)
-    return Scorer("top", init, learn, expected, follow=follow, time_dependent=changes)
+        return Scorer(
+            "candidates",
+            init,
+            learn,
+            _ones,
+            candidate_score=drawn,
+            follow=follow,
+            metrics=metrics,
+            priority=expected,
+        )
+    return Scorer("top", init, learn, expected, follow=follow, metrics=metrics, time_dependent=changes)
 
 
 def spo(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:

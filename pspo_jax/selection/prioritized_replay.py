@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from pspo_jax.arrays.per_prompt import follow_rows
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.selection.beliefs import Beliefs, mean
-from pspo_jax.selection.bins import BinCounts, BinnedBeliefs, follow_bins
+from pspo_jax.selection.bins import BinnedBeliefs
 from pspo_jax.selection.engine.selector import LOWEST_SCORE
 from pspo_jax.selection.interface import PromptMetadata, PromptStats, Ranked, Scorer, SelectorContext, Step, VisitUpdate
-from pspo_jax.selection.posterior import tracker
+from pspo_jax.selection.posterior import shared_prior, tracker
+from pspo_jax.selection.predictor import PredictedBeliefs
 
 RANKED, SOLVED, UNSOLVED = 0, 1, 2
 MAX_WAIT = 2**20
@@ -32,7 +33,7 @@ MAX_WAIT = 2**20
 class RetestState(NamedTuple):
     """Per-prompt arrays of the selector."""
 
-    beliefs: Beliefs | BinnedBeliefs | None
+    beliefs: Beliefs | BinnedBeliefs | PredictedBeliefs | None
     """Beliefs of the success probability; None = the estimate is the last group's success."""
     last_success: Float[Array, "R"] | None
     """Mean success of the last group, 1/2 before there is one; None = the estimate is the belief."""
@@ -47,8 +48,9 @@ class RetestState(NamedTuple):
 def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
     """The top B prompts by omega, ties by the oldest visit, with retests."""
     by_last = config.estimate == "last"
-    bins = "none" if by_last else config.bins or "none"
-    tracked, in_bins = tracker(forgetting, bins), bins != "none"
+    tracked = tracker(forgetting, "none" if by_last else shared_prior(config))
+    follow_beliefs = tracked.follow
+    shares_prior = follow_beliefs is not None
 
     def init(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[RetestState, PyTree]:
         beliefs, shared = tracked.init(num_prompts, rows, metadata)
@@ -80,8 +82,8 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
             assert state.beliefs is not None
             p = mean(tracked.read(state.beliefs, shared, stats))
         value = p * (1 - p)
-        # The bin of a prompt that was never tried says something about it.
-        return value if in_bins else jnp.where(stats.last_step < 0, 0.25, value)
+        # Its bin or its features say something about a prompt that was never tried.
+        return value if shares_prior else jnp.where(stats.last_step < 0, 0.25, value)
 
     def score(state: RetestState, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
         return jnp.where(state.pool == RANKED, omega(state, shared, stats), -state.due.astype(jnp.float32))
@@ -90,13 +92,12 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
         return jnp.where(state.pool == RANKED, omega(state, shared, stats), 0.0)
 
     def follow(
-        old: tuple[RetestState, BinCounts], fresh: tuple[RetestState, BinCounts], places: Int[Array, "N"]
-    ) -> tuple[RetestState, BinCounts]:
-        before, new = old[0].beliefs, fresh[0].beliefs
-        assert isinstance(before, BinnedBeliefs) and isinstance(new, BinnedBeliefs)
-        beliefs, counts = follow_bins((before, old[1]), (new, fresh[1]), places)
-        per_prompt: RetestState = follow_rows(old[0], fresh[0], places)
-        return per_prompt._replace(beliefs=beliefs), counts
+        old: tuple[RetestState, PyTree], fresh: tuple[RetestState, PyTree], places: Int[Array, "N"]
+    ) -> tuple[RetestState, PyTree]:
+        assert follow_beliefs is not None
+        beliefs, shared = follow_beliefs((old[0].beliefs, old[1]), (fresh[0].beliefs, fresh[1]), places)
+        others: RetestState = follow_rows(old[0]._replace(beliefs=None), fresh[0]._replace(beliefs=None), places)
+        return others._replace(beliefs=beliefs), shared
 
     def merge_pools(pools: list[Ranked], step: Step, k: int, last_rollout_step: Step) -> Ranked:
         return with_retests(config, pools, step, k, last_rollout_step)
@@ -110,7 +111,8 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
         pool_ids=lambda state, stats: state.pool.astype(jnp.int32),
         merge_pools=merge_pools,
         time_dependent=tracked.changes_with_time,
-        follow=follow if in_bins else None,
+        follow=follow if shares_prior else None,
+        metrics=tracked.metrics,
         priority=priority,
     )
 

@@ -259,7 +259,7 @@ def _begin(run: _Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting]
             "algorithm.variant=published_code: advantages and loss weights have the defects of PSPO's published code "
             "(docs/algorithms.md); for parity studies only"
         )
-    return place_state(setup, first.params, first.frozen), totals
+    return place_state(setup, first.params, first.frozen, progress), totals
 
 
 def _record_start(run: _Run, step: int, changed: list[history.Change]) -> None:

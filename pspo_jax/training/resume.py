@@ -30,7 +30,7 @@ from pspo_jax.selection import PromptMetadata
 from pspo_jax.system.buckets import Place, read_bytes
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
-from pspo_jax.training.setup import Setup, load_base
+from pspo_jax.training.setup import Setup, known_prompts, load_base
 
 
 class _Holder(Protocol):
@@ -110,8 +110,6 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
     if found is None:
         return None
     saved, metadata = found
-    if places:
-        saved = _follow(setup, saved, *places[-1], progress.say)
     frozen = None
     if setup.architecture.lora is not None:
         frozen = load_base(setup)
@@ -122,6 +120,9 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
                 f"model.source={setup.config.model.source}: its weights differ from those this run's adapters were "
                 f"trained on ({error}); restore them or choose another --run.dir"
             ) from error
+    if places:
+        known = known_prompts(setup, saved.joined(frozen).weights, progress)
+        saved = _follow(setup, saved, known, *places[-1], progress.say)
     state = saved.joined(frozen)
     progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
     return Restored(state, RunAccounting(metadata["totals"]), changed)
@@ -224,7 +225,7 @@ def _abstract_of(setup: Setup, prompts: int, saved_layout: dict[str, str]) -> Sa
     """The saved state's shapes for another number of prompts, and for stored prompts of another padded length."""
 
     def init_selector() -> PyTree:
-        metadata = jax.tree.map(lambda x: jnp.zeros(prompts, x.dtype), setup.prompt_metadata)
+        metadata = jax.tree.map(lambda x: jnp.zeros((prompts, *x.shape[1:]), x.dtype), setup.prompt_metadata)
         return algorithm.selector.init(prompts, metadata)
 
     def sized(init: Callable[[], PyTree]) -> PyTree:
@@ -259,6 +260,7 @@ def _with_tokens(holder: _Holder, tokens: PyTree) -> _Holder:
 def _follow(
     setup: Setup,
     saved: SavedState,
+    known: PromptMetadata | None,
     places: Int[np.ndarray, "N"],
     new_rows: Int[np.ndarray, "M"],
     say: Callable[[str], None],
@@ -268,6 +270,7 @@ def _follow(
     New prompts start as in a new run.
 
     Args:
+      known: what selectors may read of the new prompts.
       places: each new prompt's old row; -1 = it was not there.
       new_rows: each old prompt's new row; -1 = it is gone.
     """
@@ -287,7 +290,7 @@ def _follow(
             stored[name] = _stored(setup, name, holder, new_rows, say)
     return dataclasses.replace(
         saved,
-        selector=jax.jit(move_selector, out_shardings=shardings.selector)(saved.selector, setup.prompt_metadata),
+        selector=jax.jit(move_selector, out_shardings=shardings.selector)(saved.selector, known),
         advantage=jax.jit(move_advantage, out_shardings=shardings.advantage)(saved.advantage),
         **stored,
     )

@@ -16,11 +16,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.state import SavedState, TrainState, run_key
 from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import Config
+from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
@@ -51,6 +52,7 @@ from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
 from pspo_jax.training.machine_defaults import with_memory, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
+from pspo_jax.training.prompt_features import feature_width, prompt_features
 from pspo_jax.training.step import init_state
 from pspo_jax.training.supervised import settings
 from pspo_jax.verifiers.workers.pool import Pool
@@ -70,7 +72,8 @@ class Setup(NamedTuple):
     algorithm: Algorithm
     optimizer: optax.GradientTransformation
     prompt_metadata: PromptMetadata | None
-    """Tasks and difficulties of the training prompts, which selectors may read, on the host."""
+    """Tasks and difficulties of the training prompts, which selectors may read, on the host. Of features, which follow
+    from weights, there is the shape; see `known_prompts`."""
     abstract: TrainState
     """The train state as ShapeDtypeStructs with shardings."""
 
@@ -225,6 +228,10 @@ def _with_strategies(
     """The setup with the strategies and the optimizer that the config names, and the shapes of its state."""
     model = transformer(architecture)
     names, metadata = load_metadata(config, task.train)
+    if metadata is not None and config.selection.predictor != "none":
+        weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
+        width = feature_width(model, weights)
+        metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))
     algorithm = build(config, names)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     shapes = jax.eval_shape(
@@ -375,15 +382,41 @@ def new_state(
     )
 
 
-def place_state(setup: Setup, params: PyTree, frozen: PyTree | None = None) -> TrainState:
-    """`new_state` on the mesh; donates `params`. Frozen weights stay the buffers that they are."""
+def known_prompts(setup: Setup, weights: PyTree, progress: Progress | None = None) -> PromptMetadata | None:
+    """What selectors may read of the training prompts, with their features by these weights if a selector reads them.
+
+    Args:
+      weights: the weights that the model's functions take.
+      progress: shows how many features are computed; None = nothing is shown.
+    """
+    known, config = setup.prompt_metadata, setup.config
+    if known is None or known.features is None:
+        return known
+    progress = progress or Progress(enabled=False, quiet=True)
+    with progress.phase("prompt features", len(setup.task.train.lengths)) as bar:
+        # As many prompts as a rollout reads at a time; the mesh divides them, and they fit where a rollout does.
+        batch = round_prompts(config) // config.rollout.chunks
+        train, seed = setup.task.train, config.run.seed
+        features = prompt_features(setup.model, weights, train.tokens, train.lengths, batch, seed, setup.mesh, bar)
+    return known._replace(features=features)
+
+
+def place_state(
+    setup: Setup, params: PyTree, frozen: PyTree | None = None, progress: Progress | None = None
+) -> TrainState:
+    """`new_state` on the mesh; donates `params`. Frozen weights stay the buffers that they are.
+
+    Args:
+      progress: see `known_prompts`.
+    """
 
     def init(params: PyTree, known: PromptMetadata | None) -> SavedState:
         parts = setup.config, setup.task, setup.algorithm, setup.optimizer
         return new_state(*parts, params, frozen, known).to_save()
 
+    known = known_prompts(setup, merge_params(params, frozen), progress)
     jitted = jax.jit(init, donate_argnums=0, out_shardings=setup.shardings.to_save())
-    return jitted(params, setup.prompt_metadata).joined(frozen)
+    return jitted(params, known).joined(frozen)
 
 
 def load_base(setup: Setup) -> PyTree:

@@ -249,9 +249,11 @@ def assign_advantages(
     raw = group_advantages(rewards, ddof=config.advantage.ddof, eps=config.advantage.eps)
     seen = scaled_over_round(algorithm, advantages, rewards)
     outcome = RolloutOutcome(rewards, seen, raw, state.policy_drift, rollouts.lengths, verdicts)
+    before_learning = algorithm.selector.outcome_metrics(state.selector, ids, outcome, state.step)
     selector_state = algorithm.selector.observe(state.selector, ids, outcome, state.step)
     groups = groups_of(rollouts, rewards, advantages, state.step)
     metrics = rollout_metrics(rollouts, rewards, jnp.clip(rewards, 0, 1) if verdicts is None else verdicts)
+    metrics |= before_learning
     metrics["groups/effective"] = effective(groups, config.replay.effective).sum().astype(jnp.float32)
     if algorithm.estimator.over_batch is None:
         metrics["advantages/abs_mean"] = jnp.abs(advantages).mean()

@@ -175,8 +175,8 @@ def test_counts_follow_their_prompts_and_bins_are_numbered_anew():
     fresh = tested.init(4, metadata([2, 0, 2, 1]))
     state = tested.follow(state, fresh, jnp.array([5, -1, 0, 3]))
     beliefs = state.per_prompt.beliefs
-    np.testing.assert_allclose(beliefs.successes[:4], [1, 0, GROUP, 0])
-    np.testing.assert_allclose(beliefs.failures[:4], [GROUP - 1, 0, 0, 0])
+    np.testing.assert_allclose(beliefs.own.successes[:4], [1, 0, GROUP, 0])
+    np.testing.assert_allclose(beliefs.own.failures[:4], [GROUP - 1, 0, 0, 0])
     assert beliefs.bin[:4].tolist() == [2, 0, 2, 1]
     np.testing.assert_allclose(state.shared.successes[:3], [0, 0, GROUP + 1])
     np.testing.assert_allclose(state.shared.failures[:3], [0, 0, GROUP - 1])

@@ -15,6 +15,7 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.rollout import SamplingParams, counting_sampler
+from pspo_jax.selection import PromptMetadata
 from pspo_jax.selection.engine.longest_first import interleave
 from pspo_jax.training.algorithm import build
 from tests.helpers import random_prompts, tiny_policy
@@ -44,6 +45,17 @@ def jitted(function, *static):
 def drawn(selector, state, step):
     ids, weight, state = jitted(selector.select, 3)(state, jax.random.key(step), jnp.int32(step), B)
     return np.asarray(ids), np.asarray(weight), state
+
+
+def test_metrics_of_a_round_are_those_of_the_selector():
+    plain, ordered = selectors(**{"algorithm.name": "posterior_mixed", "selection.predictor": "hidden_states"})
+    known = PromptMetadata(np.zeros(N, np.int16), features=np.zeros((N, 3), np.float32))
+
+    def metrics(selector):
+        found = selector.outcome_metrics(selector.init(N, known), jnp.arange(B), outcome([5] * B), 0)
+        return {name: float(value) for name, value in found.items()}
+
+    assert metrics(plain) == metrics(ordered) == {"selection/predictor_error": pytest.approx(0, abs=1e-6)}
 
 
 @pytest.mark.parametrize("name", [pytest.param("pspo", marks=pytest.mark.slow), "prioritized_replay"])

@@ -79,9 +79,10 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
         select,
         observe,
         follow,
-        lambda state, ids, step: selector.batch_metrics(state.selector, ids, step),
-        lambda state, step: selector.summary(state.selector, step),
-        lambda state, step: selector.to_table(state.selector, step),
+        batch_metrics=lambda state, ids, step: selector.batch_metrics(state.selector, ids, step),
+        outcome_metrics=lambda state, ids, outcome, step: selector.outcome_metrics(state.selector, ids, outcome, step),
+        summary=lambda state, step: selector.summary(state.selector, step),
+        to_table=lambda state, step: selector.to_table(state.selector, step),
     )
 
 

@@ -212,9 +212,8 @@ def observe(
     has_earlier_round = state.now == step + 1
     is_last_entry, group = last_of_each(ids)
     before = take_rows(state.visit_stats, ids)
-    update = _visit_update(
-        engine.config, outcome, PromptStats(ids, before.last_step, before.visits, step), group, is_last_entry
-    )
+    stats = PromptStats(ids, before.last_step, before.visits, step)
+    update = visit_update(engine.config, outcome, stats, group, is_last_entry)
     per_prompt, shared = engine.scorer.learn(take_rows(state.per_prompt, ids), state.shared, update)
     visit_stats = record_visit(before, update.has_verdict, update.success, summed(jnp.ones_like(ids), group), step)
     place = jnp.where(is_last_entry, ids, state.score.shape[0])
@@ -325,9 +324,15 @@ def put_rows(arrays: PyTree, rows: Int[Array, "m"], values: PyTree) -> PyTree:
     return jax.tree.map(lambda x, v: x.at[rows].set(v.astype(x.dtype), mode="drop"), arrays, values)
 
 
-def _visit_update(
+def visit_update(
     config: SelectionConfig, outcome: RolloutOutcome, stats: PromptStats, group: Array, is_last_entry: Array
 ) -> VisitUpdate:
+    """The results of a round as a scorer sees them.
+
+    Args:
+      stats: the visits of the round's prompts before it.
+      group, is_last_entry: as `last_of_each` returns them.
+    """
     signal = outcome.rewards if config.success == "reward" or outcome.verdicts is None else outcome.verdicts
     has_verdict = ~jnp.isnan(signal)
     if config.success_threshold is None:

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.selection.engine.selector import Engine, SelectorState, score_all, take_rows
+from pspo_jax.arrays.per_prompt import last_of_each
+from pspo_jax.arrays.state import RolloutOutcome
+from pspo_jax.selection.engine.selector import Engine, SelectorState, score_all, take_rows, visit_update
 from pspo_jax.selection.engine.stats import ELIGIBLE, EXCLUDED, RESTING, eligibility
-from pspo_jax.selection.interface import BatchMetrics, DataSummary, Step
+from pspo_jax.selection.interface import BatchMetrics, DataSummary, PromptStats, Step
 
 BINS = 30
 
@@ -29,6 +31,19 @@ def batch_metrics(engine: Engine, state: SelectorState, ids: Int[Array, "B"], st
         pool = state.label[ids].astype(jnp.int32) % engine.pools
         out |= {f"selection/from_{name}": (pool == i).sum() for i, name in enumerate(engine.scorer.pools)}
     return {name: jnp.asarray(value, jnp.float32) for name, value in out.items()}
+
+
+def outcome_metrics(
+    engine: Engine, state: SelectorState, ids: Int[Array, "B"], outcome: RolloutOutcome, step: Step
+) -> BatchMetrics:
+    """The scorer's own metrics of a round before it is observed; docs/metrics.md explains them."""
+    if engine.scorer.metrics is None:
+        return {}
+    visits = take_rows(state.visit_stats, ids)
+    is_last_entry, group = last_of_each(ids)
+    stats = PromptStats(ids, visits.last_step, visits.visits, step)
+    update = visit_update(engine.config, outcome, stats, group, is_last_entry)
+    return engine.scorer.metrics(take_rows(state.per_prompt, ids), state.shared, update)
 
 
 def summary(engine: Engine, state: SelectorState, step: Step) -> DataSummary:
