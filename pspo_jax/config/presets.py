@@ -53,6 +53,7 @@ PRESETS: dict[AlgorithmName, dict[str, Value]] = {
         "selection.name": "posterior_mixed",
         "selection.bins": "auto",
         "selection.draw": "thompson",
+        "forgetting.prior_strength": "estimated",
         "replay.name": "popo",
         **_GRPO,
     },
@@ -89,6 +90,7 @@ _SELECTION: dict[str, Value] = {
     "selection.floor": 0.1,
     "selection.bins": "none",
     "selection.draw": "expected",
+    "forgetting.prior_strength": "fixed",
     "forgetting.mode": "fixed",
 }
 SELECTION_PRESETS: dict[str, dict[str, Value]] = {

@@ -191,8 +191,13 @@ class ForgettingConfig:
     """Parameter a of the Beta belief about a prompt before its first visit."""
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter b of the Beta belief about a prompt before its first visit."""
-    predictor_steps: Annotated[float, Range(above=0.0)] = 20.0
-    """selection.predictor: number of steps in which the weight of a group in the regression falls to 1/e."""
+    prior_strength: Literal["fixed", "estimated"] | None = None
+    """selection.bins: number of completions that weigh as much as a bin's mean in the belief about a prompt:
+    prior_successes + prior_failures (fixed), or as many as the spread of success among the bin's groups implies, from
+    0.5 to 64 (estimated). None = estimated for learnability_replay, else fixed."""
+    shared_steps: Annotated[float, Range(above=0.0)] = 20.0
+    """selection.predictor, and bins with prior_strength=estimated: number of steps in which the weight of a group in
+    the regression or in its bin's counts falls to 1/e."""
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,14 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("forgetting", ("half_life", "low", "high"), MEASURES_DRIFT),
     "forgetting.shrinkage": (SELECTOR_HAS_BELIEFS,),
     **_all("forgetting", ("prior_successes", "prior_failures"), HAS_BELIEFS),
-    "forgetting.predictor_steps": (unless("selection.predictor", "none", "set selection.predictor to hidden_states"),),
+    "forgetting.prior_strength": (unless("selection.bins", "none", "set selection.bins"),),
+    "forgetting.shared_steps": (
+        Condition(
+            lambda c: c.selection.predictor != "none" or c.forgetting.prior_strength == "estimated",
+            unread("selection.predictor", "forgetting.prior_strength"),
+            "set selection.predictor to hidden_states, or forgetting.prior_strength to estimated",
+        ),
+    ),
     "replay.name": ALWAYS,
     **_all("replay", ("capacity", "max_age", "min_age", "memory"), STORES),
     **_all("replay", ("max_uses", "max_share", "order", "ess_floor"), POPO),

@@ -32,6 +32,8 @@ from pspo_jax.selection.own_counts import OwnCounts, init_counts, learn_counts, 
 
 MAX_BINS = 64
 """Largest number of bins."""
+WEAKEST, STRONGEST = 0.5, 64.0
+"""Bounds of an estimated strength of a bin's mean, in completions."""
 
 
 class BinnedBeliefs(NamedTuple):
@@ -48,8 +50,21 @@ class BinCounts(NamedTuple):
 
     successes: Float[Array, "K"]
     failures: Float[Array, "K"]
+    right_pairs: Float[Array, "K"]
+    """Ordered pairs of completions of one group that are both right: s (s - 1) of each group with s successes."""
+    pairs: Float[Array, "K"]
+    """Ordered pairs of completions of one group that have a verdict."""
     step: Int[Array, ""]
     """Step as of which the counts are discounted."""
+
+
+class BinPriors(NamedTuple):
+    """The prior of each bin's prompts."""
+
+    mean: Float[Array, "K"]
+    """Expected success probability."""
+    strength: Float[Array, "K"]
+    """Number of completions that weigh as much as the prior."""
 
 
 def number_bins(values: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
@@ -77,37 +92,60 @@ def init_bins(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> t
     if metadata is None or metadata.bins is None:
         raise ConfigError("selection.bins: the bin of each prompt is not known; pass PromptMetadata with bins, or none")
     bins = jnp.pad(jnp.asarray(metadata.bins, jnp.int8), (0, rows - num_prompts))
-    counts = BinCounts(jnp.zeros(MAX_BINS, jnp.float32), jnp.zeros(MAX_BINS, jnp.float32), jnp.int32(0))
+    counts = BinCounts(*(jnp.zeros(MAX_BINS, jnp.float32) for _ in range(4)), jnp.int32(0))
     return BinnedBeliefs(init_counts(rows), bins), counts
 
 
 def read_bins(config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, stats: PromptStats) -> Beliefs:
     """The Beta belief about each of m prompts as of step `stats.now`."""
-    share = bin_means(config, counts, stats.now)[beliefs.bin.astype(jnp.int32)]
-    return with_prior(config, beliefs.own, share, stats)
+    bins = beliefs.bin.astype(jnp.int32)
+    priors = bin_priors(config, counts, stats.now)
+    return with_prior(config, beliefs.own, priors.mean[bins], stats, priors.strength[bins])
 
 
-def bin_means(config: ForgettingConfig, counts: BinCounts, now: Step) -> Float[Array, "K"]:
-    """Expected success probability of each bin as of step `now`."""
-    keep = kept(config, jnp.maximum(now - counts.step, 0))
-    right, wrong = config.prior_successes + keep * counts.successes, config.prior_failures + keep * counts.failures
-    return right / (right + wrong)
+def bin_priors(config: ForgettingConfig, counts: BinCounts, now: Step) -> BinPriors:
+    """The prior of each bin's prompts as of step `now`."""
+    a0, b0 = config.prior_successes, config.prior_failures
+    counts = _as_of(config, counts, now)
+    mean = (a0 + counts.successes) / (a0 + b0 + counts.successes + counts.failures)
+    if config.prior_strength != "estimated":
+        return BinPriors(mean, jnp.full_like(mean, a0 + b0))
+    # The second moment of Beta(a0, b0), with the weight of as many completions as the prior's own.
+    square = (a0 * (a0 + 1) + counts.right_pairs) / ((a0 + b0) * (a0 + b0 + 1) + counts.pairs)
+    variance = jnp.maximum(square - mean**2, 1e-6)
+    return BinPriors(mean, jnp.clip(mean * (1 - mean) / variance - 1, WEAKEST, STRONGEST))
 
 
 def learn_bins(
     config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, update: VisitUpdate
 ) -> tuple[BinnedBeliefs, BinCounts]:
     """The state of the round's prompts and of all bins after the round."""
-    now = jnp.asarray(update.stats.now, jnp.int32)
-    keep = kept(config, jnp.maximum(now - counts.step, 0))
+    counts = _as_of(config, counts, update.stats.now)
+    own = beliefs._replace(own=learn_counts(config, beliefs.own, update))
+    return own, _plus(counts, beliefs.bin, *_round_counts(update))
 
-    def total(values: Float[Array, "B"]) -> Float[Array, "K"]:
-        """Sum over the prompts of each bin; a prompt that is twice in the batch has its sum in both entries."""
-        return _per_bin(jnp.where(update.is_last_entry, values, 0.0), beliefs.bin)
 
-    return beliefs._replace(own=learn_counts(config, beliefs.own, update)), BinCounts(
-        keep * counts.successes + total(update.successes), keep * counts.failures + total(update.failures), now
-    )
+def _round_counts(update: VisitUpdate) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Successes and failures of each prompt; one that is twice in the batch has its sum in the last of its entries."""
+    right, wrong = (jnp.where(update.is_last_entry, x, 0.0) for x in (update.successes, update.failures))
+    return right, wrong
+
+
+def _plus(counts: BinCounts, bins: Int[Array, "m"], right: Float[Array, "m"], wrong: Float[Array, "m"]) -> BinCounts:
+    """The counts with those of m prompts' groups."""
+    number = right + wrong
+    more = right, wrong, jnp.maximum(right * (right - 1), 0), jnp.maximum(number * (number - 1), 0)
+    sums = (old + _per_bin(values, bins) for old, values in zip(counts[:4], more, strict=True))
+    return BinCounts(*sums, counts.step)
+
+
+def _as_of(config: ForgettingConfig, counts: BinCounts, now: Step) -> BinCounts:
+    """Counts that have shrunk until step `now`."""
+    steps = jnp.maximum(jnp.asarray(now, jnp.int32) - counts.step, 0)
+    keep = kept(config, steps)
+    if config.prior_strength == "estimated":
+        keep *= jnp.exp(-steps.astype(jnp.float32) / config.shared_steps)
+    return BinCounts(*(keep * x for x in counts[:4]), jnp.asarray(now, jnp.int32))
 
 
 def follow_bins(
@@ -120,8 +158,8 @@ def follow_bins(
     """
     beliefs: BinnedBeliefs = follow_rows(old[0], fresh[0], places)
     beliefs = beliefs._replace(bin=fresh[0].bin)
-    own = beliefs.own
-    return beliefs, BinCounts(_per_bin(own.successes, beliefs.bin), _per_bin(own.failures, beliefs.bin), old[1].step)
+    empty = BinCounts(*(jnp.zeros_like(x) for x in old[1][:4]), old[1].step)
+    return beliefs, _plus(empty, beliefs.bin, beliefs.own.successes, beliefs.own.failures)
 
 
 def _per_bin(values: Float[Array, "m"], bins: Int[Array, "m"]) -> Float[Array, "K"]:

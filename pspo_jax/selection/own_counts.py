@@ -46,12 +46,20 @@ def learn_counts(config: ForgettingConfig, counts: OwnCounts, update: VisitUpdat
     )
 
 
-def with_prior(config: ForgettingConfig, counts: OwnCounts, mean: Float[Array, "m"], stats: PromptStats) -> Beliefs:
+def with_prior(
+    config: ForgettingConfig,
+    counts: OwnCounts,
+    mean: Float[Array, "m"],
+    stats: PromptStats,
+    strength: Float[Array, "m"] | None = None,
+) -> Beliefs:
     """The Beta belief about each of m prompts as of step `stats.now`: its own counts and a prior with this mean.
 
-    The prior weighs as much as `prior_successes` + `prior_failures` completions.
+    Args:
+      strength: number of completions that weigh as much as the prior; None = `prior_successes` + `prior_failures`.
     """
-    strength = config.prior_successes + config.prior_failures
+    if strength is None:
+        strength = jnp.full_like(mean, config.prior_successes + config.prior_failures)
     now = _as_of_now(config, counts, stats)
     return Beliefs(strength * mean + now.successes, strength * (1 - mean) + now.failures, counts.policy_drift)
 

@@ -8,7 +8,7 @@ success y of a group is regressed on phi = (1, x / sqrt(F)) in closed form,
 
     A = s I + sum_g w_g phi_g phi_g',    b = s (p0, 0, ..., 0) + sum_g w_g y_g phi_g,    m = phi' A^-1 b
 
-where w_g is the number of the group's completions with a verdict, times exp(-age / `forgetting.predictor_steps`),
+where w_g is the number of the group's completions with a verdict, times exp(-age / `forgetting.shared_steps`),
 because the policy improves. The prior's mean p0 = a0 / (a0 + b0) and its strength s = a0 + b0 are those of
 `ForgettingConfig`. As features are divided by sqrt(F), a typical prompt may deviate from the mean of all prompts by as
 much as that mean may deviate from p0. A prompt with own counts s_q and f_q has the belief
@@ -66,7 +66,7 @@ class Regression(NamedTuple):
     moment: Float[Array, "F+1"]
     """sum_g w_g y_g phi_g."""
     step: Int[Array, ""]
-    """Step as of which the weights are those of `exp(-age / predictor_steps)`."""
+    """Step as of which the weights are those of `exp(-age / shared_steps)`."""
 
 
 def init_predictor(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[PredictedBeliefs, Regression]:
@@ -155,4 +155,4 @@ def follow_predictor(
 
 def _kept(config: ForgettingConfig, steps: Int[Array, ""]) -> Float[Array, ""]:
     """Share of a group's weight that is left after so many steps."""
-    return jnp.exp(-jnp.maximum(steps, 0).astype(jnp.float32) / config.predictor_steps)
+    return jnp.exp(-jnp.maximum(steps, 0).astype(jnp.float32) / config.shared_steps)

@@ -25,7 +25,7 @@ from tests.selection.test_bins import outcome
 from tests.selection.test_posterior import p_mixed
 
 PRIOR = {"prior_successes": 2.0, "prior_failures": 3.0}
-MOVING = ForgettingConfig(mode="policy_drift", shrinkage=0.05, predictor_steps=4.0, **PRIOR)
+MOVING = ForgettingConfig(mode="policy_drift", shrinkage=0.05, shared_steps=4.0, **PRIOR)
 FIXED = ForgettingConfig(mode="fixed", discount=0.8)
 
 
@@ -58,7 +58,7 @@ class Plain:
         moment = np.zeros(self.phi.shape[1])
         moment[0] = f.prior_successes
         for step, row, right, count in self.groups:
-            weight = np.exp(-(now - step) / f.predictor_steps)
+            weight = np.exp(-(now - step) / f.shared_steps)
             precision += weight * count * np.outer(self.phi[row], self.phi[row])
             moment += weight * right * self.phi[row]
         return np.clip(self.phi @ np.linalg.solve(precision, moment), LOWEST, HIGHEST)
@@ -148,9 +148,9 @@ def test_beliefs_equal_a_regression_over_the_whole_history(name, forgetting):
 
 
 @functools.cache
-def three_rounds(predictor_steps, strength):
+def three_rounds(shared_steps, strength):
     """A compiled function of features and three rounds to predictions before and after, regression and priorities."""
-    forgetting = ForgettingConfig("fixed", predictor_steps=predictor_steps, prior_successes=strength)
+    forgetting = ForgettingConfig("fixed", shared_steps=shared_steps, prior_successes=strength)
     tested = made(batch=12, forgetting=forgetting)
 
     def run(features, ids, rewards):
@@ -186,7 +186,7 @@ def test_beliefs_are_sound_for_any_features(features, seed, fields):
 
 def test_much_data_does_not_break_the_equations():
     """A thousand steps of 256 equal prompts whose weights never fall: the regression is that of their mean."""
-    forgetting = ForgettingConfig(mode="fixed", predictor_steps=1e9)
+    forgetting = ForgettingConfig(mode="fixed", shared_steps=1e9)
     beliefs, regression = init_predictor(128, 128, metadata(np.full((128, 64), 5.0)))
     phi = jnp.concatenate([jnp.ones(1), beliefs.features[0]])
     count = 1000 * 256 * 16
