@@ -1,5 +1,6 @@
 """Beliefs shared within a bin: equal to plain floats, acting on draws, returning to bins that were given up."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from pspo_jax.config.schema import CheckpointConfig, Config
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.distributed.mesh import prompts_shardings
 from pspo_jax.selection import PromptMetadata, SelectorContext, selector
-from pspo_jax.selection.bins import MAX_BINS, number_bins
+from pspo_jax.selection.bins import MAX_BINS, STRONGEST, WEAKEST, BinCounts, bin_priors, number_bins
 from tests.helpers import slow_except
 from tests.selection import test_sharded
 from tests.selection.helpers import GROUP
@@ -49,6 +50,8 @@ class Plain:
         self.own = [(0.0, 0.0)] * len(bins)
         self.moved = [0.0] * len(bins)
         self.of_bin = {b: (0.0, 0.0) for b in bins}
+        self.pairs = {b: (0.0, 0.0) for b in bins}
+        """Pairs of right completions, and all pairs, of each bin's groups."""
 
     def step(self, ids, rewards, policy_drift):
         f = self.forgetting
@@ -67,30 +70,45 @@ class Plain:
             self.moved[row] = policy_drift
             of_bin = self.of_bin[self.bins[row]]
             self.of_bin[self.bins[row]] = of_bin[0] + right, of_bin[1] + wrong
+            both, pairs = self.pairs[self.bins[row]]
+            n = len(values)
+            self.pairs[self.bins[row]] = both + max(right * (right - 1), 0), pairs + n * (n - 1)
         # Shrinking comes after the round, for the prompts that had no visit in it, and for all bins.
         self.own = [x if i in visited else (keep * x[0], keep * x[1]) for i, x in enumerate(self.own)]
+        keep *= math.exp(-1 / f.shared_steps) if f.prior_strength == "estimated" else 1
         self.of_bin = {b: (keep * s, keep * f) for b, (s, f) in self.of_bin.items()}
+        self.pairs = {b: (keep * s, keep * f) for b, (s, f) in self.pairs.items()}
+
+    def strength(self, b, share):
+        a0, b0 = self.forgetting.prior_successes, self.forgetting.prior_failures
+        if self.forgetting.prior_strength != "estimated":
+            return a0 + b0
+        both, pairs = self.pairs[b]
+        variance = (a0 * (a0 + 1) + both) / ((a0 + b0) * (a0 + b0 + 1) + pairs) - share**2
+        return min(max(share * (1 - share) / max(variance, 1e-6) - 1, WEAKEST), STRONGEST)
 
     def beliefs(self):
         a0, b0 = self.forgetting.prior_successes, self.forgetting.prior_failures
         for own, b in zip(self.own, self.bins, strict=True):
             right, wrong = self.of_bin[b]
             share = (a0 + right) / (a0 + b0 + right + wrong)
-            yield (a0 + b0) * share + own[0], (a0 + b0) * (1 - share) + own[1]
+            strength = self.strength(b, share)
+            yield strength * share + own[0], strength * (1 - share) + own[1]
 
 
 SCORES = {
     "posterior_mixed": lambda a, b: p_mixed(a, b, GROUP),
     "mopps": lambda a, b: 1 - 2 * abs(a / (a + b) - 0.5),
 }
+ESTIMATED = ForgettingConfig(mode="fixed", discount=0.8, prior_strength="estimated", shared_steps=7.0)
 MOVING = ForgettingConfig(mode="policy_drift", shrinkage=0.05, prior_successes=2.0, prior_failures=3.0)
 
 
 @pytest.mark.parametrize(
     ("name", "forgetting"),
     slow_except(
-        [("posterior_mixed", MOVING)],
-        [("posterior_mixed", MOVING), ("posterior_mixed", FIXED), ("mopps", MOVING)],
+        [("posterior_mixed", MOVING), ("posterior_mixed", ESTIMATED)],
+        [("posterior_mixed", MOVING), ("posterior_mixed", ESTIMATED), ("posterior_mixed", FIXED), ("mopps", MOVING)],
         several=True,
     ),
 )
@@ -140,6 +158,38 @@ def test_a_prompt_that_was_never_tried_is_ranked_by_its_bin(name):
     solved, mixed = np.r_[5:10], np.r_[15:20]
     assert priority["task"][solved].max() < 0.5 * priority["task"][mixed].min()
     assert np.ptp(priority["none"][np.r_[solved, mixed]]) == 0
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (1.0, 4.0), (6.0, 2.0), (0.4, 12.0)])
+def test_the_strength_of_a_bin_is_that_of_the_beta_distribution_its_prompts_come_from(a, b):
+    rng = np.random.default_rng(0)
+    right = rng.binomial(GROUP, rng.beta(a, b, 40_000))
+    total = right.size * GROUP
+    sums = right.sum(), total - right.sum(), (right * (right - 1)).sum(), total * (GROUP - 1)
+    counts = BinCounts(*(jnp.full(1, x, jnp.float32) for x in sums), jnp.int32(0))
+    found = bin_priors(ESTIMATED, counts, 0)
+    assert float(found.mean[0]) == pytest.approx(a / (a + b), abs=0.01)
+    assert float(found.strength[0]) == pytest.approx(a + b, rel=0.1)
+
+
+def test_wrong_labels_do_not_make_a_solved_bin_look_mixed():
+    """Bin 0 is solved but for a quarter of wrong labels; in bin 1 each completion is right once in 16 times.
+
+    A bin's mean with a fixed weight says that the next prompt of bin 0 is the better choice.
+    """
+    bins = np.repeat([0, 1], 24)
+    tried = np.r_[0:16, 24:40]
+    rewards = np.zeros((32, GROUP))
+    rewards[:12] = 1
+    rewards[16:, 0] = np.tile([1.0, 0.0], 8)
+    ranked = {}
+    for strength in ("fixed", "estimated"):
+        tested = made(batch=32, forgetting=ForgettingConfig(mode="fixed", prior_strength=strength))
+        state = tested.observe(tested.init(48, metadata(bins)), jnp.asarray(tried), outcome(rewards), 0)
+        priority = np.asarray(tested.to_table(state, 1)["priority"])
+        ranked[strength] = float(priority[20]), float(priority[44])
+    assert ranked["fixed"][0] > ranked["fixed"][1]
+    assert ranked["estimated"][1] > 1.5 * ranked["estimated"][0]
 
 
 @pytest.mark.parametrize(
