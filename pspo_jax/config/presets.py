@@ -52,7 +52,6 @@ PRESETS: dict[AlgorithmName, dict[str, Value]] = {
     "learnability_replay": {
         "selection.name": "posterior_mixed",
         "selection.bins": "auto",
-        "selection.draw": "thompson",
         "forgetting.prior_strength": "estimated",
         "replay.name": "popo",
         **_GRPO,
@@ -89,7 +88,6 @@ _SELECTION: dict[str, Value] = {
     "selection.correction": 0.0,
     "selection.floor": 0.1,
     "selection.bins": "none",
-    "selection.draw": "expected",
     "forgetting.prior_strength": "fixed",
     "forgetting.mode": "fixed",
 }

@@ -116,9 +116,9 @@ class SelectionConfig:
     of a prompt."""
     retest_share: Annotated[float, Range(0.0, 0.5)] = 0.05
     """prioritized_replay: share of the batch retested from each of the two pools, at least one prompt; 0 = none."""
-    draw: Literal["expected", "thompson"] | None = None
+    draw: Literal["expected", "thompson"] = "expected"
     """posterior_mixed: order of the prompts: all of them by the belief's expectation (expected), or a pool of
-    candidates by one sample from each belief (thompson). None = thompson for learnability_replay, else expected."""
+    candidates by one sample from each belief (thompson)."""
     candidates: Annotated[int, Range(1, 1024)] = 8
     """mopps, and posterior_mixed with draw=thompson: size of the pool of candidates, as a multiple of the batch."""
     greso_base: Annotated[float, Range(0.0, 1.0)] = 0.5
