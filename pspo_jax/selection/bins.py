@@ -92,8 +92,14 @@ def init_bins(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> t
     if metadata is None or metadata.bins is None:
         raise ConfigError("selection.bins: the bin of each prompt is not known; pass PromptMetadata with bins, or none")
     bins = jnp.pad(jnp.asarray(metadata.bins, jnp.int8), (0, rows - num_prompts))
-    counts = BinCounts(*(jnp.zeros(MAX_BINS, jnp.float32) for _ in range(4)), jnp.int32(0))
+    counts = _no_counts(jnp.int32(0))
     return BinnedBeliefs(init_counts(rows), bins), counts
+
+
+def _no_counts(step: Int[Array, ""]) -> BinCounts:
+    # Each array has a buffer of its own, because the training step donates its state.
+    successes, failures, right_pairs, pairs = (jnp.zeros(MAX_BINS, jnp.float32) for _ in range(4))
+    return BinCounts(successes, failures, right_pairs, pairs, step)
 
 
 def read_bins(config: ForgettingConfig, beliefs: BinnedBeliefs, counts: BinCounts, stats: PromptStats) -> Beliefs:
@@ -135,8 +141,9 @@ def _plus(counts: BinCounts, bins: Int[Array, "m"], right: Float[Array, "m"], wr
     """The counts with those of m prompts' groups."""
     number = right + wrong
     more = right, wrong, jnp.maximum(right * (right - 1), 0), jnp.maximum(number * (number - 1), 0)
-    sums = (old + _per_bin(values, bins) for old, values in zip(counts[:4], more, strict=True))
-    return BinCounts(*sums, counts.step)
+    old = counts.successes, counts.failures, counts.right_pairs, counts.pairs
+    successes, failures, right_pairs, pairs = (x + _per_bin(new, bins) for x, new in zip(old, more, strict=True))
+    return BinCounts(successes, failures, right_pairs, pairs, counts.step)
 
 
 def _as_of(config: ForgettingConfig, counts: BinCounts, now: Step) -> BinCounts:
@@ -145,7 +152,9 @@ def _as_of(config: ForgettingConfig, counts: BinCounts, now: Step) -> BinCounts:
     keep = kept(config, steps)
     if config.prior_strength == "estimated":
         keep *= jnp.exp(-steps.astype(jnp.float32) / config.shared_steps)
-    return BinCounts(*(keep * x for x in counts[:4]), jnp.asarray(now, jnp.int32))
+    old = counts.successes, counts.failures, counts.right_pairs, counts.pairs
+    successes, failures, right_pairs, pairs = (keep * x for x in old)
+    return BinCounts(successes, failures, right_pairs, pairs, jnp.asarray(now, jnp.int32))
 
 
 def follow_bins(
@@ -158,8 +167,7 @@ def follow_bins(
     """
     beliefs: BinnedBeliefs = follow_rows(old[0], fresh[0], places)
     beliefs = beliefs._replace(bin=fresh[0].bin)
-    empty = BinCounts(*(jnp.zeros_like(x) for x in old[1][:4]), old[1].step)
-    return beliefs, _plus(empty, beliefs.bin, beliefs.own.successes, beliefs.own.failures)
+    return beliefs, _plus(_no_counts(old[1].step), beliefs.bin, beliefs.own.successes, beliefs.own.failures)
 
 
 def _per_bin(values: Float[Array, "m"], bins: Int[Array, "m"]) -> Float[Array, "K"]:
