@@ -113,6 +113,10 @@ clear_up() {
 }
 trap clear_up EXIT
 
+# What is not copied to the workers: secrets, and what .gitignore names, above all runs and downloaded weights.
+LEFT_OUT=(.git .venv .env .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis __pycache__ '*.egg-info' ./build ./dist ./runs
+  ./weights)
+
 install() {
   local code=0 more=()
   temporary=$(mktemp -d) # readable by its owner alone
@@ -121,8 +125,7 @@ install() {
     write_env "$temporary/train.env"
     chmod 600 "$temporary/train.env"
   fi
-  run tar --exclude .git --exclude .venv --exclude .env --exclude .jax_cache --exclude ./runs -czf "$temporary/code.tar.gz" \
-    -C "$here" . "${more[@]}" || code=$?
+  run tar "${LEFT_OUT[@]/#/--exclude=}" -czf "$temporary/code.tar.gz" -C "$here" . "${more[@]}" || code=$?
   ((code)) || run gcloud compute tpus tpu-vm scp "$temporary/code.tar.gz" "$name:pspo_jax.tar.gz" "${where[@]}" \
     --worker=all || code=$?
   clear_up

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def test_a_pod_run_copies_installs_and_starts_every_worker():
     assert "pip" in lines[2] and "tpu" in lines[2]
     assert "pspo_jax.train" in lines[3] and "/mnt/runs/x" in lines[3]
     assert "HF_TOKEN" in lines[3] and "a b" not in out  # its name, and nowhere its value
+
+
+def test_what_git_ignores_is_not_copied_to_the_workers():
+    """Above all runs and weights, which may be many gigabytes."""
+    out = dry("tpu_pod_run.sh", *POD, "--dry-run", "--", "--run.dir", "gs://b/r")
+    tar = next(line for line in out.splitlines() if " tar " in line)
+    left_out = {word.removeprefix("--exclude=").removeprefix("./") for word in shlex.split(tar)[2:]}
+    ignored = {line.strip("/") for line in (REPO / ".gitignore").read_text().splitlines()}
+    assert ignored <= left_out
 
 
 def test_processes_of_one_machine_find_each_other():
