@@ -70,17 +70,12 @@ def test_arms_run_in_order_and_keep_to_their_regimes_and_seeds(plan, tmp_path):
         ("run.steps", "run.stepps", "stepps"),
     ],
 )
-def test_a_plan_that_cannot_run_is_refused_in_one_line(plan, child_env, old, new, said):
+def test_a_plan_that_cannot_run_is_refused_in_one_line(plan, script, tmp_path, old, new, said):
     plan.write_text(PLAN.replace(old, new))
-    done = subprocess.run(
-        [sys.executable, "scripts/study.py", "--plan", str(plan)],
-        env=child_env,
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    with pytest.raises(SystemExit) as refused:
+        script.run_plan(plan, "confirmation", tmp_path, 1, None)
+    line = str(refused.value.code)
+    assert line.startswith("study.py: error: --plan") and said in line and "\n" not in line
 
 
 def test_jobs_divide_the_cores(script, monkeypatch):
@@ -133,10 +128,10 @@ def test_p_values_are_scipys_and_their_correction_is_holms_definition():
 def test_an_interval_covers_the_mean_and_has_no_width_without_variation():
     rng = np.random.default_rng(1)
     covered = 0
-    for _ in range(40):
+    for _ in range(12):
         low, high = _study_statistics.interval(rng.normal(size=10))[1:]
         covered += low <= 0 <= high
-    assert covered >= 33
+    assert covered >= 9
     assert _study_statistics.interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
