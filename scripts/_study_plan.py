@@ -187,6 +187,17 @@ def read_summaries(path: Path) -> dict[Run, Summary]:
     return {Run(line["part"], line["regime"], line["arm"], line["seed"]): line for line in found}
 
 
+def other_fields(plan: Plan, summaries: Mapping[Run, Summary]) -> list[str]:
+    """What is wrong with lines of runs that the plan does not have, or has with other fields; empty = nothing."""
+    wrong = []
+    for run, line in summaries.items():
+        known = run.regime in plan.regimes and run.arm in plan.arms
+        if not known or fields_of(plan, run) != line["fields"]:
+            name = f"{run.part}, {run.regime}, {run.arm}, seed {run.seed}"
+            wrong.append(f"the line of {name} has other fields than the plan; remove it, or name the arm anew")
+    return wrong
+
+
 def write_summaries(path: Path, summaries: Mapping[Run, Summary]) -> None:
     """Write the lines in a fixed order, so that a file does not depend on which run ended first."""
     lines = [json.dumps(summaries[run], separators=(",", ":")) + "\n" for run in sorted(summaries)]

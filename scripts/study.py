@@ -181,7 +181,10 @@ def run_plan(path: Path, part: str, out: Path, jobs: int, limit: int | None) -> 
     if not runs:
         sys.exit(f"study.py: error: --part {part}: {path} has no such seeds")
     data = path.with_suffix(".jsonl")
-    left = [one for one in runs if one not in _study_plan.read_summaries(data)][:limit]
+    finished = _study_plan.read_summaries(data)
+    for line in _study_plan.other_fields(plan, finished):
+        sys.exit(f"study.py: error: {data}: {line}")
+    left = [one for one in runs if one not in finished][:limit]
     print(f"{len(left)} of {len(runs)} runs are left", flush=True)
     lock = threading.Lock()
     shares: SimpleQueue[set[int]] = SimpleQueue()
@@ -190,13 +193,13 @@ def run_plan(path: Path, part: str, out: Path, jobs: int, limit: int | None) -> 
 
     def finish(one: _study_plan.Run) -> None:
         words = [sys.executable, "-m", "pspo_jax.train", *_study_plan.flags_of(plan, one, out)]
-        folder = _study_plan.folder_of(out, one)
-        if not (folder / "summary.json").exists():
-            cores = shares.get()
-            done = subprocess.run([*pinned(cores), *words], check=False, capture_output=True, text=True)
-            shares.put(cores)
-            if done.returncode:
-                sys.exit(f"study.py: {one}: exit code {done.returncode}: {done.stderr[-2000:]}")
+        cores = shares.get()
+        # A run that has ended in its folder ends at once here, and is refused if its settings are not the plan's.
+        done = subprocess.run([*pinned(cores), *words], check=False, capture_output=True, text=True)
+        shares.put(cores)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            sys.exit(f"study.py: error: {one.regime}, {one.arm}, seed {one.seed}: exit code {done.returncode}: {last}")
         with lock:
             summary = _study_plan.summarise(plan, one, out)
             _study_plan.write_summaries(data, _study_plan.read_summaries(data) | {one: summary})

@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     plan = _study_plan.load_plan(args.plan)
     summaries = _study_plan.read_summaries(args.plan.with_suffix(".jsonl"))
+    for line in _study_plan.other_fields(plan, summaries):
+        parser.error(f"{args.plan.with_suffix('.jsonl')}: {line}")
     found = tables(plan, summaries)
     if args.write is None:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in found.items()))

@@ -12,6 +12,11 @@ counts of every bin and of every prompt that is not visited: a prompt's belief d
 a bin that no draw reaches drifts to that of the prior, so that neither is given up for good. MarinSkyRL
 (marin-community) weighs whole bins by 1 - p^n - (1 - p)^n and lets their counts revert for the same reason; here the
 prompts keep beliefs of their own.
+
+With `prior_strength=estimated`, the bin's mean weighs M completions in place of a0 + b0. With q the share of ordered
+pairs of completions of one group that are both right, M = m (1 - m) / (q - m^2) - 1, the method of moments for the
+beta-binomial, within `WEAKEST` and `STRONGEST`: prompts that are alike make M large, and prompts some of which are
+always and the others never solved make it small. Counts of bins then also fade by exp(-1 / `shared_steps`) a step.
 """
 
 from __future__ import annotations
@@ -97,6 +102,7 @@ def init_bins(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> t
 
 
 def _no_counts(step: Int[Array, ""]) -> BinCounts:
+    """The counts of bins in which nothing was seen."""
     # Each array has a buffer of its own, because the training step donates its state.
     successes, failures, right_pairs, pairs = (jnp.zeros(MAX_BINS, jnp.float32) for _ in range(4))
     return BinCounts(successes, failures, right_pairs, pairs, step)
@@ -161,6 +167,8 @@ def follow_bins(
     old: tuple[BinnedBeliefs, BinCounts], fresh: tuple[BinnedBeliefs, BinCounts], places: Int[Array, "N"]
 ) -> tuple[BinnedBeliefs, BinCounts]:
     """The state for changed data. Known prompts keep their own counts, from which the new bins' counts are summed.
+
+    A prompt's own count stands for one group, so that pairs are those of its discounted completions.
 
     Args:
       places: old row of each new prompt; -1 = the prompt is new.

@@ -136,7 +136,9 @@ def test_an_interval_covers_the_mean_and_has_no_width_without_variation():
 
 def line(arm, seed, scores, rollouts=100, **more):
     points = [[step, rollouts * step, 10 * rollouts * step, score, score / 2] for step, score in enumerate(scores)]
-    run = {"part": "confirmation", "regime": "uneven", "arm": arm, "seed": seed, "fields": {}, "points": points}
+    run = {"part": "confirmation", "regime": "uneven", "arm": arm, "seed": seed, "points": points}
+    run["fields"] = {"run.steps": 3, "task.strata": "0=0.8, 3+=0.2", "algorithm.name": arm}
+    run["fields"] |= {"eval.every": 1} if arm == "popo" else {}
     return run | {"kinds": {}, "effective": 0.25} | more
 
 
@@ -158,6 +160,17 @@ def test_tables_pictures_and_their_check(plan, tmp_path, capsys):
         study_tables.main([str(plan), "--write", str(page), "--check"])
     assert not same.value.code
     assert "</svg>" in (tmp_path / "pictures" / "confirmation_uneven.svg").read_text()
+
+
+def test_a_line_of_a_run_with_other_fields_is_refused(plan, script, tmp_path, capsys):
+    one = line("popo", 1, [0.2, 0.8])
+    one["fields"]["eval.every"] = 2
+    plan.with_suffix(".jsonl").write_text(json.dumps(one) + "\n")
+    with pytest.raises(SystemExit, match="popo, seed 1 has other fields than the plan"):
+        script.run_plan(plan, "confirmation", tmp_path, 1, None)
+    with pytest.raises(SystemExit):
+        study_tables.main([str(plan)])
+    assert "popo, seed 1 has other fields" in capsys.readouterr().err
 
 
 def test_a_score_that_is_not_reached_makes_the_share_a_lower_bound():
