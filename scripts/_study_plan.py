@@ -9,8 +9,10 @@
       grpo: {fields: {algorithm.name: grpo}}
       popo: {fields: {algorithm.name: popo}, seeds: {confirmation: [10]}, regimes: [uneven]}
 
-`config: FILE.yaml` beside a regime's fields names its recipe. `seeds` of an arm replaces the study's, part by part, and
-`regimes` of an arm keeps it to these. Arms run in the order of the file, so the most important ones come first.
+`config: FILE.yaml` beside a regime's fields names its recipe. `seeds` of an arm replaces the study's, part by part;
+`seeds` of a regime keeps all arms to these, and `regimes` of an arm keeps it to these. Arms run in the order of the
+file, so the most important ones come first; `block` (5 if absent) is the number of seeds of every arm that run before
+the arms' next seeds.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ import yaml
 Scalar = str | int | float | bool
 
 
+BLOCK = 5
+"""Seeds in a block of a plan that does not say how many."""
+
+
 class Regime(NamedTuple):
     """One setting of the task."""
 
@@ -32,6 +38,8 @@ class Regime(NamedTuple):
     config: str | None
     """Recipe that it starts from; None = the defaults."""
     fields: dict[str, Scalar]
+    seeds: dict[str, list[int]] | None
+    """Seeds of each part that it is kept to; None = an arm's seeds."""
 
 
 class Arm(NamedTuple):
@@ -52,6 +60,8 @@ class Plan(NamedTuple):
     fields: dict[str, Scalar]
     regimes: dict[str, Regime]
     arms: dict[str, Arm]
+    block: int
+    """Seeds of every arm that run before the arms' next seeds."""
 
 
 class Run(NamedTuple):
@@ -87,11 +97,11 @@ def load_plan(path: Path) -> Plan:
       ValueError: the file has an entry that is not known, or an arm names a regime that is not there.
     """
     data = yaml.safe_load(path.read_text())
-    _check(path, "study", data, {"title", "baseline", "fields", "seeds", "regimes", "arms"})
+    _check(path, "study", data, {"title", "baseline", "fields", "seeds", "regimes", "arms", "block"})
     regimes = {}
     for name, entry in data["regimes"].items():
-        _check(path, f"regime {name}", entry, {"title", "config", "fields"})
-        regimes[name] = Regime(entry["title"], entry.get("config"), entry.get("fields", {}))
+        _check(path, f"regime {name}", entry, {"title", "config", "fields", "seeds"})
+        regimes[name] = Regime(entry["title"], entry.get("config"), entry.get("fields", {}), entry.get("seeds"))
     arms = {}
     for name, entry in data["arms"].items():
         _check(path, f"arm {name}", entry, {"fields", "seeds", "regimes", "baseline"})
@@ -101,7 +111,7 @@ def load_plan(path: Path) -> Plan:
         if baseline not in data["arms"]:
             raise ValueError(f"{path}: arm {name}: its baseline {baseline!r} is none of the arms")
         arms[name] = Arm(entry["fields"], data["seeds"] | entry.get("seeds", {}), chosen, baseline)
-    return Plan(data.get("fields", {}), regimes, arms)
+    return Plan(data.get("fields", {}), regimes, arms, data.get("block", BLOCK))
 
 
 def _check(path: Path, where: str, entry: Mapping[str, object], known: set[str]) -> None:
@@ -109,19 +119,16 @@ def _check(path: Path, where: str, entry: Mapping[str, object], known: set[str])
         raise ValueError(f"{path}: {where}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
 
 
-BLOCK = 5
-"""Seeds of every arm that are run before the arms' next seeds."""
-
-
 def runs_of(plan: Plan, part: str) -> list[Run]:
-    """The runs of one part, in blocks of `BLOCK` seeds; in a block arm by arm in the order of the plan, and within an
+    """The runs of one part, in blocks of `plan.block` seeds; in a block arm by arm in the order of the plan, and within an
     arm regime by regime, so that a study that ends early has whole comparisons."""
     found = [
-        (place // BLOCK, Run(part, regime, name, seed))
-        for name, arm in plan.arms.items()
-        for regime in plan.regimes
-        if regime in arm.regimes
-        for place, seed in enumerate(arm.seeds.get(part, []))
+        (place // plan.block, Run(part, name, arm, seed))
+        for arm, entry in plan.arms.items()
+        for name, regime in plan.regimes.items()
+        if name in entry.regimes
+        for place, seed in enumerate(entry.seeds.get(part, []))
+        if regime.seeds is None or seed in regime.seeds.get(part, [])
     ]
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 

@@ -58,6 +58,18 @@ def test_arms_run_in_order_and_keep_to_their_regimes_and_seeds(plan, tmp_path):
     assert words[:6] == ["--run.steps", "3", "--task.strata", "0=0.8, 3+=0.2", "--algorithm.name", "popo"]
 
 
+def test_a_regime_keeps_all_arms_to_its_seeds_and_blocks_come_one_by_one(plan):
+    one = PLAN.replace("{title: as it is}", "{title: as it is, seeds: {confirmation: [2]}}") + "block: 1\n"
+    plan.write_text(one)
+    runs = [tuple(run) for run in _study_plan.runs_of(_study_plan.load_plan(plan), "confirmation")]
+    assert runs == [
+        ("confirmation", "uneven", "grpo", 1),
+        ("confirmation", "uneven", "popo", 1),
+        ("confirmation", "even", "grpo", 2),
+        ("confirmation", "uneven", "grpo", 2),
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
