@@ -120,8 +120,10 @@ def _check(path: Path, where: str, entry: Mapping[str, object], known: set[str])
 
 
 def runs_of(plan: Plan, part: str) -> list[Run]:
-    """The runs of one part, in blocks of `plan.block` seeds; in a block arm by arm in the order of the plan, and within an
-    arm regime by regime, so that a study that ends early has whole comparisons."""
+    """The runs of one part, in blocks of `plan.block` seeds.
+
+    In a block they go arm by arm in the order of the plan, and within an arm regime by regime, so that a study that
+    ends early has whole comparisons."""
     found = [
         (place // plan.block, Run(part, name, arm, seed))
         for arm, entry in plan.arms.items()
