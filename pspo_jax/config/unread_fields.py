@@ -351,7 +351,10 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("forgetting", ("half_life", "low", "high"), MEASURES_DRIFT),
     "forgetting.shrinkage": (SELECTOR_HAS_BELIEFS,),
     **_all("forgetting", ("prior_successes", "prior_failures"), HAS_BELIEFS),
-    "forgetting.prior_strength": (unless("selection.bins", "none", "set selection.bins"),),
+    "forgetting.prior_strength": (
+        unless("selection.bins", "none", "set selection.bins"),
+        when("selection.predictor", "none"),
+    ),
     "forgetting.shared_steps": (
         Condition(
             lambda c: c.selection.predictor != "none" or c.forgetting.prior_strength == "estimated",
