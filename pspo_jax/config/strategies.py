@@ -107,7 +107,7 @@ class SelectionConfig:
     predictor: Literal["none", "hidden_states"] = "none"
     """prioritized_replay, mopps, posterior_mixed: source of a prediction of each prompt's success, which is then the
     mean of its prior: a linear regression of the groups seen so far on the hidden states that the policy from which RL
-    begins has on the prompt (hidden_states), and on the prompt's bin if there are bins."""
+    begins has on the prompt (hidden_states). Cannot be used with bins."""
     estimate: Literal["beta", "last"] = "beta"
     """prioritized_replay: estimate of a prompt's success probability: a discounted Beta belief, or the mean of its last
     group."""
@@ -192,7 +192,7 @@ class ForgettingConfig:
     prior_failures: Annotated[float, Range(above=0.0)] = 1.0
     """Parameter b of the Beta belief about a prompt before its first visit."""
     prior_strength: Literal["fixed", "estimated"] | None = None
-    """selection.bins without a predictor: completions that weigh as much as a bin's mean in the belief about a prompt:
+    """selection.bins: number of completions that weigh as much as a bin's mean in the belief about a prompt:
     prior_successes + prior_failures (fixed), or as many as the spread of success among the bin's groups implies, from
     0.5 to 64 (estimated). None = estimated for learnability_replay, else fixed."""
     shared_steps: Annotated[float, Range(above=0.0)] = 20.0

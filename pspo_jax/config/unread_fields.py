@@ -351,10 +351,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("forgetting", ("half_life", "low", "high"), MEASURES_DRIFT),
     "forgetting.shrinkage": (SELECTOR_HAS_BELIEFS,),
     **_all("forgetting", ("prior_successes", "prior_failures"), HAS_BELIEFS),
-    "forgetting.prior_strength": (
-        unless("selection.bins", "none", "set selection.bins"),
-        when("selection.predictor", "none"),
-    ),
+    "forgetting.prior_strength": (unless("selection.bins", "none", "set selection.bins"),),
     "forgetting.shared_steps": (
         Condition(
             lambda c: c.selection.predictor != "none" or c.forgetting.prior_strength == "estimated",

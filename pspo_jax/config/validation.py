@@ -208,6 +208,11 @@ def _check_strategies(c: Config) -> None:
         )
     if s.easy_from <= s.hard_to:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
+    if s.bins not in (None, "none") and s.predictor != "none":
+        raise ConfigError(
+            f"selection.predictor={s.predictor}: cannot be used with selection.bins={s.bins}, as both decide the prior "
+            "of a prompt's belief; set one of them to none"
+        )
     if f.low > f.high:
         raise ConfigError(f"forgetting.low={f.low}: must be at most forgetting.high={f.high}")
     if c.advantage.name == "tracked_baseline" and c.advantage.scale == "group":

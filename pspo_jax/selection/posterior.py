@@ -78,7 +78,7 @@ class Tracker(NamedTuple):
 
 
 def shared_prior(config: SelectionConfig) -> SharedPrior:
-    """The shared prior that the config asks for; a predictor takes bins as features."""
+    """The shared prior that the config asks for."""
     if config.predictor != "none":
         return "predictor"
     return "none" if config.bins in (None, "none") else "bins"

@@ -11,14 +11,12 @@ success y of a group is regressed on phi = (1, x / sqrt(F)) in closed form,
 where w_g is the number of the group's completions with a verdict, times exp(-age / `forgetting.shared_steps`),
 because the policy improves. The prior's mean p0 = a0 / (a0 + b0) and its strength s = a0 + b0 are those of
 `ForgettingConfig`. As features are divided by sqrt(F), a typical prompt may deviate from the mean of all prompts by as
-much as that mean may deviate from p0. With `selection.bins`, phi also has an indicator of each bin, 1 for the prompt's
-own and 0 for the others, so that the mean of a bin may deviate as much. A prompt with own counts s_q and f_q has the
-belief
+much as that mean may deviate from p0. A prompt with own counts s_q and f_q has the belief
 
     Beta((a0 + b0) m + s_q,    (a0 + b0) (1 - m) + f_q)
 
-with m within `LOWEST` and `HIGHEST`. Without data m is p0. One solution of F + 1 equations (and one more for each bin)
-serves all prompts that are scored at one time.
+with m within `LOWEST` and `HIGHEST`. Without data m is p0. One solution of F + 1 equations serves all prompts that are
+scored at one time.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Float, Int
 
@@ -58,8 +55,7 @@ class PredictedBeliefs(NamedTuple):
     own: OwnCounts
     """Its own counts."""
     features: Float[Array, "R F"]
-    """Its features over sqrt(F), whose squares have the mean 1 / F over all prompts and features, and then the
-    indicators of bins, if there are any."""
+    """Its features over sqrt(F): the mean of their squares over all prompts and features is about 1 / F."""
 
 
 class Regression(NamedTuple):
@@ -76,9 +72,6 @@ class Regression(NamedTuple):
 def init_predictor(num_prompts: int, rows: int, metadata: PromptMetadata | None) -> tuple[PredictedBeliefs, Regression]:
     """The state before any visit.
 
-    Args:
-      metadata: has the features, and the bins if prompts have any.
-
     Raises:
       ConfigError: `metadata` has no features.
     """
@@ -90,10 +83,6 @@ def init_predictor(num_prompts: int, rows: int, metadata: PromptMetadata | None)
     count = features.shape[1]
     features = jnp.nan_to_num(features, nan=0.0, posinf=LARGEST_FEATURE, neginf=-LARGEST_FEATURE)
     features = jnp.clip(features, -LARGEST_FEATURE, LARGEST_FEATURE) / count**0.5
-    if metadata.bins is not None:
-        indicators = np.arange(int(np.max(metadata.bins)) + 1) == np.asarray(metadata.bins)[:, None]
-        features = jnp.concatenate([features, indicators.astype(np.float32)], axis=1)
-        count = features.shape[1]
     features = jnp.pad(features, ((0, rows - num_prompts), (0, 0)))
     precision, moment = jnp.zeros((count + 1, count + 1), jnp.float32), jnp.zeros(count + 1, jnp.float32)
     return PredictedBeliefs(init_counts(rows), features), Regression(precision, moment, jnp.int32(0))

@@ -15,6 +15,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
+from pspo_jax.config.validation import validate
 from pspo_jax.selection import PromptMetadata, SelectorContext, selector
 from pspo_jax.selection.predictor import HIGHEST, LOWEST, init_predictor, predicted
 from tests.helpers import slow_except
@@ -41,11 +42,10 @@ def metadata(features):
 class Plain:
     """Every group that was seen, in float64; predictions solve the whole weighted history anew."""
 
-    def __init__(self, features, forgetting, bins=None):
+    def __init__(self, features, forgetting):
         clipped = np.clip(np.asarray(features, np.float64), -5, 5)
         n, count = clipped.shape
-        indicators = np.zeros((n, 0)) if bins is None else np.eye(max(bins) + 1)[bins]
-        self.phi = np.concatenate([np.ones((n, 1)), clipped / count**0.5, indicators], axis=1)
+        self.phi = np.concatenate([np.ones((n, 1)), clipped / count**0.5], axis=1)
         self.forgetting = forgetting
         self.groups = []
         self.own = np.zeros((n, 2))
@@ -97,16 +97,15 @@ SCORES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "forgetting", "binned"),
+    ("name", "forgetting"),
     slow_except(
-        [("posterior_mixed", MOVING, False), ("posterior_mixed", FIXED, True)],
-        [("posterior_mixed", MOVING, False), ("posterior_mixed", FIXED, True), ("mopps", MOVING, True)],
+        [("posterior_mixed", MOVING)],
+        [("posterior_mixed", MOVING), ("posterior_mixed", FIXED), ("mopps", MOVING)],
         several=True,
     ),
 )
-def test_beliefs_equal_a_regression_over_the_whole_history(name, forgetting, binned):
+def test_beliefs_equal_a_regression_over_the_whole_history(name, forgetting):
     n, batch, rounds, count = 30, 6, 20, 7
-    bins = np.arange(n) * 7 % 4 if binned else None
     tested = made(name, batch, forgetting)
     steps = np.arange(rounds) + (np.arange(rounds) > 12) * 3  # Steps 13 to 15 have no round.
 
@@ -120,7 +119,7 @@ def test_beliefs_equal_a_regression_over_the_whole_history(name, forgetting, bin
     run_steps = jax.jit(lambda features, xs: jax.lax.scan(one, tested.init(n, metadata_of(features)), xs)[1])
 
     def metadata_of(features):
-        return PromptMetadata(jnp.zeros(n, jnp.int16), bins=bins, features=features)
+        return PromptMetadata(jnp.zeros(n, jnp.int16), features=features)
 
     @given(seed=st.integers(0, 2**32))
     @settings(max_examples=5)
@@ -134,7 +133,7 @@ def test_beliefs_equal_a_regression_over_the_whole_history(name, forgetting, bin
         drift = np.cumsum(rng.random(rounds) * 0.02)
         xs = (jnp.asarray(steps), jnp.asarray(ids), jnp.asarray(rewards), jnp.asarray(drift))
         priority, score, error = run_steps(jnp.asarray(features, jnp.float32), xs)
-        plain = Plain(np.float32(features), forgetting, bins)
+        plain = Plain(np.float32(features), forgetting)
         for t, step in enumerate(steps.tolist()):
             if step == 16:
                 plain.own *= (1 - forgetting.shrinkage) ** 3  # No prompt is visited in the steps without a round.
@@ -243,19 +242,10 @@ def test_features_that_are_not_known_are_named(known):
         made().init(8, known)
 
 
-def test_an_untried_prompt_is_predicted_by_its_bin_where_features_say_nothing():
-    """Prompts 0 to 7 are of bin 0 and solved, 8 to 15 of bin 1 and not; the even ones are tried."""
-    known = PromptMetadata(np.zeros(16, np.int16), bins=np.repeat([0, 1], 8), features=np.zeros((16, 3), np.float32))
-    tested = made(batch=8, bins="difficulty")
-    seen = outcome(np.repeat([[1.0], [0.0]], 4, axis=0) * np.ones(GROUP))
-
-    @jax.jit
-    def after_a_round():
-        state = tested.observe(tested.init(16, known), jnp.arange(0, 16, 2), seen, 0)
-        return predicted(FIXED, state.per_prompt.features[:16], state.shared, 1)
-
-    shares = np.asarray(after_a_round())
-    assert np.all(shares[:8] > 0.9) and np.all(shares[8:] < 0.1)
+def test_bins_and_predictor_are_refused_together():
+    fields = {"algorithm.name": "mopps", "selection.bins": "difficulty", "selection.predictor": "hidden_states"}
+    with pytest.raises(ConfigError, match=r"^selection\.predictor=hidden_states: .*bins=difficulty.*; set one of them"):
+        validate(replace(Config(), fields))
 
 
 @pytest.mark.slow
