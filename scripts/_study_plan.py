@@ -12,7 +12,8 @@
 `config: FILE.yaml` beside a regime's fields names its recipe. `seeds` of an arm replaces the study's, part by part;
 `seeds` of a regime keeps all arms to these, and `regimes` of an arm keeps it to these. Arms run in the order of the
 file, so the most important ones come first; `block` (5 if absent) is the number of seeds of every arm that run before
-the arms' next seeds.
+the arms' next seeds. `groups` (a name -> arms) are those that tables show together; without it, all arms are one group
+named summary.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Plan(NamedTuple):
     arms: dict[str, Arm]
     block: int
     """Seeds of every arm that run before the arms' next seeds."""
+    groups: dict[str, list[str]]
+    """Arms that one table shows together, by the table's name."""
 
 
 class Run(NamedTuple):
@@ -97,7 +100,7 @@ def load_plan(path: Path) -> Plan:
       ValueError: the file has an entry that is not known, or an arm names a regime that is not there.
     """
     data = yaml.safe_load(path.read_text())
-    _check(path, "study", data, {"title", "baseline", "fields", "seeds", "regimes", "arms", "block"})
+    _check(path, "study", data, {"title", "baseline", "fields", "seeds", "regimes", "arms", "block", "groups"})
     regimes = {}
     for name, entry in data["regimes"].items():
         _check(path, f"regime {name}", entry, {"title", "config", "fields", "seeds"})
@@ -111,7 +114,13 @@ def load_plan(path: Path) -> Plan:
         if baseline not in data["arms"]:
             raise ValueError(f"{path}: arm {name}: its baseline {baseline!r} is none of the arms")
         arms[name] = Arm(entry["fields"], data["seeds"] | entry.get("seeds", {}), chosen, baseline)
-    return Plan(data.get("fields", {}), regimes, arms, data.get("block", BLOCK))
+    groups = data.get("groups", {"summary": list(arms)})
+    for name, members in groups.items():
+        if unknown := set(members) - arms.keys():
+            raise ValueError(f"{path}: group {name}: no arm {', '.join(sorted(unknown))}")
+        if name in regimes:
+            raise ValueError(f"{path}: group {name}: a regime has this name, and so its table; choose another")
+    return Plan(data.get("fields", {}), regimes, arms, data.get("block", BLOCK), groups)
 
 
 def _check(path: Path, where: str, entry: Mapping[str, object], known: set[str]) -> None:

@@ -2,8 +2,9 @@
 
     python scripts/study_tables.py docs/data/uneven_pools.yaml --write docs/results.md [--check]
 
-The text between `<!-- table NAME -->` and `<!-- end NAME -->` in the document is replaced. The tables are
-`PART summary` (arms by regimes) and `PART REGIME` for each regime. Where the document shows
+The text between `<!-- table NAME -->` and `<!-- end NAME -->` in the document is replaced. The tables are, for each
+group of arms (all of them are `summary` if the plan names no groups), `PART GROUP` with the share of rollouts by regime
+and `PART GROUP gains` with the difference in sampled accuracy, and `PART REGIME` with all figures of a regime. Where the document shows
 `pictures/PART_REGIME.svg`, the curves are drawn. With --check nothing is written, and a table that is not as the data
 say is an error.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,11 +120,18 @@ def share(shares: Iterable[float | None]) -> str:
     return text if not missed else f"≥ {text}, {len(known) - missed} of {len(known)}"
 
 
-def summary_table(plan: Plan, found: Mapping[str, Mapping[str, Comparison]]) -> str:
-    """Arms by regimes: the share of the baseline's rollouts to its final sampled accuracy."""
-    rows = [f"| arm | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
-    for arm in plan.arms:
-        cells = [share(found[regime][arm].rollouts) if arm in found[regime] else "" for regime in found]
+def group_table(
+    plan: Plan,
+    members: Sequence[str],
+    found: Mapping[str, Mapping[str, Comparison]],
+    cell: Callable[[Comparison], str],
+) -> str:
+    """A group's arms by the regimes in which one of them beside its baseline has runs."""
+    others = [arm for arm in members if plan.arms[arm].baseline != arm]
+    columns = [regime for regime in found if any(arm in found[regime] for arm in others or members)]
+    rows = [f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for arm in members:
+        cells = [cell(found[regime][arm]) if arm in found[regime] else "" for regime in columns]
         if any(cells):
             rows.append(f"| `{arm}` | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -168,7 +176,10 @@ def tables(plan: Plan, summaries: Summaries) -> dict[str, str]:
             if arm != plan.arms[arm].baseline and len(one.seeds) >= FEWEST
         }
         corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-        out[f"{part} summary"] = summary_table(plan, found)
+        for name, members in plan.groups.items():
+            others = [arm for arm in members if plan.arms[arm].baseline != arm]
+            out[f"{part} {name}"] = group_table(plan, members, found, lambda one: share(one.rollouts))
+            out[f"{part} {name} gains"] = group_table(plan, others, found, lambda one: signed(one.sampled_gain))
         for regime, arms in found.items():
             of_regime = {arm: p for (where, arm), p in corrected.items() if where == regime}
             out[f"{part} {regime}"] = regime_table(plan, arms, of_regime)

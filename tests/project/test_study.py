@@ -78,6 +78,8 @@ def test_a_regime_keeps_all_arms_to_its_seeds_and_blocks_come_one_by_one(plan):
         ("regimes: [uneven]", "regimes: [odd]", "odd"),
         ("title: as it is", "titel: as it is", "titel"),
         ("algorithm.name: popo", "algorithm.name: poppo", "poppo"),
+        ("arms:", "groups: {few: [gppo]}\narms:", "gppo"),
+        ("arms:", "groups: {even: [grpo]}\narms:", "even"),
         ("run.steps", "run.stepps", "stepps"),
     ],
 )
@@ -162,7 +164,7 @@ def test_tables_pictures_and_their_check(plan, tmp_path, capsys):
     # 0.6 is passed at two thirds of the first step: 67 of the baseline's 200 rollouts.
     assert "| `popo` | `grpo` | 1 | 1.000 | 0.500 | +0.400 | +0.200 | 0.33 | 0.33 |" in out
     page = tmp_path / "page.md"
-    names = ["confirmation summary", "confirmation uneven"]
+    names = ["confirmation summary", "confirmation summary gains", "confirmation uneven"]
     marked = "\n\n".join(f"<!-- table {name} -->\n<!-- end {name} -->" for name in names)
     page.write_text(f"{marked}\n\n![curves](pictures/confirmation_uneven.svg)\n")
     with pytest.raises(SystemExit, match="its tables are not"):
@@ -206,5 +208,5 @@ def test_seeds_that_choose_do_not_confirm():
     for path in (REPO / "docs" / "data").glob("*.yaml"):
         for arm in _study_plan.load_plan(path).arms.values():
             for part, seeds in arm.seeds.items():
-                (confirmed if part.startswith("confirmation") else chosen).update(seeds)
+                (chosen if part.endswith("choice") else confirmed).update(seeds)
     assert chosen and confirmed and not chosen & confirmed
