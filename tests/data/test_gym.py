@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
-from pspo_jax.verifiers.workers.pool import Pool
+from pspo_jax.rewards.text_reward import make_pool
 from tests.conftest import DATA
 from tests.helpers import tiny_config
 
@@ -31,7 +30,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool(VerifierConfig(workers=1, deadline=60)) as entered:
+    """The pool of such a task: it imports reasoning-gym once, before it forks its workers."""
+    fields = {"task__name": "reasoning_gym", "verifier__workers": 1, "verifier__deadline": 60.0}
+    with make_pool(tiny_config(**fields)) as entered:
         yield entered
 
 
