@@ -75,6 +75,17 @@ def make(
     return CompiledSelector(made, batch, jitted | {"init": jax.jit(made.init, static_argnums=0)})
 
 
+def compiled_whole(chosen: Selector) -> Selector:
+    """The selector with each of its functions compiled; otherwise each operation in them is a program of its own."""
+    return chosen._replace(
+        init=jax.jit(chosen.init, static_argnums=0),
+        select=jax.jit(chosen.select, static_argnums=3),
+        observe=jax.jit(chosen.observe),
+        follow=jax.jit(chosen.follow),
+        to_table=jax.jit(chosen.to_table),
+    )
+
+
 def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
     """The outcome of these rewards; advantages are those within the group unless they are given."""
     rewards = np.asarray(rewards, np.float32)

@@ -22,7 +22,7 @@ from pspo_jax.selection import PromptMetadata, SelectorContext, selector
 from pspo_jax.selection.bins import MAX_BINS, STRONGEST, WEAKEST, BinCounts, bin_priors, number_bins
 from tests.helpers import slow_except
 from tests.selection import test_sharded
-from tests.selection.helpers import GROUP
+from tests.selection.helpers import GROUP, compiled_whole
 from tests.selection.test_posterior import p_mixed
 
 FIXED = ForgettingConfig(mode="fixed", discount=0.8)
@@ -30,7 +30,7 @@ FIXED = ForgettingConfig(mode="fixed", discount=0.8)
 
 def made(name="posterior_mixed", batch=4, forgetting=FIXED, **fields):
     config = SelectionConfig(name=name, **({"bins": "task", "max_unjudged": 0} | fields))
-    return selector(config, forgetting, SelectorContext(batch, GROUP, 100, 0))
+    return compiled_whole(selector(config, forgetting, SelectorContext(batch, GROUP, 100, 0)))
 
 
 def metadata(bins):

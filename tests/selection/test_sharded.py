@@ -18,6 +18,7 @@ from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import CheckpointConfig, Config
 from pspo_jax.distributed.mesh import make_mesh, prompts_shardings
 from pspo_jax.selection import SCORERS, PromptMetadata, SelectorContext, selector
+from tests.selection.helpers import compiled_whole
 
 N, B, G = 20_000, 16, 4
 
@@ -119,7 +120,7 @@ def test_a_restored_state_goes_on_as_the_saved_one_on_any_number_of_devices(name
 
 @pytest.mark.parametrize("n", [5, 127, 1000])
 def test_data_that_devices_do_not_divide(n):
-    chosen = selector(*_parts("uniform"), SelectorContext(5, G, 20, 0))
+    chosen = compiled_whole(selector(*_parts("uniform"), SelectorContext(5, G, 20, 0)))
     mesh = mesh_of(8)
     state = jax.jit(
         lambda: chosen.init(n), out_shardings=prompts_shardings(mesh, jax.eval_shape(lambda: chosen.init(n)), n)
