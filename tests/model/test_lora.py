@@ -40,10 +40,14 @@ def adapted(folder, family="qwen2", targets="q,k,v,o,gate,up,down", rank=4, drop
     config = tiny_config(lora__rank=rank, lora__alpha=6.0, lora__targets=targets, lora__dropout=dropout)
     a = dataclasses.replace(source.architecture, lora=lora_of(config.lora))
     model = transformer(a)
-    start = model.init(jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
-    adapters = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), start)
-    return torch_model, source._replace(architecture=a), model, base, adapters
+
+    @jax.jit
+    def random_adapters():
+        keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
+        start = model.init(jax.random.key(seed))
+        return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), start)
+
+    return torch_model, source._replace(architecture=a), model, base, random_adapters()
 
 
 def logits(model, params, tokens=TOKENS):
