@@ -9,7 +9,6 @@ import sys
 import jax
 import pytest
 
-from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
@@ -17,9 +16,9 @@ from pspo_jax.evaluate import main as evaluate
 from pspo_jax.export import main as export
 from pspo_jax.report import main as report
 from pspo_jax.runs.access import choose_steps, read_config
-from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.training.setup import place_state, prepare
 from tests import xla
+from tests.checkpoint.records import saved
 from tests.distributed.processes import free_port
 from tests.helpers import tiny_config
 
@@ -33,17 +32,10 @@ def run(tmp_path_factory):
     folder.mkdir()
     config = tiny_config(run__dir=str(folder), **TRAINED_ON)
     setup = prepare(config)
-    with jax.set_mesh(setup.mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
+    with jax.set_mesh(setup.mesh):
         init = jax.jit(setup.model.init, out_shardings=setup.shardings.params)
-        state = place_state(setup, init(jax.random.key(0)))
-        metadata = {
-            "dataset": setup.task.train.fingerprint(),
-            "source": None,
-            "base": {},
-            "totals": RunAccounting().save(),
-        }
-        checkpoints.save(1, state.to_save(), metadata)
-        checkpoints.wait()
+        with saved(setup, place_state(setup, init(jax.random.key(0))), folder, step=1):
+            pass
     elsewhere = {
         "distributed.coordinator": "10.0.0.2:9876",
         "distributed.processes": 2,

@@ -14,17 +14,15 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.evaluation.runner import _recover
 from pspo_jax.evaluation.statistics import summarise
-from pspo_jax.runs import history
-from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.system.progress import Progress
 from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
+from tests.checkpoint.records import saved
 from tests.helpers import tiny_config
 from tests.runs.processes import metrics
 
@@ -197,7 +195,7 @@ def test_statistics_follow_their_prompts(tmp_path):
     before = prepare(tiny_config(algorithm__name="pspo", run__dir=str(tmp_path)))
     n = len(before.task.train.lengths)
     with jax.set_mesh(before.mesh):
-        state = place_state(before, before.model.init(jax.random.key(0)))
+        state = place_state(before, jax.jit(before.model.init)(jax.random.key(0)))
         marks = np.arange(1, n + 1, dtype=np.float32)
         padded = np.pad(marks, (0, len(state.advantage.mean) - n))
         state = state.replace(
@@ -205,18 +203,7 @@ def test_statistics_follow_their_prompts(tmp_path):
             advantage=state.advantage._replace(mean=jax.device_put(-padded, state.advantage.mean.sharding)),
         )
         resume.save_content(before, tmp_path)
-        with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
-            metadata = {
-                "step": 3,
-                "config": history.settings(before.config),
-                "heldout": before.task.heldout.fingerprint(),
-                "dataset": before.task.train.fingerprint(),
-                "source": None,
-                "base": {},
-                "totals": RunAccounting().save(),
-            }
-            checkpoints.save(3, state.to_save(), metadata)
-            checkpoints.wait()
+        with saved(before, state, tmp_path) as checkpoints:
             refused = prepare(tiny_config(algorithm__name="pspo", run__dir=str(tmp_path), task__train_prompts=56))
             with pytest.raises(ConfigError, match=r"task.train_prompts=40 there, 56 now"):
                 resume.restore(refused, tmp_path, checkpoints, Progress(False))

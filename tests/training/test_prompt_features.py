@@ -12,17 +12,15 @@ import pytest
 
 import pspo_jax as pj
 from pspo_jax.arrays.lora import LoraParams
-from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.model import from_logits, transformer
 from pspo_jax.model.architecture import lora_of
-from pspo_jax.runs import history
-from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.system.progress import Progress
 from pspo_jax.training import prompt_features as tested
 from pspo_jax.training import resume, setup
 from pspo_jax.training.setup import place_state, prepare
+from tests.checkpoint.records import saved
 from tests.distributed.processes import finish_all, launch
 from tests.helpers import random_prompts, tiny_config, tiny_policy
 from tests.runs.processes import finish, metrics, params, start
@@ -41,9 +39,9 @@ def standardised(values):
 
 def directly(hidden, prompts):
     """Mean and last hidden state of each prompt, which is computed by itself without padding."""
-    out = []
+    out, hidden = [], jax.jit(hidden)
     for tokens, length in zip(prompts.tokens, prompts.lengths, strict=True):
-        states = np.asarray(hidden(jnp.asarray(tokens[None, :length])), np.float64)[0]
+        states = np.asarray(hidden(tokens[None, :length]), np.float64)[0]
         out.append(np.concatenate([states.mean(0), states[-1]]))
     return np.array(out)
 
@@ -131,7 +129,7 @@ def test_a_checkpoint_has_the_features_and_changed_data_those_of_the_resumed_wei
     features = before.abstract.selector.per_prompt.features
     assert features.shape == (128, 32) and features.dtype == jnp.float32  # What a plan counts.
     with jax.set_mesh(before.mesh):
-        weights = before.model.init(jax.random.key(5))
+        weights = jax.jit(before.model.init)(jax.random.key(5))
         state = place_state(before, jax.tree.map(jnp.copy, weights))
         belief, regression = state.selector.per_prompt, state.selector.shared
         marks = jnp.arange(128.0)
@@ -140,18 +138,7 @@ def test_a_checkpoint_has_the_features_and_changed_data_those_of_the_resumed_wei
         selector = state.selector._replace(per_prompt=belief, shared=regression)
         state = state.replace(selector=jax.device_put(selector, before.shardings.selector))
         resume.save_content(before, tmp_path)
-        with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
-            metadata = {
-                "step": 3,
-                "config": history.settings(before.config),
-                "dataset": before.task.train.fingerprint(),
-                "heldout": before.task.heldout.fingerprint(),
-                "source": None,
-                "base": {},
-                "totals": RunAccounting().save(),
-            }
-            checkpoints.save(3, state.to_save(), metadata)
-            checkpoints.wait()
+        with saved(before, state, tmp_path) as checkpoints:
             with monkeypatch.context() as patch:
                 patch.setattr(setup, "prompt_features", None)  # Nothing is computed for data that is the same.
                 same = resume.restore(before, tmp_path, checkpoints, Progress(False)).state.selector

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.replay.dynamic_sampling import Queue
 from pspo_jax.runs import history
-from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.system.progress import Progress
 from pspo_jax.training import resume
 from pspo_jax.training.setup import place_state, prepare
+from tests.checkpoint.records import saved
 from tests.helpers import tiny_config
 
 FIELDS = {"algorithm__name": "dapo", "rollout__oversampling": 2.0}
@@ -60,25 +59,14 @@ def test_groups_follow_their_prompts_into_another_padded_length(replay, stored_k
     goes = [i for i, content in enumerate(old) if content not in new]
     rows = [stays[0], goes[0], stays[1], goes[1], stays[2]]
     with jax.set_mesh(before.mesh):
-        state = place_state(before, before.model.init(jax.random.key(0)))
+        state = place_state(before, jax.jit(before.model.init)(jax.random.key(0)))
         ring = dataclasses.replace(state.replay, groups=stored(state.replay.groups, before.task, rows))
         queue = Queue(stored(state.queue.groups, before.task, rows), jnp.int32(len(rows)))
         state = state.replace(
             replay=jax.device_put(ring, before.shardings.replay), queue=jax.device_put(queue, before.shardings.queue)
         )
         resume.save_content(before, tmp_path)
-        with Checkpoints(tmp_path / "checkpoints", before.config.checkpoint) as checkpoints:
-            metadata = {
-                "step": 3,
-                "config": history.settings(after.config),
-                "dataset": before.task.train.fingerprint(),
-                "heldout": before.task.heldout.fingerprint(),
-                "source": None,
-                "base": {},
-                "totals": RunAccounting().save(),
-            }
-            checkpoints.save(3, state.to_save(), metadata)
-            checkpoints.wait()
+        with saved(before, state, tmp_path, config=history.settings(after.config)) as checkpoints:
             found = resume.restore(after, tmp_path, checkpoints, Progress(False)).state
     printed = capsys.readouterr().out
     for kind in (stored_kind, "waiting groups"):
