@@ -155,7 +155,9 @@ def test_chunks_change_nothing(trained, place, child_env):
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.usefixtures("trained")
 def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
+    """Its shapes are those of the run that is trained, whose programs thus serve."""
     done = run(
         child_env,
         place,
@@ -163,13 +165,11 @@ def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
         expect=1,
         task__name="python_function",
         task__function="my_rewards:asleep",
-        task__heldout_prompts=1,
         verifier__wall_limit=0.5,
+        verifier__workers=16,
         reward__require_end=True,
-        eval__samples=1,
-        rollout__prompts=2,
     )
-    assert "100% of the completions have no verdict (16 x deadline: no answer after 0.5 s" in done.stdout
+    assert "100% of the completions have no verdict (64 x deadline: no answer after 0.5 s" in done.stdout
     assert "verifier.max_no_verdict=0.25" in done.stdout
 
 
