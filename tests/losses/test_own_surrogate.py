@@ -1,5 +1,6 @@
 """A user's own surrogate and estimator: they act, and are tried before anything is compiled; the page's code runs."""
 
+import functools
 import re
 import sys
 
@@ -63,16 +64,24 @@ def modules(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def trained(**fields):
-    """Weights and metrics after one step of two iterations."""
-    config = tiny_config(algorithm__name="grpo", loss__num_iterations=2, **fields)
+@functools.cache
+def rolled_out():
+    """(model, params, rollouts, rewards) that every config trains on."""
+    config = tiny_config()
     model, params, _ = tiny_policy(config)
-    algorithm, optimizer = build(config), optax.sgd(5.0)
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
     sample = make_sampler(model, config.rollout.group_size, config.rollout.max_new_tokens, PAD)
     settings = SamplingParams.of(config.rollout, [EOS])
     rollouts = sample(params, random_prompts(config.rollout.prompts, P), jax.random.key(0), settings)
-    rewards = ((rollouts.tokens % 2 == 0) & rollouts.mask).sum(-1) / rollouts.lengths
+    return model, params, rollouts, ((rollouts.tokens % 2 == 0) & rollouts.mask).sum(-1) / rollouts.lengths
+
+
+@functools.cache
+def trained(**fields):
+    """Weights and metrics after one step of two iterations."""
+    config = tiny_config(algorithm__name="grpo", loss__num_iterations=2, **fields)
+    model, params, rollouts, rewards = rolled_out()
+    algorithm, optimizer = build(config), optax.sgd(5.0)
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
     state, metrics = make_train_step(model, optimizer, algorithm, config)(state, rollouts, rewards)
     return state.params, metrics
 
