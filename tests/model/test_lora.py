@@ -37,6 +37,8 @@ def adapted(folder, family="qwen2", targets="q,k,v,o,gate,up,down", rank=4, drop
     """(torch model, source, model, base, random adapters) of a new checkpoint."""
     torch_model = write_checkpoint(folder, family, **fields)
     _, base, source = load(folder)
+    # Weights on a mesh would have the step compiled twice: for the first state, and for what it returns.
+    base = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), base)
     config = tiny_config(lora__rank=rank, lora__alpha=6.0, lora__targets=targets, lora__dropout=dropout)
     a = dataclasses.replace(source.architecture, lora=lora_of(config.lora))
     model = transformer(a)
