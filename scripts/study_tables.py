@@ -4,9 +4,9 @@
 
 The text between `<!-- table NAME -->` and `<!-- end NAME -->` in the document is replaced. The tables are, for each
 group of arms (all of them are `summary` if the plan names no groups), `PART GROUP` with the share of rollouts by regime
-and `PART GROUP gains` with the difference in sampled accuracy, and `PART REGIME` with all figures of a regime. Where the document shows
-`pictures/PART_REGIME.svg`, the curves are drawn. With --check nothing is written, and a table that is not as the data
-say is an error.
+and `PART GROUP gains` with the difference in sampled accuracy, and `PART REGIME` with all figures of a regime. Where
+the document shows `pictures/PART_REGIME.svg`, the curves are drawn. With --check nothing is written, and a table that
+is not as the data say is an error.
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ def tables(plan: Plan, summaries: Summaries) -> dict[str, str]:
         corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
         for name, members in plan.groups.items():
             others = [arm for arm in members if plan.arms[arm].baseline != arm]
+            if not any(arm in arms for arms in found.values() for arm in others or members):
+                continue
             out[f"{part} {name}"] = group_table(plan, members, found, lambda one: share(one.rollouts))
             out[f"{part} {name} gains"] = group_table(plan, others, found, lambda one: signed(one.sampled_gain))
         for regime, arms in found.items():

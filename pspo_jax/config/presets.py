@@ -51,9 +51,8 @@ PRESETS: dict[AlgorithmName, dict[str, Value]] = {
     "popo": {"selection.name": "uniform", "replay.name": "popo", **_GRPO},
     "learnability_replay": {
         "selection.name": "posterior_mixed",
-        "selection.bins": "auto",
-        "forgetting.prior_strength": "estimated",
-        "replay.name": "popo",
+        "selection.predictor": "hidden_states",
+        "replay.name": "aper",
         **_GRPO,
     },
     "aper": {"selection.name": "uniform", "replay.name": "aper", **_GRPO},
@@ -88,6 +87,7 @@ _SELECTION: dict[str, Value] = {
     "selection.correction": 0.0,
     "selection.floor": 0.1,
     "selection.bins": "none",
+    "selection.predictor": "none",
     "forgetting.prior_strength": "fixed",
     "forgetting.mode": "fixed",
 }

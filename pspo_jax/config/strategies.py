@@ -102,12 +102,12 @@ class SelectionConfig:
     """prioritized_replay, mopps, posterior_mixed: bins of prompts that share what is believed of their success: the
     tasks of a mixture or kinds of text_suite (task); or one for each difficulty, at most 64 with about equally many
     prompts (difficulty). auto = difficulty if the data has one, else task, which is one bin for all prompts if there is
-    one task. The prior of a prompt then has its bin's mean, and forgetting.shrinkage leads to it. None = auto for
-    learnability_replay, else none."""
-    predictor: Literal["none", "hidden_states"] = "none"
+    one task. The prior of a prompt then has its bin's mean, and forgetting.shrinkage leads to it. None = none."""
+    predictor: Literal["none", "hidden_states"] | None = None
     """prioritized_replay, mopps, posterior_mixed: source of a prediction of each prompt's success, which is then the
     mean of its prior: a linear regression of the groups seen so far on the hidden states that the policy from which RL
-    begins has on the prompt (hidden_states). Cannot be used with bins."""
+    begins has on the prompt (hidden_states). Cannot be used with bins. None = hidden_states for learnability_replay,
+    else none."""
     estimate: Literal["beta", "last"] = "beta"
     """prioritized_replay: estimate of a prompt's success probability: a discounted Beta belief, or the mean of its last
     group."""
@@ -194,7 +194,7 @@ class ForgettingConfig:
     prior_strength: Literal["fixed", "estimated"] | None = None
     """selection.bins: number of completions that weigh as much as a bin's mean in the belief about a prompt:
     prior_successes + prior_failures (fixed), or as many as the spread of success among the bin's groups implies, from
-    0.5 to 64 (estimated). None = estimated for learnability_replay, else fixed."""
+    0.5 to 64 (estimated). None = fixed."""
     shared_steps: Annotated[float, Range(above=0.0)] = 20.0
     """selection.predictor, and bins with prior_strength=estimated: number of steps in which the weight of a group in
     the regression or in its bin's counts falls to 1/e."""

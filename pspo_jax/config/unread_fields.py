@@ -354,7 +354,7 @@ READ_WHEN: dict[str, Conditions] = {
     "forgetting.prior_strength": (unless("selection.bins", "none", "set selection.bins"),),
     "forgetting.shared_steps": (
         Condition(
-            lambda c: c.selection.predictor != "none" or c.forgetting.prior_strength == "estimated",
+            lambda c: c.selection.predictor not in (None, "none") or c.forgetting.prior_strength == "estimated",
             unread("selection.predictor", "forgetting.prior_strength"),
             "set selection.predictor to hidden_states, or forgetting.prior_strength to estimated",
         ),

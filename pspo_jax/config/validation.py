@@ -208,7 +208,7 @@ def _check_strategies(c: Config) -> None:
         )
     if s.easy_from <= s.hard_to:
         raise ConfigError(f"selection.easy_from={s.easy_from}: must be greater than selection.hard_to={s.hard_to}")
-    if s.bins not in (None, "none") and s.predictor != "none":
+    if s.bins not in (None, "none") and s.predictor not in (None, "none"):
         raise ConfigError(
             f"selection.predictor={s.predictor}: cannot be used with selection.bins={s.bins}, as both decide the prior "
             "of a prompt's belief; set one of them to none"

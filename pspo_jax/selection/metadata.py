@@ -43,7 +43,7 @@ def load_metadata(config: Config, prompts: PromptDataset) -> tuple[tuple[str, ..
         bins = _task_bins(task_names, task_ids)
     elif kind == "difficulty":
         bins = number_bins(_difficulty(s.difficulty_column, prompts))
-    if not task_names and difficulty is None and bins is None and s.predictor == "none":
+    if not task_names and difficulty is None and bins is None and s.predictor in (None, "none"):
         return (), None
     return task_names, PromptMetadata(task_ids, difficulty, bins)
 

@@ -79,7 +79,7 @@ class Tracker(NamedTuple):
 
 def shared_prior(config: SelectionConfig) -> SharedPrior:
     """The shared prior that the config asks for."""
-    if config.predictor != "none":
+    if config.predictor not in (None, "none"):
         return "predictor"
     return "none" if config.bins in (None, "none") else "bins"
 

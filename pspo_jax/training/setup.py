@@ -228,7 +228,7 @@ def _with_strategies(
     """The setup with the strategies and the optimizer that the config names, and the shapes of its state."""
     model = transformer(architecture)
     names, metadata = load_metadata(config, task.train)
-    if metadata is not None and config.selection.predictor != "none":
+    if metadata is not None and resolve(config).selection.predictor not in (None, "none"):
         weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
         width = feature_width(model, weights)
         metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))

@@ -30,7 +30,8 @@ def test_every_algorithm_builds(name):
     config = parse("--algorithm.name", name)
     assert config.algorithm.name == name
     assert None not in (config.selection.name, config.advantage.name, config.loss.name, config.loss.aggregation)
-    columns = PromptMetadata(np.zeros(40, np.int8), np.zeros(40, np.float32), np.zeros(40, np.int8))
+    zeros = np.zeros(40, np.int8)
+    columns = PromptMetadata(zeros, np.zeros(40, np.float32), bins=zeros, features=np.zeros((40, 3), np.float32))
     assert build(config).selector.init(40, columns) is not None
     assert config.run.steps == 150
 

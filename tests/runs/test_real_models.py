@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pspo_jax.arrays.lora import merge_params
+from pspo_jax.export import main as export
 from pspo_jax.model.transformer import transformer
 from tests import xla
 from tests.conftest import DATA
@@ -138,13 +139,11 @@ def test_adapter_checkpoints_are_small_and_resume_to_the_bit(trained, tmp_path, 
     assert [{k: v for k, v in x.items() if not k.startswith(TIMES)} for x in after] == metrics(folder)
 
 
-def test_exported_run_is_the_policy(trained, tmp_path, child_env):
+def test_exported_run_is_the_policy(trained, tmp_path):
     """The folder loads in transformers with its tokenizer, and has the logits of the run's own params."""
     kind, talker, folder = trained
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(out)]
-    done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert export(["--run", str(folder), "--out", str(out)]) == 0
     files = {p.name for p in out.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files
     card = (out / "README.md").read_text()
@@ -161,16 +160,14 @@ def test_exported_run_is_the_policy(trained, tmp_path, child_env):
     assert np.abs(ours - start).max() > 1e-3
 
     if kind == "lora":
-        check_adapter(folder, talker, tmp_path / "adapter", child_env, tokens, ours)
+        check_adapter(folder, talker, tmp_path / "adapter", tokens, ours)
 
 
-def check_adapter(folder, talker, out, env, tokens, merged):
+def check_adapter(folder, talker, out, tokens, merged):
     """PEFT loads the exported adapter over the base and computes what the merged export does."""
     from peft import PeftModel
 
-    command = [sys.executable, "-m", "pspo_jax.export", "--run", str(folder), "--out", str(out), "--adapter-only"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert export(["--run", str(folder), "--out", str(out), "--adapter-only"]) == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
     exported = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(talker), out)
     assert np.abs(torch_logits(exported, tokens) - merged).max() <= 1e-4

@@ -63,7 +63,7 @@ def test_automatic_bins_are_difficulties_else_tasks(prompts):
 
 def test_a_run_says_what_its_automatic_bins_are():
     lines: list[str] = []
-    prepare(tiny_config(algorithm__name="learnability_replay"), say=lines.append)
+    prepare(tiny_config(algorithm__name="posterior_mixed", selection__bins="auto"), say=lines.append)
     assert "selection.bins=auto: prompts of one difficulty share what is believed of their success" in lines
 
 

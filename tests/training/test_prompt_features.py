@@ -27,6 +27,7 @@ from tests.runs.processes import finish, metrics, params, start
 from tests.training.test_train_function import small
 
 PREDICTED = {"algorithm__name": "posterior_mixed", "selection__predictor": "hidden_states"}
+COMPOSED = {"algorithm__name": "learnability_replay"}
 
 
 def dataset(n, width, vocab=13):
@@ -104,7 +105,7 @@ def test_adapters_over_a_frozen_base():
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_carries_on_to_the_bit(tmp_path):
-    fields = PREDICTED | {"run__fingerprint": True, "run__steps": 4, "checkpoint__every": 1, "log__selection_every": 1}
+    fields = COMPOSED | {"run__fingerprint": True, "run__steps": 4, "checkpoint__every": 1, "log__selection_every": 1}
     pj.train(small(tmp_path / "whole", **fields))
     halves = small(tmp_path / "halves", **fields)
     assert not pj.train(halves, callbacks=[lambda step, metrics: step == 2]).finished
@@ -164,7 +165,7 @@ def test_long_prompts_of_a_text_task_need_no_logits():
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path, child_env):
-    fields = PREDICTED | {"run__steps": 3}
+    fields = COMPOSED | {"run__steps": 3}
     finish(start(child_env, tmp_path / "one", **fields))
     finish_all(tmp_path / "two", launch(child_env, tmp_path / "two", 2, 1, mesh__data=2, **fields))
     one, two = (params(tmp_path / name)["selector"]["per_prompt"]["features"] for name in ("one", "two"))
