@@ -169,7 +169,7 @@ def test_no_verdicts_at_all_leave_the_policy_alone():
     _, _, state, step, sample = setup(algorithm__name="pspo")
     before = jax.tree.map(np.asarray, state.params)
     rollouts = sample(state.params, 0)
-    state, metrics = step(state, rollouts, jnp.full((8, 4), jnp.nan))
+    state, metrics = step(state, rollouts, np.full((8, 4), np.nan, np.float32))
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
     assert float(metrics["rewards/no_verdict"]) == 1
     # There is nothing to take a mean of: no reward is not a reward of 0.
@@ -237,6 +237,6 @@ def test_masked_logits_carry_no_gradient():
     def total(p):
         return jax.nn.logsumexp(model.logits(p, jnp.ones((2, 16))), axis=-1).sum()
 
-    head = jax.grad(total)(params)["head"]
+    head = jax.jit(jax.grad(total))(params)["head"]
     assert np.abs(np.asarray(head[:, 14:])).max() == 0
     assert float(model.logits(params, jnp.ones((1, 16)))[0, 15]) == pytest.approx(MASKED)

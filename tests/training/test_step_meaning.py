@@ -263,7 +263,7 @@ def test_published_codes_estimator_has_a_slot_for_each_prompt_of_a_round():
     fields |= {"rollout.prompts": 100, "rollout.oversampling": 4.0}
     made = build(replace(Config(), fields)).estimator
     rewards = np.random.default_rng(0).integers(0, 2, (400, 4)).astype(np.float32)
-    _, after = made.estimate(made.init(1000), np.arange(400), rewards)
+    _, after = jax.jit(made.estimate)(made.init(1000), np.arange(400), rewards)
     assert int(after.visits.sum()) == 400 and after.visits[:400].tolist() == [1] * 400
 
 
