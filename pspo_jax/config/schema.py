@@ -93,6 +93,10 @@ class TaskConfig:
     """Form of the gold answer in its column: the answer itself (none), the text after `####` (gsm8k), a list or the
     text of a list, each member of which is correct (stringified_list), or the last \\boxed{} (boxed). None = a list's
     members where the column holds lists, else the task's usual form."""
+    image_column: str | None = None
+    """Column of a prompt's image, or of the list of its images, for a checkpoint with a vision tower: the bytes, the
+    path or the data URL of each. Their places in the text are marked by <image>. None = the first column found of
+    images and image; "off" = no images are read."""
     choices_column: str = "choices"
     """multiple_choice: column that holds the list of options."""
     choices_answer: ChoicesAnswer | None = None
@@ -145,17 +149,24 @@ class PromptConfig:
     """System message, or the name of a published one: open_rs, open_r1, qwen_math. None = the system message of the row
     or of the template. Rows with a system message of their own are refused if this field is set."""
     question: str = "{question}"
-    """User message, with {question} in place of the question, or the name of a published one: lighteval, boxed. In a
-    conversation it surrounds the last turn, if that is the user's."""
+    """User message, with {question} in place of the question, or the name of a published one: lighteval, boxed, geo3k.
+    In a conversation it surrounds the last turn, if that is the user's."""
     prefill: str = ""
     """Beginning of every answer, such as "<think>\\n". It is part of the prompt, and rewards see it."""
     thinking: bool | None = None
     """Value of the template's enable_thinking (Qwen3); None = the template's default."""
     max_tokens: Annotated[int, Range(1)] = 512
-    """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed."""
+    """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed; the tokens of images
+    count."""
     date: str | None = None
     """Day that the chat template writes as today's date, as YYYY-MM-DD; None = the day on which the run starts, which
     its config.yaml records."""
+    min_pixels: Annotated[int | None, Range(1)] = None
+    """Smallest number of pixels of an image; smaller ones are enlarged. None = the bound of the checkpoint's image
+    processor. 28 x 28 pixels become one token of Qwen2.5-VL, and scores are comparable at equal bounds alone."""
+    max_pixels: Annotated[int | None, Range(1)] = None
+    """Largest number of pixels of an image; larger ones are reduced. None = the bound of the checkpoint's image
+    processor."""
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def _estimator(name: str, *more: Condition) -> Conditions:
 
 
 _RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
-_DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform")
+_DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform", "image_column")
 _MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
 _ROLLOUT = (
@@ -257,7 +257,7 @@ READ_WHEN: dict[str, Conditions] = {
     "task.wrong_labels": (ONE_TASK, task("arithmetic", "countdown", "text_suite", "math", "gsm8k", "multiple_choice")),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
-    **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
+    **_all("prompt", ("template", "question", "prefill", "max_tokens", "min_pixels", "max_pixels"), TEXT),
     **_all("prompt", ("system", "thinking", "date"), TEXT, when("prompt.template", "chat")),
     **_all("model", ("source", "tokenizer"), TEXT),
     "model.revision": (

@@ -258,12 +258,15 @@ def _check_model(c: Config) -> None:
 
 
 def _check_prompt(c: Config) -> None:
-    """Date and stop tokens can be parsed, and the task reads them."""
+    """Date and stop tokens can be parsed, and the task reads them; some image meets the bounds on pixels."""
     if c.prompt.date is not None:
         try:
             datetime.date.fromisoformat(c.prompt.date)
         except ValueError as error:
             raise ConfigError(f"prompt.date={c.prompt.date!r}: must be a day, such as 2026-01-31") from error
+    smallest, largest = c.prompt.min_pixels, c.prompt.max_pixels
+    if smallest is not None and largest is not None and smallest > largest:
+        raise ConfigError(f"prompt.min_pixels={smallest}: must be at most prompt.max_pixels={largest}; lower it")
     if stop_texts(c.rollout.stop) and uses_char_tokenizer(c):
         raise ConfigError(
             f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} with characters always ends with $; drop it"
@@ -299,7 +302,8 @@ def _check_task(c: Config) -> None:
     parse_strata(t.strata)
     if t.dataset is not None:
         _check_list("task.dataset", t.dataset)
-    for name in ("subset", "revision", "prompt_column", "answer_column", "difficulty_column", "function"):
+    columns = ("prompt_column", "answer_column", "image_column", "difficulty_column")
+    for name in ("subset", "revision", *columns, "function"):
         if getattr(t, name) is not None and not getattr(t, name).strip():
             raise ConfigError(f"task.{name}='': must not be empty; leave it out")
     _check_list("task.kinds", t.kinds)
