@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from pspo_jax.data.images.prompt_images import PromptImages
+
 ANSWER_COLUMN = "answer_column"
 """Key of a row's extras: the name of the column that holds its answer, for users' functions."""
 
@@ -72,6 +74,8 @@ class PromptDataset(NamedTuple):
     """Rows of the source that are no prompts."""
     labels: Sequence[str] | None = None
     """Label of each row: its task in a mixture, its kind in the text suite, or its stratum in task.strata."""
+    images: PromptImages | None = None
+    """Images of the prompts; None = they are text alone. `digests` and `identity` then cover the images too."""
 
     def content(self) -> UInt64[np.ndarray, "N"]:
         """A hash of each row that depends on neither the other rows nor their order."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_RATIO = 200
 """Largest ratio of an image's longer side to its shorter one."""
@@ -27,7 +27,7 @@ _TURNED = (5, 6, 7, 8)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message is a clause that says why."""
+    """An image that cannot be used. The message is a clause that says why, in the same words for all such images."""
 
 
 class ImageProcessor(NamedTuple):
@@ -74,7 +74,7 @@ def resized(height: int, width: int, processor: ImageProcessor) -> tuple[int, in
       ImageError: one side is more than MAX_RATIO times as long as the other.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
-        raise ImageError(f"its sides have a ratio above {MAX_RATIO} ({width} x {height} pixels)")
+        raise ImageError(f"its sides have a ratio above {MAX_RATIO}")
     unit, area = processor.unit(), height * width
     rows, columns = round(height / unit), round(width / unit)
     # Sides are divided in this order because another one rounds differently.
@@ -145,10 +145,10 @@ def _orientation(image: Image.Image, data: bytes) -> int:
 
     Pillow decodes a PNG to look for its EXIF data, so it is asked only where the bytes have some.
     """
-    if image.format == "PNG" and "exif" not in image.info:
-        if not any(mark in data for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")):
-            return 1
-    return int(image.getexif().get(274, 1))  # 274 = Orientation
+    marks = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+    if image.format == "PNG" and "exif" not in image.info and not any(mark in data for mark in marks):
+        return 1
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -164,4 +164,6 @@ def _unreadable(error: Exception) -> ImageError:
     """The error of bytes that Pillow cannot read."""
     if isinstance(error, Image.UnidentifiedImageError):
         return ImageError("it is no image of a known format")
-    return ImageError(f"it is broken ({' '.join(str(error).split())[:100] or type(error).__name__})")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError("it has more pixels than Pillow decodes")
+    return ImageError("it is broken or cut off")
