@@ -393,10 +393,10 @@ class RewardConfig:
 
     terms: str = "accuracy"
     """Reward terms and their weights, such as "format=1, cosine=2"; the reward is the weighted sum. Terms: accuracy,
-    format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
-    format: Literal["open_r1", "open_rs"] = "open_r1"
-    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), or exactly one line
-    </think> (open_rs)."""
+    geo3k, format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
+    format: Literal["open_r1", "open_rs", "geo3k"] = "open_r1"
+    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), exactly one line
+    </think> (open_rs), or a think block and a \\boxed{} behind it (geo3k)."""
     cosine_length: Annotated[int, Range(0)] = 0
     """cosine: length in tokens at the end of the reward's range; 0 = rollout.max_new_tokens."""
     cosine_right: str = "0.5,1.0"

@@ -13,7 +13,7 @@ TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")
 """Reward terms that depend on the completion's text."""
 LENGTH_TERMS = ("cosine", "length", "overlong")
 """Reward terms that depend on the verdict and the completion's length."""
-TERMS = ("accuracy", *TEXT_TERMS, *LENGTH_TERMS)
+TERMS = ("accuracy", "geo3k", *TEXT_TERMS, *LENGTH_TERMS)
 _MAX_WEIGHT = 1e6
 _STRATUM = re.compile(r"(\d+(?:\.\d+)?)(?:(\+)|\s*-\s*(\d+(?:\.\d+)?))?")
 
