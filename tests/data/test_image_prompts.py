@@ -15,8 +15,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import PromptConfig
+from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.conversations import IMAGE_PLACE, read_prompt
 from pspo_jax.data.images import cache
@@ -26,6 +27,7 @@ from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
+from pspo_jax.rewards.text_reward import make_pool
 from tests.data.made_images import encoded, noise, picture
 from tests.data.test_image_processor import reference
 from tests.data.visual_tokenizer import TEMPLATE, TEXT_TOKENIZER, transformers_ids, write_visual
@@ -176,7 +178,7 @@ def test_each_image_has_its_run_of_tokens(tokenizer, pieces, data):
     ],
 )
 def test_images_that_do_not_fit_their_marks_are_refused(prompt, count, words, tokenizer):
-    with pytest.raises(PromptError, match="") as error:
+    with pytest.raises(PromptError) as error:
         tokenizer.prompt(prompt, PromptConfig(), [(4, 4)] * count)
     assert words in str(error.value)
 
@@ -347,7 +349,8 @@ def test_images_without_marks_come_first_and_it_is_said(config, tokenizer, tmp_p
 
 
 def test_a_model_of_text_refuses_images_by_name(config, tmp_path):
-    data = parquet(tmp_path / "x.parquet", rows_of(*map(stored, FILES[:3]), problem="Find x."))
+    rows = [row | {"problem": f"Find x{i}."} for i, row in enumerate(rows_of(*map(stored, FILES[:3])))]
+    data = parquet(tmp_path / "x.parquet", rows)
     c = config(task__train_data=data, model__source=None, model__tokenizer=str(TEXT_TOKENIZER))
     text = load_tokenizer(c, None, None)
     message = refused(lambda: make_task(c, text))
@@ -365,10 +368,40 @@ def test_text_trains_a_visual_model(config, tokenizer, tmp_path):
     assert "1 mark <image> for 0 images" in message
 
 
-@pytest.mark.parametrize(("column", "words"), [("nothing", "task.image_column=nothing"), ("", "must not be empty")])
-def test_columns_that_are_not_there_are_refused(column, words, config, tokenizer, tmp_path):
-    c = config(task__train_data=jsonl(tmp_path / "x.jsonl", rows_of("a")), task__image_column=column)
-    assert words in refused(lambda: (validate(c), make_task(c, tokenizer)))
+def test_columns_that_are_not_there_are_refused(config, tokenizer, tmp_path):
+    c = config(task__train_data=jsonl(tmp_path / "x.jsonl", rows_of("a")), task__image_column="nothing")
+    message = refused(lambda: make_task(c, tokenizer))
+    assert "task.image_column=nothing: there is no such column" in message and "images, problem" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task.image_column": ""}, "task.image_column='': must not be empty"),
+        (
+            {"prompt.min_pixels": 10, "prompt.max_pixels": 9},
+            "prompt.min_pixels=10: must be at most prompt.max_pixels=9",
+        ),
+        ({"prompt.max_pixels": 0}, "prompt.max_pixels=0"),
+    ],
+)
+def test_fields_are_checked_before_any_work(fields, words):
+    text = {"task.name": "math", "task.train_data": "x.jsonl", "model.source": "x"}
+    assert words in refused(lambda: validate(replace(Config(), text | fields)))
+
+
+def test_broken_images_are_left_out_before_training(config, tokenizer, tmp_path):
+    broken = picture(90, 90)[:-2000]
+    rows = rows_of(*map(stored, [FILES[0], broken, FILES[1], FILES[2]]))
+    c = config(task__train_data=parquet(tmp_path / "x.parquet", rows), task__check_gold=False, verifier__workers=1)
+    with make_pool(c) as pool:
+        train = make_task(c, tokenizer, pool).train
+    assert [(item.row, item.reason) for item in train.left_out] == [
+        (1, "an image cannot be used: it is broken or cut off")
+    ]
+    assert list(train.answers) == ["0", "2"]
+    assert len(list((tmp_path / "cache" / "images").glob("*/*/*.npy"))) == 3
+    assert not list((tmp_path / "cache" / "images").glob("*/*/*.partial"))
 
 
 def test_videos_are_refused_by_name(config, tokenizer, tmp_path):
