@@ -20,8 +20,8 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.conversations import IMAGE_PLACE, read_prompt
+from pspo_jax.data.image_batches import image_batch
 from pspo_jax.data.images import cache
-from pspo_jax.data.images.batches import image_batch
 from pspo_jax.data.images.processor import ImageProcessor, normalised, patches_of
 from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.images.batches import image_batch
+from pspo_jax.data.image_batches import image_batch
 from pspo_jax.data.images.processor import normalised
 from pspo_jax.data.synthetic import segments as task_of
-from pspo_jax.data.synthetic.segments import PROCESSOR, TOKENIZER, UNIT, draw, generate, segments, sums
+from pspo_jax.data.synthetic.segments import PROCESSOR, TOKENIZER, UNIT, draw, examples, generate, segments, sums
 from pspo_jax.data.task import CompletionBatch
 from tests.helpers import tiny_config
 
@@ -123,17 +123,17 @@ def test_verdicts():
 
 
 def test_demonstrations_misread_long_bars_alone():
-    task = make(heldout_prompts=50)
-    blocks = list(task.demonstrations(3, 2000))
-    assert sum(len(block.prompt_lengths) for block in blocks) == 2000
+    c = tiny_config(task__heldout_prompts=50)
+    blocks = list(examples(c.task, 4, 3, 2000))
+    assert sum(len(block.prompt_lengths) for block, _ in blocks) == 2000
     short, total, easy_wrong = 0, 0, 0
-    for block in blocks:
+    for block, images in blocks:
         for i, (ids, n) in enumerate(zip(block.completions, block.completion_lengths, strict=True)):
             text = TOKENIZER.decode(ids[:n].tolist())
             terms, _, rest = text.partition("=")
             read = [int(term) for term in terms.split("+")]
             assert rest == f"{sum(read)}$"
-            (image,) = block.images.of(i, block.prompts[i, : block.prompt_lengths[i]].tolist())
+            (image,) = images.of(i, block.prompts[i, : block.prompt_lengths[i]].tolist())
             lengths = measured(image_of(image.patches, (image.rows, image.columns)))
             question = TOKENIZER.decode(block.prompts[i, 11 : block.prompt_lengths[i]].tolist())
             for row, value in zip(question.removesuffix("=").split("+"), read, strict=True):
@@ -149,12 +149,14 @@ def test_demonstrations_misread_long_bars_alone():
 def test_demonstrations_hold_no_heldout_problem():
     task = make(heldout_prompts=50)
     held = set(zip(task.heldout.texts, task.heldout.images.keys, strict=True))
-    block = next(task.demonstrations(0, 1024))
+    c = tiny_config(task__heldout_prompts=50)
+    block, images = next(examples(c.task, 4, 0, 1024))
     texts = [TOKENIZER.decode(ids[11:n].tolist()) for ids, n in zip(block.prompts, block.prompt_lengths, strict=True)]
-    assert not held & set(zip(texts, block.images.keys, strict=True))
-    again = next(task.demonstrations(0, 1024))
+    assert not held & set(zip(texts, images.keys, strict=True))
+    again, same = next(examples(c.task, 4, 0, 1024))
     np.testing.assert_array_equal(block.completions, again.completions)
-    assert list(block.images.keys) == list(again.images.keys)
+    np.testing.assert_array_equal(block.completions, next(task.demonstrations(0, 1024)).completions)
+    assert list(images.keys) == list(same.keys)
 
 
 def test_tokens_of_images_are_forbidden():

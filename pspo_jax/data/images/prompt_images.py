@@ -64,17 +64,18 @@ class PromptImages(NamedTuple):
         is not the only one of its size. Equal images count as one.
         """
         rng = np.random.default_rng(seed)
-        source = np.arange(len(self.keys))
+        source = list(range(len(self.keys)))
         for grid in np.unique(self.grids, axis=0):
-            alike = np.flatnonzero((self.grids == grid).all(axis=1))
+            alike = np.flatnonzero((self.grids == grid).all(axis=1)).tolist()
             distinct = list(dict.fromkeys(self.keys[i] for i in alike))
             order = [distinct[i] for i in rng.permutation(len(distinct))]
             following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
             number = {self.keys[i]: i for i in alike}
-            source[alike] = [number[following[self.keys[i]]] for i in alike]
-        return self._replace(keys=[self.keys[i] for i in source], read=lambda i: self.read(int(source[i])))
+            for i in alike:
+                source[i] = number[following[self.keys[i]]]
+        return self._replace(keys=[self.keys[i] for i in source], read=lambda i: self.read(source[i]))
 
 
-def first_of(counts: Sequence[int]) -> Int[np.ndarray, "N+1"]:
+def first_of(counts: Sequence[int] | Int[np.ndarray, "N"]) -> Int[np.ndarray, "N+1"]:
     """`PromptImages.first` for prompts with so many images."""
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)

@@ -73,32 +73,28 @@ class Problems(NamedTuple):
         return Problems(*(column[which] for column in self))
 
 
+class Examples(NamedTuple):
+    """Supervised examples with their images."""
+
+    demonstrations: Demonstrations
+    images: PromptImages
+
+
 def segments(config: TaskConfig, prompt_bucket: int, widths: Sequence[int] = (HEIGHT,)) -> Task:
     """The task of a config; prompts are padded to a multiple of `prompt_bucket`.
+
+    Its demonstrations are those of `examples` without their images.
 
     Args:
       widths: widths of images in pixels, each as frequent as the others and a multiple of 8; several give prompts of
         several lengths.
     """
     train, heldout = _split(config, widths)
-    longest = max(len(row) for row in write_prompts(_joined([train, heldout])))
-    room = -(-longest // prompt_bucket) * prompt_bucket
-    banned = set(_keys(heldout))
+    room, strata = _room(prompt_bucket, widths), parse_strata(config.strata)
 
     def demonstrations(seed: int, count: int) -> Iterator[Demonstrations]:
-        """Fresh examples by the noisy demonstrator; held-out problems are left out."""
-        rng = np.random.default_rng([seed, 2])
-        made = 0
-        while made < count:
-            problems = generate(rng, _BLOCK, widths)
-            problems = problems.take([i for i, key in enumerate(_keys(problems)) if key not in banned])
-            problems = problems.take(slice(0, count - made))
-            made += len(problems.width)
-            prompts, prompt_lengths = pad_rows(write_prompts(problems), room, TOKENIZER.pad_token_id)
-            completions, lengths = write_responses(problems, misread(problems.length, rng))
-            yield Demonstrations(prompts, prompt_lengths, completions, lengths, _images(problems))
+        return (block.demonstrations for block in examples(config, prompt_bucket, seed, count, widths))
 
-    strata = parse_strata(config.strata)
     return Task(
         name="segments",
         tokenizer=TOKENIZER,
@@ -111,6 +107,28 @@ def segments(config: TaskConfig, prompt_bucket: int, widths: Sequence[int] = (HE
         demonstrations=demonstrations,
         encode_prompt=TOKENIZER.encode_prompt,
     )
+
+
+def examples(
+    config: TaskConfig, prompt_bucket: int, seed: int, count: int, widths: Sequence[int] = (HEIGHT,)
+) -> Iterator[Examples]:
+    """Blocks of fresh examples by the noisy demonstrator, `count` in all; the held-out problems are left out."""
+    banned = set(_keys(_split(config, widths)[1]))
+    rng, room, made = np.random.default_rng([seed, 2]), _room(prompt_bucket, widths), 0
+    while made < count:
+        problems = generate(rng, _BLOCK, widths)
+        fresh = [i for i, key in enumerate(_keys(problems)) if key not in banned]
+        problems = problems.take(fresh[: count - made])
+        made += len(problems.width)
+        prompts = pad_rows(write_prompts(problems), room, TOKENIZER.pad_token_id)
+        responses = write_responses(problems, misread(problems.length, rng))
+        yield Examples(Demonstrations(*prompts, *responses), _images(problems))
+
+
+def _room(prompt_bucket: int, widths: Sequence[int]) -> int:
+    """Tokens for which a prompt has room: those of the widest image and of the longest question, `3+1+2=`."""
+    longest = max(widths) // PROCESSOR.unit() * (HEIGHT // PROCESSOR.unit()) + 2 + 2 * BARS
+    return -(-longest // prompt_bucket) * prompt_bucket
 
 
 def generate(rng: np.random.Generator, n: int, widths: Sequence[int] = (HEIGHT,)) -> Problems:
