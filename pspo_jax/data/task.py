@@ -98,6 +98,14 @@ class PromptDataset(NamedTuple):
         return found.hexdigest()[:16]
 
 
+def prompt_text(prompts: PromptDataset, row: int, tokenizer: Tokenizer) -> str:
+    """The text of a prompt as the model sees it, with a short text in place of each image's tokens."""
+    ids = prompts.tokens[row][: prompts.lengths[row]].tolist()
+    if prompts.images is None:
+        return tokenizer.decode(ids)
+    return prompts.images.text(row, ids, tokenizer.decode)
+
+
 def digest(content: bytes, answer: str) -> int:
     """64-bit hash of a prompt and its gold answer."""
     return int.from_bytes(hashlib.blake2b(content + b"\x00" + answer.encode(), digest_size=8).digest(), "little")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.checkpoint.params_folder import set_aside
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer
+from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer, prompt_text
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding
 from pspo_jax.evaluation.heldout import gather
@@ -155,7 +155,7 @@ def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> l
         lines.append(
             {
                 "problem": int(row),
-                "prompt": work.tokenizer.decode(batch.prompts.tokens[int(row)][: batch.prompts.lengths[row]].tolist()),
+                "prompt": prompt_text(batch.prompts, int(row), work.tokenizer),
                 "answer": batch.prompts.answers[int(row)],
                 "task": "" if batch.prompts.labels is None else batch.prompts.labels[int(row)],
                 "right": [None if np.isnan(x) else float(x) for x in scores.verdicts[i]],

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pspo_jax.data.task import CompletionBatch, RewardResult, Task
+from pspo_jax.data.task import CompletionBatch, RewardResult, Task, prompt_text
 from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import write_whole, writing
 
@@ -35,7 +35,7 @@ def completion_lines(
     lines = []
     for i in range(min(groups, len(batch.rows))):
         row = int(batch.rows[i])
-        prompt = task.tokenizer.decode(batch.prompts.tokens[row, : batch.prompts.lengths[row]].tolist())
+        prompt = prompt_text(batch.prompts, row, task.tokenizer)
         for j in range(batch.lengths.shape[1]):
             lines.append(
                 {

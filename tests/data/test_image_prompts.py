@@ -25,6 +25,7 @@ from pspo_jax.data.images import cache
 from pspo_jax.data.images.processor import ImageProcessor, normalised, patches_of
 from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError
+from pspo_jax.data.task import prompt_text
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import make_pool
@@ -265,6 +266,17 @@ def test_hub_data_are_not_decoded_before_they_are_needed(config, tokenizer, tmp_
     monkeypatch.setattr("pspo_jax.data.images.cache.patches_of", decode)
     monkeypatch.setattr("PIL.Image.Image.load", decode)
     assert make_task(config(task__train_data=data), tokenizer).train.images.grids.shape == (2, 2)
+
+
+def test_runs_of_image_tokens_are_written_short(config, tokenizer, tmp_path):
+    rows = [{"images": [stored(d) for d in FILES[:2]], "problem": "<image> or <image>?", "answer": "1"}]
+    rows += [{"images": [], "problem": "Text.", "answer": "1"}, rows_of(stored(FILES[3]))[0]]
+    prompts = make_task(config(task__train_data=parquet(tmp_path / "x.parquet", rows)), tokenizer).train
+    grids = [patches_of(data, tokenizer.visual.processor)[1] for data in FILES[:2]]
+    one, two = (f"[image {columns // 2}x{rows // 2}]" for rows, columns in grids)
+    text = prompt_text(prompts, 0, tokenizer)
+    assert f"user\n<|vision_start|>{one}<|vision_end|> or <|vision_start|>{two}<|vision_end|>?<|im_end|>" in text
+    assert prompt_text(prompts, 1, tokenizer) == tokenizer.decode(ids_of(prompts, 1))
 
 
 def test_several_images_stand_in_their_order(config, tokenizer, tmp_path):

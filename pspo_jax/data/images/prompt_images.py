@@ -52,6 +52,21 @@ class PromptImages(NamedTuple):
         places = first_tokens(ids, self.image_id, [self.processor.num_tokens(grid) for grid in grids])
         return [PromptImage(place, *grid, self.read(i)) for i, grid, place in zip(numbers, grids, places, strict=True)]
 
+    def text(self, prompt: int, ids: Sequence[int], decode: Callable[[list[int]], str]) -> str:
+        """The text of a prompt in which `[image 15x10]` stands for 15 columns and 10 rows of an image's tokens.
+
+        Args:
+          ids: the prompt's ids, without padding.
+        """
+        merge, out, end = self.processor.merge_size, "", 0
+        grids = self.grids[self.first[prompt] : self.first[prompt + 1]].tolist()
+        numbers = [self.processor.num_tokens((rows, columns)) for rows, columns in grids]
+        places = first_tokens(ids, self.image_id, numbers)
+        for place, number, (rows, columns) in zip(places, numbers, grids, strict=True):
+            out += f"{decode(list(ids[end:place]))}[image {columns // merge}x{rows // merge}]"
+            end = place + number
+        return out + decode(list(ids[end:]))
+
     def tokens(self) -> Int[np.ndarray, "N"]:
         """Number of tokens that each prompt's images have together."""
         sums = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1) // self.processor.merge_size**2)])
