@@ -268,7 +268,8 @@ def _images_of(
     if c.image_column == NO_IMAGES:
         return None
     first = range(min(len(records), _PROBED_ROWS))
-    within = any(image_parts(value_at(records[i], prompt)) for i in first)
+    texts = records if column is None else records.without(column)
+    within = any(image_parts(value_at(texts[i], prompt)) for i in first)
     if column is None and not within:
         return None
 

@@ -89,6 +89,32 @@ def parquet(path, rows, column="images"):
     return str(path)
 
 
+def csv_file(path, rows):
+    lines = [f'"[""{i}.png""]",{row["problem"]},{row["answer"]}' for i, row in enumerate(rows)]
+    path.write_text("\n".join(["images,problem,answer", *lines, ""]))
+    return str(path)
+
+
+def image_folder(path, files):
+    """A folder of images with their questions, as the datasets package reads it."""
+    path.mkdir()
+    rows = []
+    for i, data in enumerate(files):
+        (path / f"{i}.png").write_bytes(data)
+        rows.append({"file_name": f"{i}.png", "problem": "<image>Find x.", "answer": str(i)})
+    jsonl(path / "metadata.jsonl", rows)
+    return str(path)
+
+
+def saved(path, rows):
+    """A folder that the datasets package saved."""
+    table = datasets.Dataset.from_list(rows)
+    feature = table.features.copy()
+    feature["images"] = datasets.List(datasets.Image())
+    table.cast(feature).save_to_disk(str(path))
+    return str(path)
+
+
 def stored(data):
     return {"bytes": data, "path": None}
 
@@ -228,6 +254,20 @@ def sources(tmp_path, files):
         "base64": jsonl(tmp_path / "c.jsonl", rows_of(*texts)),
         "data URLs": jsonl(tmp_path / "d.jsonl", rows_of(*[f"data:image/png;base64,{text}" for text in texts])),
         "bytes": parquet(tmp_path / "e.parquet", rows_of(*map(stored, files))),
+        "a CSV file": csv_file(tmp_path / "g.csv", plain),
+        "a folder of images": image_folder(tmp_path / "h", files),
+        "a saved folder": saved(tmp_path / "i", rows_of(*map(stored, files))),
+        "verl's columns": jsonl(
+            tmp_path / "j.jsonl",
+            [
+                {
+                    "prompt": [{"role": "user", "content": "<image>Find x."}],
+                    "images": [{"bytes": None, "path": f"{i}.png"}],
+                    "answer": str(i),
+                }
+                for i in range(len(files))
+            ],
+        ),
         "conversations": jsonl(
             tmp_path / "f.jsonl",
             [{"messages": turn, "answer": row["answer"]} for turn, row in zip(turns, plain, strict=True)],
@@ -235,7 +275,10 @@ def sources(tmp_path, files):
     }
 
 
-FORMS = ("relative paths", "one path", "base64", "data URLs", "bytes", "conversations")
+FORMS = (
+    *("relative paths", "one path", "base64", "data URLs", "bytes", "conversations"),
+    *("a CSV file", "a folder of images", "a saved folder", "verl's columns"),
+)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,9 +33,14 @@ class Loaded(NamedTuple):
 
 
 def listed_images(value: object) -> list[object]:
-    """The images in a column's value: a list's members, nothing for null, or the value itself."""
+    """The images in a column's value: the members of a list or of its JSON text, nothing for null, or the value."""
     if value is None or value == "":
         return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return listed_images(json.loads(value))
+        except ValueError:
+            return [value]
     if isinstance(value, list | tuple):
         return [image for member in value for image in listed_images(member)]
     if isinstance(value, dict) and not any(value.get(name) is not None for name in _PAYLOADS):
@@ -78,9 +84,9 @@ def image_bytes(value: object, folder: Path | None) -> bytes:
         raise ImageError("it is a video, and only still images are read")
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         base = f"; paths are relative to {folder}" if folder is not None else ""
-        raise ImageError(f"its file cannot be read ({error.strerror}{base})") from error
+        raise ImageError(f"its file cannot be read ({getattr(error, 'strerror', 'no valid path')}{base})") from error
 
 
 def file_of(value: object, folder: Path | None) -> Path | None:
@@ -134,7 +140,7 @@ def files_stamp(values: Iterable[object], folder: Path | None) -> str:
         try:
             status = path.stat()
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        except OSError:
+        except (OSError, ValueError):
             digest.update(f"{path}\0missing\0".encode())
     return digest.hexdigest() if found else ""
 
