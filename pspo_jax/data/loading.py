@@ -174,13 +174,11 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     """
     records = read(data, field, split, c)
     prompt = _column(records, c.prompt_column, PROMPT_COLUMNS, "task.prompt_column", data)
-    needs_answer = c.name != "python_function"
     assert prompt is not None
-    answer = _column(records, c.answer_column, ANSWER_COLUMNS, "task.answer_column", data, optional=not needs_answer)
+    optional = c.name == "python_function"
+    answer = _column(records, c.answer_column, ANSWER_COLUMNS, "task.answer_column", data, optional)
     transform = c.answer_transform or ("gsm8k" if c.name == "gsm8k" else None)
     choices = c.choices_column if c.name == "multiple_choice" else None
-    if choices is not None:
-        _column(records, choices, (), "task.choices_column", data)
     reading = _choices_reading(records, answer, c, data) if choices is not None and answer is not None else None
     given: dict[str, object] = {"function": c.function} if c.name == "python_function" else {}
     finds_prose = c.check_gold and c.name in ("math", "gsm8k")
@@ -216,19 +214,18 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     def prompt_of(record: Record, question: Question) -> str | Conversation:
         """The conversation, with the text that the question adds to its last turn, such as options."""
         found = _prompt(record, record, prompt)
-        if isinstance(found, str):
-            return found + question.text.removeprefix(transcript(found)) if IMAGE_PLACE in found else question.text
+        if isinstance(found, str) and IMAGE_PLACE not in found:
+            return question.text
         added = question.text.removeprefix(transcript(found))
+        if isinstance(found, str):
+            return found + added
         return [*found[:-1], {**found[-1], "content": content_of(found[-1]) + added}]
 
-    note = (
-        f"{data}: the answers in {answer} are read as the options' {reading} (task.choices_answer)" if reading else ""
-    )
-    image_column = _image_column(records, c, field, data)
-    images = _images_of(records, image_column, prompt, c)
-    stamp = "" if images is None else _stamp(records, image_column, images)
-    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose, reading, image_column, stamp])
-    return Source(data, c.name, records, convert, settings, field, prompt_of, note, image_column, images)
+    read_as = f"{data}: the answers in {answer} are read as the options' {reading} (task.choices_answer)"
+    note = read_as if reading else ""
+    column, images, stamp = _images(records, prompt, c, field, data)
+    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose, reading, column, stamp])
+    return Source(data, c.name, records, convert, settings, field, prompt_of, note, column, images)
 
 
 def _prompt(record: Record, exact: Record, name: str) -> str | Conversation:
@@ -243,8 +240,6 @@ def _image_column(records: Records, c: TaskConfig, field: str, data: str) -> str
     Raises:
       ConfigError: the config's column is not there, or holds videos.
     """
-    if c.image_column == NO_IMAGES:
-        return None
     for name in ("videos", "video"):
         if c.image_column is None and _holds_any(records, name):
             raise ConfigError(
@@ -261,24 +256,28 @@ def _holds_any(records: Records, name: str) -> bool:
     return name in records.column_names and any(listed_images(value_at(record, name)) for record in records)
 
 
-def _images_of(
-    records: Records, column: str | None, prompt: str, c: TaskConfig
-) -> Callable[[Record], list[object]] | None:
-    """The function from a record to its images: those in the column of images, or those within the conversation."""
+def _images(
+    records: Records, prompt: str, c: TaskConfig, field: str, data: str
+) -> tuple[str | None, Callable[[Record], list[object]] | None, str]:
+    """The column of images, the function from a record to its images, and a stamp of the files that they name.
+
+    The images are those in the column, or else those within the conversation.
+    """
     if c.image_column == NO_IMAGES:
-        return None
+        return None, None, ""
+    column = _image_column(records, c, field, data)
     first = range(min(len(records), _PROBED_ROWS))
     texts = records if column is None else records.without(column)
     within = any(image_parts(value_at(texts[i], prompt)) for i in first)
     if column is None and not within:
-        return None
+        return None, None, ""
 
     def images(record: Record) -> list[object]:
         found = [] if column is None else listed_images(value_at(record, column))
         held = [part_image(part) for part in image_parts(value_at(record, prompt))] if within else []
         return found or [image for image in held if image is not None]
 
-    return images
+    return column, images, _stamp(records, column, images)
 
 
 def _stamp(records: Records, column: str | None, images: Callable[[Record], list[object]]) -> str:
@@ -352,9 +351,9 @@ def with_choices(text: str, gold: str, cell: object, reading: ChoicesAnswer | No
 
 def _choices_reading(records: Records, answer: str, c: TaskConfig, data: str) -> ChoicesAnswer | None:
     """The way in which a column's gold answers name options: the config's, or the one that fits all of them."""
+    _column(records, c.choices_column, (), "task.choices_column", data)
     if c.choices_answer is not None:
         return c.choices_answer
-    assert c.choices_column is not None
     cells = zip(records.values(answer), records.values(c.choices_column), strict=True)
     rows = [(str(gold).strip(), read_options(cell)) for gold, cell in cells if not missing(gold)]
     found = [(gold, options) for gold, options in rows if not isinstance(options, str)]

@@ -53,10 +53,10 @@ def tokenised(
 ) -> datasets.Dataset:
     """The questions of a source with their token ids, one row for each record.
 
-    The columns are text, answer, kind, extra, reason, ids, length (of ids), largest (of ids), part, row, digest (a hash
-    of kind, prompt and answer), question (a hash of the prompt), images (the key of each image) and grids (rows and
-    columns of patches of each image, one after the other). The hash of a prompt covers the bytes of its images. The
-    table is kept in `folder`, and found again when data, settings and tokenizer are the same.
+    The columns are text, answer, kind, extra, reason, ids, length (of ids), largest (of ids), part, row, images (keys),
+    grids (rows and columns of patches of each image, one after the other), digest (a hash of kind, prompt and answer)
+    and question (a hash of the prompt, with the bytes of its images). The table is kept in `folder`, and found again
+    when data, settings and tokenizer are the same.
 
     Args:
       encode: the ids of a prompt.
@@ -67,10 +67,7 @@ def tokenised(
       processor: the checkpoint's image processor; None = the model reads text alone.
     """
     datasets = quiet_datasets()
-    features = _features(datasets)
-    records = as_records(source.records)
-    if processor is None:
-        source = source._replace(images=None)
+    features, records = _features(datasets), as_records(source.records)
     if source.note:
         say(source.note)
 
@@ -97,7 +94,7 @@ def tokenised(
         return records.table.map(
             prepare,
             batched=True,
-            batch_size=_BATCH if source.images is None else _BATCH_WITH_IMAGES,
+            batch_size=_BATCH if source.images is None or processor is None else _BATCH_WITH_IMAGES,
             with_indices=True,
             remove_columns=records.table.column_names,
             features=features,

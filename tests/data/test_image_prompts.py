@@ -97,7 +97,7 @@ def csv_file(path, rows):
 
 def image_folder(path, files):
     """A folder of images with their questions, as the datasets package reads it."""
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     rows = []
     for i, data in enumerate(files):
         (path / f"{i}.png").write_bytes(data)
