@@ -86,14 +86,18 @@ class Records(Sequence[Record]):
         return Records(self.table.select(rows), self.column_names, self.plain, self.exact, self.folder)
 
     def without(self, name: str) -> Records:
-        """The records without a column, which is then not read from disk either if the table has it apart."""
+        """The records without a column, which is then not read from disk either if the table has it apart.
+
+        Args:
+          name: the column's name as `value_at` takes it.
+        """
         table = self.table.remove_columns(name) if name in self.table.column_names else self.table
         names = [column for column in self.column_names if column != name]
 
-        def drop(record: Record) -> Record:
-            return {column: value for column, value in record.items() if column != name}
+        def plain(row: Record) -> Record:
+            return _without(self.plain(row), name)
 
-        return Records(table, names, lambda row: drop(self.plain(row)), lambda row: drop(self.exact(row)), self.folder)
+        return Records(table, names, plain, lambda row: _without(self.exact(row), name), self.folder)
 
     def values(self, name: str) -> list[object]:
         """The values of a column in all records; `name` is a name as `value_at` takes it."""
@@ -163,6 +167,18 @@ def heads(name: str) -> list[str]:
     """A dotted name and its beginnings, longest first: "a.b.c", "a.b", "a"."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _without(record: Record, name: str) -> Record:
+    """A record without the value at a name, which may lead into objects as in `value_at`."""
+    head = next((h for h in heads(name) if h in record), None)
+    if head is None:
+        return record
+    rest = {column: value for column, value in record.items() if column != head}
+    inner = record[head]
+    return (
+        rest if head == name or not isinstance(inner, dict) else rest | {head: _without(inner, name[len(head) + 1 :])}
+    )
 
 
 def value_at(record: object, name: str) -> object:

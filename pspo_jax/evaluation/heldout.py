@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Prompts, Rollouts
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
+from pspo_jax.data.loading import NO_IMAGES
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardResult, Task
 from pspo_jax.distributed import processes
 from pspo_jax.rollout.token_loop import SamplingParams
@@ -108,7 +110,16 @@ def _means_by_label(
 
 
 def gather(prompts: PromptDataset, rows: Int[np.ndarray, "B"], loss_weight: Float[np.ndarray, "B"]) -> Prompts:
-    """The batch of these rows as arrays on the host; `processes.to_global` puts it on the devices."""
+    """The batch of these rows as arrays on the host; `processes.to_global` puts it on the devices.
+
+    Raises:
+      ConfigError: the prompts have images, which this batch would leave out.
+    """
+    if prompts.images is not None:
+        raise ConfigError(
+            f"task.image_column: the data have images, and batches hold text alone; task.image_column={NO_IMAGES} "
+            "trains on the text"
+        )
 
     def host(x: np.ndarray) -> Array:
         return cast(Array, x)

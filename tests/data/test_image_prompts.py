@@ -27,6 +27,7 @@ from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError
 from pspo_jax.data.task import prompt_text
 from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.evaluation.heldout import gather
 from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import make_pool
 from tests.data.made_images import encoded, noise, picture
@@ -473,6 +474,40 @@ def test_rewards_get_no_image_bytes(config, tokenizer, tmp_path):
         assert "images" not in columns and columns["answer"] == "0"
         assert len(pickle.dumps(columns)) < 1000
         assert prompts.column("images") == [None, None]
+
+
+def test_a_column_inside_an_object_is_left_out_too(config, tokenizer, tmp_path):
+    rows = rows_of(*[base64.b64encode(data).decode() for data in FILES[:3]])
+    rows = [
+        {"problem": row["problem"], "answer": row["answer"], "extra": {"a": 1, "pics": row["images"]}} for row in rows
+    ]
+    c = config(task__train_data=jsonl(tmp_path / "x.jsonl", rows), task__image_column="extra.pics")
+    prompts = make_task(c, tokenizer).train
+    assert prompts.columns(0)["extra"] == {"a": 1} and len(prompts.images.keys) == 2
+
+
+def test_mixtures_of_images_and_text(config, tokenizer, tmp_path):
+    visual = parquet(tmp_path / "x.parquet", rows_of(*map(stored, FILES)))
+    text = jsonl(tmp_path / "y.jsonl", [{"problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)])
+    parts = [
+        {"name": "math", "train_data": data, "label": name, "weight": 1} for name, data in (("v", visual), ("t", text))
+    ]
+    c = config(task__mixture=json.dumps(parts), task__heldout_prompts=2, task__name="arithmetic")
+    task = make_task(c, tokenizer)
+    batch = image_batch(task.train, np.arange(8))
+    for i, (ids, n, images) in enumerate(zip(*batch, strict=True)):
+        assert len(images) == (task.train.labels[i] == "v") == ("<image>" in task.train.texts[i])
+        if images:
+            data = FILES[int(task.train.answers[i])]
+            np.testing.assert_array_equal(images[0].patches, patches_of(data, tokenizer.visual.processor)[0])
+            assert ids[:n].tolist().count(tokenizer.visual.image_id) == len(images[0].patches) // 4
+    assert sorted(task.train.labels) == ["t"] * 4 + ["v"] * 4 and task.heldout.images.first[-1] == 1
+
+
+def test_batches_of_text_alone_refuse_images(config, tokenizer, tmp_path):
+    c = config(task__train_data=parquet(tmp_path / "x.parquet", rows_of(*map(stored, FILES[:3]))))
+    prompts = make_task(c, tokenizer).train
+    assert "task.image_column" in refused(lambda: gather(prompts, np.arange(2), np.ones(2)))
 
 
 # --- patches ---
