@@ -135,7 +135,7 @@ class TaskConfig:
     """Whether a run may resume on changed data; per-prompt state then follows each prompt by its content.
     --allow-data-change is the same. config.yaml does not keep this field."""
     cache: str | None = None
-    """Folder that caches tokenised prompts; None = ~/.cache/pspo_jax/data."""
+    """Folder that caches tokenised prompts and the patches of images; None = ~/.cache/pspo_jax/data."""
 
 
 @dataclass(frozen=True)

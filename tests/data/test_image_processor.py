@@ -72,6 +72,28 @@ def test_patches_are_those_of_transformers(mode):
         np.testing.assert_allclose(normalised(patches, processor), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("mode", "form", "options"),
+    [
+        ("P", "PNG", {"transparency": 3}),
+        ("P", "PNG", {"transparency": bytes(range(256))}),
+        ("L", "PNG", {"transparency": 7}),
+        ("RGB", "PNG", {"transparency": (1, 2, 3)}),
+        ("P", "GIF", {"transparency": 5}),
+        ("RGBA", "WEBP", {"lossless": True}),
+    ],
+)
+def test_transparent_colours_are_those_of_transformers(mode, form, options):
+    image = noise(mode, 80, 60)
+    if mode == "RGB":
+        image.paste((1, 2, 3), (10, 10, 40, 40))
+    data = encoded(image, form, **options)
+    patches, grid = patches_of(data, ImageProcessor())
+    expected, expected_grid = reference(Image.open(io.BytesIO(data)))
+    assert grid == expected_grid
+    np.testing.assert_allclose(normalised(patches, ImageProcessor()), expected, rtol=0, atol=1e-6)
+
+
 def test_transparent_pixels_are_white():
     patches, _ = patches_of(encoded(Image.new("RGBA", (56, 56), (0, 0, 0, 0))), ImageProcessor())
     assert (patches == 255).all()
