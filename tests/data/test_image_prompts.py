@@ -20,9 +20,10 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.conversations import IMAGE_PLACE, read_prompt
+from pspo_jax.data.demonstrations import read_examples
 from pspo_jax.data.image_batches import image_batch
 from pspo_jax.data.images import cache
-from pspo_jax.data.images.processor import ImageProcessor, normalised, patches_of
+from pspo_jax.data.images.processor import ImageProcessor, grid_of, normalised, patches_of
 from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError
 from pspo_jax.data.task import prompt_text
@@ -31,7 +32,7 @@ from pspo_jax.evaluation.heldout import gather
 from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import make_pool
 from tests.data.made_images import encoded, noise, picture
-from tests.data.test_image_processor import reference
+from tests.data.test_image_processor import MODES, reference
 from tests.data.visual_tokenizer import TEMPLATE, TEXT_TOKENIZER, transformers_ids, write_visual
 from tests.helpers import tiny_config
 
@@ -165,6 +166,16 @@ def test_ids_are_those_of_transformers(text, count, content, folder, tokenizer):
     expected = transformers_ids(folder, turns, FILES[:count])
     assert tokenizer.prompt(read_prompt(turns), PromptConfig(), grids) == expected
     assert tokenizer.prompt(text, PromptConfig(system="Look."), grids) == expected
+
+
+def test_ids_of_images_of_many_sizes_are_those_of_transformers(folder, tokenizer):
+    rng = np.random.default_rng(0)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Find x."}]}]
+    for i in range(200):
+        height, width = (int(n) for n in np.exp(rng.uniform(1, 5.5, 2)))
+        data = encoded(noise(MODES[i % len(MODES)], height, width, i))
+        ids = tokenizer.prompt("<image>Find x.", PromptConfig(), [grid_of(data, tokenizer.visual.processor)])
+        assert ids == transformers_ids(folder, turns, [data])
 
 
 def test_the_suffix_stands_behind_the_question(folder, tokenizer):
@@ -508,6 +519,17 @@ def test_batches_of_text_alone_refuse_images(config, tokenizer, tmp_path):
     c = config(task__train_data=parquet(tmp_path / "x.parquet", rows_of(*map(stored, FILES[:3]))))
     prompts = make_task(c, tokenizer).train
     assert "task.image_column" in refused(lambda: gather(prompts, np.arange(2), np.ones(2)))
+
+
+def test_demonstrations_with_images_are_refused_by_line(config, tokenizer, tmp_path):
+    rows = [{"prompt": "What is 1 + 1?", "completion": "2"}, {"prompt": "<image>Find x.", "completion": "3"}]
+    path = Path(jsonl(tmp_path / "x.jsonl", rows))
+
+    def encode(prompt):
+        return tokenizer.prompt(prompt, PromptConfig())
+
+    message = refused(lambda: read_examples(path, tokenizer, encode, tokenizer.stop_ids, PromptConfig()))
+    assert message == f"sft.data={path} line 2: its prompt has 1 mark <image> for 0 images"
 
 
 # --- patches ---

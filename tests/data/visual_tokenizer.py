@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -40,19 +41,25 @@ def write_visual(folder: Path, template: str = TEMPLATE, **processor: Any) -> st
     return str(folder)
 
 
-def transformers_ids(folder: str, messages: list[dict[str, Any]], files: list[bytes], **bounds: int) -> list[int]:
-    """Ids of a conversation with images by transformers' processor of Qwen2.5-VL.
-
-    Its part for videos needs torchvision and is left out.
-    """
+@functools.cache
+def transformers_processor(folder: str) -> Qwen2_5_VLProcessor:
+    """transformers' processor of Qwen2.5-VL. Its part for videos needs torchvision and is left out."""
     processor = Qwen2_5_VLProcessor.__new__(Qwen2_5_VLProcessor)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor.tokenizer, processor.video_processor = tokenizer, None
-    own = {name: PROCESSOR[name] for name in ("min_pixels", "max_pixels")}
-    processor.image_processor = Qwen2VLImageProcessorPil(**(own | bounds))
+    bounds = {name: PROCESSOR[name] for name in ("min_pixels", "max_pixels")}
+    processor.image_processor = Qwen2VLImageProcessorPil(**bounds)
     processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
     processor.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     processor.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    text = tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True)
+    return processor
+
+
+def transformers_ids(folder: str, messages: list[dict[str, Any]], files: list[bytes]) -> list[int]:
+    """Ids of a conversation with images by transformers."""
+    processor = transformers_processor(folder)
+    text = processor.tokenizer.apply_chat_template(
+        messages, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
     images = [Image.open(io.BytesIO(data)) for data in files]
     return list(processor(images=images or None, text=[text])["input_ids"][0])
