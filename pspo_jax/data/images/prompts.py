@@ -78,12 +78,6 @@ def place_images(messages: Conversation, count: int) -> Conversation:
     return [*messages[:first], before, *messages[first + 1 :]]
 
 
-def has_marks(prompt: str | Conversation) -> bool:
-    """Whether something in a prompt marks the place of an image."""
-    texts = [prompt] if isinstance(prompt, str) else [content_of(m) for m in prompt]
-    return any(IMAGE_PLACE in text or IMAGE_MARK in text for text in texts)
-
-
 def as_tokens(text: str) -> str:
     """A text in which each IMAGE_PLACE is replaced by the tokens that chat templates write for an image."""
     return text.replace(IMAGE_PLACE, _START + _PAD + _END)
