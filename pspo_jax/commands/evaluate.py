@@ -22,6 +22,7 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.image_batches import image_room
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
@@ -98,7 +99,10 @@ def evaluate_checkpoints(
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
         chunk = tokens_per_test(platform, longest)
         sample = make_sampler(model, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
-        works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names]
+        works = [
+            _work(name, data.get(name), config, args, tokenizer, architecture, pool, sample, mesh, progress)
+            for name in names
+        ]
         if not isinstance(tokenizer, CharTokenizer):
             progress.say(tokenizer.stop_line())
         for work in works:
@@ -143,6 +147,7 @@ def _work(
     config: Config,
     args: argparse.Namespace,
     tokenizer: TextTokenizer | CharTokenizer,
+    architecture: Architecture,
     pool: Pool | None,
     sample: Sampler,
     mesh: Mesh,
@@ -176,6 +181,7 @@ def _work(
         settings=SamplingParams.of(config.rollout, stop_ids, temperature=args.temperature),
         key=jax.random.key(args.seed),
         mesh=mesh,
+        room=image_room(architecture.vision, prompts),
     )
 
 

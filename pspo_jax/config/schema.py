@@ -27,7 +27,7 @@ Remat = Literal["none", "dots", "full", "offload"]
 TextTaskName = Literal[
     "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "text_suite", "python_function"
 ]
-TaskName = Literal["arithmetic", TextTaskName, "own"]
+TaskName = Literal["arithmetic", "segments", TextTaskName, "own"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -62,10 +62,10 @@ class TaskConfig:
     """Prompts and gold answers: where they come from and how they are read."""
 
     name: TaskName = "arithmetic"
-    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic, countdown and
-    text_suite generate their prompts; math, gsm8k, multiple_choice and python_function read task.train_data;
-    reasoning_gym takes datasets of the package of that name. own is the task that a program gives to pspo_jax.train,
-    which sets this field."""
+    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic, countdown, text_suite
+    and segments, which has images, generate their prompts; math, gsm8k, multiple_choice and python_function read
+    task.train_data; reasoning_gym takes datasets of the package of that name. own is the task that a program gives to
+    pspo_jax.train, which sets this field."""
     train_prompts: Annotated[int, Range(0)] = 512
     """Number of prompts to train on; 0 = all rows of the data, or 10,000 for a task that generates its prompts."""
     heldout_prompts: Annotated[int, Range(1)] = 384
@@ -115,6 +115,8 @@ class TaskConfig:
     """countdown: largest target."""
     kinds: str = "all"
     """text_suite: kinds of questions, separated by commas, such as add,add_carry; all = every kind."""
+    image_widths: str = "24"
+    """segments: widths of the images in pixels, separated by commas, equally frequent: multiples of 8 from 24 on."""
     strata: str = ""
     """Shares of the training prompts by difficulty, such as "0=0.8, 3+=0.2": 80 % of difficulty 0, 20 % of 3 or more.
     A stratum is a number, a range (1-2) or a least number (3+), and the shares sum to 1. Empty = as the task draws its
@@ -349,6 +351,9 @@ class EvalConfig:
     """Number of steps between evaluations on held-out prompts; 0 = only before the first and after the last step."""
     samples: Annotated[int, Range(1)] = 4
     """Number of completions for each held-out prompt in the sampled accuracy, at rollout.temperature."""
+    other_images: bool = False
+    """Whether held-out prompts are also answered greedily with each other's images. Such answers can only be guessed,
+    and a high accuracy shows that the text alone gives answers away."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,22 @@ def interval(text: str, field: str) -> tuple[float, float]:
     return low, high
 
 
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Widths of images in pixels, from task.image_widths.
+
+    Raises:
+      ConfigError: the text is not a list of different multiples of 8 that are at least 24.
+    """
+    found = [part.strip() for part in text.split(",")]
+    widths = tuple(int(part) for part in found if part.isdecimal())
+    if len(widths) != len(found) or len({*widths}) != len(widths) or any(w < 24 or w % 8 for w in widths):
+        raise ConfigError(
+            f"task.image_widths={text!r}: must be different multiples of 8 from 24 on, separated by commas, such as "
+            "24,32"
+        )
+    return widths
+
+
 def parse_weights(text: str) -> tuple[float, float, float]:
     """Weights of easy, normal and hard prompts, from selection.pool_weights.
 

@@ -123,6 +123,11 @@ TEXT = Condition(
     "choose a text task, such as --task.name gsm8k --task.train_data FILE.jsonl",
 )
 ONE_TASK = when("task.mixture", None)
+MAY_HAVE_IMAGES = Condition(
+    lambda c: c.task.mixture is not None or c.task.name in (*FROM_DATA, "segments", "own"),
+    lambda c: f"the prompts of task.name={c.task.name} have no images",
+    "choose a task with images, such as --task.name segments",
+)
 COLD_START = unless("sft.steps", 0, "set sft.steps")
 RANDOM_WEIGHTS = Condition(
     lambda c: c.model.source is None,
@@ -248,13 +253,17 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("task", ("dataset", "options"), task("reasoning_gym")),
     **_all("task", ("numbers", "max_target"), task("countdown")),
     "task.kinds": (task("text_suite"),),
+    "task.image_widths": (task("segments"),),
     "task.strata": (ONE_TASK, unless("task.name", "own", "choose another task")),
     "task.difficulty_column": (
         ONE_TASK,
         task(*FROM_DATA, "reasoning_gym"),
         unless("task.strata", "", "set task.strata"),
     ),
-    "task.wrong_labels": (ONE_TASK, task("arithmetic", "countdown", "text_suite", "math", "gsm8k", "multiple_choice")),
+    "task.wrong_labels": (
+        ONE_TASK,
+        task("arithmetic", "segments", "countdown", "text_suite", "math", "gsm8k", "multiple_choice"),
+    ),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
     **_all("prompt", ("template", "question", "prefill", "max_tokens", "min_pixels", "max_pixels"), TEXT),
@@ -402,6 +411,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINS_PROCESSES),
     **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
     **_all("eval", ("every", "samples")),
+    "eval.other_images": (MAY_HAVE_IMAGES,),
     **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
     "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
     **_all("log", _LOG),

@@ -19,6 +19,7 @@ from pspo_jax.config.text_fields import (
     parse_strata,
     parse_terms,
     parse_weights,
+    parse_widths,
     stop_texts,
 )
 from pspo_jax.config.unread_fields import refuse_unread
@@ -306,6 +307,7 @@ def _check_task(c: Config) -> None:
     for name in ("subset", "revision", *columns, "function"):
         if getattr(t, name) is not None and not getattr(t, name).strip():
             raise ConfigError(f"task.{name}='': must not be empty; leave it out")
+    parse_widths(t.image_widths)
     _check_list("task.kinds", t.kinds)
     _check_list("task.numbers", t.numbers)
     sizes = t.numbers.split(",")

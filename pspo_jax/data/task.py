@@ -178,6 +178,8 @@ class Demonstrations(NamedTuple):
     prompt_lengths: Int[np.ndarray, "n"]
     completions: Int[np.ndarray, "n T"]
     completion_lengths: Int[np.ndarray, "n"]
+    images: PromptImages | None = None
+    """Images of the prompts; None = they are text alone."""
 
 
 class Demonstrator(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -182,9 +183,16 @@ def beyond_context(a: Architecture, prompt: int, completion: int) -> str | None:
     )
 
 
-def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = ()) -> Architecture:
-    """The architecture that the shape fields of a config describe."""
+def built_in(
+    config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = (), vision: Vision | None = None
+) -> Architecture:
+    """The architecture that the shape fields of a config describe.
+
+    Args:
+      vision: its vision tower, which trains; with one, positions have three axes, with sections as in Qwen2.5-VL.
+    """
     c = config
+    axes = () if vision is None else axes_of(mrope_sections(c.head_dim // 2))
     return Architecture(
         vocab_size=vocab_size,
         layers=c.layers,
@@ -193,7 +201,7 @@ def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = 
         kv_heads=c.kv_heads,
         head_dim=c.head_dim,
         mlp_width=c.mlp_width,
-        rotaries=(Rotary(plain_frequencies(c.head_dim, c.rope_theta)),),
+        rotaries=(Rotary(plain_frequencies(c.head_dim, c.rope_theta), axes=axes),),
         layer_rotary=(0,) * c.layers,
         windows=(None,) * c.layers,
         norm_eps=c.norm_eps,
@@ -201,11 +209,23 @@ def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = 
         biases=("q", "k", "v") if c.qkv_bias else (),
         qk_norm="head" if c.qk_norm else "none",
         forbidden=forbidden,
+        vision=vision,
         param_dtype=c.param_dtype,
         compute_dtype=c.compute_dtype or "float32",
         scan_unroll=c.scan_unroll,
         remat=c.remat or "none",
     )
+
+
+def mrope_sections(pairs: int) -> tuple[int, int, int]:
+    """Numbers of pairs of a head that time, row and column rotate: 16, 24 and 24 of Qwen2.5-VL's 64."""
+    of_side = 3 * pairs // 8
+    return pairs - 2 * of_side, of_side, of_side
+
+
+def axes_of(sections: Sequence[int]) -> tuple[int, ...]:
+    """The axis of each pair, for sections of so many pairs."""
+    return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
 
 
 def plain_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:

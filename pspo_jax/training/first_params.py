@@ -70,7 +70,7 @@ def first_params(
         "--sft.steps 0 leaves it out"
     )
     with phase("sft"):
-        params = cold_start(setup.config, setup.task, setup.model, params, progress, stop, frozen, kept)
+        params = cold_start(setup.config, setup.task, setup.model, params, progress, stop, frozen, kept, setup.images)
         if params is None:
             return FirstParams(None, None, "stopped")
         params = jax.device_put(params, setup.shardings.params)

@@ -157,6 +157,13 @@ def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
             f"({difference(before, setup.task.train.content())}); restore the data, choose another --run.dir, or add "
             "--allow-data-change, with which each prompt keeps its own statistics"
         )
+    if setup.images is not None and any(
+        hasattr(stored, "groups") for stored in (setup.abstract.replay, setup.abstract.queue)
+    ):
+        raise ConfigError(
+            f"task.name={setup.task.name}: the prompts differ from those of the checkpoint, whose stored groups hold "
+            "images of the prompts before; restore the data, or choose another --run.dir"
+        )
     return before
 
 

@@ -23,6 +23,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.image_batches import ImageRoom, image_room
 from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
@@ -43,7 +44,7 @@ from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
 from pspo_jax.model.weights import init_weights, table, trained_and_frozen
 from pspo_jax.rewards.own_task import RewardFunction, function_reward
-from pspo_jax.rewards.task import make_char_tokenizer, make_task
+from pspo_jax.rewards.task import embedded_tower, make_char_tokenizer, make_task
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import PromptMetadata
@@ -77,6 +78,8 @@ class Setup(NamedTuple):
     from weights, there is the shape; see `known_prompts`."""
     abstract: TrainState
     """The train state as ShapeDtypeStructs with shardings."""
+    images: ImageRoom | None = None
+    """Room for the images of a batch; None = neither training nor held-out prompts have any."""
 
     @property
     def shardings(self) -> TrainState:
@@ -230,8 +233,14 @@ def _with_strategies(
 ) -> Setup:
     """The setup with the strategies and the optimizer that the config names, and the shapes of its state."""
     model = transformer(architecture)
+    room = image_room(architecture.vision, task.train, task.heldout)
     names, metadata = load_metadata(config, task.train)
     if metadata is not None and resolve(config).selection.predictor not in (None, "none"):
+        if room is not None:
+            raise ConfigError(
+                f"selection.predictor={resolve(config).selection.predictor}: reads the text of prompts alone, and "
+                "these have images; set it to none"
+            )
         weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
         width = feature_width(model, weights)
         metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))
@@ -239,13 +248,13 @@ def _with_strategies(
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     shapes = jax.eval_shape(
         lambda known: new_state(
-            config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known
+            config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known, room
         ),
         metadata,
     )
     shardings = _state_shardings(mesh, model, optimizer, len(task.train.lengths), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract)
+    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract, room)
 
 
 def _language_model(
@@ -325,7 +334,7 @@ def architecture_for(
         raise ConfigError("task.name=own: only the program that gave its task to pspo_jax.train has its tokenizer")
     if uses_char_tokenizer(config):
         own = make_char_tokenizer(config)
-        return None, own, built_in(config.model, own.vocab_size, own.forbidden)
+        return None, own, built_in(config.model, own.vocab_size, own.forbidden, embedded_tower(config))
     source = read_source(config.model, weights) if config.model.source is not None else None
     rows = source.architecture.vocab_size if source else None
     tokenizer = load_tokenizer(config, source.folder if source else None, rows)
@@ -385,8 +394,9 @@ def new_state(
     params: PyTree,
     frozen: PyTree | None = None,
     metadata: PromptMetadata | None = None,
+    room: ImageRoom | None = None,
 ) -> TrainState:
-    """The state before step 0."""
+    """The state before step 0; `room` is that for the images of a batch."""
     prompts = task.train.tokens
     return init_state(
         params,
@@ -398,6 +408,7 @@ def new_state(
         key=run_key(config.run.seed),
         frozen=frozen,
         metadata=metadata,
+        images=None if room is None else room.empty(1, prompts.shape[1]),
     )
 
 
@@ -431,7 +442,7 @@ def place_state(
 
     def init(params: PyTree, known: PromptMetadata | None) -> SavedState:
         parts = setup.config, setup.task, setup.algorithm, setup.optimizer
-        return new_state(*parts, params, frozen, known).to_save()
+        return new_state(*parts, params, frozen, known, setup.images).to_save()
 
     known = known_prompts(setup, merge_params(params, frozen), progress)
     jitted = jax.jit(init, donate_argnums=0, out_shardings=setup.shardings.to_save())

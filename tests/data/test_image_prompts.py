@@ -21,14 +21,14 @@ from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.conversations import IMAGE_PLACE, read_prompt
 from pspo_jax.data.demonstrations import read_examples
-from pspo_jax.data.image_batches import image_batch
+from pspo_jax.data.image_batches import gather, image_batch, image_room
 from pspo_jax.data.images import cache
 from pspo_jax.data.images.processor import ImageProcessor, grid_of, normalised, patches_of
 from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError
 from pspo_jax.data.task import prompt_text
 from pspo_jax.data.tokenizer import load_tokenizer
-from pspo_jax.evaluation.heldout import gather
+from pspo_jax.model.architecture import Vision
 from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import make_pool
 from tests.data.made_images import encoded, noise, picture
@@ -515,10 +515,27 @@ def test_mixtures_of_images_and_text(config, tokenizer, tmp_path):
     assert sorted(task.train.labels) == ["t"] * 4 + ["v"] * 4 and task.heldout.images.first[-1] == 1
 
 
-def test_batches_of_text_alone_refuse_images(config, tokenizer, tmp_path):
+def test_batches_have_room_for_the_largest_images(config, tokenizer, tmp_path):
     c = config(task__train_data=parquet(tmp_path / "x.parquet", rows_of(*map(stored, FILES[:3]))))
     prompts = make_task(c, tokenizer).train
-    assert "task.image_column" in refused(lambda: gather(prompts, np.arange(2), np.ones(2)))
+    tower = Vision(2, 16, 2, 24, (1,))
+    room = image_room(tower, prompts)
+    windows = [sum(room.layout.num_windows(*image[1:3]) for image in images) for images in batch_of(prompts)]
+    assert room.windows == max(windows) and room.patch_numbers == 588
+    batch = gather(prompts, np.arange(2), np.ones(2), room)
+    assert [(row >= 0).sum() for row in batch.images.image] == windows[:2]
+    np.testing.assert_array_equal(batch.images.unit >= 0, batch.tokens == tokenizer.visual.image_id)
+    with pytest.raises(ValueError, match="no room"):
+        gather(prompts, np.arange(2), np.ones(2))
+    assert image_room(tower, prompts._replace(images=None)) is None
+    assert "no vision tower" in refused(lambda: image_room(None, prompts))
+    other = dataclasses.replace(tower, patch=16)
+    assert "patch_size=14" in refused(lambda: image_room(other, prompts))
+
+
+def batch_of(prompts):
+    """The images of all prompts."""
+    return image_batch(prompts, np.arange(len(prompts.lengths))).images
 
 
 def test_demonstrations_with_images_are_refused_by_line(config, tokenizer, tmp_path):

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.image_batches import image_batch
 from pspo_jax.data.images.processor import normalised
+from pspo_jax.data.images.prompt_images import joined_images
 from pspo_jax.data.synthetic import segments as task_of
 from pspo_jax.data.synthetic.segments import PROCESSOR, TOKENIZER, UNIT, draw, examples, generate, segments, sums
 from pspo_jax.data.task import CompletionBatch
 from tests.helpers import tiny_config
 
 
-def make(widths=(24,), **fields):
-    return segments(tiny_config(**{f"task__{name}": value for name, value in fields.items()}).task, 4, widths)
+def make(**fields):
+    return segments(tiny_config(**{f"task__{name}": value for name, value in fields.items()}).task, 4)
 
 
 def measured(image):
@@ -44,7 +45,7 @@ def image_of(patches, grid):
 
 @pytest.mark.parametrize("widths", [(24,), (24, 32)])
 def test_prompts_can_be_solved_by_measuring_their_images(widths):
-    prompts = make(widths, train_prompts=60).train
+    prompts = make(image_widths=",".join(map(str, widths)), train_prompts=60).train
     batch = image_batch(prompts, np.arange(60))
     sizes = set()
     for i, (ids, n, (image,)) in enumerate(zip(*batch, strict=True)):
@@ -125,15 +126,18 @@ def test_verdicts():
 def test_demonstrations_misread_long_bars_alone():
     c = tiny_config(task__heldout_prompts=50)
     blocks = list(examples(c.task, 4, 3, 2000))
-    assert sum(len(block.prompt_lengths) for block, _ in blocks) == 2000
+    assert sum(len(block.prompt_lengths) for block in blocks) == 2000
+    joined = joined_images([block.images for block in blocks])
+    assert len(joined.keys) == 2000 and joined.first.tolist() == list(range(2001))
+    np.testing.assert_array_equal(joined.read(1500), blocks[1].images.read(1500 - len(blocks[0].prompts)))
     short, total, easy_wrong = 0, 0, 0
-    for block, images in blocks:
+    for block in blocks:
         for i, (ids, n) in enumerate(zip(block.completions, block.completion_lengths, strict=True)):
             text = TOKENIZER.decode(ids[:n].tolist())
             terms, _, rest = text.partition("=")
             read = [int(term) for term in terms.split("+")]
             assert rest == f"{sum(read)}$"
-            (image,) = images.of(i, block.prompts[i, : block.prompt_lengths[i]].tolist())
+            (image,) = block.images.of(i, block.prompts[i, : block.prompt_lengths[i]].tolist())
             lengths = measured(image_of(image.patches, (image.rows, image.columns)))
             question = TOKENIZER.decode(block.prompts[i, 11 : block.prompt_lengths[i]].tolist())
             for row, value in zip(question.removesuffix("=").split("+"), read, strict=True):
@@ -150,13 +154,13 @@ def test_demonstrations_hold_no_heldout_problem():
     task = make(heldout_prompts=50)
     held = set(zip(task.heldout.texts, task.heldout.images.keys, strict=True))
     c = tiny_config(task__heldout_prompts=50)
-    block, images = next(examples(c.task, 4, 0, 1024))
+    block = next(examples(c.task, 4, 0, 1024))
     texts = [TOKENIZER.decode(ids[11:n].tolist()) for ids, n in zip(block.prompts, block.prompt_lengths, strict=True)]
-    assert not held & set(zip(texts, images.keys, strict=True))
-    again, same = next(examples(c.task, 4, 0, 1024))
+    assert not held & set(zip(texts, block.images.keys, strict=True))
+    again = next(examples(c.task, 4, 0, 1024))
     np.testing.assert_array_equal(block.completions, again.completions)
     np.testing.assert_array_equal(block.completions, next(task.demonstrations(0, 1024)).completions)
-    assert list(images.keys) == list(same.keys)
+    assert list(block.images.keys) == list(again.images.keys)
 
 
 def test_tokens_of_images_are_forbidden():

@@ -91,6 +91,22 @@ class PromptImages(NamedTuple):
         return self._replace(keys=[self.keys[i] for i in source], read=lambda i: self.read(source[i]))
 
 
+def joined_images(parts: Sequence[PromptImages]) -> PromptImages:
+    """The images of several lists of prompts, one list after the other, with the settings of the first."""
+    before = first_of([len(part.keys) for part in parts])
+
+    def read(number: int) -> UInt8[np.ndarray, "n c"]:
+        part = int(np.searchsorted(before, number, side="right")) - 1
+        return parts[part].read(number - int(before[part]))
+
+    return parts[0]._replace(
+        first=first_of(np.concatenate([np.diff(part.first) for part in parts])),
+        grids=np.concatenate([part.grids for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        read=read,
+    )
+
+
 def first_of(counts: Sequence[int] | Int[np.ndarray, "N"]) -> Int[np.ndarray, "N+1"]:
     """`PromptImages.first` for prompts with so many images."""
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)

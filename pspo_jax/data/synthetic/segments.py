@@ -19,14 +19,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.schema import TaskConfig
-from pspo_jax.config.text_fields import Stratum, parse_strata
+from pspo_jax.config.text_fields import Stratum, parse_strata, parse_widths
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.images.processor import ImageProcessor, cut
 from pspo_jax.data.images.prompt_images import PromptImages, first_of
 from pspo_jax.data.strata import counts_of, labels_of, stratum_of, too_few, wrong_label_draws, wrong_rows
 from pspo_jax.data.synthetic.last_number import last_number
 from pspo_jax.data.task import CompletionBatch, Demonstrations, PromptDataset, RewardResult, Task, digest, pad_rows
+from pspo_jax.model.architecture import Vision
 
 CHARACTERS = "0123456789+-=$_*[#]"
 VOCAB = 20
@@ -41,10 +43,23 @@ PROCESSOR = ImageProcessor(
 )
 """Sizes of patches and units, and the constants of the one channel."""
 MAX_RESPONSE = 2 * BARS + 3
-TOKENIZER = CharTokenizer(CHARACTERS, VOCAB)
+TOKENIZER = CharTokenizer(CHARACTERS, VOCAB, of_prompts="[#]")
 START, UNIT, END = (CHARACTERS.index(c) for c in "[#]")
-FORBIDDEN = tuple(sorted({*TOKENIZER.forbidden, START, UNIT, END}))
-"""Ids that no completion may hold: padding, and the tokens of images."""
+TOWER = Vision(
+    layers=2,
+    width=32,
+    heads=4,
+    mlp_width=64,
+    whole_image=(1,),
+    layout=PatchLayout(PROCESSOR.merge_size, 2 * PROCESSOR.merge_size),
+    patch=PROCESSOR.patch_size,
+    channels=1,
+    frames=1,
+    mean=PROCESSOR.mean[:1],
+    std=PROCESSOR.std[:1],
+)
+"""The vision tower of a model that begins with random weights. Windows have 16 pixels, so that an image's edge cuts
+them."""
 _BLOCK = 1024
 _IDLE_BLOCKS = 50
 """Blocks in a row without a new problem of a stratum after which no more are expected."""
@@ -73,33 +88,20 @@ class Problems(NamedTuple):
         return Problems(*(column[which] for column in self))
 
 
-class Examples(NamedTuple):
-    """Supervised examples with their images."""
-
-    demonstrations: Demonstrations
-    images: PromptImages
-
-
-def segments(config: TaskConfig, prompt_bucket: int, widths: Sequence[int] = (HEIGHT,)) -> Task:
-    """The task of a config; prompts are padded to a multiple of `prompt_bucket`.
-
-    Its demonstrations are those of `examples` without their images.
-
-    Args:
-      widths: widths of images in pixels, each as frequent as the others and a multiple of 8; several give prompts of
-        several lengths.
-    """
+def segments(config: TaskConfig, prompt_bucket: int) -> Task:
+    """The task of a config; prompts are padded to a multiple of `prompt_bucket`."""
+    widths = parse_widths(config.image_widths)
     train, heldout = _split(config, widths)
     room, strata = _room(prompt_bucket, widths), parse_strata(config.strata)
 
     def demonstrations(seed: int, count: int) -> Iterator[Demonstrations]:
-        return (block.demonstrations for block in examples(config, prompt_bucket, seed, count, widths))
+        return examples(config, prompt_bucket, seed, count)
 
     return Task(
         name="segments",
         tokenizer=TOKENIZER,
         vocab_size=VOCAB,
-        forbidden=FORBIDDEN,
+        forbidden=TOKENIZER.forbidden,
         stop_ids=(TOKENIZER.eos_token_id,),
         train=_prompt_dataset(train, _labelled(config, strata, train), room, strata),
         heldout=_prompt_dataset(heldout, sums(heldout), room, strata),
@@ -109,10 +111,9 @@ def segments(config: TaskConfig, prompt_bucket: int, widths: Sequence[int] = (HE
     )
 
 
-def examples(
-    config: TaskConfig, prompt_bucket: int, seed: int, count: int, widths: Sequence[int] = (HEIGHT,)
-) -> Iterator[Examples]:
+def examples(config: TaskConfig, prompt_bucket: int, seed: int, count: int) -> Iterator[Demonstrations]:
     """Blocks of fresh examples by the noisy demonstrator, `count` in all; the held-out problems are left out."""
+    widths = parse_widths(config.image_widths)
     banned = set(_keys(_split(config, widths)[1]))
     rng, room, made = np.random.default_rng([seed, 2]), _room(prompt_bucket, widths), 0
     while made < count:
@@ -122,7 +123,7 @@ def examples(
         made += len(problems.width)
         prompts = pad_rows(write_prompts(problems), room, TOKENIZER.pad_token_id)
         responses = write_responses(problems, misread(problems.length, rng))
-        yield Examples(Demonstrations(*prompts, *responses), _images(problems))
+        yield Demonstrations(*prompts, *responses, _images(problems))
 
 
 def _room(prompt_bucket: int, widths: Sequence[int]) -> int:

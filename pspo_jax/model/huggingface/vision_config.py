@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.model.architecture import CLIP_MEAN, CLIP_STD, Rotary, Vision
+from pspo_jax.model.architecture import CLIP_MEAN, CLIP_STD, Rotary, Vision, axes_of
 from pspo_jax.model.huggingface.json_files import read_json
 from pspo_jax.system.json_values import Json
 
@@ -151,7 +151,7 @@ def on_three_axes(rotary: Rotary, sections: object, where: str) -> Rotary:
             f"model.source={where}: config.json has mrope_section={sections}; it must be three whole numbers with the "
             f"sum {pairs}, half the width of a head"
         )
-    return dataclasses.replace(rotary, axes=tuple(axis for axis, n in enumerate(sections) for _ in range(n)))
+    return dataclasses.replace(rotary, axes=axes_of(sections))
 
 
 def image_token_ids(hf: object) -> tuple[int, ...]:
