@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.schema import PROJECTIONS, LoraConfig, ModelConfig, Remat
 
 
@@ -18,6 +19,9 @@ class Rotary:
     """Radians per position of each of the h/2 pairs of a head; all 0 = positions are not encoded (NoPE)."""
     scale: float = 1.0
     """Factor of sines and cosines (YaRN's attention factor)."""
+    axes: tuple[int, ...] = ()
+    """Axis of the position by which each pair is rotated, where positions have several (M-RoPE); empty = positions have
+    one axis."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,49 @@ class Lora:
     def scale(self) -> float:
         """Factor of the product with the adapter."""
         return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A vision tower: a bidirectional transformer over patches, whose outputs are merged into embeddings of tokens.
+
+    Patches are embedded by one matrix and rotated by their row and column. Blocks attend to a whole image or within
+    windows. At the end, the patches of a unit are merged by an MLP of two matrices with GELU.
+    """
+
+    layers: int
+    """Number of blocks."""
+    width: int
+    """Width of the tower's residual stream."""
+    heads: int
+    mlp_width: int
+    whole_image: tuple[int, ...]
+    """Blocks, by their index, whose patches attend to the whole image; in the others, they attend within windows."""
+    layout: PatchLayout = field(default_factory=PatchLayout)
+    """Sizes of units and windows. A tower without windows has a layout too, in which its patches are ordered."""
+    patch: int = 14
+    """Pixels along each side of a patch."""
+    channels: int = 3
+    frames: int = 2
+    """Frames of a video that one patch covers. A still image is the same in all of them."""
+    gated: bool = True
+    """Whether the MLP is gated, with SiLU (Qwen2.5-VL); otherwise it has two matrices with a fast GELU (Qwen2-VL)."""
+    layer_norm: bool = False
+    """Whether norms subtract the mean and have a bias (Qwen2-VL); otherwise they are RMSNorm (Qwen2.5-VL)."""
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean that is subtracted from each channel, whose values are in [0, 1]."""
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation by which each channel is divided."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch of a still image."""
+        return self.channels * self.patch**2
 
 
 @dataclass(frozen=True)
@@ -77,6 +124,8 @@ class Architecture:
     """Length of a row, in tokens, that the checkpoint was made for (max_position_embeddings); None = unknown."""
     forbidden: tuple[int, ...] = ()
     """Ids that are never drawn, such as rows of the embedding that no token of the tokenizer uses."""
+    vision: Vision | None = None
+    """The vision tower; None = the model reads text alone."""
     lora: Lora | None = None
     """Adapters; with them, all other weights are frozen. None = all weights train."""
     param_dtype: str = "float32"

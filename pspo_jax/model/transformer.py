@@ -19,6 +19,7 @@ from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.block import forward, logits_of
 from pspo_jax.model.decoding import group_decoder, resize, slot_decoder
 from pspo_jax.model.interface import Model
+from pspo_jax.model.vision import encode_images
 from pspo_jax.model.weights import init_weights, lora_table, merge_adapter, table, weight_axes
 
 
@@ -28,20 +29,25 @@ def transformer(a: Architecture) -> Model:
     trained = lora_table(a) if adapted else base
     return Model(
         init=lambda key: init_weights(trained, key, jnp.dtype("float32" if adapted else a.param_dtype)),
-        hidden=lambda params, tokens, packed=None: forward(a, *_all_weights(params), tokens, packed=packed)[0],
+        hidden=lambda params, tokens, packed=None, images=None: forward(
+            a, *_all_weights(params), tokens, packed=packed, images=images
+        )[0],
         logits=lambda params, hidden: logits_of(a, _all_weights(params)[0], hidden),
-        decoder=lambda params, prompts, lengths, group_size, max_new_tokens: group_decoder(
-            a, _all_weights(params)[0], prompts, lengths, group_size, max_new_tokens
+        decoder=lambda params, prompts, lengths, group_size, max_new_tokens, images=None: group_decoder(
+            a, _all_weights(params)[0], prompts, lengths, group_size, max_new_tokens, images
         ),
         axes=weight_axes(trained),
         vocab_size=a.vocab_size,
         frozen_axes=weight_axes(base) if adapted else None,
         resize=resize,
         packs=True,
-        slots=lambda params, prompts, lengths, slots, max_new_tokens: slot_decoder(
-            a, _all_weights(params)[0], prompts, lengths, slots, max_new_tokens
+        slots=lambda params, prompts, lengths, slots, max_new_tokens, images=None: slot_decoder(
+            a, _all_weights(params)[0], prompts, lengths, slots, max_new_tokens, images
         ),
         shares=a.packed_attention == "xla",
+        encode_images=None
+        if a.vision is None
+        else lambda params, images: encode_images(a, _all_weights(params)[0], images),
     )
 
 

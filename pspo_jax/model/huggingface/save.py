@@ -87,7 +87,7 @@ def merged_tensors(a: Architecture, source: Source, adapter: PyTree[Array], dtyp
     low = dict(adapter_tensors(a, adapter))
     module = "base_model.model."
     for _, name, _, _ in entries(table(a)):
-        value = read_tensor(source.tensors[name], name)
+        value = read_tensor(source.tensors[name])
         stem = module + name.removesuffix(".weight")
         if f"{stem}.lora_A.weight" in low:
             down, up = low[f"{stem}.lora_A.weight"], low[f"{stem}.lora_B.weight"]
