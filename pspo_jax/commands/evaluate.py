@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.checkpoint.checksums import files_identity, verify
 from pspo_jax.checkpoint.reading import params_identity, read_params
 from pspo_jax.config.defaults import replace
@@ -127,7 +127,7 @@ def _on_devices(config: Config, architecture: Architecture, devices: int) -> Con
     The last batch is filled up anyway, and a completion does not depend on its batch.
     """
     m = config.mesh
-    weights = jax.eval_shape(transformer(dataclasses.replace(architecture, lora=None)).init, jax.random.key(0))
+    weights = jax.eval_shape(transformer(architecture.whole()).init, jax.random.key(0))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
     fsdp = m.fsdp or smallest_fsdp(held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.width)
     shards = (devices // m.tensor) if m.data == -1 else m.data * fsdp * m.context
@@ -191,7 +191,7 @@ def _candidates(
     def load_source() -> PyTree:
         assert source is not None
         if not base:
-            plain = transformer(dataclasses.replace(architecture, lora=None))
+            plain = transformer(architecture.whole())
             shapes = jax.eval_shape(plain.init, jax.random.key(0))
             shardings = params_shardings(mesh, shapes, plain.axes)
             base.append(load_params(source, table(architecture), shardings, architecture.param_dtype))
@@ -203,16 +203,17 @@ def _candidates(
         )
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"model.source={source.name}: is not the checkpoint that this run began from")
-        if architecture.lora is None:
+        if model.frozen_axes is None:
             return merge_params(params, None)
+        frozen = load_source() if architecture.lora is not None else {"vision": load_source()["vision"]}
         try:
-            verify(load_source(), metadata["base"])
+            verify(frozen, metadata["base"])
         except ValueError as error:
             raise ConfigError(
-                f"model.source={source.name if source else None}: its weights differ from those this run's adapters "
-                f"were trained on ({error})"
+                f"model.source={source.name if source else None}: its frozen weights differ from those this run "
+                f"was trained with ({error})"
             ) from error
-        return merge_params(params, load_source())
+        return merge_params(params, frozen)
 
     if args.run is None:
         assert source is not None

@@ -29,6 +29,7 @@ from pspo_jax.model.huggingface.save import (
     set_config,
     set_dtype,
     set_stop_ids,
+    stored_names,
     whole_tensors,
     write_adapter,
     write_folder,
@@ -89,10 +90,12 @@ def write_model(
     if adapter_only:
         assert source is not None
         write_adapter(folder, architecture, params, source.name)
-    elif source is not None and architecture.lora is not None:
-        write_tensors(folder, merged_tensors(architecture, source, params, dtype_of))
+    elif source is not None:
+        adapted = architecture.lora is not None
+        tensors = (merged_tensors if adapted else whole_tensors)(architecture, source, params, dtype_of)
+        write_tensors(folder, stored_names(tensors, source))
     else:
-        write_tensors(folder, whole_tensors(architecture, params, dtype_of))
+        write_tensors(folder, whole_tensors(architecture, None, params, dtype_of))
     if source is not None and not adapter_only:
         copy_files(folder, source.folder, ("config.json", "generation_config.json"))
         set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)

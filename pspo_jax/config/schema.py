@@ -207,6 +207,8 @@ class ModelConfig:
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
     tokens or more, the first kernel that passes a check at the start; else XLA."""
+    vision: Literal["frozen", "trained"] = "frozen"
+    """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does."""
 
     def shape_fields(self) -> list[str]:
         """Names of the fields that a checkpoint decides."""

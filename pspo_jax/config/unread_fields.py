@@ -260,6 +260,10 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
     **_all("prompt", ("system", "thinking", "date"), TEXT, when("prompt.template", "chat")),
     **_all("model", ("source", "tokenizer"), TEXT),
+    "model.vision": (
+        unless("model.source", None, "set model.source to a checkpoint with a vision tower"),
+        when("lora.rank", 0),
+    ),
     "model.revision": (
         Condition(
             lambda c: c.model.source is not None and not _is_local(c.model.source),

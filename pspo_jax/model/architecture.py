@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.schema import PROJECTIONS, LoraConfig, ModelConfig, Remat
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the red, green and blue values of images, in [0, 1], over the data of CLIP."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of these values."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ class Vision:
     """Whether the MLP is gated, with SiLU (Qwen2.5-VL); otherwise it has two matrices with a fast GELU (Qwen2-VL)."""
     layer_norm: bool = False
     """Whether norms subtract the mean and have a bias (Qwen2-VL); otherwise they are RMSNorm (Qwen2.5-VL)."""
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    mean: tuple[float, ...] = CLIP_MEAN
     """Mean that is subtracted from each channel, whose values are in [0, 1]."""
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[float, ...] = CLIP_STD
     """Standard deviation by which each channel is divided."""
 
     @property
@@ -126,6 +131,8 @@ class Architecture:
     """Ids that are never drawn, such as rows of the embedding that no token of the tokenizer uses."""
     vision: Vision | None = None
     """The vision tower; None = the model reads text alone."""
+    freezes_vision: bool = False
+    """Whether the tower does not train, although other weights do; under adapters it never trains."""
     lora: Lora | None = None
     """Adapters; with them, all other weights are frozen. None = all weights train."""
     param_dtype: str = "float32"
@@ -142,6 +149,10 @@ class Architecture:
     """The same for bins that hold several rows."""
     split_decode: bool = False
     """Whether decoding splits MLPs and vocabulary along fsdp; see rollout.weights."""
+
+    def whole(self) -> Architecture:
+        """The same architecture with all of its weights in one tree, which trains as a whole."""
+        return replace(self, lora=None, freezes_vision=False)
 
     @property
     def attention_scale(self) -> float:

@@ -24,7 +24,7 @@ from pspo_jax.model.block import BlockWeights, embed, finish_block, forward, log
 from pspo_jax.model.interface import Decoder, SlotDecoder
 from pspo_jax.model.rotary import Rotation, rotation
 from pspo_jax.model.vision import encode_images, image_tokens
-from pspo_jax.model.weights import lora_table, merge_adapter, table
+from pspo_jax.model.weights import lora_table, merge, table
 
 KeysValues = tuple[Array, Array]
 """Keys and values of one layer."""
@@ -250,7 +250,7 @@ def _for_decoding(a: Architecture, params: PyTree) -> tuple[dict[str, Array], li
     Norm scales keep their type, as in training.
     """
     adapted = a.lora is not None and any("_lora_" in name for name in params["layers"])
-    weights = merge_adapter(table(a), lora_table(a)) if adapted else table(a)
+    weights = merge(table(a), lora_table(a)) if adapted else table(a)
     dtype = jnp.dtype(a.compute_dtype)
 
     def ready(name: str, w: Array, axes: tuple[str | None, ...]) -> Array:

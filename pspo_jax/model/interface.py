@@ -230,7 +230,7 @@ class Model(NamedTuple):
     """V."""
     frozen_axes: PyTree | None = None
     """`axes` of the weights that do not train; None = all weights train. With frozen weights, the functions take a
-    `LoraParams` in place of params."""
+    `SplitParams` in place of params."""
     resize: ResizeFn | None = None
     """Lets the sampler begin with a small cache and grow it; None = the cache has its full size from the start."""
     packs: bool = False

@@ -212,13 +212,31 @@ def lora_table(a: Architecture) -> PyTree[Weight]:
     out: dict[str, Weight] = {}
     for name, (module, inputs, outputs) in projections(a).items():
         if name in a.lora.targets:
-            inner = "model" if a.vision is None else "model.language_model"
-            hf = f"base_model.model.{inner}.layers.{{}}.{module}.lora_"
+            hf = f"{peft_module(a, f'model.layers.{{}}.{module}')}.lora_"
             rank = {"rank": a.lora.rank}
             std = 1 / math.sqrt(3 * math.prod(inputs.values()))
             out[f"{name}_lora_a"] = _matrix(f"{hf}A.weight", inputs, rank, std, a.layers, _SPLIT_DIMENSIONS)
             out[f"{name}_lora_b"] = _matrix(f"{hf}B.weight", rank, outputs, 0, a.layers, _SPLIT_DIMENSIONS)
     return {"layers": out}
+
+
+def peft_module(a: Architecture, module: str) -> str:
+    """PEFT's name of a module of the language model, from its name in released files.
+
+    PEFT names modules as transformers does in memory, where the language model beside a tower has a prefix of its own.
+    """
+    inner = module if a.vision is None else module.replace("model.", "model.language_model.", 1)
+    return f"base_model.model.{inner}"
+
+
+def trained_and_frozen(a: Architecture) -> tuple[PyTree[Weight], PyTree[Weight] | None]:
+    """The tables of the weights that train and of those that do not; None = all weights train."""
+    whole = table(a)
+    if a.lora is not None:
+        return lora_table(a), whole
+    if a.vision is None or not a.freezes_vision:
+        return whole, None
+    return {name: w for name, w in whole.items() if name != "vision"}, {"vision": whole["vision"]}
 
 
 def is_weight(x: object) -> TypeGuard[Weight]:
@@ -249,9 +267,10 @@ def weight_axes(weights: PyTree[Weight]) -> PyTree[tuple[str | None, ...]]:
     return jax.tree.map(lambda w: w.axes, weights, is_leaf=is_weight)
 
 
-def merge_adapter(base: PyTree, adapter: PyTree) -> PyTree:
-    """One tree of base weights and adapters; the arguments are both params, both axes or both tables."""
-    return {**base, "layers": {**base["layers"], **adapter["layers"]}}
+def merge(frozen: PyTree, trained: PyTree) -> PyTree:
+    """One tree of frozen and trained weights; the arguments are both params, both axes or both tables."""
+    layers = {**frozen.get("layers", {}), **trained["layers"]}
+    return {**frozen, **trained, "layers": layers}
 
 
 def entries(weights: PyTree[Weight]) -> Iterator[tuple[str, str, Weight, int | None]]:

@@ -30,7 +30,7 @@ from pspo_jax.selection import PromptMetadata
 from pspo_jax.system.buckets import Place, read_bytes
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
-from pspo_jax.training.setup import Setup, known_prompts, load_base
+from pspo_jax.training.setup import Setup, known_prompts, load_frozen
 
 
 class _Holder(Protocol):
@@ -111,14 +111,14 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
         return None
     saved, metadata = found
     frozen = None
-    if setup.architecture.lora is not None:
-        frozen = load_base(setup)
+    if setup.abstract.frozen is not None:
+        frozen = load_frozen(setup)
         try:
             verify(frozen, metadata["base"])
         except ValueError as error:
             raise ConfigError(
-                f"model.source={setup.config.model.source}: its weights differ from those this run's adapters were "
-                f"trained on ({error}); restore them or choose another --run.dir"
+                f"model.source={setup.config.model.source}: its frozen weights differ from those this run was "
+                f"trained with ({error}); restore them or choose another --run.dir"
             ) from error
     if places:
         known = known_prompts(setup, saved.joined(frozen).weights, progress)

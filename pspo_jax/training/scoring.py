@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from pspo_jax.arrays.lora import LoraParams, merge_params
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.arrays.split_params import SplitParams, merge_params
 from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
 from pspo_jax.config.unread_fields import trains_on_older_policies
@@ -333,7 +333,7 @@ def with_log_probs(
 def reference_weights(state: TrainState) -> Params:
     """The weights of the KL term's reference policy: a copy of its own, or the frozen base of untrained adapters."""
     if state.reference is None:
-        return LoraParams(state.frozen, None)
+        return SplitParams(state.frozen, None)
     return merge_params(state.reference, state.frozen)
 
 

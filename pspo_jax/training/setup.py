@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import SavedState, TrainState, run_key
 from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
@@ -40,7 +40,7 @@ from pspo_jax.model import Architecture, Model, built_in, transformer
 from pspo_jax.model.architecture import beyond_context, lora_of
 from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
-from pspo_jax.model.weights import init_weights, table
+from pspo_jax.model.weights import init_weights, table, trained_and_frozen
 from pspo_jax.rewards.own_task import RewardFunction, function_reward
 from pspo_jax.rewards.task import make_char_tokenizer, make_task
 from pspo_jax.rewards.text_reward import make_pool
@@ -264,8 +264,8 @@ def _language_model(
             f"model.source={source.name}: its embedding has {rows} rows, and the task's tokenizer "
             f"{task.vocab_size} entries; use the checkpoint's own tokenizer"
         )
-    forbidden = tuple(sorted({*task.forbidden, *range(task.vocab_size, rows)}))
-    return source, None, dataclasses.replace(source.architecture, forbidden=forbidden, lora=lora_of(config.lora))
+    forbidden = (*task.forbidden, *range(task.vocab_size, rows))
+    return source, None, _as_trained(source.architecture, config, forbidden)
 
 
 def _task(
@@ -328,8 +328,21 @@ def architecture_for(
     tokenizer = load_tokenizer(config, source.folder if source else None, rows)
     if source is None:
         return None, tokenizer, built_in(config.model, tokenizer.vocab_size, tokenizer.forbidden)
-    lora = lora_of(config.lora)
-    return source, tokenizer, dataclasses.replace(source.architecture, forbidden=tokenizer.forbidden, lora=lora)
+    return source, tokenizer, _as_trained(source.architecture, config, tokenizer.forbidden)
+
+
+def _as_trained(a: Architecture, config: Config, forbidden: Sequence[int]) -> Architecture:
+    """A checkpoint's architecture with the parts of it that train, and the ids that are never drawn.
+
+    Args:
+      forbidden: ids of the task that are never drawn; those of images are added to them.
+    """
+    return dataclasses.replace(
+        a,
+        forbidden=tuple(sorted({*forbidden, *a.forbidden})),
+        lora=lora_of(config.lora),
+        freezes_vision=config.model.vision == "frozen",
+    )
 
 
 def device_bytes() -> float:
@@ -344,18 +357,21 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     if config.mesh.fsdp is not None:
         return config
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
-    frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
-    count = sum(x.size for x in jax.tree.leaves(base))
-    # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
-    held = frozen if a.lora is not None else frozen + 12 * count
-    held += frozen if config.loss.kl_coef > 0 and a.lora is None else 0
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+    if a.lora is None:
+        weights, dtype = trained_and_frozen(a)[0], jnp.dtype(a.param_dtype)
+        trained = jax.eval_shape(lambda: init_weights(weights, jax.random.key(0), dtype))
+        copies = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trained)) if config.loss.kl_coef > 0 else 0
+        # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+        held += 12 * sum(x.size for x in jax.tree.leaves(trained)) + copies
     fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
     return replace(config, {"mesh.fsdp": fsdp})
 
 
 def _frozen_init(a: Architecture) -> PyTree | None:
-    """The frozen weights under adapters; only ever traced, for their shapes."""
-    return None if a.lora is None else init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype))
+    """The weights that do not train; only ever traced, for their shapes. None = all weights train."""
+    frozen = trained_and_frozen(a)[1]
+    return None if frozen is None else init_weights(frozen, jax.random.key(0), jnp.dtype(a.param_dtype))
 
 
 def new_state(
@@ -419,12 +435,18 @@ def place_state(
     return jitted(params, known).joined(frozen)
 
 
-def load_base(setup: Setup) -> PyTree:
-    """The source's weights on the mesh: the frozen base under adapters, or the first params."""
+def load_frozen(setup: Setup) -> PyTree | None:
+    """The source's weights that do not train, on the mesh; None = all weights train."""
     assert setup.source is not None
-    a = setup.architecture
-    shardings = setup.shardings.params if a.lora is None else setup.shardings.frozen
-    return load_params(setup.source, table(a), shardings, a.param_dtype)
+    frozen, dtype = trained_and_frozen(setup.architecture)[1], setup.architecture.param_dtype
+    return None if frozen is None else load_params(setup.source, frozen, setup.shardings.frozen, dtype)
+
+
+def load_trained(setup: Setup) -> PyTree:
+    """The source's weights that train, on the mesh; adapters are not among them, since no source has any."""
+    assert setup.source is not None and setup.architecture.lora is None
+    trained, dtype = trained_and_frozen(setup.architecture)[0], setup.architecture.param_dtype
+    return load_params(setup.source, trained, setup.shardings.params, dtype)
 
 
 def _state_shardings(

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from pspo_jax.advantages import group_advantages
 from pspo_jax.arrays.groups import groups_of, take
-from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import REPLAY, Params, RolloutOutcome, Rollouts, TrainState, purpose_key
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
@@ -118,12 +118,13 @@ def init_state(
       num_prompts: N, rows of the dataset.
       prompt_length: P, the padded length of prompts.
       key: the run's key, `jax.random.key(seed)`.
-      frozen: weights under `params` that do not train, such as the base of adapters.
+      frozen: weights that do not train, such as the base of adapters.
       metadata: what the selector may know about prompts beforehand; None = nothing.
     """
     config = resolve(config)
     r = config.rollout
-    copied = config.loss.kl_coef > 0 and (frozen is None or config.sft.steps > 0)
+    unchanged = config.lora.rank > 0 and config.sft.steps == 0
+    copied = config.loss.kl_coef > 0 and not unchanged
     reference = jax.tree.map(jnp.copy, params) if copied else None
     # Fewer groups than a batch wait before a round, and a round adds no more than its prompts.
     room = r.prompts + round_prompts(config)

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from pspo_jax import __version__
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import OptState, Params
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.fields import ConfigError

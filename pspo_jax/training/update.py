@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from pspo_jax.arrays.lora import merge_params
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config, extra_completions
 from pspo_jax.config.strategies import LossConfig

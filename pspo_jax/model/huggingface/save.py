@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.json_files import Json
 from pspo_jax.model.huggingface.load import Source, read_tensor
-from pspo_jax.model.weights import entries, lora_table, projections, table, to_hf
+from pspo_jax.model.weights import entries, lora_table, peft_module, projections, table, to_hf
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,8 +30,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
-"""Files of a tokenizer, which are copied as they are."""
+"""Files of a tokenizer and of an image processor, which are copied as they are."""
 SHARD_BYTES = 4 * 2**30
 """Bytes of a shard at most, unless a single tensor has more."""
 
@@ -73,26 +77,38 @@ def write_folder(out: Path, fill: Callable[[Path], object], replace: bool = Fals
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def whole_tensors(a: Architecture, params: PyTree[Array], dtype: DtypeOf) -> Tensors:
-    """Params without adapters as the tensors of a checkpoint, each cast once to `dtype(name)`."""
+def whole_tensors(a: Architecture, source: Source | None, params: PyTree[Array], dtype: DtypeOf) -> Tensors:
+    """Params without adapters as the tensors of a checkpoint, each cast once to `dtype(name)`.
+
+    Args:
+      source: has the tensors that did not train; None = all trained.
+    """
     values = dict(_paths(params))
     for path, name, w, layer in entries(table(a)):
-        value = np.asarray(values[path] if layer is None else values[path][layer])
-        yield name, to_hf(w, value).astype(dtype(name))
+        if path in values:
+            value = np.asarray(values[path] if layer is None else values[path][layer])
+            yield name, to_hf(w, value).astype(dtype(name))
+        else:
+            assert source is not None
+            yield name, np.ascontiguousarray(read_tensor(source.tensors[name]).astype(dtype(name)))
 
 
 def merged_tensors(a: Architecture, source: Source, adapter: PyTree[Array], dtype: DtypeOf) -> Tensors:
     """The tensors of the source with the adapters added: W + alpha / rank B A, computed in float32 and cast once."""
     assert a.lora is not None
     low = dict(adapter_tensors(a, adapter))
-    module = "base_model.model."
     for _, name, _, _ in entries(table(a)):
         value = read_tensor(source.tensors[name])
-        stem = module + name.removesuffix(".weight")
+        stem = peft_module(a, name.removesuffix(".weight"))
         if f"{stem}.lora_A.weight" in low:
             down, up = low[f"{stem}.lora_A.weight"], low[f"{stem}.lora_B.weight"]
             value = value.astype(np.float32) + np.float32(a.lora.scale) * (up @ down)
         yield name, np.ascontiguousarray(value.astype(dtype(name)))
+
+
+def stored_names(tensors: Tensors, source: Source) -> Tensors:
+    """The tensors by the names that they have in the files of the source."""
+    return ((source.tensors[name].name, value) for name, value in tensors)
 
 
 def adapter_tensors(a: Architecture, adapter: PyTree[Array]) -> Tensors:
@@ -143,7 +159,10 @@ def write_adapter(folder: Path, a: Architecture, adapter: PyTree[Array], base: s
       base: folder or hub id of the base model.
     """
     assert a.lora is not None
-    modules = projections(a)
+    modules = [projections(a)[name][0] for name in a.lora.targets]
+    last_names = [module.rpartition(".")[2] for module in modules]
+    # PEFT would find names such as gate_proj in the vision tower too; a pattern matches whole names.
+    pattern = rf"model\.language_model\.layers\.\d+\.({'|'.join(map(re.escape, modules))})"
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -151,7 +170,7 @@ def write_adapter(folder: Path, a: Architecture, adapter: PyTree[Array], base: s
         "r": a.lora.rank,
         "lora_alpha": a.lora.alpha,
         "lora_dropout": a.lora.dropout,
-        "target_modules": [modules[name][0].rpartition(".")[2] for name in a.lora.targets],
+        "target_modules": last_names if a.vision is None else pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

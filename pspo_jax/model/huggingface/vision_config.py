@@ -9,7 +9,7 @@ from typing import Protocol
 
 from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.model.architecture import Rotary, Vision
+from pspo_jax.model.architecture import CLIP_MEAN, CLIP_STD, Rotary, Vision
 from pspo_jax.model.huggingface.json_files import read_json
 
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -72,6 +72,8 @@ def qwen2_vl_tower(hf: Qwen2VLTower, width: int, where: str) -> Vision:
         patch=hf.patch_size,
         channels=hf.in_channels,
         frames=hf.temporal_patch_size,
+        mean=_per_channel(hf, CLIP_MEAN),
+        std=_per_channel(hf, CLIP_STD),
         gated=False,
         layer_norm=True,
     )
@@ -95,7 +97,14 @@ def qwen25_vl_tower(hf: Qwen25VLTower, width: int, where: str) -> Vision:
         patch=hf.patch_size,
         channels=hf.in_channels,
         frames=hf.temporal_patch_size,
+        mean=_per_channel(hf, CLIP_MEAN),
+        std=_per_channel(hf, CLIP_STD),
     )
+
+
+def _per_channel(hf: TowerConfig, rgb: tuple[float, ...]) -> tuple[float, ...]:
+    """A value for each channel where no processor states it: 0.5 where the channels are not red, green and blue."""
+    return rgb if hf.in_channels == len(rgb) else (0.5,) * hf.in_channels
 
 
 def _refuse(hf: TowerConfig, width: int, width_field: str, activation: str, where: str) -> None:
