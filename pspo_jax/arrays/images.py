@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Int, UInt8
@@ -156,6 +157,19 @@ def lay_out(
         unit=host(unit),
         positions=host(positions),
         delta=host(delta),
+    )
+
+
+def empty_images(prompts: int, longest: int, windows: int, patch_numbers: int, layout: PatchLayout) -> Images:
+    """The images of prompts that have none; the other arguments are those of `lay_out`."""
+    return Images(
+        patches=jnp.zeros((prompts, windows, layout.patches, patch_numbers), jnp.uint8),
+        image=jnp.full((prompts, windows), -1, jnp.int32),
+        corner=jnp.zeros((prompts, windows, 2), jnp.int32),
+        grid=jnp.zeros((prompts, windows, 2), jnp.int32),
+        unit=jnp.full((prompts, longest), -1, jnp.int32),
+        positions=jnp.zeros((prompts, longest, 3), jnp.int32),
+        delta=jnp.zeros(prompts, jnp.int32),
     )
 
 

@@ -129,7 +129,9 @@ def _on_devices(config: Config, architecture: Architecture, devices: int) -> Con
     m = config.mesh
     weights = jax.eval_shape(transformer(architecture.whole()).init, jax.random.key(0))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    fsdp = m.fsdp or smallest_fsdp(held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.width)
+    fsdp = m.fsdp or smallest_fsdp(
+        held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.split_width
+    )
     shards = (devices // m.tensor) if m.data == -1 else m.data * fsdp * m.context
     batch = -(-config.rollout.prompts // max(shards, 1)) * max(shards, 1)
     return replace(config, {"mesh.fsdp": fsdp, "rollout.prompts": batch})

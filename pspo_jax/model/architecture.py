@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -149,6 +150,11 @@ class Architecture:
     """The same for bins that hold several rows."""
     split_decode: bool = False
     """Whether decoding splits MLPs and vocabulary along fsdp; see rollout.weights."""
+
+    @property
+    def split_width(self) -> int:
+        """A number that a mesh must divide to split every matrix: the width, or what it shares with the tower's."""
+        return self.width if self.vision is None else math.gcd(self.width, self.vision.width)
 
     def whole(self) -> Architecture:
         """The same architecture with all of its weights in one tree, which trains as a whole."""

@@ -241,6 +241,8 @@ class Model(NamedTuple):
     """Whether packed rows may share a prompt."""
     encode_images: EncodeImagesFn | None = None
     """The vision tower; None = the model reads text alone."""
+    trains_encoder: bool = False
+    """Whether weights that train are among those that `encode_images` reads."""
 
 
 def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float[Array, "*n V"]:

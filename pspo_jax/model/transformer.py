@@ -48,6 +48,7 @@ def transformer(a: Architecture) -> Model:
         encode_images=None
         if a.vision is None
         else lambda params, images: encode_images(a, _all_weights(params)[0], images),
+        trains_encoder="vision" in trained,
     )
 
 

@@ -27,6 +27,7 @@ from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
 from pspo_jax.distributed.mesh import (
+    check_tower,
     check_vocabulary,
     groups_shardings,
     make_mesh,
@@ -204,6 +205,8 @@ def prepare(
         say(line)
     _check_processes(config, source, task)
     check_vocabulary(config, task.vocab_size)
+    if architecture.vision is not None:
+        check_tower(config, architecture.vision.width)
     prompt_length = task.train.tokens.shape[1]
     architecture = with_kernels(
         architecture,
@@ -364,7 +367,7 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
         copies = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trained)) if config.loss.kl_coef > 0 else 0
         # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
         held += 12 * sum(x.size for x in jax.tree.leaves(trained)) + copies
-    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
+    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.split_width)
     return replace(config, {"mesh.fsdp": fsdp})
 
 

@@ -19,20 +19,14 @@ from pspo_jax.rollout.sampler import make_sampler
 from pspo_jax.rollout.token_loop import SamplingParams
 from tests.model.test_pretrained import load
 from tests.model.visual_checkpoints import (
-    END,
-    IMAGE,
-    START,
-    VIDEO,
-    VisualPrompts,
-    picture,
     pixel_values,
-    prompts_of,
     torch,
     torch_greedy,
     torch_inputs,
     torch_logits,
     write_visual_checkpoint,
 )
+from tests.pictures import END, IMAGE, START, VIDEO, VisualPrompts, picture, prompts_of
 
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
 CASES = {
