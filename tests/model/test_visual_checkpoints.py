@@ -325,3 +325,8 @@ def test_mean_and_deviation_are_the_processors(copy):
     assert v.mean == (0.5, 0.25, 0.5) and v.std == (0.5, 0.5, 0.125)
     path.write_text(json.dumps({"image_std": [0.5, 0]}))
     assert "image_std=[0.5, 0]; it must be 3 numbers above 0" in complaint(copy)
+    (copy / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [0.125] * 3}}))
+    assert read_source(ModelConfig(source=str(copy))).architecture.vision.mean == (0.125,) * 3
+    path.unlink()
+    (copy / "processor_config.json").write_text(json.dumps({"image_processor": {"rescale_factor": 1}}))
+    assert "processor_config.json has rescale_factor=1; only 1/255 is supported" in complaint(copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +12,10 @@ from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.model.architecture import CLIP_MEAN, CLIP_STD, Rotary, Vision
 from pspo_jax.model.huggingface.json_files import read_json
+from pspo_jax.system.json_values import Json
 
-PROCESSOR_FILE = "preprocessor_config.json"
-"""File beside config.json that says how images are prepared."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Files beside config.json that may say how images are prepared."""
 _TOKEN_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
 """Fields of config.json with ids that stand for images and videos, or surround them."""
 _ROTARY_BASE = 10_000.0
@@ -159,18 +161,18 @@ def image_token_ids(hf: object) -> tuple[int, ...]:
 
 
 def with_processor(v: Vision, folder: Path, where: str) -> Vision:
-    """The tower with the mean and standard deviation of preprocessor_config.json, if there is such a file.
+    """The tower with the mean and standard deviation of the checkpoint's image processor, if it has one.
 
     Raises:
-      ConfigError: the file is damaged, or its values are not one number above 0 for each channel.
+      ConfigError: the processor's file is damaged, or its values are not supported.
     """
-    path = folder / PROCESSOR_FILE
-    if not path.exists():
-        return v
-    found = read_json(path, f"model.source={where}")
+    name, found = _processor(folder, f"model.source={where}")
+    factor = found.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ConfigError(f"model.source={where}: {name} has rescale_factor={factor}; only 1/255 is supported")
     values: dict[str, tuple[float, ...]] = {}
-    for field, name in (("mean", "image_mean"), ("std", "image_std")):
-        numbers = found.get(name)
+    for field, key in (("mean", "image_mean"), ("std", "image_std")):
+        numbers = found.get(key)
         if numbers is None:
             continue
         if (
@@ -179,8 +181,18 @@ def with_processor(v: Vision, folder: Path, where: str) -> Vision:
             or not all(isinstance(n, int | float) and n > 0 for n in numbers)
         ):
             raise ConfigError(
-                f"model.source={where}: {path.name} has {name}={numbers}; it must be {v.channels} numbers above 0, one "
-                "for each channel"
+                f"model.source={where}: {name} has {key}={numbers}; it must be {v.channels} numbers above 0, one for "
+                "each channel"
             )
         values[field] = tuple(float(n) for n in numbers if isinstance(n, int | float))
     return dataclasses.replace(v, **values)
+
+
+def _processor(folder: Path, where: str) -> tuple[str, Mapping[str, Json]]:
+    """The file with the image processor's settings, and the settings; as in transformers, the first of two goes."""
+    if (folder / PROCESSOR_FILES[0]).exists():
+        nested = read_json(folder / PROCESSOR_FILES[0], where).get("image_processor")
+        if isinstance(nested, dict):
+            return PROCESSOR_FILES[0], nested
+    path = folder / PROCESSOR_FILES[1]
+    return path.name, read_json(path, where) if path.exists() else {}
