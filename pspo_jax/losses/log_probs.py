@@ -48,7 +48,7 @@ def compact_images(images: RowImages | None, embeddings: Float[Array, "B U D"] |
     behind = jnp.broadcast_to(behind, (*behind.shape[:2], images.positions.shape[2]))
     return ImageTokens(
         embeddings=embeddings.reshape(-1, embeddings.shape[2]),
-        index=jnp.pad(index, ((0, 0), (0, t)), constant_values=-1),
+        embedding_of=jnp.pad(index, ((0, 0), (0, t)), constant_values=-1),
         positions=jnp.concatenate([images.positions, behind], axis=1),
     )
 

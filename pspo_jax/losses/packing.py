@@ -353,7 +353,7 @@ def _gather_images(images: ImageTokens, layout: Packed, bins: int) -> ImageToken
         return _gather_tokens(by_bin, layout.row_of, layout.positions)
 
     positions = [gather(images.positions[..., axis]) for axis in range(images.positions.shape[2])]
-    return images._replace(index=gather(images.index), positions=jnp.stack(positions, axis=-1))
+    return images._replace(embedding_of=gather(images.embedding_of), positions=jnp.stack(positions, axis=-1))
 
 
 def _gather_tokens(

@@ -135,8 +135,8 @@ def embed(
     x = x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
     if images is None:
         return x
-    of_images = lookup(images.embeddings, jnp.maximum(images.index, 0), x.dtype)
-    return jnp.where(images.index[..., None] >= 0, of_images, x)
+    of_images = lookup(images.embeddings, jnp.maximum(images.embedding_of, 0), x.dtype)
+    return jnp.where(images.embedding_of[..., None] >= 0, of_images, x)
 
 
 def forward(

@@ -56,7 +56,7 @@ class ImageTokens(NamedTuple):
 
     embeddings: Float[Array, "N D"]
     """Embeddings of the units of all images in these rows, in any order, with some that no token stands for."""
-    index: Int[Array, "R S"]
+    embedding_of: Int[Array, "R S"]
     """Index, among `embeddings`, of the one that each token has; -1 = the token is text and has that of its id."""
     positions: Int[Array, "R S 3"]
     """Position of each token on three axes, by which queries and keys are rotated; see arrays/images.py."""

@@ -106,7 +106,7 @@ def rows_of_batch(
     b = groups.counted.shape[0]
     more = dataclasses.replace(more, group=more.group + b)
     if more.images is not None:
-        more = dataclasses.replace(more, images=more.images.replace(prompt=more.images.prompt + b))
+        more = dataclasses.replace(more, images=dataclasses.replace(more.images, prompt=more.images.prompt + b))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), rows, more)
 
 

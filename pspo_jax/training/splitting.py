@@ -46,7 +46,7 @@ def split_minibatches(
     first = images.delta.shape[0] - extra  # prompts of whole groups; group i becomes the i // parts-th of its part
     prompt = rows.images.prompt
     local = jnp.where(prompt < first, prompt // parts, first // parts + (prompt - first) // parts)
-    rows = dataclasses.replace(rows, images=rows.images.replace(prompt=local))
+    rows = dataclasses.replace(rows, images=dataclasses.replace(rows.images, prompt=local))
 
     def split(x: Array) -> Array:
         return jnp.concatenate([split_microbatches(y, parts) for y in (x[:first], x[first:])], axis=1)

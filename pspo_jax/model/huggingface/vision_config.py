@@ -170,22 +170,21 @@ def with_processor(v: Vision, folder: Path, where: str) -> Vision:
     factor = found.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ConfigError(f"model.source={where}: {name} has rescale_factor={factor}; only 1/255 is supported")
-    values: dict[str, tuple[float, ...]] = {}
-    for field, key in (("mean", "image_mean"), ("std", "image_std")):
-        numbers = found.get(key)
-        if numbers is None:
-            continue
-        if (
-            not isinstance(numbers, list)
-            or len(numbers) != v.channels
-            or not all(isinstance(n, int | float) and n > 0 for n in numbers)
-        ):
-            raise ConfigError(
-                f"model.source={where}: {name} has {key}={numbers}; it must be {v.channels} numbers above 0, one for "
-                "each channel"
-            )
-        values[field] = tuple(float(n) for n in numbers if isinstance(n, int | float))
-    return dataclasses.replace(v, **values)
+    mean = _channels(found.get("image_mean"), v.mean, f"{name} has image_mean", where)
+    std = _channels(found.get("image_std"), v.std, f"{name} has image_std", where)
+    return dataclasses.replace(v, mean=mean, std=std)
+
+
+def _channels(value: Json, default: tuple[float, ...], what: str, where: str) -> tuple[float, ...]:
+    """A number above 0 for each channel; `default`, which has as many, for None."""
+    if value is None:
+        return default
+    numbers = [float(x) for x in value if isinstance(x, int | float) and x > 0] if isinstance(value, list) else []
+    if not isinstance(value, list) or not len(value) == len(numbers) == len(default):
+        raise ConfigError(
+            f"model.source={where}: {what}={value}; it must be {len(default)} numbers above 0, one for each channel"
+        )
+    return tuple(numbers)
 
 
 def _processor(folder: Path, where: str) -> tuple[str, Mapping[str, Json]]:
