@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
+from jaxtyping import Array
 
 from pspo_jax.arrays.images import Images, PlacedImage, lay_out
 from pspo_jax.arrays.state import Prompts
@@ -65,11 +66,12 @@ def prompts_of(
         placed.append(images)
     lengths = [len(ids) for ids in tokens]
     longest = max(longest, *lengths) + 3
-    needed = max(sum(v.layout.num_windows(x.rows, x.columns) for x in images) for images in placed)
-    images = lay_out(placed, lengths, longest, max(windows, needed, 1), v.patch_numbers, v.layout)
+    needed = max(sum(v.layout.num_windows(x.rows, x.columns) for x in of_prompt) for of_prompt in placed)
+    laid_out = lay_out(placed, lengths, longest, max(windows, needed, 1), v.patch_numbers, v.layout)
     padded = np.zeros((len(tokens), longest), np.int32)
     for row, ids in zip(padded, tokens, strict=True):
         row[: len(ids)] = ids
     count = len(tokens)
-    prompts = Prompts(np.arange(count), padded, np.asarray(lengths, np.int32), np.ones(count, np.float32))
-    return VisualPrompts(tokens, [[x for x in of if isinstance(x, Picture)] for of in parts], prompts, images)
+    arrays = np.arange(count), padded, np.asarray(lengths, np.int32), np.ones(count, np.float32)
+    prompts = Prompts(*(cast(Array, x) for x in arrays))
+    return VisualPrompts(tokens, [[x for x in of if isinstance(x, Picture)] for of in parts], prompts, laid_out)

@@ -15,6 +15,7 @@ from pspo_jax.arrays.images import PatchLayout, empty_images
 from pspo_jax.arrays.split_params import SplitParams
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.schema import ModelConfig
+from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.losses.policy_loss import denominators
 from pspo_jax.model.architecture import Rotary, Vision, built_in
 from pspo_jax.model.transformer import transformer
@@ -183,3 +184,19 @@ def test_a_step_trains_the_tower_unless_it_is_frozen(made, freezes, replay):
     else:
         leaves = zip(jax.tree.leaves(now["vision"]), jax.tree.leaves(before["vision"]), strict=True)
         assert min(np.abs(x - y).max() for x, y in leaves) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"mesh__data": 2, "mesh__fsdp": 2}, {"mesh__data": 1, "mesh__context": 2}])
+def test_devices_share_the_images(made, in_one_stage, axes):
+    """The gradient on a mesh is that of one device, and so are the completions."""
+    model, _, weights, config, rollouts, rows = made
+    c = tiny_config(rollout__prompts=B, rollout__group_size=G, rollout__max_new_tokens=T, **axes)
+    mesh, images, total = make_mesh(c), rollouts.prompts.images, denominators(rows)
+    split = jax.device_put(weights, params_shardings(mesh, weights, model.axes))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda w: loss_gradient(model, lambda w, _: w, w, rows, ONE, c, total, images=images)[0])(split)
+        settings = SamplingParams.of(config.rollout, [5, 6, 7, 8, 9, 10, 11, 12])
+        again = make_sampler(model, G, T, 0)(split, batch(), jax.random.key(1), settings)
+    assert relative(jax.device_get(found), in_one_stage) < 1e-5
+    np.testing.assert_array_equal(again.tokens, rollouts.tokens)
