@@ -18,11 +18,13 @@ from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.synthetic import segments
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.save import (
     TOKENIZER_FILES,
     built_in_config,
+    built_in_processor,
     copy_files,
     merged_tensors,
     numpy_dtype,
@@ -140,10 +142,15 @@ def _write_built_in(
 ) -> None:
     """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
     stop_ids = _stop_ids(tokenizer)
-    hf = built_in_config(architecture, config.model.rope_theta, stop_ids, tokenizer.pad_token_id)
+    image_ids = segments.IMAGE_IDS if config.task.name == "segments" else {}
+    hf = built_in_config(architecture, config.model.rope_theta, stop_ids, tokenizer.pad_token_id, image_ids)
     (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
     generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    if architecture.vision is not None:
+        bounds = segments.PROCESSOR.min_pixels, segments.PROCESSOR.max_pixels
+        processor = built_in_processor(architecture.vision, *bounds)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
     if hasattr(tokenizer, "to_hf"):
         tokenizer.to_hf().save_pretrained(folder)
 

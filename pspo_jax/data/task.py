@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from pspo_jax.data.images.processor import png
 from pspo_jax.data.images.prompt_images import PromptImages
 
 ANSWER_COLUMN = "answer_column"
@@ -104,6 +106,15 @@ def prompt_text(prompts: PromptDataset, row: int, tokenizer: Tokenizer) -> str:
     if prompts.images is None:
         return tokenizer.decode(ids)
     return prompts.images.text(row, ids, tokenizer.decode)
+
+
+def prompt_pictures(prompts: PromptDataset, row: int) -> list[str]:
+    """Data URLs of PNG files with a prompt's images, as the model sees them; none where it has none."""
+    if prompts.images is None:
+        return []
+    found = prompts.images.of(row, prompts.tokens[row][: prompts.lengths[row]].tolist())
+    files = [png(image.patches, (image.rows, image.columns), prompts.images.processor) for image in found]
+    return [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
 
 
 def digest(content: bytes, answer: str) -> int:

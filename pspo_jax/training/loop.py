@@ -483,6 +483,11 @@ def show_summary(config: Config, folder: Path, progress: Progress) -> None:
         [
             ("held-out greedy", f"{scores['greedy']:.3f}"),
             ("held-out sampled", f"{scores['sampled']:.3f}"),
+            *(
+                [("with other images, greedy", f"{scores['greedy_other_images']:.3f}")]
+                if "greedy_other_images" in scores
+                else []
+            ),
             *[
                 (f"{x}, greedy / sampled", f"{scores[f'greedy/{x}']:.3f} / {scores[f'sampled/{x}']:.3f}")
                 for x in labels

@@ -19,6 +19,7 @@ from pspo_jax.data.images.processor import (
     grid_of,
     normalised,
     patches_of,
+    png,
     resized,
 )
 from pspo_jax.data.images.settings import is_visual, read_processor
@@ -190,3 +191,11 @@ def test_checkpoints_with_a_tower_are_known_by_their_config(tmp_path):
     for content, visual in (({"model_type": "qwen2"}, False), ({"vision_config": {}}, True)):
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert is_visual(tmp_path, "x") == visual
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_become_the_image_again(channels):
+    processor = ImageProcessor(patch_size=3)
+    pixels = np.random.default_rng(channels).integers(0, 256, (12, 18, channels), dtype=np.uint8)
+    with Image.open(io.BytesIO(png(cut(pixels, processor), (4, 6), processor))) as image:
+        np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)

@@ -43,16 +43,21 @@ def write_visual_checkpoint(
     text: dict[str, Any] | None = None,
     tower: dict[str, Any] | None = None,
     tied: bool = True,
+    ids: tuple[int, int, int, int] = (IMAGE, VIDEO, START, END),
 ) -> Any:
-    """A torch model of random weights, biases and norms, saved to `folder`."""
+    """A torch model of random weights, biases and norms, saved to `folder`.
+
+    Args:
+      ids: ids of an image's tokens, of a video's, and of those around an image.
+    """
     config = transformers.AutoConfig.for_model(
         model_type,
         text_config=SMALL_TEXT | (text or {}),
         vision_config=TOWERS[model_type] | (tower or {}),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        image_token_id=ids[0],
+        video_token_id=ids[1],
+        vision_start_token_id=ids[2],
+        vision_end_token_id=ids[3],
         tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)

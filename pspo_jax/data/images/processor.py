@@ -133,6 +133,21 @@ def cut(pixels: UInt8[np.ndarray, "h w ch"], processor: ImageProcessor) -> UInt8
     return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, channels * p * p)
 
 
+def png(patches: UInt8[np.ndarray, "n c"], grid: tuple[int, int], processor: ImageProcessor) -> bytes:
+    """The PNG file of the image that was cut into these patches, of one channel or three.
+
+    Args:
+      grid: rows and columns of patches.
+    """
+    p, m = processor.patch_size, processor.merge_size
+    channels = patches.shape[1] // p**2
+    blocks = patches.reshape(grid[0] // m, grid[1] // m, m, m, channels, p, p).transpose(0, 2, 5, 1, 3, 6, 4)
+    pixels = blocks.reshape(grid[0] * p, grid[1] * p, channels)
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(out, "PNG")
+    return out.getvalue()
+
+
 def normalised(patches: UInt8[np.ndarray, "n c"], processor: ImageProcessor) -> Float[np.ndarray, "n c"]:
     """The float32 values of patches as the tower reads them: (value x rescale_factor - mean) / std by channel."""
     channel = np.arange(patches.shape[1]) // processor.patch_size**2

@@ -45,6 +45,8 @@ PROCESSOR = ImageProcessor(
 MAX_RESPONSE = 2 * BARS + 3
 TOKENIZER = CharTokenizer(CHARACTERS, VOCAB, of_prompts="[#]")
 START, UNIT, END = (CHARACTERS.index(c) for c in "[#]")
+IMAGE_IDS = {"vision_start_token_id": START, "image_token_id": UNIT, "vision_end_token_id": END}
+"""Ids of the tokens around an image and of an image's units, by the names of their fields in config.json."""
 TOWER = Vision(
     layers=2,
     width=32,
