@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.config.schema import Config
@@ -52,7 +52,7 @@ def evaluate(
       of each prompt; `no_verdict`, the share of all completions that have none. If the prompts have several labels,
       `greedy/LABEL` and `sampled/LABEL` are the means over the prompts of one label. With eval.other_images, and if the
       prompts have images, `greedy_other_images` is the mean verdict of greedy completions of the same prompts with the
-      images of other prompts.
+      images of other prompts; a prompt whose image has a size of its own is left out.
     """
     greedy = SamplingParams.of(config.rollout, task.stop_ids, temperature=0.0)
     sampled = SamplingParams.of(config.rollout, task.stop_ids)
@@ -68,7 +68,7 @@ def evaluate(
         prompts = place(gather(task.heldout, rows, np.ones(batch, np.float32), room))
         draws = [("greedy", greedy, prompts)] + [("sampled", sampled, prompts)] * config.eval.samples
         if control is not None:
-            draws += [(OTHER_IMAGES, greedy, place(gather(control, rows, np.ones(batch, np.float32), room)))]
+            draws += [(OTHER_IMAGES, greedy, place(gather(control.prompts, rows, np.ones(batch, np.float32), room)))]
         for i, (name, settings, prompts) in enumerate(draws):
             rollouts = sample(params, prompts, jax.random.fold_in(jax.random.fold_in(key, start), i), settings)
             own = processes.owned_rows(rollouts.lengths)
@@ -84,17 +84,29 @@ def evaluate(
         for found in scores:
             report(found)
         verdicts[name] = np.concatenate([found.verdicts for found in scores])
+    if control is not None:
+        of_control = np.concatenate([rows for rows, _ in waits[OTHER_IMAGES]])
+        verdicts[OTHER_IMAGES] = verdicts[OTHER_IMAGES][control.counted[of_control]]
     sampled_rows = {
         name: np.concatenate([rows for rows, _ in of_name]) for name, of_name in waits.items() if name != OTHER_IMAGES
     }
     return _means(verdicts) | _means_by_label(verdicts, sampled_rows, task.heldout.labels)
 
 
-def _with_other_images(prompts: PromptDataset, config: Config) -> PromptDataset | None:
-    """The prompts with each other's images; None where the config does not ask for them, or there are no images."""
+class _Control(NamedTuple):
+    """Prompts with each other's images."""
+
+    prompts: PromptDataset
+    counted: Bool[np.ndarray, "N"]
+    """Prompts that got other images. One whose image has a size of its own keeps it, and is left out."""
+
+
+def _with_other_images(prompts: PromptDataset, config: Config) -> _Control | None:
+    """The control of prompts; None where the config does not ask for it, or there are no images."""
     if prompts.images is None or not config.eval.other_images:
         return None
-    return prompts._replace(images=prompts.images.exchanged(config.task.seed))
+    images = prompts.images.exchanged(config.task.seed)
+    return _Control(prompts._replace(images=images), images.all_differ(prompts.images))
 
 
 def _means(verdicts: dict[str, Float[np.ndarray, "M 1"]]) -> dict[str, float]:

@@ -139,6 +139,7 @@ def _check_heldout(setup: Setup, metadata: Metadata) -> list[Change]:
             "checkpoint, so evaluations would not compare; restore them, choose another --run.dir, or add "
             "--allow-data-change"
         )
+    _refuse_stored_images(setup)
     return [Change("held-out prompts", before, now)]
 
 
@@ -157,14 +158,18 @@ def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
             f"({difference(before, setup.task.train.content())}); restore the data, choose another --run.dir, or add "
             "--allow-data-change, with which each prompt keeps its own statistics"
         )
-    if setup.images is not None and any(
-        hasattr(stored, "groups") for stored in (setup.abstract.replay, setup.abstract.queue)
-    ):
-        raise ConfigError(
-            f"task.name={setup.task.name}: the prompts differ from those of the checkpoint, whose stored groups hold "
-            "images of the prompts before; restore the data, or choose another --run.dir"
-        )
+    _refuse_stored_images(setup)
     return before
+
+
+def _refuse_stored_images(setup: Setup) -> None:
+    """Raise ConfigError if changed data meet stored groups with images, whose room follows from all of the data."""
+    stored = setup.abstract.replay, setup.abstract.queue
+    if setup.images is not None and any(hasattr(holder, "groups") for holder in stored):
+        raise ConfigError(
+            "task.allow_change=true: the data have changed, and the checkpoint's stored groups hold images of the "
+            "prompts before; restore the data, or choose another --run.dir"
+        )
 
 
 def source_fingerprint(setup: Setup) -> str | None:

@@ -188,6 +188,7 @@ def test_another_prompts_image_leaves_the_text():
     other = prompts._replace(images=prompts.images.exchanged(1))
     one, two = (image_batch(x, np.arange(200)) for x in (prompts, other))
     np.testing.assert_array_equal(one.tokens, two.tokens)
+    assert other.images.all_differ(prompts.images).all() and not prompts.images.all_differ(prompts.images).any()
     right = 0
     for i, ((a,), (b,)) in enumerate(zip(one.images, two.images, strict=True)):
         assert a[:3] == b[:3] and (a.patches != b.patches).any()
@@ -202,3 +203,12 @@ def test_sums_are_of_the_asked_bars():
     for lengths, asked, total in zip(problems.length, problems.asked, sums(problems), strict=True):
         assert total == sum(lengths[row] for row in asked if row >= 0)
     assert len("9+9+9=27$") == task_of.MAX_RESPONSE
+
+
+def test_an_image_of_its_own_size_stays():
+    images = make(train_prompts=8).train.images
+    grids = images.grids.copy()
+    grids[3] = 6, 8
+    alone = images._replace(grids=grids, first=np.array([0, 2, 2, 3, 4, 5, 6, 7, 8]))
+    differ = alone.exchanged(0).all_differ(alone)
+    assert differ.tolist() == [True, False, True, False, True, True, True, True]

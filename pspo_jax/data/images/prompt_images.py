@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from pspo_jax.data.images.processor import ImageProcessor
 from pspo_jax.data.images.prompts import first_tokens
@@ -89,6 +89,12 @@ class PromptImages(NamedTuple):
             for i in alike:
                 source[i] = number[following[self.keys[i]]]
         return self._replace(keys=[self.keys[i] for i in source], read=lambda i: self.read(source[i]))
+
+    def all_differ(self, other: PromptImages) -> Bool[np.ndarray, "N"]:
+        """Whether a prompt has images here and in `other`, a list of as many images, and none of them are equal."""
+        equal = [one == two for one, two in zip(self.keys, other.keys, strict=True)]
+        before = np.concatenate([[0], np.cumsum(equal, dtype=np.int64)])
+        return (before[self.first[1:]] == before[self.first[:-1]]) & (np.diff(self.first) > 0)
 
 
 def joined_images(parts: Sequence[PromptImages]) -> PromptImages:
