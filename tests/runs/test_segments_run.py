@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.distributed.processes import finish_all, launch
 from tests.runs.processes import finish, lines_of, metrics, params, start, wait_for_step
 
 SEGMENTS = {
@@ -59,6 +60,17 @@ def test_four_devices_equal_one(child_env, tmp_path, mesh):
     finish(start(child_env, four, devices=4, **mesh, **fields))
     for a, b in zip(metrics(one), metrics(four), strict=True):
         assert all(a.get(name) == b.get(name) for name in ("crc/prompt_ids", "crc/tokens"))
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(child_env, tmp_path):
+    fields = SEGMENTS | STATES["popo"] | {"run__steps": 4, "log__completions_every": 0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(child_env, one, **fields))
+    finish_all(two, launch(child_env, two, processes=2, devices=1, **fields))
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        for name in ("crc/prompt_ids", "crc/tokens", "eval/greedy", "eval/greedy_other_images"):
+            assert a.get(name) == b.get(name), name
 
 
 @pytest.mark.slow
