@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from pspo_jax.config.defaults import FOLLOWERS, flatten, replace
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
 from pspo_jax.model import built_in, transformer
+from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.interface import InitFn, Model
 
 TINY = {
     "model.layers": 2,
@@ -57,11 +60,18 @@ def tiny_config(**fields: Any) -> Config:
 def tiny_policy(
     config: Config | None = None, vocab_size: int = 16, forbidden: tuple[int, ...] = (14, 15), **fields: Any
 ):
-    """(policy, params, architecture) of the built-in transformer."""
+    """(policy, params, architecture) of the built-in transformer; the params are new arrays at each call."""
     config = config or tiny_config()
     a = built_in(dataclasses.replace(config.model, **fields), vocab_size, forbidden)
-    model = transformer(a)
-    return model, jax.jit(model.init)(jax.random.key(1)), a
+    model, init = compiled_policy(a)
+    return model, init(jax.random.key(1)), a
+
+
+@functools.cache
+def compiled_policy(architecture: Architecture) -> tuple[Model, InitFn]:
+    """A policy and its `init`, compiled: tests of one architecture share them."""
+    model = transformer(architecture)
+    return model, jax.jit(model.init)
 
 
 def random_prompts(b: int, p: int, vocab: int = 13, seed: int = 0) -> Prompts:

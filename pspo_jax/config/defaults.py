@@ -112,7 +112,7 @@ def replace(config: Config, values: Mapping[str, object]) -> Config:
 
 def with_given(config: Config, values: Mapping[str, Value]) -> Config:
     """`replace` for values that already have the types of their fields."""
-    given = given_fields(config) | values.keys()
+    given = frozenset(given_fields(config) | values.keys())
     config = dataclasses.replace(_put(config, values), given=given)
     defaults = defaults_of(config)
     return _put(config, {name: defaults[name] for name in FOLLOWERS if name not in given})

@@ -84,6 +84,12 @@ def test_any_value_is_accepted_or_refused_by_name(field, value):
         assert str(error).split("=")[0] in flatten(Config())
 
 
+def test_equal_configs_are_one_key_of_a_dict():
+    ways = [replace(replace(Config(), {"run.steps": 3}), {"loss.packing": True}), replace(Config(), {"run.steps": 3})]
+    ways.append(replace(Config(), {"loss.packing": True, "run.steps": 3}))
+    assert len(set(ways)) == 2
+
+
 def test_unknown_fields_are_refused():
     with pytest.raises(ConfigError, match=r"run\.stepz"):
         replace(Config(), {"run.stepz": 1})

@@ -26,31 +26,32 @@ REWARDS = ((0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 0, 2))
 def batch_of(groups, step):
     """Groups whose every array holds their name."""
     b = len(groups)
-    name = jnp.asarray([g.name for g in groups], jnp.int32)
-    full = jnp.broadcast_to(name[:, None, None], (b, G, T))
-    return Groups(
+    name = np.array([g.name for g in groups], np.int32)
+    full = np.broadcast_to(name[:, None, None], (b, G, T))
+    made = Groups(
         prompts=Prompts(
-            jnp.asarray([g.prompt for g in groups], jnp.int32),
-            jnp.broadcast_to(name[:, None], (b, P)),
-            jnp.full(b, 2, jnp.int32),
-            name / 1000,
+            np.array([g.prompt for g in groups], np.int32),
+            np.broadcast_to(name[:, None], (b, P)),
+            np.full(b, 2, np.int32),
+            np.float32(name / 1000),
         ),
         tokens=full,
-        mask=jnp.ones((b, G, T), bool),
-        log_probs=-full / 100,
-        rewards=jnp.asarray([g.rewards for g in groups], jnp.float32),
-        advantages=full[..., 0] / 10,
-        ended=jnp.ones((b, G), bool),
-        step=jnp.full(b, step, jnp.int32),
-        counted=jnp.ones(b, bool),
+        mask=np.ones((b, G, T), bool),
+        log_probs=np.float32(-full / 100),
+        rewards=np.array([g.rewards for g in groups], np.float32),
+        advantages=np.float32(full[..., 0] / 10),
+        ended=np.ones((b, G), bool),
+        step=np.full(b, step, np.int32),
+        counted=np.ones(b, bool),
     )
+    return jax.device_put(made)
 
 
 @lru_cache(maxsize=64)
 def made(**fields):
     config = replace(Config(), {"rollout.prompts": B, **{f"replay.{k}": v for k, v in fields.items()}})
     replay = popo(config)
-    return replay, jax.jit(replay.mix_batch)
+    return replay._replace(init=jax.jit(replay.init, static_argnums=(0, 1, 2, 3))), jax.jit(replay.mix_batch)
 
 
 def run(history, replay, mix_batch, plain):
@@ -62,13 +63,14 @@ def run(history, replay, mix_batch, plain):
         batch = [Stored(name + i, prompt, step, REWARDS[kind]) for i, (prompt, kind) in enumerate(groups)]
         name += B
         out, buffer = mix_batch(buffer, batch_of(batch, step), jnp.int32(step), jax.random.key(0))
+        out, held = jax.device_get((out, buffer))
         expected = plain.mix_batch(batch, step)
         found = [int(n) if c else None for n, c in zip(out.tokens[:, 0, 0], out.counted, strict=True)]
         assert found == expected
         stored = {
             int(n): (int(s), int(u))
             for n, s, u, c in zip(
-                buffer.groups.tokens[:, 0, 0], buffer.groups.step, buffer.uses, buffer.groups.counted, strict=True
+                held.groups.tokens[:, 0, 0], held.groups.step, held.uses, held.groups.counted, strict=True
             )
             if c
         }
@@ -78,6 +80,7 @@ def run(history, replay, mix_batch, plain):
 
 def check_contents(out):
     """A slot's arrays are all of one group; a slot without a group is masked and worth nothing."""
+    out = jax.device_get(out)
     name = np.asarray(out.tokens[:, 0, 0])
     there = np.asarray(out.counted)
     np.testing.assert_array_equal(out.prompts.tokens[:, 0], name)
@@ -122,8 +125,9 @@ def test_share_limits_what_is_replayed(history, share):
     run(history, replay, mix_batch, PlainReplay(B, 3, 2, share=share))
 
 
-def ring_with(replay, groups, step):
-    return replay.mix_batch(replay.init(B, G, P, T), batch_of(groups, step), jnp.int32(step), jax.random.key(0))[1]
+def ring_with(groups, step, **fields):
+    replay, mix_batch = made(**fields)
+    return mix_batch(replay.init(B, G, P, T), batch_of(groups, step), jnp.int32(step), jax.random.key(0))[1]
 
 
 def five(first, prompt, kinds, step):
@@ -131,8 +135,9 @@ def five(first, prompt, kinds, step):
 
 
 def test_random_order_is_by_key_and_covers_all():
-    replay, mix_batch = made(order="random", max_uses=9)
-    buffer = ring_with(replay, five(1, 10, (2, 2, 2, 2, 2), 0), 0)
+    fields = {"order": "random", "max_uses": 9}
+    _, mix_batch = made(**fields)
+    buffer = ring_with(five(1, 10, (2, 2, 2, 2, 2), 0), 0, **fields)
     batch = batch_of(five(6, 20, (0, 2, 2, 2, 2), 1), 1)
     seen = {int(mix_batch(buffer, batch, jnp.int32(1), jax.random.key(k))[0].tokens[0, 0, 0]) for k in range(60)}
     assert seen == {1, 2, 3, 4, 5}
@@ -140,18 +145,18 @@ def test_random_order_is_by_key_and_covers_all():
 
 def test_kl_order_takes_the_nearest_and_needs_a_measure():
     replay, _ = made(order="kl")
-    buffer = ring_with(made()[0], five(1, 10, (2, 2, 2, 2, 2), 0), 0)
+    buffer = ring_with(five(1, 10, (2, 2, 2, 2, 2), 0), 0)
     batch = batch_of(five(6, 20, (0, 0, 2, 2, 2), 1), 1)
     distance = lambda stored: jnp.abs(stored.tokens[:, 0, 0] - 3.2)  # noqa: E731
-    out, _ = replay.mix_batch(buffer, batch, jnp.int32(1), jax.random.key(0), distance)
+    out, _ = jax.jit(replay.mix_batch, static_argnums=4)(buffer, batch, jnp.int32(1), jax.random.key(0), distance)
     assert out.tokens[:2, 0, 0].tolist() == [3, 4]
     with pytest.raises(ValueError, match="distance"):
         replay.mix_batch(buffer, batch, jnp.int32(1), jax.random.key(0))
 
 
 def test_nothing_changes_while_every_group_is_effective():
-    replay, mix_batch = made()
-    buffer = ring_with(replay, five(1, 10, (2, 3, 4, 2, 3), 0), 0)
+    _, mix_batch = made()
+    buffer = ring_with(five(1, 10, (2, 3, 4, 2, 3), 0), 0)
     batch = batch_of(five(6, 20, (2, 3, 4, 2, 3), 1), 1)
     out, after = mix_batch(buffer, batch, jnp.int32(1), jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, out, batch)
@@ -202,8 +207,8 @@ def test_the_guard_halves_the_share_and_lets_it_grow():
 
 def test_an_empty_batch_is_filled():
     """Dynamic sampling may have found nothing at all."""
-    replay, mix_batch = made()
-    buffer = ring_with(replay, five(1, 10, (2, 3, 4, 2, 3), 0), 0)
+    _, mix_batch = made()
+    buffer = ring_with(five(1, 10, (2, 3, 4, 2, 3), 0), 0)
     out, _ = mix_batch(buffer, empty_groups(B, G, P, T), jnp.int32(1), jax.random.key(0))
     # Largest variance first; of equals the first of its batch.
     assert out.tokens[:, 0, 0].tolist() == [3, 2, 5, 1, 4]
@@ -224,6 +229,7 @@ def test_the_queue_is_a_list(rounds):
         assert int(queue.held) == len(plain)
         if len(plain) >= B or step % 3 == 2:
             first, queue = jax.jit(take_first, static_argnums=1)(queue, B)
+            first = jax.device_get(first)
             assert first.tokens[first.counted, 0, 0].tolist() == [g.name for g in plain[:B]]
             assert first.step[first.counted].tolist() == [g.step for g in plain[:B]]
             check_contents(first)

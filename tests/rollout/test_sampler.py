@@ -1,5 +1,7 @@
 """Rollouts: equal to the trainer's forward, independent of layout, and compiled once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,26 +19,38 @@ EOS, PAD, T = 13, 14, 12
 
 
 def settings(temperature=1.0, top_p=1.0, top_k=0, stop=(EOS,), limit=T):
+    """Settings with three stop ids, the last of which may be repeated: for each number there is another program."""
     return SamplingParams(
         jnp.float32(temperature),
         jnp.float32(top_p),
         jnp.int32(top_k),
-        jnp.asarray(stop, jnp.int32),
+        jnp.asarray([*stop, *[stop[-1]] * (3 - len(stop))], jnp.int32),
         jnp.int32(limit),
     )
 
 
+@functools.cache
+def sampler_of(group_size):
+    """(params, sampler) of the tiny policy, decoded at once: tests of one group size share its programs."""
+    model, params, _ = tiny_policy()
+    return params, make_sampler(model, group_size, T, PAD)
+
+
 def trainer_log_probs(model, params, rollouts):
-    b, g = rollouts.lengths.shape
-    p = rollouts.prompts
-    return completion_log_probs(
-        model,
-        params,
-        jnp.repeat(p.tokens, g, axis=0),
-        jnp.repeat(p.lengths, g, axis=0),
-        rollouts.tokens.reshape(b * g, -1),
-        rollouts.temperature,
-    )[0].reshape(rollouts.tokens.shape)
+    @jax.jit
+    def log_probs_of(params, rollouts):
+        b, g = rollouts.lengths.shape
+        p = rollouts.prompts
+        return completion_log_probs(
+            model,
+            params,
+            jnp.repeat(p.tokens, g, axis=0),
+            jnp.repeat(p.lengths, g, axis=0),
+            rollouts.tokens.reshape(b * g, -1),
+            rollouts.temperature,
+        )[0].reshape(rollouts.tokens.shape)
+
+    return log_probs_of(params, rollouts)
 
 
 SHAPES = [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}, {"kv_heads": 1}]
@@ -57,8 +71,9 @@ def test_sampler_and_trainer_agree(shape, temperature):
 
 
 def test_forbidden_ids_have_no_share_on_either_side():
-    model, params, _ = tiny_policy()
-    rollouts = make_sampler(model, 16, T, PAD)(params, random_prompts(8, 9), jax.random.key(0), settings())
+    model = tiny_policy()[0]
+    params, sample = sampler_of(16)
+    rollouts = sample(params, random_prompts(8, 9), jax.random.key(0), settings())
     drawn = np.asarray(rollouts.tokens)[np.asarray(rollouts.mask)]
     assert not np.isin(drawn, [14, 15]).any()
     logits = model.logits(params, jnp.ones((3, 16)))
@@ -66,8 +81,8 @@ def test_forbidden_ids_have_no_share_on_either_side():
 
 
 def test_ends_are_as_documented():
-    model, params, _ = tiny_policy()
-    rollouts = make_sampler(model, 8, T, PAD)(params, random_prompts(8, 9), jax.random.key(3), settings())
+    params, sample = sampler_of(16)
+    rollouts = sample(params, random_prompts(8, 9), jax.random.key(3), settings())
     tokens, mask, lengths = map(np.asarray, (rollouts.tokens, rollouts.mask, rollouts.lengths))
     ended = np.asarray(rollouts.ended)
     assert ended.any() and not ended.all()
@@ -80,8 +95,7 @@ def test_ends_are_as_documented():
 
 
 def test_several_stop_ids_and_a_traced_limit():
-    model, params, _ = tiny_policy()
-    sample = make_sampler(model, 8, T, PAD)
+    params, sample = sampler_of(16)
     rollouts = sample(params, random_prompts(8, 9), jax.random.key(3), settings(stop=(1, 2, 3), limit=5))
     assert int(rollouts.lengths.max()) <= 5
     last = np.take_along_axis(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)[..., None] - 1, 2)[..., 0]
@@ -89,8 +103,7 @@ def test_several_stop_ids_and_a_traced_limit():
 
 
 def test_changing_settings_or_lengths_does_not_recompile():
-    model, params, _ = tiny_policy()
-    sample = make_sampler(model, 4, T, PAD)
+    params, sample = sampler_of(4)
     variants = [
         settings(0.7),
         settings(top_p=0.5),
@@ -109,8 +122,7 @@ def test_changing_settings_or_lengths_does_not_recompile():
 
 def test_rows_do_not_depend_on_the_rest_of_the_batch():
     """Row keys come from the row's number: the first prompts of a larger batch give the same tokens."""
-    model, params, _ = tiny_policy()
-    sample = make_sampler(model, 4, T, PAD)
+    params, sample = sampler_of(4)
     whole = random_prompts(6, 9)
     part = jax.tree.map(lambda x: x[:2], whole)
     a = sample(params, whole, jax.random.key(5), settings())
@@ -136,9 +148,9 @@ def test_a_model_of_logits_samples_the_same_tokens():
     plain = from_logits(
         lambda p, tokens: model.logits(p, model.hidden(p, tokens)), model.init, a.vocab_size, a.forbidden
     )
-    prompts, key = random_prompts(5, 9), jax.random.key(2)
-    want = make_sampler(model, 3, T, PAD)(params, prompts, key, settings())
-    got = make_sampler(plain, 3, T, PAD)(params, prompts, key, settings())
+    prompts, key = random_prompts(6, 9), jax.random.key(2)
+    want = sampler_of(4)[1](params, prompts, key, settings())
+    got = make_sampler(plain, 4, T, PAD)(params, prompts, key, settings())
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
 
@@ -156,7 +168,7 @@ def test_slots_change_no_row(shape, slots):
     """Rows that take turns in fewer slots equal rows that are all decoded at once."""
     model, params, _ = tiny_policy(**shape)
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, top_p=0.95, stop=(EOS, 3, 5), limit=10)
-    at_once = make_sampler(model, 4, T, PAD)(*args)
+    at_once = (make_sampler(model, 4, T, PAD) if shape else sampler_of(4)[1])(*args)
     in_turns = make_sampler(model, 4, T, PAD, slots)(*args)
     lengths = np.asarray(at_once.lengths)
     assert lengths.min() < 4 and lengths.max() == 10
@@ -191,7 +203,7 @@ def test_chunks_of_tokens_change_no_row(chunk, limit, monkeypatch):
     """This holds whether or not chunks divide the longest completion, the limit and the sizes of the cache."""
     model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, PAD), limit=limit)
-    one_by_one = make_sampler(model, 4, T, PAD)(*args)
+    one_by_one = sampler_of(4)[1](*args)
     monkeypatch.setattr(sampler, "SMALLEST_CACHE_TOKENS", 2)
     assert sampler.cache_sizes(32, 4) == [8, 16, 32] and sampler.cache_sizes(30, 4) == [4, 12, 30]
     in_chunks = make_sampler(model, 4, T, PAD, chunk=chunk)(*args)
@@ -210,7 +222,7 @@ def test_slots_on_eight_devices_change_no_row():
     """Each device refills its own slots, from its own rows."""
     model, params, _ = tiny_policy()
     args = random_prompts(8, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, 5), limit=10)
-    at_once = make_sampler(model, 4, T, PAD)(params, *args)
+    at_once = sampler_of(4)[1](params, *args)
     mesh = make_mesh(replace(Config(), {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
     with jax.set_mesh(mesh):
         split = jax.device_put(params, params_shardings(mesh, params, model.axes))

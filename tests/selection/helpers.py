@@ -19,32 +19,33 @@ Rewards = Callable[[Any, int], np.ndarray]
 
 
 class CompiledSelector(NamedTuple):
-    """A selector, compiled for a batch size."""
+    """A selector whose functions are compiled, and the batch size that it draws."""
 
     selector: Selector
     batch: int
-    functions: dict[str, Callable[..., Any]]
+    draw_many: Callable[..., Any]
+    """Function of (state, keys, step) to ids [keys, batch]."""
 
     def init(self, prompts: int, metadata: PromptMetadata | None = None) -> Any:
-        return self.functions["init"](prompts, metadata)
+        return self.selector.init(prompts, metadata)
 
     def select(self, state: Any, step: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
         key = jax.random.key(step if seed is None else seed)
-        ids, weight, state = self.functions["select"](state, key, jnp.int32(step))
+        ids, weight, state = self.selector.select(state, key, jnp.int32(step), self.batch)
         return np.asarray(ids), np.asarray(weight), state
 
     def observe(self, state: Any, ids: Any, rewards: Any, step: int) -> Any:
         seen = rewards if isinstance(rewards, RolloutOutcome) else outcome(rewards)
-        return self.functions["observe"](state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
+        return self.selector.observe(state, jnp.asarray(ids, jnp.int32), seen, jnp.int32(step))
 
     def draws(self, state: Any, count: int, step: int = 0) -> np.ndarray:
         """Ids [count, batch] of `count` draws, each with a key of its own."""
         keys = jax.random.split(jax.random.key(count), count)
-        return np.asarray(self.functions["draws"](state, keys, jnp.int32(step)))
+        return np.asarray(self.draw_many(state, keys, jnp.int32(step)))
 
     def table(self, state: Any, prompts: int, step: int = 0) -> dict[str, np.ndarray]:
         """The table without its padding."""
-        return {name: np.asarray(x)[:prompts] for name, x in self.functions["table"](state, jnp.int32(step)).items()}
+        return {name: np.asarray(x)[:prompts] for name, x in self.selector.to_table(state, jnp.int32(step)).items()}
 
 
 @functools.cache
@@ -66,13 +67,11 @@ def make(
         SelectorContext(batch, GROUP, steps, seed, task_names),
     )
 
-    def draws(state: Any, keys: Any, step: Any) -> Any:
+    @jax.jit
+    def draw_many(state: Any, keys: Any, step: Any) -> Any:
         return jax.lax.map(lambda key: made.select(state, key, step, batch)[0], keys)
 
-    select = functools.partial(made.select, batch=batch)
-    functions = {"select": select, "observe": made.observe, "draws": draws, "table": made.to_table}
-    jitted = {name: jax.jit(function) for name, function in functions.items()}
-    return CompiledSelector(made, batch, jitted | {"init": jax.jit(made.init, static_argnums=0)})
+    return CompiledSelector(compiled_whole(made), batch, draw_many)
 
 
 def compiled_whole(chosen: Selector) -> Selector:
@@ -82,6 +81,9 @@ def compiled_whole(chosen: Selector) -> Selector:
         select=jax.jit(chosen.select, static_argnums=3),
         observe=jax.jit(chosen.observe),
         follow=jax.jit(chosen.follow),
+        batch_metrics=jax.jit(chosen.batch_metrics),
+        outcome_metrics=jax.jit(chosen.outcome_metrics),
+        summary=jax.jit(chosen.summary),
         to_table=jax.jit(chosen.to_table),
     )
 
@@ -95,7 +97,7 @@ def outcome(rewards: Any, advantages: Any = None) -> RolloutOutcome:
     raw = centred / (np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(count - 1, 1)) + 1e-4)
     raw = raw.astype(np.float32)
     smoothed = raw if advantages is None else np.asarray(advantages, np.float32)
-    return RolloutOutcome(jnp.asarray(rewards), jnp.asarray(smoothed), jnp.asarray(raw))
+    return RolloutOutcome(rewards, smoothed, raw)
 
 
 def half_right(ids: Any, step: int = 0) -> np.ndarray:
@@ -136,13 +138,25 @@ def run_steps(
     return np.stack(drawn), state
 
 
+def scan_steps(compiled: CompiledSelector, state: Any, steps: int, rewards: Any) -> np.ndarray:
+    """The ids [steps, batch] that `run_steps` draws, by one program; row i of `rewards` holds those of prompt i."""
+    outcomes = jax.device_put(outcome(rewards))
+
+    def one_step(state: Any, step: Any) -> Any:
+        ids, _, state = compiled.selector.select(state, jax.random.key(step), step, compiled.batch)
+        seen = RolloutOutcome(outcomes.rewards[ids], outcomes.advantages[ids], outcomes.raw_advantages[ids])
+        return compiled.selector.observe(state, ids, seen, step), ids
+
+    return np.asarray(jax.jit(lambda state: jax.lax.scan(one_step, state, jnp.arange(steps))[1])(state))
+
+
 def with_priorities(
     compiled: CompiledSelector, priority: Any, floor: float = 1e-6, metadata: PromptMetadata | None = None
 ) -> Any:
     """State of pps in which each prompt has the given priority."""
     n = len(priority)
     value = np.tile(np.asarray(priority, np.float32)[:, None] - np.float32(floor), (1, GROUP))
-    seen = RolloutOutcome(jnp.zeros((n, GROUP)), jnp.asarray(value), jnp.asarray(value))
+    seen = RolloutOutcome(np.zeros((n, GROUP), np.float32), value, value)
     return compiled.observe(compiled.init(n, metadata), np.arange(n), seen, -1)
 
 

@@ -19,6 +19,7 @@ from pspo_jax.selection import PromptMetadata
 from pspo_jax.selection.engine.longest_first import interleave
 from pspo_jax.training.algorithm import build
 from tests.helpers import random_prompts, tiny_policy
+from tests.selection.helpers import compiled_whole
 
 N, B, G = 40, 8, 2
 
@@ -26,24 +27,22 @@ N, B, G = 40, 8, 2
 def selectors(chunks=1, **fields):
     """A selector, plain and with its batches ordered."""
     config = replace(Config(), {"rollout.prompts": B, "rollout.group_size": G, "rollout.chunks": chunks, **fields})
-    ordered = replace(config, {"rollout.slots": 4, "rollout.longest_first": True})
-    return build(config).selector, build(ordered).selector
-
-
-def outcome(lengths):
-    zeros = jnp.zeros((len(lengths), G))
-    return RolloutOutcome(
-        zeros + jnp.arange(G), zeros, zeros, 0.0, jnp.asarray(lengths)[:, None] + jnp.asarray([-1, 1])
-    )
+    return compiled(config), compiled(replace(config, {"rollout.slots": 4, "rollout.longest_first": True}))
 
 
 @functools.cache
-def jitted(function, *static):
-    return jax.jit(function, static_argnums=static)
+def compiled(config):
+    return compiled_whole(build(config).selector)
+
+
+def outcome(lengths):
+    zeros = np.zeros((len(lengths), G), np.float32)
+    lengths = np.asarray(lengths, np.float32)[:, None] + np.array([-1, 1], np.float32)
+    return RolloutOutcome(zeros + np.arange(G, dtype=np.float32), zeros, zeros, 0.0, lengths)
 
 
 def drawn(selector, state, step):
-    ids, weight, state = jitted(selector.select, 3)(state, jax.random.key(step), jnp.int32(step), B)
+    ids, weight, state = selector.select(state, jax.random.key(step), jnp.int32(step), B)
     return np.asarray(ids), np.asarray(weight), state
 
 
@@ -70,8 +69,8 @@ def test_what_is_drawn_stays_and_the_longest_come_first(name):
         known = np.asarray(other.prompt_lengths)[order]
         expected = np.where(known > 0, known, float(other.mean_length))
         assert (np.diff(expected) <= 0).all()
-        one = jitted(plain.observe)(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
-        other = jitted(ordered.observe)(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
+        one = plain.observe(one, jnp.asarray(ids), outcome(length[ids]), jnp.int32(step))
+        other = ordered.observe(other, jnp.asarray(order), outcome(length[order]), jnp.int32(step))
         np.testing.assert_allclose(np.asarray(other.prompt_lengths)[order], length[order])
     jax.tree.map(np.testing.assert_array_equal, plain.to_table(one, 6), ordered.to_table(other, 6))
 
@@ -113,9 +112,12 @@ def test_changed_data_keeps_what_is_known():
     assert followed.mean_length == state.mean_length
 
 
+interleaved = jax.jit(interleave, static_argnums=1)
+
+
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_every_part_starts_with_its_longest(parts, each):
-    order = np.asarray(interleave(jnp.arange(parts * each), parts)).reshape(parts, each)
+    order = np.asarray(interleaved(np.arange(parts * each), parts)).reshape(parts, each)
     assert sorted(order.ravel()) == list(range(parts * each))
     assert (np.diff(order, axis=1) > 0).all()
     assert (order[:, 0] == np.arange(parts)).all()

@@ -147,6 +147,9 @@ def test_batches_are_full_where_no_prompt_ever_had_a_verdict(name):
 # Exploration
 
 
+EXPLORING_PPS = {"floor": 1e-6, "exponent": 2.0, "correction": 0.7}
+
+
 def with_favourites(compiled, n):
     """The state of n prompts of which only 0 and 1 have a priority."""
     state = compiled.init(n)
@@ -158,7 +161,7 @@ def with_favourites(compiled, n):
 @pytest.mark.parametrize("name", USUAL[1:])
 def test_half_of_a_batch_explores(name):
     n, b = 12, 4
-    extra = {"pps": {"floor": 1e-6, "exponent": 2.0}, "prioritized_replay": {"retest_share": 0.0}}.get(name, {})
+    extra = {"pps": EXPLORING_PPS, "prioritized_replay": {"retest_share": 0.0}}.get(name, {})
     compiled = make(name, b, discount=1.0, exploration=0.5, **extra)
     ids = compiled.draws(with_favourites(compiled, n), 3000, step=12)
     assert (np.sort(ids[:, :2], axis=1) == [0, 1]).all()
@@ -181,12 +184,12 @@ def test_with_exploration_alone_all_prompts_that_may_be_drawn_are_alike(name):
 
 
 def test_loss_weights_know_of_exploration():
-    n, b, beta = 9, 4, 0.7
-    compiled = make("pps", b, exploration=0.5, exponent=1.0, correction=beta, floor=1e-6)
+    n, b = 12, 4
+    compiled = make("pps", b, discount=1.0, exploration=0.5, **EXPLORING_PPS)
     priority = np.linspace(0.1, 2, n)
     ids, weight, _ = compiled.select(with_priorities(compiled, priority), 0)
-    p = 0.5 * priority / priority.sum() + 0.5 / n
-    raw = (1 / p[ids]) ** beta
+    p = 0.5 * priority**2 / (priority**2).sum() + 0.5 / n
+    raw = (1 / p[ids]) ** 0.7
     np.testing.assert_allclose(weight, raw / raw.max(), rtol=1e-4)
 
 
@@ -269,9 +272,9 @@ def test_all_prompts_of_several_blocks_are_drawn_alike():
 def test_weights_beyond_float32_still_fill_a_batch(initial):
     # 1e-150 or 1e150: all weights are the same smallest or largest one.
     compiled = make("pps", B, exponent=50.0, initial=initial, correction=0.4)
-    visits = np.zeros(N, int)
+    state, visits = compiled.init(N), np.zeros(N, int)
     for seed in range(200):
-        ids, weight, _ = compiled.select(compiled.init(N), 0, seed)
+        ids, weight, _ = compiled.select(state, 0, seed)
         assert_valid(ids, N, B)
         np.testing.assert_allclose(weight, 1.0, rtol=1e-5)
         visits[ids] += 1

@@ -1,5 +1,8 @@
 """Properties over many draws: loss weights do not collapse, quotas are exact, cooldowns count steps."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -179,13 +182,14 @@ def test_who_rests_depends_on_steps_alone(rounds, keeps):
         assert len(set(ids.tolist()) & set(able)) == min(4, len(able))
         state = compiled.observe(state, ids, random_rewards(step)(ids, step), step)
         last |= dict.fromkeys(ids.tolist(), step)
-        np.testing.assert_array_equal(state.score, evaluate_all_scores(compiled, state))
+        np.testing.assert_array_equal(state.score, scorer_of_all(compiled)(state))
 
 
-def evaluate_all_scores(compiled, state):
-    """The scores of all prompts, computed at this step."""
-    engine = compiled.selector.observe.args[0]
-    return score_all(engine, state, state.now).score
+@functools.cache
+def scorer_of_all(compiled):
+    """A function that scores all prompts at the step of a state."""
+    engine = compiled.selector.observe.__wrapped__.args[0]
+    return jax.jit(lambda state: score_all(engine, state, state.now).score)
 
 
 def test_no_score_is_old_after_steps_without_a_round():

@@ -25,8 +25,8 @@ def made(name, batch, forgetting=FIXED, group=GROUP, seed=SEED, **fields):
 
 
 def outcome(rewards, policy_drift=0.0):
-    rewards = jnp.asarray(rewards, jnp.float32)
-    return RolloutOutcome(rewards, jnp.zeros_like(rewards), jnp.zeros_like(rewards), policy_drift)
+    zeros = np.zeros(rewards.shape, np.float32)
+    return RolloutOutcome(rewards.astype(np.float32), zeros, zeros, policy_drift)
 
 
 class Plain:
@@ -175,7 +175,7 @@ def programs(name, draw, candidates=4):
     def draws(state, keys, step):
         return jax.lax.map(lambda key: tested.select(state, key, step, 2)[0], keys)
 
-    return tested.init, jax.jit(tested.observe), jax.jit(draws)
+    return jax.jit(tested.init, static_argnums=0), jax.jit(tested.observe), jax.jit(draws)
 
 
 def many(draws, state, count, step):
@@ -185,10 +185,11 @@ def many(draws, state, count, step):
 
 
 def with_beliefs(state, a, b):
-    per_prompt = state.per_prompt._replace(
-        a=state.per_prompt.a.at[: len(a)].set(a), b=state.per_prompt.b.at[: len(b)].set(b)
-    )
-    return state._replace(per_prompt=per_prompt)
+    def begin_with(stored, values):
+        return np.concatenate([values, stored[len(values) :]], dtype=np.float32)
+
+    beliefs = jax.device_get(state.per_prompt)
+    return state._replace(per_prompt=beliefs._replace(a=begin_with(beliefs.a, a), b=begin_with(beliefs.b, b)))
 
 
 def test_mopps_with_certain_beliefs_takes_those_nearest_to_one_half():
@@ -241,7 +242,8 @@ def test_spo_draws_in_proportion_to_its_weights():
 
 
 def test_spo_floor_is_added_to_the_deviation():
-    np.testing.assert_allclose(made("spo", 4, floor=0.4).init(4).score[:4], 0.9)
+    init = jax.jit(made("spo", 4, floor=0.4).init, static_argnums=0)
+    np.testing.assert_allclose(init(4).score[:4], 0.9)
 
 
 @pytest.mark.parametrize(("name", "draw"), KINDS)

@@ -19,6 +19,7 @@ from pspo_jax.selection import SelectorContext, selector
 from pspo_jax.selection.engine.stats import age_key
 from pspo_jax.selection.prioritized_replay import MAX_WAIT
 from tests.helpers import slow_except
+from tests.selection.helpers import compiled_whole
 
 STEPS, GROUP, SEED = 60, 4, 17
 RANKED, SOLVED, UNSOLVED = 0, 1, 2
@@ -120,7 +121,7 @@ class Oracle:
 
 @lru_cache
 def player(config, forgetting, batch):
-    """(init, function of a state and rewards [T, N, G]: the last state and the batches [T, B])."""
+    """(selector, function of a state and rewards [T, N, G]: the last state and the batches [T, B])."""
     made = selector(config, forgetting, SelectorContext(batch, GROUP, STEPS, SEED))
 
     def one(state, x):
@@ -132,17 +133,17 @@ def player(config, forgetting, batch):
     def run_steps(state, rewards):
         return jax.lax.scan(one, state, (jnp.arange(len(rewards)), rewards))
 
-    return made, jax.jit(made.init, static_argnums=0), jax.jit(run_steps)
+    return compiled_whole(made), jax.jit(run_steps)
 
 
 def batches(config, forgetting, batch, rewards):
     """The batches that the selector draws with rewards [T, N, G], and its last state."""
-    _, init, run_steps = player(config, forgetting, batch)
+    made, run_steps = player(config, forgetting, batch)
     n = rewards.shape[1]
     rows = -(-n // 128) * 128
     padded = np.full((len(rewards), rows, GROUP), np.nan, np.float32)
     padded[:, :n] = rewards
-    state, ids = run_steps(init(n), jnp.asarray(padded))
+    state, ids = run_steps(made.init(n), jnp.asarray(padded))
     return np.asarray(ids), state
 
 
@@ -324,7 +325,7 @@ def test_no_verdict_changes_nothing_but_the_visit(estimate):
     before = batches(config, FIXED, 4, rewards)[1]
     zeros = jnp.zeros((12, GROUP))
     nothing = RolloutOutcome(jnp.full((12, GROUP), jnp.nan), zeros, zeros)
-    after = jax.jit(made.observe)(before, jnp.arange(12), nothing, STEPS)
+    after = made.observe(before, jnp.arange(12), nothing, STEPS)
     for name in ("pool", "wait", "last_success", "beliefs"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after.per_prompt, name), getattr(before.per_prompt, name))
     old, new = made.to_table(before, STEPS), made.to_table(after, STEPS + 1)

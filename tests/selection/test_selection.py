@@ -27,6 +27,7 @@ from tests.selection.helpers import (
     outcome,
     random_rewards,
     run_steps,
+    scan_steps,
     with_priorities,
 )
 
@@ -237,7 +238,8 @@ def test_exponent_and_correction_are_annealed_and_all_prompts_follow():
 def test_greso_visits_a_prompt_that_is_never_mixed_with_the_keep_probability():
     n, keep = 64, 0.25
     compiled = make("greso", 8, greso_base=1e-3, greso_floor=keep)
-    drawn, _ = run_steps(compiled, compiled.init(n), 2500, half_right_only(range(n // 2)))
+    rewards = half_right_only(range(n // 2))(np.arange(n), 0)
+    drawn = scan_steps(compiled, compiled.init(n), 2500, rewards)
     visits = counted(drawn, n)
     epochs = visits[: n // 2].mean()
     assert visits[: n // 2].max() - visits[: n // 2].min() <= 1

@@ -1,6 +1,7 @@
 """Completions whose loss is exactly 0 are left out of the update, and nothing that is computed changes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +26,25 @@ AGGREGATIONS = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo", "token_sum")
 
 def with_advantages(rows, kept):
     """The rows without a reference, and with an advantage of 0 but for those that are kept."""
-    advantages = jnp.where(jnp.isin(jnp.arange(R), jnp.asarray(kept, int)), rows.advantages, 0)
+    advantages = jnp.asarray(np.where(np.isin(np.arange(R), np.asarray(kept, int)), rows.advantages, 0))
     return rows.replace(reference_log_probs=None, advantages=advantages)
 
 
-def gradients(rows, computed, params=None, **fields):
+def gradients(rows, computed, **fields):
     """What `loss_gradient` returns where these rows are computed; None = all of them, the oracle."""
-    config = tiny_config(**{"loss__microbatch_rows": 4} | fields)
-    model, first, _ = tiny_policy()
-    params = first if params is None else params
-    o = config.loss
-    total = denominators(rows, count_masked=o.count_masked, computed=computed)
+    return gradient_of(tiny_config(**{"loss__microbatch_rows": 4} | fields))(tiny_policy()[1], rows, computed)
 
-    @jax.jit
-    def run(p):
-        return loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), config, total, computed)
 
-    return run(params)
+@functools.cache
+def gradient_of(config):
+    """A compiled function of params, rows and the rows that are computed, None = all."""
+    model = tiny_policy()[0]
+
+    def run(params, rows, computed):
+        total = denominators(rows, count_masked=config.loss.count_masked, computed=computed)
+        return loss_gradient(model, lambda w, _: w, params, rows, jnp.float32(0.9), config, total, computed)
+
+    return jax.jit(run)
 
 
 def same(rows, packing, **fields):
@@ -139,17 +142,27 @@ def rollouts_of(config):
     )
 
 
+@functools.cache
+def step_of(config, optimizer):
+    """(algorithm, train step) of a config."""
+    algorithm = build(config)
+    return algorithm, make_train_step(tiny_policy(config)[0], optimizer, algorithm, config)
+
+
+SGD = optax.sgd(0.5)
+
+
 @pytest.mark.parametrize("effective", [0, 3])
 def test_a_step_computes_the_groups_that_teach(effective):
     config = tiny_config(algorithm__name="grpo", loss__microbatch_rows=4)
-    model, params, _ = tiny_policy(config)
-    algorithm, optimizer = build(config), optax.sgd(0.5)
+    _, params, _ = tiny_policy(config)
+    algorithm, step = step_of(config, SGD)
     rollouts = rollouts_of(config)
     rewards = np.zeros((config.rollout.prompts, config.rollout.group_size), np.float32)
     rewards[:effective, 0] = 1
     before = jax.tree.map(np.asarray, params)
-    state = init_state(params, optimizer, algorithm, config, 40, P, jax.random.key(0))
-    state, metrics = make_train_step(model, optimizer, algorithm, config)(state, rollouts, jnp.asarray(rewards))
+    state = init_state(params, SGD, algorithm, config, 40, P, jax.random.key(0))
+    state, metrics = step(state, rollouts, jnp.asarray(rewards))
     assert float(metrics["update/completions"]) == effective * config.rollout.group_size
     drawn = np.asarray(rollouts.mask)
     assert float(metrics["entropy"]) == pytest.approx(-float(np.asarray(rollouts.log_probs)[drawn].mean()), rel=1e-5)

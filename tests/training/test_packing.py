@@ -1,6 +1,7 @@
 """Packed rows: bins hold what they may, and give the results of padded rows."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,28 +52,66 @@ def rows_with(seed=0, masked=(), r=R):
     prompts = np.where(np.arange(P) < lengths[:, None], np.repeat(rng.integers(0, 13, (r // G, P)), G, axis=0), 14)
 
     def log_probs():
-        return jnp.asarray(-rng.gamma(2.0, 0.7, (r, T)), jnp.float32)
+        return np.float32(-rng.gamma(2.0, 0.7, (r, T)))
 
     old = log_probs()
-    return Rows(
-        group=jnp.repeat(jnp.arange(r // G), G),
-        prompts=jnp.asarray(prompts, jnp.int32),
-        lengths=jnp.asarray(lengths, jnp.int32),
-        tokens=jnp.asarray(tokens, jnp.int32),
-        mask=jnp.asarray(np.arange(T) < completion_lengths[:, None]),
-        counted=jnp.ones(r, bool),
-        advantages=jnp.asarray(rng.normal(size=r), jnp.float32),
-        loss_weight=jnp.asarray(rng.uniform(0.5, 1, r), jnp.float32),
+    rows = Rows(
+        group=np.repeat(np.arange(r // G, dtype=np.int32), G),
+        prompts=np.int32(prompts),
+        lengths=np.int32(lengths),
+        tokens=np.int32(tokens),
+        mask=np.arange(T) < completion_lengths[:, None],
+        counted=np.ones(r, bool),
+        advantages=np.float32(rng.normal(size=r)),
+        loss_weight=np.float32(rng.uniform(0.5, 1, r)),
         old_log_probs=old,
-        behaviour_log_probs=old + 0.1 * log_probs(),
+        behaviour_log_probs=old + np.float32(0.1) * log_probs(),
         reference_log_probs=log_probs(),
-        stale=jnp.asarray(rng.random(r) < 0.3),
+        stale=rng.random(r) < 0.3,
         sampling_log_probs=old,
     )
+    return jax.device_put(rows)
+
+
+denominators_of = jax.jit(denominators, static_argnames="count_masked")
+
+
+@functools.cache
+def gradient_of(config, **model_fields):
+    """A compiled `loss_gradient` of a config: a function of params, rows and denominators."""
+    model = tiny_policy(**model_fields)[0]
+    temperature = jnp.float32(0.9)
+    return jax.jit(lambda p, rows, total: loss_gradient(model, lambda w, _: w, p, rows, temperature, config, total))
+
+
+@functools.cache
+def score_of(config, windows=None):
+    """A compiled `score`, or `score_some`, of a config: a function of params, rows and the wanted rows, None = all."""
+    model, _, a = tiny_policy()
+    model = model if windows is None else transformer(dataclasses.replace(a, windows=windows))
+
+    def score_rows(params, rows, wanted=None):
+        one = jnp.float32(1)
+        if wanted is None:
+            return score(model, params, rows, one, config)
+        return score_some(model, params, rows, wanted, one, config)
+
+    return jax.jit(score_rows)
+
+
+def bins_of(rows, config):
+    """The bins of rows, in one compiled program."""
+    model = tiny_policy()[0]
+    return jax.jit(lambda rows: assign(model, rows, loss_lengths(rows), config))(rows)
+
+
+@jax.jit
+def perturbed(params):
+    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
 
 
 assign_jitted = jax.jit(assign_bins, static_argnums=(3, 4))
-assign_shared_jitted = jax.jit(assign_shared_bins, static_argnums=(3, 4))
+assign_shared_jitted = jax.jit(assign_shared_bins, static_argnums=(3, 4, 5))
 NEEDS = st.integers(0, 17)
 MANY = st.sampled_from([1, 7, 40])
 """Numbers of rows, or of groups: each is another program to compile."""
@@ -139,18 +178,16 @@ def both(loss="grpo", masked=(), seed=0, model_fields=None, **fields):
     """What `loss_gradient` returns, packed and padded: gradients, metrics, sampler mismatch, token utilisation."""
     fields = {"loss__name": loss, "loss__microbatch_rows": 4} | fields
     config = tiny_config(**fields)
-    model, params, _ = tiny_policy(**(model_fields or {}))
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), params)
+    model_fields = model_fields or {}
+    params = perturbed(tiny_policy(**model_fields)[1])
     rows = rows_with(seed, masked)
     if not config.loss.kl_coef:
         rows = rows.replace(reference_log_probs=None)
-    total = denominators(rows, count_masked=config.loss.count_masked)
-
-    def run(packing):
-        c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(0.9), c, total))(params)
-
-    return run(True), run(False)
+    args = params, rows, denominators_of(rows, count_masked=config.loss.count_masked)
+    packed, padded = (replace(config, {"loss.packing": packing}) for packing in (True, False))
+    # Padded rows share nothing, so one program serves whether or not packed rows share prompts.
+    padded = replace(padded, {"loss.share_prompts": None})
+    return gradient_of(packed, **model_fields)(*args), gradient_of(padded, **model_fields)(*args)
 
 
 SOME = ("gspo", "vespo")
@@ -195,45 +232,44 @@ def size(tree):
 
 
 def test_scores_are_the_padded_ones():
-    model, params, _ = tiny_policy()
+    _, params, _ = tiny_policy()
     rows, config = rows_with(1, masked=(2,)), tiny_config(loss__microbatch_rows=4)
     on = replace(config, {"loss.packing": True})
-    packed, padded = (score(model, params, rows, jnp.float32(1), c) for c in (on, config))
+    packed, padded = (score_of(c)(params, rows) for c in (on, config))
     for a, b in zip(packed, padded, strict=True):
         np.testing.assert_allclose(jnp.where(rows.mask, a, 0), jnp.where(rows.mask, b, 0), atol=1e-5)
     wanted = jnp.repeat(jnp.asarray([True, False, True, False, False, True]), G)
-    packed, padded = (score_some(model, params, rows, wanted, jnp.float32(1), c) for c in (on, config))
+    packed, padded = (score_of(c)(params, rows, wanted) for c in (on, config))
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
 def test_rows_split_over_minibatches_share_with_their_own_group_alone():
     """Rows of a group need not stand side by side, nor be whole groups."""
-    model, params, _ = tiny_policy()
+    _, params, _ = tiny_policy()
     config = tiny_config(loss__microbatch_rows=2)
     part = jax.tree.map(lambda x: x[1], split_microbatches(rows_with(3), 3))
     on = replace(config, {"loss.packing": True})
-    assert not assign(model, part, loss_lengths(part), on).owns_prompt.all()
-    packed, padded = (score(model, params, part, jnp.float32(1), c)[0] for c in (on, config))
+    assert not bins_of(part, on).owns_prompt.all()
+    packed, padded = (score_of(c)(params, part)[0] for c in (on, config))
     np.testing.assert_allclose(jnp.where(part.mask, packed, 0), jnp.where(part.mask, padded, 0), atol=1e-5)
 
 
 def test_windows_reach_into_a_shared_prompt_by_position():
-    _, params, a = tiny_policy()
-    model = transformer(dataclasses.replace(a, windows=(None, 6)))
+    _, params, _ = tiny_policy()
     rows, config = rows_with(4), tiny_config(loss__microbatch_rows=4)
     packed, padded = (
-        score(model, params, rows, jnp.float32(1), c)[0] for c in (replace(config, {"loss.packing": True}), config)
+        score_of(c, windows=(None, 6))(params, rows)[0] for c in (replace(config, {"loss.packing": True}), config)
     )
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
 def test_a_row_sees_only_itself():
     """Another row's tokens in the same bin change nothing."""
-    model, params, _ = tiny_policy()
+    _, params, _ = tiny_policy()
     rows, config = rows_with(), tiny_config(loss__microbatch_rows=8, loss__packing=True)
     other = rows.replace(tokens=rows.tokens.at[7:].set((rows.tokens[7:] + 1) % 13))
-    assert int(assign_bins(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).num_bins) < 10
-    a, b = (score(model, params, x, jnp.float32(1), config)[0] for x in (rows, other))
+    assert int(assign_jitted(rows.lengths, loss_lengths(rows), rows.group, P + T - 1, R).num_bins) < 10
+    a, b = (score_of(config)(params, x)[0] for x in (rows, other))
     np.testing.assert_array_equal(a[:7], b[:7])
     assert float(jnp.abs(a - b)[7:].max()) > 0.1
 
@@ -249,12 +285,12 @@ def test_many_short_completions_of_a_short_prompt():
         lengths=jnp.ones(r, jnp.int32),
         mask=jnp.broadcast_to(jnp.arange(T) < 2, (r, T)),
     )
-    model, params, _ = tiny_policy()
+    _, params, _ = tiny_policy()
     config = tiny_config(loss__microbatch_rows=4)
     on = replace(config, {"loss.packing": True})
-    planned = assign(model, rows, loss_lengths(rows), on)
+    planned = bins_of(rows, on)
     assert (int(planned.num_bins), int(planned.num_tokens)) == (1, 1 + r) and 2 * r > P + T - 1
-    packed, padded = (score(model, params, rows, jnp.float32(1), c)[0] for c in (on, config))
+    packed, padded = (score_of(c)(params, rows)[0] for c in (on, config))
     np.testing.assert_allclose(packed[:, :2], padded[:, :2], atol=1e-5)
 
 
@@ -281,7 +317,7 @@ def test_a_mesh_changes_nothing(mesh):
     config = tiny_config(loss__name="gspo", loss__microbatch_rows=8)
     model, params, _ = tiny_policy(scan_unroll=1)
     rows = rows_with().replace(reference_log_probs=None)
-    total = denominators(rows)
+    total = denominators_of(rows)
 
     def run(packing, params, rows):
         c = replace(config, {"loss.packing": packing})
@@ -302,15 +338,10 @@ def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond
     config = tiny_config(loss__packing=True, loss__microbatch_rows=rows_at_a_time)
     model, params, _ = tiny_policy()
     rows = rows_with(r=64)
-    total = denominators(rows)
-
-    def run(packing):
-        c = replace(config, {"loss.packing": packing})
-        return jax.jit(lambda p: loss_gradient(model, lambda w, _: w, p, rows, jnp.float32(1.0), c, total))(params)
-
-    packed, padded = run(True), run(False)
+    args = params, rows, denominators_of(rows)
+    packed, padded = (gradient_of(replace(config, {"loss.packing": x}))(*args) for x in (True, False))
     assert relative(packed[0], padded[0]) < 1e-5
-    needed = int(assign(model, rows, loss_lengths(rows), config).num_bins)
+    needed = int(bins_of(rows, config).num_bins)
     shape = shape_of_bins(model, rows, config)
     b = shape.at_a_time
     assert needed < 20 and b * shape.length <= 8 * (P + T - 1)
@@ -357,7 +388,7 @@ def test_a_group_of_short_completions_shares_one_prompt():
     shape = choose_bin_shape(64, 12, 8, 8, 1)
     assert shape.length * shape.at_a_time <= 8 * 75
     prompts, completions = jnp.full(64, 50), jnp.full(64, 12)
-    found = assign_shared_bins(prompts, completions, jnp.arange(64) // 8, shape.length, 64, shape.rows)
+    found = assign_shared_jitted(prompts, completions, jnp.arange(64) // 8, shape.length, 64, shape.rows)
     assert int(found.num_bins) == 8 and int(found.num_tokens) == 8 * (50 + 8 * 11)
-    before = assign_shared_bins(prompts, completions, jnp.arange(64) // 8, 75, 64)
+    before = assign_shared_jitted(prompts, completions, jnp.arange(64) // 8, 75, 64)
     assert int(before.num_bins) == 32

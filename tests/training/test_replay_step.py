@@ -18,6 +18,7 @@ from pspo_jax.training.scoring import rows_of, score, score_some
 from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 from tests import xla
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
+from tests.selection.helpers import compiled_whole
 
 P, PAD, EOS, B, G = 9, 14, 13, 8, 4
 
@@ -119,27 +120,35 @@ def advantages_of(rewards):
     return (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
 
 
-def naive_loss(made, params, old_params, groups, cap):
-    """Token mean of w min(r A, clip(r) A) by Python loops; groups are (rollouts, index, advantages) of a batch."""
-    config = made[0]
-    score_row = jax.jit(lambda params, *args: completion_log_probs(made[1], params, *args)[0])
-    total, tokens = 0.0, 0
+@functools.cache
+def row_gradient(cap):
+    """A function of one row: sum over its tokens of w min(r A, clip(r) A), and its gradient in the first params."""
+    model, loss = shared_model()[0], tiny_config().loss
+
+    def value_of(params, old_params, prompt, prompt_length, tokens, length, behaviour, advantage):
+        args = prompt[None], prompt_length[None], tokens[None]
+        now, old = (completion_log_probs(model, p, *args)[0][0] for p in (params, old_params))
+        w = jnp.minimum(jnp.exp(old - behaviour), cap)
+        r = jnp.exp(now - old)
+        clipped = jnp.clip(r, 1 - loss.clip_low, 1 + loss.clip_high)
+        value = jax.lax.stop_gradient(w) * jnp.minimum(r * advantage, clipped * advantage)
+        return jnp.where(jnp.arange(value.shape[0]) < length, value, 0).sum()
+
+    return jax.jit(jax.grad(value_of))
+
+
+def naive_gradient(params, groups, cap):
+    """Of the token mean of -w min(r A, clip(r) A), row by row; groups are (rollouts, index, advantages) of a batch."""
+    total, tokens = jax.tree.map(np.zeros_like, params), 0
     for rollouts, b, advantages in groups:
+        prompts, drawn, lengths, behaviour = jax.device_get(
+            (rollouts.prompts, rollouts.tokens, rollouts.lengths, rollouts.log_probs)
+        )
         for g in range(G):
-            t = int(rollouts.lengths[b, g])
-            args = (
-                rollouts.prompts.tokens[b : b + 1],
-                rollouts.prompts.lengths[b : b + 1],
-                rollouts.tokens[b, g][None],
-            )
-            now, old = score_row(params, *args)[0], score_row(old_params, *args)[0]
-            w = jnp.minimum(jnp.exp(old - rollouts.log_probs[b, g]), cap)
-            r, a = jnp.exp(now - old), advantages[g]
-            clipped = jnp.clip(r, 1 - config.loss.clip_low, 1 + config.loss.clip_high)
-            value = jax.lax.stop_gradient(w) * jnp.minimum(r * a, clipped * a)
-            total = total - jnp.where(np.arange(value.shape[0]) < t, value, 0).sum()
-            tokens += t
-    return total / tokens
+            row = prompts.tokens[b], prompts.lengths[b], drawn[b, g], lengths[b, g], behaviour[b, g], advantages[g]
+            total = jax.tree.map(lambda t, x: t - np.asarray(x), total, row_gradient(cap)(params, params, *row))
+            tokens += int(lengths[b, g])
+    return jax.tree.map(lambda x: x / tokens, total)
 
 
 def test_a_replayed_step_is_the_naive_one():
@@ -149,7 +158,7 @@ def test_a_replayed_step_is_the_naive_one():
     old, new = advantages_of(first_rewards), advantages_of(rewards)
     batch = [(second, b, new[b]) for b in range(B)]
     batch[2], batch[5] = (first, 6, old[6]), (first, 1, old[1])
-    grads = jax.grad(lambda p: naive_loss(made, p, params, batch, 1.05))(params)
+    grads = naive_gradient(params, batch, 1.05)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
     state, metrics = stepper(made)(state, second, rewards)
     assert relative(state.params, expected) < 1e-5
@@ -214,7 +223,7 @@ def test_slots_for_which_nothing_is_stored_are_in_no_mean():
     rewards[3], rewards[4] = 0, 1
     params = jax.tree.map(jnp.copy, made[4].params)
     batch = [(rollouts, b, advantages_of(rewards)[b]) for b in range(B) if b not in (3, 4)]
-    grads = jax.grad(lambda p: naive_loss(made, p, params, batch, 2.0))(params)
+    grads = naive_gradient(params, batch, 2.0)
     state, metrics = stepper(made)(made[4], rollouts, rewards)
     assert relative(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)) < 1e-5
     assert float(metrics["groups/in_batch"]) == 6 and float(metrics["replay/share"]) == 0
@@ -239,10 +248,11 @@ def test_only_the_wanted_rows_are_scored():
     )
     other = jax.tree.map(lambda x: x * 1.3, state.params)
     one = jnp.float32(1.0)
-    everything = score(model, other, rows, one, config)[0]
+    everything = jax.jit(lambda params, rows: score(model, params, rows, one, config)[0])(other, rows)
+    scored = jax.jit(lambda params, rows, wanted: score_some(model, params, rows, wanted, one, config))
     for wanted in ([], [0], [31, 2, 3, 17], range(B * G)):
         want = np.isin(np.arange(B * G), wanted)
-        found = score_some(model, other, rows, jnp.asarray(want), one, config)
+        found = scored(other, rows, want)
         expected = np.where(want[:, None], everything, rows.old_log_probs)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(np.asarray(found)[~want], np.asarray(rows.old_log_probs)[~want])
@@ -309,16 +319,15 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopp
 def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
     config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__dynamic_sampling_rounds=3)
-    selector = build(config).selector
-    select, observe = jax.jit(selector.select, static_argnums=3), jax.jit(selector.observe)
+    selector = compiled_whole(build(config).selector)
     nothing = RolloutOutcome(*[jnp.zeros((B, G))] * 3)
     state, everyone = selector.init(40), set()
     for step in range(4):
         seen = []
         for number in range(3):
             key = jax.random.fold_in(jax.random.key(step), number)
-            ids, _, state = select(state, key, jnp.int32(step), B)
-            state = observe(state, ids, nothing, jnp.int32(step))
+            ids, _, state = selector.select(state, key, jnp.int32(step), B)
+            state = selector.observe(state, ids, nothing, jnp.int32(step))
             seen += ids.tolist()
         # 40 prompts, 24 of which rest from the step before: 16 are new, and then the oldest return.
         assert len(set(seen)) >= 16
@@ -333,7 +342,8 @@ def test_kl_in_the_reward_is_taken_before_the_advantages():
     state = dataclasses.replace(made[4], reference=jax.tree.map(lambda x: x * 1.2, made[4].params))
     flat = jax.tree.map(lambda x: x.reshape(B * G, -1), (rollouts.tokens, rollouts.mask, rollouts.log_probs))
     prompts, lengths = (jnp.repeat(x, G, axis=0) for x in (rollouts.prompts.tokens, rollouts.prompts.lengths))
-    reference = completion_log_probs(made[1], state.reference, prompts, lengths, flat[0])[0]
+    score_rows = jax.jit(lambda *args: completion_log_probs(made[1], *args)[0])
+    reference = score_rows(state.reference, prompts, lengths, flat[0])
     ratio = reference - flat[2]
     of_tokens = jnp.where(flat[1], jnp.exp(ratio) - ratio - 1, 0)
     kl = np.asarray(of_tokens.sum(1)).reshape(B, G)

@@ -1,6 +1,7 @@
 """What a step's numbers mean: verdicts and rewards, the KL, the batch that trains, and keys that never meet."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +41,18 @@ P, PAD, EOS, B, G = 9, 14, 13, 8, 4
 NAN = np.nan
 
 
+@functools.cache
+def shared_model():
+    """(model, params, sampler) of all tests."""
+    model, params, _ = tiny_policy()
+    return model, params, make_sampler(model, G, tiny_config().rollout.max_new_tokens, PAD)
+
+
 def setup(**fields):
     config = tiny_config(**fields)
-    model, params, _ = tiny_policy(config)
+    model, params, sample = shared_model()
     algorithm, optimizer = build(config), optax.sgd(0.5)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, algorithm, config, 40, P, jax.random.key(0))
-    sample = make_sampler(model, G, config.rollout.max_new_tokens, PAD)
     rollouts = sample(params, random_prompts(B, P), jax.random.key(3), SamplingParams.of(config.rollout, [EOS]))
     return config, model, algorithm, optimizer, state, rollouts
 
@@ -177,8 +184,7 @@ def test_a_scale_left_to_the_batch_is_the_scale_of_the_batch(name):
     rewards[1, 2] = NAN
     lengths, ids = np.full((6, G), 3), np.arange(6)
     at_once, later = advantages.make(config, forgetting), advantages.make(config, forgetting, batch_differs=True)
-    want, _ = at_once.estimate(at_once.init(6), ids, rewards, lengths)
-    unscaled, _ = later.estimate(later.init(6), ids, rewards, lengths)
+    (want, _), (unscaled, _) = (jax.jit(x.estimate)(x.init(6), ids, rewards, lengths) for x in (at_once, later))
     assert at_once.over_batch is None and later.over_batch is not None
     np.testing.assert_allclose(later.over_batch(unscaled, rewards, np.ones(6, bool)), want, rtol=1e-5, atol=1e-6)
 
@@ -202,28 +208,38 @@ def of_policy(logits, actions, config, mu, old, reference):
     return jax.vmap(one)(actions)
 
 
+def log_softmax(logits):
+    return np.float32(logits - np.log(np.exp(logits).sum()))
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("off_policy", ["decoupled", "coupled"])
 def test_the_unbiased_kl_of_replayed_tokens_has_the_gradient_of_the_kl(estimator, off_policy):
     """All tokens of a vocabulary of five, each as often as the older policy draws it, against the KL itself."""
     rng = np.random.default_rng(1)
-    mu, pi, old, reference = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=5))) for _ in range(4))
+    mu, pi, old, reference = (jnp.asarray(log_softmax(rng.normal(size=5))) for _ in range(4))
     fields = {"loss.kl_coef": 1.0, "loss.kl_estimator": estimator, "loss.importance_cap": 1e6}
     fields["loss.off_policy"] = off_policy
     config = resolve(replace(Config(), fields)).loss
     old = mu if off_policy == "coupled" else old
 
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.value_and_grad
     def expected(logits, config):
         return (jnp.exp(mu) * of_policy(logits, jnp.arange(5), config, mu, old, reference)).sum()
 
+    @jax.jit
+    @jax.value_and_grad
     def kl(logits):
         log_p = jax.nn.log_softmax(logits)
         return (jnp.exp(log_p) * (log_p - reference)).sum()
 
-    assert float(expected(pi, config)) == pytest.approx(float(kl(pi)), rel=1e-4)
-    np.testing.assert_allclose(jax.grad(expected)(pi, config), jax.grad(kl)(pi), atol=1e-5)
+    value, gradient = kl(pi)
+    found, found_gradient = expected(pi, config)
+    assert float(found) == pytest.approx(float(value), rel=1e-4)
+    np.testing.assert_allclose(found_gradient, gradient, atol=1e-5)
     biased = dataclasses.replace(config, kl_unbiased=False)
-    assert np.abs(jax.grad(expected)(pi, biased) - jax.grad(kl)(pi)).max() > 1e-2
+    assert np.abs(expected(pi, biased)[1] - gradient).max() > 1e-2
 
 
 def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
@@ -247,7 +263,7 @@ def test_published_codes_estimator_has_a_slot_for_each_prompt_of_a_round():
     fields |= {"rollout.prompts": 100, "rollout.oversampling": 4.0}
     made = build(replace(Config(), fields)).estimator
     rewards = np.random.default_rng(0).integers(0, 2, (400, 4)).astype(np.float32)
-    _, after = made.estimate(made.init(1000), np.arange(400), rewards)
+    _, after = jax.jit(made.estimate)(made.init(1000), np.arange(400), rewards)
     assert int(after.visits.sum()) == 400 and after.visits[:400].tolist() == [1] * 400
 
 

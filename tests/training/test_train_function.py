@@ -23,7 +23,10 @@ sys.path.insert(0, str(REPO / "examples"))
 import own_reward
 import own_task
 
-SHORT = {"run__steps": 2, "checkpoint__every": 1, "rollout__group_size": 4}
+PAGES_SIZES = {"model__width": 16, "model__heads": 2, "model__kv_heads": 2, "model__mlp_width": 32}
+PAGES_SIZES |= {"rollout__prompts": 8, "rollout__group_size": 4}
+"""Those of the task in docs/extending/task.md, whose programs are then found in the compilation cache."""
+SHORT = {"run__steps": 2, "checkpoint__every": 1} | PAGES_SIZES
 
 
 def small(folder, **fields):
@@ -82,9 +85,14 @@ def test_it_prints_nothing_leaves_signal_handlers_alone_and_logs(tmp_path, capfd
     assert any("before training" in line for line in caplog.messages)
 
 
-def test_the_loop_is_the_commands(tmp_path, child_env):
-    config = small(tmp_path / "library", run__fingerprint=True)
-    pj.train(config)
+@pytest.fixture(scope="module")
+def library_run(tmp_path_factory):
+    """(folder, result) of three steps as a library call."""
+    folder = tmp_path_factory.mktemp("library")
+    return folder, pj.train(small(folder, run__fingerprint=True))
+
+
+def test_the_loop_is_the_commands(tmp_path, child_env, library_run):
     flags = [w for k, v in SMALL.items() for w in (f"--{k}", str(v))]
     more = ["--run.dir", str(tmp_path / "command"), "--run.steps", "3", "--sft.steps", "0", "--log.report", "false"]
     command = [
@@ -101,12 +109,12 @@ def test_the_loop_is_the_commands(tmp_path, child_env):
     done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
-    def lines(name):
-        text = (tmp_path / name / "metrics.jsonl").read_text()
+    def lines(folder):
+        text = (folder / "metrics.jsonl").read_text()
         keep = ("crc/prompt_ids", "crc/tokens", "reward", "eval/greedy", "loss")
         return [{k: v for k, v in json.loads(line).items() if k in keep} for line in text.splitlines()]
 
-    assert lines("library") == lines("command")
+    assert lines(library_run[0]) == lines(tmp_path / "command")
 
 
 def test_errors_are_exceptions(tmp_path):
@@ -132,9 +140,8 @@ def test_a_negative_reward_stops_a_run_of_maxrl(tmp_path):
         pj.train(config, reward=lambda completions, answers: [-0.5] * len(completions))
 
 
-def test_the_state_is_the_callers(tmp_path):
-    state = pj.train(small(tmp_path, run__steps=1)).state
-    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.params))
+def test_the_state_is_the_callers(library_run):
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(library_run[1].state.params))
 
 
 def test_train_is_the_function_whatever_is_imported():
