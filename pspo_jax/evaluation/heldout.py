@@ -102,11 +102,12 @@ class _Control(NamedTuple):
 
 
 def _with_other_images(prompts: PromptDataset, config: Config) -> _Control | None:
-    """The control of prompts; None where the config does not ask for it, or there are no images."""
+    """The control of prompts; None where the config does not ask for it, or no prompt has an image to exchange."""
     if prompts.images is None or not config.eval.other_images:
         return None
     images = prompts.images.exchanged(config.task.seed)
-    return _Control(prompts._replace(images=images), images.all_differ(prompts.images))
+    counted = images.all_differ(prompts.images)
+    return _Control(prompts._replace(images=images), counted) if counted.any() else None
 
 
 def _means(verdicts: dict[str, Float[np.ndarray, "M 1"]]) -> dict[str, float]:
