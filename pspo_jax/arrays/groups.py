@@ -10,8 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.state import Prompts, Rollouts
 
 
@@ -78,6 +79,23 @@ def empty_groups(groups: int, group_size: int, prompt_length: int, max_new_token
         step=jnp.full(groups, -1, jnp.int32),
         counted=jnp.zeros(groups, bool),
     )
+
+
+def with_images(tree: PyTree, images: Images | None) -> PyTree:
+    """The tree with room for images in the prompts of all of its `Groups`; None = the data has no images.
+
+    Args:
+      images: the empty images of one prompt.
+    """
+
+    def one(x: PyTree) -> PyTree:
+        if not isinstance(x, Groups):
+            return x
+        count = x.step.shape[0]
+        room = jax.tree.map(lambda y: jnp.repeat(y, count, axis=0), images)
+        return dataclasses.replace(x, prompts=dataclasses.replace(x.prompts, images=room))
+
+    return tree if images is None else jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Groups))
 
 
 def keep(groups: Groups, kept: Bool[Array, "B"]) -> Groups:

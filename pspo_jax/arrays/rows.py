@@ -32,6 +32,20 @@ class LossInputs:
 
 
 @struct.dataclass(kw_only=True)
+class RowImages:
+    """Where the tokens of images lie in each row's prompt; the images themselves are held once for each prompt."""
+
+    prompt: Int[Array, "R"]
+    """Index of the row's prompt among those whose images are held."""
+    unit: Int[Array, "R P"]
+    """`Images.unit` of the prompt."""
+    positions: Int[Array, "R P 3"]
+    """`Images.positions` of the prompt."""
+    delta: Int[Array, "R"]
+    """`Images.delta` of the prompt."""
+
+
+@struct.dataclass(kw_only=True)
 class Rows(LossInputs):
     """Completions as rows, with the tokens that their log-probs are computed from."""
 
@@ -48,3 +62,5 @@ class Rows(LossInputs):
     sampling_log_probs: Float[Array, "R T"]
     """Log-probs under the distribution that was drawn from, top-k and top-p included; they are right for rows that are
     not stale."""
+    images: RowImages | None = None
+    """Where the tokens of images lie; None = no prompt of the data has images."""

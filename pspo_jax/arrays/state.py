@@ -12,7 +12,8 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.split_params import merge_params
 
 Params: TypeAlias = PyTree
 """Weights of a model: any pytree of arrays."""
@@ -84,6 +85,8 @@ class Prompts:
     """Tokens of each prompt before the padding, at least 1."""
     loss_weight: Float[Array, "B"]
     """The selector's importance weight of each prompt, at most 1."""
+    images: Images | None = None
+    """The prompts' images; None = the data has none."""
 
 
 @struct.dataclass

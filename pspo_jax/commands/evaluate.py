@@ -15,13 +15,14 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.checkpoint.checksums import files_identity, verify
 from pspo_jax.checkpoint.reading import params_identity, read_params
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.image_batches import image_room
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
@@ -98,7 +99,10 @@ def evaluate_checkpoints(
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
         chunk = tokens_per_test(platform, longest)
         sample = make_sampler(model, args.samples, longest, tokenizer.pad_token_id, chunk=chunk)
-        works = [_work(name, data.get(name), config, args, tokenizer, pool, sample, mesh, progress) for name in names]
+        works = [
+            _work(name, data.get(name), config, args, tokenizer, architecture, pool, sample, mesh, progress)
+            for name in names
+        ]
         if not isinstance(tokenizer, CharTokenizer):
             progress.say(tokenizer.stop_line())
         for work in works:
@@ -127,9 +131,11 @@ def _on_devices(config: Config, architecture: Architecture, devices: int) -> Con
     The last batch is filled up anyway, and a completion does not depend on its batch.
     """
     m = config.mesh
-    weights = jax.eval_shape(transformer(dataclasses.replace(architecture, lora=None)).init, jax.random.key(0))
+    weights = jax.eval_shape(transformer(architecture.whole()).init, jax.random.key(0))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    fsdp = m.fsdp or smallest_fsdp(held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.width)
+    fsdp = m.fsdp or smallest_fsdp(
+        held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.split_width
+    )
     shards = (devices // m.tensor) if m.data == -1 else m.data * fsdp * m.context
     batch = -(-config.rollout.prompts // max(shards, 1)) * max(shards, 1)
     return replace(config, {"mesh.fsdp": fsdp, "rollout.prompts": batch})
@@ -141,6 +147,7 @@ def _work(
     config: Config,
     args: argparse.Namespace,
     tokenizer: TextTokenizer | CharTokenizer,
+    architecture: Architecture,
     pool: Pool | None,
     sample: Sampler,
     mesh: Mesh,
@@ -174,6 +181,7 @@ def _work(
         settings=SamplingParams.of(config.rollout, stop_ids, temperature=args.temperature),
         key=jax.random.key(args.seed),
         mesh=mesh,
+        room=image_room(architecture.vision, prompts),
     )
 
 
@@ -191,7 +199,7 @@ def _candidates(
     def load_source() -> PyTree:
         assert source is not None
         if not base:
-            plain = transformer(dataclasses.replace(architecture, lora=None))
+            plain = transformer(architecture.whole())
             shapes = jax.eval_shape(plain.init, jax.random.key(0))
             shardings = params_shardings(mesh, shapes, plain.axes)
             base.append(load_params(source, table(architecture), shardings, architecture.param_dtype))
@@ -203,16 +211,17 @@ def _candidates(
         )
         if source is not None and metadata.get("source") != source.fingerprint():
             raise ConfigError(f"model.source={source.name}: is not the checkpoint that this run began from")
-        if architecture.lora is None:
+        if model.frozen_axes is None:
             return merge_params(params, None)
+        frozen = load_source() if architecture.lora is not None else {"vision": load_source()["vision"]}
         try:
-            verify(load_source(), metadata["base"])
+            verify(frozen, metadata["base"])
         except ValueError as error:
             raise ConfigError(
-                f"model.source={source.name if source else None}: its weights differ from those this run's adapters "
-                f"were trained on ({error})"
+                f"model.source={source.name if source else None}: its frozen weights differ from those this run "
+                f"was trained with ({error})"
             ) from error
-        return merge_params(params, load_source())
+        return merge_params(params, frozen)
 
     if args.run is None:
         assert source is not None

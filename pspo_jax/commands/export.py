@@ -18,17 +18,20 @@ from pspo_jax.config import command_line
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.synthetic import segments
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.save import (
     TOKENIZER_FILES,
     built_in_config,
+    built_in_processor,
     copy_files,
     merged_tensors,
     numpy_dtype,
     set_config,
     set_dtype,
     set_stop_ids,
+    stored_names,
     whole_tensors,
     write_adapter,
     write_folder,
@@ -89,10 +92,12 @@ def write_model(
     if adapter_only:
         assert source is not None
         write_adapter(folder, architecture, params, source.name)
-    elif source is not None and architecture.lora is not None:
-        write_tensors(folder, merged_tensors(architecture, source, params, dtype_of))
+    elif source is not None:
+        adapted = architecture.lora is not None
+        tensors = (merged_tensors if adapted else whole_tensors)(architecture, source, params, dtype_of)
+        write_tensors(folder, stored_names(tensors, source))
     else:
-        write_tensors(folder, whole_tensors(architecture, params, dtype_of))
+        write_tensors(folder, whole_tensors(architecture, None, params, dtype_of))
     if source is not None and not adapter_only:
         copy_files(folder, source.folder, ("config.json", "generation_config.json"))
         set_stop_ids(folder, _stop_ids(tokenizer), tokenizer.pad_token_id)
@@ -137,10 +142,15 @@ def _write_built_in(
 ) -> None:
     """config.json, generation_config.json and, for a task with an alphabet of its own, its tokenizer."""
     stop_ids = _stop_ids(tokenizer)
-    hf = built_in_config(architecture, config.model.rope_theta, stop_ids, tokenizer.pad_token_id)
+    image_ids = segments.IMAGE_IDS if config.task.name == "segments" else {}
+    hf = built_in_config(architecture, config.model.rope_theta, stop_ids, tokenizer.pad_token_id, image_ids)
     (folder / "config.json").write_text(json.dumps(hf | ({"dtype": dtype} if dtype else {}), indent=2))
     generation = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    if architecture.vision is not None:
+        bounds = segments.PROCESSOR.min_pixels, segments.PROCESSOR.max_pixels
+        processor = built_in_processor(architecture.vision, *bounds)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
     if hasattr(tokenizer, "to_hf"):
         tokenizer.to_hf().save_pretrained(folder)
 

@@ -34,9 +34,18 @@ COUNTDOWN_DEFAULTS: dict[str, Value] = {
     "rollout.max_new_tokens": 24,
 }
 """Defaults of countdown with the character tokenizer."""
+SEGMENTS_DEFAULTS: dict[str, Value] = {
+    "sft.steps": 1500,
+    "model.qkv_bias": True,
+    "rollout.max_new_tokens": 11,
+    "rollout.prompt_bucket": 1,
+    "optimizer.learning_rate": 4e-4,
+    "eval.other_images": True,
+}
+"""Defaults of segments, whose policy has the parts of Qwen2.5-VL."""
 LORA_DEFAULTS: dict[str, Value] = {"optimizer.learning_rate": 5e-6, "model.param_dtype": "bfloat16"}
 """Defaults with lora.rank > 0; they override those of the task."""
-FOLLOWERS = tuple(TEXT_DEFAULTS | COUNTDOWN_DEFAULTS | LORA_DEFAULTS)
+FOLLOWERS = tuple(TEXT_DEFAULTS | COUNTDOWN_DEFAULTS | SEGMENTS_DEFAULTS | LORA_DEFAULTS)
 """Fields whose default follows the task or lora.rank."""
 
 
@@ -45,7 +54,7 @@ def uses_char_tokenizer(config: Config) -> bool:
     if config.task.mixture is not None:
         return False
     alone = config.model.source is None and config.model.tokenizer is None
-    return config.task.name == "arithmetic" or (config.task.name == "countdown" and alone)
+    return config.task.name in ("arithmetic", "segments") or (config.task.name == "countdown" and alone)
 
 
 def defaults_of(config: Config) -> dict[str, Value]:
@@ -58,6 +67,8 @@ def defaults_of(config: Config) -> dict[str, Value]:
         values |= TEXT_DEFAULTS
     elif config.task.name == "countdown":
         values |= COUNTDOWN_DEFAULTS
+    elif config.task.name == "segments":
+        values |= SEGMENTS_DEFAULTS
     if config.lora.rank:
         values |= LORA_DEFAULTS
     return values

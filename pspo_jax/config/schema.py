@@ -27,7 +27,7 @@ Remat = Literal["none", "dots", "full", "offload"]
 TextTaskName = Literal[
     "countdown", "math", "gsm8k", "multiple_choice", "reasoning_gym", "text_suite", "python_function"
 ]
-TaskName = Literal["arithmetic", TextTaskName, "own"]
+TaskName = Literal["arithmetic", "segments", TextTaskName, "own"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -62,10 +62,10 @@ class TaskConfig:
     """Prompts and gold answers: where they come from and how they are read."""
 
     name: TaskName = "arithmetic"
-    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic, countdown and
-    text_suite generate their prompts; math, gsm8k, multiple_choice and python_function read task.train_data;
-    reasoning_gym takes datasets of the package of that name. own is the task that a program gives to pspo_jax.train,
-    which sets this field."""
+    """Name of the task, which supplies prompts and decides which answers are correct. arithmetic, countdown, text_suite
+    and segments, which has images, generate their prompts; math, gsm8k, multiple_choice and python_function read
+    task.train_data; reasoning_gym takes datasets of the package of that name. own is the task that a program gives to
+    pspo_jax.train, which sets this field."""
     train_prompts: Annotated[int, Range(0)] = 512
     """Number of prompts to train on; 0 = all rows of the data, or 10,000 for a task that generates its prompts."""
     heldout_prompts: Annotated[int, Range(1)] = 384
@@ -93,6 +93,10 @@ class TaskConfig:
     """Form of the gold answer in its column: the answer itself (none), the text after `####` (gsm8k), a list or the
     text of a list, each member of which is correct (stringified_list), or the last \\boxed{} (boxed). None = a list's
     members where the column holds lists, else the task's usual form."""
+    image_column: str | None = None
+    """Column of a prompt's image, or of the list of its images, for a checkpoint with a vision tower: the bytes, the
+    path or the data URL of each. Their places in the text are marked by <image>. None = the first column found of
+    images and image; "off" = no images are read."""
     choices_column: str = "choices"
     """multiple_choice: column that holds the list of options."""
     choices_answer: ChoicesAnswer | None = None
@@ -111,6 +115,8 @@ class TaskConfig:
     """countdown: largest target."""
     kinds: str = "all"
     """text_suite: kinds of questions, separated by commas, such as add,add_carry; all = every kind."""
+    image_widths: str = "24"
+    """segments: widths of the images in pixels, separated by commas, equally frequent: multiples of 8 from 24 on."""
     strata: str = ""
     """Shares of the training prompts by difficulty, such as "0=0.8, 3+=0.2": 80 % of difficulty 0, 20 % of 3 or more.
     A stratum is a number, a range (1-2) or a least number (3+), and the shares sum to 1. Empty = as the task draws its
@@ -131,7 +137,7 @@ class TaskConfig:
     """Whether a run may resume on changed data; per-prompt state then follows each prompt by its content.
     --allow-data-change is the same. config.yaml does not keep this field."""
     cache: str | None = None
-    """Folder that caches tokenised prompts; None = ~/.cache/pspo_jax/data."""
+    """Folder that caches tokenised prompts and the patches of images; None = ~/.cache/pspo_jax/data."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +151,24 @@ class PromptConfig:
     """System message, or the name of a published one: open_rs, open_r1, qwen_math. None = the system message of the row
     or of the template. Rows with a system message of their own are refused if this field is set."""
     question: str = "{question}"
-    """User message, with {question} in place of the question, or the name of a published one: lighteval, boxed. In a
-    conversation it surrounds the last turn, if that is the user's."""
+    """User message, with {question} in place of the question, or the name of a published one: lighteval, boxed, geo3k.
+    In a conversation it surrounds the last turn, if that is the user's."""
     prefill: str = ""
     """Beginning of every answer, such as "<think>\\n". It is part of the prompt, and rewards see it."""
     thinking: bool | None = None
     """Value of the template's enable_thinking (Qwen3); None = the template's default."""
     max_tokens: Annotated[int, Range(1)] = 512
-    """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed."""
+    """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed; the tokens of images
+    count."""
     date: str | None = None
     """Day that the chat template writes as today's date, as YYYY-MM-DD; None = the day on which the run starts, which
     its config.yaml records."""
+    min_pixels: Annotated[int | None, Range(1)] = None
+    """Smallest number of pixels of an image; smaller ones are enlarged. None = the bound of the checkpoint's image
+    processor. 28 x 28 pixels become one token of Qwen2.5-VL, and scores are comparable at equal bounds alone."""
+    max_pixels: Annotated[int | None, Range(1)] = None
+    """Largest number of pixels of an image; larger ones are reduced. None = the bound of the checkpoint's image
+    processor."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,8 @@ class ModelConfig:
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
     tokens or more, the first kernel that passes a check at the start; else XLA."""
+    vision: Literal["frozen", "trained"] = "frozen"
+    """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does."""
 
     def shape_fields(self) -> list[str]:
         """Names of the fields that a checkpoint decides."""
@@ -336,6 +351,9 @@ class EvalConfig:
     """Number of steps between evaluations on held-out prompts; 0 = only before the first and after the last step."""
     samples: Annotated[int, Range(1)] = 4
     """Number of completions for each held-out prompt in the sampled accuracy, at rollout.temperature."""
+    other_images: bool = False
+    """Whether held-out prompts are also answered greedily with each other's images. Such answers can only be guessed,
+    and a high accuracy shows that the text alone gives answers away."""
 
 
 @dataclass(frozen=True)
@@ -382,10 +400,10 @@ class RewardConfig:
 
     terms: str = "accuracy"
     """Reward terms and their weights, such as "format=1, cosine=2"; the reward is the weighted sum. Terms: accuracy,
-    format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
-    format: Literal["open_r1", "open_rs"] = "open_r1"
-    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), or exactly one line
-    </think> (open_rs)."""
+    geo3k, format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
+    format: Literal["open_r1", "open_rs", "geo3k"] = "open_r1"
+    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), exactly one line
+    </think> (open_rs), or a think block and a \\boxed{} behind it (geo3k)."""
     cosine_length: Annotated[int, Range(0)] = 0
     """cosine: length in tokens at the end of the reward's range; 0 = rollout.max_new_tokens."""
     cosine_right: str = "0.5,1.0"

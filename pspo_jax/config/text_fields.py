@@ -13,7 +13,7 @@ TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")
 """Reward terms that depend on the completion's text."""
 LENGTH_TERMS = ("cosine", "length", "overlong")
 """Reward terms that depend on the verdict and the completion's length."""
-TERMS = ("accuracy", *TEXT_TERMS, *LENGTH_TERMS)
+TERMS = ("accuracy", "geo3k", *TEXT_TERMS, *LENGTH_TERMS)
 _MAX_WEIGHT = 1e6
 _STRATUM = re.compile(r"(\d+(?:\.\d+)?)(?:(\+)|\s*-\s*(\d+(?:\.\d+)?))?")
 
@@ -90,6 +90,22 @@ def interval(text: str, field: str) -> tuple[float, float]:
     except ValueError as error:
         raise ConfigError(f"{field}={text!r}: must be two numbers, such as 0.5,1.0") from error
     return low, high
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Widths of images in pixels, from task.image_widths.
+
+    Raises:
+      ConfigError: the text is not a list of different multiples of 8 that are at least 24.
+    """
+    found = [part.strip() for part in text.split(",")]
+    widths = tuple(int(part) for part in found if part.isdecimal())
+    if len(widths) != len(found) or len({*widths}) != len(widths) or any(w < 24 or w % 8 for w in widths):
+        raise ConfigError(
+            f"task.image_widths={text!r}: must be different multiples of 8 from 24 on, separated by commas, such as "
+            "24,32"
+        )
+    return widths
 
 
 def parse_weights(text: str) -> tuple[float, float, float]:

@@ -123,6 +123,11 @@ TEXT = Condition(
     "choose a text task, such as --task.name gsm8k --task.train_data FILE.jsonl",
 )
 ONE_TASK = when("task.mixture", None)
+MAY_HAVE_IMAGES = Condition(
+    lambda c: c.task.mixture is not None or c.task.name in (*FROM_DATA, "segments", "own"),
+    lambda c: f"the prompts of task.name={c.task.name} have no images",
+    "choose a task with images, such as --task.name segments",
+)
 COLD_START = unless("sft.steps", 0, "set sft.steps")
 RANDOM_WEIGHTS = Condition(
     lambda c: c.model.source is None,
@@ -191,7 +196,7 @@ def _estimator(name: str, *more: Condition) -> Conditions:
 
 
 _RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
-_DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform")
+_DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform", "image_column")
 _MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
 _ROLLOUT = (
@@ -248,18 +253,26 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("task", ("dataset", "options"), task("reasoning_gym")),
     **_all("task", ("numbers", "max_target"), task("countdown")),
     "task.kinds": (task("text_suite"),),
+    "task.image_widths": (task("segments"),),
     "task.strata": (ONE_TASK, unless("task.name", "own", "choose another task")),
     "task.difficulty_column": (
         ONE_TASK,
         task(*FROM_DATA, "reasoning_gym"),
         unless("task.strata", "", "set task.strata"),
     ),
-    "task.wrong_labels": (ONE_TASK, task("arithmetic", "countdown", "text_suite", "math", "gsm8k", "multiple_choice")),
+    "task.wrong_labels": (
+        ONE_TASK,
+        task("arithmetic", "segments", "countdown", "text_suite", "math", "gsm8k", "multiple_choice"),
+    ),
     "task.check_gold": (task("math", "gsm8k"),),
     "task.cache": (TEXT,),
-    **_all("prompt", ("template", "question", "prefill", "max_tokens"), TEXT),
+    **_all("prompt", ("template", "question", "prefill", "max_tokens", "min_pixels", "max_pixels"), TEXT),
     **_all("prompt", ("system", "thinking", "date"), TEXT, when("prompt.template", "chat")),
     **_all("model", ("source", "tokenizer"), TEXT),
+    "model.vision": (
+        unless("model.source", None, "set model.source to a checkpoint with a vision tower"),
+        when("lora.rank", 0),
+    ),
     "model.revision": (
         Condition(
             lambda c: c.model.source is not None and not _is_local(c.model.source),
@@ -398,6 +411,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINS_PROCESSES),
     **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
     **_all("eval", ("every", "samples")),
+    "eval.other_images": (MAY_HAVE_IMAGES,),
     **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
     "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
     **_all("log", _LOG),

@@ -19,6 +19,7 @@ from pspo_jax.config.text_fields import (
     parse_strata,
     parse_terms,
     parse_weights,
+    parse_widths,
     stop_texts,
 )
 from pspo_jax.config.unread_fields import refuse_unread
@@ -248,6 +249,8 @@ def _check_model(c: Config) -> None:
         raise ConfigError(f"model.source=None: task.name={c.task.name} needs a checkpoint; set it, or model.tokenizer")
     if not own_characters and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
+    if c.task.name == "segments" and c.sft.data is not None:
+        raise ConfigError(f"sft.data={c.sft.data}: a file has no images, which task.name=segments needs; drop it")
     if c.lora.rank and model.source is None:
         raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint; set model.source")
     _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))
@@ -258,12 +261,15 @@ def _check_model(c: Config) -> None:
 
 
 def _check_prompt(c: Config) -> None:
-    """Date and stop tokens can be parsed, and the task reads them."""
+    """Date and stop tokens can be parsed, and the task reads them; some image meets the bounds on pixels."""
     if c.prompt.date is not None:
         try:
             datetime.date.fromisoformat(c.prompt.date)
         except ValueError as error:
             raise ConfigError(f"prompt.date={c.prompt.date!r}: must be a day, such as 2026-01-31") from error
+    smallest, largest = c.prompt.min_pixels, c.prompt.max_pixels
+    if smallest is not None and largest is not None and smallest > largest:
+        raise ConfigError(f"prompt.min_pixels={smallest}: must be at most prompt.max_pixels={largest}; lower it")
     if stop_texts(c.rollout.stop) and uses_char_tokenizer(c):
         raise ConfigError(
             f"rollout.stop={c.rollout.stop!r}: task.name={c.task.name} with characters always ends with $; drop it"
@@ -299,9 +305,11 @@ def _check_task(c: Config) -> None:
     parse_strata(t.strata)
     if t.dataset is not None:
         _check_list("task.dataset", t.dataset)
-    for name in ("subset", "revision", "prompt_column", "answer_column", "difficulty_column", "function"):
+    columns = ("prompt_column", "answer_column", "image_column", "difficulty_column")
+    for name in ("subset", "revision", *columns, "function"):
         if getattr(t, name) is not None and not getattr(t, name).strip():
             raise ConfigError(f"task.{name}='': must not be empty; leave it out")
+    parse_widths(t.image_widths)
     _check_list("task.kinds", t.kinds)
     _check_list("task.numbers", t.numbers)
     sizes = t.numbers.split(",")

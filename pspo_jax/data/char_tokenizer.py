@@ -16,14 +16,16 @@ class CharTokenizer:
     Args:
       characters: the alphabet, with `$` and `_`.
       vocab_size: rows of the embedding; the ones beyond the alphabet are never drawn.
+      of_prompts: characters that stand in prompts alone, such as those of images, and are never drawn either.
     """
 
-    def __init__(self, characters: str, vocab_size: int):
+    def __init__(self, characters: str, vocab_size: int, of_prompts: str = ""):
         self.characters = characters
         self.vocab_size = vocab_size
         self.eos_token_id = characters.index("$")
         self.pad_token_id = characters.index("_")
-        self.forbidden = (self.pad_token_id, *range(len(characters), vocab_size))
+        never = sorted({self.pad_token_id, *map(characters.index, of_prompts)})
+        self.forbidden = (*never, *range(len(characters), vocab_size))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text.

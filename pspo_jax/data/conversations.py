@@ -13,13 +13,18 @@ Conversation = list[Message]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 """ShareGPT's names of roles; other names are kept."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+IMAGE_MARK = "<image>"
+"""Text that marks the place of an image in the text of a data set."""
+IMAGE_PLACE = "\ufffcimage\ufffc"
+"""Text that stands for an image in the texts that `read_prompt` gives."""
 
 
 def read_prompt(value: object) -> str | Conversation:
     """A prompt column's value as text, or as a conversation whose last turn is to be answered.
 
     A conversation is a list of turns with role and content, or from and value as ShareGPT has them, or the text of such
-    a list. A conversation of one user turn is its text.
+    a list. A conversation of one user turn is its text. IMAGE_PLACE stands for the images among a turn's parts.
 
     Raises:
       TypeError: it is neither a text nor a conversation; the message says what it is.
@@ -62,10 +67,31 @@ def scalar_text(value: object) -> str:
 
 
 def transcript(prompt: str | Conversation) -> str:
-    """A prompt as a reader sees it: its text, or every turn after its role."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    """A prompt as a reader sees it: its text, or every turn after its role; IMAGE_MARK stands for images."""
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return prompt.replace(IMAGE_PLACE, IMAGE_MARK)
+
+
+def content_parts(text: str) -> str | list[dict[str, str]]:
+    """A turn's text as chat templates take it: as it is, or the list of its texts and images if it has images."""
+    if IMAGE_PLACE not in text:
+        return text
+    out: list[dict[str, str]] = []
+    for i, piece in enumerate(text.split(IMAGE_PLACE)):
+        out += [{"type": "image"}] if i else []
+        out += [{"type": "text", "text": piece}] if piece else []
+    return out
+
+
+def image_parts(value: object) -> list[dict[str, object]]:
+    """The parts of a prompt column's value that are images, in their order; none if it is plain text."""
+    turns = _listed(value) if isinstance(value, str) else [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list):
+        return []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    return [part for part in parts if isinstance(part, dict) and is_image_part(part)]
 
 
 def content_of(message: Message) -> str:
@@ -119,4 +145,11 @@ def _part(part: object) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise TypeError(f"a part of type {kind}; the model reads text alone" if kind else "a part that is no text")
+    if isinstance(part, dict) and is_image_part(part):
+        return IMAGE_PLACE
+    raise TypeError(f"a part of type {kind}; only text and still images are read" if kind else "a part that is no text")
+
+
+def is_image_part(part: dict[str, object]) -> bool:
+    """Whether a part is an image, or marks the place of one."""
+    return part.get("type", "image" if part.get("image") is not None else "text") in _IMAGE_PARTS

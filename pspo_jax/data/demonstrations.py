@@ -70,6 +70,8 @@ def read_examples(
                 ids = _turns(tokenizer, prompt, completion, stop_ids, config)
         except ConfigError as error:
             raise ConfigError(f"sft.data={path} line {number}: {error}") from error
+        except PromptError as error:
+            raise ConfigError(f"sft.data={path} line {number}: its prompt {error}") from error
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
             raise ConfigError(f"sft.data={path} line {number}: needs {_FORMS}, got {line[:60]!r}") from error
         ended = ids[1] if ids[1] and ids[1][-1] in stop_ids else [*ids[1], tokenizer.eos_token_id]

@@ -18,14 +18,17 @@ from pspo_jax.system.storage import own_partial, write_whole
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 Record = dict[str, object]
 """A row of a data set: the values of its columns."""
 
-_FORMAT = "1"
+_FORMAT = "2"
 """Version of the kept rows, to be raised when the same file would give other rows."""
 _COLUMN = "json"
-"""The one column of the kept table: rows as JSON texts."""
+"""Column of the kept table: rows as JSON texts."""
+_FILE = "file"
+"""Column of the kept table: the index of each row's file among the files that were read."""
 _BATCH_BYTES = 16 * 2**20
 """Size from which rows are written to the table."""
 _BOM = b"\xef\xbb\xbf"
@@ -47,6 +50,7 @@ class Records(Sequence[Record]):
       plain: a row of `table` -> its record.
       exact: a row of `table` -> its record, with numbers as text where only text is exact. ValueError for a row that
         has a key twice.
+      folder: a row of `table` -> the folder to which paths in its record are relative; None = the working folder.
     """
 
     def __init__(
@@ -55,11 +59,13 @@ class Records(Sequence[Record]):
         column_names: Sequence[str],
         plain: Callable[[Record], Record],
         exact: Callable[[Record], Record],
+        folder: Callable[[Record], Path | None] = lambda _: None,
     ):
         self.table = table
         self.column_names = list(column_names)
         self.plain = plain
         self.exact = exact
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.table)
@@ -77,30 +83,74 @@ class Records(Sequence[Record]):
 
     def select(self, rows: Iterable[int]) -> Records:
         """Some of the records, in the order that `rows` gives."""
-        return Records(self.table.select(rows), self.column_names, self.plain, self.exact)
+        return Records(self.table.select(rows), self.column_names, self.plain, self.exact, self.folder)
+
+    def without(self, name: str) -> Records:
+        """The records without a column, which is then not read from disk either if the table has it apart.
+
+        Args:
+          name: the column's name as `value_at` takes it.
+        """
+        table = self.table.remove_columns(name) if name in self.table.column_names else self.table
+        names = [column for column in self.column_names if column != name]
+
+        def plain(row: Record) -> Record:
+            return _without(self.plain(row), name)
+
+        return Records(table, names, plain, lambda row: _without(self.exact(row), name), self.folder)
 
     def values(self, name: str) -> list[object]:
         """The values of a column in all records; `name` is a name as `value_at` takes it."""
-        head = next((n for n in heads(name) if n in self.table.column_names), None)
+        names = () if _COLUMN in self.table.column_names else self.table.column_names
+        head = next((n for n in heads(name) if n in names), None)
         table = self.table if head is None else self.table.select_columns([head])
         return [value_at(self.plain(row), name) for row in table]
 
 
-def as_records(table: datasets.Dataset | Records) -> Records:
-    """The rows of a Dataset as records, with its types; a 32-bit float as the shortest number that rounds to it."""
+def as_records(table: datasets.Dataset | Records, folder: Path | None = None) -> Records:
+    """The rows of a Dataset as records, with its types; a 32-bit float as the shortest number that rounds to it.
+
+    Images stay as the files they are, undecoded.
+
+    Args:
+      folder: the folder to which paths in the records are relative.
+    """
     if isinstance(table, Records):
         return table
+    table = _undecoded(table)
     narrow = [n for n, f in table.features.items() if getattr(f, "dtype", None) in ("float16", "float32")]
 
     def exact(row: Record) -> Record:
         floats = {n: value for n in narrow if isinstance(value := row[n], float) and math.isfinite(value)}
         return row | {n: Literal(np.float32(value)) for n, value in floats.items()}
 
-    return Records(table, table.column_names, lambda row: row, exact)
+    return Records(table, table.column_names, lambda row: row, exact, lambda _: folder)
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """A Dataset whose images are read as bytes and path. Nothing is copied, since both forms are stored alike."""
+    import datasets
+
+    def plain(feature: object) -> object:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            return type(feature)(plain(feature.feature))
+        if isinstance(feature, dict):
+            return {name: plain(inner) for name, inner in feature.items()}
+        return feature
+
+    features = datasets.Features({name: plain(feature) for name, feature in table.features.items()})
+    if features == table.features:
+        return table
+    # Dataset.cast would write a copy of all images.
+    info = table.info.copy()
+    info.features = features
+    return datasets.Dataset(table.data, info, table.split, table._indices, table._fingerprint)
 
 
 def joined(parts: Sequence[Records]) -> Records | None:
-    """Records of the same form, one after the other; None if there are none."""
+    """Records of the same form, one after the other; None if there are none. The first ones have the folder of all."""
     if len(parts) < 2:
         return parts[0] if parts else None
     import datasets
@@ -108,13 +158,27 @@ def joined(parts: Sequence[Records]) -> Records | None:
     empty = dict.fromkeys(name for part in parts for name in part.column_names)
     first = parts[0]
     table = datasets.concatenate_datasets([part.table for part in parts])
-    return Records(table, list(empty), lambda row: empty | first.plain(row), lambda row: empty | first.exact(row))
+    return Records(
+        table, list(empty), lambda row: empty | first.plain(row), lambda row: empty | first.exact(row), first.folder
+    )
 
 
 def heads(name: str) -> list[str]:
     """A dotted name and its beginnings, longest first: "a.b.c", "a.b", "a"."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _without(record: Record, name: str) -> Record:
+    """A record without the value at a name, which may lead into objects as in `value_at`."""
+    head = next((h for h in heads(name) if h in record), None)
+    if head is None:
+        return record
+    rest = {column: value for column, value in record.items() if column != head}
+    inner = record[head]
+    return (
+        rest if head == name or not isinstance(inner, dict) else rest | {head: _without(inner, name[len(head) + 1 :])}
+    )
 
 
 def value_at(record: object, name: str) -> object:
@@ -216,12 +280,13 @@ def read_files(paths: Sequence[Path], form: str, folder: Path) -> Records | None
         names = list(found)
         write_whole(columns, json.dumps(names).encode(), shared=True)
         table = datasets.Dataset.from_file(str(kept))
-    empty = dict.fromkeys(names)
+    empty, parents = dict.fromkeys(names), [path.parent for path in paths]
     return Records(
         table,
         names,
         lambda row: empty | _plain_record(str(row[_COLUMN])),
         lambda row: empty | _exact_record(str(row[_COLUMN])),
+        lambda row: parents[cast(int, row[_FILE])] if len({*parents}) > 1 else parents[0],
     )
 
 
@@ -233,28 +298,37 @@ def _keep(paths: Sequence[Path], form: str, kept: Path) -> dict[str, None]:
     """
     import pyarrow
 
-    schema = pyarrow.schema([(_COLUMN, pyarrow.string())])
+    schema = pyarrow.schema([(_COLUMN, pyarrow.string()), (_FILE, pyarrow.int32())])
     names: dict[str, None] = {}
-    batch: list[str] = []
+    batch: list[tuple[str, int]] = []
     size = 0
     partial = own_partial(kept)
     try:
         with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as out:
-            for path in paths:
+            for number, path in enumerate(paths):
                 for text, keys in (_csv_rows if form == "csv" else _json_rows)(path):
                     names |= dict.fromkeys(keys)
-                    batch.append(text)
+                    batch.append((text, number))
                     size += len(text)
                     if size > _BATCH_BYTES:
-                        out.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
+                        out.write_batch(_record_batch(batch, schema))
                         batch, size = [], 0
             if batch:
-                out.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
+                out.write_batch(_record_batch(batch, schema))
         if names:
             partial.rename(kept)
     finally:
         partial.unlink(missing_ok=True)
     return names
+
+
+def _record_batch(rows: list[tuple[str, int]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """Rows of the kept table: the JSON text and the index of the file of each."""
+    import pyarrow
+
+    columns = zip(*rows, strict=True)
+    arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pyarrow.record_batch(arrays, schema)
 
 
 FileRows = Iterator[tuple[str, Sequence[str]]]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
-from pspo_jax.data.loading import column_array
+from pspo_jax.data.tokenising import column_array
 from pspo_jax.distributed import processes
 from pspo_jax.system.storage import write_whole
 from pspo_jax.verifiers import math_answer
@@ -36,7 +36,7 @@ def check_gold(
     """ACCEPTED, REFUSED or NO_VERDICT for each row's gold answer, given back as `\\boxed{gold}`.
 
     Args:
-      rows: the table that `loading.tokenised` makes.
+      rows: the table that `tokenised` makes.
       which: the rows to check.
       folder: the folder that keeps the verdicts. They are found again for the same rows and rules; rows without a
         verdict are checked again.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,10 +16,10 @@ from pspo_jax.config.schema import ChoicesAnswer, TaskConfig
 from pspo_jax.data.answers import PROSE, any_text, gold_text, is_prose, missing
 from pspo_jax.data.answers import TRANSFORMS as TRANSFORMS
 from pspo_jax.data.choices import letter_of, read_options, reading_of
-from pspo_jax.data.conversations import Conversation, content_of, read_prompt, transcript
+from pspo_jax.data.conversations import IMAGE_PLACE, Conversation, content_of, image_parts, read_prompt, transcript
 from pspo_jax.data.files import Literal, Record, Records, as_records, heads, joined, read_files, value_at
-from pspo_jax.data.rendering import PromptError
-from pspo_jax.data.task import ANSWER_COLUMN, digest
+from pspo_jax.data.images.reading import files_stamp, listed_images, part_image
+from pspo_jax.data.task import ANSWER_COLUMN
 
 if TYPE_CHECKING:
     import datasets
@@ -28,12 +27,11 @@ if TYPE_CHECKING:
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 AS_TEXT = ("json", "csv")
 """Formats that `files` reads."""
+IMAGE_COLUMNS = ("images", "image")
+NO_IMAGES = "off"
+"""Value of task.image_column for which no images are read."""
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "target")
-_LAYOUT = "3"
-"""Version of the cached rows, to be raised when their columns or the results of `Source.convert` change."""
-_ANNOUNCED_FROM = 20_000
-"""Rows from which on tokenising is announced."""
 _PROBED_ROWS = 1000
 """Rows in which a dotted column is looked for."""
 _BAD_ANSWER = "gold answer cannot be read"
@@ -73,6 +71,10 @@ class Source(NamedTuple):
     """The model's prompt for a record and its question; None = the question's text."""
     note: str = ""
     """A line to print at the start, such as how gold answers are read."""
+    image_column: str | None = None
+    """Column of a prompt's images; None = there is none."""
+    images: Callable[[Record], list[object]] | None = None
+    """The images of a record, as `image_bytes` reads them; None = no record has any."""
 
 
 def quiet_datasets() -> ModuleType:
@@ -121,7 +123,7 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Records:
         found = found[split]
     if found is None or not len(found):
         raise ConfigError(empty)
-    return as_records(found)
+    return as_records(found, path.parent if path.is_file() else path if path.is_dir() else None)
 
 
 def _read_file(datasets: ModuleType, path: Path, field: str, config: TaskConfig) -> datasets.Dataset | Records | None:
@@ -172,13 +174,11 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     """
     records = read(data, field, split, c)
     prompt = _column(records, c.prompt_column, PROMPT_COLUMNS, "task.prompt_column", data)
-    needs_answer = c.name != "python_function"
     assert prompt is not None
-    answer = _column(records, c.answer_column, ANSWER_COLUMNS, "task.answer_column", data, optional=not needs_answer)
+    optional = c.name == "python_function"
+    answer = _column(records, c.answer_column, ANSWER_COLUMNS, "task.answer_column", data, optional)
     transform = c.answer_transform or ("gsm8k" if c.name == "gsm8k" else None)
     choices = c.choices_column if c.name == "multiple_choice" else None
-    if choices is not None:
-        _column(records, choices, (), "task.choices_column", data)
     reading = _choices_reading(records, answer, c, data) if choices is not None and answer is not None else None
     given: dict[str, object] = {"function": c.function} if c.name == "python_function" else {}
     finds_prose = c.check_gold and c.name in ("math", "gsm8k")
@@ -214,22 +214,93 @@ def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
     def prompt_of(record: Record, question: Question) -> str | Conversation:
         """The conversation, with the text that the question adds to its last turn, such as options."""
         found = _prompt(record, record, prompt)
-        if isinstance(found, str):
+        if isinstance(found, str) and IMAGE_PLACE not in found:
             return question.text
         added = question.text.removeprefix(transcript(found))
+        if isinstance(found, str):
+            return found + added
         return [*found[:-1], {**found[-1], "content": content_of(found[-1]) + added}]
 
-    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose, reading])
-    note = (
-        f"{data}: the answers in {answer} are read as the options' {reading} (task.choices_answer)" if reading else ""
-    )
-    return Source(data, c.name, records, convert, settings, field, prompt_of, note)
+    read_as = f"{data}: the answers in {answer} are read as the options' {reading} (task.choices_answer)"
+    note = read_as if reading else ""
+    column, images, stamp = _images(records, prompt, c, field, data)
+    settings = json.dumps([prompt, answer, transform, choices, given, finds_prose, reading, column, stamp])
+    return Source(data, c.name, records, convert, settings, field, prompt_of, note, column, images)
 
 
 def _prompt(record: Record, exact: Record, name: str) -> str | Conversation:
     """A record's prompt. A number is taken as the file writes it, a value inside a conversation by its type."""
     value = value_at(exact, name)
     return read_prompt(value if isinstance(value, Literal) else value_at(record, name))
+
+
+def _image_column(records: Records, c: TaskConfig, field: str, data: str) -> str | None:
+    """The column of images: the config's, or the first of the usual ones that has any.
+
+    Raises:
+      ConfigError: the config's column is not there, or holds videos.
+    """
+    for name in ("videos", "video"):
+        if c.image_column is None and _holds_any(records, name):
+            raise ConfigError(
+                f"{field}={data}: has videos in its column {name}, and only still images are read; "
+                f"task.image_column={NO_IMAGES} trains on the text alone"
+            )
+    if c.image_column is not None:
+        return _column(records, c.image_column, (), "task.image_column", data)
+    return next((name for name in IMAGE_COLUMNS if _holds_any(records, name)), None)
+
+
+def _holds_any(records: Records, name: str) -> bool:
+    """Whether there is a column of this name, with an image or a video in some row."""
+    return name in records.column_names and any(listed_images(value_at(record, name)) for record in records)
+
+
+def _images(
+    records: Records, prompt: str, c: TaskConfig, field: str, data: str
+) -> tuple[str | None, Callable[[Record], list[object]] | None, str]:
+    """The column of images, the function from a record to its images, and a stamp of the files that they name.
+
+    The images are those in the column, or else those within the conversation.
+    """
+    if c.image_column == NO_IMAGES:
+        return None, None, ""
+    column = _image_column(records, c, field, data)
+    first = range(min(len(records), _PROBED_ROWS))
+    texts = records if column is None else records.without(column)
+    within = any(image_parts(value_at(texts[i], prompt)) for i in first)
+    if column is None and not within:
+        return None, None, ""
+
+    def images(record: Record) -> list[object]:
+        found = [] if column is None else listed_images(value_at(record, column))
+        held = [part_image(part) for part in image_parts(value_at(record, prompt))] if within else []
+        return found or [image for image in held if image is not None]
+
+    return column, images, _stamp(records, column, images)
+
+
+def _stamp(records: Records, column: str | None, images: Callable[[Record], list[object]]) -> str:
+    """A text that changes when an image file changes that a record names."""
+    if column is not None and column in records.table.column_names:
+        return files_stamp(_without_bytes(records.table, column), records.folder({}))
+    stamps = (files_stamp(images(records.plain(row)), records.folder(row)) for row in records.table)
+    return hashlib.sha256("".join(stamps).encode()).hexdigest()
+
+
+def _without_bytes(table: datasets.Dataset, column: str) -> list[object]:
+    """The images of a column that do not hold their own bytes; the bytes of the others are not read."""
+    import pyarrow
+    import pyarrow.compute
+
+    values = table.select_columns([column]).with_format("arrow")[:][column]
+    while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        values = pyarrow.compute.list_flatten(values)
+    if pyarrow.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        values = values.filter(pyarrow.compute.is_null(pyarrow.compute.struct_field(values, "bytes")))
+    elif pyarrow.types.is_binary(values.type) or pyarrow.types.is_large_binary(values.type):
+        return []
+    return list(values.to_pylist())
 
 
 def _unreadable(transform: str | None, value: object, error: Exception) -> str:
@@ -280,140 +351,13 @@ def with_choices(text: str, gold: str, cell: object, reading: ChoicesAnswer | No
 
 def _choices_reading(records: Records, answer: str, c: TaskConfig, data: str) -> ChoicesAnswer | None:
     """The way in which a column's gold answers name options: the config's, or the one that fits all of them."""
+    _column(records, c.choices_column, (), "task.choices_column", data)
     if c.choices_answer is not None:
         return c.choices_answer
-    assert c.choices_column is not None
     cells = zip(records.values(answer), records.values(c.choices_column), strict=True)
     rows = [(str(gold).strip(), read_options(cell)) for gold, cell in cells if not missing(gold)]
     found = [(gold, options) for gold, options in rows if not isinstance(options, str)]
     return reading_of(found, f"task.answer_column={answer} of {data}")
-
-
-def tokenised(
-    source: Source,
-    encode: Callable[[str | Conversation], list[int]],
-    identity: str,
-    folder: Path,
-    part: int,
-    say: Callable[[str], None] = lambda _: None,
-) -> datasets.Dataset:
-    """The questions of a source with their token ids, one row for each record.
-
-    The columns are text, answer, kind, extra, reason, ids, length (of ids), largest (of ids), part, row, digest (a hash
-    of kind, prompt and answer) and question (a hash of the prompt). The table is kept in `folder`, and found again when
-    data, settings and tokenizer are the same.
-
-    Args:
-      encode: the ids of a prompt.
-      identity: hash of the tokenizer and template behind `encode`.
-      folder: the cache folder.
-      part: value of the column part.
-      say: told of what takes long.
-    """
-    datasets = quiet_datasets()
-    features = _features(datasets)
-    records = as_records(source.records)
-    if source.note:
-        say(source.note)
-
-    def prepare(batch: dict[str, list[object]], indices: list[int]) -> dict[str, object]:
-        """The columns of some records; `datasets` calls it for one block after the other."""
-        out: dict[str, list[object]] = {name: [] for name in features}
-        for place, index in enumerate(indices):
-            row = {name: column[place] for name, column in batch.items()}
-            items = (*_tokenised_row(source, records, row, encode), part, index)
-            for name, item in zip(features, items, strict=True):
-                out[name].append(item)
-        return {**out, **{name: np.array(out[name], np.uint64) for name in ("digest", "question")}}
-
-    key = hashlib.sha256(
-        "\0".join([_LAYOUT, records.table._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
-    ).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"prompts-{key}.arrow"
-    if path.exists() and not _readable(datasets, path):
-        path.unlink()
-    if not path.exists() and len(records) >= _ANNOUNCED_FROM:
-        say(f"tokenising {len(records):,} prompts of {source.name} (once; they are kept in {folder})")
-    with _utf8(source.field, source.name):
-        return records.table.map(
-            prepare,
-            batched=True,
-            with_indices=True,
-            remove_columns=records.table.column_names,
-            features=features,
-            new_fingerprint=key,
-            cache_file_name=str(path),
-            load_from_cache_file=True,
-        )
-
-
-def _features(datasets: ModuleType) -> datasets.Features:
-    """The columns of `tokenised` and their types, in their order."""
-    texts = dict.fromkeys(("text", "answer", "kind", "extra", "reason"), "string")
-    hashes = dict.fromkeys(("digest", "question"), "uint64")
-    columns = {name: datasets.Value(dtype) for name, dtype in (texts | hashes).items()}
-    columns |= {name: datasets.Value("int32") for name in ("length", "largest")}
-    columns["ids"] = datasets.Sequence(datasets.Value("int32"))
-    return datasets.Features(**columns, part=datasets.Value("int32"), row=datasets.Value("int64"))
-
-
-def _tokenised_row(
-    source: Source, records: Records, row: Record, encode: Callable[[str | Conversation], list[int]]
-) -> tuple[object, ...]:
-    """The columns of `_features` for one row, in their order, without part and row."""
-    q, prompt, ids = _encoded(source, records, row, encode)
-    written = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    texts = (q.text, q.answer, source.kind, json.dumps(q.extra, default=str), q.reason)
-    hashes = (digest(f"{source.kind}\0{written}".encode(), q.answer), digest(written.encode(), ""))
-    return (*texts, *hashes, len(ids), max(ids, default=-1), ids)
-
-
-def _encoded(
-    source: Source, records: Records, row: Record, encode: Callable[[str | Conversation], list[int]]
-) -> tuple[Question, str | Conversation, list[int]]:
-    """A row's question, the model's prompt for it, and the prompt's ids; the ids are empty if the row is left out."""
-    try:
-        plain, exact = records.plain(row), records.exact(row)
-    except ValueError as error:
-        return Question("", "", {}, f"the row is ambiguous: {error}"), "", []
-    q = source.convert(plain, exact)
-    try:
-        (q.text + q.answer).encode()
-    except UnicodeEncodeError:
-        reason = q.reason or "half a surrogate pair in the question or the answer"
-        return Question("", "", {}, reason), "", []
-    if q.reason:
-        return q, q.text, []
-    prompt = source.prompt(plain, q) if source.prompt else q.text
-    try:
-        return q, prompt, encode(prompt)
-    except PromptError as error:
-        return q._replace(reason=str(error)), prompt, []
-
-
-@contextmanager
-def _utf8(field: str, data: str) -> Iterator[None]:
-    """Names the data in the error about text that is not UTF-8, which datasets decodes late, where it is read."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{field}={data}: is not UTF-8 ({error}); convert it") from error
-
-
-def _readable(datasets: ModuleType, path: Path) -> bool:
-    """Whether a cached file is whole; a full disk or a kill may have cut it off."""
-    import pyarrow
-
-    try:
-        return len(datasets.Dataset.from_file(str(path))) >= 0
-    except (pyarrow.ArrowException, OSError):
-        return False
-
-
-def column_array(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """A numeric column as one array, without a Python object per row."""
-    return np.asarray(rows.with_format("numpy")[name][:])
 
 
 def cache_folder(config: TaskConfig) -> Path:

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
-from pspo_jax.data.loading import column_array, quiet_datasets
+from pspo_jax.data.loading import quiet_datasets
 from pspo_jax.data.synthetic.generated import GENERATED
 from pspo_jax.data.task import LeftOut
+from pspo_jax.data.tokenising import column_array
 
 if TYPE_CHECKING:
     import datasets
@@ -57,12 +58,12 @@ def mix(
     trains = _make_disjoint(trains, heldouts, names)
     limits = [part.task.train_prompts if part.task.train_prompts != c.task.train_prompts else 0 for part in parts]
     trains = [
-        _keep_only(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
+        keep_only(train, train.keep[: limit or None], name, "beyond task.train_prompts of its task")
         for train, limit, name in zip(trains, limits, names, strict=True)
     ]
     chosen = _choose_by_share(trains, shares, c.task.train_prompts, np.random.default_rng([c.task.seed, 3]))
     trains = [
-        _keep_only(train, kept, name, "beyond its share of task.mixture", part.task.name not in GENERATED)
+        keep_only(train, kept, name, "beyond its share of task.mixture", part.task.name not in GENERATED)
         for train, kept, name, part in zip(trains, chosen, names, parts, strict=True)
     ]
     return _concatenated(trains, rng), _concatenated(heldouts, rng)
@@ -104,10 +105,10 @@ def _make_disjoint(trains: list[Picked], heldouts: list[Picked], names: list[str
 def drop_shared(train: Picked, other: Picked, name: str, reason: str = "also held out") -> Picked:
     """Training rows whose question is not among the rows of `other`."""
     also = np.isin(column_array(train.rows, "question")[train.keep], column_array(other.rows, "question")[other.keep])
-    return _keep_only(train, train.keep[~also], name, reason)
+    return keep_only(train, train.keep[~also], name, reason)
 
 
-def _keep_only(pick: Picked, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> Picked:
+def keep_only(pick: Picked, keep: Int[np.ndarray, "n"], name: str, reason: str, listed: bool = True) -> Picked:
     """`pick` with the rows `keep` alone; the other rows are listed as left out, for a reason."""
     out = np.setdiff1d(pick.keep, keep) if listed else np.zeros(0, int)
     texts = pick.rows.select(out)["text"] if len(out) else []

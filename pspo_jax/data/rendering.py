@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 
 from pspo_jax.config.schema import PromptConfig
-from pspo_jax.data.conversations import Conversation, content_of
+from pspo_jax.data.conversations import IMAGE_PLACE, Conversation, content_of, content_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,10 @@ def render(hf: PreTrainedTokenizerBase, messages: Conversation, config: PromptCo
     Raises:
       PromptError: the template refuses the conversation, or is broken.
     """
-    template, turns = chat_template(hf), cast("list[dict[str, str]]", messages)
+    template = chat_template(hf)
+    parts = [content_parts(content_of(m)) for m in messages]
+    whole = [m if isinstance(found, str) else m | {"content": found} for m, found in zip(messages, parts, strict=True)]
+    turns = cast("list[dict[str, str]]", whole)
     extra: dict[str, Any] = {} if config.thinking is None else {"enable_thinking": config.thinking}
     if config.date is not None and template is not None and "strftime_now" in template:
         template = _STRFTIME + template
@@ -81,7 +84,8 @@ def render_whole(hf: PreTrainedTokenizerBase, messages: Conversation, config: Pr
     text = render(hf, messages, config)
     for message in messages:
         # Templates may drop the thoughts of earlier answers, and nothing else.
-        if content_of(message).rpartition("</think>")[2].strip() not in text:
+        told = content_of(message).rpartition("</think>")[2]
+        if any(piece.strip() not in text for piece in told.split(IMAGE_PLACE)):
             raise PromptError(f"the chat template leaves out the {message['role']}'s turn")
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
+
+from pspo_jax.data.images.processor import png
+from pspo_jax.data.images.prompt_images import PromptImages
 
 ANSWER_COLUMN = "answer_column"
 """Key of a row's extras: the name of the column that holds its answer, for users' functions."""
@@ -72,6 +76,8 @@ class PromptDataset(NamedTuple):
     """Rows of the source that are no prompts."""
     labels: Sequence[str] | None = None
     """Label of each row: its task in a mixture, its kind in the text suite, or its stratum in task.strata."""
+    images: PromptImages | None = None
+    """Images of the prompts; None = they are text alone. `digests` and `identity` then cover the images too."""
 
     def content(self) -> UInt64[np.ndarray, "N"]:
         """A hash of each row that depends on neither the other rows nor their order."""
@@ -92,6 +98,23 @@ class PromptDataset(NamedTuple):
             found.update(np.ascontiguousarray(part).tobytes())
         found.update("\x00".join(self.answers).encode())
         return found.hexdigest()[:16]
+
+
+def prompt_text(prompts: PromptDataset, row: int, tokenizer: Tokenizer) -> str:
+    """The text of a prompt as the model sees it, with a short text in place of each image's tokens."""
+    ids = prompts.tokens[row][: prompts.lengths[row]].tolist()
+    if prompts.images is None:
+        return tokenizer.decode(ids)
+    return prompts.images.text(row, ids, tokenizer.decode)
+
+
+def prompt_pictures(prompts: PromptDataset, row: int) -> list[str]:
+    """Data URLs of PNG files with a prompt's images, as the model sees them; none where it has none."""
+    if prompts.images is None:
+        return []
+    found = prompts.images.of(row, prompts.tokens[row][: prompts.lengths[row]].tolist())
+    files = [png(image.patches, (image.rows, image.columns), prompts.images.processor) for image in found]
+    return [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
 
 
 def digest(content: bytes, answer: str) -> int:
@@ -166,6 +189,8 @@ class Demonstrations(NamedTuple):
     prompt_lengths: Int[np.ndarray, "n"]
     completions: Int[np.ndarray, "n T"]
     completion_lengths: Int[np.ndarray, "n"]
+    images: PromptImages | None = None
+    """Images of the prompts; None = they are text alone."""
 
 
 class Demonstrator(Protocol):

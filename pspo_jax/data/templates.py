@@ -33,6 +33,12 @@ QUESTIONS = {
     ),
     # DeepSeek-R1's and Qwen's model cards
     "boxed": f"{{question}}\n{QWEN_MATH_SYSTEM}",
+    # verl's examples/data_preprocess/geo3k.py, whose text MoPPS and EasyR1 use for Geometry3k too
+    "geo3k": (
+        "{question} You FIRST think about the reasoning process as an internal monologue and then provide the final "
+        "answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in "
+        "\\boxed{}."
+    ),
 }
 """Texts of the user's message, with {question} where the question goes."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NamedTuple, cast, overload
 
 import grain
 import numpy as np
@@ -15,22 +15,19 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import labels, mixture
 from pspo_jax.config.schema import Config, TaskConfig
 from pspo_jax.config.text_fields import parse_strata
-from pspo_jax.data.conversations import Conversation, read_prompt
-from pspo_jax.data.files import Record, Records, as_records, heads
+from pspo_jax.data.conversations import read_prompt
+from pspo_jax.data.files import Record, as_records, heads
 from pspo_jax.data.gold_check import NO_VERDICT, REFUSED, check_gold
-from pspo_jax.data.loading import (
-    Source,
-    cache_folder,
-    column_array,
-    first_of_each,
-    from_data,
-    tokenised,
-)
+from pspo_jax.data.image_rows import kept_images, name_images, prompt_images, say_unmarked, text_records
+from pspo_jax.data.images.cache import PatchCache, patch_cache
+from pspo_jax.data.images.reading import without_images
+from pspo_jax.data.loading import NO_IMAGES, Source, cache_folder, first_of_each, from_data
 from pspo_jax.data.mixing import SHOWN, Picked, config_of_part, drop_shared, mix, why
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS
 from pspo_jax.data.strata import chosen_rows, difficulties, labels_of
 from pspo_jax.data.synthetic.generated import GENERATED, GENERATED_PROMPTS
 from pspo_jax.data.task import Demonstrations, LeftOut, PromptDataset, RewardFn, Task, pad_rows
+from pspo_jax.data.tokenising import Encode, column_array, tokenised
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.data.wrong_labels import mislabelled
 from pspo_jax.verifiers.workers.pool import Pool
@@ -114,30 +111,35 @@ def text_task(
       ConfigError: the data cannot be read, or leave too few prompts.
     """
     say(tokenizer.stop_line())
-    encode, identity = _encoder(tokenizer, config), _identity(tokenizer, config)
+    steps = _steps(tokenizer, config, pool, say)
     parts = mixture(config) or [(config, 1.0)]
     shares = np.array([weight for _, weight in parts]) / sum(weight for _, weight in parts)
     trains, heldouts = [], []
-    records: list[datasets.Dataset | Records] = []
+    sources: list[Source] = []
     for number, ((part, _), share) in enumerate(zip(parts, shares, strict=True)):
         if config.task.mixture:
             part = config_of_part(part, config.task.heldout_prompts, share)
-        train, heldout, sources = _split(part, encode, identity, pool, 2 * number, say)
+        train, heldout, found = _split(part, steps, 2 * number)
         trains.append(train)
         heldouts.append(heldout)
-        records += sources
+        sources += found
     if len(parts) == 1:
         train_pick, heldout_pick = trains[0], heldouts[0]
     else:
         train_pick, heldout_pick = mix(config, [part for part, _ in parts], shares, trains, heldouts)
+    _say_bounds(tokenizer, sources, say)
+    if steps.patches is not None and pool is not None:
+        train_pick, heldout_pick = (
+            kept_images(pick, sources, steps.patches, say) for pick in (train_pick, heldout_pick)
+        )
     _check_ids(tokenizer, config, train_pick, heldout_pick)
     _check_sizes(config, train_pick, heldout_pick)
     needs = {} if pool is None else pool.required_columns
-    _check_functions({name: needs.get(name, []) for name in functions}, records)
+    _check_functions({name: needs.get(name, []) for name in functions}, sources)
     width = _width(config, train_pick, heldout_pick)
     if config.task.wrong_labels:
-        train_pick = mislabelled(train_pick, records[0], config.task, pool)
-    columns = records, width, tokenizer.pad_token_id, identity, labels(config)
+        train_pick = mislabelled(train_pick, sources[0].records, config.task, pool)
+    columns = sources, width, tokenizer, steps, labels(config)
     return Task(
         name="mixture" if config.task.mixture else config.task.name,
         tokenizer=tokenizer,
@@ -183,21 +185,63 @@ def benchmark_prompts(
     Raises:
       ConfigError: there is no such row, or a prompt has a token without a row in the embedding.
     """
-    identity = _identity(tokenizer, config)
-    rows = tokenised(source, _encoder(tokenizer, config), identity, cache_folder(config.task), 0, say)
-    pick = _filter(rows, source.name, config, pool, say, duplicates=True)
+    steps = _steps(tokenizer, config, pool, say)
+    _say_bounds(tokenizer, [source], say)
+    pick = _filter(_tokenised(source, config, steps, 0), source, config, steps, duplicates=True)
     pick = pick._replace(keep=pick.keep[: limit or None])
+    if steps.patches is not None and pool is not None:
+        pick = kept_images(pick, [source], steps.patches, say)
     if not len(pick.keep):
         raise ConfigError(f"{source.name}: holds no row that can be verified ({why(pick.left_out)})")
     _check_ids(tokenizer, config, pick)
-    return prompt_dataset(
-        pick, [source.records], _width(config, pick), tokenizer.pad_token_id, identity, (source.kind,)
+    return prompt_dataset(pick, [source], _width(config, pick), tokenizer, steps, (source.kind,))
+
+
+class _Steps(NamedTuple):
+    """What turns the rows of every source into prompts."""
+
+    encode: Encode
+    identity: str
+    """Hash of tokenizer, template and image processor."""
+    patches: PatchCache | None
+    """Cache of the images' patches; None = the model reads text alone."""
+    pool: Pool | None
+    """Verifiers that check gold answers; None = they are not checked, and no image is decoded."""
+    say: Callable[[str], None]
+
+
+def _steps(tokenizer: TextTokenizer, config: Config, pool: Pool | None, say: Callable[[str], None]) -> _Steps:
+    """The steps of a config's prompts."""
+    visual = tokenizer.visual
+    return _Steps(
+        lambda prompt, grids=(): tokenizer.prompt(prompt, config.prompt, grids),
+        _identity(tokenizer, config),
+        None if visual is None else patch_cache(cache_folder(config.task), visual.processor),
+        pool,
+        say,
     )
 
 
-def _encoder(tokenizer: TextTokenizer, config: Config) -> Callable[[str | Conversation], list[int]]:
-    """The function from a prompt to its ids."""
-    return lambda prompt: tokenizer.prompt(prompt, config.prompt)
+def _say_bounds(tokenizer: TextTokenizer, sources: Sequence[Source], say: Callable[[str], None]) -> None:
+    """Says which bounds on pixels the images have, if there are any."""
+    if tokenizer.visual is not None and any(source.images for source in sources):
+        say(tokenizer.visual.line)
+
+
+def _tokenised(source: Source, c: Config, steps: _Steps, part: int) -> datasets.Dataset:
+    """The table of a source's prompts.
+
+    Raises:
+      ConfigError: the source has images, and the model reads text alone.
+    """
+    if source.image_column is not None and steps.patches is None:
+        raise ConfigError(
+            f"{source.field}={source.name}: has images in its column {source.image_column}, and "
+            f"model.source={c.model.source} reads text alone; name a visual checkpoint such as "
+            f"Qwen/Qwen2.5-VL-3B-Instruct, or set task.image_column={NO_IMAGES}"
+        )
+    processor = None if steps.patches is None else steps.patches.processor
+    return tokenised(source, steps.encode, steps.identity, cache_folder(c.task), part, steps.say, processor)
 
 
 def _identity(tokenizer: TextTokenizer, config: Config) -> str:
@@ -212,31 +256,24 @@ def _no_demonstrations(seed: int, count: int) -> Iterator[Demonstrations]:
     raise ConfigError("sft.data=None: this task has no demonstrations of its own; set sft.data, or sft.steps 0")
 
 
-def _split(
-    c: Config,
-    encode: Callable[[str | Conversation], list[int]],
-    identity: str,
-    pool: Pool | None,
-    part: int,
-    say: Callable[[str], None],
-) -> tuple[Picked, Picked, list[datasets.Dataset | Records]]:
-    """Training and held-out rows of one task, and the records of the parts `part` and `part + 1`."""
-    t, folder = c.task, cache_folder(c.task)
+def _split(c: Config, steps: _Steps, part: int) -> tuple[Picked, Picked, list[Source]]:
+    """Training and held-out rows of one task, and the sources of the parts `part` and `part + 1`."""
+    t = c.task
     if t.name in GENERATED:
         count = (t.train_prompts or GENERATED_PROMPTS) + t.heldout_prompts
         source = GENERATED[t.name](c, t.seed, count, parse_strata(t.strata))
-        pick = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, None, say)
-        return (*_hold_out_last(pick, c, source, count), [source.records, source.records])
+        pick = _filter(_tokenised(source, c, steps, part), source, c, steps._replace(pool=None))
+        return (*_hold_out_last(pick, c, source, count), [source, source])
     assert t.train_data is not None
     source = from_data(t.train_data, "task.train_data", t.train_split, t)
-    train = _filter(tokenised(source, encode, identity, folder, part, say), source.name, c, pool, say)
+    train = _filter(_tokenised(source, c, steps, part), source, c, steps)
     if t.heldout_data is None:
-        return (*_hold_out_last(train, c, source, len(train.rows)), [source.records, source.records])
+        return (*_hold_out_last(train, c, source, len(train.rows)), [source, source])
     other = from_data(t.heldout_data, "task.heldout_data", t.heldout_split, t)
-    heldout = _filter(tokenised(other, encode, identity, folder, part + 1, say), other.name, c, pool, say)
+    heldout = _filter(_tokenised(other, c, steps, part + 1), other, c, steps)
     heldout = heldout._replace(keep=heldout.keep[: t.heldout_prompts])
     train = drop_shared(train, heldout, source.name)
-    return _trained_on(train, c, source), heldout, [source.records, other.records]
+    return _trained_on(train, c, source), heldout, [source, other]
 
 
 def _hold_out_last(pick: Picked, c: Config, source: Source, count: int) -> tuple[Picked, Picked]:
@@ -271,31 +308,27 @@ def _trained_on(pick: Picked, c: Config, source: Source) -> Picked:
     return pick._replace(keep=pick.keep[chosen_rows(difficulty[pick.keep], strata, total)])
 
 
-def _filter(
-    rows: datasets.Dataset,
-    name: str,
-    c: Config,
-    pool: Pool | None,
-    say: Callable[[str], None],
-    duplicates: bool = False,
-) -> Picked:
+def _filter(rows: datasets.Dataset, source: Source, c: Config, steps: _Steps, duplicates: bool = False) -> Picked:
     """Rows that are prompts: readable, short enough, not repeated, and with a gold answer that its verifier accepts."""
-    reason = np.array(rows["reason"], object)
-    _check_conversations(reason, name, c)
+    reason, pool = np.array(rows["reason"], object), steps.pool
+    _check_conversations(reason, source.name, c)
     lengths = column_array(rows, "length")
     reason[(reason == "") & (lengths > c.prompt.max_tokens)] = f"longer than prompt.max_tokens={c.prompt.max_tokens}"
+    if source.images is not None and steps.patches is not None:
+        say_unmarked(rows, reason, source.name, steps.say)
+        name_images(rows, reason, lengths, c.prompt.max_tokens, steps.patches.processor)
     if not duplicates:
         good = np.flatnonzero(reason == "")
         reason[good[~first_of_each(column_array(rows, "question")[good])]] = "duplicate"
     if pool is not None and c.task.check_gold:
         good = np.flatnonzero(reason == "")
-        verdicts = check_gold(rows, good, pool, cache_folder(c.task), say)
+        verdicts = check_gold(rows, good, pool, cache_folder(c.task), steps.say)
         reason[good[verdicts == REFUSED]] = "gold answer does not verify itself"
         reason[good[verdicts == NO_VERDICT]] = "gold answer not verified within verifier.deadline"
     keep = np.flatnonzero(reason == "")
     out = np.flatnonzero(reason != "")
     texts = rows.select(out)["text"] if len(out) else []
-    left_out = [LeftOut(name, int(i), str(reason[i]), text[:SHOWN]) for i, text in zip(out, texts, strict=True)]
+    left_out = [LeftOut(source.name, int(i), str(reason[i]), text[:SHOWN]) for i, text in zip(out, texts, strict=True)]
     return Picked(rows, keep, left_out)
 
 
@@ -341,9 +374,9 @@ def _check_sizes(c: Config, train: Picked, heldout: Picked) -> None:
         )
 
 
-def _check_functions(needs: dict[str, list[str]], sources: Sequence[datasets.Dataset | Records]) -> None:
+def _check_functions(needs: dict[str, list[str]], sources: Sequence[Source]) -> None:
     """Refuses a user's function that needs a column which no source has: it would fail on every completion."""
-    columns = {name for source in sources for name in source.column_names}
+    columns = {name for source in sources for name in source.records.column_names if name != source.image_column}
     for function, needed in needs.items():
         if missing := [name for name in needed if name not in columns]:
             raise ConfigError(
@@ -361,30 +394,29 @@ def _width(config: Config, *picks: Picked) -> int:
 
 def prompt_dataset(
     pick: Picked,
-    sources: list[datasets.Dataset | Records],
+    sources: list[Source],
     width: int,
-    pad: int,
-    identity: str,
+    tokenizer: TextTokenizer,
+    steps: _Steps,
     names: Sequence[str],
 ) -> PromptDataset:
     """The kept rows as a data set that reads them from disk through a grain.MapDataset.
 
     Args:
-      sources: the records of each value of the column part.
+      sources: the source of each value of the column part.
       width: padded length of the prompts.
-      pad: the id that fills padding.
-      identity: hash of the tokenizer and template.
       names: labels of the tasks, each of which has two parts; a single task may have LABEL_COLUMNS instead.
     """
     rows = pick.rows.select(pick.keep)
     records = grain.MapDataset.source(rows)
-    records_of_part = [as_records(source) for source in sources]
+    records_of_part = [text_records(source) for source in sources]
     parts = column_array(rows, "part")
 
     def columns(i: int) -> Record:
         """The record of a row."""
         record = rows[int(i)]
-        return dict(records_of_part[record["part"]][record["row"]])
+        found = dict(records_of_part[record["part"]][record["row"]])
+        return found if sources[record["part"]].images is None else cast(Record, without_images(found))
 
     def column(name: str) -> list[object]:
         """The values of a column in all rows."""
@@ -398,7 +430,7 @@ def prompt_dataset(
 
     labelled = LABEL_COLUMNS.get(rows[0]["kind"]) if len(names) == 1 else None
     return PromptDataset(
-        tokens=PaddedTokens(records, width, pad),  # type: ignore[arg-type]
+        tokens=PaddedTokens(records, width, tokenizer.pad_token_id),  # type: ignore[arg-type]
         lengths=column_array(rows, "length").astype(np.int32),
         answers=_Column(records, rows, "answer"),
         texts=_Column(records, rows, "text"),
@@ -409,8 +441,9 @@ def prompt_dataset(
         columns=columns,
         column=column,
         digests=column_array(rows, "digest").astype(np.uint64),
-        identity=identity,
+        identity=steps.identity,
         left_out=tuple(pick.left_out),
+        images=prompt_images(rows, sources, tokenizer.visual, steps.patches),
     )
 
 

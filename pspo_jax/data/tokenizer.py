@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
-from pspo_jax.data.conversations import Conversation, content_of
+from pspo_jax.data.conversations import IMAGE_PLACE, Conversation, content_of
+from pspo_jax.data.images.prompts import (
+    IMAGES_FOR_TEXT,
+    VisualInput,
+    as_tokens,
+    expanded,
+    place_images,
+    visual_input,
+)
+from pspo_jax.data.images.settings import is_visual
 from pspo_jax.data.rendering import OWN_SYSTEM, SEVERAL_TURNS, PromptError, render, render_whole
 from pspo_jax.data.stop_ids import describe, stop_ids
 from pspo_jax.data.templates import ANSWER_BEGINNINGS, QUESTIONS, SYSTEM_PROMPTS, TEXTS
-from pspo_jax.model.huggingface.json_files import check_side_files
+from pspo_jax.model.huggingface.json_files import check_side_files, read_json
 from pspo_jax.model.huggingface.load import fetch, import_transformers
 
 if TYPE_CHECKING:
@@ -30,10 +39,19 @@ class TextTokenizer:
       folder: the folder from which it was read.
       stop_ids: ids that end a completion.
       vocab_size: rows of the embedding.
+      visual: what it knows about images; None = the model reads text alone.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerBase, folder: Path, stop_ids: tuple[int, ...], vocab_size: int):
+    def __init__(
+        self,
+        hf: PreTrainedTokenizerBase,
+        folder: Path,
+        stop_ids: tuple[int, ...],
+        vocab_size: int,
+        visual: VisualInput | None = None,
+    ):
         self.hf = hf
+        self.visual = visual
         # Prompts that are too long are counted and listed; a warning per tokenizer would add nothing.
         hf.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.folder = folder
@@ -49,12 +67,13 @@ class TextTokenizer:
         """Hash of everything that encoding depends on."""
         backend = getattr(self.hf, "backend_tokenizer", None)
         model = backend.to_str() if backend is not None else json.dumps(self.hf.get_vocab(), sort_keys=True)
-        return hashlib.sha256(f"{model}\0{self.hf.chat_template}\0{self.stop_ids}".encode()).hexdigest()[:16]
+        visual = "" if self.visual is None else f"\0{self.visual.identity()}"
+        return hashlib.sha256(f"{model}\0{self.hf.chat_template}\0{self.stop_ids}{visual}".encode()).hexdigest()[:16]
 
     @property
     def forbidden(self) -> tuple[int, ...]:
-        """Rows of the embedding that no token uses."""
-        used = set(self.hf.get_vocab().values())
+        """Ids that no completion may hold: rows of the embedding without a token, and tokens of images."""
+        used = set(self.hf.get_vocab().values()) - {*(self.visual.forbidden if self.visual else ())}
         return tuple(i for i in range(self.vocab_size) if i not in used)
 
     def stop_line(self) -> str:
@@ -87,27 +106,35 @@ class TextTokenizer:
         rendered = self.decode(self.prompt("?", config)).removesuffix(config.prefill)
         return next((tag for tag in ("<think>\n", "<think>") if rendered.endswith(tag)), "") + config.prefill
 
-    def prompt(self, prompt: str | Conversation, config: PromptConfig) -> list[int]:
+    def prompt(
+        self, prompt: str | Conversation, config: PromptConfig, grids: Sequence[tuple[int, int]] = ()
+    ) -> list[int]:
         """Ids of a question or conversation as the model sees it, up to the place where its answer begins.
 
         They begin with one BOS, or whatever the tokenizer puts before a text.
 
+        Args:
+          grids: rows and columns of patches of each of the prompt's images.
         Raises:
-          PromptError: the template has no place for the conversation, or refuses it.
+          PromptError: the template has no place for the conversation, or refuses it; or its images are not as many as
+            its marks for them, or the model reads text alone.
         """
         if config.template == "chat":
-            ids = self.encode(self.chat(prompt, config) + config.prefill)
+            ids = self.encode(self.chat(prompt, config, len(grids)) + config.prefill)
         elif isinstance(prompt, list):
             raise PromptError(SEVERAL_TURNS)
-        elif config.template in TEXTS:
-            text = TEXTS[config.template].replace("{question}", _message(prompt, config))
-            ids = self.encode(text + config.prefill)
         else:
-            ids = self.encode(_message(prompt, config)) + self.encode(config.prefill)
+            text = self._plain(_message(prompt, config), len(grids))
+            if config.template in TEXTS:
+                ids = self.encode(TEXTS[config.template].replace("{question}", text) + config.prefill)
+            else:
+                ids = self.encode(text) + self.encode(config.prefill)
+        if self.visual is not None:
+            ids = expanded(ids, self.visual, grids)
         return ids if ids[: len(self._before)] == self._before else self._before + ids
 
-    def chat(self, prompt: str | Conversation, config: PromptConfig) -> str:
-        """A question or conversation in the chat template, with the config's messages.
+    def chat(self, prompt: str | Conversation, config: PromptConfig, images: int = 0) -> str:
+        """A question or conversation in the chat template, with the config's messages; each image has one token.
 
         Raises:
           PromptError: the template refuses it or leaves out a turn, or it has a system message beside prompt.system.
@@ -116,14 +143,27 @@ class TextTokenizer:
         if messages[-1]["role"] == "user":
             last = {**messages[-1], "content": _message(content_of(messages[-1]), config)}
             messages = [*messages[:-1], last]
+        messages = self._placed(messages, images)
         if config.system is not None:
             if any(message["role"] == "system" for message in messages):
                 raise PromptError(OWN_SYSTEM)
             system = SYSTEM_PROMPTS.get(config.system, config.system)
             messages = [{"role": "system", "content": system}, *messages]
-        if isinstance(prompt, list):
+        if isinstance(prompt, list) or images:
             return render_whole(self.hf, messages, config)
         return render(self.hf, messages, config)
+
+    def _placed(self, messages: Conversation, images: int) -> Conversation:
+        """A conversation with the places of its images, of which a model that reads text alone has none."""
+        if self.visual is not None:
+            return place_images(messages, images)
+        if images or any(IMAGE_PLACE in content_of(m) for m in messages):
+            raise PromptError(IMAGES_FOR_TEXT)
+        return messages
+
+    def _plain(self, text: str, images: int) -> str:
+        """A text with the tokens of its images, for templates that are no chat templates."""
+        return as_tokens(content_of(self._placed([{"role": "user", "content": text}], images)[0]))
 
 
 def _message(question: str, config: PromptConfig) -> str:
@@ -166,6 +206,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     hf = _read(folder, f"{field}={name}")
     # Gemma 3 1B's tokenizer has one id more than the embedding has rows; a prompt that holds it is refused.
     rows = embedding_rows or max(hf.get_vocab().values()) + 1
+    visual = _visual(hf, source, config)
     stop = stop_ids(hf, [folder, *([source] if source else [])], config.prompt, config.rollout.stop)
     if not stop:
         raise ConfigError(f"{field}={name}: neither tokenizer, generation config nor template names an EOS token")
@@ -174,7 +215,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
             f"{field}={name}: stop ids {bad} lie beyond the embedding: the tokenizer has {len(hf):,} entries, the "
             f"embedding only {rows:,} rows; use the checkpoint's own tokenizer"
         )
-    tokenizer = TextTokenizer(hf, folder, stop, rows)
+    tokenizer = TextTokenizer(hf, folder, stop, rows, visual)
     if "{question}" not in _message("{question}", config.prompt):
         raise ConfigError(
             f"prompt.question={config.prompt.question!r}: must hold {{question}}, or be one of {', '.join(QUESTIONS)}"
@@ -184,13 +225,36 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     return tokenizer
 
 
+def _visual(hf: PreTrainedTokenizerBase, source: Path | None, config: Config) -> VisualInput | None:
+    """What the tokenizer knows about images, if the checkpoint has a vision tower.
+
+    The released checkpoints have their chat template in a file that AutoTokenizer does not read; it is set here.
+
+    Raises:
+      ConfigError: bounds on pixels are set for a model that reads text alone, or the processor is not supported.
+    """
+    where = f"model.source={config.model.source}"
+    if source is None or not is_visual(source, where):
+        for name in ("min_pixels", "max_pixels"):
+            if (value := getattr(config.prompt, name)) is not None:
+                raise ConfigError(f"prompt.{name}={value}: {where} reads text alone; drop it, or name a visual model")
+        return None
+    legacy = source / "chat_template.json"
+    if config.model.tokenizer is None and legacy.exists() and not (source / "chat_template.jinja").exists():
+        hf.chat_template = read_json(legacy, where).get("chat_template") or hf.chat_template
+    return visual_input(hf.get_vocab(), source, config.prompt, where)
+
+
 def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> None:
     """Refuse a chat template that cannot write this config's prompts."""
     if not tokenizer.hf.chat_template:
         raise ConfigError(f"prompt.template=chat: the tokenizer of {name} has no chat template; use none")
     probe = "What is 2 + 2?"
+    plain = dataclasses.replace(prompt, system=None)
     try:
-        text = tokenizer.chat(probe, dataclasses.replace(prompt, system=None))
+        text = tokenizer.chat(probe, plain)
+        if tokenizer.visual is not None:
+            tokenizer.prompt([{"role": "user", "content": f"{IMAGE_PLACE}{probe}"}], plain, [(2, 2)])
     except PromptError as error:
         raise ConfigError(
             f"prompt.template=chat: {name} cannot render a question ({error}); choose another prompt.template, or "

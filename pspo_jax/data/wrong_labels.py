@@ -13,10 +13,10 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import TaskConfig
 from pspo_jax.config.text_fields import parse_strata
 from pspo_jax.data.files import Records, as_records
-from pspo_jax.data.loading import column_array
 from pspo_jax.data.mixing import Picked
 from pspo_jax.data.strata import difficulties, stratum_of, wrong_label_draws, wrong_rows
 from pspo_jax.data.task import ANSWER_COLUMN, digest
+from pspo_jax.data.tokenising import column_array
 from pspo_jax.distributed import processes
 from pspo_jax.verifiers.math_answer import ALTERNATIVES, final_answer
 from pspo_jax.verifiers.workers.pool import Pool, Request

@@ -297,6 +297,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)))
 
 
+def check_tower(config: Config, width: int) -> None:
+    """Raise ConfigError if the mesh does not divide a vision tower of this width."""
+    m = config.mesh
+    shards = (m.fsdp or 1) * m.context
+    if width % shards:
+        raise ConfigError(
+            f"mesh.fsdp x mesh.context = {shards}: does not divide the width {width} of the vision tower; choose a "
+            "divisor"
+        )
+
+
 def check_vocabulary(config: Config, rows: int) -> None:
     """Raise ConfigError if the mesh does not divide the embedding, which has `rows` rows."""
     m = config.mesh

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.config.schema import Config
+from pspo_jax.data.image_batches import ImageRoom, gather
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardResult, Task
 from pspo_jax.distributed import processes
 from pspo_jax.rollout.token_loop import SamplingParams
+
+OTHER_IMAGES = "greedy_other_images"
+"""Name of the greedy accuracy of prompts with the images of other prompts."""
 
 
 class Sample(Protocol):
@@ -32,6 +36,7 @@ def evaluate(
     batch: int,
     place: Callable[[Prompts], Prompts],
     report: Callable[[RewardResult], None] = lambda _: None,
+    room: ImageRoom | None = None,
 ) -> dict[str, float]:
     """Sample and verify completions of all held-out prompts.
 
@@ -41,22 +46,30 @@ def evaluate(
       batch: prompts per call of the sampler.
       place: puts a batch of prompts on the devices.
       report: is called with the rewards of this process's rows, batch by batch.
+      room: room for images; None = no prompt has any.
     Returns:
       Shares in [0, 1]: `greedy`, the mean verdict of greedy completions; `sampled`, that of eval.samples completions
       of each prompt; `no_verdict`, the share of all completions that have none. If the prompts have several labels,
-      `greedy/LABEL` and `sampled/LABEL` are the means over the prompts of one label.
+      `greedy/LABEL` and `sampled/LABEL` are the means over the prompts of one label. With eval.other_images, and if the
+      prompts have images, `greedy_other_images` is the mean verdict of greedy completions of the same prompts with the
+      images of other prompts; a prompt whose image has a size of its own is left out.
     """
     greedy = SamplingParams.of(config.rollout, task.stop_ids, temperature=0.0)
     sampled = SamplingParams.of(config.rollout, task.stop_ids)
     n = len(task.heldout.lengths)
     waits: dict[str, list[tuple[Int[np.ndarray, "b"], Callable[[], RewardResult]]]] = {"greedy": [], "sampled": []}
+    control = _with_other_images(task.heldout, config)
+    if control is not None:
+        waits[OTHER_IMAGES] = []
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch)
         real = rows < n
         rows = np.where(real, rows, 0).astype(np.int32)
-        prompts = place(gather(task.heldout, rows, np.ones(batch, np.float32)))
-        draws = [("greedy", greedy)] + [("sampled", sampled)] * config.eval.samples
-        for i, (name, settings) in enumerate(draws):
+        prompts = place(gather(task.heldout, rows, np.ones(batch, np.float32), room))
+        draws = [("greedy", greedy, prompts)] + [("sampled", sampled, prompts)] * config.eval.samples
+        if control is not None:
+            draws += [(OTHER_IMAGES, greedy, place(gather(control.prompts, rows, np.ones(batch, np.float32), room)))]
+        for i, (name, settings, prompts) in enumerate(draws):
             rollouts = sample(params, prompts, jax.random.fold_in(jax.random.fold_in(key, start), i), settings)
             own = processes.owned_rows(rollouts.lengths)
             own = own[real[own]]
@@ -71,8 +84,30 @@ def evaluate(
         for found in scores:
             report(found)
         verdicts[name] = np.concatenate([found.verdicts for found in scores])
-    sampled_rows = {name: np.concatenate([rows for rows, _ in of_name]) for name, of_name in waits.items()}
+    if control is not None:
+        of_control = np.concatenate([rows for rows, _ in waits[OTHER_IMAGES]])
+        verdicts[OTHER_IMAGES] = verdicts[OTHER_IMAGES][control.counted[of_control]]
+    sampled_rows = {
+        name: np.concatenate([rows for rows, _ in of_name]) for name, of_name in waits.items() if name != OTHER_IMAGES
+    }
     return _means(verdicts) | _means_by_label(verdicts, sampled_rows, task.heldout.labels)
+
+
+class _Control(NamedTuple):
+    """Prompts with each other's images."""
+
+    prompts: PromptDataset
+    counted: Bool[np.ndarray, "N"]
+    """Prompts that got other images. One whose image has a size of its own keeps it, and is left out."""
+
+
+def _with_other_images(prompts: PromptDataset, config: Config) -> _Control | None:
+    """The control of prompts; None where the config does not ask for it, or no prompt has an image to exchange."""
+    if prompts.images is None or not config.eval.other_images:
+        return None
+    images = prompts.images.exchanged(config.task.seed)
+    counted = images.all_differ(prompts.images)
+    return _Control(prompts._replace(images=images), counted) if counted.any() else None
 
 
 def _means(verdicts: dict[str, Float[np.ndarray, "M 1"]]) -> dict[str, float]:
@@ -98,24 +133,11 @@ def _means_by_label(
     if len(names) < 2:
         return {}
     out = {}
-    for kind, values in verdicts.items():
+    for kind, of_kind in rows.items():
+        values = verdicts[kind]
         known = ~np.isnan(values[:, 0])
-        label = label_of_row[rows[kind]][known]
+        label = label_of_row[of_kind][known]
         counts = [np.bincount(label, weights, len(names)) for weights in (values[known, 0], np.ones(len(label)))]
         for name, total, count in zip(names, *processes.sum_over_processes(np.array(counts, np.float64)), strict=True):
             out[f"{kind}/{name}"] = float(total / count) if count else float("nan")
     return out
-
-
-def gather(prompts: PromptDataset, rows: Int[np.ndarray, "B"], loss_weight: Float[np.ndarray, "B"]) -> Prompts:
-    """The batch of these rows as arrays on the host; `processes.to_global` puts it on the devices."""
-
-    def host(x: np.ndarray) -> Array:
-        return cast(Array, x)
-
-    return Prompts(
-        ids=host(rows),
-        tokens=host(prompts.tokens[rows]),
-        lengths=host(prompts.lengths[rows]),
-        loss_weight=host(np.asarray(loss_weight)),
-    )

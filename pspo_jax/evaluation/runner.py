@@ -16,10 +16,10 @@ from jaxtyping import Array, Int, Key, PyTree
 from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.checkpoint.params_folder import set_aside
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer
+from pspo_jax.data.image_batches import ImageRoom, gather
+from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer, prompt_text
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding
-from pspo_jax.evaluation.heldout import gather
 from pspo_jax.evaluation.statistics import Summary, summarise
 from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.system.storage import append_whole, write_whole, writing
@@ -69,6 +69,8 @@ class Work(NamedTuple):
     settings: SamplingParams
     key: Key[Array, ""]
     mesh: Mesh
+    room: ImageRoom | None = None
+    """Room for the problems' images; None = no problem has any."""
 
     def header(self, identity: str) -> Header:
         """The first line of the file of results: what they belong to. `identity` is a hash of the weights."""
@@ -132,7 +134,7 @@ def run_benchmark(
             raise StoppedError
         rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
         prompts = processes.to_global(
-            gather(work.prompts, rows, np.ones(work.batch, np.float32)), batch_sharding(work.mesh)
+            gather(work.prompts, rows, np.ones(work.batch, np.float32), work.room), batch_sharding(work.mesh)
         )
         rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
         write(waiting)  # its verification has gone on while this batch is sampled
@@ -155,7 +157,7 @@ def problem_lines(work: Work, batch: CompletionBatch, scores: RewardResult) -> l
         lines.append(
             {
                 "problem": int(row),
-                "prompt": work.tokenizer.decode(batch.prompts.tokens[int(row)][: batch.prompts.lengths[row]].tolist()),
+                "prompt": prompt_text(batch.prompts, int(row), work.tokenizer),
                 "answer": batch.prompts.answers[int(row)],
                 "task": "" if batch.prompts.labels is None else batch.prompts.labels[int(row)],
                 "right": [None if np.isnan(x) else float(x) for x in scores.verdicts[i]],

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from pspo_jax.arrays.rows import RowImages
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
-from pspo_jax.model.interface import Model
+from pspo_jax.model.interface import ImageTokens, Model
 
 _LEAST_PREDICTIONS = 64
 """Number of predictions of a chunk below which the head is slow, since each chunk reads all weights of the head."""
@@ -32,6 +33,26 @@ def compact_rows(
     return jnp.take_along_axis(joined, jnp.minimum(source, p + t - 1), axis=1)
 
 
+def compact_images(images: RowImages | None, embeddings: Float[Array, "B U D"] | None, t: int) -> ImageTokens | None:
+    """The tokens of images in `compact_rows`, whose completions have t tokens; None = all tokens are text.
+
+    Args:
+      embeddings: what `Model.encode_images` makes of the prompts' images.
+    """
+    if images is None or embeddings is None:
+        return None
+    units, p = embeddings.shape[1], images.unit.shape[1]
+    index = jnp.where(images.unit >= 0, images.prompt[:, None] * units + images.unit, -1)
+    # Positions of a prompt's padding go on behind the prompt, and those of a completion are the same numbers.
+    behind = images.delta[:, None, None] + jnp.arange(p, p + t)[:, None]
+    behind = jnp.broadcast_to(behind, (*behind.shape[:2], images.positions.shape[2]))
+    return ImageTokens(
+        embeddings=embeddings.reshape(-1, embeddings.shape[2]),
+        embedding_of=jnp.pad(index, ((0, 0), (0, t)), constant_values=-1),
+        positions=jnp.concatenate([images.positions, behind], axis=1),
+    )
+
+
 def completion_log_probs(
     model: Model,
     params: Params,
@@ -41,6 +62,7 @@ def completion_log_probs(
     temperature: Float[Array, ""] | float = 1.0,
     logits_mib: int = 160,
     entropy_gradient: bool = False,
+    images: ImageTokens | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-prob of each completion token given all tokens before it, and the entropy of each of those distributions.
 
@@ -53,10 +75,11 @@ def completion_log_probs(
       temperature: divisor of the logits, the same as in the sampler.
       logits_mib: size of one chunk of float32 logits.
       entropy_gradient: whether entropies carry a gradient.
+      images: the tokens of images in the compact rows; None = all tokens are text.
     """
     t = completions.shape[1]
     rows = compact_rows(prompts, lengths, completions)
-    hidden = model.hidden(params, rows)
+    hidden = model.hidden(params, rows) if images is None else model.hidden(params, rows, images=images)
     source = (lengths - 1)[:, None] + jnp.arange(t)
     hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
     return chunked_log_probs(model, params, hidden, completions, temperature, logits_mib, entropy_gradient)

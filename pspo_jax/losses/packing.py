@@ -44,9 +44,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params
 from pspo_jax.distributed.mesh import constrain
-from pspo_jax.losses.log_probs import chunked_log_probs, compact_rows
+from pspo_jax.losses.log_probs import chunked_log_probs, compact_images, compact_rows
 from pspo_jax.model.attention.xla import BLOCKWISE_FROM_TOKENS, block_size
-from pspo_jax.model.interface import Model, Packed
+from pspo_jax.model.interface import ImageTokens, Model, Packed
 
 _LONG_BIN_MULTIPLE = 128
 """Tokens of which the length of a long bin is a multiple, so that attention computes it in blocks of equal size."""
@@ -241,6 +241,7 @@ def packed_log_probs(
     logits_mib: int,
     entropy_gradient: bool = False,
     shares: bool = False,
+    embeddings: Float[Array, "B U D"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """`completion_log_probs` of the rows of some bins, R = b x M; 0 after a row's last token in the loss.
 
@@ -253,6 +254,7 @@ def packed_log_probs(
       logits_mib: size of one chunk of float32 logits.
       entropy_gradient: whether entropies carry a gradient.
       shares: whether a row may share its prompt; False = `owns_prompt` is known to be true of every row.
+      embeddings: what `Model.encode_images` makes of the prompts' images; None = all prompts are text.
     """
     p, t = part.prompts.shape[1], part.tokens.shape[1]
     bins = owns_prompt.shape[0]
@@ -266,7 +268,12 @@ def packed_log_probs(
     prompt_row = jax.lax.cummax(jnp.where(owns_prompt, jnp.arange(owns_prompt.shape[1]), 0), axis=1)
     if shares:
         layout = _share_prompts(layout, prompt_row, prompt_lengths)
-    hidden = model.hidden(weights, _gather_tokens(rows, layout.row_of, layout.positions), layout)
+    tokens = _gather_tokens(rows, layout.row_of, layout.positions)
+    images = compact_images(part.images, embeddings, t)
+    if images is None:
+        hidden = model.hidden(weights, tokens, layout)
+    else:
+        hidden = model.hidden(weights, tokens, layout, _gather_images(images, layout, bins))
     predictions, first_prediction = _lay_out(completion_lengths, shape.predictions(shares))
     row_of, valid = _clip(predictions.row_of, need), predictions.row_of < need.shape[1]
 
@@ -336,6 +343,17 @@ def _share_prompts(layout: Packed, prompt_row: Int[Array, "b M"], prompt_lengths
 def _clip(row_of: Int[Array, "b S"], rows: Int[Array, "b M"]) -> Int[Array, "b S"]:
     """Indices that exist: padding, whose index is M, gets that of the last row."""
     return jnp.minimum(row_of, rows.shape[1] - 1)
+
+
+def _gather_images(images: ImageTokens, layout: Packed, bins: int) -> ImageTokens:
+    """The tokens of images in bins, from those in rows."""
+
+    def gather(of_rows: Int[Array, "R P+T"]) -> Int[Array, "b S"]:
+        by_bin = of_rows.reshape(bins, -1, of_rows.shape[1])
+        return _gather_tokens(by_bin, layout.row_of, layout.positions)
+
+    positions = [gather(images.positions[..., axis]) for axis in range(images.positions.shape[2])]
+    return images._replace(embedding_of=gather(images.embedding_of), positions=jnp.stack(positions, axis=-1))
 
 
 def _gather_tokens(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from pspo_jax.arrays.images import PatchLayout
 from pspo_jax.config.schema import PROJECTIONS, LoraConfig, ModelConfig, Remat
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the red, green and blue values of images, in [0, 1], over the data of CLIP."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of these values."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,9 @@ class Rotary:
     """Radians per position of each of the h/2 pairs of a head; all 0 = positions are not encoded (NoPE)."""
     scale: float = 1.0
     """Factor of sines and cosines (YaRN's attention factor)."""
+    axes: tuple[int, ...] = ()
+    """Axis of the position by which each pair is rotated, where positions have several (M-RoPE); empty = positions have
+    one axis."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,49 @@ class Lora:
     def scale(self) -> float:
         """Factor of the product with the adapter."""
         return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A vision tower: a bidirectional transformer over patches, whose outputs are merged into embeddings of tokens.
+
+    Patches are embedded by one matrix and rotated by their row and column. Blocks attend to a whole image or within
+    windows. At the end, the patches of a unit are merged by an MLP of two matrices with GELU.
+    """
+
+    layers: int
+    """Number of blocks."""
+    width: int
+    """Width of the tower's residual stream."""
+    heads: int
+    mlp_width: int
+    whole_image: tuple[int, ...]
+    """Blocks, by their index, whose patches attend to the whole image; in the others, they attend within windows."""
+    layout: PatchLayout = field(default_factory=PatchLayout)
+    """Sizes of units and windows. A tower without windows has a layout too, in which its patches are ordered."""
+    patch: int = 14
+    """Pixels along each side of a patch."""
+    channels: int = 3
+    frames: int = 2
+    """Frames of a video that one patch covers. A still image is the same in all of them."""
+    gated: bool = True
+    """Whether the MLP is gated, with SiLU (Qwen2.5-VL); otherwise it has two matrices with a fast GELU (Qwen2-VL)."""
+    layer_norm: bool = False
+    """Whether norms subtract the mean and have a bias (Qwen2-VL); otherwise they are RMSNorm (Qwen2.5-VL)."""
+    mean: tuple[float, ...] = CLIP_MEAN
+    """Mean that is subtracted from each channel, whose values are in [0, 1]."""
+    std: tuple[float, ...] = CLIP_STD
+    """Standard deviation by which each channel is divided."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch of a still image."""
+        return self.channels * self.patch**2
 
 
 @dataclass(frozen=True)
@@ -77,6 +131,10 @@ class Architecture:
     """Length of a row, in tokens, that the checkpoint was made for (max_position_embeddings); None = unknown."""
     forbidden: tuple[int, ...] = ()
     """Ids that are never drawn, such as rows of the embedding that no token of the tokenizer uses."""
+    vision: Vision | None = None
+    """The vision tower; None = the model reads text alone."""
+    freezes_vision: bool = False
+    """Whether the tower does not train, although other weights do; under adapters it never trains."""
     lora: Lora | None = None
     """Adapters; with them, all other weights are frozen. None = all weights train."""
     param_dtype: str = "float32"
@@ -93,6 +151,15 @@ class Architecture:
     """The same for bins that hold several rows."""
     split_decode: bool = False
     """Whether decoding splits MLPs and vocabulary along fsdp; see rollout.weights."""
+
+    @property
+    def split_width(self) -> int:
+        """A number that a mesh must divide to split every matrix: the width, or what it shares with the tower's."""
+        return self.width if self.vision is None else math.gcd(self.width, self.vision.width)
+
+    def whole(self) -> Architecture:
+        """The same architecture with all of its weights in one tree, which trains as a whole."""
+        return replace(self, lora=None, freezes_vision=False)
 
     @property
     def attention_scale(self) -> float:
@@ -116,9 +183,16 @@ def beyond_context(a: Architecture, prompt: int, completion: int) -> str | None:
     )
 
 
-def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = ()) -> Architecture:
-    """The architecture that the shape fields of a config describe."""
+def built_in(
+    config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = (), vision: Vision | None = None
+) -> Architecture:
+    """The architecture that the shape fields of a config describe.
+
+    Args:
+      vision: its vision tower, which trains; with one, positions have three axes, with sections as in Qwen2.5-VL.
+    """
     c = config
+    axes = () if vision is None else axes_of(mrope_sections(c.head_dim // 2))
     return Architecture(
         vocab_size=vocab_size,
         layers=c.layers,
@@ -127,7 +201,7 @@ def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = 
         kv_heads=c.kv_heads,
         head_dim=c.head_dim,
         mlp_width=c.mlp_width,
-        rotaries=(Rotary(plain_frequencies(c.head_dim, c.rope_theta)),),
+        rotaries=(Rotary(plain_frequencies(c.head_dim, c.rope_theta), axes=axes),),
         layer_rotary=(0,) * c.layers,
         windows=(None,) * c.layers,
         norm_eps=c.norm_eps,
@@ -135,11 +209,23 @@ def built_in(config: ModelConfig, vocab_size: int, forbidden: tuple[int, ...] = 
         biases=("q", "k", "v") if c.qkv_bias else (),
         qk_norm="head" if c.qk_norm else "none",
         forbidden=forbidden,
+        vision=vision,
         param_dtype=c.param_dtype,
         compute_dtype=c.compute_dtype or "float32",
         scan_unroll=c.scan_unroll,
         remat=c.remat or "none",
     )
+
+
+def mrope_sections(pairs: int) -> tuple[int, int, int]:
+    """Numbers of pairs of a head that time, row and column rotate: 16, 24 and 24 of Qwen2.5-VL's 64."""
+    of_side = 3 * pairs // 8
+    return pairs - 2 * of_side, of_side, of_side
+
+
+def axes_of(sections: Sequence[int]) -> tuple[int, ...]:
+    """The axis of each pair, for sections of so many pairs."""
+    return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
 
 
 def plain_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:

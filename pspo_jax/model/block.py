@@ -20,9 +20,9 @@ from pspo_jax.config.schema import Remat
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import attend
-from pspo_jax.model.interface import Packed, mask_logits
+from pspo_jax.model.interface import ImageTokens, Packed, mask_logits
 from pspo_jax.model.mixed_precision import einsum_lowp, lookup
-from pspo_jax.model.rotary import Rotation, rope, rotation
+from pspo_jax.model.rotary import Rotation, rope, rotation, rotation_on_axes
 
 _NO_WINDOW = np.iinfo(np.int32).max
 """Window, in tokens, of a layer whose queries see all tokens before them."""
@@ -127,10 +127,16 @@ def finish_block(
     return x + norm(a, w, "mlp_post_norm", constrain(y, "batch", None, None) if split else y)
 
 
-def embed(a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
-    """The tokens' embeddings in the compute type, times the architecture's factor."""
+def embed(
+    a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"], images: ImageTokens | None = None
+) -> Float[Array, "R S D"]:
+    """The tokens' embeddings in the compute type, times the architecture's factor; those of images as they are."""
     x = lookup(embed, tokens, jnp.dtype(a.compute_dtype))
-    return x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
+    x = x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
+    if images is None:
+        return x
+    of_images = lookup(images.embeddings, jnp.maximum(images.embedding_of, 0), x.dtype)
+    return jnp.where(images.embedding_of[..., None] >= 0, of_images, x)
 
 
 def forward(
@@ -140,20 +146,25 @@ def forward(
     tokens: Int[Array, "R S"],
     keep_cache: bool = False,
     packed: Packed | None = None,
+    images: ImageTokens | None = None,
 ) -> tuple[Float[Array, "R S D"], tuple[Array, Array] | None]:
     """Hidden states after the final norm, and every layer's keys and values [L, R, S, K, h] if `keep_cache`, else None.
 
     Args:
       key: key of the adapters' dropout; None = no dropout.
       packed: the layout of several rows in one; None = each row stands alone.
+      images: the tokens of images in the rows; None = all tokens are text.
     """
     # The layout changes by one axis of the mesh at a time. It begins with rows along data and width along the rest, as
     # the embedding is split; in one change, the compiler would make the whole width of every row on every device.
     rows, length = ("batch", None) if keep_cache else ("rows", "length")
-    x = constrain(embed(a, params["embed"], tokens), "outer_batch", None, "embed")
+    x = constrain(embed(a, params["embed"], tokens, images), "outer_batch", None, "embed")
     x = constrain(constrain(x, rows, None, length), rows, length, None)
-    positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
-    tables = [rotation(positions, rotary) for rotary in a.rotaries]
+    if images is not None:
+        tables = [rotation_on_axes(images.positions, rotary) for rotary in a.rotaries]
+    else:
+        positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
+        tables = [rotation(positions, rotary) for rotary in a.rotaries]
     # What differs between layers travels with the scan; what all layers share is a constant.
     per_layer: dict[str, Array] = {}
     if len(tables) > 1:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from pspo_jax.model.interface import Decoder, InitFn, Model, Packed, mask_logits
+from pspo_jax.arrays.images import Images
+from pspo_jax.model.interface import Decoder, ImageTokens, InitFn, Model, Packed, mask_logits
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -40,6 +41,7 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
         lengths: Int[Array, "B"],
         group_size: int,
         max_new_tokens: int,
+        images: Images | None = None,
     ) -> Decoder:
         b, p = prompts.shape
         logits = apply(params, prompts)
@@ -60,8 +62,13 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
 
         return Decoder(mask_logits(last, forbidden), cache, step)
 
-    def hidden(params: PyTree, tokens: Int[Array, "R S"], packed: Packed | None = None) -> Float[Array, "R S V"]:
-        """The logits stand for hidden states; `packed` is never given, as the model does not pack."""
+    def hidden(
+        params: PyTree,
+        tokens: Int[Array, "R S"],
+        packed: Packed | None = None,
+        images: ImageTokens | None = None,
+    ) -> Float[Array, "R S V"]:
+        """The logits stand for hidden states; `packed` and `images` are never given, as the model takes neither."""
         return apply(params, tokens)
 
     return Model(

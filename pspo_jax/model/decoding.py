@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from pspo_jax.arrays.images import Images
 from pspo_jax.distributed.mesh import constrain, gather_for_decode
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import Prefix, Suffix, attend_shared_prefix
 from pspo_jax.model.block import BlockWeights, embed, finish_block, forward, logits_of, norm, qkv
 from pspo_jax.model.interface import Decoder, SlotDecoder
 from pspo_jax.model.rotary import Rotation, rotation
-from pspo_jax.model.weights import lora_table, merge_adapter, table
+from pspo_jax.model.vision import encode_images, image_tokens
+from pspo_jax.model.weights import lora_table, merge, table
 
 KeysValues = tuple[Array, Array]
 """Keys and values of one layer."""
@@ -36,8 +39,16 @@ The angles are carried because XLA, where they were looked up at their use, did 
 every layer, which was several times as slow on CPU.
 """
 
-Prefilled = tuple[Int[Array, "S"], list[KeysValues]]
-"""The prompts of S slots: their lengths and, for each layer, keys and values [S, K, P, h]."""
+
+class Prefilled(NamedTuple):
+    """The prompts of S slots."""
+
+    lengths: Int[Array, "S"]
+    """Tokens of each prompt."""
+    delta: Int[Array, "S"] | None
+    """`Images.delta` of each prompt; None = no prompt has images."""
+    layers: list[KeysValues]
+    """For each layer, keys and values [S, K, P, h]."""
 
 
 def group_decoder(
@@ -47,15 +58,17 @@ def group_decoder(
     lengths: Int[Array, "B"],
     group_size: int,
     max_new_tokens: int,
+    images: Images | None = None,
 ) -> Decoder:
     """The built-in model's `DecoderFn`; its cache is a `GroupCache`."""
-    last, prefixes = _prefill(a, params, prompts, lengths)
+    last, prefixes = _prefill(a, params, prompts, lengths, images)
     params, layers = _for_decoding(a, params)
     b = prompts.shape[0]
     shape = (b, group_size, a.kv_heads, max_new_tokens, a.head_dim)
     empty = jnp.zeros(shape, jnp.dtype(a.compute_dtype))
     empty = constrain(empty, "batch", None, "kv_heads", None, None)
-    positions = lengths[:, None] + jnp.arange(max_new_tokens)
+    first = lengths if images is None else lengths + images.delta
+    positions = first[:, None] + jnp.arange(max_new_tokens)
     tables = [rotation(positions, rotary) for rotary in a.rotaries]
 
     def rotations_at(t: Int[Array, ""] | int) -> Rotations:
@@ -102,14 +115,16 @@ def slot_decoder(
     lengths: Int[Array, "B"],
     slots: tuple[int, int],
     max_new_tokens: int,
+    images: Images | None = None,
 ) -> SlotDecoder:
     """The built-in model's `SlotDecoderFn`.
 
     The prompts of the slots are a `Prefilled`. The cache is, for each layer, keys and values [S, K, T, h] of
     the S = n x s slots' completions, a circular buffer over the steps: all slots write the same column in a step.
     """
-    last, prefixes = _prefill(a, params, prompts, lengths)
+    last, prefixes = _prefill(a, params, prompts, lengths, images)
     params, layers = _for_decoding(a, params)
+    delta = None if images is None else images.delta
     count = slots[0] * slots[1]
     empty = jnp.zeros((count, a.kv_heads, max_new_tokens, a.head_dim), jnp.dtype(a.compute_dtype))
     empty = constrain(empty, "batch", "kv_heads", None, None)
@@ -117,9 +132,13 @@ def slot_decoder(
     no_prompt = constrain(no_prompt, "batch", "kv_heads", None, None)
     return SlotDecoder(
         logits=_head(a, params, last[:, None])[:, 0],
-        prefilled=(jnp.ones(count, lengths.dtype), [(no_prompt, no_prompt) for _ in range(a.layers)]),
+        prefilled=Prefilled(
+            jnp.ones(count, lengths.dtype),
+            None if delta is None else jnp.zeros(count, delta.dtype),
+            [(no_prompt, no_prompt) for _ in range(a.layers)],
+        ),
         cache=[(empty, empty) for _ in range(a.layers)],
-        load_prompt=functools.partial(_load_prompt, (lengths, prefixes)),
+        load_prompt=functools.partial(_load_prompt, Prefilled(lengths, delta, prefixes)),
         step=functools.partial(_slot_step, a, params, layers),
     )
 
@@ -130,7 +149,7 @@ def _load_prompt(
     """The slots with the prompts that the new ones take on; see LoadPromptFn.
 
     Args:
-      read: lengths, keys and values of the B prompts of the batch.
+      read: the B prompts of the batch.
     """
 
     def load(new: Array, old: Array) -> Array:
@@ -153,10 +172,11 @@ def _slot_step(
     steps: Int[Array, ""],
 ) -> tuple[Float[Array, "n s V"], list[KeysValues]]:
     """One token of every slot; see SlotStep."""
-    lengths, prefixes = prefilled
+    lengths, delta, prefixes = prefilled
     max_new_tokens = cache[0][0].shape[2]
     flat_t = t.reshape(-1)
-    rotations = [rotation((lengths + flat_t)[:, None], rotary) for rotary in a.rotaries]
+    position = lengths + flat_t if delta is None else lengths + flat_t + delta
+    rotations = [rotation(position[:, None], rotary) for rotary in a.rotaries]
     column = steps % max_new_tokens
     age = (column - jnp.arange(max_new_tokens)) % max_new_tokens
     ages = jnp.where(age <= flat_t[:, None], age, -1)
@@ -199,10 +219,11 @@ def _decode_token(
 
 
 def _prefill(
-    a: Architecture, params: PyTree, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
+    a: Architecture, params: PyTree, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], images: Images | None
 ) -> tuple[Float[Array, "B D"], list[KeysValues]]:
     """The hidden state after each prompt, and every layer's keys and values [B, K, P, h]."""
-    hidden, cache = forward(a, params, None, prompts, keep_cache=True)
+    seen = None if images is None else image_tokens(encode_images(a, params, images), images)
+    hidden, cache = forward(a, params, None, prompts, keep_cache=True, images=seen)
     assert cache is not None
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     k, v = cache
@@ -224,16 +245,19 @@ def _head(a: Architecture, params: PyTree, x: Float[Array, "B s D"]) -> Float[Ar
 def _for_decoding(a: Architecture, params: PyTree) -> tuple[dict[str, Array], list[BlockWeights]]:
     """The weights outside the blocks, and those of each block, cast and gathered once, before the token loop.
 
+    The vision tower is not among them, since decoding does not run it.
+
     Norm scales keep their type, as in training.
     """
     adapted = a.lora is not None and any("_lora_" in name for name in params["layers"])
-    weights = merge_adapter(table(a), lora_table(a)) if adapted else table(a)
+    weights = merge(table(a), lora_table(a)) if adapted else table(a)
     dtype = jnp.dtype(a.compute_dtype)
 
     def ready(name: str, w: Array, axes: tuple[str | None, ...]) -> Array:
         return gather_for_decode(w if "norm" in name else w.astype(dtype), axes, a.split_decode)
 
-    outside = {name: ready(name, w, weights[name].axes) for name, w in params.items() if name != "layers"}
+    inside = ("layers", "vision")
+    outside = {name: ready(name, w, weights[name].axes) for name, w in params.items() if name not in inside}
     blocks = [
         {name: ready(name, w[i], weights["layers"][name].axes[1:]) for name, w in params["layers"].items()}
         for i in range(a.layers)

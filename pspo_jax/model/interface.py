@@ -4,6 +4,9 @@ A model is a `Model`: a tuple of pure functions over its weights. Each function 
 signature, with shapes. Letters: R rows, S positions of a row, B prompts of a batch, G completions of a prompt, P the
 longest prompt, T the longest completion, D the width of the hidden states, V the vocabulary.
 
+A model that reads images has `Model.encode_images`, and its other functions take images too. A model of text is never
+given any.
+
 Rows are compact: a prompt, its completion right behind it, then padding on the right. Causal attention alone is
 therefore right for every real token, positions are 0, 1, 2, ..., and no function takes a padding mask.
 
@@ -13,6 +16,7 @@ write one with a cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,8 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from pspo_jax.arrays.images import Images
+
 MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
+_MASKED_BY_COMPARISON = 4
+"""Largest number of runs of forbidden ids that are masked by comparisons, which cost less than a lookup."""
 
 
 class Packed(NamedTuple):
@@ -43,6 +51,17 @@ class Packed(NamedTuple):
     `prompt_row`."""
 
 
+class ImageTokens(NamedTuple):
+    """Where rows hold tokens of images, and their embeddings."""
+
+    embeddings: Float[Array, "N D"]
+    """Embeddings of the units of all images in these rows, in any order, with some that no token stands for."""
+    embedding_of: Int[Array, "R S"]
+    """Index, among `embeddings`, of the one that each token has; -1 = the token is text and has that of its id."""
+    positions: Int[Array, "R S 3"]
+    """Position of each token on three axes, by which queries and keys are rotated; see arrays/images.py."""
+
+
 class InitFn(Protocol):
     """Draws the weights that train: all of them or, for a model with adapters, the adapters."""
 
@@ -52,13 +71,24 @@ class InitFn(Protocol):
 class HiddenFn(Protocol):
     """Runs the model over whole rows, up to the hidden states from which `LogitsFn` computes logits.
 
-    `packed` is given only to a model with `Model.packs`, and its `prompt_row` only to one with `Model.shares`. D is
-    the model's own choice; the trainer does nothing with hidden states but select positions of them.
+    `packed` is given only to a model with `Model.packs`, its `prompt_row` only to one with `Model.shares`, and `images`
+    only to one with `Model.encode_images`. D is the model's own choice; the trainer does nothing with hidden states but
+    select positions of them.
     """
 
     def __call__(
-        self, params: PyTree, tokens: Int[Array, "R S"], packed: Packed | None = None
+        self,
+        params: PyTree,
+        tokens: Int[Array, "R S"],
+        packed: Packed | None = None,
+        images: ImageTokens | None = None,
     ) -> Float[Array, "R S D"]: ...
+
+
+class EncodeImagesFn(Protocol):
+    """Runs the vision tower over the images of each prompt, up to one embedding for each unit."""
+
+    def __call__(self, params: PyTree, images: Images) -> Float[Array, "B U D"]: ...
 
 
 class LogitsFn(Protocol):
@@ -96,7 +126,8 @@ class DecoderFn(Protocol):
     """Reads each prompt once, for `group_size` completions of at most `max_new_tokens` tokens each.
 
     The logits of the decoder are those of `LogitsFn`, with the same ids forbidden: the sampler's log-probs are then the
-    ones that the trainer computes.
+    ones that the trainer computes. `images` is given only to a model with `Model.encode_images`; None = all prompts are
+    text.
     """
 
     def __call__(
@@ -106,6 +137,7 @@ class DecoderFn(Protocol):
         lengths: Int[Array, "B"],
         group_size: int,
         max_new_tokens: int,
+        images: Images | None = None,
     ) -> Decoder: ...
 
 
@@ -162,6 +194,7 @@ class SlotDecoderFn(Protocol):
     Args:
       slots: (n, s): n shards of the batch, one for each device that holds a part of it, and s slots of each shard.
         Prompts are in n equal parts, and a slot takes rows of its own shard's prompts alone.
+      images: given only to a model with `Model.encode_images`; None = the prompts are text.
     """
 
     def __call__(
@@ -171,6 +204,7 @@ class SlotDecoderFn(Protocol):
         lengths: Int[Array, "B"],
         slots: tuple[int, int],
         max_new_tokens: int,
+        images: Images | None = None,
     ) -> SlotDecoder: ...
 
 
@@ -184,11 +218,11 @@ class Model(NamedTuple):
     init: InitFn
     """`init(key) -> params`."""
     hidden: HiddenFn
-    """`hidden(params, tokens [R, S], packed=None) -> [R, S, D]`."""
+    """`hidden(params, tokens [R, S], packed=None, images=None) -> [R, S, D]`."""
     logits: LogitsFn
     """`logits(params, hidden [..., D]) -> float32 [..., V]`."""
     decoder: DecoderFn
-    """`decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens) -> Decoder`."""
+    """`decoder(params, prompts [B, P], lengths [B], group_size, max_new_tokens, images=None) -> Decoder`."""
     axes: PyTree
     """A pytree like params whose leaves are tuples: the logical axis of each dimension of a weight, or None for a
     dimension that is not split (distributed/mesh.py); None in place of the pytree replicates all weights."""
@@ -196,7 +230,7 @@ class Model(NamedTuple):
     """V."""
     frozen_axes: PyTree | None = None
     """`axes` of the weights that do not train; None = all weights train. With frozen weights, the functions take a
-    `LoraParams` in place of params."""
+    `SplitParams` in place of params."""
     resize: ResizeFn | None = None
     """Lets the sampler begin with a small cache and grow it; None = the cache has its full size from the start."""
     packs: bool = False
@@ -205,6 +239,10 @@ class Model(NamedTuple):
     """Continuous batching; None = rollout.slots is refused."""
     shares: bool = False
     """Whether packed rows may share a prompt."""
+    encode_images: EncodeImagesFn | None = None
+    """The vision tower; None = the model reads text alone."""
+    trains_encoder: bool = False
+    """Whether weights that train are among those that `encode_images` reads."""
 
 
 def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float[Array, "*n V"]:
@@ -212,9 +250,18 @@ def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float
     logits = logits.astype(jnp.float32)
     if not forbidden:
         return logits
-    first, last = min(forbidden), max(forbidden)
-    if last - first + 1 == len(set(forbidden)):  # The ids are one range, as the embedding's padding rows are.
+    runs = _runs(forbidden)
+    if len(runs) <= _MASKED_BY_COMPARISON:
         token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        return jnp.where((token >= first) & (token <= last), MASKED, logits)
+        of_runs = [(token >= first) & (token <= last) for first, last in runs]
+        return jnp.where(functools.reduce(jnp.logical_or, of_runs), MASKED, logits)
     is_forbidden = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(forbidden)].set(True)
     return jnp.where(is_forbidden, MASKED, logits)
+
+
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last id of each run of ids that follow one another; a padded embedding's last rows are one run."""
+    found = set(ids)
+    first = sorted(i for i in found if i - 1 not in found)
+    last = sorted(i for i in found if i + 1 not in found)
+    return list(zip(first, last, strict=True))

@@ -18,6 +18,13 @@ def rotation(positions: Int[Array, "*n S"], rotary: Rotary) -> Rotation:
     return jnp.sin(angle) * rotary.scale, jnp.cos(angle) * rotary.scale
 
 
+def rotation_on_axes(positions: Int[Array, "*n S axes"], rotary: Rotary) -> Rotation:
+    """`rotation` where a position has several axes: each pair is rotated by its axis of `Rotary.axes`."""
+    frequency = jnp.asarray(rotary.frequencies, jnp.float32)
+    angle = positions[..., jnp.asarray(rotary.axes)].astype(jnp.float32) * frequency
+    return jnp.sin(angle) * rotary.scale, jnp.cos(angle) * rotary.scale
+
+
 def rope(x: Float[Array, "*n S K h"], angles: Rotation) -> Float[Array, "*n S K h"]:
     """x with pair (i, i + h/2) of each head rotated by its angle."""
     half = x.shape[-1] // 2

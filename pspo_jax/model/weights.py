@@ -2,7 +2,8 @@
 
 Initialisation, sharding, loading, export and adapters are derived from this table, so that a new weight is stated once.
 A table is a dict with the structure of the params and a `Weight` at each leaf: "embed", "final_norm", "head" (unless it
-is tied), and "layers", the weights of the blocks, each stacked over the layers along its first axis.
+is tied), "layers", the weights of the blocks, each stacked over the layers along its first axis, and "vision", the
+table of the vision tower, if there is one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
 
-from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.architecture import Architecture, Vision
 
 LAYERS_AXIS = "layers"
 """Logical axis along which the blocks' weights are stacked."""
@@ -34,7 +35,8 @@ class Weight(NamedTuple):
     std: float
     """Standard deviation of the normal initialiser; 0 = all numbers are `fill`."""
     hf_name: str
-    """Name in a Hugging Face checkpoint, with "{}" for the number of the layer."""
+    """Name in a Hugging Face checkpoint, with "{}" for the number of the layer. Names of models with a vision tower are
+    those of released files, "model.*" and "visual.*"; load.py renames those of the other layout."""
     hf_shape: tuple[int, ...]
     """Shape in the checkpoint, of one layer."""
     transposed: bool = False
@@ -125,14 +127,80 @@ def table(a: Architecture) -> PyTree[Weight]:
             layers[f"{name}_norm"] = norm(f"self_attn.{name}_norm", shape, axes)
 
     fan = 1 / math.sqrt(d)
-    weights: dict[str, Weight | dict[str, Weight]] = {
+    weights: dict[str, PyTree[Weight]] = {
         "embed": Weight((v, d), ("vocab", "embed"), fan if a.tied else 1.0, "model.embed_tokens.weight", (v, d)),
         "layers": layers,
         "final_norm": Weight((d,), (None,), 0, "model.norm.weight", (d,), fill=unit),
     }
     if not a.tied:
         weights["head"] = _matrix("lm_head.weight", {"embed": d}, {"vocab": v}, fan, None, _SPLIT_DIMENSIONS)
+    if a.vision is not None:
+        weights["vision"] = vision_table(a.vision, d)
     return weights
+
+
+def vision_table(v: Vision, out: int) -> dict[str, PyTree[Weight]]:
+    """The table of a vision tower. Its matrices are split along "embed" alone: tensor does not split the tower.
+
+    Args:
+      out: width of the embeddings that the tower makes.
+    """
+    width, merged = {"embed": v.width}, v.width * v.layout.merge**2
+    stored = (v.width, v.channels, v.frames, v.patch, v.patch)
+    return {
+        "patch": Weight(
+            (v.width, v.channels, v.frames, v.patch**2),
+            ("embed", None, None, None),
+            1 / math.sqrt(v.patch_numbers * v.frames),
+            "visual.patch_embed.proj.weight",
+            stored,
+        ),
+        "layers": _vision_layers(v, width),
+        **_tower_norm(v, "merger_norm", "merger.ln_q", None),
+        **_tower_linear("merger_up", "merger.mlp.0", {"embed": merged}, {"merged": merged}, None),
+        **_tower_linear("merger_down", "merger.mlp.2", {"merged": merged}, {"embed": out}, None),
+    }
+
+
+def _vision_layers(v: Vision, width: dict[str, int]) -> dict[str, Weight]:
+    """The table of a vision tower's blocks."""
+    n, residual = v.layers, 1 / math.sqrt(2 * v.layers)
+    heads, mlp = {"tower_heads": v.heads, "head_dim": v.head_dim}, {"tower_mlp": v.mlp_width}
+    gate, up, down = ("gate_proj", "up_proj", "down_proj") if v.gated else (None, "fc1", "fc2")
+    block = "blocks.{}"
+    layers = _tower_norm(v, "attn_norm", f"{block}.norm1", n) | _tower_norm(v, "mlp_norm", f"{block}.norm2", n)
+    layers |= _tower_linear("qkv", f"{block}.attn.qkv", width, {"qkv": 3, **heads}, n)
+    layers |= _tower_linear("o", f"{block}.attn.proj", heads, width, n, residual)
+    if gate is not None:
+        layers |= _tower_linear("gate", f"{block}.mlp.{gate}", width, mlp, n)
+    layers |= _tower_linear("up", f"{block}.mlp.{up}", width, mlp, n)
+    return layers | _tower_linear("down", f"{block}.mlp.{down}", mlp, width, n, residual)
+
+
+def _tower_linear(
+    key: str, module: str, inputs: dict[str, int], outputs: dict[str, int], stack: int | None, factor: float = 1.0
+) -> dict[str, Weight]:
+    """A matrix of the tower and its bias, which is not split.
+
+    Args:
+      stack: number of blocks; None = the weight is not in a block.
+      factor: factor of the standard deviation by which the matrix is drawn.
+    """
+    std = factor / math.sqrt(math.prod(inputs.values()))
+    front: dict[str, int] = {} if stack is None else {LAYERS_AXIS: stack}
+    shape, axes = (*front.values(), *outputs.values()), (*front, *(None for _ in outputs))
+    return {
+        key: _matrix(f"visual.{module}.weight", inputs, outputs, std, stack, _SPLIT_DIMENSIONS),
+        f"{key}_bias": Weight(shape, axes, 0, f"visual.{module}.bias", (math.prod(outputs.values()),)),
+    }
+
+
+def _tower_norm(v: Vision, key: str, module: str, stack: int | None) -> dict[str, Weight]:
+    """The scale of a norm of the tower, and its bias if it has one; `stack` as in `_tower_linear`."""
+    shape, axes = ((v.width,), (None,)) if stack is None else ((stack, v.width), (LAYERS_AXIS, None))
+    scale = Weight(shape, axes, 0, f"visual.{module}.weight", (v.width,), fill=1.0)
+    bias = Weight(shape, axes, 0, f"visual.{module}.bias", (v.width,))
+    return {key: scale, f"{key}_bias": bias} if v.layer_norm else {key: scale}
 
 
 def lora_table(a: Architecture) -> PyTree[Weight]:
@@ -144,12 +212,31 @@ def lora_table(a: Architecture) -> PyTree[Weight]:
     out: dict[str, Weight] = {}
     for name, (module, inputs, outputs) in projections(a).items():
         if name in a.lora.targets:
-            hf = f"base_model.model.model.layers.{{}}.{module}.lora_"
+            hf = f"{peft_module(a, f'model.layers.{{}}.{module}')}.lora_"
             rank = {"rank": a.lora.rank}
             std = 1 / math.sqrt(3 * math.prod(inputs.values()))
             out[f"{name}_lora_a"] = _matrix(f"{hf}A.weight", inputs, rank, std, a.layers, _SPLIT_DIMENSIONS)
             out[f"{name}_lora_b"] = _matrix(f"{hf}B.weight", rank, outputs, 0, a.layers, _SPLIT_DIMENSIONS)
     return {"layers": out}
+
+
+def peft_module(a: Architecture, module: str) -> str:
+    """PEFT's name of a module of the language model, from its name in released files.
+
+    PEFT names modules as transformers does in memory, where the language model beside a tower has a prefix of its own.
+    """
+    inner = module if a.vision is None else module.replace("model.", "model.language_model.", 1)
+    return f"base_model.model.{inner}"
+
+
+def trained_and_frozen(a: Architecture) -> tuple[PyTree[Weight], PyTree[Weight] | None]:
+    """The tables of the weights that train and of those that do not; None = all weights train."""
+    whole = table(a)
+    if a.lora is not None:
+        return lora_table(a), whole
+    if a.vision is None or not a.freezes_vision:
+        return whole, None
+    return {name: w for name, w in whole.items() if name != "vision"}, {"vision": whole["vision"]}
 
 
 def is_weight(x: object) -> TypeGuard[Weight]:
@@ -180,9 +267,10 @@ def weight_axes(weights: PyTree[Weight]) -> PyTree[tuple[str | None, ...]]:
     return jax.tree.map(lambda w: w.axes, weights, is_leaf=is_weight)
 
 
-def merge_adapter(base: PyTree, adapter: PyTree) -> PyTree:
-    """One tree of base weights and adapters; the arguments are both params, both axes or both tables."""
-    return {**base, "layers": {**base["layers"], **adapter["layers"]}}
+def merge(frozen: PyTree, trained: PyTree) -> PyTree:
+    """One tree of frozen and trained weights; the arguments are both params, both axes or both tables."""
+    layers = {**frozen.get("layers", {}), **trained["layers"]}
+    return {**frozen, **trained, "layers": layers}
 
 
 def entries(weights: PyTree[Weight]) -> Iterator[tuple[str, str, Weight, int | None]]:

@@ -293,7 +293,15 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
         "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
         "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
         "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
-    }
+    } | _patches(setup, prompts)
+
+
+def _patches(setup: Setup, prompts: int) -> dict[str, float]:
+    """Bytes per device of the images of so many prompts; none if the data has no images."""
+    if setup.images is None:
+        return {}
+    of_prompt = setup.images.windows * setup.images.layout.patches * setup.images.patch_numbers
+    return {"patches of images": prompts * of_prompt / size_along(setup.mesh.shape, ROWS)}
 
 
 def _update_details(setup: Setup) -> dict[str, float]:
@@ -324,4 +332,4 @@ def _update_details(setup: Setup) -> dict[str, float]:
         "gradients": gradients if packed or at_once < rows else 0.0,
         f"activations kept (model.remat {a.remat})": a.layers * tokens * width * kept,
         "a block's activations, or a chunk of logits": max(tokens * width * again, chunk),
-    }
+    } | _patches(setup, c.rollout.prompts)

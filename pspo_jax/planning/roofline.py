@@ -147,8 +147,8 @@ def _shortest_prompt(setup: Setup) -> int:
 
 
 def _matrices(params: PyTree | None) -> int:
-    """Number of parameters in the matrices of the blocks; 0 if there are no params."""
-    layers = params["layers"] if params else {}
+    """Number of parameters in the matrices of the language model's blocks; 0 if there are none."""
+    layers = params.get("layers", {}) if params else {}
     return sum(
         x.size
         for x, is_matrix in zip(jax.tree.leaves(layers), jax.tree.leaves(decays(layers)), strict=True)

@@ -31,6 +31,9 @@ MAX_DUMPS = 60
 """Completion dumps kept of one run."""
 MAX_TEXT = 8000
 """Characters kept of one prompt or completion."""
+MAX_PICTURE = 400_000
+"""Characters of the data URL of an image above which a page leaves it out."""
+_PNG = "data:image/png;base64,"
 
 _AXES = {"step": "step", "rollouts": "rollouts/total", "tokens": "num_tokens"}
 _PHASES = ("select", "rollout", "verify", "update")
@@ -42,6 +45,8 @@ class _Group(TypedDict):
 
     prompt: str
     answer: str
+    images: list[str]
+    """Data URLs of the prompt's images."""
     rows: list[dict[str, object]]
 
 
@@ -216,7 +221,12 @@ def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, object]]
         for i, line in enumerate(_parquet(path, notes) if path.suffix == ".parquet" else _lines(path, notes)):
             key = str(line.get("prompt_id", i))
             if key not in groups:
-                groups[key] = _Group(prompt=_text(line.get("prompt")), answer=_text(line.get("answer")), rows=[])
+                groups[key] = _Group(
+                    prompt=_text(line.get("prompt")),
+                    answer=_text(line.get("answer")),
+                    images=_pictures(line.get("images")),
+                    rows=[],
+                )
             groups[key]["rows"].append(
                 {
                     "completion": _text(line.get("completion")),
@@ -230,6 +240,12 @@ def _read_completions(folder: Path, notes: list[str]) -> list[dict[str, object]]
         if groups and step:
             dumps.append({"step": int(step.group()), "groups": list(groups.values())})
     return dumps
+
+
+def _pictures(value: object) -> list[str]:
+    """The images that a line holds: PNG files as data URLs, of which a page shows those that are not too large."""
+    found = value if isinstance(value, list) else []
+    return [x for x in found if isinstance(x, str) and x.startswith(_PNG) and len(x) <= MAX_PICTURE]
 
 
 def _parquet(path: Path, notes: list[str]) -> list[dict[str, object]]:

@@ -9,10 +9,13 @@ or characters; a limit is in the same unit. In `verdicts`, 1 = right, anything l
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from pspo_jax.verifiers.boxed import BOX
 
 _THINK = "<think>\n"
 _THINK_END = "\n</think>\n"
@@ -48,6 +51,23 @@ def format_open_rs(text: str) -> float:
     return float(text.count(_THINK_END) == 1)
 
 
+def format_geo3k(text: str) -> float:
+    r"""1.0 if the text is `<think>..</think>..\boxed{..}..`, else 0.0 (verl's `format_reward` for Geometry3k).
+
+    As published, dots match anything, tags and newlines too; nothing may come before `<think>`.
+    """
+    if not text.startswith("<think>"):
+        return 0.0
+    # The first place of each part leaves the most room for the next, so no other one need be tried.
+    place = len("<think>")
+    for part in ("</think>", BOX, "}"):
+        found = text.find(part, place)
+        if found < 0:
+            return 0.0
+        place = found + len(part)
+    return 1.0
+
+
 def tag_count(text: str) -> float:
     r"""A quarter for each of the four tags that occurs exactly once (open-r1's `tag_count_reward`).
 
@@ -80,6 +100,18 @@ def repetition(text: str, ngram: int = 3, max_penalty: float = -1.0) -> float:
         return 0.0
     distinct = len(set(zip(*(words[i:] for i in range(ngram)), strict=False)))
     return (1 - distinct / total) * max_penalty + 0.0  # + 0.0: no negative zero
+
+
+def geo3k(
+    verdicts: Float[np.ndarray, "B G"], texts: Sequence[Sequence[str]], format_reward: float = 0.1
+) -> Float[np.ndarray, "B G"]:
+    """1 for a right completion, whatever its format, else `format_reward` x `format_geo3k` (MoPPS on Geometry3k).
+
+    Args:
+      texts: the completions of each group.
+    """
+    formats = np.array([[format_geo3k(text) for text in row] for row in texts]).reshape(verdicts.shape)
+    return _with_verdict(verdicts, np.where(_is_correct(verdicts), 1.0, format_reward * formats))
 
 
 def cosine(

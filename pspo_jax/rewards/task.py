@@ -7,18 +7,25 @@ from collections.abc import Callable
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.synthetic.arithmetic import TOKENIZER, arithmetic
+from pspo_jax.data.synthetic import arithmetic, segments
 from pspo_jax.data.synthetic.countdown import CHARACTERS, VOCAB, countdown_task
 from pspo_jax.data.task import Task
 from pspo_jax.data.text import text_task
 from pspo_jax.data.tokenizer import TextTokenizer
+from pspo_jax.model.architecture import Vision
 from pspo_jax.rewards.text_reward import reward_functions, text_reward
 from pspo_jax.verifiers.workers.pool import Pool
 
 
 def make_char_tokenizer(config: Config) -> CharTokenizer:
     """The tokenizer of a task with one token per character."""
-    return TOKENIZER if config.task.name == "arithmetic" else CharTokenizer(CHARACTERS, VOCAB)
+    own = {"arithmetic": arithmetic.TOKENIZER, "segments": segments.TOKENIZER}
+    return own.get(config.task.name) or CharTokenizer(CHARACTERS, VOCAB)
+
+
+def embedded_tower(config: Config) -> Vision | None:
+    """The vision tower of a model with random weights; None = the task has no images."""
+    return segments.TOWER if config.task.name == "segments" else None
 
 
 def make_task(
@@ -41,5 +48,7 @@ def make_task(
         reward_fn = text_reward(pool, tokenizer, config)
         return text_task(config, tokenizer, reward_fn, pool, reward_functions(config), say)
     if config.task.name == "arithmetic":
-        return arithmetic(config.task, config.rollout.prompt_bucket)
+        return arithmetic.arithmetic(config.task, config.rollout.prompt_bucket)
+    if config.task.name == "segments":
+        return segments.segments(config.task, config.rollout.prompt_bucket)
     return countdown_task(config.task, config.rollout.prompt_bucket, config.rollout.max_new_tokens)

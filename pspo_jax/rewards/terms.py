@@ -17,6 +17,14 @@ PUBLISHED_CODE_LENGTH = 1000
 """Lmax of the cosine reward in PSPO's published code, in characters."""
 
 
+FORMATS = {
+    "open_r1": shaping.format_open_r1,
+    "open_rs": shaping.format_open_rs,
+    "geo3k": shaping.format_geo3k,
+}
+"""The function of each reward.format."""
+
+
 class ShapingInputs(NamedTuple):
     """Inputs of the shaping terms, for G completions of each of B prompts."""
 
@@ -39,12 +47,14 @@ def shaping_term(name: str, config: RewardConfig, inputs: ShapingInputs) -> Floa
     """The values [B, G] of a built-in term other than accuracy."""
     if name in TEXT_TERMS:
         call = {
-            "format": shaping.format_open_rs if config.format == "open_rs" else shaping.format_open_r1,
+            "format": FORMATS[config.format],
             "tag_count": shaping.tag_count,
             "reasoning_steps": shaping.reasoning_steps,
             "repetition": lambda t: shaping.repetition(t, config.repetition_ngram, config.repetition_penalty),
         }[name]
         return np.array([[call(text) for text in row] for row in inputs.texts], np.float32)
+    if name == "geo3k":
+        return shaping.geo3k(inputs.verdicts, inputs.texts)
     if name == "length":
         return shaping.length_kimi(inputs.verdicts, inputs.lengths)
     if name == "overlong":

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config
 from pspo_jax.config.text_fields import TERMS, parse_terms
-from pspo_jax.data.conversations import Conversation, read_prompt
+from pspo_jax.data.conversations import Conversation, Message, content_of, content_parts, read_prompt
 from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import PROMPT_COLUMNS
 from pspo_jax.data.task import ANSWER_COLUMN, CompletionBatch, RewardFn, RewardResult
@@ -193,9 +193,14 @@ def _conversation(columns: dict[str, object], wanted: str | None) -> Conversatio
         if value is not None:
             found = read_prompt(value)
             if isinstance(found, str):  # plain text, or a single turn
-                return None if isinstance(value, str | int | float) else [{"role": "user", "content": found}]
-            return [dict(message) for message in found]
+                return None if isinstance(value, str | int | float) else [_turn({"role": "user", "content": found})]
+            return [_turn(message) for message in found]
     return None
+
+
+def _turn(message: Message) -> Message:
+    """A turn as a function gets it: its content is a list of parts if it has images."""
+    return {**message, "content": content_parts(content_of(message))}
 
 
 def _result(

@@ -28,6 +28,7 @@ from pspo_jax.rollout.token_loop import (
     SamplingParams,
     TokenLoop,
     draw_row_tokens,
+    images_of,
     is_stop,
     no_samples,
 )
@@ -95,7 +96,7 @@ def decode_slots(
     longest = shape.max_new_tokens
     r, s = prompts.tokens.shape[0] * shape.group_size // shards, slots // shards
     logits, prefilled, cache, load_prompt, step = model.slots(
-        params, prompts.tokens, prompts.lengths, (shards, s), longest
+        params, prompts.tokens, prompts.lengths, (shards, s), longest, *images_of(model, prompts)
     )
     decoder = SlotDecoder(
         first_logits=logits.reshape(shards, -1, logits.shape[-1]),

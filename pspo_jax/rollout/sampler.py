@@ -20,6 +20,7 @@ from pspo_jax.rollout.token_loop import (
     SamplingParams,
     TokenLoop,
     draw_row_tokens,
+    images_of,
     is_stop,
     no_samples,
 )
@@ -137,7 +138,9 @@ def decode_rows(
 ) -> Samples:
     """Completions [B, G] of all rows, R = B x G, decoded at once."""
     rows, longest = (prompts.tokens.shape[0], shape.group_size), shape.max_new_tokens
-    logits, cache, step = model.decoder(params, prompts.tokens, prompts.lengths, shape.group_size, longest)
+    logits, cache, step = model.decoder(
+        params, prompts.tokens, prompts.lengths, shape.group_size, longest, *images_of(model, prompts)
+    )
     limit = jnp.minimum(settings.max_new_tokens, longest)
     decoder = RowDecoder(row_keys.reshape(rows), settings, limit, shape.pad_id, step)
     # The last chunk may reach past the longest completion.

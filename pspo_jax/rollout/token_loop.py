@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.schema import RolloutConfig
+from pspo_jax.model.interface import Model
 from pspo_jax.rollout.token_sampling import draw_tokens
 
 
@@ -100,6 +103,19 @@ class DrawnTokens(NamedTuple):
     token: Int[Array, "*rows"]
     log_prob: Float[Array, "*rows"]
     sampling_log_prob: Float[Array, "*rows"]
+
+
+def images_of(model: Model, prompts: Prompts) -> tuple[()] | tuple[Images]:
+    """The last arguments of `Model.decoder` and `Model.slots`: the prompts' images, if they have any.
+
+    Raises:
+      ValueError: the prompts have images, and the model reads text alone.
+    """
+    if prompts.images is None:
+        return ()
+    if model.encode_images is None:
+        raise ValueError("the prompts have images, and this model has no `encode_images`; choose one that reads them")
+    return (prompts.images,)
 
 
 def no_samples(rows: tuple[int, ...], max_new_tokens: int, pad_id: int) -> Samples:

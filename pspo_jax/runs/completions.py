@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pspo_jax.data.task import CompletionBatch, RewardResult, Task
+from pspo_jax.data.task import CompletionBatch, RewardResult, Task, prompt_pictures, prompt_text
 from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import write_whole, writing
 
@@ -30,18 +30,21 @@ def completion_lines(
 ) -> list[Line]:
     """One record per completion of the first `groups` groups.
 
-    `verdict` is the accuracy in [0, 1], None without one; `reward` is the sum of all terms that training uses.
+    `verdict` is the accuracy in [0, 1], None without one; `reward` is the sum of all terms that training uses. If the
+    data has images, `images` of each group's first record holds those of the prompt, and is empty in the others.
     """
     lines = []
     for i in range(min(groups, len(batch.rows))):
         row = int(batch.rows[i])
-        prompt = task.tokenizer.decode(batch.prompts.tokens[row, : batch.prompts.lengths[row]].tolist())
+        prompt = prompt_text(batch.prompts, row, task.tokenizer)
+        pictures = prompt_pictures(batch.prompts, row)
         for j in range(batch.lengths.shape[1]):
             lines.append(
                 {
                     "step": batch.step,
                     "prompt_id": row,
                     "prompt": prompt,
+                    **({} if batch.prompts.images is None else {"images": [] if j else pictures}),
                     "answer": batch.prompts.answers[row],
                     "completion": task.tokenizer.decode(batch.tokens[i, j, : batch.lengths[i, j]].tolist()),
                     "found": scores.answers[i][j],

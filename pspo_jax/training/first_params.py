@@ -25,7 +25,7 @@ from pspo_jax.runs.home import home_of
 from pspo_jax.system.buckets import Place, absolute, children, remove
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
-from pspo_jax.training.setup import Setup, load_base
+from pspo_jax.training.setup import Setup, load_frozen, load_trained
 from pspo_jax.training.supervised import cold_start, settings
 
 
@@ -35,7 +35,7 @@ class FirstParams(NamedTuple):
     params: PyTree | None
     """The weights that train; None if a stop was asked for on the way."""
     frozen: PyTree | None
-    """The base under adapters; None without adapters."""
+    """The weights that do not train; None = all weights train."""
     origin: str
     """Where the weights come from, in words."""
 
@@ -70,7 +70,7 @@ def first_params(
         "--sft.steps 0 leaves it out"
     )
     with phase("sft"):
-        params = cold_start(setup.config, setup.task, setup.model, params, progress, stop, frozen, kept)
+        params = cold_start(setup.config, setup.task, setup.model, params, progress, stop, frozen, kept, setup.images)
         if params is None:
             return FirstParams(None, None, "stopped")
         params = jax.device_put(params, setup.shardings.params)
@@ -85,10 +85,9 @@ def _initial(setup: Setup, progress: Progress) -> tuple[PyTree, PyTree | None, s
     frozen, origin = None, "random weights"
     if setup.source is not None:
         progress.say(f"reading {setup.source.name}")
-        loaded, origin = load_base(setup), f"from {setup.source.name}"
+        frozen, origin = load_frozen(setup), f"from {setup.source.name}"
         if setup.architecture.lora is None:
-            return loaded, None, origin
-        frozen = loaded
+            return load_trained(setup), frozen, origin
     init = jit_once(setup.model.init, setup.mesh.devices.flat[0].platform, shardings)
     return init(jax.random.key(setup.config.run.seed)), frozen, origin
 

@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import EVALUATE, Prompts, Rollouts, TrainState
+from pspo_jax.data.image_batches import gather
 from pspo_jax.data.task import CompletionBatch, RewardResult
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding, replicated
-from pspo_jax.evaluation.heldout import evaluate, gather
+from pspo_jax.evaluation.heldout import evaluate
 from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.runs import verdicts
 from pspo_jax.runs.accounting import RunAccounting, add_step
@@ -323,7 +324,8 @@ def _sample_chunks(
     settings = processes.to_global(SamplingParams.of(config, setup.task.stop_ids), whole)
     chunks = []
     for place in slices:
-        prompts = processes.to_global(gather(setup.task.train, rows[place], weights[place]), batch_sharding(setup.mesh))
+        chosen = gather(setup.task.train, rows[place], weights[place], setup.images)
+        prompts = processes.to_global(chosen, batch_sharding(setup.mesh))
         first_row = np.int32((number * len(rows) + place.start) * config.group_size)
         chunks.append(
             context.programs.sample(
@@ -382,4 +384,5 @@ def heldout_scores(context: StepContext, state: TrainState) -> dict[str, float]:
             batch=config.rollout.prompts * config.rollout.group_size,
             place=lambda prompts: processes.to_global(prompts, rows),
             report=report,
+            room=setup.images,
         )

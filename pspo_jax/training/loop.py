@@ -280,7 +280,7 @@ def _describe(setup: Setup, origin: str) -> str:
     frozen = sum(x.size for x in jax.tree.leaves(setup.abstract.frozen))
     line = f"model: {trained + frozen:,} parameters, {origin}"
     if frozen:
-        line += f"; {trained:,} of adapters train"
+        line += f"; {trained:,} of {'adapters' if setup.architecture.lora is not None else 'them'} train"
     elif setup.config.model.param_dtype == "bfloat16":
         line += (
             "; held in bfloat16, where updates below 1/512 of a weight are lost: model.param_dtype float32 keeps them"
@@ -483,6 +483,11 @@ def show_summary(config: Config, folder: Path, progress: Progress) -> None:
         [
             ("held-out greedy", f"{scores['greedy']:.3f}"),
             ("held-out sampled", f"{scores['sampled']:.3f}"),
+            *(
+                [("with other images, greedy", f"{scores['greedy_other_images']:.3f}")]
+                if "greedy_other_images" in scores
+                else []
+            ),
             *[
                 (f"{x}, greedy / sampled", f"{scores[f'greedy/{x}']:.3f} / {scores[f'sampled/{x}']:.3f}")
                 for x in labels

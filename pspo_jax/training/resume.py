@@ -30,7 +30,7 @@ from pspo_jax.selection import PromptMetadata
 from pspo_jax.system.buckets import Place, read_bytes
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
-from pspo_jax.training.setup import Setup, known_prompts, load_base
+from pspo_jax.training.setup import Setup, known_prompts, load_frozen
 
 
 class _Holder(Protocol):
@@ -111,14 +111,14 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
         return None
     saved, metadata = found
     frozen = None
-    if setup.architecture.lora is not None:
-        frozen = load_base(setup)
+    if setup.abstract.frozen is not None:
+        frozen = load_frozen(setup)
         try:
             verify(frozen, metadata["base"])
         except ValueError as error:
             raise ConfigError(
-                f"model.source={setup.config.model.source}: its weights differ from those this run's adapters were "
-                f"trained on ({error}); restore them or choose another --run.dir"
+                f"model.source={setup.config.model.source}: its frozen weights differ from those this run was "
+                f"trained with ({error}); restore them or choose another --run.dir"
             ) from error
     if places:
         known = known_prompts(setup, saved.joined(frozen).weights, progress)
@@ -139,6 +139,7 @@ def _check_heldout(setup: Setup, metadata: Metadata) -> list[Change]:
             "checkpoint, so evaluations would not compare; restore them, choose another --run.dir, or add "
             "--allow-data-change"
         )
+    _refuse_stored_images(setup)
     return [Change("held-out prompts", before, now)]
 
 
@@ -157,7 +158,18 @@ def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
             f"({difference(before, setup.task.train.content())}); restore the data, choose another --run.dir, or add "
             "--allow-data-change, with which each prompt keeps its own statistics"
         )
+    _refuse_stored_images(setup)
     return before
+
+
+def _refuse_stored_images(setup: Setup) -> None:
+    """Raise ConfigError if changed data meet stored groups with images, whose room follows from all of the data."""
+    stored = setup.abstract.replay, setup.abstract.queue
+    if setup.images is not None and any(hasattr(holder, "groups") for holder in stored):
+        raise ConfigError(
+            "task.allow_change=true: the data have changed, and the checkpoint's stored groups hold images of the "
+            "prompts before; restore the data, or choose another --run.dir"
+        )
 
 
 def source_fingerprint(setup: Setup) -> str | None:

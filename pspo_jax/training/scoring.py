@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from pspo_jax.arrays.lora import LoraParams, merge_params
-from pspo_jax.arrays.rows import Rows
+from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.rows import RowImages, Rows
+from pspo_jax.arrays.split_params import SplitParams, merge_params
 from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
 from pspo_jax.config.unread_fields import trains_on_older_policies
 from pspo_jax.distributed.mesh import UPDATE_ROWS, constrain, microbatch_size, size_along
-from pspo_jax.losses.log_probs import completion_log_probs
+from pspo_jax.losses.log_probs import compact_images, completion_log_probs
 from pspo_jax.losses.packing import (
     BinAssignment,
     BinShape,
@@ -36,6 +37,7 @@ from pspo_jax.losses.packing import (
 )
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
+from pspo_jax.training.splitting import encoded, merge_microbatches, split_microbatches
 
 PACK_FROM_TOKENS = 256
 """Completions that may be this long are packed, unless the config says otherwise."""
@@ -63,6 +65,7 @@ def rows_of(
         return x.reshape(b * g, *x.shape[2:])
 
     mask = groups.mask & groups.ended[..., None] if config.loss.mask_truncated else groups.mask
+    images = groups.prompts.images
     return Rows(
         group=per_prompt(jnp.arange(b)),
         prompts=per_prompt(groups.prompts.tokens),
@@ -76,6 +79,14 @@ def rows_of(
         behaviour_log_probs=flat(groups.log_probs),
         stale=per_prompt(stale_groups(groups, step)),
         sampling_log_probs=flat(groups.log_probs if sampling_log_probs is None else sampling_log_probs),
+        images=None
+        if images is None
+        else RowImages(
+            prompt=per_prompt(jnp.arange(b)),
+            unit=per_prompt(images.unit),
+            positions=per_prompt(images.positions),
+            delta=per_prompt(images.delta),
+        ),
     )
 
 
@@ -92,7 +103,10 @@ def rows_of_batch(
         return rows
     more = rows_of(added, step, config)
     # Groups of one completion share no prompt with others: they are numbered on behind those of the batch.
-    more = dataclasses.replace(more, group=more.group + groups.counted.shape[0])
+    b = groups.counted.shape[0]
+    more = dataclasses.replace(more, group=more.group + b)
+    if more.images is not None:
+        more = dataclasses.replace(more, images=dataclasses.replace(more.images, prompt=more.images.prompt + b))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), rows, more)
 
 
@@ -253,21 +267,32 @@ def microbatch_log_probs(
     temperature: Float[Array, ""],
     config: Config,
     entropy_gradient: bool = False,
+    embeddings: Float[Array, "B U D"] | None = None,
 ) -> tuple[Float[Array, "r T"], Float[Array, "r T"]]:
     """Log-probs and entropies of a microbatch's completions, in nats; they may hold anything outside the mask.
 
     Args:
       weights: what the model's functions take, `merge_params` of trained and frozen weights.
       entropy_gradient: whether the entropies have a gradient.
+      embeddings: `encoded` images of the prompts; None = all prompts are text.
     """
     rows, logits_mib = part.rows, config.loss.logits_mib
     if part.owns_prompt is None or part.shape is None:
+        images = compact_images(rows.images, embeddings, rows.tokens.shape[1])
         return completion_log_probs(
-            model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, logits_mib, entropy_gradient
+            model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, logits_mib, entropy_gradient, images
         )
-    shares = shares_prompts(model, config)
     return packed_log_probs(
-        model, weights, rows, part.owns_prompt, part.shape, temperature, logits_mib, entropy_gradient, shares
+        model,
+        weights,
+        rows,
+        part.owns_prompt,
+        part.shape,
+        temperature,
+        logits_mib,
+        entropy_gradient,
+        shares_prompts(model, config),
+        embeddings,
     )
 
 
@@ -278,6 +303,7 @@ def score(
     temperature: Float[Array, ""],
     config: Config,
     wanted: Bool[Array, "R"] | None = None,
+    images: Images | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
@@ -285,11 +311,13 @@ def score(
 
     Args:
       wanted: rows that are needed; the others cost nothing. None = all.
+      images: the images to which the rows point; None = all prompts are text.
     """
     microbatches = make_microbatches(model, rows, config, wanted)
+    embeddings = encoded(model, weights, images)
 
     def step(found: tuple[Array, Array], part: Microbatch) -> tuple[Array, Array]:
-        log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config)
+        log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config, embeddings=embeddings)
         return microbatches.put(found[0], part, log_probs), microbatches.put(found[1], part, entropy)
 
     zeros = jnp.zeros(microbatches.shape)
@@ -304,9 +332,10 @@ def score_some(
     wanted: Bool[Array, "R"],
     temperature: Float[Array, ""],
     config: Config,
+    images: Images | None = None,
 ) -> Float[Array, "R T"]:
     """Log-probs of the wanted rows under `weights`; `rows.old_log_probs` for the others, which cost nothing."""
-    found = score(model, weights, rows, temperature, config, wanted)[0]
+    found = score(model, weights, rows, temperature, config, wanted, images)[0]
     return jax.lax.stop_gradient(jnp.where(wanted[:, None], found, rows.old_log_probs))
 
 
@@ -316,16 +345,18 @@ def with_log_probs(
     rows: Rows,
     temperature: Float[Array, ""],
     config: Config,
+    images: Images | None = None,
 ) -> Rows:
     """`rows` with the old and the reference policy's log-probs, which do not change during the step."""
     o = config.loss
     if o.old_log_probs == "trainer":
-        rows = dataclasses.replace(rows, old_log_probs=score(model, state.weights, rows, temperature, config)[0])
+        found = score(model, state.weights, rows, temperature, config, images=images)[0]
+        rows = dataclasses.replace(rows, old_log_probs=found)
     elif trains_on_older_policies(config) and o.off_policy != "coupled":
-        found = score_some(model, state.weights, rows, rows.stale, temperature, config)
+        found = score_some(model, state.weights, rows, rows.stale, temperature, config, images)
         rows = dataclasses.replace(rows, old_log_probs=found)
     if o.kl_coef > 0 and o.kl_in == "loss":
-        found = score(model, reference_weights(state), rows, temperature, config)[0]
+        found = score(model, reference_weights(state), rows, temperature, config, images=images)[0]
         rows = dataclasses.replace(rows, reference_log_probs=found)
     return rows
 
@@ -333,7 +364,7 @@ def with_log_probs(
 def reference_weights(state: TrainState) -> Params:
     """The weights of the KL term's reference policy: a copy of its own, or the frozen base of untrained adapters."""
     if state.reference is None:
-        return LoraParams(state.frozen, None)
+        return SplitParams(state.frozen, None)
     return merge_params(state.reference, state.frozen)
 
 
@@ -418,35 +449,3 @@ def num_microbatches(rows: Rows, config: Config) -> int:
 def is_single_part(model: Model, rows: Rows, config: Config) -> bool:
     """Whether all rows are one microbatch of padded rows."""
     return not uses_packing(model, rows, config) and num_microbatches(rows, config) == 1
-
-
-RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
-
-
-def split_microbatches(rows: RowsOrArray, parts: int) -> RowsOrArray:
-    """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
-
-
-def merge_microbatches(x: Array) -> Array:
-    """The inverse of `split_microbatches` for one array."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
-def split_minibatches(rows: Rows, parts: int, group_size: int, extra: int = 0) -> Rows:
-    """`split_microbatches` that keeps the rows of a group together.
-
-    Args:
-      extra: number of rows at the end that are groups of one.
-    """
-
-    def split(x: Array, size: int) -> Array:
-        groups = x.reshape(-1, size, *x.shape[1:])
-        return split_microbatches(groups, parts).reshape(parts, -1, *x.shape[1:])
-
-    def one(x: Array) -> Array:
-        if not extra:
-            return split(x, group_size)
-        return jnp.concatenate([split(x[:-extra], group_size), split(x[-extra:], 1)], axis=1)
-
-    return jax.tree.map(one, rows)

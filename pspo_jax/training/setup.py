@@ -16,17 +16,19 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import SavedState, TrainState, run_key
 from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
+from pspo_jax.data.image_batches import ImageRoom, image_room
 from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
 from pspo_jax.distributed.mesh import (
+    check_tower,
     check_vocabulary,
     groups_shardings,
     make_mesh,
@@ -40,9 +42,9 @@ from pspo_jax.model import Architecture, Model, built_in, transformer
 from pspo_jax.model.architecture import beyond_context, lora_of
 from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
-from pspo_jax.model.weights import init_weights, table
+from pspo_jax.model.weights import init_weights, table, trained_and_frozen
 from pspo_jax.rewards.own_task import RewardFunction, function_reward
-from pspo_jax.rewards.task import make_char_tokenizer, make_task
+from pspo_jax.rewards.task import embedded_tower, make_char_tokenizer, make_task
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import PromptMetadata
@@ -76,6 +78,8 @@ class Setup(NamedTuple):
     from weights, there is the shape; see `known_prompts`."""
     abstract: TrainState
     """The train state as ShapeDtypeStructs with shardings."""
+    images: ImageRoom | None = None
+    """Room for the images of a batch; None = neither training nor held-out prompts have any."""
 
     @property
     def shardings(self) -> TrainState:
@@ -204,6 +208,8 @@ def prepare(
         say(line)
     _check_processes(config, source, task)
     check_vocabulary(config, task.vocab_size)
+    if architecture.vision is not None:
+        check_tower(config, architecture.vision.width)
     prompt_length = task.train.tokens.shape[1]
     architecture = with_kernels(
         architecture,
@@ -227,8 +233,14 @@ def _with_strategies(
 ) -> Setup:
     """The setup with the strategies and the optimizer that the config names, and the shapes of its state."""
     model = transformer(architecture)
+    room = image_room(architecture.vision, task.train, task.heldout)
     names, metadata = load_metadata(config, task.train)
     if metadata is not None and resolve(config).selection.predictor not in (None, "none"):
+        if room is not None:
+            raise ConfigError(
+                f"selection.predictor={resolve(config).selection.predictor}: reads the text of prompts alone, and "
+                "these have images; set it to none"
+            )
         weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
         width = feature_width(model, weights)
         metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))
@@ -236,13 +248,13 @@ def _with_strategies(
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
     shapes = jax.eval_shape(
         lambda known: new_state(
-            config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known
+            config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known, room
         ),
         metadata,
     )
     shardings = _state_shardings(mesh, model, optimizer, len(task.train.lengths), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract)
+    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract, room)
 
 
 def _language_model(
@@ -264,8 +276,8 @@ def _language_model(
             f"model.source={source.name}: its embedding has {rows} rows, and the task's tokenizer "
             f"{task.vocab_size} entries; use the checkpoint's own tokenizer"
         )
-    forbidden = tuple(sorted({*task.forbidden, *range(task.vocab_size, rows)}))
-    return source, None, dataclasses.replace(source.architecture, forbidden=forbidden, lora=lora_of(config.lora))
+    forbidden = (*task.forbidden, *range(task.vocab_size, rows))
+    return source, None, _as_trained(source.architecture, config, forbidden)
 
 
 def _task(
@@ -322,14 +334,27 @@ def architecture_for(
         raise ConfigError("task.name=own: only the program that gave its task to pspo_jax.train has its tokenizer")
     if uses_char_tokenizer(config):
         own = make_char_tokenizer(config)
-        return None, own, built_in(config.model, own.vocab_size, own.forbidden)
+        return None, own, built_in(config.model, own.vocab_size, own.forbidden, embedded_tower(config))
     source = read_source(config.model, weights) if config.model.source is not None else None
     rows = source.architecture.vocab_size if source else None
     tokenizer = load_tokenizer(config, source.folder if source else None, rows)
     if source is None:
         return None, tokenizer, built_in(config.model, tokenizer.vocab_size, tokenizer.forbidden)
-    lora = lora_of(config.lora)
-    return source, tokenizer, dataclasses.replace(source.architecture, forbidden=tokenizer.forbidden, lora=lora)
+    return source, tokenizer, _as_trained(source.architecture, config, tokenizer.forbidden)
+
+
+def _as_trained(a: Architecture, config: Config, forbidden: Sequence[int]) -> Architecture:
+    """A checkpoint's architecture with the parts of it that train, and the ids that are never drawn.
+
+    Args:
+      forbidden: ids of the task that are never drawn; those of images are added to them.
+    """
+    return dataclasses.replace(
+        a,
+        forbidden=tuple(sorted({*forbidden, *a.forbidden})),
+        lora=lora_of(config.lora),
+        freezes_vision=config.model.vision == "frozen",
+    )
 
 
 def device_bytes() -> float:
@@ -344,18 +369,21 @@ def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -
     if config.mesh.fsdp is not None:
         return config
     base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
-    frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
-    count = sum(x.size for x in jax.tree.leaves(base))
-    # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
-    held = frozen if a.lora is not None else frozen + 12 * count
-    held += frozen if config.loss.kl_coef > 0 and a.lora is None else 0
-    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.width)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+    if a.lora is None:
+        weights, dtype = trained_and_frozen(a)[0], jnp.dtype(a.param_dtype)
+        trained = jax.eval_shape(lambda: init_weights(weights, jax.random.key(0), dtype))
+        copies = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trained)) if config.loss.kl_coef > 0 else 0
+        # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+        held += 12 * sum(x.size for x in jax.tree.leaves(trained)) + copies
+    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.split_width)
     return replace(config, {"mesh.fsdp": fsdp})
 
 
 def _frozen_init(a: Architecture) -> PyTree | None:
-    """The frozen weights under adapters; only ever traced, for their shapes."""
-    return None if a.lora is None else init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype))
+    """The weights that do not train; only ever traced, for their shapes. None = all weights train."""
+    frozen = trained_and_frozen(a)[1]
+    return None if frozen is None else init_weights(frozen, jax.random.key(0), jnp.dtype(a.param_dtype))
 
 
 def new_state(
@@ -366,8 +394,9 @@ def new_state(
     params: PyTree,
     frozen: PyTree | None = None,
     metadata: PromptMetadata | None = None,
+    room: ImageRoom | None = None,
 ) -> TrainState:
-    """The state before step 0."""
+    """The state before step 0; `room` is that for the images of a batch."""
     prompts = task.train.tokens
     return init_state(
         params,
@@ -379,6 +408,7 @@ def new_state(
         key=run_key(config.run.seed),
         frozen=frozen,
         metadata=metadata,
+        images=None if room is None else room.empty(1, prompts.shape[1]),
     )
 
 
@@ -412,19 +442,25 @@ def place_state(
 
     def init(params: PyTree, known: PromptMetadata | None) -> SavedState:
         parts = setup.config, setup.task, setup.algorithm, setup.optimizer
-        return new_state(*parts, params, frozen, known).to_save()
+        return new_state(*parts, params, frozen, known, setup.images).to_save()
 
     known = known_prompts(setup, merge_params(params, frozen), progress)
     jitted = jax.jit(init, donate_argnums=0, out_shardings=setup.shardings.to_save())
     return jitted(params, known).joined(frozen)
 
 
-def load_base(setup: Setup) -> PyTree:
-    """The source's weights on the mesh: the frozen base under adapters, or the first params."""
+def load_frozen(setup: Setup) -> PyTree | None:
+    """The source's weights that do not train, on the mesh; None = all weights train."""
     assert setup.source is not None
-    a = setup.architecture
-    shardings = setup.shardings.params if a.lora is None else setup.shardings.frozen
-    return load_params(setup.source, table(a), shardings, a.param_dtype)
+    frozen, dtype = trained_and_frozen(setup.architecture)[1], setup.architecture.param_dtype
+    return None if frozen is None else load_params(setup.source, frozen, setup.shardings.frozen, dtype)
+
+
+def load_trained(setup: Setup) -> PyTree:
+    """The source's weights that train, on the mesh; adapters are not among them, since no source has any."""
+    assert setup.source is not None and setup.architecture.lora is None
+    trained, dtype = trained_and_frozen(setup.architecture)[0], setup.architecture.param_dtype
+    return load_params(setup.source, trained, setup.shardings.params, dtype)
 
 
 def _state_shardings(

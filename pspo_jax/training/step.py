@@ -19,9 +19,10 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from pspo_jax.advantages import group_advantages
-from pspo_jax.arrays.groups import groups_of, take
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.groups import groups_of, take, with_images
+from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import REPLAY, Params, RolloutOutcome, Rollouts, TrainState, purpose_key
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
@@ -42,9 +43,9 @@ from pspo_jax.training.scoring import (
     rows_of,
     rows_of_batch,
     score,
-    split_microbatches,
     with_log_probs,
 )
+from pspo_jax.training.splitting import images_of_batch, split_microbatches
 from pspo_jax.training.update import Training, optimize
 
 MAX_REWARD = 1e15
@@ -107,6 +108,7 @@ def init_state(
     key: Key[Array, ""],
     frozen: Params | None = None,
     metadata: PromptMetadata | None = None,
+    images: Images | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -118,12 +120,14 @@ def init_state(
       num_prompts: N, rows of the dataset.
       prompt_length: P, the padded length of prompts.
       key: the run's key, `jax.random.key(seed)`.
-      frozen: weights under `params` that do not train, such as the base of adapters.
+      frozen: weights that do not train, such as the base of adapters.
       metadata: what the selector may know about prompts beforehand; None = nothing.
+      images: the empty images of one prompt, for which stored groups need room; None = the data has no images.
     """
     config = resolve(config)
     r = config.rollout
-    copied = config.loss.kl_coef > 0 and (frozen is None or config.sft.steps > 0)
+    unchanged = config.lora.rank > 0 and config.sft.steps == 0
+    copied = config.loss.kl_coef > 0 and not unchanged
     reference = jax.tree.map(jnp.copy, params) if copied else None
     # Fewer groups than a batch wait before a round, and a round adds no more than its prompts.
     room = r.prompts + round_prompts(config)
@@ -139,14 +143,14 @@ def init_state(
         opt_state=in_float32(optimizer).init(params),
         selector=algorithm.selector.init(num_prompts, metadata),
         advantage=algorithm.estimator.init(num_prompts),
-        replay=algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens),
+        replay=with_images(algorithm.replay.init(r.prompts, r.group_size, prompt_length, r.max_new_tokens), images),
         key=key,
         reference=reference,
         frozen=frozen,
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         policy_drift=jnp.zeros((), jnp.float32),
-        queue=queue,
+        queue=with_images(queue, images),
     )
 
 
@@ -283,7 +287,8 @@ def compute_advantages(
     if o.kl_coef > 0 and o.kl_in == "reward":
         rows = rows_of(groups_of(rollouts, rewards, rewards, state.step), state.step, config)
         rows = dataclasses.replace(rows, mask=rollouts.mask.reshape(rows.mask.shape))
-        reference = score(model, reference_weights(state), rows, rollouts.temperature, config)[0]
+        images = rollouts.prompts.images
+        reference = score(model, reference_weights(state), rows, rollouts.temperature, config, images=images)[0]
         kl = kl_estimate(rows.behaviour_log_probs, reference, o.kl_estimator)
         rewards = rewards - o.kl_coef * jnp.where(rows.mask, kl, 0).sum(axis=1).reshape(rewards.shape)
     advantages, estimator_state = algorithm.estimator.estimate(
@@ -313,7 +318,8 @@ def _update(
     """The second half of a step: the replay mixes the batch, then the optimizer updates the weights."""
     state, groups, added, metrics = _mix_batch(model, algorithm, config, state, groups, temperature)
     rows = rows_of_batch(groups, added, state.step, config, sampling_log_probs)
-    rows = with_log_probs(model, state, rows, temperature, config)
+    images = images_of_batch(groups, added)
+    rows = with_log_probs(model, state, rows, temperature, config, images)
     if trains_on_older_policies(config):
         metrics |= replay_metrics(groups, added, rows, state.step, config)
         adapted = algorithm.replay.adapt_share(state.replay, metrics["replay/ess"])
@@ -322,11 +328,11 @@ def _update(
         metrics["replay/stored"] = state.replay.groups.counted.sum().astype(jnp.float32)
     if config.replay.name == "popo":
         metrics["replay/max_share"] = state.replay.share
-    training, updates = optimize(model, optimizer, config, state, rows, temperature)
+    training, updates = optimize(model, optimizer, config, state, rows, temperature, images)
     metrics |= update_metrics(updates, config)
     drift = state.policy_drift
     if needs_policy_drift(config):
-        metrics["policy/drift"] = policy_drift(model, state, training.params, rows, temperature, config)
+        metrics["policy/drift"] = policy_drift(model, state, training.params, rows, temperature, config, images)
         drift = drift + metrics["policy/drift"]
     applied = state.updates + updates.applied.sum().astype(jnp.int32)
     metrics["updates"] = applied.astype(jnp.float32)
@@ -379,12 +385,18 @@ def _after_updates(
 
 
 def policy_drift(
-    model: Model, state: TrainState, params: Params, rows: Rows, temperature: Float[Array, ""], config: Config
+    model: Model,
+    state: TrainState,
+    params: Params,
+    rows: Rows,
+    temperature: Float[Array, ""],
+    config: Config,
+    images: Images | None = None,
 ) -> Float[Array, ""]:
     """Mean |change of log-prob| per token, in nats, from the state's weights to `params`, over one microbatch."""
     part = jax.tree.map(lambda x: x[0], split_microbatches(rows, num_microbatches(rows, config)))
-    before = score(model, state.weights, part, temperature, config)[0]
-    after = score(model, merge_params(params, state.frozen), part, temperature, config)[0]
+    before = score(model, state.weights, part, temperature, config, images=images)[0]
+    after = score(model, merge_params(params, state.frozen), part, temperature, config, images=images)[0]
     return jnp.where(part.mask, jnp.abs(after - before), 0).sum() / jnp.maximum(part.mask.sum(), 1)
 
 
@@ -400,6 +412,6 @@ def behaviour_divergence(
     groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
     stored = take(stored, jnp.arange(groups) % capacity)
     rows = rows_of(stored, state.step, config)
-    now = score(model, state.weights, rows, temperature, config)[0]
+    now = score(model, state.weights, rows, temperature, config, images=stored.prompts.images)[0]
     kl = jnp.where(rows.mask, kl_estimate(rows.behaviour_log_probs, now, "k3"), 0).reshape(groups, -1).sum(axis=1)
     return (kl / jnp.maximum(rows.mask.reshape(groups, -1).sum(axis=1), 1))[:capacity]

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grain
 import jax
@@ -19,19 +19,26 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from pspo_jax import __version__
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.rows import RowImages
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import OptState, Params
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
 from pspo_jax.data.demonstrations import read_examples, read_text
+from pspo_jax.data.image_batches import ImageRoom
+from pspo_jax.data.images.prompt_images import PromptImages, joined_images
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
-from pspo_jax.losses.log_probs import completion_log_probs
-from pspo_jax.model.interface import Model
+from pspo_jax.losses.log_probs import compact_images, completion_log_probs
+from pspo_jax.model.interface import ImageTokens, Model
 from pspo_jax.system.json_values import Json
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
 from pspo_jax.training.step import Jitted
+
+Batch: TypeAlias = dict[str, PyTree]
+"""Columns of `Demonstrations` as arrays; `images`, where prompts have any, is an `Images`."""
 
 _MAX_STEPS_A_CALL = 60
 """Largest number of training steps in one jitted call."""
@@ -47,11 +54,14 @@ class _Examples:
         return len(self._data.prompts)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {name: column[i] for name, column in self._data._asdict().items()}
+        columns = {name: column[i] for name, column in self._data._asdict().items() if name != "images"}
+        return columns if self._data.images is None else columns | {"images": np.int64(i)}
 
 
-def dataset(config: Config, task: Task) -> grain.MapDataset:
+def dataset(config: Config, task: Task) -> tuple[grain.MapDataset, PromptImages | None]:
     """Demonstrations by index: those of the task, each used once, or of a JSONL file, reshuffled in each epoch.
+
+    Where there are images, they come beside the data, whose column `images` has their prompts' indices.
 
     Raises:
       ConfigError: the file has fewer lines than a batch.
@@ -59,12 +69,30 @@ def dataset(config: Config, task: Task) -> grain.MapDataset:
     s = config.sft
     if s.data is None:
         blocks = list(task.demonstrations(config.run.seed, s.steps * s.batch))
-        whole = Demonstrations(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
-        return grain.MapDataset.source(_Examples(whole))
+        prompts, prompt_lengths, completions, completion_lengths = (
+            np.concatenate(columns) for columns in zip(*(block[:4] for block in blocks), strict=True)
+        )
+        of_blocks = [block.images for block in blocks if block.images is not None]
+        images = joined_images(of_blocks) if of_blocks else None
+        whole = Demonstrations(prompts, prompt_lengths, completions, completion_lengths, images)
+        return grain.MapDataset.source(_Examples(whole)), images
     examples = _Examples(read_jsonl(Path(s.data), task, config.rollout.max_new_tokens, config.prompt))
     if len(examples) < s.batch:
         raise ConfigError(f"sft.batch={s.batch}: sft.data={s.data} has only {len(examples)} lines; lower it")
-    return grain.MapDataset.source(examples).seed(config.run.seed).shuffle().repeat()
+    return grain.MapDataset.source(examples).seed(config.run.seed).shuffle().repeat(), None
+
+
+def _with_images(
+    batch: dict[str, np.ndarray], images: PromptImages | None, room: ImageRoom | None
+) -> dict[str, np.ndarray | Images]:
+    """A batch of examples with its images in place of their prompts' indices."""
+    if images is None:
+        return dict(batch)
+    assert room is not None
+    prompts, lengths = batch["prompts"], batch["prompt_lengths"]
+    rows = zip(batch["images"].tolist(), prompts, lengths, strict=True)
+    found = [images.of(row, ids[:n].tolist()) for row, ids, n in rows]
+    return batch | {"images": room.laid_out(found, lengths, prompts.shape[1])}
 
 
 def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig | None = None) -> Demonstrations:
@@ -102,20 +130,38 @@ def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig
     return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
 
 
-def sft_loss(model: Model, params: PyTree, batch: dict[str, Array], logits_mib: int) -> Float[Array, ""]:
+def sft_loss(model: Model, params: PyTree, batch: Batch, logits_mib: int) -> Float[Array, ""]:
     """Mean negative log-prob of the completions' tokens, in nats."""
+    prompts, completions = batch["prompts"], batch["completions"]
     log_probs, _ = completion_log_probs(
-        model, params, batch["prompts"], batch["prompt_lengths"], batch["completions"], logits_mib=logits_mib
+        model,
+        params,
+        prompts,
+        batch["prompt_lengths"],
+        completions,
+        logits_mib=logits_mib,
+        images=_image_tokens(model, params, batch.get("images"), completions.shape[1]),
     )
     mask = jnp.arange(log_probs.shape[1]) < batch["completion_lengths"][:, None]
     return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def _image_tokens(model: Model, params: PyTree, images: Images | None, t: int) -> ImageTokens | None:
+    """The tokens of images in rows whose completions have t tokens; None = all tokens are text."""
+    if images is None:
+        return None
+    assert model.encode_images is not None
+    rows = RowImages(
+        prompt=jnp.arange(images.delta.shape[0]), unit=images.unit, positions=images.positions, delta=images.delta
+    )
+    return compact_images(rows, model.encode_images(params, images), t)
 
 
 class SftSteps(Jitted, Protocol):
     """Several supervised steps in one jitted call; see `make_sft_steps`."""
 
     def __call__(
-        self, params: Params, opt_state: OptState, batches: dict[str, Array], frozen: Params | None = None, /
+        self, params: Params, opt_state: OptState, batches: Batch, frozen: Params | None = None, /
     ) -> tuple[Params, OptState, Float[Array, "K"]]:
         """The weights and the optimizer's state after the steps, and the loss of each step, in nats per token."""
         ...
@@ -130,11 +176,9 @@ def make_sft_steps(
     """
 
     def steps(
-        params: Params, opt_state: OptState, batches: dict[str, Array], frozen: Params | None = None
+        params: Params, opt_state: OptState, batches: Batch, frozen: Params | None = None
     ) -> tuple[Params, OptState, Float[Array, "K"]]:
-        def one(
-            carry: tuple[Params, OptState], batch: dict[str, Array]
-        ) -> tuple[tuple[Params, OptState], Float[Array, ""]]:
+        def one(carry: tuple[Params, OptState], batch: Batch) -> tuple[tuple[Params, OptState], Float[Array, ""]]:
             params, opt_state = carry
             loss, grads = jax.value_and_grad(lambda p: sft_loss(model, merge_params(p, frozen), batch, logits_mib))(
                 params
@@ -167,19 +211,22 @@ def cold_start(
     stop: Callable[[], bool],
     frozen: Params | None = None,
     kept: Kept | None = None,
+    room: ImageRoom | None = None,
 ) -> Params | None:
     """`params` (donated) after sft.steps of training on top of `frozen`; None if `stop()` became true on the way.
 
     With `kept`, weights and optimizer state are then saved, and the next call continues from them, equal to the bit to
     a run that was not stopped.
 
+    Args:
+      room: room for the images of a batch; None = no prompt has any.
     Raises:
       FloatingPointError: the loss is not finite.
     """
     s = config.sft
     per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
     optimizer = adamw(s, s.steps)
-    source = dataset(config, task)
+    source, images = dataset(config, task)
     batches = source.batch(s.batch * per_call)
     steps = make_sft_steps(model, optimizer, config.loss.logits_mib)
     opt_state = jax.jit(optimizer.init)(params)
@@ -190,7 +237,8 @@ def cold_start(
     del tree
     with progress.phase("cold start", s.steps, begun * per_call) as bar:
         for i in range(begun, s.steps // per_call):
-            block = {k: v.reshape(per_call, s.batch, *v.shape[1:]) for k, v in batches[i].items()}
+            batch = _with_images(batches[i], images, room)
+            block = jax.tree.map(lambda v: v.reshape(per_call, s.batch, *v.shape[1:]), batch)
             params, opt_state, losses = steps(params, opt_state, block, frozen)
             loss = float(losses.mean())
             if not math.isfinite(loss):
@@ -226,7 +274,7 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
     fields["train"] = task.train.fingerprint()
     fields["heldout"] = task.heldout.fingerprint()
     fields["source"] = source
-    if config.task.name in ("arithmetic", "countdown"):
+    if config.task.name in ("arithmetic", "segments", "countdown"):
         # Demonstrations are fresh problems without the held-out ones, so the training prompts decide nothing.
         fields = {k: v for k, v in fields.items() if k not in ("train", *_TRAINING_PROMPTS)}
     if config.sft.data is not None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config, extra_completions
 from pspo_jax.config.strategies import LossConfig
@@ -37,11 +38,15 @@ from pspo_jax.training.scoring import (
     make_microbatches,
     microbatch_log_probs,
     score,
-    split_minibatches,
 )
+from pspo_jax.training.splitting import encoded, split_images, split_microbatches, split_minibatches
 
 WeightsFn = Callable[[Params, Array | int], PyTree]
 """(trained weights, number of the microbatch) -> the weights that the model's functions take"""
+
+
+Trained = tuple[Params, Float[Array, "B U D"] | None]
+"""Trained weights and the embeddings of images, or the gradients in both; None = the encoder does not train."""
 
 
 class SamplerMismatch(NamedTuple):
@@ -99,23 +104,30 @@ def optimize(
     state: TrainState,
     rows: Rows,
     temperature: Float[Array, ""],
+    images: Images | None = None,
 ) -> tuple[Training, UpdateMetrics]:
-    """num_iterations passes over the minibatches of `rows`; the metrics are stacked over updates."""
+    """num_iterations passes over the minibatches of `rows`; the metrics are stacked over updates.
+
+    Args:
+      images: the images to which the rows point; None = all prompts are text.
+    """
     o = config.loss
-    minibatches = split_minibatches(rows, o.minibatches, config.rollout.group_size, extra_completions(config))
+    minibatches = split_minibatches(rows, images, o.minibatches, config.rollout.group_size, extra_completions(config))
     drops = state.frozen is not None and config.lora.dropout > 0
     step_key = purpose_key(state.key, state.step, DROPOUT) if drops else None
 
-    def update(before: Training, minibatch: Rows) -> tuple[Training, UpdateMetrics]:
+    def update(before: Training, part: tuple[Rows, Images | None]) -> tuple[Training, UpdateMetrics]:
+        minibatch, images = part
         weights = _weights_fn(state, None if step_key is None else jax.random.fold_in(step_key, before.done))
         if o.top_entropy < 1:
-            _, entropy = score(model, merge_params(before.params, state.frozen), minibatch, temperature, config)
+            now = merge_params(before.params, state.frozen)
+            _, entropy = score(model, now, minibatch, temperature, config, images=images)
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         # A single microbatch is computed whole, including its rows without a gradient.
         computed = None if is_single_part(model, minibatch, config) else rows_with_gradient(minibatch, o)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked, computed)
-        found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total, computed)
+        found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total, computed, images)
         completions = (minibatch.counted if computed is None else computed).sum().astype(jnp.float32)
         return apply_gradient(optimizer, before, *found, completions, rate_factor(minibatch, o))
 
@@ -189,35 +201,70 @@ def loss_gradient(
     config: Config,
     total: Denominators,
     computed: Bool[Array, "R"] | None = None,
+    images: Images | None = None,
 ) -> tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]:
     """Gradient of a minibatch's loss in `params`, in float32, accumulated over microbatches; and its metrics.
+
+    Images are encoded once, before the first microbatch. Where their encoder trains, microbatches add up the gradient
+    in the embeddings too, which goes back through the encoder once, after the last microbatch.
 
     Args:
       total: the denominators, which count all rows.
       computed: rows that are computed; they must include all of `rows_with_gradient`. None = all.
+      images: the images to which the rows point; None = all prompts are text.
     """
     microbatches = make_microbatches(model, rows, config, computed)
+    embeddings = encoded(model, weights(params, 0), images)
+    trained = params, embeddings if model.trains_encoder else None
 
-    def loss_fn(params: Params, part: Microbatch) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
-        return microbatch_loss(model, weights(params, part.number), part, temperature, config, total)
+    def loss_fn(trained: Trained, part: Microbatch) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
+        params, of_images = trained
+        of_images = embeddings if of_images is None else of_images
+        return microbatch_loss(model, weights(params, part.number), part, temperature, config, total, of_images)
 
     gradient = jax.grad(loss_fn, has_aux=True)
     if microbatches.is_single:
-        grads, (metrics, mismatch) = gradient(params, microbatches.take(0))
-        return float32(grads), metrics, mismatch, microbatches.utilisation
+        grads, (metrics, mismatch) = gradient(trained, microbatches.take(0))
+        grads = _through_encoder(model, weights, params, images, float32(grads))
+        return grads, metrics, mismatch, microbatches.utilisation
 
     def add(
-        carry: tuple[Params, LossMetrics, SamplerMismatch], part: Microbatch
-    ) -> tuple[Params, LossMetrics, SamplerMismatch]:
+        carry: tuple[Trained, LossMetrics, SamplerMismatch], part: Microbatch
+    ) -> tuple[Trained, LossMetrics, SamplerMismatch]:
         grads, metrics, mismatch = carry
-        new_grads, (new_metrics, new_mismatch) = gradient(params, part)
-        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new_grads)
-        return grads, combine(metrics, new_metrics), _combine_mismatches(mismatch, new_mismatch)
+        new_grads, (new_metrics, new_mismatch) = gradient(trained, part)
+        return _add(grads, new_grads), combine(metrics, new_metrics), _combine_mismatches(mismatch, new_mismatch)
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), trained)
     others = zero_metrics() if computed is None else metrics_of_uncomputed(rows, computed)
-    start = zeros, others, _no_mismatch()
-    return *fold_microbatches(add, start, microbatches), microbatches.utilisation
+    grads, metrics, mismatch = fold_microbatches(add, (zeros, others, _no_mismatch()), microbatches)
+    grads = _through_encoder(model, weights, params, images, grads)
+    return grads, metrics, mismatch, microbatches.utilisation
+
+
+def _add(total: PyTree, new: PyTree) -> PyTree:
+    """A sum of gradients, in the type of the total."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new)
+
+
+def _through_encoder(model: Model, weights: WeightsFn, params: Params, images: Images | None, grads: Trained) -> Params:
+    """The gradient in `params`, with that in the embeddings of images taken back through their encoder.
+
+    The encoder runs again, some prompts at a time, so that only their activations exist at once.
+    """
+    of_params, of_embeddings = grads
+    encode = model.encode_images
+    if images is None or of_embeddings is None or encode is None:
+        return of_params
+
+    def add(total: Params, part: tuple[Images, Array]) -> tuple[Params, None]:
+        images, of_embeddings = part
+        embeddings, pull = jax.vjp(lambda p: encode(weights(p, 0), images), params)
+        return _add(total, pull(of_embeddings.astype(embeddings.dtype))[0]), None
+
+    parts = split_images(images)
+    found: Params = jax.lax.scan(add, of_params, (parts, split_microbatches(of_embeddings, parts.delta.shape[0])))[0]
+    return found
 
 
 def microbatch_loss(
@@ -227,12 +274,11 @@ def microbatch_loss(
     temperature: Float[Array, ""],
     config: Config,
     total: Denominators,
+    embeddings: Float[Array, "B U D"] | None = None,
 ) -> tuple[Float[Array, ""], tuple[LossMetrics, SamplerMismatch]]:
     """A microbatch's share of the minibatch's loss and metrics."""
     o = config.loss
-    log_probs, entropy = microbatch_log_probs(
-        model, weights, part, temperature, config, entropy_gradient=o.entropy_coef > 0
-    )
+    log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config, o.entropy_coef > 0, embeddings)
     loss, metrics = compute_loss(log_probs, entropy, part.rows, o, total, config.rollout.max_new_tokens)
     return loss, (metrics, _mismatch(jax.lax.stop_gradient(log_probs), part.rows))
 

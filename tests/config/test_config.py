@@ -182,6 +182,11 @@ def test_text_tasks_have_their_own_defaults():
         (["--task.name", "gsm8k", "--model.source", "x", "--task.train_data", "y", "--lora.targets", "q,wk"],
          ["lora.targets='q,wk'", "wk is not a projection"]),
         (["--lora.rank", "4"], ["lora.rank=4", "set model.source"]),
+        (["--task.name", "segments", "--sft.data", "x.jsonl"], ["sft.data=x.jsonl", "drop it"]),
+        (["--task.name", "segments", "--task.image_widths", "24,30"], ["task.image_widths='24,30'", "multiples of 8"]),
+        (["--task.name", "segments", "--task.image_widths", "24,24"], ["task.image_widths='24,24'", "different"]),
+        (["--task.image_widths", "32"], ["task.image_widths=32", "set task.name to segments"]),
+        (["--eval.other_images", "true"], ["eval.other_images=True", "have no images"]),
         (["--task.train_prompts", "0"], ["task.train_prompts=0"]),
     ],
 )  # fmt: skip

@@ -146,8 +146,15 @@ def test_options_stand_after_the_last_question(task):
         ([QUESTION, {"role": "assistant", "content": "4"}], "the last turn is the assistant's"),
         ([{"from": "human", "value": "?"}, {"from": "gpt", "value": "4"}], "the last turn is the assistant's"),
         ([{"role": "system", "content": "x"}], "the last turn is the system's"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "a part of type image_url"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}], "a part of type image"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "has images, and the model reads text alone",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}],
+            "has images, and the model reads text",
+        ),
+        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "a part of type video"),
         ([{"role": "user", "content": None}], "a turn of the user without content"),
         ([{"role": "user"}], "a turn of the user without content"),
         ([{"speaker": "x", "text": "y"}], "neither role and content nor from and value"),

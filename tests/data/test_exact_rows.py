@@ -12,7 +12,8 @@ import pytest
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.answers import is_prose
 from pspo_jax.data.files import value_at
-from pspo_jax.data.loading import from_data, quiet_datasets, read, tokenised
+from pspo_jax.data.loading import from_data, quiet_datasets, read
+from pspo_jax.data.tokenising import tokenised
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.math_answer import ALTERNATIVES
@@ -56,7 +57,7 @@ def answers(tmp_path, config):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         c = config(**fields)
         source = from_data(str(path), "task.train_data", "train", c.task)
-        rows = tokenised(source, lambda _: [1], "x", tmp_path / "kept", 0)
+        rows = tokenised(source, lambda *_: [1], "x", tmp_path / "kept", 0)
         return [reason or answer for reason, answer in zip(rows["reason"], rows["answer"], strict=True)]
 
     return find

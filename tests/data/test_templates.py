@@ -20,6 +20,10 @@ OPEN_RS = (
     "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here "
     "</answer>. Note that respond by English, NOT use other languages."
 )
+GEO3K = (
+    "2 + 2? You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+    "The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
+)
 OPEN_R1 = (
     "You are a helpful AI Assistant that provides well-reasoned and detailed responses. You first think about the "
     "reasoning process as an internal monologue and then provide the user with the answer. Respond in the following "
@@ -66,6 +70,7 @@ def tokenizer():
         (PromptConfig(template="none"), "2 + 2?"),
         (PromptConfig(template="none", question="boxed"), f"2 + 2?\n{QWEN_MATH}"),
         (PromptConfig(template="none", question="Q: {question} A:"), "Q: 2 + 2? A:"),
+        (PromptConfig(question="geo3k"), chat("You are a helpful assistant.", GEO3K)),
         (PromptConfig(system="open_rs", question="lighteval"), chat(OPEN_RS, LIGHTEVAL)),
         (PromptConfig(template="qwen_math", question="boxed"), chat(QWEN_MATH, f"2 + 2?\n{QWEN_MATH}")),
         (PromptConfig(template="none", prefill=" It is"), "2 + 2? It is"),
@@ -79,12 +84,12 @@ def test_prompts(config, text, tokenizer):
 
 def test_every_published_text_is_tested():
     assert set(SYSTEM_PROMPTS) == {"open_rs", "open_r1", "qwen_math"}
-    assert set(TEXTS) == {"qwen_math", "r1"} and set(QUESTIONS) == {"lighteval", "boxed"}
+    assert set(TEXTS) == {"qwen_math", "r1"} and set(QUESTIONS) == {"lighteval", "boxed", "geo3k"}
 
 
 def test_a_message_without_the_question_is_refused():
     with pytest.raises(
-        ConfigError, match=r"^prompt\.question='Hm\.': must hold {question}, or be one of lighteval, boxed$"
+        ConfigError, match=r"^prompt\.question='Hm\.': must hold {question}, or be one of lighteval, boxed, geo3k$"
     ):
         load_tokenizer(tiny_config(model__tokenizer=str(TOKENIZER), prompt__question="Hm."), None, None)
 

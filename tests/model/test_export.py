@@ -38,7 +38,7 @@ def test_load_and_write_is_the_identity(tmp_path, family, dtype):
     assert (tmp_path / "in" / "model.safetensors.index.json").exists()
     _, params, source = load(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    tensors = whole_tensors(source.architecture, params, lambda name: numpy_dtype(source.tensors[name].dtype))
+    tensors = whole_tensors(source.architecture, source, params, lambda name: numpy_dtype(source.tensors[name].dtype))
     write_tensors(tmp_path / "out", tensors, shard_bytes=30_000)
     copy_files(tmp_path / "out", source.folder, ("config.json", "generation_config.json"))
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1

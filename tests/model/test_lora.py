@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from pspo_jax.arrays.lora import LoraParams, merge_params
+from pspo_jax.arrays.split_params import SplitParams, merge_params
 from pspo_jax.commands.export import rounding
 from pspo_jax.config.defaults import replace as replace_fields
 from pspo_jax.config.fields import ConfigError
@@ -66,9 +66,9 @@ def test_merge_and_logits_are_pefts(tmp_path, family, targets):
     write_adapter(tmp_path / "adapter", source.architecture, adapters, str(tmp_path / "base"))
     other = peft.PeftModel.from_pretrained(torch_model, tmp_path / "adapter").eval()
 
-    ours = logits(model, LoraParams(base, adapters))
+    ours = logits(model, SplitParams(base, adapters))
     assert np.abs(ours - torch_logits(other, TOKENS)).max() <= 1e-4
-    assert np.abs(ours - logits(model, LoraParams(base, None))).max() > 0.1
+    assert np.abs(ours - logits(model, SplitParams(base, None))).max() > 0.1
 
     merged = dict(merged_tensors(source.architecture, source, adapters, lambda name: np.float32))
     wanted = other.merge_and_unload().state_dict()
@@ -82,7 +82,7 @@ def test_new_adapters_change_nothing_and_are_float32(tmp_path):
     base16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
     fresh = model.init(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
-    np.testing.assert_array_equal(logits(model, LoraParams(base16, fresh)), logits(model, LoraParams(base16, None)))
+    np.testing.assert_array_equal(logits(model, SplitParams(base16, fresh)), logits(model, SplitParams(base16, None)))
     names = set(lora_table(source.architecture)["layers"])
     assert names == {f"{n}_lora_{x}" for n in ("q", "k", "v", "o", "gate", "up", "down") for x in "ab"}
 
@@ -138,9 +138,9 @@ def test_only_adapters_train_and_the_reference_is_the_base(tmp_path):
 @pytest.mark.slow
 def test_dropout_acts_in_the_gradient_alone(tmp_path):
     _, _, model, base, adapters = adapted(tmp_path, dropout=0.5)
-    with_dropout = logits(model, LoraParams(base, adapters, jax.random.key(0)))
+    with_dropout = logits(model, SplitParams(base, adapters, jax.random.key(0)))
     assert np.abs(with_dropout - logits(model, merge_params(adapters, base))).max() > 0.1
-    again = logits(model, LoraParams(base, adapters, jax.random.key(0)))
+    again = logits(model, SplitParams(base, adapters, jax.random.key(0)))
     np.testing.assert_array_equal(with_dropout, again)
     config = tiny_config(lora__rank=4, lora__dropout=0.5, loss__microbatch_rows=8)
     _, _, metrics, _ = train_once(model, base, adapters, config, steps=1)
@@ -155,10 +155,10 @@ def test_dropout_keeps_the_mean(tmp_path):
     _, _, model, base, adapters = adapted(tmp_path, targets="down", dropout=0.3, num_hidden_layers=1)
     # The final norm is not linear: small adapters make it nearly so.
     small = jax.tree.map(lambda x: x * 0.1, adapters)
-    one = jax.jit(lambda key: model.hidden(LoraParams(base, small, key), jnp.asarray(TOKENS)))
+    one = jax.jit(lambda key: model.hidden(SplitParams(base, small, key), jnp.asarray(TOKENS)))
     mean = np.mean([np.asarray(one(jax.random.key(i))) for i in range(300)], axis=0)
-    exact = np.asarray(model.hidden(LoraParams(base, small), jnp.asarray(TOKENS)))
-    nothing = np.asarray(model.hidden(LoraParams(base, None), jnp.asarray(TOKENS)))
+    exact = np.asarray(model.hidden(SplitParams(base, small), jnp.asarray(TOKENS)))
+    nothing = np.asarray(model.hidden(SplitParams(base, None), jnp.asarray(TOKENS)))
     assert np.abs(mean - exact).mean() < 0.15 * np.abs(nothing - exact).mean()
 
 

@@ -270,6 +270,17 @@ def test_a_dump_tells_the_verdict_apart_from_the_reward(tmp_path: Path) -> None:
     assert [(row["verdict"], row["reward"]) for row in rows] == [(0.0, 1.5), (None, None), (1.0, 0.2), (None, 1.0)]
 
 
+def test_a_prompts_images_are_shown_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", "grpo", seed=0, steps=10)
+    head = {"step": 10, "prompt_id": 0, "prompt": "[image 3x3]1+2=", "answer": "3", "completion": "1+2=3$"}
+    picture = "data:image/png;base64,iVBORw0KGgo="
+    bad = ["javascript:alert(1)", "data:image/png;base64," + "A" * 400_000, 3]
+    _write_lines(run / "completions" / "step_000010.jsonl", [head | {"images": [picture, *bad]}, head | {"images": []}])
+    page = write_report([run], run / "report.html")
+    (group,) = payload(page)["runs"][0]["completions"][-1]["groups"]
+    assert group["images"] == [picture] and len(group["rows"]) == 2 and page.read_text().count(picture) == 1
+
+
 NODE = shutil.which("node")
 PROBE = """
 const show = (tag, attributes, ...children) => ({tag, ...attributes, children: children.flat()});

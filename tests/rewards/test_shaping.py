@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from pspo_jax.rewards import shaping
 from pspo_jax.rewards.shaping import (
     cosine,
+    format_geo3k,
     format_open_r1,
     format_open_rs,
+    geo3k,
     length_kimi,
     reasoning_steps,
     repetition,
@@ -25,8 +27,9 @@ from pspo_jax.rewards.shaping import (
 pytestmark = pytest.mark.filterwarnings("error")
 
 GOOD = "<think>\na\n</think>\n<answer>\nb\n</answer>"
-TEXT_TERMS = (format_open_r1, format_open_rs, tag_count, reasoning_steps, repetition)
+TEXT_TERMS = (format_geo3k, format_open_r1, format_open_rs, tag_count, reasoning_steps, repetition)
 PUBLISHED_FORMAT = re.compile(r"^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$", re.DOTALL | re.MULTILINE)
+PUBLISHED_GEO3K = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
 PUBLISHED_STEPS = re.compile(r"(Step \d+:|^\d+\.|\n-|\n\*|First,|Second,|Next,|Finally,)")
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -110,6 +113,27 @@ def test_format_open_r1_by_hand(text, score):
 )
 def test_tags_by_hand(text, rs, tags):
     assert (format_open_rs(text), tag_count(text)) == (rs, tags)
+
+
+@given(st.lists(st.sampled_from(("<think>", "</think>", "\\boxed{", "}", "\n", "x", "{")), max_size=9).map("".join))
+@settings(max_examples=300)
+def test_the_format_of_geo3k_matches_its_definition(text):
+    for whole in (text, f"<think>{text}", f"<think>{text}</think>{text}\\boxed{{{text}}}"):
+        assert format_geo3k(whole) == (PUBLISHED_GEO3K.fullmatch(whole) is not None)
+
+
+@given(groups(), st.data())
+def test_geo3k_is_accuracy_or_a_tenth_for_the_format(group, data):
+    verdicts, _ = group
+    some = st.sampled_from(
+        ("<think>a</think>\\boxed{1}", "\\boxed{1}", "<think></think>\n\\boxed{}\n", "<think>\\boxed{1}")
+    )
+    texts = [[data.draw(some) for _ in row] for row in verdicts]
+    want = [
+        [v if math.isnan(v) or v >= 1 else 0.1 * bool(PUBLISHED_GEO3K.fullmatch(t)) for v, t in zip(*pair, strict=True)]
+        for pair in zip(verdicts.tolist(), texts, strict=True)
+    ]
+    same(geo3k(verdicts, texts), np.array(want))
 
 
 @given(stepped)
@@ -279,4 +303,5 @@ def test_it_stays_off_jax():
     tree = ast.parse(Path(shaping.__file__).read_text())
     names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names <= {"__future__", "re", "itertools", "numpy", "jaxtyping"}
+    plain = {"__future__", "collections.abc", "re", "itertools", "numpy", "jaxtyping"}
+    assert names <= plain | {"pspo_jax.verifiers.boxed"}

@@ -155,6 +155,9 @@ def test_text_terms_are_those_of_each_text():
     }
     for name, call in calls.items():
         np.testing.assert_allclose(shaping_term(name, config, SHAPE), rows(lambda i, j, call=call: call(TEXTS[i][j])))
+    visual = shaping_term("format", RewardConfig(format="geo3k"), SHAPE)
+    np.testing.assert_array_equal(visual, rows(lambda i, j: shaping.format_geo3k(TEXTS[i][j])))
+    np.testing.assert_array_equal(shaping_term("geo3k", config, SHAPE), shaping.geo3k(RIGHT, TEXTS))
     released = shaping_term("format", RewardConfig(format="open_rs"), SHAPE)
     np.testing.assert_array_equal(released, rows(lambda i, j: shaping.format_open_rs(TEXTS[i][j])))
     np.testing.assert_array_equal(shaping_term("length", config, SHAPE), shaping.length_kimi(RIGHT, LENGTHS))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspo_jax.arrays.lora import merge_params
+from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.export import main as export
 from pspo_jax.model.transformer import transformer
 from tests import xla

@@ -11,7 +11,7 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.log_probs import completion_log_probs
 from pspo_jax.runs.accounting import RunAccounting
-from pspo_jax.training.scoring import split_minibatches
+from pspo_jax.training.splitting import split_minibatches
 from tests.helpers import relative
 from tests.training.test_replay_step import B, G, advantages_of, mixed, setup, stepper
 
@@ -106,7 +106,7 @@ def test_places_for_which_nothing_is_stored_are_in_no_mean():
 
 def test_minibatches_split_whole_groups_and_the_rows_beside_them():
     rows = jnp.arange(B * G + EXTRA)
-    first, second = split_minibatches(rows, 2, G, EXTRA).tolist()
+    first, second = split_minibatches(rows, None, 2, G, EXTRA)[0].tolist()
     groups = np.arange(B * G).reshape(B, G)
     assert first == [*groups[::2].ravel(), 32, 34, 36] and second == [*groups[1::2].ravel(), 33, 35, 37]
 

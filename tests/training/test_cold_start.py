@@ -72,7 +72,8 @@ def test_a_stop_ends_it_early():
 
 def test_epochs_of_a_file_are_shuffled_and_whole(tmp_path):
     config, task = setup(sft__data=write(tmp_path / "d.jsonl", GOOD), sft__batch=4)
-    source = dataset(config, task)
+    source, images = dataset(config, task)
+    assert images is None
     epochs = [[bytes(source[e * 40 + i]["prompts"]) for i in range(40)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
 

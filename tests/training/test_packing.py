@@ -33,9 +33,9 @@ from pspo_jax.training.scoring import (
     score_some,
     shape_of_bins,
     shares_prompts,
-    split_microbatches,
     uses_packing,
 )
+from pspo_jax.training.splitting import split_microbatches
 from pspo_jax.training.update import loss_gradient
 from tests.helpers import relative, tiny_config, tiny_policy
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pspo_jax as pj
-from pspo_jax.arrays.lora import LoraParams
+from pspo_jax.arrays.split_params import SplitParams
 from pspo_jax.config.defaults import replace
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.model import from_logits, transformer
@@ -96,7 +96,7 @@ def test_adapters_over_a_frozen_base():
     _, base, architecture = tiny_policy()
     model = transformer(dataclasses.replace(architecture, lora=lora_of(config.lora)))
     adapters = jax.tree.map(lambda x: x + 0.5, model.init(jax.random.key(0)))
-    weights, prompts = LoraParams(base, adapters), dataset(6, 5)
+    weights, prompts = SplitParams(base, adapters), dataset(6, 5)
     assert tested.feature_width(model, jax.eval_shape(lambda: weights)) == 32
     found = tested.prompt_features(model, weights, prompts.tokens, prompts.lengths, 4, seed=0)
     wanted = standardised(directly(lambda tokens: model.hidden(weights, tokens), prompts))

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from pspo_jax import advantages
 from pspo_jax.arrays.groups import empty_groups
-from pspo_jax.arrays.lora import LoraParams
 from pspo_jax.arrays.rows import LossInputs
+from pspo_jax.arrays.split_params import SplitParams
 from pspo_jax.arrays.state import DROPOUT, EVALUATE, REPLAY, ROLLOUT, SELECT, purpose_key, run_key
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
@@ -275,9 +275,9 @@ def test_the_reference_of_adapters_is_the_policy_that_rl_begins_from():
         algorithm = build(config)
         state = init_state(adapters, optax.sgd(1.0), algorithm, config, 40, P, jax.random.key(0), frozen)
         found[steps] = reference_weights(dataclasses.replace(state, params={"a": jnp.zeros(2)}))
-    assert isinstance(found[0], LoraParams) and found[0].adapter is None
-    np.testing.assert_array_equal(found[5].adapter["a"], adapters["a"])
-    assert found[5].base is frozen
+    assert isinstance(found[0], SplitParams) and found[0].trained is None
+    np.testing.assert_array_equal(found[5].trained["a"], adapters["a"])
+    assert found[5].frozen is frozen
 
 
 def test_keys_of_different_purposes_never_meet():

@@ -9,7 +9,6 @@ number is a prompt's difficulty, by which task.strata gives training prompts oth
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from pspo_jax.config.schema import TaskConfig
 from pspo_jax.config.text_fields import Stratum, parse_strata
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.strata import counts_of, labels_of, stratum_of, too_few, wrong_label_draws, wrong_rows
+from pspo_jax.data.synthetic.last_number import last_number
 from pspo_jax.data.task import CompletionBatch, Demonstrations, PromptDataset, RewardResult, Task
 
 CHARACTERS = "0123456789+-=$_"
@@ -186,18 +186,7 @@ def write_responses(
 
 def grade(batch: CompletionBatch) -> Callable[[], RewardResult]:
     """The reward function: 1 if a completion ends in EOS and the text after its last `=` is the answer, else 0."""
-    b, g = batch.lengths.shape
-    verdicts = np.zeros((b, g), np.float32)
-    answers: list[list[str | None]] = []
-    for i in range(b):
-        answer = batch.prompts.answers[int(batch.rows[i])]
-        answers.append([])
-        for j in range(g):
-            ids = batch.tokens[i, j, : batch.lengths[i, j]].tolist()
-            _, equals, found = TOKENIZER.decode(ids).removesuffix("$").rpartition("=")
-            answers[-1].append(found if equals else None)
-            verdicts[i, j] = bool(ids) and ids[-1] == EOS and bool(equals) and found == answer
-    return lambda: RewardResult(verdicts, {"accuracy": verdicts}, verdicts, answers, Counter())
+    return last_number(batch, TOKENIZER)
 
 
 _Item = tuple[bytes, str, int]

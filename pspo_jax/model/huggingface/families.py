@@ -17,6 +17,14 @@ import numpy as np
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture, Rotary, plain_frequencies
+from pspo_jax.model.huggingface.vision_config import (
+    Qwen2VLTower,
+    Qwen25VLTower,
+    image_token_ids,
+    on_three_axes,
+    qwen2_vl_tower,
+    qwen25_vl_tower,
+)
 
 
 class RopeParameters(TypedDict, total=False):
@@ -35,6 +43,7 @@ class RopeParameters(TypedDict, total=False):
     attention_factor: float | None
     mscale: float | None
     mscale_all_dim: float | None
+    mrope_section: Sequence[int]
 
 
 class HfConfig(Protocol):
@@ -62,11 +71,20 @@ class Gemma3Config(HfConfig, Protocol):
     layer_types: Sequence[str]
 
 
+class VisualConfig(Protocol):
+    """A config with the language model's and the tower's inside, whatever the layout of config.json."""
+
+    tie_word_embeddings: bool
+    vision_config: Qwen2VLTower | Qwen25VLTower
+
+    def get_text_config(self) -> HfConfig: ...
+
+
 class FamilyFn(Protocol):
     """Completes the architecture that all families have in common for one family.
 
     Args:
-      hf: the config, as transformers reads it.
+      hf: the config, as transformers reads it; for a family of `_WITH_VISION`, a `VisualConfig`.
       common: the architecture with everything that is read alike for all families. For a family of
         `_ROTARY_BY_LAYER_TYPE`, it has no rotary embeddings yet.
       where: the checkpoint's name, for messages.
@@ -91,11 +109,14 @@ def architecture_of(hf: HfConfig, model: ModelConfig, where: str) -> Architectur
     family = FAMILIES.get(hf.model_type)
     if family is None:
         raise ConfigError(unknown_family(hf.model_type, where))
-    _refuse(hf, where)
+    whole = hf
+    if hf.model_type in _WITH_VISION:
+        hf = cast(VisualConfig, hf).get_text_config()
+    _refuse(hf, whole.model_type, where)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     try:
         rotaries: tuple[Rotary, ...] = ()
-        if hf.model_type not in _ROTARY_BY_LAYER_TYPE:
+        if whole.model_type not in _ROTARY_BY_LAYER_TYPE:
             rotaries = (rotary(cast(RopeParameters, hf.rope_parameters or {}), head_dim, where),)
         common = Architecture(
             vocab_size=hf.vocab_size,
@@ -109,7 +130,7 @@ def architecture_of(hf: HfConfig, model: ModelConfig, where: str) -> Architectur
             layer_rotary=(0,) * hf.num_hidden_layers,
             windows=_windows(hf),
             norm_eps=hf.rms_norm_eps,
-            tied=bool(hf.tie_word_embeddings),
+            tied=bool(whole.tie_word_embeddings),
             biases=_biases(hf),
             max_positions=max_positions(hf),
             param_dtype=model.param_dtype,
@@ -117,7 +138,7 @@ def architecture_of(hf: HfConfig, model: ModelConfig, where: str) -> Architectur
             scan_unroll=model.scan_unroll,
             remat=model.remat or "none",
         )
-        return family(hf, common, where)
+        return family(whole, common, where)
     except KeyError as error:
         raise ConfigError(f"model.source={where}: config.json's rope_parameters lack {error}") from error
 
@@ -174,6 +195,20 @@ def _gemma3(hf: HfConfig, common: Architecture, where: str) -> Architecture:
     )
 
 
+def _visual(hf: HfConfig, common: Architecture, where: str) -> Architecture:
+    """Biases on q, k and v, positions on three axes, and a vision tower."""
+    whole = cast(VisualConfig, hf)
+    settings = cast(RopeParameters, whole.get_text_config().rope_parameters or {})
+    rotary = on_three_axes(common.rotaries[0], settings["mrope_section"], where)
+    if hf.model_type == "qwen2_vl":
+        vision = qwen2_vl_tower(cast(Qwen2VLTower, whole.vision_config), common.width, where)
+    else:
+        vision = qwen25_vl_tower(cast(Qwen25VLTower, whole.vision_config), common.width, where)
+    return dataclasses.replace(
+        common, biases=("q", "k", "v"), rotaries=(rotary,), vision=vision, forbidden=image_token_ids(hf)
+    )
+
+
 FAMILIES: dict[str, FamilyFn] = {
     "llama": _llama,
     "mistral": _llama,
@@ -182,13 +217,17 @@ FAMILIES: dict[str, FamilyFn] = {
     "smollm3": _smollm3,
     "olmo2": _olmo2,
     "gemma3_text": _gemma3,
+    "qwen2_vl": _visual,
+    "qwen2_5_vl": _visual,
 }
 """The supported values of `model_type`, each with the function that completes its architecture."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 """Supported entries of config.json's layer_types."""
 _FACTOR_STRETCHES_CONTEXT = ("linear", "dynamic", "yarn")
 """Values of rope_type whose factor multiplies max_position_embeddings; for other types, that number includes it."""
-_WITH_WINDOWS = ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
+_WITH_VISION = ("qwen2_vl", "qwen2_5_vl")
+"""Families with a vision tower, whose config holds one of the language model and one of the tower."""
+_WITH_WINDOWS = ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", *_WITH_VISION)
 """Families whose transformers code reads sliding_window."""
 _WITH_ATTENTION_BIAS = ("llama", "qwen2", "qwen3", "smollm3", "olmo2", "gemma3_text")
 """Families whose transformers code reads attention_bias."""
@@ -230,9 +269,13 @@ def max_positions(hf: HfConfig) -> int | None:
     return max(stated, int(base * rope.get("factor", 1)))
 
 
-def _refuse(hf: HfConfig, where: str) -> None:
-    """Raise ConfigError for a setting of config.json that has no counterpart here."""
-    family = hf.model_type
+def _refuse(hf: HfConfig, family: str, where: str) -> None:
+    """Raise ConfigError for a setting of config.json that has no counterpart here.
+
+    Args:
+      hf: the config of the language model.
+      family: model_type of the whole checkpoint.
+    """
     activation = getattr(hf, "hidden_act", None) or getattr(hf, "hidden_activation", None)
     supported = "gelu_pytorch_tanh" if family in _WITH_GELU else "silu"
     unsupported = {
@@ -240,6 +283,7 @@ def _refuse(hf: HfConfig, where: str) -> None:
         "quantization_config": getattr(hf, "quantization_config", None),
         "attn_logit_softcapping": getattr(hf, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(hf, "final_logit_softcapping", None),
+        "mrope_section": None if family in _WITH_VISION else (hf.rope_parameters or {}).get("mrope_section"),
         "use_bidirectional_attention": getattr(hf, "use_bidirectional_attention", None),
         # transformers ignores these options in other families, so it is unknown whether the model was trained with
         # them.

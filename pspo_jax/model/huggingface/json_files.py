@@ -88,6 +88,7 @@ _CONFIG: dict[str, _Rule] = {
     "layer_types": _nullable(_TEXTS),
     "no_rope_layers": _nullable(_WHOLES),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config", "auto_map"), _nullable(_OBJECT)),
+    **dict.fromkeys(("text_config", "vision_config"), _nullable(_OBJECT)),
     **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _nullable(_IDS)),
 }
 """The fields of config.json that this package depends on. An absent one has the default of its family."""
@@ -96,7 +97,15 @@ _ROPE = {"rope_type": _TEXT, "type": _TEXT, "truncate": _TRUTH, "finetuned": _TR
 _ROPE |= dict.fromkeys(("mscale", "mscale_all_dim"), _nullable(_Rule("a number", _number)))
 """The settings of a rotary embedding that are not numbers above 0."""
 _ROPE_LISTS = ("mrope_section", "long_factor", "short_factor")
-"""Settings that are lists. They belong to rotary embeddings that are not supported."""
+"""Settings that are lists, which families.py accepts or refuses."""
+_VISION_CONFIG: dict[str, _Rule] = {
+    **dict.fromkeys(("depth", "hidden_size", "embed_dim", "num_heads", "intermediate_size", "out_hidden_size"), _COUNT),
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "in_channels"), _COUNT),
+    "mlp_ratio": _POSITIVE,
+    "hidden_act": _TEXT,
+    "fullatt_block_indexes": _WHOLES,
+}
+"""The fields of vision_config that this package depends on."""
 _ROPE_LAYER_TYPES = ("full_attention", "sliding_attention")
 """Keys of rope_parameters where it has settings for each type of layer."""
 
@@ -142,12 +151,12 @@ def read_model_config(folder: Path, where: str) -> dict[str, Json]:
     raw = read_json(folder / "config.json", where)
     if "model_type" not in raw:
         raise ConfigError(f"{where}: config.json has no model_type; is it a model's folder?")
-    _check(raw, _CONFIG, "config.json", where)
-    for name in ("rope_scaling", "rope_parameters"):
-        settings = raw.get(name)
-        if isinstance(settings, dict):
-            _check_rope(settings, name, where)
-    _check_shapes(raw, where)
+    _check_model(raw, "config.json", where)
+    text, vision = raw.get("text_config"), raw.get("vision_config")
+    if isinstance(text, dict):
+        _check_model(text, "config.json's text_config", where)
+    if isinstance(vision, dict):
+        _check(vision, _VISION_CONFIG, "config.json's vision_config", where)
     auto_map = raw.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
     code: Json = {k: v for k, v in auto_map.items() if k.startswith(("AutoModel", "AutoConfig"))}
@@ -157,6 +166,16 @@ def read_model_config(folder: Path, where: str) -> dict[str, Json]:
             "a checkpoint of one of the supported families without it"
         )
     return raw
+
+
+def _check_model(raw: Mapping[str, Json], file: str, where: str) -> None:
+    """Check the fields of a language model; they are the whole file or, of some models with images, a part of it."""
+    _check(raw, _CONFIG, file, where)
+    for name in ("rope_scaling", "rope_parameters"):
+        settings = raw.get(name)
+        if isinstance(settings, dict):
+            _check_rope(settings, name, where)
+    _check_shapes(raw, where)
 
 
 def _check(raw: Mapping[str, Json], rules: Mapping[str, _Rule], file: str, where: str) -> None:

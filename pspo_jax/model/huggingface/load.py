@@ -29,6 +29,7 @@ from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.families import FAMILIES, HfConfig, architecture_of, unknown_family
 from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config
 from pspo_jax.model.huggingface.not_a_checkpoint import what_it_is
+from pspo_jax.model.huggingface.vision_config import with_processor
 from pspo_jax.model.weights import Weight, entries, from_hf, is_weight, table
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -43,6 +44,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 class Tensor(NamedTuple):
     """The place and form of a tensor of a checkpoint."""
 
+    name: str
+    """Name in its file."""
     file: Path
     shape: tuple[int, ...]
     dtype: str
@@ -56,9 +59,9 @@ class Source(NamedTuple):
     """model.source, as the user gave it."""
     folder: Path
     architecture: Architecture
-    """The architecture, without adapters and forbidden ids."""
+    """The architecture, without adapters; its forbidden ids are those of images alone."""
     tensors: dict[str, Tensor]
-    """The tensors by their Hugging Face names; empty if only the config was read."""
+    """The tensors by their names in `weights.table`; empty if only the config was read."""
     untied: bool = False
     """Whether config.json ties the head to the embedding although another head is stored; `architecture` has that
     head."""
@@ -126,6 +129,10 @@ def read_source(model: ModelConfig, weights: bool = True) -> Source:
     architecture = architecture_of(_read_config(folder, name), model, name)
     check_side_files(folder, f"model.source={name}", ("generation_config.json",))
     tensors = _read_headers(folder, name) if weights else {}
+    if architecture.vision is not None:
+        vision = with_processor(architecture.vision, folder, name)
+        architecture = dataclasses.replace(architecture, vision=vision)
+        tensors = _released_names(tensors, name)
     untied = architecture.tied and _has_own_head(tensors)
     architecture = dataclasses.replace(architecture, tied=architecture.tied and not untied)
     if weights:
@@ -141,7 +148,7 @@ def _has_own_head(tensors: dict[str, Tensor]) -> bool:
     head, embedding = (tensors[name] for name in names)
     if head.shape != embedding.shape or len(head.shape) != 2 or not {head.dtype, embedding.dtype} <= set(_DTYPES):
         return True
-    parts = (_rows_of(tensors[name], name) for name in names)
+    parts = (_rows_of(tensors[name]) for name in names)
     return any(not np.array_equal(x, y) for x, y in zip(*parts, strict=True))
 
 
@@ -178,11 +185,38 @@ def _read_headers(folder: Path, name: str) -> dict[str, Tensor]:
                             f"model.source={name}: {key} stands in {found[key].file.name} and in {file}; remove the "
                             "file that is not the model's"
                         )
-                    found[key] = Tensor(path, tuple(part.get_shape()), part.get_dtype())
+                    found[key] = Tensor(key, path, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"model.source={name}: {file} is damaged or cut off ({' '.join(str(error).split())}); fetch it again"
             ) from error
+    return found
+
+
+def _released_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of a model with a vision tower by the names that released files give them.
+
+    Some files have the names of transformers' modules instead: model.language_model.* for model.*, and model.visual.*
+    for visual.*.
+
+    Raises:
+      ConfigError: names of both layouts occur.
+    """
+    found: dict[str, Tensor] = {}
+    example: dict[bool, str] = {}
+    for name, tensor in tensors.items():
+        renamed = name
+        for inner, released in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+            if name.startswith(inner):
+                renamed = released + name.removeprefix(inner)
+        if name.startswith(("model.", "visual.")):
+            example.setdefault(renamed != name, name)
+        found[renamed] = tensor
+    if len(example) > 1:
+        raise ConfigError(
+            f"model.source={where}: the checkpoint mixes two layouts of names, as in {example[False]} and "
+            f"{example[True]}; fetch it again, or save it anew by transformers' save_pretrained"
+        )
     return found
 
 
@@ -215,7 +249,8 @@ def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
     missing = [name for name in wanted if name not in tensors]
     # Old checkpoints store the rotary frequencies, and some store the head although it is tied.
     ignored = {"lm_head.weight"} if a.tied else set()
-    extra = [n for n in tensors if n not in wanted and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    computed = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+    extra = [n for n in tensors if n not in wanted and n not in ignored and not n.endswith(computed)]
     for kind, names in (("lacks", missing), ("has tensors that the architecture lacks:", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -230,20 +265,20 @@ def _match(a: Architecture, tensors: dict[str, Tensor], where: str) -> None:
             raise ConfigError(f"model.source={where}: {name} is {found.dtype}; supported: {', '.join(_DTYPES)}")
 
 
-def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
+def read_tensor(tensor: Tensor) -> np.ndarray:
     """A tensor as it lies on disk. The file is mapped for this call alone, or the whole model would become resident."""
     from safetensors import safe_open
 
     with safe_open(tensor.file, framework="numpy") as opened:
-        return opened.get_tensor(name)
+        return opened.get_tensor(tensor.name)
 
 
-def _rows_of(tensor: Tensor, name: str) -> Iterator[np.ndarray]:
+def _rows_of(tensor: Tensor) -> Iterator[np.ndarray]:
     """A matrix in float32, a few thousand rows at a time."""
     from safetensors import safe_open
 
     with safe_open(tensor.file, framework="numpy") as opened:
-        rows = opened.get_slice(name)
+        rows = opened.get_slice(tensor.name)
         for start in range(0, tensor.shape[0], _ROWS_AT_A_TIME):
             yield np.asarray(rows[start : min(start + _ROWS_AT_A_TIME, tensor.shape[0])]).astype(np.float32)
 
@@ -289,7 +324,7 @@ def _load_leaf(source: Source, w: Weight, sharding: NamedSharding, dtype: jnp.dt
     """
 
     def read(name: str, sharding: NamedSharding) -> Array:
-        x = _place(from_hf(w, read_tensor(source.tensors[name], name)), sharding)
+        x = _place(from_hf(w, read_tensor(source.tensors[name])), sharding)
         finite[name] = _all_finite(x, dtype)
         return x
 

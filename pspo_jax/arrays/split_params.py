@@ -1,4 +1,4 @@
-"""Weights that train on top of frozen ones."""
+"""Weights that train beside or on top of frozen ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from jaxtyping import Array, Key, PyTree
 
 
 @struct.dataclass
-class LoraParams:
-    """Frozen weights and the adapters that train on top of them."""
+class SplitParams:
+    """Frozen weights, and those that train: adapters on top of them, or the weights beside a frozen vision tower."""
 
-    base: PyTree
+    frozen: PyTree
     """The frozen weights."""
-    adapter: PyTree | None
-    """The adapters' weights; None = the base alone, which is the reference policy of a KL term."""
+    trained: PyTree | None
+    """The weights that train; None = there are only the frozen ones, as in the reference policy of a KL term."""
     key: Key[Array, ""] | None = None
     """Key of the adapters' dropout; None = no dropout, as in sampling and scoring."""
 
@@ -22,8 +22,8 @@ def merge_params(params: PyTree, frozen: PyTree | None, key: Key[Array, ""] | No
     """The weights that a model's functions take, from the trained and the frozen weights of a `TrainState`.
 
     Args:
-      params: the weights that train: all of them, or the adapters.
-      frozen: the weights under the adapters; None = all weights train.
+      params: the weights that train.
+      frozen: the weights that do not; None = all weights train.
       key: key of the adapters' dropout; None = no dropout.
     """
-    return params if frozen is None else LoraParams(frozen, params, key)
+    return params if frozen is None else SplitParams(frozen, params, key)

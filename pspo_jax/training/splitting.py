@@ -1,0 +1,100 @@
+"""Rows and images in parts of equal size: microbatches, minibatches, and prompts whose images are encoded together.
+
+Letters: B prompts, R rows, P prompt length, U units of the images of a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.rows import Rows
+from pspo_jax.distributed.mesh import microbatch_size
+from pspo_jax.model.interface import Model
+from pspo_jax.replay import Groups
+
+_PROMPTS_ENCODED_AT_A_TIME = 8
+"""Largest number of prompts whose images are encoded at a time, unless more devices share them."""
+RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
+
+
+def split_microbatches(rows: RowsOrArray, parts: int) -> RowsOrArray:
+    """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+
+
+def merge_microbatches(x: Array) -> Array:
+    """The inverse of `split_microbatches` for one array."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def split_minibatches(
+    rows: Rows, images: Images | None, parts: int, group_size: int, extra: int = 0
+) -> tuple[Rows, Images | None]:
+    """`split_microbatches` that keeps the rows of a group together, with the images to which each part points.
+
+    Args:
+      extra: number of rows at the end that are groups of one.
+    """
+    if images is None or rows.images is None:
+        return _split_rows(rows, parts, group_size, extra), None
+    first = images.delta.shape[0] - extra  # prompts of whole groups; group i becomes the i // parts-th of its part
+    prompt = rows.images.prompt
+    local = jnp.where(prompt < first, prompt // parts, first // parts + (prompt - first) // parts)
+    rows = dataclasses.replace(rows, images=dataclasses.replace(rows.images, prompt=local))
+
+    def split(x: Array) -> Array:
+        return jnp.concatenate([split_microbatches(y, parts) for y in (x[:first], x[first:])], axis=1)
+
+    return _split_rows(rows, parts, group_size, extra), jax.tree.map(split, images)
+
+
+def _split_rows(rows: Rows, parts: int, group_size: int, extra: int) -> Rows:
+
+    def split(x: Array, size: int) -> Array:
+        groups = x.reshape(-1, size, *x.shape[1:])
+        return split_microbatches(groups, parts).reshape(parts, -1, *x.shape[1:])
+
+    def one(x: Array) -> Array:
+        if not extra:
+            return split(x, group_size)
+        return jnp.concatenate([split(x[:-extra], group_size), split(x[-extra:], 1)], axis=1)
+
+    return jax.tree.map(one, rows)
+
+
+def images_of_batch(groups: Groups, added: Groups | None) -> Images | None:
+    """The images to which `rows_of_batch` points; None = the data has none."""
+    images = groups.prompts.images
+    if images is None or added is None:
+        return images
+    found: Images = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), images, added.prompts.images)
+    return found
+
+
+def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array, "B U D"] | None:
+    """What the model makes of the images, some prompts at a time; None = there are none.
+
+    Raises:
+      ValueError: the model reads text alone.
+    """
+    if images is None:
+        return None
+    encode = model.encode_images
+    if encode is None:
+        raise ValueError("the prompts have images, and this model has no `encode_images`; choose one that reads them")
+    parts = split_images(images)
+    return merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+
+
+def split_images(images: Images) -> Images:
+    """Images in parts of equal size, [B, ...] -> [parts, B / parts, ...], that are encoded one after another."""
+    b = images.delta.shape[0]
+    parts = b // microbatch_size(b, _PROMPTS_ENCODED_AT_A_TIME)
+    found: Images = jax.tree.map(lambda x: split_microbatches(x, parts), images)
+    return found
