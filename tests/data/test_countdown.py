@@ -238,9 +238,9 @@ def test_rewards_without_a_checkpoint():
 def test_demonstrations_are_expressions_of_the_right_numbers():
     task = made(task__heldout_prompts=300)
     (block,) = task.demonstrations(0, 600)
-    assert [len(column) for column in block] == [600] * 4 and block.prompts.shape[1] == task.train.tokens.shape[1]
+    assert [len(column) for column in block[:4]] == [600] * 4 and block.prompts.shape[1] == task.train.tokens.shape[1]
     held, right = set(keys(task.heldout)), 0
-    for prompt, n, completion, m in zip(*block, strict=True):
+    for prompt, n, completion, m in zip(*block[:4], strict=True):
         question, text = task.tokenizer.decode(prompt[:n]), task.tokenizer.decode(completion[:m])
         numbers = [int(x) for x in question.partition("=")[0].split(",")]
         target = int(question.partition("=")[2].removesuffix(":"))
@@ -256,7 +256,7 @@ def test_demonstrations_are_expressions_of_the_right_numbers():
 def test_demonstrations_repeat_where_there_are_few_problems():
     task = made(task__numbers="2", task__max_target=5, task__train_prompts=20, task__heldout_prompts=10)
     (block,) = task.demonstrations(0, 3000)
-    assert [len(column) for column in block] == [3000] * 4
+    assert [len(column) for column in block[:4]] == [3000] * 4
     texts = {task.tokenizer.decode(p[:n]) for p, n in zip(block.prompts, block.prompt_lengths, strict=True)}
     assert 300 < len(texts) < 1500 and not texts & set(task.heldout.texts)
 

@@ -51,7 +51,13 @@ def setup_of(lora=None, **fields):
     state = TrainState(None, params, opt_state, (), (), (), None, frozen=frozen)
     train = SimpleNamespace(tokens=np.zeros((9, P)), lengths=np.array([5, 20, 7]))
     return SimpleNamespace(
-        config=config, architecture=a, model=model, mesh=mesh, abstract=state, task=SimpleNamespace(train=train)
+        config=config,
+        architecture=a,
+        model=model,
+        mesh=mesh,
+        abstract=state,
+        task=SimpleNamespace(train=train),
+        images=None,
     )
 
 
