@@ -194,11 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "multipart":
             edge = re.search(r'boundary="?([^";]+)"?', self.headers["Content-Type"])
             assert edge is not None
-            _, rest = re.split(b"\r?\n\r?\n", body, maxsplit=1)
-            fields, _, rest = rest.partition(f"\n--{edge[1]}".encode())
+            # A client may end its lines with a bare line feed, and the content itself may end in either character.
+            end = b"\r\n" if body.split(b"\n", 1)[0].endswith(b"\r") else b"\n"
+            boundary = end + b"--" + edge[1].encode()
+            fields, _, rest = body.partition(end * 2)[2].partition(boundary)
             name = name or json.loads(fields)["name"]
-            body = re.split(b"\r?\n\r?\n", rest, maxsplit=1)[1].rpartition(f"\n--{edge[1]}--".encode())[0]
-            body = body.removesuffix(b"\r")
+            body = rest.partition(end * 2)[2].rpartition(boundary + b"--")[0]
         stored = self.store.put(name, body, asked)
         if stored is None:
             return self._refuse(412, "generation differs")

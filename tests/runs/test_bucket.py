@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("gcsfs", reason="gcsfs is a test dependency; install '.[test]'")
@@ -72,6 +72,7 @@ STEPS = st.one_of(
 
 @settings(max_examples=10)
 @given(steps=st.lists(STEPS, max_size=6))
+@example(steps=[("write", "a", b"\r"), ("write", "b", b"\r\n\r\n--")])
 def test_a_bucket_and_a_local_folder_answer_alike(server, steps):
     """The same calls on both, after any history: contents, listings, and what is there."""
     server.store.objects.clear()
