@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pspo_jax.arrays.images import Images, PatchLayout, PlacedImage, empty_images, lay_out
 from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.images.prompt_images import PromptImage, PromptImages
+from pspo_jax.data.images.prompt_images import PromptImages
 from pspo_jax.data.loading import NO_IMAGES
 from pspo_jax.data.task import PromptDataset
 from pspo_jax.model.architecture import Vision
@@ -24,7 +24,7 @@ class ImageBatch(NamedTuple):
     """Token ids, padded on the right; a run of the image token stands for each image."""
     lengths: Int[np.ndarray, "B"]
     """Tokens of each prompt."""
-    images: Sequence[Sequence[PromptImage]]
+    images: Sequence[Sequence[PlacedImage]]
     """Images of each prompt in the order of their tokens; none where a prompt has none."""
 
 
@@ -42,10 +42,9 @@ class ImageRoom(NamedTuple):
         """The images of prompts that have none; a prompt has room for `longest` tokens."""
         return empty_images(prompts, longest, self.windows, self.patch_numbers, self.layout)
 
-    def laid_out(self, images: Sequence[Sequence[PromptImage]], lengths: Int[np.ndarray, "B"], longest: int) -> Images:
+    def laid_out(self, images: Sequence[Sequence[PlacedImage]], lengths: Int[np.ndarray, "B"], longest: int) -> Images:
         """The images of prompts of these lengths in tokens, on the host."""
-        placed = [[PlacedImage(*image) for image in of_prompt] for of_prompt in images]
-        return lay_out(placed, lengths.tolist(), longest, self.windows, self.patch_numbers, self.layout)
+        return lay_out(images, lengths.tolist(), longest, self.windows, self.patch_numbers, self.layout)
 
 
 def image_room(vision: Vision | None, *parts: PromptDataset) -> ImageRoom | None:

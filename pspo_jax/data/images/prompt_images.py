@@ -8,21 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from pspo_jax.arrays.images import PlacedImage
 from pspo_jax.data.images.processor import ImageProcessor
 from pspo_jax.data.images.prompts import first_tokens
-
-
-class PromptImage(NamedTuple):
-    """One image of a prompt, as a batch places it."""
-
-    first_token: int
-    """Index, within the prompt, of the image's first token; its tokens are a run."""
-    rows: int
-    """Rows of patches."""
-    columns: int
-    """Columns of patches."""
-    patches: UInt8[np.ndarray, "n c"]
-    """Grey values of each patch by channel, row and column; patches are ordered as the image processor has them."""
 
 
 class PromptImages(NamedTuple):
@@ -41,7 +29,7 @@ class PromptImages(NamedTuple):
     image_id: int
     """Id of the token that stands for a unit of an image."""
 
-    def of(self, prompt: int, ids: Sequence[int]) -> list[PromptImage]:
+    def of(self, prompt: int, ids: Sequence[int]) -> list[PlacedImage]:
         """The images of a prompt.
 
         Args:
@@ -50,7 +38,7 @@ class PromptImages(NamedTuple):
         numbers = range(int(self.first[prompt]), int(self.first[prompt + 1]))
         grids = [(int(self.grids[i, 0]), int(self.grids[i, 1])) for i in numbers]
         places = first_tokens(ids, self.image_id, [self.processor.num_tokens(grid) for grid in grids])
-        return [PromptImage(place, *grid, self.read(i)) for i, grid, place in zip(numbers, grids, places, strict=True)]
+        return [PlacedImage(place, *grid, self.read(i)) for i, grid, place in zip(numbers, grids, places, strict=True)]
 
     def text(self, prompt: int, ids: Sequence[int], decode: Callable[[list[int]], str]) -> str:
         """The text of a prompt in which `[image 15x10]` stands for 15 columns and 10 rows of an image's tokens.
