@@ -105,11 +105,7 @@ def evaluate_checkpoints(
         ]
         if not isinstance(tokenizer, CharTokenizer):
             progress.say(tokenizer.stop_line())
-        for work in works:
-            if line := beyond_context(architecture, int(work.prompts.lengths.max()), longest):
-                progress.say(f"{work.name}: {line}")
-            if work.prompts.left_out:
-                progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
+        _say_what_does_not_fit(works, architecture, longest, progress)
         candidates = _candidates(args, steps, source, architecture, model, mesh)
         rows: dict[str, dict[str, tables.Summary]] = {}
         for candidate in candidates:
@@ -123,6 +119,15 @@ def evaluate_checkpoints(
         if not tables.can_draw():
             progress.say("curve.png is left out, as matplotlib is not installed: pip install 'pspo-jax[plot]'")
     return 0
+
+
+def _say_what_does_not_fit(works: list[Work], architecture: Architecture, longest: int, progress: Progress) -> None:
+    """Name the benchmarks whose prompts are too long for the model's context, and how many problems are left out."""
+    for work in works:
+        if line := beyond_context(architecture, int(work.prompts.lengths.max()), longest):
+            progress.say(f"{work.name}: {line}")
+        if work.prompts.left_out:
+            progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
 
 
 def _on_devices(config: Config, architecture: Architecture, devices: int) -> Config:

@@ -78,12 +78,7 @@ def evaluate(
             )
             completions = CompletionBatch(task.heldout, rows[own], tokens, lengths, ended, step=0, wants_reward=False)
             waits[name].append((rows[own], task.reward_fn(completions)))
-    verdicts: dict[str, Float[np.ndarray, "M 1"]] = {}
-    for name, of_name in waits.items():
-        scores = [wait() for _, wait in of_name]
-        for found in scores:
-            report(found)
-        verdicts[name] = np.concatenate([found.verdicts for found in scores])
+    verdicts = {name: _verdicts([wait for _, wait in of_name], report) for name, of_name in waits.items()}
     if control is not None:
         of_control = np.concatenate([rows for rows, _ in waits[OTHER_IMAGES]])
         verdicts[OTHER_IMAGES] = verdicts[OTHER_IMAGES][control.counted[of_control]]
@@ -91,6 +86,16 @@ def evaluate(
         name: np.concatenate([rows for rows, _ in of_name]) for name, of_name in waits.items() if name != OTHER_IMAGES
     }
     return _means(verdicts) | _means_by_label(verdicts, sampled_rows, task.heldout.labels)
+
+
+def _verdicts(
+    waits: Sequence[Callable[[], RewardResult]], report: Callable[[RewardResult], None]
+) -> Float[np.ndarray, "M 1"]:
+    """The verdicts of all batches once they are there, and each batch's rewards reported."""
+    scores = [wait() for wait in waits]
+    for found in scores:
+        report(found)
+    return np.concatenate([found.verdicts for found in scores])
 
 
 class _Control(NamedTuple):

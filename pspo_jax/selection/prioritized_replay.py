@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Int8, PyTree
 
 from pspo_jax.arrays.per_prompt import follow_rows
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
@@ -46,7 +46,10 @@ class RetestState(NamedTuple):
 
 
 def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, context: SelectorContext) -> Scorer:
-    """The top B prompts by omega, ties by the oldest visit, with retests."""
+    """The top B prompts by omega, ties by the oldest visit, with retests.
+
+    It is long because the functions of a scorer close over one tracker and one set of settings.
+    """
     by_last = config.estimate == "last"
     tracked = tracker(forgetting, "none" if by_last else shared_prior(config))
     follow_beliefs = tracked.follow
@@ -69,12 +72,8 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
             last_success = jnp.where(update.has_verdict, update.success, last_success)
         if beliefs is not None:
             beliefs, shared = tracked.learn(beliefs, shared, update)
-        new_pool = jnp.where(update.success >= 1, SOLVED, jnp.where(update.success <= 0, UNSOLVED, RANKED))
-        pool = jnp.where(update.has_verdict, new_pool, state.pool)
-        unchanged = (pool == state.pool) & update.has_verdict
-        wait = jnp.where(unchanged, jnp.minimum(2 * state.wait, MAX_WAIT), config.retest_every)
-        wait = jnp.where(update.has_verdict, wait, state.wait)
-        return RetestState(beliefs, last_success, pool.astype(jnp.int8), update.stats.now + wait, wait), shared
+        pool, wait = _next_retest(state, update, config.retest_every)
+        return RetestState(beliefs, last_success, pool, update.stats.now + wait, wait), shared
 
     def omega(state: RetestState, shared: PyTree, stats: PromptStats) -> Float[Array, "m"]:
         p = state.last_success
@@ -115,6 +114,17 @@ def prioritized_replay(config: SelectionConfig, forgetting: ForgettingConfig, co
         metrics=tracked.metrics,
         priority=priority,
     )
+
+
+def _next_retest(
+    state: RetestState, update: VisitUpdate, retest_every: int
+) -> tuple[Int8[Array, "m"], Int[Array, "m"]]:
+    """The pool of each visited prompt after its verdict, and the steps until its retest, doubled if it stays there."""
+    new_pool = jnp.where(update.success >= 1, SOLVED, jnp.where(update.success <= 0, UNSOLVED, RANKED))
+    pool = jnp.where(update.has_verdict, new_pool, state.pool)
+    unchanged = (pool == state.pool) & update.has_verdict
+    wait = jnp.where(unchanged, jnp.minimum(2 * state.wait, MAX_WAIT), retest_every)
+    return pool.astype(jnp.int8), jnp.where(update.has_verdict, wait, state.wait)
 
 
 def with_retests(config: SelectionConfig, pools: list[Ranked], step: Step, k: int, last_rollout_step: Step) -> Ranked:

@@ -46,7 +46,8 @@ class Launched:
         self.log.touch()
         stub = write_stub(folder / "python")
         self.process = subprocess.Popen(
-            ["bash", str(SCRIPTS / script), *words],
+            # A shell starts background jobs with SIGINT ignored, and what ignores it from the start cannot trap it.
+            ["env", "--default-signal=INT", "bash", str(SCRIPTS / script), *words],
             env=os.environ | {"PYTHON": str(stub), "STUB_LOG": str(self.log), "STUB_MODE": mode} | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
