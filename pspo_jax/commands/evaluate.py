@@ -22,7 +22,9 @@ from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.image_batches import image_room
+from pspo_jax.data.image_batches import BatchRoom, embedding_room, image_room
+from pspo_jax.data.loading import cache_folder
+from pspo_jax.data.task import PromptDataset
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
@@ -42,6 +44,7 @@ from pspo_jax.runs.home import home_of, shown
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole, writing
+from pspo_jax.training.image_table import fill
 from pspo_jax.training.machine_defaults import with_type
 from pspo_jax.training.setup import architecture_for, configure_runtime, device_bytes
 from pspo_jax.verifiers.workers.pool import Pool
@@ -186,8 +189,24 @@ def _work(
         settings=SamplingParams.of(config.rollout, stop_ids, temperature=args.temperature),
         key=jax.random.key(args.seed),
         mesh=mesh,
-        room=image_room(architecture.vision, prompts),
+        room=_room(config, architecture, prompts, mesh, progress),
     )
+
+
+def _room(
+    config: Config, architecture: Architecture, prompts: PromptDataset, mesh: Mesh, progress: Progress
+) -> Callable[[PyTree], BatchRoom | None]:
+    """`Work.room`: that of embeddings where the vision tower is frozen, so that candidates and runs share them."""
+    patches, model = image_room(architecture.vision, prompts), transformer(architecture)
+    width, dtype = architecture.width, architecture.compute_dtype
+    embeddings = embedding_room(None if model.trains_encoder else patches, width, dtype, prompts)
+    if embeddings is None:
+        return lambda weights: patches
+
+    def filled(weights: PyTree) -> BatchRoom | None:
+        return fill(embeddings, model, architecture, weights, mesh, [prompts], cache_folder(config.task), progress)
+
+    return filled
 
 
 def _candidates(

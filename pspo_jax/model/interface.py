@@ -86,7 +86,10 @@ class HiddenFn(Protocol):
 
 
 class EncodeImagesFn(Protocol):
-    """Runs the vision tower over the images of each prompt, up to one embedding for each unit."""
+    """Runs the vision tower over the images of each prompt, up to one embedding for each unit.
+
+    `ImageEmbeddings`, which batches hold where the tower does not train, are given back as they are.
+    """
 
     def __call__(self, params: PyTree, images: Images) -> Float[Array, "B U D"]: ...
 

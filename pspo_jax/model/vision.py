@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import ImageEmbeddings, Images, ImageWindows
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.architecture import Architecture, Rotary, Vision, plain_frequencies
 from pspo_jax.model.interface import MASKED, ImageTokens
@@ -40,11 +40,13 @@ Weights = dict[str, Array]
 def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Array, "B U E"]:
     """The built-in model's `EncodeImagesFn`; embeddings of units that no token stands for are arbitrary.
 
-    The backward pass computes each block again from its input.
+    The backward pass computes each block again from its input. Images that are embeddings already pass through.
 
     Args:
       params: the weights of `weights.table`.
     """
+    if isinstance(images, ImageEmbeddings):
+        return images.embeddings
     assert a.vision is not None
     v, dtype, params = a.vision, jnp.dtype(a.compute_dtype), params["vision"]
     b, windows, k = images.patches.shape[:3]
@@ -83,7 +85,7 @@ def image_tokens(embeddings: Float[Array, "B U E"], images: Images) -> ImageToke
     return ImageTokens(embeddings.reshape(b * units, width), index, images.positions)
 
 
-def places(v: Vision, images: Images) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S"]]:
+def places(v: Vision, images: ImageWindows) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S"]]:
     """Row and column of each patch in its image, and whether it is a patch of the image at all."""
     down, right = (jnp.asarray(x) for x in v.layout.offsets())
     row, column = images.corner[..., :1] + down, images.corner[..., 1:] + right

@@ -242,7 +242,7 @@ def _prompts_shape(setup: Setup, prompts: int) -> Prompts:
             tokens=jnp.zeros((prompts, length), jnp.int32),
             lengths=jnp.zeros(prompts, jnp.int32),
             loss_weight=jnp.zeros(prompts, jnp.float32),
-            images=None if setup.images is None else setup.images.empty(prompts, length),
+            images=None if setup.room is None else setup.room.empty(prompts, length),
         )
     )
     return _with_sharding(shapes, batch_sharding(setup.mesh))

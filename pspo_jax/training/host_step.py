@@ -324,7 +324,7 @@ def _sample_chunks(
     settings = processes.to_global(SamplingParams.of(config, setup.task.stop_ids), whole)
     chunks = []
     for place in slices:
-        chosen = gather(setup.task.train, rows[place], weights[place], setup.images)
+        chosen = gather(setup.task.train, rows[place], weights[place], setup.room)
         prompts = processes.to_global(chosen, batch_sharding(setup.mesh))
         first_row = np.int32((number * len(rows) + place.start) * config.group_size)
         chunks.append(
@@ -384,5 +384,5 @@ def heldout_scores(context: StepContext, state: TrainState) -> dict[str, float]:
             batch=config.rollout.prompts * config.rollout.group_size,
             place=lambda prompts: processes.to_global(prompts, rows),
             report=report,
-            room=setup.images,
+            room=setup.room,
         )

@@ -39,6 +39,7 @@ from pspo_jax.system.storage import Persist, StorageError, writing
 from pspo_jax.training.compile import Programs, compiling
 from pspo_jax.training.first_params import first_params
 from pspo_jax.training.host_step import StepContext, Values, buffer_to_device, heldout_scores, one_step
+from pspo_jax.training.image_table import with_embeddings
 from pspo_jax.training.resume import early_check, restore, save_content, source_fingerprint
 from pspo_jax.training.setup import Setup, place_state, prepare, started
 
@@ -206,6 +207,10 @@ def _train(
             state, totals = begun
             if int(state.step) == config.run.steps and _is_finished(run):
                 return _finished_before(run, state)
+            filled = with_embeddings(setup, state, progress, stop)
+            if filled is None:
+                return _stopped(run, state, int(state.step), {}) if checkpoints.steps() else nothing
+            run = run._replace(setup=filled)
             with totals.phase("compile"):
                 programs = compiled(progress)
         try:
@@ -467,14 +472,9 @@ def show_summary(config: Config, folder: Path, progress: Progress) -> None:
     summary = read_summary(folder)
     if summary is None:
         return
-    scores = summary["eval"]
-    labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
     resolved = resolve(config)
-    own = [
-        str(name)
-        for name in (resolved.selection.name, resolved.advantage.name, resolved.loss.surrogate)
-        if is_plugin(str(name))
-    ]
+    names = resolved.selection.name, resolved.advantage.name, resolved.loss.surrogate
+    own = [str(name) for name in names if is_plugin(str(name))]
     scores = summary["eval"]
     labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())

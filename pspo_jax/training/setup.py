@@ -23,7 +23,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.image_batches import ImageRoom, image_room
+from pspo_jax.data.image_batches import BatchRoom, EmbeddingRoom, ImageRoom, embedding_room, image_room
 from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
@@ -80,6 +80,13 @@ class Setup(NamedTuple):
     """The train state as ShapeDtypeStructs with shardings."""
     images: ImageRoom | None = None
     """Room for the images of a batch; None = neither training nor held-out prompts have any."""
+    embeddings: EmbeddingRoom | None = None
+    """Room for the embeddings that batches hold in place of patches; None = no images, or their tower trains."""
+
+    @property
+    def room(self) -> BatchRoom | None:
+        """Room for the images of a batch in the form that rollouts, updates and evaluations take."""
+        return self.embeddings or self.images
 
     @property
     def shardings(self) -> TrainState:
@@ -244,17 +251,22 @@ def _with_strategies(
         weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
         width = feature_width(model, weights)
         metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))
+    parts = task.train, task.heldout
+    frozen = None if model.trains_encoder else room
+    embeddings = embedding_room(frozen, architecture.width, architecture.compute_dtype, *parts)
     algorithm = build(config, names)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
+    made = config, task, algorithm, optimizer
     shapes = jax.eval_shape(
         lambda known: new_state(
-            config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known, room
+            *made, model.init(jax.random.key(0)), _frozen_init(architecture), known, embeddings or room
         ),
         metadata,
     )
     shardings = _state_shardings(mesh, model, optimizer, len(task.train.lengths), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract, room)
+    shaped = algorithm, optimizer, metadata, abstract
+    return Setup(config, mesh, task, source, architecture, model, *shaped, room, embeddings)
 
 
 def _language_model(
@@ -394,7 +406,7 @@ def new_state(
     params: PyTree,
     frozen: PyTree | None = None,
     metadata: PromptMetadata | None = None,
-    room: ImageRoom | None = None,
+    room: BatchRoom | None = None,
 ) -> TrainState:
     """The state before step 0; `room` is that for the images of a batch."""
     prompts = task.train.tokens
@@ -442,7 +454,7 @@ def place_state(
 
     def init(params: PyTree, known: PromptMetadata | None) -> SavedState:
         parts = setup.config, setup.task, setup.algorithm, setup.optimizer
-        return new_state(*parts, params, frozen, known, setup.images).to_save()
+        return new_state(*parts, params, frozen, known, setup.room).to_save()
 
     known = known_prompts(setup, merge_params(params, frozen), progress)
     jitted = jax.jit(init, donate_argnums=0, out_shardings=setup.shardings.to_save())

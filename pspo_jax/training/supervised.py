@@ -92,7 +92,7 @@ def _with_images(
     prompts, lengths = batch["prompts"], batch["prompt_lengths"]
     rows = zip(batch["images"].tolist(), prompts, lengths, strict=True)
     found = [images.of(row, ids[:n].tolist()) for row, ids, n in rows]
-    return batch | {"images": room.laid_out(found, lengths, prompts.shape[1])}
+    return {**batch, "images": room.laid_out(found, lengths, prompts.shape[1])}
 
 
 def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig | None = None) -> Demonstrations:

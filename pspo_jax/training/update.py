@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import Images, ImageWindows
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
@@ -254,10 +254,10 @@ def _through_encoder(model: Model, weights: WeightsFn, params: Params, images: I
     """
     of_params, of_embeddings = grads
     encode = model.encode_images
-    if images is None or of_embeddings is None or encode is None:
+    if not isinstance(images, ImageWindows) or of_embeddings is None or encode is None:
         return of_params
 
-    def add(total: Params, part: tuple[Images, Array]) -> tuple[Params, None]:
+    def add(total: Params, part: tuple[ImageWindows, Array]) -> tuple[Params, None]:
         images, of_embeddings = part
         embeddings, pull = jax.vjp(lambda p: encode(weights(p, 0), images), params)
         return _add(total, pull(of_embeddings.astype(embeddings.dtype))[0]), None
