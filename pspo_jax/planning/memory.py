@@ -35,6 +35,7 @@ from pspo_jax.distributed.devices import (
 )
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.losses.log_probs import chunk_columns
+from pspo_jax.planning import images
 from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
@@ -99,7 +100,8 @@ class Plan(NamedTuple):
     residents: dict[str, int]
     """Arrays that stay from step to step, by name."""
     details: dict[str, dict[str, float]]
-    """For each phase, the further arrays that it needs at the same moment, by name."""
+    """For each phase, and for moments at which the vision tower runs, such as "update, as the tower is
+    differentiated", the further arrays that it needs at the same moment, by name."""
     peaks: dict[str, Peak]
     """The peak of each phase, "rollout" and "update"."""
 
@@ -114,6 +116,8 @@ def show(config: Config, target: Target) -> int:
     console.print(_headline(verdicts, target.name), soft_wrap=True, markup=False)
     for line in notes:
         print(line)
+    if table := images.table_bytes(plan.setup):
+        print(f"images: the embeddings of {table[0]:,} images take {table[1] / _GIB:.2f} GiB on disk, in task.cache")
     console.print(_to_table(plan, target))
     for phase, (answer, need) in verdicts.items():
         console.print(f"{phase}: {answer} ({need})", markup=False)
@@ -205,10 +209,11 @@ def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str,
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
         compiled = {"rollout": _compiled(lowered["sample"]), "update": _compiled(lowered["step"])}
-    return {
-        name: Peak(total + sum(details[name].values()), beside[name] + size, reason)
-        for name, (size, reason) in compiled.items()
+    least = {
+        name: max(sum(parts.values()) for moment, parts in details.items() if moment.partition(",")[0] == name)
+        for name in compiled
     }
+    return {name: Peak(total + least[name], beside[name] + size, reason) for name, (size, reason) in compiled.items()}
 
 
 def _compiled(program: Lowered) -> tuple[float, str]:
@@ -271,7 +276,17 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
         if on_host
         else {}
     )
-    return {"rollout": _rollout_details(setup), "update": _update_details(setup) | stored}
+    prompts = round_prompts(c) // c.rollout.chunks
+    held = images.of_batch(setup, prompts), images.of_batch(setup, c.rollout.prompts)
+    of_update = _update_details(setup)
+    found = {"rollout": _rollout_details(setup) | held[0], "update": of_update | held[1] | stored}
+    if tower := images.of_tower_in_rollout(setup):
+        found["rollout, as the tower runs"] = tower | held[0]
+    if tower := images.of_tower_in_update(setup):
+        found["update, as the tower is differentiated"] = (
+            {"gradients": _gradients(setup)} | images.embeddings_in_update(setup) | tower | held[1] | stored
+        )
+    return found
 
 
 def _rollout_details(setup: Setup) -> dict[str, float]:
@@ -284,7 +299,7 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
     rows = min(rows, c.rollout.slots or rows)
     # The last token of a completion needs no place in the cache.
     cached = prompts * setup.task.train.tokens.shape[1] + rows * (new - 1)
-    decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
+    decoded = sum(x.size for x in _decoded(setup.abstract.weights)) * width / tensor
     if a.split_decode:
         split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
         decoded -= split * width / tensor * (1 - 1 / mesh["fsdp"])
@@ -293,15 +308,18 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
         "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
         "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
         "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
-    } | _patches(setup, prompts)
+    }
 
 
-def _patches(setup: Setup, prompts: int) -> dict[str, float]:
-    """Bytes per device of the images of so many prompts; none if the data has no images."""
-    if setup.images is None:
-        return {}
-    of_prompt = setup.images.windows * setup.images.layout.patches * setup.images.patch_numbers
-    return {"patches of images": prompts * of_prompt / size_along(setup.mesh.shape, ROWS)}
+def _gradients(setup: Setup) -> float:
+    """Bytes per device of the float32 gradient of all weights that train."""
+    return float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(setup.abstract.params)))
+
+
+def _decoded(weights: PyTree) -> list[jax.ShapeDtypeStruct]:
+    """The weights that decoding reads: all but the vision tower's."""
+    found = jax.tree_util.tree_leaves_with_path(weights)
+    return [x for path, x in found if jax.tree_util.DictKey("vision") not in path]
 
 
 def _update_details(setup: Setup) -> dict[str, float]:
@@ -325,11 +343,9 @@ def _update_details(setup: Setup) -> dict[str, float]:
     columns = chunk_columns(at_once, predictions, a.vocab_size, c.loss.logits_mib, packed)
     # Chunks are of equal size, which may be less than the config allows.
     chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
-    trained = jax.tree.leaves(setup.abstract.params)
-    gradients = float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in trained))
     return {
         # The gradients of a single microbatch are made as its activations are freed.
-        "gradients": gradients if packed or at_once < rows else 0.0,
+        "gradients": _gradients(setup) if packed or at_once < rows else 0.0,
         f"activations kept (model.remat {a.remat})": a.layers * tokens * width * kept,
         "a block's activations, or a chunk of logits": max(tokens * width * again, chunk),
-    } | _patches(setup, c.rollout.prompts)
+    } | images.embeddings_in_update(setup)

@@ -18,7 +18,7 @@ from pspo_jax.distributed.mesh import microbatch_size
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
-_PROMPTS_ENCODED_AT_A_TIME = 8
+PROMPTS_ENCODED_AT_A_TIME = 8
 """Largest number of prompts whose images are encoded at a time, unless more devices share them."""
 RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
 
@@ -99,6 +99,6 @@ def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array
 def split_images(images: ImageWindows) -> ImageWindows:
     """Images in parts of equal size, [B, ...] -> [parts, B / parts, ...], that are encoded one after another."""
     b = images.delta.shape[0]
-    parts = b // microbatch_size(b, _PROMPTS_ENCODED_AT_A_TIME)
+    parts = b // microbatch_size(b, PROMPTS_ENCODED_AT_A_TIME)
     found: ImageWindows = jax.tree.map(lambda x: split_microbatches(x, parts), images)
     return found

@@ -129,7 +129,7 @@ def in_one_stage(made):
     ],
 )
 def test_the_gradient_in_two_stages_is_that_in_one(made, in_one_stage, fields, monkeypatch):
-    monkeypatch.setattr("pspo_jax.training.splitting._PROMPTS_ENCODED_AT_A_TIME", 2)
+    monkeypatch.setattr("pspo_jax.training.splitting.PROMPTS_ENCODED_AT_A_TIME", 2)
     model, _, weights, config, rollouts, rows = made
     images, total, c = rollouts.prompts.images, denominators(rows), replace(config, fields)
     found = jax.jit(lambda w, images: loss_gradient(model, lambda w, _: w, w, rows, ONE, c, total, images=images)[0])(
