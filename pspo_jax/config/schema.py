@@ -137,8 +137,7 @@ class TaskConfig:
     """Whether a run may resume on changed data; per-prompt state then follows each prompt by its content.
     --allow-data-change is the same. config.yaml does not keep this field."""
     cache: str | None = None
-    """Folder that caches tokenised prompts, patches of images, and their embeddings by frozen towers; None =
-    ~/.cache/pspo_jax/data."""
+    """Folder of tokenised prompts, and of patches and embeddings of images; None = ~/.cache/pspo_jax/data."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,7 @@ class ModelConfig:
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
     tokens or more, the first kernel that passes a check at the start; else XLA."""
     vision: Literal["frozen", "trained"] = "frozen"
-    """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does. A frozen
-    tower encodes each image once, before the first step."""
+    """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does."""
 
     def shape_fields(self) -> list[str]:
         """Names of the fields that a checkpoint decides."""

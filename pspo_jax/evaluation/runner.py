@@ -135,9 +135,8 @@ def run_benchmark(
             write(waiting)
             raise StoppedError
         rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
-        prompts = processes.to_global(
-            gather(work.prompts, rows, np.ones(work.batch, np.float32), room), batch_sharding(work.mesh)
-        )
+        batch = gather(work.prompts, rows, np.ones(work.batch, np.float32), room)
+        prompts = processes.to_global(batch, batch_sharding(work.mesh))
         rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
         write(waiting)  # its verification has gone on while this batch is sampled
         tokens, lengths, ended = processes.to_host((rollouts.tokens, rollouts.lengths, rollouts.ended))
