@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from pspo_jax.arrays.images import ImageEmbeddings, Images, ImageWindows
 from pspo_jax.arrays.rows import Rows
-from pspo_jax.distributed.mesh import microbatch_size
+from pspo_jax.distributed.mesh import ROWS, constrain, microbatch_size
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
@@ -91,14 +91,16 @@ def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array
     if isinstance(images, ImageEmbeddings):
         if model.trains_encoder:
             raise ValueError("the batch holds embeddings of images, and this model's encoder trains; give it patches")
-        return images.embeddings
+        return constrain(images.embeddings, None, None, "embed")
     parts = split_images(images)
-    return merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    found = merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    # Rows of any device may need them: they are moved once, to the layout in which tokens are embedded.
+    return constrain(found, None, None, "embed")
 
 
 def split_images(images: ImageWindows) -> ImageWindows:
     """Images in parts of equal size, [B, ...] -> [parts, B / parts, ...], that are encoded one after another."""
     b = images.delta.shape[0]
-    parts = b // microbatch_size(b, PROMPTS_ENCODED_AT_A_TIME)
+    parts = b // microbatch_size(b, PROMPTS_ENCODED_AT_A_TIME, ROWS)
     found: ImageWindows = jax.tree.map(lambda x: split_microbatches(x, parts), images)
     return found
