@@ -13,7 +13,7 @@ from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.images.prompt_images import PromptImages
 from pspo_jax.data.loading import NO_IMAGES
-from pspo_jax.data.task import PromptDataset
+from pspo_jax.data.task import Demonstrations, PromptDataset
 from pspo_jax.model.architecture import Vision
 
 
@@ -47,7 +47,7 @@ class ImageRoom(NamedTuple):
         return lay_out(images, lengths.tolist(), longest, self.windows, self.patch_numbers, self.layout)
 
 
-def image_room(vision: Vision | None, *parts: PromptDataset) -> ImageRoom | None:
+def image_room(vision: Vision | None, *parts: PromptDataset | Demonstrations) -> ImageRoom | None:
     """Room for the images of the prompt of these data sets that has most windows; None if no prompt has images.
 
     Args:
@@ -93,6 +93,12 @@ def image_batch(prompts: PromptDataset, rows: Int[np.ndarray, "B"]) -> ImageBatc
     of = prompts.images.of
     found = [of(int(row), ids[:n].tolist()) for row, ids, n in zip(rows, tokens, lengths, strict=True)]
     return ImageBatch(tokens, lengths, found)
+
+
+def laid_out_images(prompts: PromptDataset, rows: Int[np.ndarray, "B"], room: ImageRoom) -> Images:
+    """The images of these rows as arrays on the host."""
+    batch = image_batch(prompts, rows)
+    return room.laid_out(batch.images, batch.lengths, batch.tokens.shape[1])
 
 
 def gather(

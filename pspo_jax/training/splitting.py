@@ -80,6 +80,8 @@ def images_of_batch(groups: Groups, added: Groups | None) -> Images | None:
 def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array, "B U D"] | None:
     """What the model makes of the images, some prompts at a time; None = there are none.
 
+    A gradient through it encodes them again, some prompts at a time too.
+
     Raises:
       ValueError: the model reads text alone.
     """
@@ -89,7 +91,7 @@ def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array
     if encode is None:
         raise ValueError("the prompts have images, and this model has no `encode_images`; choose one that reads them")
     parts = split_images(images)
-    return merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    return merge_microbatches(jax.lax.map(jax.checkpoint(lambda part: encode(weights, part)), parts))
 
 
 def split_images(images: Images) -> Images:

@@ -7,15 +7,25 @@ import subprocess
 import sys
 
 import datasets
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
+from pspo_jax.model.vision import image_tokens
 from tests.data.made_images import picture
-from tests.data.visual_tokenizer import write_visual
-from tests.model.visual_checkpoints import transformers, write_visual_checkpoint
-from tests.runs.processes import metrics
+from tests.model.test_pretrained import load
+from tests.model.visual_checkpoints import (
+    RELEASED_VOCABULARY,
+    torch_logits,
+    transformers,
+    write_visual_checkpoint,
+    write_visual_policy,
+)
+from tests.pictures import picture as picture_of
+from tests.pictures import prompts_of
+from tests.runs.processes import lines_of, metrics, params, wait_for_step
 
 PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
@@ -109,11 +119,7 @@ def write_problems(path, count):
 )
 def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, more):
     source = tmp_path / "source"
-    tower = {"depth": 2, "patch_size": 14, "window_size": 56}
-    text = {"num_hidden_layers": 2, "vocab_size": 4224, "bos_token_id": None, "eos_token_id": 4098}
-    ids = (4108, 4109, 4105, 4106)
-    write_visual(source)
-    write_visual_checkpoint(source, "qwen2_5_vl", text=text, tower=tower, ids=ids)
+    write_visual_policy(source)
     write_problems(tmp_path / "problems.parquet", 24)
     (tmp_path / "own_rewards.py").write_text(
         "def some_letter(completion, **columns):\n"
@@ -171,3 +177,102 @@ def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, mo
     data, out = f"held={tmp_path / 'problems.parquet'}", tmp_path / "evaluated"
     call("pspo_jax.evaluate", "--run", tmp_path / "run", "--benchmarks", "held", "--data", data, "--out", out)
     assert len((out / "step_3" / "held.jsonl").read_text().splitlines()) == 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("algorithm", "vision"), [("pspo", "frozen"), ("popo", "trained"), ("popo", "frozen"), ("pspo", "trained")]
+)
+def test_the_released_ids_are_killed_resumed_and_exported(tmp_path, child_env, capfd, algorithm, vision):
+    """32 problems in Geometry3k's columns, the vocabulary of Qwen2.5-VL-3B, and an export that transformers loads."""
+    source = tmp_path / "source"
+    write_visual_policy(source, RELEASED_VOCABULARY)
+    write_problems(tmp_path / "problems.parquet", 32)
+    (tmp_path / "own_rewards.py").write_text(
+        "def some_letter(completion, **columns):\n    return float(len(completion) % 2)\n"
+    )
+    fields = {
+        "run.steps": 3,
+        "run.fingerprint": True,
+        "algorithm.name": algorithm,
+        "task.name": "math",
+        "task.train_data": tmp_path / "problems.parquet",
+        "task.heldout_prompts": 4,
+        "task.train_prompts": 0,
+        "task.cache": tmp_path / "cache",
+        "prompt.max_tokens": 256,
+        "prompt.question": "geo3k",
+        "model.source": source,
+        "model.vision": vision,
+        "model.compute_dtype": "float32",
+        "reward.terms": "geo3k=1, own_rewards:some_letter=0.5",
+        "selection.success": "reward",
+        "verifier.workers": 1,
+        "rollout.prompts": 8,
+        "rollout.group_size": 4,
+        "rollout.max_new_tokens": 8,
+        "optimizer.learning_rate": 1e-3,
+        "eval.every": 0,
+        "checkpoint.every": 1,
+        "log.report": False,
+        "log.tensorboard": False,
+    }
+    if algorithm == "popo":
+        fields["replay.effective"] = "rewards"
+    words = [str(w) for k, v in fields.items() for w in (f"--{k}", v)]
+
+    def begin(module, *words):
+        line = [sys.executable, "-m", module, *map(str, words)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(line, env=child_env, cwd=tmp_path, text=True, **pipes)
+
+    def call(module, *words):
+        process = begin(module, *words)
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, out
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    call("pspo_jax.train", "--run.dir", whole, *words)
+    process = begin("pspo_jax.train", "--run.dir", killed, *words)
+    assert wait_for_step(process, killed, at_least=1)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert lines_of(killed) < 4
+    call("pspo_jax.train", "--run.dir", killed, *words)
+    assert metrics(killed) == metrics(whole)
+    assert all(line["skipped_updates"] == 0 for line in metrics(whole)[1:]) and metrics(whole)[-1]["updates"] >= 3
+    jax.tree.map(np.testing.assert_array_equal, params(killed), params(whole))
+
+    out = tmp_path / "out"
+    call("pspo_jax.export", "--run", whole, "--out", out)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed
+    assert any(name.startswith("visual.") for name in changed) == (vision == "trained")
+    loads_with_equal_logits(out, params(whole)["params"], capfd)
+
+
+def loads_with_equal_logits(folder, trained, capfd):
+    """transformers loads an export without a warning, and has the logits of the run's own weights."""
+    capfd.readouterr()
+    other, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    said = "".join(capfd.readouterr()).lower()
+    assert "missing" not in said and "newly initialized" not in said and "not used" not in said, said
+    model, weights, source = load(folder)
+    for name, tree in trained.items():
+        jax.tree.map(np.testing.assert_array_equal, weights[name], tree)
+    v, rng = source.architecture.vision, np.random.default_rng(0)
+    ids = RELEASED_VOCABULARY.images
+    parts = [[5, picture_of(v, rng, 8, 6), 9], [picture_of(v, rng, 4, 10), 3]]
+    batch = prompts_of(v, rng, parts, ids=ids)
+    embeddings = model.encode_images(weights, batch.images)
+    hidden = model.hidden(weights, batch.prompts.tokens, images=image_tokens(embeddings, batch.images))
+    found = model.logits(weights, hidden)
+    kept = np.setdiff1d(np.arange(RELEASED_VOCABULARY.rows), source.architecture.forbidden)
+    for i, right in enumerate(torch_logits(other.eval().float(), v, batch, ids[0])):
+        np.testing.assert_allclose(found[i, : len(right)][:, kept], right[:, kept], atol=1e-4, rtol=1e-4)
