@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import datasets
 import jax
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file
 
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.model.vision import image_tokens
-from tests.data.made_images import picture
+from tests.data.made_images import write_problems, write_splits
 from tests.model.test_pretrained import load
 from tests.model.visual_checkpoints import (
     RELEASED_VOCABULARY,
@@ -93,20 +92,6 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def write_problems(path, count):
-    """Problems with drawn images, in the columns of Geometry3k: two images of each size, to be exchanged."""
-    images = [
-        {"bytes": picture(60 + 14 * (i // 2 % 5), 150 - 17 * (i // 2 % 4), i), "path": None} for i in range(count)
-    ]
-    rows = [
-        {"images": [image], "problem": f"<image>Find x{i % 3}.", "answer": str(i % 7)} for i, image in enumerate(images)
-    ]
-    table = datasets.Dataset.from_list(rows)
-    features = table.features.copy()
-    features["images"] = datasets.List(datasets.Image())
-    table.cast(features).to_parquet(str(path))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "more"),
@@ -120,7 +105,7 @@ def write_problems(path, count):
 def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, more):
     source = tmp_path / "source"
     write_visual_policy(source)
-    write_problems(tmp_path / "problems.parquet", 24)
+    data = write_splits(tmp_path / "problems", 20, 2, 4)
     (tmp_path / "own_rewards.py").write_text(
         "def some_letter(completion, **columns):\n"
         "    assert 'images' not in columns\n"
@@ -131,7 +116,9 @@ def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, mo
         "run.steps": 3,
         "algorithm.name": algorithm,
         "task.name": "math",
-        "task.train_data": tmp_path / "problems.parquet",
+        "task.train_data": data,
+        "task.heldout_data": data,
+        "task.heldout_split": "test",
         "task.heldout_prompts": 4,
         "task.train_prompts": 0,
         "task.cache": tmp_path / "cache",
@@ -174,9 +161,13 @@ def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, mo
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and any(name.startswith("visual.") for name in changed) == (more.get("model.vision") == "trained")
-    data, out = f"held={tmp_path / 'problems.parquet'}", tmp_path / "evaluated"
-    call("pspo_jax.evaluate", "--run", tmp_path / "run", "--benchmarks", "held", "--data", data, "--out", out)
-    assert len((out / "step_3" / "held.jsonl").read_text().splitlines()) == 25
+    for more, name, problems in ((), "heldout", 4), (("--benchmarks", "train", "--data", f"train={data}"), "train", 4):
+        out = tmp_path / f"evaluated_{name}"
+        words = ("--samples", 16, "--temperature", 0.6, "--top-p", 1, "--steps", "latest", "--out", out)
+        call("pspo_jax.evaluate", "--run", tmp_path / "run", *more, *words)
+        lines = [json.loads(line) for line in (out / "step_3" / f"{name}.jsonl").read_text().splitlines()[1:]]
+        assert len(lines) == problems and all(len(line["right"]) == 16 for line in lines)
+        assert "avg@16" in (out / "table.md").read_text()
 
 
 @pytest.mark.slow
