@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.model.vision import image_tokens
-from tests.data.made_images import write_problems, write_splits
+from tests.data.made_images import picture, write_problems, write_splits
 from tests.model.test_pretrained import load
 from tests.model.visual_checkpoints import (
     RELEASED_VOCABULARY,
@@ -92,6 +92,42 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+REWARD = """
+def some_letter(completion, **columns):
+    assert "images" not in columns
+    return float(len(completion) % 2)
+"""
+FIELDS = {
+    "run.steps": 3,
+    "task.name": "math",
+    "task.heldout_prompts": 4,
+    "task.train_prompts": 0,
+    "task.cache": "cache",
+    "prompt.max_tokens": 256,
+    "prompt.question": "geo3k",
+    "model.source": "source",
+    "model.compute_dtype": "float32",
+    "reward.terms": "geo3k=1, own_rewards:some_letter=0.5",
+    "selection.success": "reward",
+    "verifier.workers": 1,
+    "rollout.prompts": 8,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 6,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.learning_rate": 1e-3,
+    "eval.every": 0,
+    "checkpoint.every": 1,
+    "log.tensorboard": False,
+}
+"""Fields of a short run, in a folder that holds a checkpoint and a reward that varies."""
+
+
+def flags(fields):
+    if fields["algorithm.name"] == "popo":
+        fields = fields | {"replay.effective": "rewards"}
+    return [str(word) for k, v in (FIELDS | fields).items() for word in (f"--{k}", v)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "more"),
@@ -100,74 +136,70 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
         ("popo", {"model.vision": "frozen", "rollout.chunks": 2, "loss.minibatches": 2}),
         ("popo", {"model.vision": "trained", "loss.packing": True}),
         ("pspo", {"lora.rank": 4}),
+        ("learnability_replay", {"sft.steps": 4, "sft.batch": 4, "sft.warmup": 0, "sft.data": "demonstrations.jsonl"}),
     ],
 )
 def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, more):
     source = tmp_path / "source"
     write_visual_policy(source)
-    data = write_splits(tmp_path / "problems", 20, 2, 4)
-    (tmp_path / "own_rewards.py").write_text(
-        "def some_letter(completion, **columns):\n"
-        "    assert 'images' not in columns\n"
-        "    return float(len(completion) % 2)\n"
-    )
+    write_splits(tmp_path / "problems", 20, 2, 4)
+    with (tmp_path / "demonstrations.jsonl").open("w") as file:
+        for i in range(8):
+            (tmp_path / f"{i}.png").write_bytes(picture(60 + 14 * (i % 5), 150, 100 + i))
+            file.write(json.dumps({"prompt": "<image>Find x.", "completion": str(i), "images": [f"{i}.png"]}) + "\n")
+    (tmp_path / "own_rewards.py").write_text(REWARD)
     fields = {
-        "run.dir": tmp_path / "run",
-        "run.steps": 3,
+        "run.dir": "run",
         "algorithm.name": algorithm,
-        "task.name": "math",
-        "task.train_data": data,
-        "task.heldout_data": data,
+        "task.train_data": "./problems",
+        "task.heldout_data": "./problems",
         "task.heldout_split": "test",
-        "task.heldout_prompts": 4,
-        "task.train_prompts": 0,
-        "task.cache": tmp_path / "cache",
-        "prompt.max_tokens": 256,
-        "prompt.question": "geo3k",
-        "model.source": source,
-        "model.compute_dtype": "float32",
-        "reward.terms": "accuracy=1, own_rewards:some_letter=0.5",
-        "selection.success": "reward",
-        "replay.effective": "rewards",
-        "verifier.workers": 1,
-        "rollout.prompts": 8,
-        "rollout.group_size": 4,
-        "rollout.max_new_tokens": 6,
-        "optimizer.weight_decay": 0.0,
-        "optimizer.learning_rate": 1e-3,
-        "eval.every": 0,
         "eval.other_images": True,
-        "checkpoint.every": 1,
-        "log.tensorboard": False,
         **more,
     }
-    if algorithm == "pspo":
-        del fields["replay.effective"]
-    words = [str(w) for k, v in fields.items() for w in (f"--{k}", v)]
 
     def call(module, *words):
         line = [sys.executable, "-m", module, *map(str, words)]
         done = subprocess.run(line, env=child_env, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    call("pspo_jax.train", *words)
+    call("pspo_jax.train", *flags(fields))
+    assert (tmp_path / "run" / "cold_start").exists() == ("sft.steps" in more)
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[-1]["eval/greedy_other_images"] is not None
     assert all(line["skipped_updates"] == 0 for line in lines[1:]) and lines[-1]["updates"] >= 3
     # The policy that samples and the one that trains agree on prompts with images.
     gaps = [line["sampling/sampling_logp_difference/max"] for line in lines[1:]]
     assert max(gap for gap in gaps if gap is not None) < 1e-3
-    call("pspo_jax.export", "--run", tmp_path / "run", "--out", tmp_path / "out")
+    call("pspo_jax.export", "--run", "run", "--out", tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and any(name.startswith("visual.") for name in changed) == (more.get("model.vision") == "trained")
-    for more, name, problems in ((), "heldout", 4), (("--benchmarks", "train", "--data", f"train={data}"), "train", 4):
+    if "lora.rank" in more:
+        call("pspo_jax.export", "--run", "run", "--out", tmp_path / "adapter", "--adapter-only")
+        peft_merges_the_same(tmp_path / "adapter", source, after)
+    for data, name in (
+        ((), "heldout"),
+        (("--benchmarks", "geometry3k", "--data", "geometry3k=./problems"), "geometry3k"),
+    ):
         out = tmp_path / f"evaluated_{name}"
         words = ("--samples", 16, "--temperature", 0.6, "--top-p", 1, "--steps", "latest", "--out", out)
-        call("pspo_jax.evaluate", "--run", tmp_path / "run", *more, *words)
+        call("pspo_jax.evaluate", "--run", "run", *data, *words)
         lines = [json.loads(line) for line in (out / "step_3" / f"{name}.jsonl").read_text().splitlines()[1:]]
-        assert len(lines) == problems and all(len(line["right"]) == 16 for line in lines)
+        assert len(lines) == 4 and all(len(line["right"]) == 16 for line in lines)
         assert "avg@16" in (out / "table.md").read_text()
+
+
+def peft_merges_the_same(adapter, source, merged):
+    """PEFT loads the exported adapter over its base, leaves the tower alone, and merges to the exported weights."""
+    peft = pytest.importorskip("peft", reason="peft is a test dependency; install '.[test]'")
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(source)
+    other = peft.PeftModel.from_pretrained(plain, adapter)
+    found = {name: x for name, x in other.named_parameters() if "lora_" in name}
+    assert found and not any("visual" in name for name in found)
+    assert all(x.detach().abs().max() > 0 for x in found.values())
+    for name, x in other.merge_and_unload().model.language_model.named_parameters():
+        np.testing.assert_allclose(merged[f"model.{name}"], x.detach().numpy(), atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -180,38 +212,14 @@ def test_the_released_ids_are_killed_resumed_and_exported(tmp_path, child_env, c
     source = tmp_path / "source"
     write_visual_policy(source, RELEASED_VOCABULARY)
     write_problems(tmp_path / "problems.parquet", 32)
-    (tmp_path / "own_rewards.py").write_text(
-        "def some_letter(completion, **columns):\n    return float(len(completion) % 2)\n"
-    )
+    (tmp_path / "own_rewards.py").write_text(REWARD)
     fields = {
-        "run.steps": 3,
         "run.fingerprint": True,
         "algorithm.name": algorithm,
-        "task.name": "math",
-        "task.train_data": tmp_path / "problems.parquet",
-        "task.heldout_prompts": 4,
-        "task.train_prompts": 0,
-        "task.cache": tmp_path / "cache",
-        "prompt.max_tokens": 256,
-        "prompt.question": "geo3k",
-        "model.source": source,
+        "task.train_data": "problems.parquet",
         "model.vision": vision,
-        "model.compute_dtype": "float32",
-        "reward.terms": "geo3k=1, own_rewards:some_letter=0.5",
-        "selection.success": "reward",
-        "verifier.workers": 1,
-        "rollout.prompts": 8,
-        "rollout.group_size": 4,
-        "rollout.max_new_tokens": 8,
-        "optimizer.learning_rate": 1e-3,
-        "eval.every": 0,
-        "checkpoint.every": 1,
         "log.report": False,
-        "log.tensorboard": False,
     }
-    if algorithm == "popo":
-        fields["replay.effective"] = "rewards"
-    words = [str(w) for k, v in fields.items() for w in (f"--{k}", v)]
 
     def begin(module, *words):
         line = [sys.executable, "-m", module, *map(str, words)]
@@ -224,14 +232,14 @@ def test_the_released_ids_are_killed_resumed_and_exported(tmp_path, child_env, c
         assert process.returncode == 0, out
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    call("pspo_jax.train", "--run.dir", whole, *words)
-    process = begin("pspo_jax.train", "--run.dir", killed, *words)
+    call("pspo_jax.train", "--run.dir", whole, *flags(fields))
+    process = begin("pspo_jax.train", "--run.dir", killed, *flags(fields))
     assert wait_for_step(process, killed, at_least=1)
     process.kill()
     process.wait()
     process.stdout.close()
     assert lines_of(killed) < 4
-    call("pspo_jax.train", "--run.dir", killed, *words)
+    call("pspo_jax.train", "--run.dir", killed, *flags(fields))
     assert metrics(killed) == metrics(whole)
     assert all(line["skipped_updates"] == 0 for line in metrics(whole)[1:]) and metrics(whole)[-1]["updates"] >= 3
     jax.tree.map(np.testing.assert_array_equal, params(killed), params(whole))
