@@ -39,6 +39,11 @@ def picture(height: int, width: int, seed: int = 0) -> bytes:
     return encoded(noise("RGB", height, width, seed))
 
 
+def problem_picture(number: int) -> bytes:
+    """The image of a problem of `write_problems`; two problems each have images of one size."""
+    return picture(60 + 14 * (number // 2 % 5), 150 - 17 * (number // 2 % 4), number)
+
+
 def write_problems(path: Path, count: int, first: int = 0) -> str:
     """A parquet file of problems with images in the columns of Geometry3k; returns its name.
 
@@ -49,8 +54,7 @@ def write_problems(path: Path, count: int, first: int = 0) -> str:
     """
     rows = []
     for i in range(first, first + count):
-        data = picture(60 + 14 * (i // 2 % 5), 150 - 17 * (i // 2 % 4), i)
-        image = {"bytes": data, "path": None}
+        image = {"bytes": problem_picture(i), "path": None}
         rows.append({"images": [image], "problem": f"<image>Find x{i % 3}.", "answer": str(i % 7)})
     table = datasets.Dataset.from_list(rows)
     features = table.features.copy()

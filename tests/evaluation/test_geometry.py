@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.data.text import benchmark_prompts
+from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.evaluate import main as evaluate
+from pspo_jax.evaluation.benchmarks import benchmark_source
 from tests.conftest import DATA
-from tests.data.made_images import write_splits
+from tests.data.made_images import problem_picture, write_splits
+from tests.helpers import tiny_config
 from tests.model.checkpoints import VOCABULARIES
 from tests.model.visual_checkpoints import write_visual_policy
 
@@ -29,6 +34,16 @@ def words(source, data, out, *more):
     return [str(word) for word in fields]
 
 
+def test_problems_are_those_of_the_test_split_with_their_images(made, tmp_path):
+    source, data = made
+    config = tiny_config(task__name="math", model__source=str(source), task__cache=str(tmp_path / "cache"))
+    tokenizer = load_tokenizer(config, source, None)
+    prompts = benchmark_prompts(benchmark_source("geometry3k", data, config), config, tokenizer, None, 0)
+    assert list(prompts.answers) == [str(i % 7) for i in range(5, 10)] and list(prompts.images.first) == [*range(6)]
+    assert prompts.images.keys == [hashlib.sha256(problem_picture(i)).hexdigest() for i in range(5, 10)]
+
+
+@pytest.mark.slow
 def test_sixteen_samples_of_each_problem_of_the_test_split(made, tmp_path):
     source, data = made
     assert evaluate(words(source, data, tmp_path / "out")) == 0
@@ -38,7 +53,8 @@ def test_sixteen_samples_of_each_problem_of_the_test_split(made, tmp_path):
     assert all("[image " in line["prompt"] and "You FIRST think" in line["prompt"] for line in lines)
     assert len({str(line["completions"]) for line in lines}) == 5
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| checkpoint | geometry3k |" in table and "avg@16" in table and "pass@16" in table
+    assert "| checkpoint | geometry3k |" in table and "Problems: 5; n, samples of each: 16." in table
+    assert "pass@16" in table
 
 
 def test_a_model_of_text_is_refused_by_name(made, tmp_path):

@@ -187,7 +187,7 @@ def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, mo
         call("pspo_jax.evaluate", "--run", "run", *data, *words)
         lines = [json.loads(line) for line in (out / "step_3" / f"{name}.jsonl").read_text().splitlines()[1:]]
         assert len(lines) == 4 and all(len(line["right"]) == 16 for line in lines)
-        assert "avg@16" in (out / "table.md").read_text()
+        assert "Problems: 4; n, samples of each: 16." in (out / "table.md").read_text()
 
 
 def peft_merges_the_same(adapter, source, merged):
