@@ -17,7 +17,7 @@ from tests.model.visual_checkpoints import torch, torch_inputs, write_visual_che
 from tests.pictures import picture, prompts_of
 from tests.runs.processes import finish, lines_of, metrics, params, start, wait_for_step
 
-N, BATCH = 7, 4
+N = 7
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def made(tmp_path_factory):
 
 
 def features(model, weights, batch, mesh=None):
-    """The features of the prompts, with the images of `batch.images`."""
+    """The features of the prompts, with the images of `batch.images`; devices share eight prompts at a time."""
     tokens, lengths = np.asarray(batch.prompts.tokens), np.asarray(batch.prompts.lengths)
 
     def read(rows):
         return jax.tree.map(lambda x: x[rows], batch.images)
 
-    return prompt_features(model, weights, tokens, lengths, BATCH, seed=0, mesh=mesh, images=read)
+    return prompt_features(model, weights, tokens, lengths, 8 if mesh else 4, seed=0, mesh=mesh, images=read)
 
 
 def test_features_are_the_hidden_states_of_transformers(made):
@@ -69,14 +69,14 @@ def test_another_image_gives_other_features_and_the_text_alone_yet_others(made):
     other = features(model, weights, batch._replace(images=dataclasses.replace(batch.images, patches=patches)))
     assert np.abs(found[0] - other[0]).max() > 0.05
     tokens, lengths = np.asarray(batch.prompts.tokens), np.asarray(batch.prompts.lengths)
-    of_text = prompt_features(model, weights, tokens, lengths, BATCH, seed=0)
+    of_text = prompt_features(model, weights, tokens, lengths, 4, seed=0)
     assert np.abs(found - of_text).max() > 0.1
 
 
 @pytest.mark.slow
 def test_devices_share_the_prompts(made):
     _, model, weights, _, batch = made
-    mesh = make_mesh(tiny_config(rollout__prompts=BATCH, mesh__data=2, mesh__fsdp=2, mesh__context=2))
+    mesh = make_mesh(tiny_config(rollout__prompts=8, mesh__data=2, mesh__fsdp=2, mesh__context=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(weights, params_shardings(mesh, weights, model.axes))
         spread = features(model, placed, batch, mesh)
