@@ -61,16 +61,13 @@ def test_features_are_the_hidden_states_of_transformers(made):
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
-def test_another_image_gives_other_features_and_the_text_alone_yet_others(made):
+def test_another_image_gives_other_features(made):
     _, model, weights, _, batch = made
     found = features(model, weights, batch)
     patches = batch.images.patches.copy()
     patches[0] = 255 - patches[0]
     other = features(model, weights, batch._replace(images=dataclasses.replace(batch.images, patches=patches)))
     assert np.abs(found[0] - other[0]).max() > 0.05
-    tokens, lengths = np.asarray(batch.prompts.tokens), np.asarray(batch.prompts.lengths)
-    of_text = prompt_features(model, weights, tokens, lengths, 4, seed=0)
-    assert np.abs(found - of_text).max() > 0.1
 
 
 @pytest.mark.slow
