@@ -190,7 +190,7 @@ def _tokenised(
     """
     visual, images = _visual(tokenizer), list[Loaded]()
     if row.images and visual is None:
-        raise PromptError(IMAGES_FOR_TEXT)
+        raise PromptError(f"{IMAGES_FOR_TEXT}; take them out, or name a checkpoint with a vision tower")
     if visual is not None:
         images = [load(value, folder, visual.processor) for value in row.images]
     grids = [image.grid for image in images]

@@ -17,8 +17,10 @@ from safetensors.numpy import load_file
 from pspo_jax.arrays.rows import RowImages, Rows
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.demonstrations import demonstration_task
+from pspo_jax.config.schema import PromptConfig
+from pspo_jax.data.demonstrations import demonstration_task, read_examples
 from pspo_jax.data.image_batches import image_room
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.model.transformer import transformer
 from pspo_jax.sft import main as sft
 from pspo_jax.sft import read_config
@@ -261,6 +263,17 @@ def test_bad_rows_are_refused_by_line(source, tmp_path, fields, words):
     message = str(error.value)
     assert message.startswith(f"sft.data={tmp_path / 'demonstrations.jsonl'} line 4: ") and "\n" not in message
     assert words in message
+
+
+def test_a_model_of_text_refuses_images_by_line(tmp_path):
+    (tmp_path / "0.png").write_bytes(FILES[0])
+    path = write(
+        tmp_path, [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1", "completion": "2", "image": "0.png"}]
+    )
+    with pytest.raises(
+        ConfigError, match=r"line 2: its prompt has images, and the model reads text alone; take them out"
+    ):
+        read_examples(path, TOKENIZER, TOKENIZER.encode, (TOKENIZER.eos_token_id,), PromptConfig())
 
 
 @pytest.mark.slow
