@@ -233,7 +233,7 @@ def test_the_released_ids_are_killed_resumed_and_exported(tmp_path, child_env, c
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     call("pspo_jax.train", "--run.dir", whole, *flags(fields))
     process = begin("pspo_jax.train", "--run.dir", killed, *flags(fields))
-    assert wait_for_step(process, killed, at_least=1)
+    assert wait_for_step(process, killed, at_least=1, seconds=600)
     process.kill()
     process.wait()
     process.stdout.close()
