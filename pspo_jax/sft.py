@@ -3,12 +3,12 @@
     python -m pspo_jax.sft --model.source Qwen/Qwen2.5-0.5B --sft.data examples.jsonl --run.dir runs/sft
     python -m pspo_jax.sft --run.dir runs/sft
 
-The first command trains a language model on lines {"prompt": ..., "completion": ...} or {"messages": [...]}; it needs
-no other data. The second trains the embedded model on demonstrations of its task. If sft.steps is not set, a language
-model passes through the file three times. The weights are written to <run.dir>/cold_start, where
-`python -m pspo_jax.train` with the same settings, in the same or a sibling folder, finds them. A language model is also
-written to <run.dir>/model, a folder in Hugging Face's format that model.source accepts and `python -m pspo_jax.export`
-copies.
+The first command trains a language model on lines {"prompt": ..., "completion": ...} or {"messages": [...]}, with
+images if it has a vision tower; it needs no other data. The second trains the embedded model on demonstrations of its
+task. If sft.steps is not set, a language model passes through the file three times. The weights are written to
+<run.dir>/cold_start, where `python -m pspo_jax.train` with the same settings, in the same or a sibling folder, finds
+them. A language model is also written to <run.dir>/model, a folder in Hugging Face's format that model.source accepts
+and `python -m pspo_jax.export` copies.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ class SftConfig:
     clip_norm: Annotated[float, Range(above=0.0)] = 1.0
     """Largest global norm of the gradient; larger gradients are scaled down to it."""
     data: str | None = None
-    """JSONL file with the text fields "prompt" and "completion"; None = the task's own demonstrations."""
+    """JSONL file of prompts, with their images if they have any, and completions; None = the task's demonstrations."""
     share: bool = True
     """Whether to reuse a finished cold start with the same settings from a run in a sibling folder."""
 

@@ -250,7 +250,7 @@ def _check_model(c: Config) -> None:
     if not own_characters and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
     if c.task.name == "segments" and c.sft.data is not None:
-        raise ConfigError(f"sft.data={c.sft.data}: a file has no images, which task.name=segments needs; drop it")
+        raise ConfigError(f"sft.data={c.sft.data}: task.name=segments draws its own demonstrations; drop it")
     if c.lora.rank and model.source is None:
         raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint; set model.source")
     _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))

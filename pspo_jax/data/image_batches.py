@@ -24,7 +24,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.images.embedding_cache import EmbeddingCache
 from pspo_jax.data.images.prompt_images import PromptImages
 from pspo_jax.data.loading import NO_IMAGES
-from pspo_jax.data.task import PromptDataset
+from pspo_jax.data.task import Demonstrations, PromptDataset
 from pspo_jax.model.architecture import Vision
 from pspo_jax.system.storage import StorageError
 
@@ -154,7 +154,7 @@ class EmbeddingRoom(NamedTuple):
         return lay_out_embeddings(found, lengths.tolist(), tokens.shape[1], room, self.dtype, self.layout)
 
 
-def image_room(vision: Vision | None, *parts: PromptDataset) -> ImageRoom | None:
+def image_room(vision: Vision | None, *parts: PromptDataset | Demonstrations) -> ImageRoom | None:
     """Room for the images of the prompt of these data sets that has most windows; None if no prompt has images.
 
     Args:
@@ -222,6 +222,12 @@ def _placed(
     if images is None:
         return [[] for _ in rows]
     return [images.of(int(row), ids[:n].tolist()) for row, ids, n in zip(rows, tokens, lengths, strict=True)]
+
+
+def laid_out_images(prompts: PromptDataset, rows: Int[np.ndarray, "B"], room: ImageRoom) -> Images:
+    """The images of these rows as arrays on the host."""
+    batch = image_batch(prompts, rows)
+    return room.laid_out(batch.images, batch.lengths, batch.tokens.shape[1])
 
 
 def gather(

@@ -28,6 +28,7 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 AS_TEXT = ("json", "csv")
 """Formats that `files` reads."""
 IMAGE_COLUMNS = ("images", "image")
+VIDEO_COLUMNS = ("videos", "video")
 NO_IMAGES = "off"
 """Value of task.image_column for which no images are read."""
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
@@ -240,7 +241,7 @@ def _image_column(records: Records, c: TaskConfig, field: str, data: str) -> str
     Raises:
       ConfigError: the config's column is not there, or holds videos.
     """
-    for name in ("videos", "video"):
+    for name in VIDEO_COLUMNS:
         if c.image_column is None and _holds_any(records, name):
             raise ConfigError(
                 f"{field}={data}: has videos in its column {name}, and only still images are read; "

@@ -143,7 +143,7 @@ class TextTokenizer:
         if messages[-1]["role"] == "user":
             last = {**messages[-1], "content": _message(content_of(messages[-1]), config)}
             messages = [*messages[:-1], last]
-        messages = self._placed(messages, images)
+        messages = self.placed(messages, images)
         if config.system is not None:
             if any(message["role"] == "system" for message in messages):
                 raise PromptError(OWN_SYSTEM)
@@ -153,8 +153,12 @@ class TextTokenizer:
             return render_whole(self.hf, messages, config)
         return render(self.hf, messages, config)
 
-    def _placed(self, messages: Conversation, images: int) -> Conversation:
-        """A conversation with the places of its images, of which a model that reads text alone has none."""
+    def placed(self, messages: Conversation, images: int) -> Conversation:
+        """A conversation with the places of its images, of which a model that reads text alone has none.
+
+        Raises:
+          PromptError: its marks are not as many as its images, or the model reads text alone.
+        """
         if self.visual is not None:
             return place_images(messages, images)
         if images or any(IMAGE_PLACE in content_of(m) for m in messages):
@@ -163,7 +167,7 @@ class TextTokenizer:
 
     def _plain(self, text: str, images: int) -> str:
         """A text with the tokens of its images, for templates that are no chat templates."""
-        return as_tokens(content_of(self._placed([{"role": "user", "content": text}], images)[0]))
+        return as_tokens(content_of(self.placed([{"role": "user", "content": text}], images)[0]))
 
 
 def _message(question: str, config: PromptConfig) -> str:

@@ -23,8 +23,8 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.image_batches import BatchRoom, EmbeddingRoom, ImageRoom, embedding_room, image_room
-from pspo_jax.data.task import Task
+from pspo_jax.data.image_batches import BatchRoom, EmbeddingRoom, ImageRoom, embedding_room, image_room, laid_out_images
+from pspo_jax.data.task import PromptDataset, Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
 from pspo_jax.distributed.mesh import (
@@ -54,7 +54,7 @@ from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
 from pspo_jax.training.machine_defaults import with_memory, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
-from pspo_jax.training.prompt_features import feature_width, prompt_features
+from pspo_jax.training.prompt_features import ReadImages, feature_width, prompt_features
 from pspo_jax.training.step import init_state
 from pspo_jax.training.supervised import settings
 from pspo_jax.verifiers.workers.pool import Pool
@@ -242,11 +242,6 @@ def _with_strategies(
     room = image_room(architecture.vision, task.train, task.heldout)
     names, metadata = load_metadata(config, task.train)
     if metadata is not None and resolve(config).selection.predictor not in (None, "none"):
-        if room is not None:
-            raise ConfigError(
-                f"selection.predictor={resolve(config).selection.predictor}: reads the text of prompts alone, and "
-                "these have images; set it to none"
-            )
         weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
         width = feature_width(model, weights)
         metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))
@@ -438,8 +433,18 @@ def known_prompts(setup: Setup, weights: PyTree, progress: Progress | None = Non
         # As many prompts as a rollout reads at a time; the mesh divides them, and they fit where a rollout does.
         batch = round_prompts(config) // config.rollout.chunks
         train, seed = setup.task.train, config.run.seed
-        features = prompt_features(setup.model, weights, train.tokens, train.lengths, batch, seed, setup.mesh, bar)
+        images = _images_of(train, setup.images)
+        features = prompt_features(
+            setup.model, weights, train.tokens, train.lengths, batch, seed, setup.mesh, bar, images
+        )
     return known._replace(features=features)
+
+
+def _images_of(prompts: PromptDataset, room: ImageRoom | None) -> ReadImages | None:
+    """A function that reads the images of prompts; None where a batch has no room for images."""
+    if room is None:
+        return None
+    return lambda rows: laid_out_images(prompts, rows, room)
 
 
 def place_state(

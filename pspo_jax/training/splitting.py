@@ -80,6 +80,8 @@ def images_of_batch(groups: Groups, added: Groups | None) -> Images | None:
 def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array, "B U D"] | None:
     """What the model makes of the images, some prompts at a time; None = there are none.
 
+    A gradient through it encodes them again, some prompts at a time too.
+
     Raises:
       ValueError: the model reads text alone, or its encoder trains and the batch holds embeddings from before.
     """
@@ -93,7 +95,7 @@ def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array
             raise ValueError("the batch holds embeddings of images, and this model's encoder trains; give it patches")
         return constrain(images.embeddings, None, None, "embed")
     parts = split_images(images)
-    found = merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    found = merge_microbatches(jax.lax.map(jax.checkpoint(lambda part: encode(weights, part)), parts))
     # Rows of any device may need them: they are moved once, to the layout in which tokens are embedded.
     return constrain(found, None, None, "embed")
 

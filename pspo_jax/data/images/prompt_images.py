@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,10 @@ class PromptImages(NamedTuple):
         """Number of tokens that each prompt's images have together."""
         sums = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1) // self.processor.merge_size**2)])
         return sums[self.first[1:]] - sums[self.first[:-1]]
+
+    def identity(self) -> str:
+        """Hash of all images, and of the settings on which the tower's input depends."""
+        return hashlib.sha256("\0".join([self.processor.identity(), *self.keys]).encode()).hexdigest()
 
     def exchanged(self, seed: int) -> PromptImages:
         """The same prompts with other prompts' images of the same size: a control that may do no better than chance.
