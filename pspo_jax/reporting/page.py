@@ -40,6 +40,15 @@ _PHASES = ("select", "rollout", "verify", "update")
 T = TypeVar("T")
 
 
+class Histogram(TypedDict):
+    """A histogram over all prompts at a step."""
+
+    step: int | float
+    edges: list[int | float]
+    counts: list[int | float]
+    """Prompts between neighbouring edges."""
+
+
 class _Group(TypedDict):
     """The completions of one prompt in a dump."""
 
@@ -106,8 +115,8 @@ def _read_run(folder: Path, name: str) -> dict[str, object]:
         "rows": rows,
         "metrics": metrics,
         "summary": _read_summary(folder, lines, notes),
-        "priorities": _read_histograms(folder, "priority", notes),
-        "visits": _read_histograms(folder, "visits", []),
+        "priorities": read_histograms(folder, "priority", notes),
+        "visits": read_histograms(folder, "visits", []),
         "completions": _read_completions(folder, notes),
         "notes": notes,
     }
@@ -198,17 +207,18 @@ def _read_summary(folder: Path, lines: list[dict[str, object]], notes: list[str]
     }
 
 
-def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str, object]]:
+def read_histograms(folder: Path, name: str, notes: list[str]) -> list[Histogram]:
     """Histograms over all prompts, of the selector's priorities or of visits; none if it keeps none."""
     path = folder / "strategy.jsonl"
-    found: dict[float, dict[str, object]] = {}
+    found: dict[float, Histogram] = {}
     for line in _lines(path, notes) if path.is_file() else []:
         step, found_here = _number(line.get("step")), line.get(name)
         if step is None or not isinstance(found_here, dict):
             continue
         edges, counts = _list(found_here.get("edges")), _list(found_here.get("counts"))
-        if counts and len(edges) == len(counts) + 1 and None not in edges + counts:
-            found[step] = {"step": step, "edges": edges, "counts": counts}
+        known = [[x for x in numbers if x is not None] for numbers in (edges, counts)]
+        if counts and len(edges) == len(counts) + 1 and known == [edges, counts]:
+            found[step] = Histogram(step=step, edges=known[0], counts=known[1])
     return _evenly([found[step] for step in sorted(found)], MAX_HISTOGRAMS, f"{name} histograms", notes)
 
 

@@ -52,7 +52,7 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
         "eval.every": 0,
         "checkpoint.every": 1,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
     }
 
     def call(module, words):
@@ -145,7 +145,7 @@ def test_a_visual_checkpoint_trains_on_images(tmp_path, child_env, algorithm, mo
         "eval.every": 0,
         "eval.other_images": True,
         "checkpoint.every": 1,
-        "log.tensorboard": False,
+        "log.to": "none",
         **more,
     }
     if algorithm == "pspo":
