@@ -17,6 +17,7 @@ from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import TypedDict, TypeVar
+from urllib.parse import quote
 
 import yaml
 
@@ -59,9 +60,11 @@ class _Group(TypedDict):
     rows: list[dict[str, object]]
 
 
-def read_runs(folders: Sequence[Path]) -> dict[str, object]:
+def read_runs(folders: Sequence[Path], beside: Path) -> dict[str, object]:
     """The report's data. A folder that is named twice counts once.
 
+    Args:
+      beside: folder of the page, from which links to files of a run lead.
     Raises:
       ConfigError: a folder does not exist or holds no metrics.jsonl.
     """
@@ -69,7 +72,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, object]:
     names = _names([folder.resolve() for folder in unique])
     return {
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "runs": [_read_run(folder, name) for folder, name in zip(unique, names, strict=True)],
+        "runs": [_read_run(folder, name, beside) for folder, name in zip(unique, names, strict=True)],
     }
 
 
@@ -101,7 +104,7 @@ def thin(values: Sequence[float], limit: int) -> list[int]:
     return sorted(kept)
 
 
-def _read_run(folder: Path, name: str) -> dict[str, object]:
+def _read_run(folder: Path, name: str, beside: Path) -> dict[str, object]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the run.dir of a training run")
     if not (folder / "metrics.jsonl").is_file():
@@ -118,8 +121,24 @@ def _read_run(folder: Path, name: str) -> dict[str, object]:
         "priorities": read_histograms(folder, "priority", notes),
         "visits": read_histograms(folder, "visits", []),
         "completions": _read_completions(folder, notes),
+        "profiles": _profiles(folder, beside),
         "notes": notes,
     }
+
+
+def _profiles(folder: Path, beside: Path) -> list[dict[str, str]]:
+    """A text and a link for each trace and each profile of memory of a run."""
+    found = [
+        *(("trace", path) for path in sorted(folder.glob("profile/plugins/profile/*/*.trace.json.gz"))),
+        *(("memory", path) for path in sorted(folder.glob("profile/*.prof"))),
+    ]
+    return [
+        {
+            "text": f"{kind}: {path.relative_to(folder).as_posix()}",
+            "href": quote(os.path.relpath(path.resolve(), beside.resolve()).replace(os.sep, "/")),
+        }
+        for kind, path in found
+    ]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -349,7 +368,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
       ConfigError: a folder is no run folder, or `out` is no file that may be written.
       StorageError: `out` cannot be written now, as on a full disk.
     """
-    page = render(read_runs(runs))
+    page = render(read_runs(runs, out.parent))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
