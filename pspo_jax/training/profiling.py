@@ -74,7 +74,7 @@ class Profile:
             return
         self._run.progress.say(
             f"run.profile: a trace of steps {self._run.config.run.profile} is in "
-            f"{shown(self._folder(), self._run.folder)}; docs/performance.md says how to read it"
+            f"{shown(self._folder(), self._run.folder)}; docs/runs.md says how to read it"
         )
 
     def _failed(self, error: OSError | RuntimeError) -> None:
