@@ -128,7 +128,8 @@ class RunLog:
         self._persist = persist or Persist()
         self._events: Events | None = None
         self._said: set[tuple[str, str]] = set()
-        self._senders = senders if writes else ()
+        self.senders = senders if writes else ()
+        """Senders to the loggers beside the run folder."""
         if not writes:
             return
         self._folder = folder
@@ -147,7 +148,7 @@ class RunLog:
             from pspo_jax.runs.events import Events
 
             self._persist(lambda: setattr(self, "_events", Events(folder, resume_step + 1)))
-        for sender in self._senders:
+        for sender in self.senders:
             sender.start()
 
     def begun(self) -> bool:
@@ -164,7 +165,7 @@ class RunLog:
         if (events := self._events) is not None:
             shown = {k: v for k, v in clean.items() if v is not None and not k.startswith("crc/")}
             self._persist(lambda: events.scalars(step, shown))
-        for sender in self._senders:
+        for sender in self.senders:
             sender.wake()
 
     def strategy(self, step: int, histograms: dict[str, dict[str, ArrayLike]]) -> None:
@@ -179,23 +180,14 @@ class RunLog:
         if not self._writes:
             return
         self._persist(lambda: write_completions(self._folder / "completions", step, lines, file_format))
-        for sender in self._senders:
+        for sender in self.senders:
             sender.completions(step, lines)
         if self._console is not None:
             print_completions(self._console, lines)
 
-    def sends(self) -> bool:
-        """Whether there are loggers beside the run folder."""
-        return bool(self._senders)
-
-    def files(self, paths: Sequence[Path]) -> None:
-        """Hand files to the loggers."""
-        for sender in self._senders:
-            sender.files(paths)
-
     def close(self, finished: bool) -> None:
         """End the run in the loggers; `finished` says whether it is at its end. What cannot be sent is said."""
-        end_all(self._senders, finished)
+        end_all(self.senders, finished)
 
     def errors(self, step: int, tracebacks: Sequence[str]) -> None:
         """Keep what rewards raised, each place in the code once; its last line goes to the screen.

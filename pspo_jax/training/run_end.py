@@ -19,6 +19,8 @@ from pspo_jax.reporting.priorities import write_priorities
 from pspo_jax.runs.access import metrics_of, read_summary
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.home import shown
+from pspo_jax.runs.loggers.opening import senders
+from pspo_jax.runs.loggers.sender import Sender, end_all
 from pspo_jax.runs.mirror import Mirror
 from pspo_jax.runs.run_folder import RunLog, write_json
 from pspo_jax.runs.verdicts import NoVerdictError
@@ -136,7 +138,7 @@ def is_finished(run: Run, step: int) -> bool:
 
 
 def finished_before(run: Run, state: TrainState) -> End:
-    """The end of a run that had been finished by an earlier call."""
+    """The end of a run that had been finished by an earlier call; loggers get what they lack of it."""
     folder, step = run.folder, int(state.step)
     early = None if step == run.config.run.steps else ended_early(run, step)
     go_on = (
@@ -146,6 +148,12 @@ def finished_before(run: Run, state: TrainState) -> End:
     )
     run.progress.say(f"{shown(folder, folder)} is finished; {go_on}")
     show_summary(run.config, folder, run.progress)
+    if processes.is_primary():
+        left = senders(run.setup.config, folder, run.progress.say)
+        for sender in left:
+            sender.start()
+        _hand_over(run, left)
+        end_all(left, True)
     summary = read_summary(folder)
     scores = {} if summary is None else {name: float(value) for name, value in summary["eval"].items()}
     return End(TrainResult(step, True, scores, folder, state, _field_of(early)))
@@ -219,11 +227,19 @@ def finish(
     run.persist(lambda: write_json(folder / "summary.json", summary))
     if setup.config.log.report:
         run.persist(lambda: progress.say(f"report: {shown(write_report([folder], folder / 'report.html'), folder)}"))
-    if log.sends():
-        run.persist(lambda: write_priorities(folder, folder / "priorities.png"))
-        log.files([path for path in (folder / "report.html", folder / "priorities.png") if path.exists()])
+    _hand_over(run, log.senders)
     show_summary(setup.config, folder, progress)
     return end
+
+
+def _hand_over(run: Run, receivers: Sequence[Sender]) -> None:
+    """Hand report.html and a picture of the priorities to the loggers, if there are any."""
+    if not receivers:
+        return
+    report, picture = run.folder / "report.html", run.folder / "priorities.png"
+    run.persist(lambda: write_priorities(run.folder, picture))
+    for receiver in receivers:
+        receiver.files([path for path in (report, picture) if path.exists()])
 
 
 def show_summary(config: Config, folder: Path, progress: Progress) -> None:

@@ -70,9 +70,12 @@ def test_wandb(resumed):
     rows = [row for row in wandb_file.history(file) if "num_tokens" in row or "eval/greedy" in row]
     assert [row["_step"] for row in rows] == list(range(STEPS + 1))
     assert all(same(row, line) for row, line in zip(rows, metrics(resumed), strict=True))
-    kinds = [record.WhichOneof("record_type") for record in wandb_file.records(file)]
-    assert "artifact" in kinds or "request" in kinds
-    assert any(row.get("completions", {}).get("_type") == "table-file" for row in rows)
+    tables = {row["_step"]: row["completions.nrows"] for row in rows if row.get("completions._type") == "table-file"}
+    assert tables[STEPS] == 16
+    (table,) = runs[-1].glob(f"files/media/table/completions_{STEPS}_*.table.json")
+    assert "advantage" in json.loads(table.read_text())["columns"]
+    kept = [record.artifact.name for record in wandb_file.records(file) if record.HasField("artifact")]
+    assert any(name.startswith("report-") for name in kept)
 
 
 def test_trackio(resumed, local):
@@ -118,6 +121,7 @@ def _artifact(client, run, path, folder):
     return Path(client.download_artifacts(run.info.run_id, path, str(folder))).read_text()
 
 
+@pytest.mark.slow
 def test_loggers_that_fail_change_nothing_of_a_run(resumed, local):
     """Trackio cannot write, and there is no server of mlflow's: the run is the same, and says what is missing."""
     folder, blocked = local[0] / "failing", local[0] / "file"

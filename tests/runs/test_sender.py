@@ -95,7 +95,7 @@ def test_a_logger_that_never_answers_is_left_behind_and_counted(tmp_path, monkey
     end_all([one], True)
     assert time.monotonic() - began < 2
     assert len(said) == 1 and said[0].startswith(
-        "log.to=deaf: 40 lines of metrics and 40 tables of completions could not be sent"
+        "log.to=deaf: 40 lines of metrics, 40 tables of completions could not be sent"
     )
 
 

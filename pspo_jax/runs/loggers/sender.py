@@ -19,6 +19,8 @@ _TABLES = 16
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 60.0
 """Seconds between two attempts, at first and at most."""
+_POLL = 0.2
+"""Seconds between two looks at how far a logger is."""
 
 
 class Sender:
@@ -46,6 +48,7 @@ class Sender:
         self._tables: deque[tuple[int, list[Line]]] = deque()
         self._dropped = 0
         self._files: list[Path] = []
+        self._files_tried = False
         self._finished = False
         self._said = False
         self._wake = threading.Event()
@@ -80,18 +83,26 @@ class Sender:
         self._wake.set()
 
     def join(self, deadline: float) -> None:
-        """Wait until then, by the monotonic clock, for all to be sent; say what was not."""
-        self._thread.join(max(deadline - time.monotonic(), 0.0))
+        """Wait until then, by the monotonic clock, for all to be sent; say what was not.
+
+        A run that is at its end waits longer for a logger that goes on taking steps.
+        """
+        sent = self._sent
+        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            self._thread.join(min(left, _POLL))
+            if self._finished and self._sent > sent:
+                sent, deadline = self._sent, max(deadline, time.monotonic() + CLOSE_SECONDS)
         kept = self._sent if self._kept is None else min(self._kept, self._sent)
         lines = sum(step > kept for step in self._steps_of_file())
         tables = len(self._tables) + self._dropped
-        parts = [f"{lines} lines of metrics"] * bool(lines) + [f"{tables} tables of completions"] * bool(tables)
+        counts = {"lines of metrics": lines, "tables of completions": tables, "files": len(self._files)}
+        parts = [f"{count} {what}" for what, count in counts.items() if count]
         if not self._ended.is_set() and not parts:
             parts = ["the end of the run"]
         if parts:
             self._say(
-                f"log.to={self._name}: {' and '.join(parts)} could not be sent; the run folder has them, and lines of "
-                "metrics are sent when the run goes on"
+                f"log.to={self._name}: {', '.join(parts)} could not be sent; the run folder has them, and the same "
+                "command sends the metrics again"
             )
 
     def _work(self) -> None:
@@ -127,7 +138,8 @@ class Sender:
             if not items:
                 break
         if closing:
-            if self._files:
+            if self._files and not self._files_tried:
+                self._files_tried = True  # They are tried once, so that the run has an end without them too.
                 self._run.files(self._files)
                 self._files = []
             self._kept = self._run.end(self._finished)
@@ -170,7 +182,7 @@ class Sender:
 
 
 def end_all(senders: Sequence[Sender], finished: bool) -> None:
-    """End the runs of all loggers, in CLOSE_SECONDS together."""
+    """End the runs of all loggers, in about CLOSE_SECONDS together."""
     for sender in senders:
         sender.ask_to_end(finished)
     deadline = time.monotonic() + CLOSE_SECONDS

@@ -29,6 +29,7 @@ def _open(info: RunInfo) -> LoggerRun:
         dir=str(info.folder),
         config=dict(info.config),
         settings=wandb.Settings(
+            reinit="create_new",  # A program that calls `train` may have a run of its own.
             silent=True,
             console="off",
             disable_git=True,
