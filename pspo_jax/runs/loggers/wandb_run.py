@@ -34,6 +34,11 @@ def _open(info: RunInfo) -> LoggerRun:
             console="off",
             disable_git=True,
             save_code=False,
+            # Without these, a server that fails would hold up the end of the process for minutes. The sender tries
+            # to open the run again itself; metrics and files of an open run keep wandb's own patience.
+            init_timeout=20,
+            x_graphql_retry_max=2,
+            x_graphql_retry_wait_max_seconds=4,
             finish_timeout=CLOSE_SECONDS,
             finish_timeout_raises=True,
         ),
