@@ -274,6 +274,7 @@ def _loop(run: Run, state: TrainState, programs: Programs, totals: RunAccounting
 
 
 def _steps(session: _Session, state: TrainState) -> End:
+    """The steps of `_loop`, and the end that follows them."""
     run, totals, log = session.run, session.context.totals, session.context.log
     first, config = int(state.step), run.setup.config
     run.limit.lap_begins()

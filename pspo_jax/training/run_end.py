@@ -207,7 +207,11 @@ def finish(
     scores: dict[str, float],
     early: str | None,
 ) -> End:
-    """Write summary.json and report.html, hand what the loggers keep to them, and show the table."""
+    """Write summary.json and report.html, hand the loggers their files, and show the table.
+
+    Args:
+      early: the clause of `ended_early`; None = run.steps are done.
+    """
     setup, folder, progress = run.setup, run.folder, run.progress
     step = int(state.step)
     end = End(TrainResult(step, True, scores, folder, state, _field_of(early)))
