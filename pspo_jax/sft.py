@@ -32,7 +32,9 @@ from pspo_jax.runs.mirror import mirrored
 from pspo_jax.runs.run_date import with_date
 from pspo_jax.runs.run_folder import open_folder
 from pspo_jax.system.progress import Progress
+from pspo_jax.system.time_limit import TimeLimit
 from pspo_jax.training.first_params import first_params
+from pspo_jax.training.run_end import OUT_OF_TIME, stop_reason
 from pspo_jax.training.setup import started
 
 PROG = "python -m pspo_jax.sft"
@@ -58,15 +60,19 @@ def main(argv: Sequence[str]) -> int:
             "run.start_over=true: applies to pspo_jax.train only; drop it, as a cold start with other settings is set "
             "aside anyway"
         )
-    folder = open_folder(config.run.dir)
+    folder, limit = open_folder(config.run.dir), TimeLimit(config.run.hours)
     say = Progress(config.log.progress).say
     with started(config, folder) as (pool, stop_requested), mirrored(folder, say, processes.is_primary()):
         config = with_date(config, folder / "config.yaml")
         progress = Progress(config.log.progress and processes.is_primary(), quiet=not processes.is_primary())
         setup = prepare_supervised(config, pool, progress)
         with jax.set_mesh(setup.mesh):
-            first = first_params(setup, folder, progress, lambda: processes.any_process(stop_requested()))
-            return 0 if first.params is None else write_supervised(setup, first, folder, progress)
+            first = first_params(
+                setup, folder, progress, lambda: processes.any_process(stop_requested() or limit.over())
+            )
+            if first.params is None:
+                return OUT_OF_TIME if stop_reason(stop_requested, limit) == "run.hours" else 0
+            return write_supervised(setup, first, folder, progress)
 
 
 def read_config(argv: Sequence[str]) -> Config:

@@ -161,7 +161,7 @@ def flags_of(plan: Plan, run: Run, out: Path) -> list[str]:
     for name, value in fields_of(plan, run).items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     words += ["--run.dir", str(folder_of(out, run)), "--run.seed", str(run.seed)]
-    return [*words, "--log.report", "false", "--log.progress", "false", "--log.tensorboard", "false"]
+    return [*words, "--log.report", "false", "--log.progress", "false", "--log.to", "none"]
 
 
 def summarise(plan: Plan, run: Run, out: Path) -> Summary:

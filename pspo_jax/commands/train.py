@@ -20,7 +20,10 @@ trains nothing. Without TARGET, it plans for this machine."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the exit code is 0 when the run has finished or was asked to stop, 1 when it cannot go on.
+    """Run the command.
+
+    Its exit code is 0 when the run has finished or was asked to stop, 75 when run.hours stopped it, and 1 when it
+    cannot go on.
 
     Raises:
       ConfigError: bad input.
@@ -30,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     # These import JAX, which takes seconds; the help text needs none of it.
     from pspo_jax.planning import memory
     from pspo_jax.runs.verdicts import NoVerdictError
-    from pspo_jax.training.loop import NotFiniteError, train
+    from pspo_jax.training.loop import train
+    from pspo_jax.training.run_end import OUT_OF_TIME, NotFiniteError
 
     argv, target = memory.take_target(argv)
     config = command_line.parse(argv, PROG, DESCRIPTION)
@@ -40,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if target is not None:
         return memory.show(config, target)
     try:
-        train(config, as_command=True)
+        result = train(config, as_command=True)
     except (NoVerdictError, NotFiniteError):
         return 1  # The loop has printed why.
-    return 0
+    return OUT_OF_TIME if result.ended_by == "run.hours" else 0

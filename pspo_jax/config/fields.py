@@ -31,6 +31,7 @@ LIST_FIELDS = (
     "reward.cosine_wrong",
     "loss.vespo_positive",
     "loss.vespo_negative",
+    "log.to",
 )
 """Text fields that hold entries separated by commas; a list is also accepted."""
 PATH_FIELDS = (

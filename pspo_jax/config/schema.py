@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pspo_jax.config.fields import Range
 from pspo_jax.config.machines import DistributedConfig, MeshConfig, RuntimeConfig
+from pspo_jax.config.run_stages import CheckpointConfig, EvalConfig, LogConfig, RunConfig
 from pspo_jax.config.strategies import (
     AdvantageConfig,
     AlgorithmConfig,
@@ -32,29 +33,6 @@ AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Names of the weight matrices of a transformer block."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The run folder, its length and its seed."""
-
-    dir: str = "runs/default"
-    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A run resumes from
-    a checkpoint in it. gs://BUCKET/FOLDER names a folder in a bucket of Google Cloud Storage; it needs the package
-    gcsfs."""
-    steps: Annotated[int, Range(1)] = 150
-    """Number of training steps. One step rolls out rollout.prompts x rollout.group_size completions."""
-    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
-    """Seed of the initial weights, the cold start, the choice of prompts and the sampling of tokens."""
-    fingerprint: bool = False
-    """Whether metrics.jsonl holds checksums (CRC) of prompt ids, tokens, parameters and strategy state."""
-    print_config: bool = False
-    """Whether to print the resolved configuration as YAML and exit."""
-    start_over: bool = False
-    """Whether to begin at step 0 in a folder that already holds a run; the old files then move to set_aside/ inside the
-    folder. config.yaml does not keep this field."""
-    compilation_cache: str | None = None
-    """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
 
 @dataclass(frozen=True)
@@ -341,57 +319,6 @@ class OptimizerConfig:
     """Largest global norm of the gradient; larger gradients are scaled down to it."""
     max_skipped: Annotated[int, Range(1)] = 5
     """Number of consecutive non-finite updates that stop the run; fewer are skipped."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation on the held-out prompts during training."""
-
-    every: Annotated[int, Range(0)] = 20
-    """Number of steps between evaluations on held-out prompts; 0 = only before the first and after the last step."""
-    samples: Annotated[int, Range(1)] = 4
-    """Number of completions for each held-out prompt in the sampled accuracy, at rollout.temperature."""
-    other_images: bool = False
-    """Whether held-out prompts are also answered greedily with each other's images. Such answers can only be guessed,
-    and a high accuracy shows that the text alone gives answers away."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written, and which are kept."""
-
-    every: Annotated[int, Range(1)] = 20
-    """Number of steps between checkpoints. The last step and a requested stop are always saved."""
-    keep: Annotated[int, Range(1)] = 3
-    """Number of latest checkpoints to keep."""
-    keep_best: Annotated[int, Range(0)] = 1
-    """Number of checkpoints to keep in addition, those with the best greedy held-out accuracy. A checkpoint whose
-    accuracy is not finite is not ranked."""
-    on_error: Literal["stop", "retry"] = "stop"
-    """Reaction to a run folder that cannot be written, as on a full disk: the run ends with one line (stop), or it
-    waits and tries again with the state in memory (retry)."""
-    retry_minutes: Annotated[float, Range(above=0.0)] = 60.0
-    """Minutes of trying again (on_error=retry) after which the run ends."""
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """Progress, metrics and reports."""
-
-    progress: bool = True
-    """Whether to show progress bars on a terminal, or plain lines elsewhere."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard events to the run folder."""
-    completions_every: Annotated[int, Range(0)] = 10
-    """Number of steps between dumps of sample completions; 0 = no dumps."""
-    completions: Annotated[int, Range(1)] = 4
-    """Number of groups in one dump; the first of them is also printed."""
-    selection_every: Annotated[int, Range(0)] = 10
-    """Number of steps between summaries of all prompts (priorities, visits, pools); 0 = only after the last step."""
-    completions_format: Literal["jsonl", "parquet"] = "jsonl"
-    """File format of the dumps in the run folder's completions/."""
-    report: bool = True
-    """Whether to write report.html at the end."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ModelConfig, round_prompts
 from pspo_jax.config.strategies import STORING
+from pspo_jax.config.text_fields import REMOTE_LOGGERS, parse_loggers
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
 """Names of the tasks that read task.train_data."""
@@ -148,6 +149,11 @@ JOINS_PROCESSES = Condition(
     "set distributed.coordinator",
 )
 DUMPS_COMPLETIONS = unless("log.completions_every", 0, "set log.completions_every")
+NAMES_RUNS = Condition(
+    lambda c: bool(set(parse_loggers(c.log.to)) & set(REMOTE_LOGGERS)),
+    unread("log.to"),
+    f"add {any_of(REMOTE_LOGGERS)} to log.to",
+)
 HAS_BELIEFS = Condition(
     believes,
     unread("selection.name", "advantage.name"),
@@ -195,7 +201,7 @@ def _estimator(name: str, *more: Condition) -> Conditions:
     return (by_name("advantage.name", _BY_ESTIMATOR, name), *more)
 
 
-_RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
+_RUN = ("dir", "steps", "hours", "seed", "profile", "start_over", "fingerprint", "print_config", "compilation_cache")
 _DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform", "image_column")
 _MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
@@ -215,7 +221,7 @@ _LOSS = (
     *("kl_coef", "num_iterations", "minibatches", "microbatch_rows", "packing", "old_log_probs", "logits_mib"),
 )
 _OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_decay", "clip_norm", "max_skipped")
-_LOG = ("progress", "tensorboard", "completions_every", "selection_every", "report")
+_LOG = ("progress", "to", "completions_every", "selection_every", "report")
 
 
 def _all(stage: str, names: tuple[str, ...], *conditions: Condition) -> dict[str, Conditions]:
@@ -225,6 +231,7 @@ def _all(stage: str, names: tuple[str, ...], *conditions: Condition) -> dict[str
 
 READ_WHEN: dict[str, Conditions] = {
     **_all("run", _RUN),
+    "run.profile_memory": (unless("run.profile", None, "set run.profile"),),
     "algorithm.name": ALWAYS,
     "algorithm.variant": (when("advantage.name", "ers"),),
     "task.name": (ONE_TASK,),
@@ -411,11 +418,13 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINS_PROCESSES),
     **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
     **_all("eval", ("every", "samples")),
+    **_all("eval", ("patience", "target"), unless("eval.every", 0, "set eval.every")),
     "eval.other_images": (MAY_HAVE_IMAGES,),
     **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
     "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
     **_all("log", _LOG),
     **_all("log", ("completions", "completions_format"), DUMPS_COMPLETIONS),
+    **_all("log", ("project", "name"), NAMES_RUNS),
 }
 """Field -> conditions, all of which must hold for a run to read the field."""
 _OF_THE_MIXTURE = ("task.name", "task.seed", "task.cache")

@@ -15,6 +15,8 @@ from pspo_jax.config.text_fields import (
     gamma_shape,
     interval,
     least_reward,
+    parse_loggers,
+    parse_profile,
     parse_quotas,
     parse_strata,
     parse_terms,
@@ -53,6 +55,7 @@ def _check_fields(stage: str, section: object) -> None:
 
 
 def _check_relations(c: Config) -> None:
+    _check_run(c)
     _check_model(c)
     _check_prompt(c)
     _check_task(c)
@@ -76,6 +79,19 @@ def _check_relations(c: Config) -> None:
     _check_rewards(c)
     if c.rollout.prompts % c.loss.minibatches:
         raise ConfigError(f"loss.minibatches={c.loss.minibatches}: must divide rollout.prompts={c.rollout.prompts}")
+
+
+def _check_run(c: Config) -> None:
+    """The loggers are known, their names are not empty, and the steps of a profile are steps of the run."""
+    parse_loggers(c.log.to)
+    for name in ("project", "name"):
+        if getattr(c.log, name) is not None and not getattr(c.log, name).strip():
+            raise ConfigError(f"log.{name}='': must not be empty; leave it out")
+    if c.run.profile is not None and (last := parse_profile(c.run.profile)[1]) > c.run.steps:
+        raise ConfigError(
+            f"run.profile={c.run.profile}: step {last} is after the last one, run.steps={c.run.steps}; choose earlier "
+            "steps"
+        )
 
 
 def _check_distributed(c: Config) -> None:

@@ -90,9 +90,13 @@ class _Trained(NamedTuple):
     """Advantages of the last round, if its completions are to be logged."""
 
 
-def one_step(context: StepContext, state: TrainState, done: int) -> tuple[TrainState, Values]:
+def one_step(
+    context: StepContext, state: TrainState, done: int, dispatched: Callable[[int], None] = lambda _: None
+) -> tuple[TrainState, Values]:
     """Run step number `done` (the first is 1).
 
+    Args:
+      dispatched: is called with `done` once the update has been dispatched, before its results are waited for.
     Returns:
       The state after the step, and the step's metrics.
     Raises:
@@ -103,6 +107,7 @@ def one_step(context: StepContext, state: TrainState, done: int) -> tuple[TrainS
     seconds: dict[str, float] = {}
     run = _one_round if context.programs.collect is None else _several_rounds
     trained = run(context, state, seconds, done)
+    dispatched(done)
     with _timed(context.totals, seconds, "update"):
         values: Values = _over_rounds([_as_floats(found) for found in trained.round_metrics])
         values |= _as_floats(trained.update_metrics)

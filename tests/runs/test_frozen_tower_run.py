@@ -60,7 +60,7 @@ def words(tmp_path_factory):
         "eval.every": 3,
         "eval.other_images": True,
         "checkpoint.every": 1,
-        "log.tensorboard": False,
+        "log.to": "none",
     }
 
     def of(run, **more):

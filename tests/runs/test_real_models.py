@@ -78,7 +78,7 @@ def run(env, folder, talker, rows, devices, *argv):
         # than rounding differs between meshes.
         "rollout.temperature": 0.5,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
     }
     flags = [w for k, v in words.items() for w in (f"--{k}", str(v))]
     env = env | {"XLA_FLAGS": xla.flags(devices)}

@@ -61,7 +61,7 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
         "eval.every": 0,
         "checkpoint.every": 1,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
     }
 
     def call(module, words):
@@ -117,7 +117,7 @@ FIELDS = {
     "optimizer.learning_rate": 1e-3,
     "eval.every": 0,
     "checkpoint.every": 1,
-    "log.tensorboard": False,
+    "log.to": "none",
 }
 """Fields of a short run, in a folder that holds a checkpoint and a reward that varies."""
 
