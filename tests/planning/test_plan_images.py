@@ -62,6 +62,12 @@ def test_a_tower_that_trains_has_patches_and_activations(trained):
     assert len(kept) == 1 and tower["the tower's activations, each block's input"] == leaves_bytes(kept)
     assert tower["gradients"] == leaves_bytes(params)
     assert "replay" in memory._residents(trained)
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_the_largest_moment(trained):
+    details = memory._details(trained)
+    update, tower = details["update"], details["update, as the tower is differentiated"]
     # The compiler cannot do with less than the sum of what must exist at one moment.
     found = memory._residents(trained)
     peaks = memory._peaks(trained, found, details)

@@ -21,6 +21,7 @@ from pspo_jax.data.images.prompt_images import PromptImages, first_of
 from pspo_jax.data.task import PromptDataset
 from pspo_jax.distributed.mesh import make_mesh, params_shardings
 from pspo_jax.losses.policy_loss import denominators
+from pspo_jax.model.transformer import transformer
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import StorageError
@@ -70,14 +71,14 @@ class Table:
     def weights(self):
         return merge_params(self.params, self.frozen)
 
-    def fill(self, weights=None, mesh=None, prompts=None):
+    def fill(self, weights=None, mesh=None, more=()):
         """(the filled room, how many images were computed)"""
         mesh = make_mesh(self.config) if mesh is None else mesh
         progress = Progress(enabled=False, quiet=True)
         progress.say = self.lines.append
         weights = self.weights() if weights is None else weights
         with jax.set_mesh(mesh):
-            made = self.empty, self.model, self.architecture, weights, mesh, [prompts or self.prompts]
+            made = self.empty, self.model, self.architecture, weights, mesh, [self.prompts, *more]
             room = fill(*made, self.folder, progress)
         return room, int(self.lines[-1].split(" of which")[0].split()[-1].replace(",", ""))
 
@@ -197,8 +198,8 @@ def test_a_step_holds_no_tower_and_no_pixels(table, filled, tmp_path, fields, co
     """The products of a step do not depend on the tower: they are those of a tower of three times as many blocks."""
     deep = Table(tmp_path)
     deep.architecture = dataclasses.replace(deep.architecture, vision=dataclasses.replace(VISION, layers=6))
-    deep.model = policy(freezes_vision=True, vision=deep.architecture.vision)[0]
-    deep.frozen = {"vision": policy(vision=deep.architecture.vision)[2]["vision"]}
+    deep.model = transformer(deep.architecture)
+    deep.frozen = {"vision": transformer(deep.architecture.whole()).init(jax.random.key(0))["vision"]}
     flops = {}
     for name, of, room in (("table", table, filled), ("deep", deep, filled), ("patches", table, table.patches)):
         program = lowered_step(of, room, **fields)
@@ -262,10 +263,10 @@ def test_the_control_reads_the_embeddings_of_other_images(table, filled):
 
 def test_two_images_with_one_key_are_refused(table):
     images = table.prompts.images
-    clash = images._replace(keys=["image b", *images.keys[1:]], grids=images.grids, read=images.read)
+    clash = images._replace(keys=["image b", "image d", *images.keys[2:]])
     other = table.prompts._replace(images=clash)
     with pytest.raises(ValueError, match="two different images of the data have the key image b"):
-        table.fill(prompts=other)
+        table.fill(more=[other])
 
 
 def test_embeddings_are_refused_where_the_tower_trains(table, rolled_out):
