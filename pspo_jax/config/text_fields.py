@@ -253,7 +253,7 @@ def parse_profile(text: str) -> tuple[int, int]:
     Raises:
       ConfigError: it is no pair of steps in order, from 1 on.
     """
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip(), re.ASCII)
+    found = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}))?", text.strip(), re.ASCII)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:
         raise ConfigError(f"run.profile={text!r}: must be steps from 1 on in order, such as 10:12 or 10")
