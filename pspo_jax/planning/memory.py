@@ -123,8 +123,8 @@ def show(config: Config, target: Target) -> int:
     console.print(_to_table(plan, target))
     for phase, (answer, need) in verdicts.items():
         console.print(f"{phase}: {answer} ({need})", markup=False)
-    if (line := _slots_that_fit(plan)) is not None:
-        console.print(line, markup=False)
+    if (slots := _slots_that_fit(plan)) is not None:
+        console.print(slots, markup=False)
     if target.kind:
         console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from pspo_jax import __version__
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import ImageWindows
 from pspo_jax.arrays.rows import RowImages
 from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import OptState, Params
@@ -40,7 +40,7 @@ from pspo_jax.training.splitting import encoded
 from pspo_jax.training.step import Jitted
 
 Batch: TypeAlias = dict[str, PyTree]
-"""Columns of `Demonstrations` as arrays; `images`, where prompts have any, is an `Images`."""
+"""Columns of `Demonstrations` as arrays; `images`, where prompts have any, is an `ImageWindows`."""
 
 _MAX_STEPS_A_CALL = 60
 """Largest number of training steps in one jitted call."""
@@ -90,7 +90,7 @@ def dataset(
 
 def _with_images(
     batch: dict[str, np.ndarray], images: PromptImages | None, room: ImageRoom | None
-) -> dict[str, np.ndarray | Images]:
+) -> dict[str, np.ndarray | ImageWindows]:
     """A batch of examples with its images in place of their prompts' indices."""
     if images is None:
         return dict(batch)
@@ -180,7 +180,7 @@ def sft_loss(model: Model, params: PyTree, batch: Batch, logits_mib: int) -> Flo
     return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def _image_tokens(model: Model, params: PyTree, images: Images | None, t: int) -> ImageTokens | None:
+def _image_tokens(model: Model, params: PyTree, images: ImageWindows | None, t: int) -> ImageTokens | None:
     """The tokens of images in rows whose completions have t tokens; None = all tokens are text."""
     if images is None:
         return None
