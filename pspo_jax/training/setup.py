@@ -24,7 +24,7 @@ from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.image_batches import BatchRoom, EmbeddingRoom, ImageRoom, embedding_room, image_room, laid_out_images
-from pspo_jax.data.task import PromptDataset, Task
+from pspo_jax.data.task import Task
 from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
 from pspo_jax.distributed import processes, xla_flags
 from pspo_jax.distributed.mesh import (
@@ -434,18 +434,12 @@ def known_prompts(setup: Setup, weights: PyTree, progress: Progress | None = Non
         # As many prompts as a rollout reads at a time; the mesh divides them, and they fit where a rollout does.
         batch = round_prompts(config) // config.rollout.chunks
         train, seed = setup.task.train, config.run.seed
-        images = _images_of(train, setup.images)
+        room = setup.images
+        images: ReadImages | None = None if room is None else lambda rows: laid_out_images(train, rows, room)
         features = prompt_features(
             setup.model, weights, train.tokens, train.lengths, batch, seed, setup.mesh, bar, images
         )
     return known._replace(features=features)
-
-
-def _images_of(prompts: PromptDataset, room: ImageRoom | None) -> ReadImages | None:
-    """A function that reads the images of prompts; None where a batch has no room for images."""
-    if room is None:
-        return None
-    return lambda rows: laid_out_images(prompts, rows, room)
 
 
 def place_state(
