@@ -66,11 +66,15 @@ def test_patience_ends_a_run_and_more_of_it_goes_on_with_a_trace(tmp_path, caplo
 
 
 def test_hours_stop_a_run_in_time_and_more_hours_go_on(tmp_path):
-    began, hours = time.monotonic(), 15 / 3600
-    slow = small(tmp_path, run__steps=1000, run__hours=hours, eval__every=0)
-    result = pj.train(slow, callbacks=[lambda step, metrics: time.sleep(0.5)])
-    assert (result.finished, result.ended_by) == (False, "run.hours") and result.step < 30
-    assert time.monotonic() - began < 15
+    ends, began = [], time.monotonic()
+
+    def slow(step, metrics):
+        time.sleep(0.5)
+        ends.append(time.monotonic() - began)
+
+    result = pj.train(small(tmp_path, run__steps=1000, run__hours=15 / 3600, eval__every=0), callbacks=[slow])
+    assert (result.finished, result.ended_by) == (False, "run.hours") and result.step == len(ends)
+    assert max(ends, default=0.0) < 15  # A machine that is slow to compile may leave no time for any step.
     steps = result.step + 1
     done = pj.train(small(tmp_path, run__steps=steps, run__hours=1.0, eval__every=0))
     assert (done.step, done.ended_by) == (steps, "run.steps")
