@@ -26,7 +26,7 @@ from pspo_jax.data.image_batches import image_room
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
-from pspo_jax.distributed.mesh import make_mesh, params_shardings, smallest_fsdp
+from pspo_jax.distributed.mesh import check_tower, make_mesh, params_shardings, smallest_fsdp
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, benchmark_source
 from pspo_jax.evaluation.runner import Sampler, Work, read_summary, run_benchmark
@@ -94,6 +94,7 @@ def evaluate_checkpoints(
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, len(jax.devices()))
     mesh = make_mesh(config, architecture)
+    check_tower(config, architecture.vision)
     with jax.set_mesh(mesh):
         model = transformer(architecture)
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform

@@ -37,6 +37,7 @@ Weights = dict[str, Array]
 """Weights of a block, or those outside the blocks, by their names in `weights.vision_table`."""
 
 
+@jax.named_scope("vision_tower")
 def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Array, "B U E"]:
     """The built-in model's `EncodeImagesFn`; embeddings of units that no token stands for are arbitrary.
 
@@ -50,7 +51,7 @@ def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Arra
     b, windows, k = images.patches.shape[:3]
     rows, columns, real = places(v, images)
     angles = rotation_on_axes(jnp.stack([rows, columns], axis=-1), _rotary(v))
-    x = constrain(embed_patches(v, params["patch"], images.patches, dtype), "rows", None, None)
+    x = constrain(embed_patches(v, params["patch"], images.patches, dtype), "batch", None, None)
     whole = [i in v.whole_image for i in range(v.layers)]
     in_windows = functools.partial(_attend_in_windows, real=real, windows=windows)
     image_of = jnp.repeat(images.image, k, axis=1)
@@ -61,6 +62,7 @@ def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Arra
         w, sees_all = layer
         y = _norm(v, w, "attn_norm", x)
         qkv = einsum_lowp("bsd,dtnh->bstnh", y, w["qkv"], dtype, dtype) + w["qkv_bias"].astype(dtype)
+        qkv = constrain(qkv, "batch", None, None, "heads", None)
         operands = rope(qkv[:, :, 0], angles), rope(qkv[:, :, 1], angles), qkv[:, :, 2]
         if all(whole):
             mixed = over_image(*operands)
@@ -70,7 +72,7 @@ def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Arra
             mixed = jax.lax.cond(sees_all, over_image, in_windows, *operands)
         x = x + einsum_lowp("bsnh,nhd->bsd", mixed, w["o"], dtype, dtype) + w["o_bias"].astype(dtype)
         x = x + _mlp(v, w, _norm(v, w, "mlp_norm", x), dtype)
-        return constrain(x, "rows", None, None), None
+        return constrain(x, "batch", None, None), None
 
     x, _ = jax.lax.scan(block, x, (params["layers"], jnp.asarray(whole)))
     return _merge(v, params, x.reshape(b, windows * v.layout.units, v.layout.merge**2, v.width), dtype)

@@ -203,13 +203,12 @@ def prepare(
     architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
     config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
     mesh = make_mesh(config, architecture, devices)
+    check_tower(config, architecture.vision)
     task = _task(config, tokenizer, pool, say, task, reward)
     for line in _remarks(config, source, architecture, task):
         say(line)
     _check_processes(config, source, task)
     check_vocabulary(config, task.vocab_size)
-    if architecture.vision is not None:
-        check_tower(config, architecture.vision.width)
     prompt_length = task.train.tokens.shape[1]
     architecture = with_kernels(
         architecture,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.rows import Rows
-from pspo_jax.distributed.mesh import microbatch_size
+from pspo_jax.distributed.mesh import ROWS, microbatch_size
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
@@ -95,6 +95,6 @@ def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array
 def split_images(images: Images) -> Images:
     """Images in parts of equal size, [B, ...] -> [parts, B / parts, ...], that are encoded one after another."""
     b = images.delta.shape[0]
-    parts = b // microbatch_size(b, _PROMPTS_ENCODED_AT_A_TIME)
+    parts = b // microbatch_size(b, _PROMPTS_ENCODED_AT_A_TIME, ROWS)
     found: Images = jax.tree.map(lambda x: split_microbatches(x, parts), images)
     return found

@@ -28,7 +28,7 @@ from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.config.strategies import STORING
 from pspo_jax.config.unread_fields import trains_on_older_policies
-from pspo_jax.distributed.mesh import UPDATE_ROWS, size_along
+from pspo_jax.distributed.mesh import ROWS, size_along
 from pspo_jax.losses.ratios import kl_estimate
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups, effective
@@ -408,8 +408,8 @@ def behaviour_divergence(
     It costs one forward pass over all stored groups.
     """
     capacity = stored.counted.shape[0]
-    # Groups are repeated up to a number that the mesh divides, so that rows spread over all devices.
-    groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    # Groups are repeated up to a number that the mesh divides, so that rows and images spread over all devices.
+    groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
     stored = take(stored, jnp.arange(groups) % capacity)
     rows = rows_of(stored, state.step, config)
     now = score(model, state.weights, rows, temperature, config, images=stored.prompts.images)[0]

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from pspo_jax.model.architecture import Vision
+from tests.model.checkpoints import torch, transformers
 from tests.pictures import END, IMAGE, START, VIDEO, Picture, VisualPrompts
-
-torch = pytest.importorskip("torch", reason="torch is a test dependency; install '.[test]'")
-torch.set_num_threads(1)
-transformers = pytest.importorskip("transformers")
 
 SMALL_TEXT = {
     "vocab_size": 97,

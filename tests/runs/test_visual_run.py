@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from tests.data.made_images import picture
 from tests.data.visual_tokenizer import write_visual
-from tests.model.visual_checkpoints import transformers, write_visual_checkpoint
+from tests.model.checkpoints import transformers
+from tests.model.visual_checkpoints import write_visual_checkpoint
 from tests.runs.processes import metrics
 
 PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
