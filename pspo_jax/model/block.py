@@ -135,8 +135,10 @@ def embed(
     x = x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
     if images is None:
         return x
-    of_images = lookup(images.embeddings, jnp.maximum(images.embedding_of, 0), x.dtype)
-    return jnp.where(images.embedding_of[..., None] >= 0, of_images, x)
+    # Indices are split as the result is, or the compiler would look up whole rows and then make them whole everywhere.
+    index = constrain(images.embedding_of, "outer_batch", None)
+    of_images = constrain(lookup(images.embeddings, jnp.maximum(index, 0), x.dtype), "outer_batch", None, "embed")
+    return jnp.where(index[..., None] >= 0, of_images, x)
 
 
 def forward(

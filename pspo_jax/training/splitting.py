@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.rows import Rows
-from pspo_jax.distributed.mesh import ROWS, microbatch_size
+from pspo_jax.distributed.mesh import ROWS, constrain, microbatch_size
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
@@ -89,7 +89,9 @@ def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array
     if encode is None:
         raise ValueError("the prompts have images, and this model has no `encode_images`; choose one that reads them")
     parts = split_images(images)
-    return merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    found = merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    # Rows of any device may need them: they are moved once, to the layout in which tokens are embedded.
+    return constrain(found, None, None, "embed")
 
 
 def split_images(images: Images) -> Images:
