@@ -17,7 +17,7 @@ from pspo_jax.training.scoring import rows_of
 from pspo_jax.training.step import init_state
 from pspo_jax.training.update import optimize
 from tests.distributed.hlo import products
-from tests.helpers import slow_except, tiny_config
+from tests.helpers import tiny_config
 from tests.training.test_images import ONE, VISION, B, T, batch, policy
 
 ONCE = {"rollout__group_size": 2}
@@ -62,11 +62,12 @@ def forward_flops():
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"rollout__group_size": 6}, id="larger groups"),
-        pytest.param({"rollout__group_size": 6, "loss__microbatch_rows": 4}, id="six microbatches"),
+        pytest.param({"rollout__group_size": 6, "loss__microbatch_rows": 4}, id="larger groups, six microbatches"),
+        pytest.param({"rollout__group_size": 6}, id="larger groups", marks=pytest.mark.slow),
         pytest.param(
             {"rollout__group_size": 4, "loss__packing": True, "loss__minibatches": 2, "loss__top_entropy": 0.5},
             id="packed, two minibatches, entropies",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -84,15 +85,13 @@ def test_the_tower_runs_again_in_each_iteration():
     assert flops(**ONCE, loss__num_iterations=2)[0] == pytest.approx(2 * flops(**ONCE)[0], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    slow_except(
-        [{"mesh__fsdp": 2, "mesh__context": 2, "mesh__tensor": 2}],
-        [
-            {"mesh__fsdp": 2, "mesh__context": 2, "mesh__tensor": 2},
-            {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
-        ],
-    ),
+    [
+        {"mesh__fsdp": 2, "mesh__context": 2, "mesh__tensor": 2},
+        {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    ],
     ids=str,
 )
 def test_all_devices_share_the_tower(mesh):
