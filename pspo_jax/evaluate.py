@@ -156,6 +156,8 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
             "rollout.prompts": args.batch,
             "rollout.chunks": 1,
             "rollout.slots": None,
+            "rollout.stages": None,
+            "rollout.longest_first": False,
             "rollout.dynamic_sampling_rounds": 1,
             "rollout.oversampling": 1.0,
             "rollout.group_size": args.samples,

@@ -34,6 +34,8 @@ def prepare_supervised(config: Config, pool: Pool | None, progress: Progress) ->
         "rollout.prompts": len(jax.devices()),
         "rollout.chunks": 1,
         "rollout.slots": None,
+        "rollout.stages": None,
+        "rollout.longest_first": False,
         "rollout.dynamic_sampling_rounds": 1,
         "rollout.oversampling": 1.0,
         "loss.minibatches": 1,

@@ -161,8 +161,7 @@ class PromptConfig:
     """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed; the tokens of images
     count."""
     date: str | None = None
-    """Day that the chat template writes as today's date, as YYYY-MM-DD; None = the day on which the run starts, which
-    its config.yaml records."""
+    """Day that the chat template writes as today's, as YYYY-MM-DD; None = the day of the start, see config.yaml."""
     min_pixels: Annotated[int | None, Range(1)] = None
     """Smallest number of pixels of an image; smaller ones are enlarged. None = the bound of the checkpoint's image
     processor. 28 x 28 pixels become one token of Qwen2.5-VL, and scores are comparable at equal bounds alone."""
@@ -291,12 +290,13 @@ class RolloutConfig:
     of the MLPs, embedding and head (split), at the cost of two transfers for each block and token. Both forms are split
     along mesh.tensor."""
     slots: Annotated[int | None, Range(1)] = None
-    """Number of completions decoded at a time; when one ends, the next takes its slot. None = all at once. Where
-    lengths vary widely, a quarter of the completions or fewer wastes the least work. The sampled tokens do not depend
-    on it."""
+    """Number of completions of T tokens for whose keys and values there is memory, and that are decoded at a time; when
+    one ends, the next takes its slot. None = all. Tokens do not depend on it, nor on rollout.stages."""
+    stages: Annotated[int | None, Range(1, 8)] = None
+    """Number of stages in which rollout.slots are decoded: J begin with more slots of T / 2^(J-1) tokens, and end with
+    fewer of T; None = as many as save more reading of keys and values than they add of weights, or 1."""
     longest_first: bool = False
-    """Whether rollout.slots begins with the prompts whose completions have been longest; the selector then tracks each
-    prompt's mean length."""
+    """Whether slots begin with the prompts of the longest completions so far; the selector then tracks lengths."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Largest length T of a completion in tokens, EOS included."""
     stop: str = ""

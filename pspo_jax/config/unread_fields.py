@@ -295,7 +295,7 @@ READ_WHEN: dict[str, Conditions] = {
             "choose a smaller number",
         ),
     ),
-    "rollout.longest_first": (unless("rollout.slots", None, "set rollout.slots"),),
+    **_all("rollout", ("stages", "longest_first"), unless("rollout.slots", None, "set rollout.slots")),
     "rollout.oversampling": (DYNAMIC_SAMPLING,),
     "rollout.prompt_bucket": ALWAYS,
     "rollout.stop": (TEXT,),

@@ -36,7 +36,9 @@ from pspo_jax.distributed.devices import (
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.losses.log_probs import chunk_columns
 from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
+from pspo_jax.rollout.stages import SHORTEST_STAGE_TOKENS, automatic_stages, cache_columns, make_stages
 from pspo_jax.training.compile import lower_programs
+from pspo_jax.training.machine_defaults import decoding_bytes
 from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup, device_bytes, prepare
 
@@ -117,6 +119,8 @@ def show(config: Config, target: Target) -> int:
     console.print(_to_table(plan, target))
     for phase, (answer, need) in verdicts.items():
         console.print(f"{phase}: {answer} ({need})", markup=False)
+    if (line := _slots_that_fit(plan)) is not None:
+        console.print(line, markup=False)
     if target.kind:
         console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0
@@ -159,6 +163,9 @@ def _verdict(peak: Peak, capacity: float, exact: bool) -> Verdict:
     return Verdict("does not fit" if exact or peak.least > capacity else "may not fit", need)
 
 
+_SLOTS_SHARE = 0.9
+"""Share of a device's memory that a suggestion of slots fills; the compiler needs the rest."""
+
 _ADVICE = {
     "rollout": "raise mesh.fsdp or mesh.tensor, set rollout.slots or rollout.chunks, or lower rollout.prompts or "
     "rollout.max_new_tokens",
@@ -184,6 +191,28 @@ def _to_table(plan: Plan, target: Target) -> Table:
         table.add_row(f"peak of the {phase}: by {compiler}", compiled)
     table.add_row("capacity", "unknown" if math.isinf(plan.capacity) else f"{plan.capacity / _GIB:.2f}")
     return table
+
+
+def _slots_that_fit(plan: Plan) -> str | None:
+    """The slots and stages that the free memory allows, in one line; None = completions are short, or all fit."""
+    setup = plan.setup
+    c, shards = setup.config, size_along(setup.mesh.shape, ROWS)
+    new, rows = c.rollout.max_new_tokens, round_prompts(c) // c.rollout.chunks * c.rollout.group_size // shards
+    if math.isinf(plan.capacity) or new < 2 * SHORTEST_STAGE_TOKENS:
+        return None
+    column, weights = decoding_bytes(setup.architecture, setup.mesh)
+    others = [size for name, size in plan.details["rollout"].items() if not name.startswith("KV cache")]
+    prompts = column * setup.task.train.tokens.shape[1] * rows / c.rollout.group_size
+    free = plan.capacity * _SLOTS_SHARE - sum(plan.residents.values()) - sum(others) - prompts
+    slots = int(free / column / new)
+    if slots >= rows or slots < 1:
+        return None
+    count = automatic_stages(slots, new, column, weights)
+    shown = ", ".join(f"{stage.slots} x {stage.columns}" for stage in make_stages(slots, count, new, rows))
+    return (
+        f"the free memory holds rollout.slots {slots * shards} with rollout.stages {count}: each device decodes "
+        f"{shown} columns of keys and values"
+    )
 
 
 def _least_time(setup: Setup, device: DeviceSpec) -> str:
@@ -280,10 +309,12 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
     shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
     prompts, new = round_prompts(c) // c.rollout.chunks, c.rollout.max_new_tokens
-    rows = prompts * c.rollout.group_size
-    rows = min(rows, c.rollout.slots or rows)
+    rows, slots = prompts * c.rollout.group_size, c.rollout.slots
+    column = 2 * a.layers * a.kv_heads * a.head_dim * width / shards / tensor
     # The last token of a completion needs no place in the cache.
-    cached = prompts * setup.task.train.tokens.shape[1] + rows * (new - 1)
+    caches, at_once = {"KV cache": column * (prompts * setup.task.train.tokens.shape[1] + rows * (new - 1))}, rows
+    if slots is not None and slots < rows:
+        caches, at_once = _slot_caches(setup, slots, rows, column * shards)
     decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
     if a.split_decode:
         split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
@@ -291,9 +322,34 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
     return {
         # Where nothing splits the weights, decoding may use them where they are.
         "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
-        "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
-        "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
+        "logits of one token": 4 * at_once * a.vocab_size / shards / tensor,
+        **caches,
     } | _patches(setup, prompts)
+
+
+def _slot_caches(setup: Setup, slots: int, rows: int, column: float) -> tuple[dict[str, float], int]:
+    """Bytes of the keys and values on a device where completions are decoded in slots, by name; and the largest number
+    of completions that all devices decode at a time.
+
+    The slots of one stage exist at a time, beside all rows that wait between stages.
+
+    Args:
+      column: bytes of the keys and values of a token on a device.
+    """
+    c, shards = setup.config, size_along(setup.mesh.shape, ROWS)
+    new, prompt = c.rollout.max_new_tokens, setup.task.train.tokens.shape[1]
+    stages = make_stages(slots // shards, c.rollout.stages or 1, new, rows // shards)
+    largest = max(stages, key=lambda stage: stage.slots * (stage.columns + prompt))
+    shown = ", ".join(f"{stage.slots} x {stage.columns}" for stage in stages)
+    found = {
+        "KV cache of prompts": column * prompt * rows / c.rollout.group_size / shards,
+        f"KV cache of a stage's slots and their prompts ({shown})": column * largest.slots * (largest.columns + prompt),
+    }
+    if len(stages) > 1:
+        waiting = cache_columns(stages) - max(stage.slots * stage.columns for stage in stages)
+        shown = ", ".join(str(stage.waiting) for stage in stages[1:])
+        found[f"KV cache of rows between stages ({shown})"] = column * waiting
+    return found, shards * max(stage.slots for stage in stages)
 
 
 def _patches(setup: Setup, prompts: int) -> dict[str, float]:

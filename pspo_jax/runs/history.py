@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "rollout.chunks",
     "rollout.weights",
     "rollout.slots",
+    "rollout.stages",
     "loss.microbatch_rows",
     "loss.microbatch_tokens",
     "loss.logits_mib",

@@ -203,9 +203,8 @@ def _lower_sampler(setup: Setup, group_size: int, purpose: int, prompts: int) ->
     """Trace the sampler of `group_size` completions a prompt, and give the shapes of its rollouts."""
     rollout, task = setup.config.rollout, setup.task
     tokens = tokens_per_test(setup.mesh.devices.flat[0].platform, rollout.max_new_tokens)
-    draw = make_sampler(
-        setup.model, group_size, rollout.max_new_tokens, task.tokenizer.pad_token_id, rollout.slots, tokens
-    )
+    pad, stages = task.tokenizer.pad_token_id, rollout.stages or 1
+    draw = make_sampler(setup.model, group_size, rollout.max_new_tokens, pad, rollout.slots, tokens, stages)
 
     def sample(
         params: PyTree,

@@ -52,7 +52,7 @@ from pspo_jax.selection.metadata import kind_of_bins, load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
-from pspo_jax.training.machine_defaults import with_memory, with_type
+from pspo_jax.training.machine_defaults import with_memory, with_stages, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
 from pspo_jax.training.prompt_features import feature_width, prompt_features
 from pspo_jax.training.step import init_state
@@ -222,8 +222,9 @@ def prepare(
         share_prompts=config.loss.share_prompts,
     )
     config, more = with_memory(config, architecture, mesh, prompt_length, on_cpu)
-    if chosen + more:
-        say(f"defaults of this machine: {', '.join(chosen + more)}")
+    config, stages = with_stages(config, architecture, mesh)
+    if chosen + more + stages:
+        say(f"defaults of this machine: {', '.join(chosen + more + stages)}")
     architecture = dataclasses.replace(architecture, remat=config.model.remat or "none")
     return _with_strategies(config, mesh, task, source, architecture)
 
