@@ -210,8 +210,9 @@ def _slot_step(
         prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys[:, None], values[:, None], flat_t)
         return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[i])
 
+    copies = 2 if tokens.shape[1] == 1 else 1
     logits, completions = _decode_token(
-        a, params, layers, tokens.reshape(-1, 1), rotations, cache.completions, write, attend
+        a, params, layers, tokens.reshape(-1, 1), rotations, cache.completions, write, attend, copies
     )
     return logits.reshape(*tokens.shape, -1), SlotCache(cache.prompts, completions)
 
@@ -225,21 +226,26 @@ def _decode_token(
     cache: list[KeysValues],
     write: Callable[[Array, Array], Array],
     attend: Callable[[int, Array, Array, Array], Array],
+    copies: int = 1,
 ) -> tuple[Float[Array, "B s V"], list[KeysValues]]:
     """The tokens through all blocks and the head: logits, and the cache with their keys and values.
 
     Args:
       write: `write(held, new)` puts new keys or values into those of a layer's cache.
       attend: `attend(layer, q, keys, values)` mixes the values of the prompt and of the layer's cache.
+      copies: number of equal copies of each row in the products with weights. A product of one row is another
+        algorithm than that of several, whose sums differ in the last bit.
     """
-    x = _embedded(a, params, tokens)
+    s = tokens.shape[1]
+    x = _embedded(a, params, jnp.repeat(tokens, copies, axis=1))
     new_cache = []
     for i, (w, (keys, values)) in enumerate(zip(layers, cache, strict=True)):
-        q, k, v = qkv(a, w, x, rotations[a.layer_rotary[i]])
+        q, k, v = (y[:, :s] for y in qkv(a, w, x, rotations[a.layer_rotary[i]]))
         keys, values = write(keys, k), write(values, v)
-        x = finish_block(a, w, x, attend(i, q, keys, values), split=a.split_decode)
+        mixed = jnp.repeat(attend(i, q, keys, values), copies, axis=1)
+        x = finish_block(a, w, x, mixed, split=a.split_decode)
         new_cache.append((keys, values))
-    return _head(a, params, norm(a, params, "final_norm", x)), new_cache
+    return _head(a, params, norm(a, params, "final_norm", x))[:, :s], new_cache
 
 
 def _prefill(

@@ -53,9 +53,12 @@ def draw_tokens(
         uniform,
     )
     chosen = (jnp.take_along_axis(logits, token[..., None], axis=-1) - top)[..., 0] * sharpness
+    # A difference may be fused with the product before it, which rounds once instead of twice; whether the compiler
+    # does so depends on the number of rows, and the results must not.
+    chosen, log_total, log_kept = jax.lax.optimization_barrier((chosen, log_total, jnp.log(kept_total)))
     log_prob = chosen - log_total
     # Without truncation both log-probs are the same to the last bit, and not two sums in different orders.
-    sampling = jnp.where(truncated, chosen - jnp.log(kept_total), log_prob)
+    sampling = jnp.where(truncated, chosen - log_kept, log_prob)
     return token, log_prob, sampling
 
 
