@@ -327,7 +327,7 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
     """Start the contenders one after another, then measure them in turns.
 
     A round gives each one repetition. Rounds go on until everyone has options.runs quiet repetitions, at most
-    twice as many times.
+    twice as many times; without patience there are options.runs of them, quiet or not.
     """
     workers: list[Worker] = []
     try:
@@ -340,7 +340,7 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
         if options.seconds:
             # A second warm-up, which shows how many calls make a repetition long enough.
             counts = [max(1, math.ceil(options.seconds / w.run(2).calls[-1]["seconds"])) for w in workers]
-        for _ in range(2 * options.runs):
+        for _ in range((2 if options.patience else 1) * options.runs):
             for worker, result, count in zip(workers, results, counts, strict=True):
                 result.repetitions.append(worker.run(count, wait_quiet(options.patience)))
             if all(sum(r.quiet for r in result.repetitions) >= options.runs for result in results):
@@ -382,7 +382,10 @@ def options(description: str, peers: bool = True, tunix: bool = False, shapes: b
     parser.add_argument("--runs", type=int, default=5, help="quiet repetitions per contender (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a repetition (default 1)")
     parser.add_argument(
-        "--patience", type=float, default=120.0, help="seconds to wait for a quiet machine (default 120)"
+        "--patience",
+        type=float,
+        default=120.0,
+        help="seconds to wait for a quiet machine, 0 = none (default 120)",
     )
     if peers:
         parser.add_argument(

@@ -19,6 +19,9 @@ With less, a stage ends often, and each time its slots wait for the last of thei
 slots, so that weights are read more often. In a simulation of 256 rows of log-normal lengths, multiples of 1, 2 and 4
 gave 0.40, 0.55 and 0.64 of the columns read to live tokens.
 """
+COLUMN_MULTIPLE = 64
+"""Multiple of columns of all stages but the last: sums over columns of which the rest is masked are then those over
+fewer columns to the bit, as the compiler adds numbers in vectors."""
 SHORTEST_STAGE_TOKENS = 256
 """Smallest number of columns of a first stage that is chosen automatically."""
 MOST_STAGES = 5
@@ -49,11 +52,15 @@ def make_stages(slots: int, count: int, max_new_tokens: int, rows: int) -> list[
     """
     if count == 1:
         return [Stage(min(slots, rows), max_new_tokens, 0)]
-    columns = [-(-max_new_tokens // 2 ** (count - 1 - i)) for i in range(count)]
-    if columns[0] < 2:
-        raise ConfigError(
-            f"rollout.stages={count}: T={max_new_tokens} tokens are too few for the first stage; choose fewer stages"
-        )
+    columns = [max_new_tokens]
+    while len(columns) < count:
+        half = -(-columns[0] // 2 // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        if half >= columns[0]:
+            raise ConfigError(
+                f"rollout.stages={count}: rollout.max_new_tokens={max_new_tokens} can be halved to {COLUMN_MULTIPLE} "
+                f"tokens in {len(columns)} stages at most; choose {len(columns)}"
+            )
+        columns = [half, *columns]
     last = max(1, round(slots / (1 + WAITING_PER_SLOT * (count - 1))))
     for_each = (slots - last) * max_new_tokens // (count - 1)
     waiting = [0] + [min(rows, for_each // width) for width in columns[:-1]]
