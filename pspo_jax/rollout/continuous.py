@@ -165,7 +165,7 @@ def first_tokens(decoder: RowsInSlots, shape: RolloutShape) -> tuple[Samples, Qu
         ended=stop,
     )
     goes_on = ~stop & (decoder.limit > 1)
-    order, count = true_first(goes_on)
+    order, count = ordered((~goes_on).astype(jnp.int32), kinds=2), goes_on.sum(axis=1, dtype=jnp.int32)
     samples, order, count = jax.tree.map(_by_shard, (samples, order, count))
     return samples, Queue(order, jnp.zeros_like(count), count, None)
 
@@ -189,7 +189,7 @@ def run_stage(decoder: RowsInSlots, stage: Stage, queue: Queue, following: Queue
         return (loop.alive.any(axis=1) | ((loop.queue.count > 0) & (room(loop) > 0))).any()
 
     def refill_and_decode(loop: SlotLoop) -> SlotLoop:
-        loop = take_rows(decoder, set_full_rows_aside(decoder, stage, loop))
+        loop = refill(decoder, stage, loop)
         return jax.lax.fori_loop(0, decoder.chunk, lambda _, loop: decode_token(decoder, stage, loop), loop)
 
     return jax.lax.while_loop(unfinished, refill_and_decode, start)
@@ -202,54 +202,50 @@ def room(loop: SlotLoop) -> Int[Array, "n"]:
     return loop.following.row.shape[1] - loop.following.count - loop.alive.sum(axis=1, dtype=jnp.int32)
 
 
-def set_full_rows_aside(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
-    """The loop after rows that fill the columns of their slots went to the next stage's queue."""
-    queue = loop.following
-    if queue is None:
-        return loop
+def refill(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
+    """The loop after rows that fill their slots went to the next stage's queue, and free slots took rows of their own.
+
+    As many rows are taken as there are free slots, rows that wait, and room for them to wait afterwards.
+    """
+    queue, following, s = loop.queue, loop.following, loop.row.shape[1]
     full = loop.alive & (loop.t == stage.columns)
-    slots, number = true_first(full)
-    size = queue.row.shape[1]
-    places = (queue.head + queue.count)[:, None] + jnp.arange(slots.shape[1])
-    places = jnp.where(jnp.arange(slots.shape[1]) < number[:, None], places % size, size)
-
-    # The cache goes through the loop unchanged: what a loop only reads, and others write later, would be copied.
-    def save(i: Int[Array, ""], held: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        waiting, cache = held
-        return decoder.model.save(waiting, _column(places, i), cache, _column(slots, i)), cache
-
-    completions, cache = jax.lax.fori_loop(0, number.max(), save, (queue.completions, loop.cache))
-    row = queue.row.at[_shards(places), places].set(jnp.take_along_axis(loop.row, slots, axis=1), mode="drop")
-    queue = queue._replace(row=row, count=queue.count + number, completions=completions)
-    return loop._replace(alive=loop.alive & ~full, cache=cache, following=queue)
-
-
-def take_rows(decoder: RowsInSlots, loop: SlotLoop) -> SlotLoop:
-    """The loop after free slots took rows from the queue, as many as may be taken."""
-    queue = loop.queue
-    slots, free = true_first(~loop.alive)
-    number = jnp.minimum(jnp.minimum(free, queue.count), room(loop))
-    s = slots.shape[1]
-    slots = jnp.where(jnp.arange(s) < number[:, None], slots, s)  # s is out of bounds, and writes to it are dropped
-    places = (queue.head[:, None] + jnp.arange(s)) % queue.row.shape[1]
+    # Slots with full rows come first, so that the row of each is saved in the turn in which the slot takes another.
+    slots = ordered(jnp.where(full, 0, jnp.where(loop.alive, 2, 1)), kinds=3)
+    saved, free = (x.sum(axis=1, dtype=jnp.int32) for x in (full, full | ~loop.alive))
+    taken = jnp.minimum(jnp.minimum(free, queue.count), room(loop))
+    turn, shard = jnp.arange(s), _shards(slots)
+    into = jnp.where(turn < taken[:, None], slots, s)  # s is out of bounds, and writes to it are dropped
+    places = (queue.head[:, None] + turn) % queue.row.shape[1]
     rows = jnp.take_along_axis(queue.row, places, axis=1)
+    saved_at = jnp.zeros_like(slots)
+    if following is not None:
+        size = following.row.shape[1]
+        saved_at = ((following.head + following.count)[:, None] + turn) % size
+        saved_at = jnp.where(turn < saved[:, None], saved_at, size)
 
-    def load(i: Int[Array, ""], held: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        cache, waiting = held
+    def move(i: Int[Array, ""], held: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+        cache, own, next_stage = held
+        if following is not None:
+            next_stage = decoder.model.save(next_stage, _column(saved_at, i), cache, _column(slots, i))
         prompt = _column(rows, i) // decoder.group_size
-        return decoder.model.load(cache, _column(slots, i), prompt, waiting, _column(places, i)), waiting
+        return decoder.model.load(cache, _column(into, i), prompt, own, _column(places, i)), own, next_stage
 
-    cache, completions = jax.lax.fori_loop(0, number.max(), load, (loop.cache, queue.completions))
-    shard = _shards(slots)
+    # One loop saves and loads: XLA would copy the cache between a loop that reads it and one that writes it.
+    held = loop.cache, queue.completions, None if following is None else following.completions
+    cache, own, next_stage = jax.lax.fori_loop(0, jnp.maximum(saved, taken).max(), move, held)
+    if following is not None:
+        row = jnp.take_along_axis(loop.row, slots, axis=1)
+        row = following.row.at[shard, saved_at].set(row, mode="drop")
+        following = Queue(row, following.head, following.count + saved, next_stage)
     t = loop.samples.lengths[shard, rows] - 1
-    queue = queue._replace(head=queue.head + number, count=queue.count - number, completions=completions)
     return loop._replace(
-        t=loop.t.at[shard, slots].set(t, mode="drop"),
-        last=loop.last.at[shard, slots].set(loop.samples.tokens[shard, rows, t], mode="drop"),
-        alive=loop.alive.at[shard, slots].set(True, mode="drop"),
-        row=loop.row.at[shard, slots].set(rows, mode="drop"),
+        t=loop.t.at[shard, into].set(t, mode="drop"),
+        last=loop.last.at[shard, into].set(loop.samples.tokens[shard, rows, t], mode="drop"),
+        alive=(loop.alive & ~full).at[shard, into].set(True, mode="drop"),
+        row=loop.row.at[shard, into].set(rows, mode="drop"),
         cache=cache,
-        queue=queue,
+        queue=queue._replace(head=queue.head + taken, count=queue.count - taken, completions=own),
+        following=following,
     )
 
 
@@ -283,14 +279,17 @@ def decode_token(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop
     )
 
 
-def true_first(hit: Bool[Array, "n k"]) -> tuple[Int[Array, "n k"], Int[Array, "n"]]:
-    """Indices in each shard, those of True before the others and both in order, and the number of True."""
-    number = hit.sum(axis=1, dtype=jnp.int32)
-    true, false = (jnp.cumsum(x, axis=1, dtype=jnp.int32) - 1 for x in (hit, ~hit))
-    place = jnp.where(hit, true, number[:, None] + false)
-    # A sort would take most of the time that such a small computation takes to compile.
-    order = jnp.zeros_like(place).at[_shards(place), place].set(jnp.arange(hit.shape[1], dtype=jnp.int32))
-    return order, number
+def ordered(kind: Int[Array, "n k"], kinds: int) -> Int[Array, "n k"]:
+    """Indices in each shard, those of kind 0 before those of kind 1 and so on, and each kind in order.
+
+    A sort would take much longer to compile.
+    """
+    place, before = jnp.zeros_like(kind), jnp.zeros((kind.shape[0], 1), jnp.int32)
+    for j in range(kinds):
+        here = kind == j
+        place = jnp.where(here, before + jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, place)
+        before = before + here.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    return jnp.zeros_like(place).at[_shards(place), place].set(jnp.arange(kind.shape[1], dtype=jnp.int32))
 
 
 def _shards(x: Int[Array, "n k"]) -> Int[Array, "n 1"]:

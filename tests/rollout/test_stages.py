@@ -94,7 +94,7 @@ CASES = {
 LAYOUTS = [(8, 3), (1, 1), (3, 1), (15, 1), (5, 2), (12, 2), (4, 3), (15, 3)]
 
 
-@pytest.mark.parametrize(("slots", "stages"), slow_except([(8, 3)], LAYOUTS, several=True))
+@pytest.mark.parametrize(("slots", "stages"), slow_except([(5, 2)], LAYOUTS, several=True))
 def test_stages_change_no_bit(slots, stages):
     """Whatever the memory and the number of stages are, tokens and log-probs are those of the static batch."""
     for case in CASES.values():
@@ -121,12 +121,13 @@ def simulate(lengths, stages, chunk):
                 return stage.slots if is_last else waiting - sum(map(bool, slots))
 
             while any(slots) or (queues[j] and free() > 0):
-                for i, held in enumerate(slots):
-                    if held and held[1] == stage.columns + 1 and not is_last:
-                        queues[j + 1].append(held[0])
-                        slots[i] = None
-                for i in range(stage.slots):
-                    if slots[i] is None and queues[j] and free() > 0:
+                full = [i for i, held in enumerate(slots) if held and held[1] == stage.columns + 1 and not is_last]
+                empty = [i for i, held in enumerate(slots) if not held]
+                queues[min(j + 1, len(stages) - 1)] += [slots[i][0] for i in full]
+                for i in full:
+                    slots[i] = None
+                for i in full + empty:
+                    if queues[j] and free() > 0:
                         slots[i] = queues[j].pop(0), at
                 for _ in range(chunk):
                     steps[j] += 1
@@ -135,7 +136,7 @@ def simulate(lengths, stages, chunk):
     return steps
 
 
-@pytest.mark.parametrize(("slots", "stages"), slow_except([(8, 3)], LAYOUTS, several=True))
+@pytest.mark.parametrize(("slots", "stages"), slow_except([(5, 2)], LAYOUTS, several=True))
 def test_the_work_is_that_of_a_simulation(slots, stages):
     """Slots take rows as documented: a simulation of the lengths alone has as many steps and reads as many columns."""
     for case in list(CASES.values())[:-1]:

@@ -47,5 +47,6 @@ def test_no_cache_is_copied_in_a_loop(longest, slots, stages, shapes, monkeypatc
         held = [line for body in bodies.values() for line in body.splitlines() if f"f32[{shape}]" in line]
         # The cache is there, under this shape.
         assert any("dynamic-update-slice" in line or "scatter" in line for line in held)
-        copies = [line for line in held if re.search(rf"= f32\[{shape}\]\S* copy\(", line)]
+        # A stage begins with a copy of a constant, which is how the compiler writes zeros.
+        copies = [line for line in held if re.search(rf"= f32\[{shape}\]\S* copy\((?!%\w*broadcast)", line)]
         assert not copies, copies
