@@ -18,7 +18,7 @@ from pspo_jax.model.interface import MASKED
 from pspo_jax.rollout import SamplingParams, counting_sampler
 from pspo_jax.rollout.stages import Stage, automatic_stages, cache_columns, make_stages
 from tests.helpers import random_prompts, slow_except, tiny_policy
-from tests.xla import AS_USERS_DO
+from tests.xla import FOR_ANY_ROWS
 
 EOS, PAD, T, G, B = 13, 14, 256, 2, 8
 ROWS = B * G
@@ -77,7 +77,7 @@ def ending(model):
 def sampler(slots=None, stages=1):
     """sample(lengths of the prompts' completions, ...) of the tiny policy."""
     model, params, _ = tiny_policy()
-    sample = jax.jit(counting_sampler(ending(model), G, T, PAD, slots, 1, stages), compiler_options=AS_USERS_DO)
+    sample = jax.jit(counting_sampler(ending(model), G, T, PAD, slots, 1, stages), compiler_options=FOR_ANY_ROWS)
     prompts, key = random_prompts(B, 9), jax.random.key(0)
     return lambda lengths, *args: sample((params, jnp.asarray(lengths)), prompts, key, settings(*args))
 
@@ -102,8 +102,15 @@ def test_stages_change_no_bit(slots, stages):
         got, _ = sampler(slots, stages)(*case)
         limit = case[2] if len(case) > 2 else T
         np.testing.assert_array_equal(got.lengths, np.minimum(case[0], limit)[:, None].repeat(G, 1))
-        for name in FIELDS:
-            np.testing.assert_array_equal(getattr(want, name), getattr(got, name), name)
+        assert_equal(want, got)
+
+
+def assert_equal(want, got):
+    """Rollouts are equal to the bit; without compiler options for it, log-probs are equal but for rounding."""
+    for name in FIELDS:
+        exact = FOR_ANY_ROWS is not None or not name.endswith("log_probs")
+        compare = np.testing.assert_array_equal if exact else functools.partial(np.testing.assert_allclose, atol=1e-5)
+        compare(getattr(want, name), getattr(got, name), err_msg=name)
 
 
 def simulate(lengths, stages, chunk):
@@ -190,7 +197,7 @@ def test_stages_on_several_devices_change_no_bit():
     with jax.set_mesh(mesh):
         split = jax.device_put(params, params_shardings(mesh, params, model.axes)), lengths
         sample = counting_sampler(ending(model), G, T, PAD, slots=12, stages=2)
-        in_stages, _ = jax.jit(sample, compiler_options=AS_USERS_DO)(split, *args, settings())
+        in_stages, _ = jax.jit(sample, compiler_options=FOR_ANY_ROWS)(split, *args, settings())
     for name in FIELDS[:4]:
         np.testing.assert_array_equal(getattr(at_once, name), getattr(in_stages, name), name)
     # The heads of two devices are summed in another order.
@@ -206,11 +213,10 @@ def test_eight_devices_with_a_part_of_the_batch_change_no_bit():
     with jax.set_mesh(mesh):
         split = jax.device_put(params, params_shardings(mesh, params, model.axes)), lengths
         sample = counting_sampler(ending(model), G, T, PAD, slots=8)
-        in_slots, _ = jax.jit(sample, compiler_options=AS_USERS_DO)(
+        in_slots, _ = jax.jit(sample, compiler_options=FOR_ANY_ROWS)(
             split, random_prompts(B, 9), jax.random.key(0), settings()
         )
-    for name in FIELDS:
-        np.testing.assert_array_equal(getattr(at_once, name), getattr(in_slots, name), name)
+    assert_equal(at_once, in_slots)
 
 
 def test_too_little_memory_is_refused():
