@@ -7,10 +7,6 @@ _TWO_EMITTERS = version("jaxlib").startswith("0.10.")
 AS_USERS_DO = {"xla_cpu_use_fusion_emitters": True} if _TWO_EMITTERS else None
 """Compiler options of programs that are to be equal to the bit: the older emitters round by their surroundings."""
 
-FOR_ANY_ROWS = AS_USERS_DO | {"xla_cpu_experimental_ynn_fusion_type": ""} if AS_USERS_DO else None
-"""Compiler options of products whose sums have the same order for every number of rows from two on; None = there are
-none for this version, and such programs are equal but for rounding."""
-
 
 def flags(devices: int = 1) -> str:
     """So many CPU devices, and quick compilation.

@@ -1,4 +1,4 @@
-"""Rollouts in slots and stages: equal to the static batch to the bit, and in no more memory than was asked for."""
+"""Rollouts in slots and stages: equal to the static batch, and in no more memory than was asked for."""
 
 import functools
 import itertools
@@ -18,11 +18,10 @@ from pspo_jax.model.interface import MASKED
 from pspo_jax.rollout import SamplingParams, counting_sampler
 from pspo_jax.rollout.stages import Stage, automatic_stages, cache_columns, make_stages
 from tests.helpers import random_prompts, slow_except, tiny_policy
-from tests.xla import FOR_ANY_ROWS
+from tests.xla import AS_USERS_DO
 
 EOS, PAD, T, G, B = 13, 14, 256, 2, 8
 ROWS = B * G
-FIELDS = ("tokens", "mask", "lengths", "ended", "log_probs", "sampling_log_probs")
 
 
 def settings(top_p=1.0, limit=T):
@@ -77,7 +76,7 @@ def ending(model):
 def sampler(slots=None, stages=1):
     """sample(lengths of the prompts' completions, ...) of the tiny policy."""
     model, params, _ = tiny_policy()
-    sample = jax.jit(counting_sampler(ending(model), G, T, PAD, slots, 1, stages), compiler_options=FOR_ANY_ROWS)
+    sample = jax.jit(counting_sampler(ending(model), G, T, PAD, slots, 1, stages), compiler_options=AS_USERS_DO)
     prompts, key = random_prompts(B, 9), jax.random.key(0)
     return lambda lengths, *args: sample((params, jnp.asarray(lengths)), prompts, key, settings(*args))
 
@@ -95,8 +94,8 @@ LAYOUTS = [(8, 3), (1, 1), (3, 1), (15, 1), (5, 2), (12, 2), (4, 3), (15, 3)]
 
 
 @pytest.mark.parametrize(("slots", "stages"), slow_except([(5, 2)], LAYOUTS, several=True))
-def test_stages_change_no_bit(slots, stages):
-    """Whatever the memory and the number of stages are, tokens and log-probs are those of the static batch."""
+def test_stages_change_no_row(slots, stages):
+    """Whatever the memory and the number of stages are, rows are those of the static batch."""
     for case in CASES.values():
         want, _ = sampler()(*case)
         got, _ = sampler(slots, stages)(*case)
@@ -106,11 +105,11 @@ def test_stages_change_no_bit(slots, stages):
 
 
 def assert_equal(want, got):
-    """Rollouts are equal to the bit; without compiler options for it, log-probs are equal but for rounding."""
-    for name in FIELDS:
-        exact = FOR_ANY_ROWS is not None or not name.endswith("log_probs")
-        compare = np.testing.assert_array_equal if exact else functools.partial(np.testing.assert_allclose, atol=1e-5)
-        compare(getattr(want, name), getattr(got, name), err_msg=name)
+    """Tokens are equal, and log-probs but for a last bit or two: sums of the products differ with the number of rows."""
+    for name in ("tokens", "mask", "lengths", "ended"):
+        np.testing.assert_array_equal(getattr(want, name), getattr(got, name), name)
+    for name in ("log_probs", "sampling_log_probs"):
+        np.testing.assert_allclose(getattr(want, name), getattr(got, name), atol=2e-6, err_msg=name)
 
 
 def simulate(lengths, stages, chunk):
@@ -187,7 +186,7 @@ def test_the_number_of_stages_follows_the_bytes_that_are_read():
     assert automatic_stages(256, 16_384, 28_672, 3e9) > 1
 
 
-def test_stages_on_several_devices_change_no_bit():
+def test_stages_on_several_devices_change_no_row():
     """Each device moves rows from stage to stage among its own slots."""
     model, params, _ = tiny_policy()
     args = random_prompts(B, 9), jax.random.key(0)
@@ -197,15 +196,12 @@ def test_stages_on_several_devices_change_no_bit():
     with jax.set_mesh(mesh):
         split = jax.device_put(params, params_shardings(mesh, params, model.axes)), lengths
         sample = counting_sampler(ending(model), G, T, PAD, slots=12, stages=2)
-        in_stages, _ = jax.jit(sample, compiler_options=FOR_ANY_ROWS)(split, *args, settings())
-    for name in FIELDS[:4]:
-        np.testing.assert_array_equal(getattr(at_once, name), getattr(in_stages, name), name)
-    # The heads of two devices are summed in another order.
-    np.testing.assert_allclose(at_once.log_probs, in_stages.log_probs, atol=1e-5)
+        in_stages, _ = jax.jit(sample, compiler_options=AS_USERS_DO)(split, *args, settings())
+    assert_equal(at_once, in_stages)
 
 
 @pytest.mark.slow
-def test_eight_devices_with_a_part_of_the_batch_change_no_bit():
+def test_slots_on_eight_devices_change_no_row():
     model, params, _ = tiny_policy()
     lengths = jnp.asarray(CASES["rows end at each boundary"][0])
     at_once, _ = sampler()(lengths)
@@ -213,7 +209,7 @@ def test_eight_devices_with_a_part_of_the_batch_change_no_bit():
     with jax.set_mesh(mesh):
         split = jax.device_put(params, params_shardings(mesh, params, model.axes)), lengths
         sample = counting_sampler(ending(model), G, T, PAD, slots=8)
-        in_slots, _ = jax.jit(sample, compiler_options=FOR_ANY_ROWS)(
+        in_slots, _ = jax.jit(sample, compiler_options=AS_USERS_DO)(
             split, random_prompts(B, 9), jax.random.key(0), settings()
         )
     assert_equal(at_once, in_slots)
