@@ -105,7 +105,7 @@ def test_stages_change_no_row(slots, stages):
 
 
 def assert_equal(want, got):
-    """Tokens are equal, and log-probs but for a last bit or two: sums of the products differ with the number of rows."""
+    """Tokens are equal, and log-probs but for a last bit or two: the order of sums differs with the number of rows."""
     for name in ("tokens", "mask", "lengths", "ended"):
         np.testing.assert_array_equal(getattr(want, name), getattr(got, name), name)
     for name in ("log_probs", "sampling_log_probs"):
