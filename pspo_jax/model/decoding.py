@@ -152,16 +152,16 @@ def slot_decoder(
         cache: SlotCache,
         slot: Int[Array, "n"],
         prompt: Int[Array, "n"],
-        held: list[KeysValues] | None,
+        waiting: list[KeysValues] | None,
         place: Int[Array, "n"],
     ) -> SlotCache:
-        completions = cache.completions if held is None else _copy_row(cache.completions, slot, held, place)
+        completions = cache.completions if waiting is None else _copy_row(cache.completions, slot, waiting, place)
         return SlotCache(_copy_row(cache.prompts, slot, read, prompt), completions)
 
     def save(
-        held: list[KeysValues], place: Int[Array, "n"], cache: SlotCache, slot: Int[Array, "n"]
+        waiting: list[KeysValues], place: Int[Array, "n"], cache: SlotCache, slot: Int[Array, "n"]
     ) -> list[KeysValues]:
-        return _copy_row(held, place, cache.completions, slot)
+        return _copy_row(waiting, place, cache.completions, slot)
 
     step = functools.partial(_slot_step, a, params, layers)
     return SlotDecoder(_head(a, params, last[:, None])[:, 0], slots, waiting, load, save, step)
@@ -180,8 +180,8 @@ def _copy_row(into: _Tree, at: Int[Array, "n"], source: PyTree, of: Int[Array, "
         return into.at[(at, *(slice(0, size) for size in row.shape))].set(row, mode="drop")
 
     def one(into: Array, source: Array) -> Array:
-        by_shard = (x.reshape(at.shape[0], -1, *x.shape[1:]) for x in (into, source))
-        return jax.vmap(of_shard)(*by_shard, at, of).reshape(into.shape)
+        targets, sources = (x.reshape(at.shape[0], -1, *x.shape[1:]) for x in (into, source))
+        return jax.vmap(of_shard)(targets, sources, at, of).reshape(into.shape)
 
     return jax.tree.map(one, into, source)
 

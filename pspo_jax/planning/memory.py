@@ -119,8 +119,8 @@ def show(config: Config, target: Target) -> int:
     console.print(_to_table(plan, target))
     for phase, (answer, need) in verdicts.items():
         console.print(f"{phase}: {answer} ({need})", markup=False)
-    if (line := _slots_that_fit(plan)) is not None:
-        console.print(line, markup=False)
+    if (suggestion := _slots_that_fit(plan)) is not None:
+        console.print(suggestion, markup=False)
     if target.kind:
         console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0

@@ -65,7 +65,7 @@ class Queue(NamedTuple):
     row: Int[Array, "n W"]
     head: Int[Array, "n"]
     """Place of the first row."""
-    count: Int[Array, "n"]
+    held: Int[Array, "n"]
     """Number of rows that wait."""
     completions: PyTree
     """Keys and values of their completions, as the model keeps them; None = the rows have a first token alone, which
@@ -135,7 +135,7 @@ def decode_slots(
         return samples, queues
 
     def rows_wait(state: tuple[Samples, list[Queue]]) -> Bool[Array, ""]:
-        return sum(queue.count.sum() for queue in state[1]) > 0
+        return jnp.stack([queue.held for queue in state[1]]).any()
 
     # A single stage has no rows left; the loop around it would be a second copy of its program.
     samples, _ = jax.lax.while_loop(rows_wait, all_stages, state) if len(stages) > 1 else all_stages(state)
@@ -186,7 +186,7 @@ def run_stage(decoder: RowsInSlots, stage: Stage, queue: Queue, following: Queue
     start = SlotLoop(zeros, zeros, zeros > 0, no_row, cache, queue, following, samples, jnp.int32(0))
 
     def unfinished(loop: SlotLoop) -> Bool[Array, ""]:
-        return (loop.alive.any(axis=1) | ((loop.queue.count > 0) & (room(loop) > 0))).any()
+        return (loop.alive.any(axis=1) | ((loop.queue.held > 0) & (room(loop) > 0))).any()
 
     def refill_and_decode(loop: SlotLoop) -> SlotLoop:
         loop = refill(decoder, stage, loop)
@@ -198,8 +198,8 @@ def run_stage(decoder: RowsInSlots, stage: Stage, queue: Queue, following: Queue
 def room(loop: SlotLoop) -> Int[Array, "n"]:
     """Number of rows that may be taken, since they could wait for the next stage beside those that are in slots."""
     if loop.following is None:
-        return jnp.full_like(loop.queue.count, loop.row.shape[1])
-    return loop.following.row.shape[1] - loop.following.count - loop.alive.sum(axis=1, dtype=jnp.int32)
+        return jnp.full_like(loop.queue.held, loop.row.shape[1])
+    return loop.following.row.shape[1] - loop.following.held - loop.alive.sum(axis=1, dtype=jnp.int32)
 
 
 def refill(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
@@ -212,7 +212,7 @@ def refill(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
     # Slots with full rows come first, so that the row of each is saved in the turn in which the slot takes another.
     slots = ordered(jnp.where(full, 0, jnp.where(loop.alive, 2, 1)), kinds=3)
     saved, free = (x.sum(axis=1, dtype=jnp.int32) for x in (full, full | ~loop.alive))
-    taken = jnp.minimum(jnp.minimum(free, queue.count), room(loop))
+    taken = jnp.minimum(jnp.minimum(free, queue.held), room(loop))
     turn, shard = jnp.arange(s), _shards(slots)
     into = jnp.where(turn < taken[:, None], slots, s)  # s is out of bounds, and writes to it are dropped
     places = (queue.head[:, None] + turn) % queue.row.shape[1]
@@ -220,7 +220,7 @@ def refill(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
     saved_at = jnp.zeros_like(slots)
     if following is not None:
         size = following.row.shape[1]
-        saved_at = ((following.head + following.count)[:, None] + turn) % size
+        saved_at = ((following.head + following.held)[:, None] + turn) % size
         saved_at = jnp.where(turn < saved[:, None], saved_at, size)
 
     def move(i: Int[Array, ""], held: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
@@ -236,7 +236,7 @@ def refill(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
     if following is not None:
         row = jnp.take_along_axis(loop.row, slots, axis=1)
         row = following.row.at[shard, saved_at].set(row, mode="drop")
-        following = Queue(row, following.head, following.count + saved, next_stage)
+        following = Queue(row, following.head, following.held + saved, next_stage)
     t = loop.samples.lengths[shard, rows] - 1
     return loop._replace(
         t=loop.t.at[shard, into].set(t, mode="drop"),
@@ -244,7 +244,7 @@ def refill(decoder: RowsInSlots, stage: Stage, loop: SlotLoop) -> SlotLoop:
         alive=(loop.alive & ~full).at[shard, into].set(True, mode="drop"),
         row=loop.row.at[shard, into].set(rows, mode="drop"),
         cache=cache,
-        queue=queue._replace(head=queue.head + taken, count=queue.count - taken, completions=own),
+        queue=queue._replace(head=queue.head + taken, held=queue.held - taken, completions=own),
         following=following,
     )
 
