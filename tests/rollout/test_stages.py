@@ -186,6 +186,7 @@ def test_the_number_of_stages_follows_the_bytes_that_are_read():
     assert automatic_stages(256, 16_384, 28_672, 3e9) > 1
 
 
+@pytest.mark.slow
 def test_stages_on_several_devices_change_no_row():
     """Each device moves rows from stage to stage among its own slots."""
     model, params, _ = tiny_policy()
