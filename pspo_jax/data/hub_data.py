@@ -84,7 +84,7 @@ def split_parts(split: str, files: Mapping[str, Sequence[str]]) -> list[str]:
     """
     names = [split] if split in files else [part for part in files if part in split]
     if not names:
-        raise ValueError(f"there is no split {split}; it has {', '.join(files)}")
+        raise ValueError(f'Unknown split "{split}". Should be one of {list(files)}.')  # as `datasets` says it
     return names
 
 

@@ -137,9 +137,10 @@ def test_refusals(hub, rows, monkeypatch, offline):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert complaint(rows, "org/gated").startswith(f"{start}gated: is gated, and the account of this machine's token")
     assert complaint(rows, revision="v9") == (
-        "task.revision=v9: org/rows has no such branch, tag or commit; choose among main, or drop it for the main branch"
+        "task.revision=v9: org/rows has no such branch, tag or commit; choose among main, or drop it for the main "
+        "branch"
     )
-    assert "there is no split dev; it has train, test" in complaint(rows, split="dev")
+    assert 'Unknown split "dev". Should be one of' in complaint(rows, split="dev")
     assert "task.subset" in complaint(rows, subset="medium")
     offline()
     assert "(hf download org/rows --repo-type dataset --local-dir DIR)" in complaint(rows)

@@ -70,8 +70,8 @@ def test_a_push_that_is_refused_writes_nothing(hub, push, monkeypatch, tmp_path)
     )
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert complaint(push) == (
-        f"--push-to {ID}: the account of this machine's token may not write there; name one of its own ids, or {log_in} "
-        "as another account, with a token that may write"
+        f"--push-to {ID}: the account of this machine's token may not write there; name one of its own ids, or "
+        f"{log_in} as another account, with a token that may write"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
     assert complaint(push) == f"--push-to {ID}: the hub does not accept the token of this machine; {log_in}"
