@@ -58,7 +58,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(
-        prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint."
+        prog=command_line.program("export"), description="Write a run as a Hugging Face checkpoint."
     )
     parser.add_argument("--run", metavar="RUN", required=True, help="run folder or gs:// URL, as run.dir in training")
     parser.add_argument(

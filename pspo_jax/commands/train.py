@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from pspo_jax.config import command_line
 
-PROG = "python -m pspo_jax.train"
 DESCRIPTION = """RL post-training of language models with verifiable rewards, in JAX.
 
 A laptop trains a small model on the embedded task:
@@ -26,14 +25,16 @@ def main(argv: Sequence[str]) -> int:
       ConfigError: bad input.
       StorageError: files cannot be read or written now.
     """
-    command_line.show_help(argv, PROG, DESCRIPTION)
+    prog = command_line.program("train")
+    command_line.show_help(argv, prog, DESCRIPTION)
+    command_line.show_recipe(argv)
     # These import JAX, which takes seconds; the help text needs none of it.
     from pspo_jax.planning import memory
     from pspo_jax.runs.verdicts import NoVerdictError
     from pspo_jax.training.loop import NotFiniteError, train
 
     argv, target = memory.take_target(argv)
-    config = command_line.parse(argv, PROG, DESCRIPTION)
+    config = command_line.parse(argv, prog, DESCRIPTION)
     if config.run.print_config:
         print(command_line.to_yaml(config), end="")
         return 0
