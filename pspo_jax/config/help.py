@@ -26,8 +26,8 @@ COMMON = (
 """Fields that `--help` lists."""
 _WORDS = ("-h", "--help", "--help-all")
 _CONFIG = (
-    "Fields from a YAML file, nested by stage, or from a recipe that comes with the package: {recipes}. It may be given "
-    "several times: a later file overrides an earlier one, and flags override all files. Both override the presets of "
+    "Fields from a YAML file, nested by stage, or from a recipe that comes with the package: {recipes}. It may be "
+    "given several times: a later file overrides an earlier one, and flags override all files. Both override the presets of "
     "algorithm.name, and these override the defaults below."
 )
 
