@@ -32,10 +32,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/python scripts/draw_architecture.py --check
 
 # The wheel and the source distribution in dist/, with their metadata checked.
-dist:
+dist: $(VENV)/.installed-test
 	rm -rf build dist
-	$(PYTHON) -m build
-	$(PYTHON) -m twine check --strict dist/*
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -27,8 +27,8 @@ COMMON = (
 _WORDS = ("-h", "--help", "--help-all")
 _CONFIG = (
     "Fields from a YAML file, nested by stage, or from a recipe that comes with the package: {recipes}. It may be "
-    "given several times: a later file overrides an earlier one, and flags override all files. Both override the presets of "
-    "algorithm.name, and these override the defaults below."
+    "given several times: a later file overrides an earlier one, and flags override all files. Both override the "
+    "presets of algorithm.name, and these override the defaults below."
 )
 
 
