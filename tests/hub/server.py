@@ -178,8 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         sha = self._commit_of(repo, revision or "main")
         files = repo.commits[sha]
         if call == "tree":
-            inside = [p for p in files if not rest or p.startswith(rest.rstrip("/") + "/")]
-            return self._reply(200, [_entry(p, files[p]) for p in inside])
+            return self._reply(200, _tree(files, rest or "", asked.get("recursive", "").lower() == "true"))
         if call == "paths-info":
             paths = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
             return self._reply(200, [_entry(p, files[p]) for p in paths if p in files])
@@ -246,6 +245,19 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]]
         sha = repo.commit(files)
         self._reply(200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
+
+
+def _tree(files: Files, folder: str, deep: bool) -> list[dict[str, object]]:
+    """What is in a folder of a commit; `deep` = in its folders too."""
+    start = f"{folder.rstrip('/')}/" if folder else ""
+    inside = [path for path in files if path.startswith(start)]
+    if deep:
+        return [_entry(path, files[path]) for path in inside]
+    names = dict.fromkeys(start + path[len(start) :].partition("/")[0] for path in inside)
+    return [
+        _entry(path, files[path]) if path in files else {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+        for path in names
+    ]
 
 
 def _entry(path: str, data: bytes) -> dict[str, object]:

@@ -36,9 +36,16 @@ configs:
   - {split: test, path: main/test.jsonl}
 - config_name: hard
   data_files:
-  - {split: train, path: hard/*.parquet}
+  - {split: train, path: hard/*.jsonl}
+---
+"""
+TYPED = b"""---
+configs:
+- config_name: main
+  data_files:
+  - {split: train, path: main/*.parquet}
 dataset_info:
-- config_name: hard
+- config_name: main
   features:
   - {name: problem, dtype: string}
   - {name: answer, dtype: string}
@@ -48,15 +55,17 @@ FILES = {
     "README.md": CARD,
     "main/train.jsonl": lines(ROWS[:4]),
     "main/test.jsonl": lines(ROWS[4:]),
-    "hard/train-00000-of-00001.parquet": parquet(ROWS[:3]),
+    "hard/train-00000-of-00001.jsonl": lines(ROWS[:3]),
     "hard/other.txt": b"not read",
 }
+TYPED_FILE = "main/train-00000-of-00001.parquet"
 
 
 @pytest.fixture
 def rows(hub, tmp_path):
     """The rows of a data set, by the fields of its task."""
     hub.add("datasets", "org/rows", FILES)
+    hub.add("datasets", "org/typed", {"README.md": TYPED, TYPED_FILE: parquet(ROWS[:3])})
 
     def of(name="org/rows", split="train", **fields):
         fields = {"subset": "main", "cache": str(tmp_path / "cache")} | fields
@@ -76,11 +85,13 @@ def complaint(rows, *args, **fields):
 def test_a_split_of_text_files_comes_alone(hub, rows):
     assert rows() == ROWS[:4]
     assert hub.downloads("main/train.jsonl") and not hub.downloads("main/test.jsonl") and not hub.downloads(".txt")
+    assert rows(subset="hard") == ROWS[:3]
     assert rows(split="train[1:3]") == ROWS[1:3] and rows(split="train+test") == ROWS
 
 
 def test_typed_files_have_the_types_that_the_card_declares(rows):
-    assert rows(subset="hard") == [{"problem": row["problem"], "answer": str(row["answer"])} for row in ROWS[:3]]
+    wanted = [{"problem": row["problem"], "answer": str(row["answer"])} for row in ROWS[:3]]
+    assert rows("org/typed") == wanted and rows("org/typed", split="train[:2]") == wanted[:2]
 
 
 def test_packed_files_without_a_card(hub, rows):
@@ -96,20 +107,20 @@ def test_a_revision_stays_what_it_was(hub, rows):
     assert rows(revision="v1") == rows(revision=repo.refs["v1"]) == ROWS[:4]
 
 
-@pytest.mark.parametrize("subset", ["main", "hard"])
-def test_without_a_network_the_cache_is_enough(hub, rows, offline, subset):
+@pytest.mark.parametrize("name", ["org/rows", "org/typed"])
+def test_without_a_network_the_cache_is_enough(hub, rows, offline, name):
     """Each revision is found again, and no other one takes its place."""
-    repo = hub.repos["datasets", "org/rows"]
+    repo = hub.repos["datasets", name]
     repo.refs["v1"] = repo.refs["main"]
-    old = rows(subset=subset, revision="v1")
-    changed = {"main/train.jsonl": lines(ROWS[::-1]), "hard/train-00000-of-00001.parquet": parquet(ROWS[3:])}
-    repo.commit(FILES | changed)
-    new = rows(subset=subset)
+    old = rows(name, revision="v1")
+    changed = {"main/train.jsonl": lines(ROWS[::-1]), TYPED_FILE: parquet(ROWS[3:])}
+    repo.commit({path: changed.get(path, data) for path, data in repo.commits[repo.refs["main"]].items()})
+    new = rows(name)
     offline()
     hub.requests.clear()
-    assert rows(subset=subset) == new != old == rows(subset=subset, revision="v1")
+    assert rows(name) == new != old == rows(name, revision="v1")
     assert hub.requests == []
-    assert "HF_HUB_OFFLINE forbids to ask the hub, whose cache" in complaint(rows, subset=subset, revision="v2")
+    assert "HF_HUB_OFFLINE forbids to ask the hub, whose cache" in complaint(rows, name, revision="v2")
 
 
 def test_a_second_start_fetches_nothing(hub, rows):
