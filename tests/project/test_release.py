@@ -125,7 +125,6 @@ def dist(tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
 def test_distributions_hold_the_package_and_nothing_else(dist):
     pytest.importorskip("twine", reason="twine is a test dependency; install '.[test]'")
     (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
