@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from pspo_jax.model.huggingface.hub import Repository, commit_of, download
+from pspo_jax.config.fields import ConfigError
+from pspo_jax.model.huggingface.hub import Repository, check_access, commit_of, download, incomplete
 from pspo_jax.system.storage import write_whole
 
 _FORMAT = 1
@@ -57,7 +58,18 @@ def read_layout(datasets: ModuleType, repo: Repository, subset: str | None, cach
         return found
     if found is not None and found.commit == commit:
         return found
-    builder = datasets.load_dataset_builder(repo.id, subset, revision=commit)
+    try:
+        builder = datasets.load_dataset_builder(repo.id, subset, revision=commit)
+    except datasets.exceptions.DatasetNotFoundError:
+        check_access(repo)
+        raise
+    except ValueError as error:
+        names = datasets.get_dataset_config_names(repo.id, revision=commit)
+        if subset in names or (subset is None and len(names) == 1):
+            raise
+        raise ConfigError(
+            f"task.subset={subset}: {repo.id} has configurations of other names; choose among {', '.join(names)}"
+        ) from error
     start = f"hf://datasets/{repo.id}@{commit}/"
     files = {
         str(part): [str(f).removeprefix(start) for f in names] for part, names in builder.config.data_files.items()
@@ -97,4 +109,7 @@ def local_files(repo: Repository, layout: Layout, parts: Sequence[str]) -> dict[
     """
     wanted = [glob.escape(file) for part in parts for file in layout.files[part]]
     folder = download(repo._replace(revision=layout.commit), wanted)
-    return {part: [str(folder / file) for file in layout.files[part]] for part in parts}
+    found = {part: [folder / file for file in layout.files[part]] for part in parts}
+    if not all(path.exists() for paths in found.values() for path in paths):
+        raise incomplete(repo)
+    return {part: [str(path) for path in paths] for part, paths in found.items()}

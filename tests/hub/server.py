@@ -167,6 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(200, {"branches": shown[:1], "tags": shown[1:], "converts": [], "pullRequests": []})
         if call in ("preupload", "commit") and user != name.partition("/")[0]:
             raise _RefusalError(403, message="You have no right to write to this repository")
+        if call == "auth-check":
+            if repo.gated and user not in repo.readers:
+                raise _RefusalError(403 if user else 401, "GatedRepo", f"Access to {name} is restricted")
+            return self._reply(200, {})
         if call == "preupload":
             return self._reply(200, {"files": [
                 {"path": f["path"], "shouldIgnore": False,

@@ -133,7 +133,7 @@ def test_a_second_start_fetches_nothing(hub, rows):
 def test_files_that_are_missing_from_the_cache_are_not_overlooked(rows, offline):
     rows()
     offline()
-    assert "has not all of its files" in complaint(rows, split="test")
+    assert "lacks files of it" in complaint(rows, split="test")
 
 
 def test_refusals(hub, rows, monkeypatch, offline):
@@ -152,7 +152,10 @@ def test_refusals(hub, rows, monkeypatch, offline):
         "branch"
     )
     assert 'Unknown split "dev". Should be one of' in complaint(rows, split="dev")
-    assert "task.subset" in complaint(rows, subset="medium")
+    for subset in (None, "medium"):
+        assert complaint(rows, subset=subset) == (
+            f"task.subset={subset}: org/rows has configurations of other names; choose among main, hard"
+        )
     offline()
     assert "(hf download org/rows --repo-type dataset --local-dir DIR)" in complaint(rows)
 

@@ -140,13 +140,14 @@ CASES = {
     ),
     "offline": (
         2,
-        "model.source=org/tiny: no such folder, and HF_HUB_OFFLINE forbids to ask the hub, whose cache CACHE lacks it; "
+        "model.source=org/tiny: no such folder, and HF_HUB_OFFLINE forbids to ask the hub, whose cache CACHE lacks "
+        "files of it; "
         "unset HF_HUB_OFFLINE, or download it elsewhere (hf download org/tiny --local-dir DIR) and name DIR",
     ),
     "offline, a part": (
         2,
-        "model.source=org/tiny: no such folder, and HF_HUB_OFFLINE forbids to ask the hub, whose cache CACHE has not "
-        "all of its files; unset HF_HUB_OFFLINE, or download it elsewhere (hf download org/tiny --local-dir DIR) and "
+        "model.source=org/tiny: no such folder, and HF_HUB_OFFLINE forbids to ask the hub, whose cache CACHE lacks "
+        "files of it; unset HF_HUB_OFFLINE, or download it elsewhere (hf download org/tiny --local-dir DIR) and "
         "name DIR",
     ),
     "no hub": (

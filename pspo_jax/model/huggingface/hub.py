@@ -83,6 +83,18 @@ def download(repo: Repository, patterns: Sequence[str]) -> Path:
     return _tried(fetch, refused, broken, repo.where)
 
 
+def incomplete(repo: Repository) -> ConfigError | StorageError:
+    """The error of a cache that lacks files of a repository, although `download` took it for complete.
+
+    The client does so where it never listed the repository's files and cannot do so now.
+    """
+    from huggingface_hub import errors, is_offline_mode
+
+    if is_offline_mode() and (refused := refusal(errors.OfflineModeIsEnabled(), repo)) is not None:
+        return refused
+    return _unreached(ConnectionError("the cache lacks files of it"), repo)
+
+
 def commit_of(repo: Repository) -> str | ConfigError | StorageError:
     """The commit that a repository's revision names; or, if the hub does not say it now, the error to raise.
 
@@ -104,6 +116,17 @@ def commit_of(repo: Repository) -> str | ConfigError | StorageError:
         raise refused from error
 
 
+def check_access(repo: Repository) -> None:
+    """Raise ConfigError if this machine's account may not read a repository's files, as with a gated one."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().auth_check(repo.id, repo_type=repo.kind)
+    except _failures() as error:
+        if (refused := refusal(error, repo)) is not None:
+            raise refused from error
+
+
 def refusal(error: BaseException, repo: Repository) -> ConfigError | None:
     """The one-line error of a request that the hub would refuse again; None if the same request may pass later."""
     missing = "no such folder" if repo.kind == "model" else "no such file or folder"
@@ -113,10 +136,9 @@ def refusal(error: BaseException, repo: Repository) -> ConfigError | None:
             f"{repo.where}: {missing}, and no hub id either, such as Qwen/Qwen2.5-0.5B; name one of them"
         )
     if _cause(error, "OfflineModeIsEnabled"):
-        lacks = "has not all of its files" if _cause(error, "IncompleteSnapshotError") else "lacks it"
         return ConfigError(
-            f"{repo.where}: {missing}, and HF_HUB_OFFLINE forbids to ask the hub, whose cache {_cache()} {lacks}"
-            f"{revision}; unset HF_HUB_OFFLINE, or {repo.by_hand}"
+            f"{repo.where}: {missing}, and HF_HUB_OFFLINE forbids to ask the hub, whose cache {_cache()} "
+            f"lacks files of it{revision}; unset HF_HUB_OFFLINE, or {repo.by_hand}"
         )
     if _cause(error, "RevisionNotFoundError"):
         return ConfigError(
