@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from pspo_jax.commands.export import write_model
 from pspo_jax.config.defaults import replace
@@ -23,7 +23,7 @@ def tiny_files() -> dict[str, bytes]:
     config = replace(Config(), TINY)
     _, _, architecture = architecture_for(config)
     shapes = jax.eval_shape(transformer(architecture).init, jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.linspace(-0.5, 0.5, x.size, dtype=x.dtype).reshape(x.shape), shapes)
+    params = jax.tree.map(lambda x: np.linspace(-0.5, 0.5, x.size, dtype=x.dtype).reshape(x.shape), shapes)
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name), config, params)
         return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
