@@ -80,7 +80,7 @@ class Hub:
 class _RefusalError(Exception):
     """An answer of the hub that refuses a request."""
 
-    def __init__(self, status: int, code: str = "", message: str = "refused"):
+    def __init__(self, status: int, code: str = "", message: str = ""):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
 
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         try:
             if (status := self.hub.fault(self.command, path)) is not None:
-                raise _RefusalError(status)
+                return self._reply(status, {"error": "refused"})
             self._answer(path, {k: v[-1] for k, v in parse_qs(url.query).items()}, body)
         except _RefusalError as refusal:
             told = {"X_Error_Code": refusal.code} if refusal.code else {}
