@@ -219,5 +219,10 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
     return out
 
 
+def command() -> None:
+    """`pspo-evaluate`, which is `python -m pspo_jax.evaluate`."""
+    command_line.run_command(main, "evaluate")
+
+
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.evaluate")
+    command()

@@ -79,5 +79,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def command() -> None:
+    """`pspo-export`, which is `python -m pspo_jax.export`."""
+    command_line.run_command(main, "export")
+
+
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.export")
+    command()

@@ -114,5 +114,10 @@ def _parse(defaults: Mapping[str, Mapping[str, Value]], argv: Sequence[str]) -> 
         return command_line.parse(["--config", str(path), *argv], command_line.program("sft"), DESCRIPTION)
 
 
+def command() -> None:
+    """`pspo-sft`, which is `python -m pspo_jax.sft`."""
+    command_line.run_command(main, "sft")
+
+
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.sft")
+    command()

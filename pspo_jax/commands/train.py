@@ -45,3 +45,8 @@ def main(argv: Sequence[str]) -> int:
     except (NoVerdictError, NotFiniteError):
         return 1  # The loop has printed why.
     return 0
+
+
+def command() -> None:
+    """`pspo-train`, which is `python -m pspo_jax.train`."""
+    command_line.run_command(main, "train")

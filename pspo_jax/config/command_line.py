@@ -92,6 +92,11 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+def run_command(main: Callable[[Sequence[str]], int], command: str) -> None:
+    """Call `main(argv)` of a command such as "train", and exit as `run` does."""
+    run(main, program(command).removeprefix("python -m "))
+
+
 def run(main: Callable[[Sequence[str]], int], prog: str) -> None:
     """Call `main(argv)` and exit with its code.
 
