@@ -23,7 +23,7 @@ from pspo_jax.config.defaults import check_name, flatten, with_given
 from pspo_jax.config.fields import ConfigError, Value
 from pspo_jax.config.help import help_text, wants_help
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.recipes import config_file, recipe
+from pspo_jax.config.recipes import config_file, recipe, recipe_names
 from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.system.storage import StorageError, exhausted
@@ -69,9 +69,12 @@ def show_recipe(argv: Sequence[str]) -> None:
       ConfigError: there is no such recipe.
       SystemExit: after the recipe.
     """
-    if argv[:1] == ["--recipe"]:
-        print(recipe(argv[1] if len(argv) == 2 else "", "--recipe").read_text(encoding="utf-8"), end="")
-        raise SystemExit(0)
+    if argv[:1] != ["--recipe"]:
+        return
+    if len(argv) != 2:
+        raise ConfigError(f"--recipe: needs one name, and nothing else; the recipes are {', '.join(recipe_names())}")
+    print(recipe(argv[1], "--recipe").read_text(encoding="utf-8"), end="")
+    raise SystemExit(0)
 
 
 def show_help(argv: Sequence[str], prog: str, description: str) -> None:
@@ -209,9 +212,10 @@ def read_yaml(config: Config, path: str) -> dict[str, Value]:
     where = f"--config {path}"
     if not path:
         raise ConfigError("--config: needs the name of a YAML file")
+    file = config_file(path)
     try:
         # The loader is safe: it constructs only plain values.
-        values = yaml.load(config_file(path).read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}; name a YAML file that can be read") from error
     except UnicodeDecodeError as error:

@@ -26,11 +26,9 @@ def config_file(name: str) -> Traversable:
       ConfigError: there is neither; the message lists the recipes with the nearest names.
     """
     path = Path(name).expanduser()
-    if path.is_file() or path.suffix in _SUFFIXES or len(path.parts) > 1:
+    if path.is_file() or path.suffix in _SUFFIXES or len(path.parts) != 1:
         if not path.exists() and path.stem in recipe_names():
-            raise ConfigError(
-                f"--config {name}: No such file or directory; --config {path.stem} is the package's recipe"
-            )
+            raise ConfigError(f"--config {name}: there is no such file; the package's recipe is --config {path.stem}")
         return path
     return recipe(name, "--config")
 
@@ -38,6 +36,8 @@ def config_file(name: str) -> Traversable:
 def recipe(name: str, flag: str) -> Traversable:
     """The file of a recipe.
 
+    Args:
+      flag: the flag that names it, for messages.
     Raises:
       ConfigError: there is no recipe of this name.
     """
@@ -45,7 +45,7 @@ def recipe(name: str, flag: str) -> Traversable:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         advice = f"did you mean {' or '.join(near)}?" if near else f"the recipes are {', '.join(names)}"
-        raise ConfigError(f"{flag} {name}: there is no such file, and no recipe of this name; {advice}")
+        raise ConfigError(f"{flag} {name}: there is no file or recipe of this name; {advice}")
     return _folder() / f"{name}.yaml"
 
 

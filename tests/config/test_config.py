@@ -122,6 +122,42 @@ def test_every_recipe_is_valid(path):
     assert build(config) is not None
 
 
+def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "countdown") == parse("--config", str(RECIPES / "countdown.yaml"))
+    (tmp_path / "countdown").write_text("run: {steps: 7}")
+    assert parse("--config", "countdown").run.steps == 7  # a file goes before a recipe
+    with pytest.raises(SystemExit):
+        main(["--recipe", "own_data"])
+    assert capsys.readouterr().out == (RECIPES / "own_data.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("--config", "pspo_qwen_1p5b"),
+            "--config pspo_qwen_1p5b: there is no file or recipe of this name; did you mean pspo_qwen25_math_1p5b or",
+        ),
+        (
+            ("--config", "zzzz"),
+            "--config zzzz: there is no file or recipe of this name; the recipes are countdown, grpo",
+        ),
+        (
+            ("--config", "x/grpo.yaml"),
+            "--config x/grpo.yaml: there is no such file; the package's recipe is --config grpo",
+        ),
+        (("--recipe", "gprpo"), "--recipe gprpo: there is no file or recipe of this name; did you mean grpo"),
+        (("--recipe",), "--recipe: needs one name, and nothing else; the recipes are countdown, grpo"),
+        (("--recipe", "grpo", "--run.steps", "2"), "--recipe: needs one name, and nothing else; the recipes are"),
+    ],
+)
+def test_a_recipe_that_there_is_not_is_one_line_with_the_near_ones(words, says):
+    with pytest.raises(ConfigError) as error:
+        main(words)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
 def test_a_mixture_is_a_list_in_yaml(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
