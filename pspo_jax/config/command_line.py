@@ -69,7 +69,7 @@ def show_recipe(argv: Sequence[str]) -> None:
       ConfigError: there is no such recipe.
       SystemExit: after the recipe.
     """
-    if argv[:1] != ["--recipe"]:
+    if not argv or argv[0] != "--recipe":
         return
     if len(argv) != 2:
         raise ConfigError(f"--recipe: needs one name, and nothing else; the recipes are {', '.join(recipe_names())}")
