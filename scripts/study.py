@@ -2,8 +2,8 @@
 
     python scripts/study.py --out runs/study --steps 40 --seeds 0 1 2 3 4 \\
         --arm grpo --arm dr_grpo --arm ers --arm pps --arm pspo --arm "pspo selection.floor=1e-6"
-    python scripts/study.py --out runs/smollm2 --arm pspo_jax/recipes/smollm2_135m_grpo.yaml \\
-        --arm pspo_jax/recipes/smollm2_135m_pspo.yaml --arm pspo_jax/recipes/smollm2_135m_popo.yaml
+    python scripts/study.py --out runs/smollm2 --arm configs/smollm2_135m_grpo.yaml \\
+        --arm configs/smollm2_135m_pspo.yaml --arm configs/smollm2_135m_popo.yaml
 
     python scripts/study.py --plan docs/data/uneven_pools.yaml --part confirmation --jobs 2
 

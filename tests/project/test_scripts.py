@@ -176,8 +176,8 @@ def test_what_is_no_measurement_is_refused(tmp_path):
 def test_a_study_of_recipes_has_a_table_of_kinds(script, tmp_path):
     study = script("study")
     arms = [
-        "pspo_jax/recipes/smollm2_135m_grpo.yaml",
-        "pspo_jax/recipes/smollm2_135m_popo.yaml loss.off_policy=coupled",
+        "configs/smollm2_135m_grpo.yaml",
+        "configs/smollm2_135m_popo.yaml loss.off_policy=coupled",
     ]
     assert study.flags(tmp_path, arms[0], 3, None)[:2] == ["--config", arms[0]]
     assert "--run.steps" not in study.flags(tmp_path, arms[0], 3, None)
