@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.model.vision import image_tokens
 from tests.data.made_images import picture, write_problems, write_splits
 from tests.model.checkpoints import transformers
@@ -19,23 +18,18 @@ from tests.model.test_pretrained import load
 from tests.model.visual_checkpoints import (
     RELEASED_VOCABULARY,
     torch_logits,
-    write_visual_checkpoint,
     write_visual_policy,
 )
 from tests.pictures import picture as picture_of
 from tests.pictures import prompts_of
 from tests.runs.processes import lines_of, metrics, params, wait_for_step
 
-PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vision", ["frozen", "trained"])
 def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
     source = tmp_path / "source"
-    write_visual_checkpoint(source, "qwen2_5_vl", text={"num_hidden_layers": 1}, tower={"depth": 2})
-    TOKENIZER.to_hf().save_pretrained(source)
-    (source / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    write_visual_policy(source, layers=1)
     rows = [{"question": f"{a}+{b}=", "answer": f"#### {2 + 3 * (a % 2)}"} for a in range(10, 40) for b in (1, 2)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     fields = {
@@ -87,7 +81,8 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
     assert before.keys() == after.keys()
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and not any(name.startswith("visual.") for name in changed)
-    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == PROCESSOR
+    processors = [folder / "preprocessor_config.json" for folder in (source, tmp_path / "out")]
+    assert json.loads(processors[1].read_text()) == json.loads(processors[0].read_text())
     _, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
