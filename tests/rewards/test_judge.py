@@ -19,7 +19,8 @@ from tests.rewards.chat_service import Answer, serving
 
 
 def settings(service, **fields):
-    return JudgeConfig(**{"url": service.url, "model": "m", "prompt": "{prompt} {completion}", "deadline": 10.0} | fields)
+    values = {"url": service.url, "model": "m", "prompt": "{prompt} {completion}", "deadline": 10.0}
+    return JudgeConfig(**values | fields)
 
 
 def replies(service, questions, memory=None, **fields):
