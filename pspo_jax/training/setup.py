@@ -211,20 +211,18 @@ def prepare(
     config, chosen = with_type(config, on_cpu)
     source, tokenizer, architecture = _language_model(config, weights, task)
     architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
-    tokens = vocabulary_of(tokenizer if task is None else task.tokenizer)
-    teacher = find_teacher(config, tokens, architecture, weights)
+    teacher = _teacher(config, tokenizer if task is None else task.tokenizer, architecture, weights)
+    of_teacher = None if teacher is None else teacher.architecture
     capacity = device_bytes() if capacity is None else capacity
-    config = with_fsdp(config, architecture, capacity, len(devices), None if teacher is None else teacher.architecture)
+    config = with_fsdp(config, architecture, capacity, len(devices), of_teacher)
     mesh = make_mesh(config, architecture, devices)
-    if teacher is not None:
-        check_model(config, teacher.architecture, teacher.architecture.vocab_size, f"teacher.source={teacher.name}")
     task = _task(config, tokenizer, pool, say, task, reward)
     for line in _remarks(config, source, architecture, task):
         say(line)
     _check_processes(config, source, task)
-    if teacher is not None:
-        processes.check_same("teacher.source", teacher.fingerprint)
     check_vocabulary(config, task.vocab_size)
+    if of_teacher is not None:
+        check_model(config, of_teacher, of_teacher.vocab_size, f"teacher.source={config.teacher.source}")
     if architecture.vision is not None:
         check_tower(config, architecture.vision.width)
     prompt_length = task.train.tokens.shape[1]
@@ -239,13 +237,25 @@ def prepare(
     )
     architecture = kernels(architecture, say=say)
     if teacher is not None:
-        of_teacher = kernels(teacher.architecture, say=lambda line: say(f"teacher: {line}"))
-        teacher = teacher._replace(architecture=of_teacher)
+        fast = kernels(teacher.architecture, say=lambda line: say(f"teacher: {line}"))
+        teacher = teacher._replace(architecture=fast)
     config, more = with_memory(config, architecture, mesh, prompt_length, on_cpu)
     if chosen + more:
         say(f"defaults of this machine: {', '.join(chosen + more)}")
     architecture = dataclasses.replace(architecture, remat=config.model.remat or "none")
     return _with_strategies(config, mesh, task, source, architecture, teacher)
+
+
+def _teacher(config: Config, tokenizer: object, architecture: Architecture, weights: bool) -> Teacher | None:
+    """`find_teacher`, the same on all processes of the run.
+
+    Args:
+      tokenizer: the policy's, of any class.
+    """
+    teacher = find_teacher(config, vocabulary_of(tokenizer), architecture, weights)
+    if teacher is not None:
+        processes.check_same("teacher.source", teacher.fingerprint)
+    return teacher
 
 
 def _with_strategies(
