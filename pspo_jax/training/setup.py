@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,18 +225,10 @@ def prepare(
     if architecture.vision is not None:
         check_tower(config, architecture.vision.width)
     prompt_length = task.train.tokens.shape[1]
-    kernels = partial(
-        with_kernels,
-        wanted=config.model.attention,
-        platform=devices[0].platform,
-        length=prompt_length + config.rollout.max_new_tokens,
-        mesh=mesh.shape,
-        probe=weights and set(devices) <= set(jax.devices()),
-        share_prompts=config.loss.share_prompts,
-    )
-    architecture = kernels(architecture, say=say)
+    probe = weights and set(devices) <= set(jax.devices())
+    architecture = _with_kernels(architecture, config, mesh, prompt_length, probe, say)
     if teacher is not None:
-        fast = kernels(teacher.architecture, say=lambda line: say(f"teacher: {line}"))
+        fast = _with_kernels(teacher.architecture, config, mesh, prompt_length, probe, lambda x: say(f"teacher: {x}"))
         teacher = teacher._replace(architecture=fast)
     config, more = with_memory(config, architecture, mesh, prompt_length, on_cpu)
     if chosen + more:
@@ -256,6 +247,19 @@ def _teacher(config: Config, tokenizer: object, architecture: Architecture, weig
     if teacher is not None:
         processes.check_same("teacher.source", teacher.fingerprint)
     return teacher
+
+
+def _with_kernels(
+    a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool, say: Callable[[str], None]
+) -> Architecture:
+    """The architecture with the kernels that model.attention asks for.
+
+    Args:
+      probe: whether the devices are there, so that kernels can be tried.
+    """
+    length = prompt_length + config.rollout.max_new_tokens
+    platform = mesh.devices.flat[0].platform
+    return with_kernels(a, config.model.attention, platform, length, mesh.shape, probe, say, config.loss.share_prompts)
 
 
 def _with_strategies(
