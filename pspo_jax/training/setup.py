@@ -448,17 +448,9 @@ def place_state(
 
 
 def load_teacher(setup: Setup, progress: Progress | None = None) -> PyTree | None:
-    """The teacher's weights on the mesh; None = there is no teacher.
-
-    Args:
-      progress: is told of it; None = nothing is shown.
-    """
-    if setup.teacher is None:
-        return None
-    size = sum(x.size for x in jax.tree.leaves(setup.abstract.teacher))
-    if progress is not None:
-        progress.say(f"teacher: {size:,} parameters, from {setup.teacher.name}")
-    return setup.teacher.load(setup.mesh)
+    """The teacher's weights on the mesh; None = there is no teacher. `progress` is told of it."""
+    say = (lambda _: None) if progress is None else progress.say
+    return None if setup.teacher is None else setup.teacher.load(setup.mesh, say)
 
 
 def load_frozen(setup: Setup) -> PyTree | None:

@@ -48,15 +48,19 @@ class Teacher(NamedTuple):
         """Shapes, types and shardings of its weights on a mesh."""
         return abstract_weights(self.architecture, mesh)
 
-    def load(self, mesh: Mesh) -> PyTree:
+    def load(self, mesh: Mesh, say: Callable[[str], None] = lambda _: None) -> PyTree:
         """Its weights on a mesh, in the types of `abstract`.
 
+        Args:
+          say: is told how many there are.
         Raises:
           ConfigError: they cannot be read, or are not finite.
         """
+        wanted = self.abstract(mesh)
+        say(f"teacher: {sum(x.size for x in jax.tree.leaves(wanted)):,} parameters, from {self.name}")
         with errors_of("teacher.source", self.name):
             found = self.read(self.architecture, mesh)
-        return jax.tree.map(lambda x, a: x.astype(a.dtype), found, self.abstract(mesh))
+        return jax.tree.map(lambda x, a: x.astype(a.dtype), found, wanted)
 
 
 def find_teacher(
