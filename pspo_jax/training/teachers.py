@@ -175,7 +175,7 @@ def _of_run(config: Config, name: str, weights: bool) -> tuple[Teacher, dict[str
             return cold_start_weights(run, source, as_held(a), mesh, partial(whole, a, mesh))
 
         return Teacher(name, architecture, hashlib.sha256(identity.encode()).hexdigest()[:16], read), tokens
-    (step,) = choose_steps(run, wanted, "teacher.step")
+    (step,) = choose_steps(run, wanted, "teacher.step", "teacher.source")
 
     def read_step(a: Architecture, mesh: Mesh) -> PyTree:
         return step_weights(run, step, source, as_held(a), mesh, partial(whole, a, mesh))

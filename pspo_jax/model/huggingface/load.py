@@ -193,7 +193,8 @@ def errors_of(field: str, name: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         text = str(error).replace(f"model.source={name}", f"{field}={name}")
-        raise ConfigError(text if text.startswith(field) else f"{field}={name}: {text}") from error
+        stage = f"{field.partition('.')[0]}."
+        raise ConfigError(text if text.startswith(stage) else f"{field}={name}: {text}") from error
 
 
 def _has_own_head(tensors: dict[str, Tensor]) -> bool:
