@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,12 @@ from hypothesis import strategies as st
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.rewards import JUDGE_PROMPT, JudgeConfig
 from pspo_jax.config.validation import validate
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
+from pspo_jax.data.task import CompletionBatch
+from pspo_jax.data.tokenizer import load_tokenizer
+from pspo_jax.rewards.task import make_task
+from pspo_jax.rewards.text_reward import make_pool
+from pspo_jax.runs import verdicts
 from pspo_jax.verifiers import judge as module
 from pspo_jax.verifiers.judge import Judge, question_of, score_in, words_in
 from tests.helpers import tiny_config
@@ -243,3 +250,39 @@ def test_settings_are_checked(fields, words):
 def test_the_default_prompt_asks_for_what_the_default_pattern_finds():
     assert all(place in JUDGE_PROMPT for place in ("{prompt}", "{answer}", "{completion}"))
     assert score_in(question_of(JUDGE_PROMPT, "p", "a", "c") + "Score: 4", JudgeConfig()) == 0.4
+
+
+def test_it_is_a_term_of_the_reward(tmp_path):
+    """A pool with a judge: scores and failures reach the reward, the counts of failures, and the dumps."""
+    rows = [{"problem": f"{i}+{i}=", "answer": f"{2 * i}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    TOKENIZER.to_hf().save_pretrained(tmp_path / "tokenizer")
+
+    def answer(asked, n):
+        good = asked.body["messages"][0]["content"].endswith("4")
+        return Answer("Score: 4") if good else Answer(status=400, body="no")
+
+    with serving(answer) as service:
+        fields = {
+            "task.name": "math", "task.train_data": str(tmp_path / "rows.jsonl"), "task.train_prompts": 0,
+            "task.heldout_prompts": 4, "task.cache": str(tmp_path / "cache"), "prompt.template": "none",
+            "model.tokenizer": str(tmp_path / "tokenizer"), "rollout.prompts": 4, "verifier.workers": 1,
+            "reward.terms": "accuracy=1, judge=2", "judge.url": service.url, "judge.model": "m",
+            "judge.prompt": "{prompt}{answer}|{completion}",
+        }  # fmt: skip
+        config = tiny_config(**{name.replace(".", "__"): value for name, value in fields.items()})
+        with make_pool(config, tmp_path / "workers.log") as pool:
+            task = make_task(config, load_tokenizer(config, None, None), pool)
+            ids = np.array([[TOKENIZER.encode("4$"), TOKENIZER.encode("5$")]], np.int32)
+            row = np.array([2])
+            batch = CompletionBatch(task.train, row, ids, np.full((1, 2), 2), np.ones((1, 2), bool), 1)
+            found = task.reward_fn(batch)()
+            bare = task.reward_fn(batch._replace(wants_reward=False))()
+        question = f"{task.train.texts[2]}{task.train.answers[2]}|"
+        assert sorted(service.questions()) == [question + "4", question + "5"]
+    assert found.terms["judge"][0, 0] == pytest.approx(0.4) and np.isnan(found.terms["judge"][0, 1])
+    assert found.reward[0, 0] == pytest.approx(found.verdicts[0, 0] + 0.8) and np.isnan(found.reward[0, 1])
+    assert found.missing["judge"] == {"HTTP 400: no": 1} and found.columns["judge"] == [["Score: 4", None]]
+    values = verdicts.metrics(found)
+    assert values["rewards/judge/no_verdict"] == 0.5 and values["logged/judge_tries"] == 1.0
+    assert "judge" not in bare.terms and (tmp_path / "judge.jsonl").exists()

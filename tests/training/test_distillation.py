@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pspo_jax as pj
+from pspo_jax.config.command_line import parse
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import LossConfig
 from pspo_jax.config.validation import validate
@@ -30,6 +31,7 @@ from pspo_jax.training.algorithm import build
 from pspo_jax.training.saved_weights import source_weights
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.teachers import find_teacher, vocabulary_of
+from tests.conftest import REPO
 from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
 from tests.losses.golden import evaluate
 from tests.model.checkpoints import torch, write_checkpoint
@@ -335,3 +337,17 @@ def test_settings_are_checked(fields, words):
         validate(pj.replace(pj.Config(), values))
     if "teacher.step" not in fields and values["teacher.source"] and "loss.name" not in fields:
         validate(pj.replace(pj.Config(), values | {"teacher.reward_weight": 1.0}))
+
+
+@pytest.mark.slow
+def test_the_embedded_policy_learns_from_the_cold_started_one(tmp_path):
+    """The commands of docs/teachers.md: from random weights, without a cold start, to nine tenths of the teacher."""
+    cold, taught = pj.Config(), tmp_path / "taught"
+    pj.train(pj.replace(cold, {"run.dir": str(tmp_path / "cold"), "run.steps": 1, "eval.every": 0}))
+    page = (REPO / "docs" / "teachers.md").read_text(encoding="utf-8")
+    words = re.search(r"pspo_jax\.train --run\.dir runs/taught ([^`]*?)\n```", page)[1].replace("\\\n", " ").split()
+    fields = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    fields |= {"run.dir": str(taught), "teacher.source": str(tmp_path / "cold")}
+    result = pj.train(parse([word for name, value in fields.items() for word in (f"--{name}", value)], "", ""))
+    assert result.scores["sampled"] >= 0.9 * metrics(tmp_path / "cold")[0]["eval/sampled"] > 0.3
+    assert metrics(taught)[0]["eval/sampled"] < 0.05
