@@ -52,6 +52,7 @@ from pspo_jax.selection.metadata import kind_of_bins, load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
+from pspo_jax.training.architectures import architecture_for, as_trained
 from pspo_jax.training.machine_defaults import with_fsdp, with_memory, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
 from pspo_jax.training.prompt_features import feature_width, prompt_features
