@@ -307,7 +307,7 @@ def test_what_a_teacher_cannot_be(tmp_path):
     policy, tokens = tiny_policy(tiny_config())[2], vocabulary_of(TOKENIZER)
     cases = [
         ({"teacher__source": str(tmp_path / "nothing")}, "no such folder"),
-        ({"teacher__source": str(tmp_path)}, "config.json"),
+        ({"teacher__source": str(tmp_path)}, "is an empty folder"),
         ({"teacher__source": str(tmp_path), "teacher__step": "best"}, "no folder of a training run"),
     ]
     for fields, words in cases:
