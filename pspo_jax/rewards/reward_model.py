@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
+from jinja2 import TemplateError
 
 from pspo_jax.config.schema import Config
 from pspo_jax.data.conversations import Conversation
@@ -82,10 +83,19 @@ def row_of(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, completion:
     """Ids of a prompt with its completion in the reward model's own template, up to the last token that is no padding.
 
     Without a template they are the texts one behind the other, and an EOS.
+
+    Raises:
+      ConfigError: the template refuses the prompt.
     """
     if tokenizer.chat_template:
-        turns = [*prompt, {"role": "assistant", "content": completion}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        turns = cast(list[dict[str, str]], [*prompt, {"role": "assistant", "content": completion}])
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"reward.model: its chat template refuses a prompt ({reason}); name another model, or other prompts"
+            ) from error
         ids = list(tokenizer.encode(text, add_special_tokens=False))
     else:
         words = "".join(str(turn["content"]) for turn in prompt) + completion
@@ -141,4 +151,4 @@ def _dispatch(loaded: _Loaded, ids: Sequence[list[int]], places: list[int], rows
     for row, i in enumerate(places):
         tokens[row, : len(ids[i])], lengths[row] = ids[i], len(ids[i])
     with jax.set_mesh(loaded.mesh):
-        return loaded.score(loaded.weights, loaded.head, tokens, lengths)
+        return loaded.score(loaded.weights, loaded.head, jnp.asarray(tokens), jnp.asarray(lengths))
