@@ -271,10 +271,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(taught, tmp_path):
     assert saved["teacher"] and not any("teacher" in name for name in saved["layout"])
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused_when_a_run_goes_on(taught, tmp_path):
-    teacher, _ = taught
+    teacher, other = taught
     pj.train(config_of(tmp_path, teacher, **{"run.steps": 1}))
-    config = config_of(tmp_path, teacher, **{"run.steps": 2, "teacher.step": "1"})
+    config = config_of(tmp_path, other, **{"run.steps": 2, "teacher.step": "4"})
     with pytest.raises(ConfigError, match=r"^teacher\.source=[^\n]*: its weights differ from those that have taught"):
         pj.train(config)
 
