@@ -42,7 +42,7 @@ from pspo_jax.model.huggingface.save import (
 from pspo_jax.model.weights import entries, table
 from pspo_jax.runs.access import metrics_of
 from pspo_jax.runs.home import home_of
-from pspo_jax.training.setup import architecture_for
+from pspo_jax.training.architectures import architecture_for
 
 
 def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:

@@ -43,6 +43,8 @@ PATH_FIELDS = (
     "model.source",
     "model.tokenizer",
     "sft.data",
+    "teacher.source",
+    "reward.model",
 )
 """Text fields that may name a file or folder; ~ means the home folder."""
 SHARE_FIELDS = ("selection.quotas", "reward.terms", "task.strata")

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pspo_jax.config.fields import Range
 from pspo_jax.config.machines import DistributedConfig, MeshConfig, RuntimeConfig
+from pspo_jax.config.rewards import JudgeConfig, RewardConfig, VerifierConfig
 from pspo_jax.config.run_stages import CheckpointConfig, EvalConfig, LogConfig, RunConfig
 from pspo_jax.config.strategies import (
     AdvantageConfig,
@@ -22,6 +23,7 @@ from pspo_jax.config.strategies import (
     ReplayConfig,
     SelectionConfig,
 )
+from pspo_jax.config.teachers import TeacherConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
@@ -322,57 +324,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """Reward terms. Only the term that a field's text names first reads that field."""
-
-    terms: str = "accuracy"
-    """Reward terms and their weights, such as "format=1, cosine=2"; the reward is the weighted sum. Terms: accuracy,
-    geo3k, format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
-    format: Literal["open_r1", "open_rs", "geo3k"] = "open_r1"
-    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), exactly one line
-    </think> (open_rs), or a think block and a \\boxed{} behind it (geo3k)."""
-    cosine_length: Annotated[int, Range(0)] = 0
-    """cosine: length in tokens at the end of the reward's range; 0 = rollout.max_new_tokens."""
-    cosine_right: str = "0.5,1.0"
-    """cosine: rewards of a correct completion of that length, and of an empty one."""
-    cosine_wrong: str = "-0.5,0.0"
-    """cosine: rewards of a wrong completion of that length, and of an empty one."""
-    overlong_cache: Annotated[int, Range(0)] = 0
-    """overlong: number of tokens before rollout.max_new_tokens over which the penalty grows to 1; 0 = a fifth of
-    rollout.max_new_tokens."""
-    repetition_ngram: Annotated[int, Range(1)] = 3
-    """repetition: number of words in an n-gram."""
-    repetition_penalty: Annotated[float, Range(high=0.0)] = -1.0
-    """repetition: reward of a completion that only repeats itself."""
-    require_end: bool = True
-    """Whether a completion that the length limit cut off has accuracy 0. A python_function always scores such
-    completions itself."""
-    variant: Literal["paper", "published_code"] = "paper"
-    """cosine: lengths in tokens, capped (paper), or as in PSPO's published code, in characters with the range's end at
-    1,000 and no cap (published_code)."""
-
-
-@dataclass(frozen=True)
-class VerifierConfig:
-    """Processes that grade completions, and their limits."""
-
-    workers: Annotated[int, Range(0)] = 0
-    """Number of processes that verify the completions of text tasks; 0 = one for each core, from 2 to 8."""
-    deadline: Annotated[float, Range(above=0.0)] = 5.0
-    """Seconds of processor time for one completion, or for one group if a function takes a list. Its worker is then
-    killed, and the completion has no verdict."""
-    wall_limit: Annotated[float, Range(0.0)] = 0.0
-    """Seconds of wall-clock time for one completion, including time in which its verifier sleeps or waits for a
-    service, but not time in which other processes hold the processors. 0 = six times verifier.deadline."""
-    memory_mib: Annotated[int, Range(256)] = 4096
-    """Address space of a worker, in MiB."""
-    network: bool = False
-    """Whether verifiers may open network connections."""
-    max_no_verdict: Annotated[float, Range(0.0, 1.0)] = 0.25
-    """Largest share of a step's completions that may lack a verdict; a larger share stops the run with the reason."""
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole configuration. `None` in a field = it follows the algorithm, the machine or another field."""
 
@@ -385,12 +336,14 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

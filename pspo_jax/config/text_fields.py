@@ -7,13 +7,13 @@ import re
 from typing import NamedTuple
 
 from pspo_jax.config.fields import ConfigError, nearest
-from pspo_jax.config.schema import RewardConfig
+from pspo_jax.config.rewards import RewardConfig
 
 TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")
 """Reward terms that depend on the completion's text."""
 LENGTH_TERMS = ("cosine", "length", "overlong")
 """Reward terms that depend on the verdict and the completion's length."""
-TERMS = ("accuracy", "geo3k", *TEXT_TERMS, *LENGTH_TERMS)
+TERMS = ("accuracy", "geo3k", "judge", "reward_model", *TEXT_TERMS, *LENGTH_TERMS)
 REMOTE_LOGGERS = ("wandb", "trackio", "mlflow")
 """Loggers that are packages of their own; each has an extra of its name."""
 LOGGERS = ("tensorboard", *REMOTE_LOGGERS)
@@ -63,7 +63,8 @@ def parse_terms(config: RewardConfig) -> dict[str, float]:
 
 
 def least_reward(config: RewardConfig) -> float | None:
-    """A lower bound of the reward, from the least value of each term; None = a user's function has no known bound."""
+    """A lower bound of the reward, from the least value of each term; None = a user's function or a
+    reward model has no known bound."""
     right = interval(config.cosine_right, "reward.cosine_right")
     wrong = interval(config.cosine_wrong, "reward.cosine_wrong")
     ranges = {
@@ -73,7 +74,7 @@ def least_reward(config: RewardConfig) -> float | None:
         "overlong": (-1.0, 0.0),
     }
     terms = parse_terms(config)
-    if any(name not in TERMS for name in terms):
+    if any(name not in TERMS or name == "reward_model" for name in terms):
         return None
     least = 0.0
     for name, weight in terms.items():

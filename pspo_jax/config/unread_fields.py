@@ -141,6 +141,7 @@ STORES = when("replay.name", *STORING)
 DYNAMIC_SAMPLING = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
 CLIP = surrogate("clip")
 KL = unless("loss.kl_coef", 0.0, "set loss.kl_coef")
+TEACHER = unless("teacher.source", None, "set teacher.source")
 PAPER_VARIANT = when("algorithm.variant", "paper")
 HAS_COORDINATOR = unless("distributed.coordinator", None, "set distributed.coordinator")
 JOINS_PROCESSES = Condition(
@@ -222,6 +223,10 @@ _LOSS = (
 )
 _OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_decay", "clip_norm", "max_skipped")
 _LOG = ("progress", "to", "completions_every", "selection_every", "report")
+_JUDGE = (
+    *("url", "model", "prompt", "pattern", "scale", "api_key_variable"),
+    *("temperature", "max_tokens", "concurrency", "deadline", "retries"),
+)
 
 
 def _all(stage: str, names: tuple[str, ...], *conditions: Condition) -> dict[str, Conditions]:
@@ -312,6 +317,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("reward", ("cosine_right", "cosine_wrong", "variant"), term("cosine")),
     "reward.overlong_cache": (term("overlong"),),
     **_all("reward", ("repetition_ngram", "repetition_penalty"), term("repetition")),
+    **_all("reward", ("model", "model_rows", "model_tokens"), term("reward_model")),
     "reward.require_end": (
         TEXT,
         Condition(
@@ -320,6 +326,7 @@ READ_WHEN: dict[str, Conditions] = {
             "choose another task",
         ),
     ),
+    **_all("judge", _JUDGE, term("judge")),
     **_all("verifier", ("workers", "deadline", "wall_limit", "memory_mib", "network", "max_no_verdict"), TEXT),
     **_all("selection", _SELECTION),
     "selection.exponent": _selection("exponent"),
@@ -399,6 +406,14 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("loss", ("delta", "dual_clip"), CLIP),
     **_all("loss", ("sapo_positive", "sapo_negative"), surrogate("sapo")),
     **_all("loss", ("vespo_positive", "vespo_negative"), surrogate("vespo")),
+    "teacher.source": ALWAYS,
+    "teacher.revision": (
+        TEACHER,
+        Condition(
+            lambda c: not _is_local(c.teacher.source), unread("teacher.source"), "set teacher.source to a hub id"
+        ),
+    ),
+    **_all("teacher", ("step", "weight", "reward_weight", "param_dtype"), TEACHER),
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
     "loss.off_policy": (OLDER_GROUPS,),

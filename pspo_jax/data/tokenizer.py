@@ -207,7 +207,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     assert name is not None
     folder = fetch(name, None, field, weights=False) if config.model.tokenizer or source is None else source
     check_side_files(folder, f"{field}={name}")
-    hf = _read(folder, f"{field}={name}")
+    hf = read_tokenizer(folder, f"{field}={name}")
     # Gemma 3 1B's tokenizer has one id more than the embedding has rows; a prompt that holds it is refused.
     rows = embedding_rows or max(hf.get_vocab().values()) + 1
     visual = _visual(hf, source, config)
@@ -283,7 +283,7 @@ def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> No
         )
 
 
-def _read(folder: Path, where: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
     """transformers' tokenizer of a folder; `where` begins the error's message."""
     transformers = import_transformers()
     verbosity = transformers.logging.get_verbosity()

@@ -311,6 +311,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)))
 
 
+def check_model(config: Config, shape: ModelShape, rows: int, where: str) -> None:
+    """Raise ConfigError if the mesh does not divide a model beside the one that trains.
+
+    Args:
+      rows: rows of its embedding.
+      where: field and value that name the model, for messages.
+    """
+    m = config.mesh
+    for name, size, shards, axis in (
+        ("heads", shape.heads, m.tensor, "mesh.tensor"),
+        ("key/value heads", shape.kv_heads, m.tensor, "mesh.tensor"),
+        ("MLP width", shape.mlp_width, m.tensor, "mesh.tensor"),
+        ("vocabulary", rows, m.tensor, "mesh.tensor"),
+        ("width", shape.width, (m.fsdp or 1) * m.context, "mesh.fsdp x mesh.context"),
+    ):
+        if size % shards:
+            raise ConfigError(f"{axis}={shards}: does not divide the {name} {size} of {where}; choose a divisor")
+
+
 def check_tower(config: Config, tower: TowerShape | None) -> None:
     """Raise ConfigError if the mesh does not divide a size of the vision tower; None = the model has no tower."""
     if tower is None:

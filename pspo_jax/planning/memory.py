@@ -288,6 +288,7 @@ def _residents(setup: Setup) -> dict[str, int]:
         "model": s.params,
         "frozen base": s.frozen,
         "reference": s.reference,
+        "teacher": s.teacher,
         "optimizer": s.opt_state,
         "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),

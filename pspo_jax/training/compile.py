@@ -174,13 +174,17 @@ def lower_collect(setup: Setup, rollouts: Rollouts, rewards: jax.ShapeDtypeStruc
 
 def lower_update(setup: Setup, temperature: PyTree) -> Lowered:
     """Trace the update on groups that dynamic sampling has collected."""
-    update = make_update(setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings)
+    update = make_update(
+        setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings, setup.teacher_model
+    )
     return _lower_jitted(update, setup.abstract, temperature)
 
 
 def lower_train_step(setup: Setup, rollouts: Rollouts, rewards: jax.ShapeDtypeStruct) -> Lowered:
     """Trace the step without dynamic sampling: advantages, replay and updates."""
-    step = make_train_step(setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings)
+    step = make_train_step(
+        setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings, setup.teacher_model
+    )
     return _lower_jitted(step, setup.abstract, rollouts, rewards, rewards)
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 
 from pspo_jax.arrays.state import TrainState
-from pspo_jax.checkpoint.checksums import named_checksums
 from pspo_jax.checkpoint.metadata import Metadata
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
@@ -41,7 +40,7 @@ from pspo_jax.training.first_params import first_params
 from pspo_jax.training.host_step import StepContext, Values, buffer_to_device, heldout_scores, one_step
 from pspo_jax.training.image_table import with_embeddings
 from pspo_jax.training.profiling import profiled
-from pspo_jax.training.resume import early_check, restore, save_content, source_fingerprint
+from pspo_jax.training.resume import early_check, held_checksums, restore, save_content, source_fingerprint
 from pspo_jax.training.run_end import (
     Callback,
     End,
@@ -250,8 +249,8 @@ class _Session(NamedTuple):
 
     run: Run
     context: StepContext
-    base: dict[str, int]
-    """Checksums of the frozen weights."""
+    held: Metadata
+    """Checksums of the weights that checkpoints leave out."""
 
     def save(self, state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
         """Start to save step `done`; for a run in a bucket, after its logs up to that step are copied there."""
@@ -263,7 +262,7 @@ class _Session(NamedTuple):
             "dataset": setup.task.train.fingerprint(),
             "heldout": setup.task.heldout.fingerprint(),
             "source": source_fingerprint(setup),
-            "base": self.base,
+            **self.held,
             "totals": totals.save(),
         }
         self.run.checkpoints.save(done, buffer_to_device(setup, state).to_save(), metadata, scores)
@@ -340,7 +339,7 @@ def _open_session(run: Run, state: TrainState, programs: Programs, totals: RunAc
         _print_warning if run.as_command else logging.getLogger("pspo_jax").warning,
         senders(config, run.folder, run.progress.say) if processes.is_primary() else (),
     )
-    return _Session(run, StepContext(run.setup, programs, totals, log), named_checksums(state.frozen))
+    return _Session(run, StepContext(run.setup, programs, totals, log), held_checksums(state))
 
 
 def _log_step(session: _Session, state: TrainState, done: int, values: Values, scores: dict[str, float]) -> Values:

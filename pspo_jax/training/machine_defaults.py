@@ -12,14 +12,16 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config, Dtype, Remat, round_prompts, update_completions
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
-from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along
+from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along, smallest_fsdp
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
+from pspo_jax.model.weights import Weight, named_weights, table, trained_and_frozen
 from pspo_jax.rollout.stages import automatic_stages, make_stages
 
 ENOUGH_TOKENS = 256
@@ -45,6 +47,35 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
     if on_cpu:
         return "float32", "bfloat16 is emulated on most CPUs; set it where yours is faster with it"
     return "bfloat16", "an accelerator's own"
+
+
+def with_fsdp(config: Config, a: Architecture, capacity: float, devices: int, teacher: Architecture | None) -> Config:
+    """The config with mesh.fsdp, which follows from the memory of weights, optimizer state and a gradient if unset.
+
+    Args:
+      capacity: bytes of a device.
+      devices: number of devices.
+      teacher: the architecture of the teacher, whose weights take memory too; None = there is none.
+    """
+    if config.mesh.fsdp is not None:
+        return config
+    itemsize = jnp.dtype(a.param_dtype).itemsize
+    held = itemsize * _size(table(a))
+    if a.lora is None:
+        trained = _size(trained_and_frozen(a)[0])
+        # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+        held += 12 * trained + (itemsize * trained if config.loss.kl_coef > 0 else 0)
+    width = a.split_width
+    if teacher is not None:
+        held += jnp.dtype(teacher.param_dtype).itemsize * _size(table(teacher))
+        width = math.gcd(width, teacher.split_width)
+    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, width)
+    return replace(config, {"mesh.fsdp": fsdp})
+
+
+def _size(weights: PyTree[Weight]) -> int:
+    """Number of parameters of a table."""
+    return sum(math.prod(w.shape) for _, w in named_weights(weights))
 
 
 def with_memory(

@@ -12,7 +12,7 @@ import pytest
 
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.loading import from_data
 from pspo_jax.data.synthetic.countdown import generate

@@ -16,7 +16,7 @@ from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.export import main as export
 from pspo_jax.sft import main as sft
 from pspo_jax.sft import read_config
-from pspo_jax.training.setup import architecture_for
+from pspo_jax.training.architectures import architecture_for
 from pspo_jax.training.supervised import settings
 from tests.conftest import DATA
 from tests.model.checkpoints import VOCABULARIES

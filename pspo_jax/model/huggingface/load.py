@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -130,6 +131,62 @@ def read_source(model: ModelConfig, weights: bool = True) -> Source:
     if weights:
         _match(architecture, tensors, name)
     return Source(name, folder, architecture, tensors, untied)
+
+
+class Classifier(NamedTuple):
+    """A sequence-classification checkpoint with one label, such as a reward model."""
+
+    source: Source
+    """The checkpoint without its head: the architecture is of a language model with a tied head, which is not used."""
+    score: Tensor
+    """The head, a matrix of one row."""
+    pad_id: int | None
+    """Id of padding by config.json, behind which no score is taken; None = it has none."""
+
+
+def read_classifier(name: str, model: ModelConfig, field: str) -> Classifier:
+    """A sequence-classification checkpoint, read and checked as `read_source` does it.
+
+    Args:
+      name: a folder or a hub id.
+      model: gives the compute type, in which its weights are held too.
+      field: the config field that holds the name, for messages.
+    Raises:
+      ConfigError: as `read_source`, or the checkpoint has no head of one label.
+    """
+    with errors_of(field, name):
+        folder = fetch(name, None, field)
+        config = _read_config(folder, name)
+        labels = getattr(config, "num_labels", None)
+        tensors = _read_headers(folder, name)
+        score = tensors.pop("score.weight", None)
+        if score is None or labels != 1:
+            found = "lacks score.weight" if score is None else f"has {labels} labels"
+            raise ConfigError(
+                f"{found}; name a checkpoint of transformers' ...ForSequenceClassification with one label"
+            )
+        dtype = model.compute_dtype or "float32"
+        own = dataclasses.replace(model, source=name, param_dtype=dtype, remat="none")
+        architecture = dataclasses.replace(architecture_of(config, own, name), tied=True)
+        if architecture.vision is not None:
+            raise ConfigError("has a vision tower; name a reward model of text")
+        _match(architecture, tensors, name)
+        if score.shape != (1, architecture.width) or score.dtype not in _DTYPES:
+            raise ConfigError(
+                f"score.weight is {score.dtype} {list(score.shape)}, config.json implies [1, {architecture.width}]"
+            )
+    return Classifier(Source(name, folder, architecture, tensors), score, getattr(config, "pad_token_id", None))
+
+
+@contextmanager
+def errors_of(field: str, name: str) -> Iterator[None]:
+    """A context in which errors about model.source name another field, whose value is `name`."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error).replace(f"model.source={name}", f"{field}={name}")
+        stage = f"{field.partition('.')[0]}."
+        raise ConfigError(text if text.startswith(stage) else f"{field}={name}: {text}") from error
 
 
 def _has_own_head(tensors: dict[str, Tensor]) -> bool:
