@@ -131,7 +131,7 @@ def test_a_run_from_the_hub_goes_back_to_it(hub, monkeypatch, tmp_path):
         "verifier.workers": 1,
         "eval.every": 0,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
     }
     assert pj.train(pj.replace(pj.Config(), fields)).finished
     words = ["--run", str(tmp_path / "run"), "--push-to", ID, "--private"]
