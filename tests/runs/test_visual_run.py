@@ -32,6 +32,7 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
     write_visual_policy(source, layers=1)
     rows = [{"question": f"{a}+{b}=", "answer": f"#### {2 + 3 * (a % 2)}"} for a in range(10, 40) for b in (1, 2)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own_rewards.py").write_text(REWARD)
     fields = {
         "run.dir": tmp_path / "run",
         "run.steps": 2,
@@ -43,8 +44,8 @@ def test_a_visual_checkpoint_trains_on_text(tmp_path, child_env, vision):
         "model.source": source,
         "model.vision": vision,
         "model.compute_dtype": "float32",
-        "reward.terms": "length=1",
-        "reward.require_end": False,
+        "reward.terms": "accuracy=1, own_rewards:some_letter=0.5",
+        "selection.success": "reward",
         "verifier.workers": 1,
         "rollout.prompts": 8,
         "rollout.group_size": 4,
