@@ -125,10 +125,11 @@ def scores(
 
 
 def _load(found: Classifier) -> _Loaded:
-    """The model on this process's devices of the mesh in context, over which its matrices are split."""
+    """The model on this process's devices of the mesh in context, or on all of its devices if there is no mesh."""
     a = found.source.architecture
     outer = jax.sharding.get_mesh()
-    mine = [d for d in np.asarray(outer.devices).flat if d.process_index == jax.process_index()] or jax.local_devices()
+    all_devices = [] if outer.empty else list(np.asarray(outer.devices).flat)
+    mine = [d for d in all_devices if d.process_index == jax.process_index()] or jax.local_devices()
     shards = max(n for n in range(1, len(mine) + 1) if len(mine) % n == 0 and a.width % n == 0)
     grid = np.array(mine[: shards * (len(mine) // shards)]).reshape(len(mine) // shards, shards, 1, 1)
     mesh = Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))

@@ -99,6 +99,7 @@ def test_an_upload_that_fails_leaves_the_export(hub, push, monkeypatch, tmp_path
     assert (out / "model.safetensors").read_bytes() == tiny_files()["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_from_the_hub_goes_back_to_it(hub, monkeypatch, tmp_path):
     """Model and data come at a revision, a step is trained, and the export loads from the hub with its own weights."""
     import pspo_jax as pj
@@ -131,7 +132,7 @@ def test_a_run_from_the_hub_goes_back_to_it(hub, monkeypatch, tmp_path):
         "verifier.workers": 1,
         "eval.every": 0,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
     }
     assert pj.train(pj.replace(pj.Config(), fields)).finished
     words = ["--run", str(tmp_path / "run"), "--push-to", ID, "--private"]

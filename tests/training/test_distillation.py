@@ -252,7 +252,7 @@ def config_of(folder, teacher=None, **fields):
         "checkpoint.every": 1,
         "optimizer.schedule": "constant",
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
         "log.completions_every": 0,
     }
     if teacher is not None:

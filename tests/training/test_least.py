@@ -58,6 +58,8 @@ def setup_of(lora=None, **fields):
         abstract=state,
         task=SimpleNamespace(train=train),
         images=None,
+        embeddings=None,
+        room=None,
     )
 
 

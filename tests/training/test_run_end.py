@@ -40,6 +40,7 @@ def small(folder, **fields):
     return pj.replace(pj.Config(), values | {k.replace("__", "."): v for k, v in fields.items()})
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_more_of_it_goes_on_with_a_trace(tmp_path, caplog, capsys):
     """An untrained policy answers nothing right, so the first evaluation after that of step 0 is no better."""
     caplog.set_level(logging.INFO, "pspo_jax")
@@ -65,6 +66,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on_with_a_trace(tmp_path, caplo
         assert f'"../{path.relative_to(tmp_path).as_posix()}"' in page
 
 
+@pytest.mark.slow
 def test_hours_stop_a_run_in_time_and_more_hours_go_on(tmp_path):
     ends, began = [], time.monotonic()
 
