@@ -41,7 +41,8 @@ def _open(info: RunInfo) -> LoggerRun:
     params = [Param(k, str(v)[:_LONGEST]) for k, v in info.config.items() if k not in run.data.params]
     for start in range(0, len(params), _MOST_PARAMS):
         client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])
-    reached = max((metric.step for metric in client.get_metric_history(run_id, _EVERY_LINE)), default=-1)
+    # A process that was killed may have sent a part of a line; that of every line is sent last, and marks it as whole.
+    last = {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in run.data.metrics}
 
     def send(items: Sequence[Item]) -> None:
         for item in items:
@@ -54,7 +55,12 @@ def _open(info: RunInfo) -> LoggerRun:
                 tables.append({"path": path, "type": "table"})
             client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
         now = int(1000 * time.time())
-        metrics = [Metric(_name(key), value, now, x.step) for x in items for key, value in x.metrics.items()]
+        metrics = [
+            Metric(_name(key), x.metrics[key], now, x.step)
+            for x in items
+            for key in sorted(x.metrics, key=lambda key: key == _EVERY_LINE)
+            if x.step > last.get(_name(key), -1)
+        ]
         for start in range(0, len(metrics), _MOST_METRICS):
             client.log_batch(run_id, metrics=metrics[start : start + _MOST_METRICS])
 
@@ -66,7 +72,7 @@ def _open(info: RunInfo) -> LoggerRun:
         client.set_terminated(run_id, "FINISHED" if finished else "KILLED")
         return None
 
-    return LoggerRun(reached, send, files, end)
+    return LoggerRun(last.get(_EVERY_LINE, -1), send, files, end)
 
 
 def _name(key: str) -> str:
