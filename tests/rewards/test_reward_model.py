@@ -20,7 +20,7 @@ from pspo_jax.rewards.reward_model import _load, batches, make_scorer, row_of, s
 from pspo_jax.rewards.task import make_task
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.helpers import tiny_config
-from tests.model.checkpoints import SMALL, torch, transformers
+from tests.model.checkpoints import SMALL, spread, torch, transformers
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 
@@ -30,12 +30,7 @@ def write_classifier(folder, family, seed=0, labels=1, **fields):
     config = transformers.AutoConfig.for_model(family, **(SMALL | {"num_labels": labels} | fields))
     torch.manual_seed(seed)
     model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            else:
-                parameter.mul_(4 if "embed" not in name else 20)
+    spread(model)
     model.save_pretrained(folder)
     tokenizer = TOKENIZER.to_hf()
     tokenizer.chat_template = TEMPLATE
