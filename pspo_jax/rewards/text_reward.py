@@ -271,7 +271,7 @@ def _result(
     values = {"accuracy": _fill(shape, questions, replies.result(), unasked=0.0)}
     values |= {name: _fill(shape, found, answered.result()) for name, (found, answered) in extra.items()} | more
     value = values["accuracy"].value
-    graded = np.array([[kind in PARTIAL_CREDIT] for kind in kinds])
+    graded = np.array([kind in PARTIAL_CREDIT for kind in kinds], bool)[:, None]  # a process may have no row
     verdicts = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
     inputs = ShapingInputs(verdicts, batch.lengths, texts, config.rollout.max_new_tokens)

@@ -138,6 +138,15 @@ def test_benchmark_keeps_the_order_and_repeats(tmp_path, tokenizer, config, pool
     assert len(prompts.tokens) == 4 and prompts.tokens.shape[1] % 16 == 0 and prompts.columns(3) == rows[4]
 
 
+def test_a_process_without_a_row_of_a_batch_has_no_rewards(data, config, tokenizer, pool):
+    """The last held-out batch may be so small that all its rows belong to other processes."""
+    task = make_task(config(task__train_data=data, reward__terms="accuracy=1, length=0.5"), tokenizer, pool)
+    none = np.zeros((0, 4), np.int32)
+    batch = CompletionBatch(task.train, none[:, 0], np.zeros((0, 4, 6), np.int32), none, none.astype(bool), 1)
+    found = task.reward_fn(batch)()
+    assert found.verdicts.shape == found.reward.shape == (0, 4)
+
+
 # --- fingerprints ---
 
 
