@@ -38,6 +38,8 @@ class Groups:
     """Step that sampled the group; -1 = the slot is empty."""
     counted: Bool[Array, "B"]
     """Whether the group is in the batch; no mean counts the others."""
+    versions: Int[Array, "B J"] | None = None
+    """`Rollouts.versions`; None = one policy drew all tokens of a group, that of `step`."""
 
 
 def groups_of(
@@ -55,6 +57,7 @@ def groups_of(
         ended=rollouts.ended,
         step=jnp.full(batch, step, jnp.int32),
         counted=jnp.ones(batch, bool),
+        versions=rollouts.versions,
     )
 
 

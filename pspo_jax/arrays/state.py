@@ -1,6 +1,7 @@
 """The state of a run, `TrainState`, and the batch that flows through a step: `Prompts`, `Rollouts`, `RolloutOutcome`.
 
-Letters: B prompts in a batch, G completions a prompt, P prompt length, T completion length, N prompts in the dataset.
+Letters: B prompts in a batch, G completions a prompt, P prompt length, T completion length, N prompts in the dataset,
+J segments of a completion that is drawn over several steps.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class SavedState:
     """Sum over the steps of the mean |change of log-prob| per token, in nats; 0 where no strategy asks for it."""
     queue: PyTree = None
     """Effective groups that wait for a batch (`replay.dynamic_sampling.Queue`); None = no dynamic sampling."""
+    pending: PyTree = None
+    """Groups that go on in the next step (`rollout.carry.PendingGroups`); None = no carry-over."""
 
     def joined(self, frozen: Params | None, teacher: Params | None = None) -> TrainState:
         """The whole state: this one with the weights that checkpoints leave out."""
@@ -112,6 +115,9 @@ class Rollouts:
     """True if a stop token ended the row, False if the length limit did."""
     temperature: Float[Array, ""]
     """Temperature of the draw; the trainer divides its logits by the same number."""
+    versions: Int[Array, "B J"] | None = None
+    """Step whose policy drew each segment of `rollout.budget` tokens of a group's completions, -1 = they have none
+    there; None = the current policy drew all tokens."""
 
 
 class RolloutOutcome(NamedTuple):

@@ -14,18 +14,20 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pspo_jax.arrays.images import Images
-from pspo_jax.distributed.mesh import constrain, gather_for_decode
+from pspo_jax.distributed.mesh import ROWS, constrain, gather_for_decode, microbatch_size
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import Prefix, Suffix, attend_shared_prefix
 from pspo_jax.model.block import BlockWeights, embed, finish_block, forward, logits_of, norm, qkv
-from pspo_jax.model.interface import Decoder, SlotDecoder
+from pspo_jax.model.interface import Begun, Decoder, SlotDecoder
 from pspo_jax.model.rotary import Rotation, rotation
 from pspo_jax.model.vision import encode_images, image_tokens
 from pspo_jax.model.weights import lora_table, merge, table
 
+FEWEST_ROWS_READ = 8
+"""Smallest number of begun completions that are read at a time, since products of fewer rows are slow."""
 _Tree = TypeVar("_Tree")
 
 KeysValues = tuple[Array, Array]
@@ -70,27 +72,33 @@ def group_decoder(
     group_size: int,
     max_new_tokens: int,
     images: Images | None = None,
+    begun: Begun | None = None,
 ) -> Decoder:
-    """The built-in model's `DecoderFn`; its cache is a `GroupCache`."""
+    """The built-in model's `DecoderFn` and, with `begun`, its `ResumeFn`; its cache is a `GroupCache`."""
     last, prefixes = _prefill(a, params, prompts, lengths, images)
-    params, layers = _for_decoding(a, params)
     b = prompts.shape[0]
     shape = (b, group_size, a.kv_heads, max_new_tokens, a.head_dim)
     empty = jnp.zeros(shape, jnp.dtype(a.compute_dtype))
     empty = constrain(empty, "batch", None, "kv_heads", None, None)
+    cache = [(empty, empty)] * a.layers
+    if begun is not None and begun.tokens.shape[2]:
+        cache = _read_begun(a, params, prompts, lengths, begun, cache)
+    params, layers = _for_decoding(a, params)
     first = lengths if images is None else lengths + images.delta
     positions = first[:, None] + jnp.arange(max_new_tokens)
     tables = [rotation(positions, rotary) for rotary in a.rotaries]
 
-    def rotations_at(t: Int[Array, ""] | int) -> Rotations:
+    def rotations_at(t: Int[Array, "*B"] | int) -> Rotations:
         return [(_column(sin, t), _column(cos, t)) for sin, cos in tables]
 
     def step(
-        cache: GroupCache, tokens: Int[Array, "B G"], t: Int[Array, ""]
+        cache: GroupCache, tokens: Int[Array, "B G"], t: Int[Array, "*B"]
     ) -> tuple[Float[Array, "B G V"], GroupCache]:
         layer_caches, rotations = cache
 
         def write(held: Float[Array, "B G K T h"], new: Float[Array, "B G K h"]) -> Float[Array, "B G K T h"]:
+            if t.ndim:
+                return held.at[jnp.arange(b), :, :, t].set(new, mode="drop")
             return jax.lax.dynamic_update_slice_in_dim(held, new[:, :, :, None], t, axis=3)
 
         def attend(i: int, q: Float[Array, "B G H h"], keys: Array, values: Array) -> Float[Array, "B G H h"]:
@@ -100,7 +108,9 @@ def group_decoder(
         logits, layer_caches = _decode_token(a, params, layers, tokens, rotations, layer_caches, write, attend)
         return logits, (layer_caches, rotations_at(t + 1))
 
-    return Decoder(_head(a, params, last[:, None])[:, 0], ([(empty, empty)] * a.layers, rotations_at(0)), step)
+    return Decoder(
+        _head(a, params, last[:, None])[:, 0], (cache, rotations_at(0 if begun is None else _resumed_at(begun))), step
+    )
 
 
 def resize(cache: GroupCache, max_new_tokens: int) -> GroupCache:
@@ -115,7 +125,57 @@ def resize(cache: GroupCache, max_new_tokens: int) -> GroupCache:
     return [(one(k), one(v)) for k, v in layer_caches], rotations
 
 
-def _column(x: Float[Array, "B T c"], t: Int[Array, ""] | int) -> Float[Array, "B 1 c"]:
+def _resumed_at(begun: Begun) -> Int[Array, "B"]:
+    """Index of the token that each prompt's completions are continued with: the last one that they have, or 0."""
+    return jnp.maximum(begun.lengths.max(axis=1) - 1, 0)
+
+
+def _read_begun(
+    a: Architecture,
+    params: PyTree,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    begun: Begun,
+    cache: list[KeysValues],
+) -> list[KeysValues]:
+    """The cache with the keys and values of the tokens that completions have, some rows at a time.
+
+    A row is read with its own prompt in front of it. Rows that have no token to read cost nothing.
+    """
+    b, g, width = begun.tokens.shape
+    tokens, drawn = begun.tokens.reshape(b * g, width), begun.lengths.reshape(-1)
+    at_a_time = microbatch_size(b * g, max(b * g // 8, FEWEST_ROWS_READ), ROWS)
+    wanted = jnp.nonzero(drawn > 0, size=b * g, fill_value=b * g)[0]
+
+    def read_some(state: tuple[Int[Array, ""], list[KeysValues]]) -> tuple[Int[Array, ""], list[KeysValues]]:
+        i, cache = state
+        ids = jax.lax.dynamic_slice_in_dim(wanted, i * at_a_time, at_a_time)
+        row = jnp.minimum(ids, b * g - 1)
+        of_prompt = lengths[row // g]
+        whole = jnp.concatenate([prompts[row // g], jnp.zeros((at_a_time, width), prompts.dtype)], axis=1)
+        places = of_prompt[:, None] + jnp.arange(width)
+        whole = whole.at[jnp.arange(at_a_time)[:, None], places].set(tokens[row])
+        _, found = forward(a, params, None, whole, keep_cache=True)
+        assert found is not None
+        index = places[None, :, :, None, None]
+        new = [jnp.swapaxes(jnp.take_along_axis(x, index, axis=2), 2, 3) for x in found]
+
+        def put(held: Float[Array, "B G K T h"], new: Float[Array, "r K W h"]) -> Float[Array, "B G K T h"]:
+            flat = held.reshape(b * g, *held.shape[2:]).at[ids, :, :width].set(new, mode="drop")
+            return constrain(flat.reshape(held.shape), "batch", None, "kv_heads", None, None)
+
+        return i + 1, [(put(k, new[0][layer]), put(v, new[1][layer])) for layer, (k, v) in enumerate(cache)]
+
+    def rows_left(state: tuple[Int[Array, ""], list[KeysValues]]) -> Bool[Array, ""]:
+        return state[0] * at_a_time < (drawn > 0).sum()
+
+    filled: list[KeysValues] = jax.lax.while_loop(rows_left, read_some, (jnp.int32(0), cache))[1]
+    return filled
+
+
+def _column(x: Float[Array, "B T c"], t: Int[Array, "*B"] | int) -> Float[Array, "B 1 c"]:
+    if jnp.ndim(t):
+        return jnp.take_along_axis(x, jnp.asarray(t)[:, None, None], axis=1, mode="clip")
     return jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
 
 

@@ -106,11 +106,12 @@ class LogitsFn(Protocol):
 class DecodeStep(Protocol):
     """Appends one token to every completion and returns the logits of the next one, and the new cache.
 
-    `tokens` become token `t` of their completions; `t` is a traced scalar that counts from 0.
+    `tokens` become token `t` of their completions; `t` is traced and counts from 0. It is a scalar in a decoder of
+    `DecoderFn`, and [B], a number for the completions of each prompt, in one of `ResumeFn`.
     """
 
     def __call__(
-        self, cache: PyTree, tokens: Int[Array, "B G"], t: Int[Array, ""]
+        self, cache: PyTree, tokens: Int[Array, "B G"], t: Int[Array, "*B"]
     ) -> tuple[Float[Array, "B G V"], PyTree]: ...
 
 
@@ -141,6 +142,33 @@ class DecoderFn(Protocol):
         group_size: int,
         max_new_tokens: int,
         images: Images | None = None,
+    ) -> Decoder: ...
+
+
+class Begun(NamedTuple):
+    """The tokens of completions that have begun and go on."""
+
+    tokens: Int[Array, "B G W"]
+    """The first W tokens of each completion; none has more. What is behind its end means nothing."""
+    lengths: Int[Array, "B G"]
+    """Tokens that each completion has; 0 = it has none yet, or does not go on."""
+
+
+class ResumeFn(Protocol):
+    """`DecoderFn` for completions that have begun (`rollout.carry`): reads each prompt, and the tokens of `begun`.
+
+    The cache then holds all tokens of `begun`. The logits are those of the first token, as in a `DecoderFn`; for the
+    next token of a completion with n tokens, `step` is called with its last token and `t` = n - 1, once more. All
+    completions of a prompt that go on have the same number of tokens.
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        begun: Begun,
+        max_new_tokens: int,
     ) -> Decoder: ...
 
 
@@ -260,6 +288,8 @@ class Model(NamedTuple):
     """Whether `hidden` takes `packed`, so that short rows can share a bin."""
     slots: SlotDecoderFn | None = None
     """Continuous batching; None = rollout.slots is refused."""
+    resume: ResumeFn | None = None
+    """Reads completions that have begun; None = rollout.carry is refused."""
     shares: bool = False
     """Whether packed rows may share a prompt."""
     encode_images: EncodeImagesFn | None = None

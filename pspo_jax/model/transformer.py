@@ -44,6 +44,9 @@ def transformer(a: Architecture) -> Model:
         slots=lambda params, prompts, lengths, shards, images=None: slot_decoder(
             a, _all_weights(params)[0], prompts, lengths, shards, images
         ),
+        resume=lambda params, prompts, lengths, begun, max_new_tokens: group_decoder(
+            a, _all_weights(params)[0], prompts, lengths, begun.tokens.shape[1], max_new_tokens, begun=begun
+        ),
         shares=a.packed_attention == "xla",
         encode_images=None
         if a.vision is None

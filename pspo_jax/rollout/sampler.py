@@ -23,6 +23,7 @@ from pspo_jax.rollout.token_loop import (
     images_of,
     is_stop,
     no_samples,
+    sampling_temperature,
 )
 
 SMALLEST_CACHE_TOKENS = 128
@@ -291,7 +292,6 @@ def tokens_per_test(platform: str, max_new_tokens: int) -> int:
 
 
 def _rollouts(prompts: Prompts, samples: Samples, settings: SamplingParams) -> Rollouts:
-    temperature = jnp.asarray(settings.temperature, jnp.float32)
     return Rollouts(
         prompts=prompts,
         tokens=samples.tokens,
@@ -300,7 +300,7 @@ def _rollouts(prompts: Prompts, samples: Samples, settings: SamplingParams) -> R
         sampling_log_probs=samples.sampling_log_probs,
         lengths=samples.lengths,
         ended=samples.ended,
-        temperature=jnp.where(temperature == 0, 1.0, temperature),
+        temperature=sampling_temperature(settings.temperature),
     )
 
 

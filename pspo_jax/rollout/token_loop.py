@@ -133,6 +133,12 @@ def draw_row_tokens(
     return DrawnTokens(*draw_tokens(logits, uniform, settings.temperature, settings.top_k, settings.top_p))
 
 
+def sampling_temperature(temperature: Float[Array, ""] | float) -> Float[Array, ""]:
+    """Temperature of the distribution that a trainer computes log-probs of: that of the draw, 1 for greedy decoding."""
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return jnp.where(temperature == 0, 1.0, temperature)
+
+
 def is_stop(token: Int[Array, "*rows"], stop_ids: Int[Array, "k"]) -> Bool[Array, "*rows"]:
     """Whether a token ends its row."""
     return (token[..., None] == stop_ids).any(axis=-1)
