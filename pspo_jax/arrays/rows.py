@@ -31,6 +31,9 @@ class LossInputs:
     """Advantage of each token by a teacher, which is added to that of its completion; None = there is no teacher."""
     top_entropy: Bool[Array, "R T"] | None = None
     """Tokens that the surrogate and the entropy bonus are taken from; None = all."""
+    interpolation: Float[Array, "R T"] | None = None
+    """Weight of the policy that trains in the old policy's log-probs, beside the behaviour policy; None = these are
+    `old_log_probs`."""
 
 
 @struct.dataclass(kw_only=True)
@@ -59,10 +62,10 @@ class Rows(LossInputs):
     """Tokens of each prompt before the padding."""
     tokens: Int[Array, "R T"]
     """Tokens of each completion."""
-    stale: Bool[Array, "R"]
-    """Whether an older policy sampled the row."""
+    stale: Bool[Array, "R T"]
+    """Whether an older policy drew the token."""
     sampling_log_probs: Float[Array, "R T"]
-    """Log-probs under the distribution that was drawn from, top-k and top-p included; they are right for rows that are
-    not stale."""
+    """Log-probs under the distribution that was drawn from, top-k and top-p included; they are right for tokens that
+    are not stale."""
     images: RowImages | None = None
     """Where the tokens of images lie; None = no prompt of the data has images."""

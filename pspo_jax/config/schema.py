@@ -293,6 +293,12 @@ class RolloutConfig:
     groups; groups beyond the batch wait for the next step. 1 = no dynamic sampling; None = 10 for dapo, else 1."""
     oversampling: Annotated[float, Range(above=0.0, high=16.0)] = 1.0
     """Dynamic sampling: number of prompts in a round, as a multiple of rollout.prompts."""
+    carry: bool = False
+    """Whether a completion draws at most rollout.budget tokens in a round, so that a long one goes on in a later round
+    or step; the first rollout.prompts whole groups are a step's batch. Tokens of earlier steps have importance weights,
+    see loss.off_policy."""
+    budget: Annotated[int | None, Range(1)] = None
+    """Carry-over: largest number of tokens that a completion draws in a round."""
     prompt_bucket: Annotated[int, Range(1)] = 16
     """Multiple of tokens to which prompts are padded, so that lengths within one bucket share a compiled program."""
 

@@ -335,8 +335,9 @@ class LossConfig:
     share_prompts: bool | None = None
     """Whether packed completions of one prompt share the prompt's tokens in a bin. None = only where attention over
     packed rows is XLA's; true selects XLA's attention."""
-    old_log_probs: Literal["sampler", "trainer"] = "sampler"
-    """Source of the log-probs before the update: the sampler, or a forward pass of the trainer. Groups from earlier
-    steps always take the trainer's."""
+    old_log_probs: Literal["sampler", "trainer", "interpolated"] = "sampler"
+    """Source of the log-probs before the update: the sampler, or a forward pass of the trainer. Tokens of earlier steps
+    always take the trainer's, unless it is interpolated (rollout.carry): theirs are then between the behaviour policy's
+    and those of the policy that trains, by age and without a pass."""
     logits_mib: Annotated[int, Range(1)] = 160
     """Memory for one chunk of float32 logits, in MiB; the array [tokens, vocab] never exists as a whole."""

@@ -69,8 +69,8 @@ def _is_local(data: str | None) -> bool:
 
 
 def trains_on_older_policies(c: Config) -> bool:
-    """Whether a batch of a resolved config may hold completions from earlier steps."""
-    return c.replay.name in STORING or c.rollout.dynamic_sampling_rounds != 1
+    """Whether a batch of a resolved config may hold tokens from earlier steps."""
+    return c.replay.name in STORING or c.rollout.dynamic_sampling_rounds != 1 or c.rollout.carry
 
 
 def _reads_ratio(c: Config) -> bool:
@@ -171,8 +171,9 @@ MEASURES_DRIFT = Condition(
 )
 OLDER_GROUPS = Condition(
     lambda c: trains_on_older_policies(c) or c.loss.old_log_probs == "trainer",
-    unread("replay.name", "rollout.dynamic_sampling_rounds", "loss.old_log_probs"),
-    "set replay.name to popo or aper, raise rollout.dynamic_sampling_rounds, or set loss.old_log_probs to trainer",
+    unread("replay.name", "rollout.dynamic_sampling_rounds", "rollout.carry", "loss.old_log_probs"),
+    "set replay.name to popo or aper, raise rollout.dynamic_sampling_rounds, set rollout.carry, or set "
+    "loss.old_log_probs to trainer",
 )
 _NO_DEVIATION = unread("advantage.name", "advantage.scale", "selection.name")
 _DEVIATION_CHOICE = "choose advantage.name ers, an advantage.scale other than none, or selection.name pps"
@@ -215,6 +216,7 @@ _ROLLOUT = (
     "top_p",
     "top_k",
     "dynamic_sampling_rounds",
+    "carry",
 )
 _SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success", "success_threshold")
 _LOSS = (
@@ -309,6 +311,7 @@ READ_WHEN: dict[str, Conditions] = {
     ),
     **_all("rollout", ("stages", "longest_first"), unless("rollout.slots", None, "set rollout.slots")),
     "rollout.oversampling": (DYNAMIC_SAMPLING,),
+    "rollout.budget": (when("rollout.carry", True),),
     "rollout.prompt_bucket": ALWAYS,
     "rollout.stop": (TEXT,),
     "reward.terms": ALWAYS,

@@ -74,6 +74,7 @@ def _check_relations(c: Config) -> None:
     if c.rollout.prompts % c.rollout.chunks:
         raise ConfigError(f"rollout.chunks={c.rollout.chunks}: must divide rollout.prompts={c.rollout.prompts}")
     _check_rounds(c)
+    _check_carry(c)
     _check_distributed(c)
     _check_loss(c)
     _check_schedules(c)
@@ -125,6 +126,52 @@ def _check_rounds(c: Config) -> None:
         raise ConfigError(f"{reason}, which rollout.chunks={r.chunks} must divide; choose another")
     if c.task.train_prompts and prompts > c.task.train_prompts and not c.selection.replacement:
         raise ConfigError(f"{reason}, more than task.train_prompts={c.task.train_prompts}; lower it")
+
+
+def _check_carry(c: Config) -> None:
+    """Carry-over has a budget, and nothing that reads groups in another way."""
+    c = resolve(c)
+    r = c.rollout
+    if c.loss.old_log_probs == "interpolated":
+        _check_interpolated(c)
+    if not r.carry:
+        return
+    if r.budget is None:
+        raise ConfigError(
+            f"rollout.budget=None: rollout.carry=true needs it; set it, such as {max(r.max_new_tokens // 2, 1)}, half "
+            "of rollout.max_new_tokens"
+        )
+    for field, used, choose in (
+        (
+            f"rollout.dynamic_sampling_rounds={r.dynamic_sampling_rounds}",
+            r.dynamic_sampling_rounds != 1,
+            "set it to 1, or choose another algorithm.name",
+        ),
+        (f"replay.name={c.replay.name}", c.replay.name != "none", "set it to none, or choose another algorithm.name"),
+        (f"rollout.slots={r.slots}", r.slots is not None, "leave it out: a round decodes all of its completions"),
+        (f"rollout.chunks={r.chunks}", r.chunks != 1, "leave it out: whole groups are verified after the last round"),
+        ("task.name=segments", c.task.name == "segments", "choose a task without images"),
+    ):
+        if used:
+            raise ConfigError(f"{field}: cannot be used with rollout.carry=true; {choose}, or drop rollout.carry")
+
+
+def _check_interpolated(c: Config) -> None:
+    """Tokens of known age are there to interpolate, and nothing needs their log-probs before the update."""
+    if not c.rollout.carry:
+        raise ConfigError(
+            "loss.old_log_probs=interpolated: is for tokens that rollout.carry draws over several steps; set "
+            "rollout.carry, or sampler"
+        )
+    for field, value, kept in (
+        ("off_policy", c.loss.off_policy, "decoupled"),
+        ("ess_scaling", c.loss.ess_scaling, "none"),
+    ):
+        if value not in (None, kept):
+            raise ConfigError(
+                f"loss.{field}={value}: cannot be used with loss.old_log_probs=interpolated; set {kept}, or "
+                "loss.old_log_probs=sampler"
+            )
 
 
 def _check_loss(c: Config) -> None:

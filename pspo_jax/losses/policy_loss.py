@@ -153,7 +153,7 @@ def token_losses(
     log_probs: Float[Array, "R T"], inputs: LossInputs, config: LossConfig
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"], SurrogateTerms]:
     """The loss of each token, its KL to the reference policy, and the surrogate."""
-    mask, old = inputs.mask, inputs.old_log_probs
+    mask, old = inputs.mask, old_policy(log_probs, inputs)
     log_ratio = log_probs - old
     ratio = importance_ratio(log_ratio, mask, config)
     decoupled = config.off_policy == "decoupled"
@@ -179,6 +179,18 @@ def token_losses(
         kl = kl * ratio * weight if config.kl_unbiased else kl
         losses = losses + config.kl_coef * kl
     return losses, kl, terms
+
+
+def old_policy(log_probs: Float[Array, "R T"], inputs: LossInputs) -> Float[Array, "R T"]:
+    """The old policy's log-probs, without gradient: those of a forward pass, or log-linearly interpolated.
+
+    A-3PO (arXiv 2512.06547) and AReaL interpolate between the behaviour policy and the policy that trains by their
+    versions, which saves the pass.
+    """
+    if inputs.interpolation is None:
+        return inputs.old_log_probs
+    behaviour = inputs.behaviour_log_probs
+    return behaviour + inputs.interpolation * (jax.lax.stop_gradient(log_probs) - behaviour)
 
 
 def loss_metrics(

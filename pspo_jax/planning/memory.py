@@ -237,7 +237,10 @@ def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str,
     beside = {"rollout": total - residents["model"] - residents.get("frozen base", 0), "update": 0}
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
-        compiled = {"rollout": _compiled(lowered["sample"]), "update": _compiled(lowered["step"])}
+        compiled = {
+            "rollout": _compiled(lowered["roll_out" if setup.config.rollout.carry else "sample"]),
+            "update": _compiled(lowered["step"]),
+        }
     least = {
         name: max(sum(parts.values()) for moment, parts in details.items() if moment.partition(",")[0] == name)
         for name in compiled
@@ -293,6 +296,7 @@ def _residents(setup: Setup) -> dict[str, int]:
         "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),
         "groups that wait for a batch": s.queue,
+        "groups that go on in the next step": s.pending,
     }
     return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "model"}
 

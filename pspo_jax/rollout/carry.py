@@ -1,16 +1,16 @@
 """Carry-over: rollouts of a budget of tokens, whose unfinished groups go on in the next round or step.
 
-A round rolls out B groups: those that are unfinished, in the order in which they began, and as many new ones as there is
-room for. Each row draws at most `budget` tokens; this depends on nothing but the row's own tokens. A group is whole once
-all of its rows have ended. Rounds repeat until B groups are whole, and the first B of these, in the order in which they
-began, are the batch of the step. Nothing is dropped.
+A round rolls out B groups: those that are unfinished, in the order in which they began, and as many new ones as there
+is room for. Each row draws at most `budget` tokens; this depends on nothing but the row's own tokens. A group is whole
+once all of its rows have ended. Rounds repeat until B groups are whole, and the first B of these, in the order in which
+they began, are the batch of the step. Nothing is dropped.
 
 All rows of a group that go on have the same number of tokens, a multiple of the budget: in its j-th round a group draws
 its j-th segment of `budget` tokens. So the step at which each segment was drawn says which policy drew each token. Keys
 and values are not kept: the tokens of unfinished rows are read again, by the weights of the new step.
 
-Letters: B groups of a round and of a batch, C groups that there is room for, G completions a group, T completion length,
-J segments of a completion.
+Letters: B groups of a round and of a batch, C groups that there is room for, G completions a group, T completion
+length, J segments of a completion, D prompts that there is room for.
 """
 
 from __future__ import annotations

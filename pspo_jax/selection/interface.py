@@ -74,11 +74,20 @@ class SelectFn(Protocol):
     """Chooses the prompts of a round."""
 
     def __call__(
-        self, state: PyTree, key: Key[Array, ""], step: Step, batch: int
+        self,
+        state: PyTree,
+        key: Key[Array, ""],
+        step: Step,
+        batch: int,
+        pending: Int[Array, "m"] | None = None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"], PyTree]:
         """Ids int32 [batch], loss weights float32 [batch] in (0, 1], and the new state.
 
         `batch` is static. Ids are distinct unless the config says `selection.replacement`. The largest weight is 1.
+
+        Args:
+          pending: prompts that were drawn and have not been observed, -1 = none; they are drawn again only where there
+            are no others. None = there are none, as in every run without `rollout.carry`.
         """
         ...
 

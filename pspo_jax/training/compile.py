@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from pspo_jax.arrays.state import EVALUATE, ROLLOUT, SELECT, Prompts, Rollouts, TrainState, purpose_key
 from pspo_jax.config.schema import round_prompts
 from pspo_jax.distributed.mesh import batch_sharding, replicated
+from pspo_jax.rollout.carry import PendingGroups, roll_out, take_batch
 from pspo_jax.rollout.sampler import make_sampler, tokens_per_test
-from pspo_jax.rollout.token_loop import SamplingParams
+from pspo_jax.rollout.token_loop import RolloutShape, SamplingParams
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.metrics import Metrics
 from pspo_jax.training.optimizer import schedule, updates_per_step
@@ -40,9 +41,16 @@ class Select(Protocol):
     """Draws the prompts of a step, or of one of its rounds."""
 
     def __call__(
-        self, selector: PyTree, key: Key[Array, ""], step: Int[Array, ""], number: Int[Array, ""], /
+        self,
+        selector: PyTree,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+        number: Int[Array, ""],
+        pending: Int[Array, "m"] | None = None,
+        /,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"], PyTree, Metrics]:
-        """(selector's state (donated), run's key, step, number of the round) -> (rows, loss weights, state, metrics)"""
+        """(selector's state (donated), run's key, step, number of the round, prompts that are pending with carry-over)
+        -> (rows, loss weights, state, metrics)"""
 
 
 class Sample(Protocol):
@@ -59,6 +67,30 @@ class Sample(Protocol):
         /,
     ) -> Rollouts:
         """`first_row` is the number of the batch's first completion, which its random numbers follow."""
+
+
+class RollOut(Protocol):
+    """Rolls out a round with carry-over."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        pending: PendingGroups,
+        fresh: Prompts,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+        number: Int[Array, ""],
+        settings: SamplingParams,
+        /,
+    ) -> PendingGroups:
+        """See `rollout.carry.roll_out`; what is pending is donated."""
+
+
+class TakeBatch(Protocol):
+    """Takes the first whole groups for a batch."""
+
+    def __call__(self, pending: PendingGroups, temperature: Float[Array, ""], /) -> tuple[PendingGroups, Rollouts]:
+        """See `rollout.carry.take_batch`; what is pending is donated."""
 
 
 class Step(Protocol):
@@ -98,13 +130,19 @@ class Programs(NamedTuple):
     """The compiled parts of a step."""
 
     select: Select
-    sample: Sample
     step: Step
     eval_sample: Sample
-    join: Join
     advantages: Advantages
     summary: Summary
     learning_rate: LearningRate
+    sample: Sample | None = None
+    """None = carry-over."""
+    join: Join | None = None
+    """None = carry-over."""
+    roll_out: RollOut | None = None
+    """None = no carry-over."""
+    take_batch: TakeBatch | None = None
+    """None = no carry-over."""
     collect: Collect | None = None
     """None = no dynamic sampling."""
 
@@ -113,18 +151,21 @@ def lower_programs(setup: Setup) -> dict[str, Lowered]:
     """Trace the parts of a step from shapes alone, by their names in `Programs`; no array exists yet."""
     config = setup.config
     rollout = config.rollout
-    lowered_chunk, chunk = _lower_sampler(setup, rollout.group_size, ROLLOUT, round_prompts(config) // rollout.chunks)
     lowered_eval, _ = _lower_sampler(setup, 1, EVALUATE, rollout.prompts * rollout.group_size)
-    lowered_join, rollouts = _lower_by_rows(setup, join_chunks, [chunk] * rollout.chunks)
     rewards = _rewards_shape(setup)
     lowered = {
         "select": lower_select(setup),
         "summary": lower_summary(setup),
         "learning_rate": lower_learning_rate(setup),
-        "sample": lowered_chunk,
-        "join": lowered_join,
         "eval_sample": lowered_eval,
     }
+    if rollout.carry:
+        lowered["roll_out"] = lower_roll_out(setup)
+        lowered["take_batch"], rollouts = lower_take_batch(setup)
+    else:
+        prompts = round_prompts(config) // rollout.chunks
+        lowered["sample"], chunk = _lower_sampler(setup, rollout.group_size, ROLLOUT, prompts)
+        lowered["join"], rollouts = _lower_by_rows(setup, join_chunks, [chunk] * rollout.chunks)
     if samples_dynamically(config):
         lowered["collect"] = lower_collect(setup, rollouts, rewards)
         lowered["step"] = lower_update(setup, rollouts.temperature)
@@ -137,20 +178,75 @@ def lower_programs(setup: Setup) -> dict[str, Lowered]:
 def lower_select(setup: Setup) -> Lowered:
     """Trace the selector's draw."""
     selector, prompts = setup.algorithm.selector, round_prompts(setup.config)
-    by_round = samples_dynamically(setup.config)
+    by_round, carry = samples_dynamically(setup.config), setup.config.rollout.carry
 
     def select(
-        state: PyTree, key: Key[Array, ""], step: Int[Array, ""], number: Int[Array, ""]
+        state: PyTree,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+        number: Int[Array, ""],
+        pending: Int[Array, "m"] | None = None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"], PyTree, Metrics]:
         key = purpose_key(key, step, SELECT)
-        ids, weight, after = selector.select(state, jax.random.fold_in(key, number) if by_round else key, step, prompts)
+        of_round = jax.random.fold_in(key, number) if by_round else key
+        if pending is None:
+            ids, weight, after = selector.select(state, of_round, step, prompts)
+        else:
+            # The first draw of a step is that of a run without carry-over.
+            of_round = jax.lax.select(number == 0, key, jax.random.fold_in(key, number))
+            ids, weight, after = selector.select(state, of_round, step, prompts, pending)
         return ids, weight, after, selector.batch_metrics(state, ids, step)
 
     rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
     # The state is donated: a draw changes little of it, and must not copy the rest.
     jitted = jax.jit(select, donate_argnums=0, out_shardings=(whole, rows, setup.shardings.selector, whole))
     abstract = setup.abstract
-    return jitted.lower(abstract.selector, abstract.key, abstract.step, abstract.step)
+    args = abstract.selector, abstract.key, abstract.step, abstract.step
+    if not carry:
+        return jitted.lower(*args)
+    held, drawn = abstract.pending.groups.first_row.shape[0], abstract.pending.drawn_ids.shape[0]
+    return jitted.lower(*args, jax.ShapeDtypeStruct((held + drawn,), jnp.int32, sharding=whole))
+
+
+def lower_roll_out(setup: Setup) -> Lowered:
+    """Trace a round with carry-over."""
+    rollout, pad = setup.config.rollout, setup.task.tokenizer.pad_token_id
+    shape = RolloutShape(rollout.group_size, rollout.max_new_tokens, pad)
+    chunk = tokens_per_test(setup.mesh.devices.flat[0].platform, rollout.max_new_tokens)
+    budget = rollout.budget or rollout.max_new_tokens
+
+    def one_round(
+        params: PyTree,
+        pending: PendingGroups,
+        fresh: Prompts,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+        number: Int[Array, ""],
+        settings: SamplingParams,
+    ) -> PendingGroups:
+        return roll_out(setup.model, params, pending, fresh, key, step, number, settings, shape, budget, chunk)
+
+    abstract = setup.abstract
+    jitted = jax.jit(one_round, donate_argnums=1, out_shardings=setup.shardings.pending)
+    prompts = _prompts_shape(setup, rollout.prompts)
+    return jitted.lower(
+        abstract.weights, abstract.pending, prompts, abstract.key, abstract.step, abstract.step, _settings_shape(setup)
+    )
+
+
+def lower_take_batch(setup: Setup) -> tuple[Lowered, Rollouts]:
+    """Trace the choice of a batch among pending groups, and give the shapes of its rollouts."""
+    rows, whole = batch_sharding(setup.mesh), replicated(setup.mesh)
+
+    def take(pending: PendingGroups, temperature: Float[Array, ""]) -> tuple[PendingGroups, Rollouts]:
+        return take_batch(pending, setup.config.rollout.prompts, temperature)
+
+    args = setup.abstract.pending, _settings_shape(setup).temperature
+    shapes = jax.eval_shape(take, *args)[1]
+    shardings = jax.tree.map(lambda x: rows if x.ndim else whole, shapes)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    jitted = jax.jit(take, donate_argnums=0, out_shardings=(setup.shardings.pending, shardings))
+    return jitted.lower(*args), shapes
 
 
 def lower_summary(setup: Setup) -> Lowered:
@@ -220,9 +316,7 @@ def _lower_sampler(setup: Setup, group_size: int, purpose: int, prompts: int) ->
     ) -> Rollouts:
         return draw(params, prompts, purpose_key(key, step, purpose), settings, first_row)
 
-    settings = jax.eval_shape(lambda: SamplingParams.of(rollout, task.stop_ids))
-    settings = _with_sharding(settings, replicated(setup.mesh))
-    abstract = setup.abstract
+    settings, abstract = _settings_shape(setup), setup.abstract
     args = (abstract.weights, _prompts_shape(setup, prompts), abstract.key, abstract.step, settings, abstract.step)
     return _lower_by_rows(setup, sample, *args)
 
@@ -234,6 +328,12 @@ def _lower_by_rows(setup: Setup, function: Callable[..., _Tree], *args: PyTree) 
     shardings = jax.tree.map(lambda x: rows if x.ndim else whole, shapes)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(function, out_shardings=shardings).lower(*args), shapes
+
+
+def _settings_shape(setup: Setup) -> SamplingParams:
+    """Shapes of the settings of a draw, which every device holds."""
+    settings = jax.eval_shape(lambda: SamplingParams.of(setup.config.rollout, setup.task.stop_ids))
+    return _with_sharding(settings, replicated(setup.mesh))
 
 
 def _prompts_shape(setup: Setup, prompts: int) -> Prompts:
@@ -270,7 +370,7 @@ def join_chunks(chunks: list[Rollouts]) -> Rollouts:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts) if parts[0].ndim else parts[0], *chunks)
 
 
-_LONGEST = ("step", "sample", "eval_sample", "collect")
+_LONGEST = ("step", "sample", "roll_out", "eval_sample", "collect")
 """Programs that take longest to compile, the longest first."""
 
 

@@ -47,7 +47,7 @@ def with_teacher(
     """
     found = score(teacher, weights, rows, temperature, config, images=images)[0]
     gain = jnp.where(rows.mask, found - jax.lax.stop_gradient(rows.old_log_probs), 0)
-    fresh = rows.mask & ~rows.stale[:, None]
+    fresh = rows.mask & ~rows.stale
     kl = -jnp.where(fresh, gain, 0).sum() / jnp.maximum(fresh.sum(), 1)
     t = config.teacher
     rows = dataclasses.replace(rows, advantages=t.reward_weight * rows.advantages, token_advantages=t.weight * gain)

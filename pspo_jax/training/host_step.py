@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import EVALUATE, Prompts, Rollouts, TrainState
 from pspo_jax.data.image_batches import gather
-from pspo_jax.data.task import CompletionBatch, RewardResult
+from pspo_jax.data.task import CompletionBatch, RewardResult, Task
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding, replicated
 from pspo_jax.evaluation.heldout import evaluate
@@ -28,6 +29,7 @@ from pspo_jax.runs import verdicts
 from pspo_jax.runs.accounting import RunAccounting, add_step
 from pspo_jax.runs.completions import completion_lines
 from pspo_jax.runs.run_folder import RunLog, crc
+from pspo_jax.training.carry_rounds import roll_out_batch
 from pspo_jax.training.compile import Programs, without_buffer
 from pspo_jax.training.metrics import Metrics
 from pspo_jax.training.setup import Setup
@@ -88,6 +90,8 @@ class _Trained(NamedTuple):
     update_metrics: Metrics
     advantages: Float[Array, "B G"] | None
     """Advantages of the last round, if its completions are to be logged."""
+    num_rounds: int | None = None
+    """Number of rounds that the step has rolled out; None = a step has one."""
 
 
 def one_step(
@@ -106,14 +110,15 @@ def one_step(
     config = context.setup.config
     seconds: dict[str, float] = {}
     run = _one_round if context.programs.collect is None else _several_rounds
+    run = _carried_rounds if config.rollout.carry else run
     trained = run(context, state, seconds, done)
     dispatched(done)
     with _timed(context.totals, seconds, "update"):
         values: Values = _over_rounds([_as_floats(found) for found in trained.round_metrics])
         values |= _as_floats(trained.update_metrics)
         state = _buffer_to_host(context.setup, trained.state)
-    if context.programs.collect is not None:
-        values["rollouts/rounds"] = len(trained.rounds)
+    if trained.num_rounds is not None:
+        values["rollouts/rounds"] = trained.num_rounds
     values |= _costs(context, values, seconds, trained.rounds)
     if config.run.fingerprint:
         values |= _fingerprints(state, trained.rounds)
@@ -156,7 +161,22 @@ def _several_rounds(context: StepContext, state: TrainState, seconds: dict[str, 
         settings = SamplingParams.of(rollout, setup.task.stop_ids)
         temperature = processes.to_global(settings.temperature, replicated(setup.mesh))
         state, update_metrics = programs.step(buffer_to_device(setup, state), temperature)
-    return _Trained(state, rounds, found, update_metrics, advantages)
+    return _Trained(state, rounds, found, update_metrics, advantages, len(rounds))
+
+
+def _carried_rounds(context: StepContext, state: TrainState, seconds: dict[str, float], done: int) -> _Trained:
+    """Roll out rounds until a batch of groups is whole, and update on the first of these (carry-over)."""
+    setup, programs = context.setup, context.programs
+    state, rollouts, number = roll_out_batch(setup, programs, state, partial(_timed, context.totals, seconds))
+    with _timed(context.totals, seconds, "rollout"):
+        rows, weights = processes.to_host((rollouts.prompts.ids, rollouts.prompts.loss_weight))
+        own, completions, wait = _hand_over(setup.task, rollouts, rows, done)
+        rollout = _Rollout(rollouts, own, completions, [wait])
+    batch = _verified(context, rollout, rows, weights, {}, seconds, done)
+    with _timed(context.totals, seconds, "update"):
+        advantages = _advantages(context, state, batch, done)
+        state, metrics = programs.step(state, rollouts, batch.reward, batch.verdicts)
+    return _Trained(state, [batch], [metrics], {}, advantages, number)
 
 
 def _as_floats(metrics: Metrics) -> dict[str, float]:
@@ -208,7 +228,7 @@ def _round(
     context: StepContext, state: TrainState, seconds: dict[str, float], done: int, number: int
 ) -> tuple[TrainState, _Round]:
     """Select, roll out and verify round `number` of a step."""
-    setup, programs, totals, log = context
+    setup, programs, totals, _ = context
     with _timed(totals, seconds, "select"):
         place = processes.to_global(np.int32(number), replicated(setup.mesh))
         ids, weight, selector, draw_metrics = programs.select(state.selector, state.key, state.step, place)
@@ -216,6 +236,20 @@ def _round(
         state = dataclasses.replace(state, selector=selector)
     with _timed(totals, seconds, "rollout"):
         rollout = _roll_out(context, state, rows, weights, done, number)
+    return state, _verified(context, rollout, rows, weights, draw_metrics, seconds, done)
+
+
+def _verified(
+    context: StepContext,
+    rollout: _Rollout,
+    rows: Int[np.ndarray, "B"],
+    weights: Float[np.ndarray, "B"],
+    draw_metrics: dict[str, Array],
+    seconds: dict[str, float],
+    done: int,
+) -> _Round:
+    """A batch with its rewards, once the verifiers have answered."""
+    setup, _, totals, log = context
     with _timed(totals, seconds, "verify"):
         owned_scores = _joined([wait() for wait in rollout.waits])
         scores, lengths = _shared(owned_scores, rollout, len(rows))
@@ -224,7 +258,7 @@ def _round(
     verdicts.check(scores, done, setup.config, totals.counts)
     verdicts.check_sign(scores, done, setup.config)
     reward, correct = (processes.to_global(x, batch_sharding(setup.mesh)) for x in (scores.reward, scores.verdicts))
-    return state, _Round(rows, weights, rollout, lengths, reward, correct, owned_scores, scores, draw_metrics)
+    return _Round(rows, weights, rollout, lengths, reward, correct, owned_scores, scores, draw_metrics)
 
 
 def _shared(owned: RewardResult, rollout: _Rollout, batch: int) -> tuple[RewardResult, Int[np.ndarray, "B G"]]:
@@ -266,7 +300,7 @@ def _fingerprints(state: TrainState, rounds: list[_Round]) -> Values:
         "crc/params": crc(state.params),
         "crc/selector": crc(state.selector),
         "crc/advantage": crc(state.advantage),
-        "crc/replay": crc((state.replay, state.queue)),
+        "crc/replay": crc((state.replay, state.queue, state.pending)),
     }
 
 
@@ -301,18 +335,28 @@ def _roll_out(
     chunks = _sample_chunks(context, state, rows, weights, slices, number)
     waits, batches, owned = [], [], []
     for place, chunk in zip(slices, chunks, strict=True):
-        own = processes.owned_rows(chunk.lengths)
-        tokens, lengths, ended = (processes.fetch_rows(x, own) for x in (chunk.tokens, chunk.lengths, chunk.ended))
-        batches.append(CompletionBatch(task.train, rows[place][own], tokens, lengths, ended, done))
+        own, batch, wait = _hand_over(task, chunk, rows[place], done)
+        batches.append(batch)
         owned.append(place.start + own)
-        waits.append(task.reward_fn(batches[-1]))
+        waits.append(wait)
     completions = batches[0]._replace(
         rows=np.concatenate([batch.rows for batch in batches]),
         tokens=np.concatenate([batch.tokens for batch in batches]),
         lengths=np.concatenate([batch.lengths for batch in batches]),
         ended=np.concatenate([batch.ended for batch in batches]),
     )
+    assert context.programs.join is not None
     return _Rollout(context.programs.join(chunks), np.concatenate(owned), completions, waits)
+
+
+def _hand_over(
+    task: Task, rollouts: Rollouts, rows: Int[np.ndarray, "b"], done: int
+) -> tuple[Int[np.ndarray, "k"], CompletionBatch, Callable[[], RewardResult]]:
+    """Which of these prompts this process verifies, their completions, and a function that waits for the rewards."""
+    own = processes.owned_rows(rollouts.lengths)
+    tokens, lengths, ended = (processes.fetch_rows(x, own) for x in (rollouts.tokens, rollouts.lengths, rollouts.ended))
+    batch = CompletionBatch(task.train, rows[own], tokens, lengths, ended, done)
+    return own, batch, task.reward_fn(batch)
 
 
 def _sample_chunks(
@@ -324,7 +368,8 @@ def _sample_chunks(
     number: int,
 ) -> list[Rollouts]:
     """Dispatch the sampler on each chunk of the batch of round `number`."""
-    setup = context.setup
+    setup, sample = context.setup, context.programs.sample
+    assert sample is not None
     config, whole = setup.config.rollout, replicated(setup.mesh)
     settings = processes.to_global(SamplingParams.of(config, setup.task.stop_ids), whole)
     chunks = []
@@ -333,9 +378,7 @@ def _sample_chunks(
         prompts = processes.to_global(chosen, batch_sharding(setup.mesh))
         first_row = np.int32((number * len(rows) + place.start) * config.group_size)
         chunks.append(
-            context.programs.sample(
-                state.weights, prompts, state.key, state.step, settings, processes.to_global(first_row, whole)
-            )
+            sample(state.weights, prompts, state.key, state.step, settings, processes.to_global(first_row, whole))
         )
     return chunks
 

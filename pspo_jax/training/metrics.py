@@ -5,6 +5,8 @@ docs/metrics.md gives the meaning and the healthy range of each key.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,6 +17,8 @@ from pspo_jax.arrays.state import Rollouts
 from pspo_jax.config.schema import Config
 from pspo_jax.losses.ratios import log_importance_weight
 from pspo_jax.replay import Groups
+from pspo_jax.rollout.carry import PendingGroups
+from pspo_jax.training.scoring import token_ages
 from pspo_jax.training.update import UpdateMetrics
 
 Metrics = dict[str, Float[Array, ""]]
@@ -70,20 +74,14 @@ def replay_metrics(groups: Groups, added: Groups | None, rows: Rows, step: Array
     """
     age = jnp.concatenate([_ages(part, step) for part in (groups, added) if part is not None])
     batch, stale = age.shape[0], age > 0
-    mask = rows.mask & rows.stale[:, None]
-    log_w = log_importance_weight(rows.old_log_probs, rows.behaviour_log_probs, mask, config.loss)
-    w = jnp.where(mask, jnp.exp(log_w), 0)
-    tokens = mask.sum()
-    least_one = jnp.maximum(tokens, 1)
-    square = (w**2).sum()
-    capped = (w > config.loss.importance_cap).sum() / least_one
+    weights = importance_statistics(rows, config)
     metrics = {
         "replay/share": stale.mean(),
         "replay/age_mean": age.sum() / jnp.maximum(stale.sum(), 1),
-        "replay/ess": jnp.where(tokens > 0, w.sum() ** 2 / jnp.maximum(least_one * square, 1e-30), 1.0),
-        "replay/weight_mean": w.sum() / least_one,
-        "replay/weight_max": w.max(),
-        "replay/capped": capped,
+        "replay/ess": weights.ess,
+        "replay/weight_mean": weights.mean,
+        "replay/weight_max": weights.max,
+        "replay/capped": weights.capped,
     }
     last = min(AGES, config.replay.max_age)
     for steps in range(1, last + 1):
@@ -91,6 +89,67 @@ def replay_metrics(groups: Groups, added: Groups | None, rows: Rows, step: Array
         metrics[f"replay/age_{steps}"] = found.sum() / batch
     if added is not None:
         metrics["replay/completions"] = added.counted.sum().astype(jnp.float32)
+    return metrics
+
+
+class ImportanceStatistics(NamedTuple):
+    """Statistics of the importance weights w = pi_old / mu of stale tokens, before truncation."""
+
+    ess: Float[Array, ""]
+    """Effective sample size as a share of the number of tokens; 1 where there are none."""
+    mean: Float[Array, ""]
+    max: Float[Array, ""]
+    capped: Float[Array, ""]
+    """Share of weights above loss.importance_cap."""
+
+
+def importance_statistics(rows: Rows, config: Config) -> ImportanceStatistics:
+    """The statistics over the stale tokens in the loss."""
+    mask = rows.mask & rows.stale
+    log_w = log_importance_weight(rows.old_log_probs, rows.behaviour_log_probs, mask, config.loss)
+    w = jnp.where(mask, jnp.exp(log_w), 0)
+    tokens = mask.sum()
+    least_one = jnp.maximum(tokens, 1)
+    square = (w**2).sum()
+    return ImportanceStatistics(
+        ess=jnp.where(tokens > 0, w.sum() ** 2 / jnp.maximum(least_one * square, 1e-30), 1.0),
+        mean=w.sum() / least_one,
+        max=w.max(),
+        capped=(w > config.loss.importance_cap).sum() / least_one,
+    )
+
+
+def carry_metrics(pending: PendingGroups, groups: Groups, rows: Rows, step: Int[Array, ""], config: Config) -> Metrics:
+    """Metrics of a batch whose groups were drawn over several steps: their policies, and stale tokens' weights.
+
+    Interpolated log-probs of the old policy are known in the update alone, and so there are no weights before it.
+
+    Args:
+      pending: what is pending beside the batch.
+    """
+    assert groups.versions is not None
+    versions = groups.versions
+    begun = versions >= 0
+    changes = (versions[:, 1:] != versions[:, :-1]) & begun[:, 1:]
+    policies = 1 + changes.sum(axis=1)
+    drawn = groups.mask.sum()
+    ages = token_ages(groups, step, config)
+    metrics = {
+        "carry/versions_mean": policies.mean(dtype=jnp.float32),
+        "carry/versions_max": policies.max().astype(jnp.float32),
+        "carry/stale_tokens": (groups.mask & (ages > 0)).sum() / jnp.maximum(drawn, 1),
+        "carry/age_max": jnp.where(groups.mask, ages, 0).max().astype(jnp.float32),
+        "carry/unfinished": pending.unfinished.astype(jnp.float32),
+        "carry/waiting": (pending.held - pending.unfinished).astype(jnp.float32),
+    }
+    if config.loss.old_log_probs != "interpolated":
+        weights = importance_statistics(rows, config)
+        metrics |= {
+            "carry/ess": weights.ess,
+            "carry/weight_mean": weights.mean,
+            "carry/weight_max": weights.max,
+            "carry/capped": weights.capped,
+        }
     return metrics
 
 

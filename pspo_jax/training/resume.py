@@ -183,6 +183,11 @@ def _before(setup: Setup, folder: Path, fingerprint: str) -> np.ndarray:
             "--allow-data-change, with which each prompt keeps its own statistics"
         )
     _refuse_stored_images(setup)
+    if setup.config.rollout.carry:
+        raise ConfigError(
+            "task.allow_change=true: the data have changed, and rollout.carry=true keeps unfinished groups of the "
+            "prompts before; restore the data, or choose another --run.dir"
+        )
     return before
 
 

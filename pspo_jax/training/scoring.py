@@ -66,6 +66,8 @@ def rows_of(
 
     mask = groups.mask & groups.ended[..., None] if config.loss.mask_truncated else groups.mask
     images = groups.prompts.images
+    ages = token_ages(groups, step, config)
+    interpolates = config.loss.old_log_probs == "interpolated"
     return Rows(
         group=per_prompt(jnp.arange(b)),
         prompts=per_prompt(groups.prompts.tokens),
@@ -77,8 +79,10 @@ def rows_of(
         loss_weight=per_prompt(groups.prompts.loss_weight),
         old_log_probs=flat(groups.log_probs),
         behaviour_log_probs=flat(groups.log_probs),
-        stale=per_prompt(stale_groups(groups, step)),
+        stale=flat(ages > 0),
         sampling_log_probs=flat(groups.log_probs if sampling_log_probs is None else sampling_log_probs),
+        # A token of age n is n updates older than the old policy, and n + 1 older than the policy that these train.
+        interpolation=flat(ages / (ages + 1)) if interpolates else None,
         images=None
         if images is None
         else RowImages(
@@ -110,9 +114,15 @@ def rows_of_batch(
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), rows, more)
 
 
-def stale_groups(groups: Groups, step: Int[Array, ""]) -> Bool[Array, "B"]:
-    """Groups of the batch that an older policy sampled."""
-    return groups.counted & (groups.step < step)
+def token_ages(groups: Groups, step: Int[Array, ""], config: Config) -> Int[Array, "B G T"]:
+    """Steps since each token was drawn, 0 = by the current policy; 0 for groups that are not in the batch."""
+    if groups.versions is None:
+        age = (step - groups.step)[:, None]
+    else:
+        segment = jnp.arange(groups.tokens.shape[2]) // (config.rollout.budget or 1)
+        version = groups.versions[:, segment]
+        age = jnp.where(version >= 0, step - version, 0)
+    return jnp.broadcast_to(jnp.where(groups.counted[:, None], age, 0)[:, None], groups.tokens.shape)
 
 
 class TokenUtilisation(NamedTuple):
@@ -354,9 +364,11 @@ def with_log_probs(
     if o.old_log_probs == "trainer":
         found = score(model, state.weights, rows, temperature, config, images=images)[0]
         rows = dataclasses.replace(rows, old_log_probs=found)
-    elif trains_on_older_policies(config) and o.off_policy != "coupled":
-        found = score_some(model, state.weights, rows, rows.stale, temperature, config, images)
-        rows = dataclasses.replace(rows, old_log_probs=found)
+    elif trains_on_older_policies(config) and o.off_policy != "coupled" and o.old_log_probs != "interpolated":
+        stale = rows.stale & rows.mask
+        found = score_some(model, state.weights, rows, stale.any(axis=1), temperature, config, images)
+        # A token that the current policy drew keeps the sampler's: its importance weight is exactly 1.
+        rows = dataclasses.replace(rows, old_log_probs=jnp.where(stale, found, rows.old_log_probs))
     if o.kl_coef > 0 and o.kl_in == "loss":
         found = score(model, reference_weights(state), rows, temperature, config, images=images)[0]
         rows = dataclasses.replace(rows, reference_log_probs=found)

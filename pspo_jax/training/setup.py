@@ -496,5 +496,5 @@ def _state_shardings(
         replay=groups_shardings(mesh, shapes.replay),
         reference=None if shapes.reference is None else params,
         frozen=None if shapes.frozen is None else params_shardings(mesh, shapes.frozen, model.frozen_axes),
-        queue=groups_shardings(mesh, shapes.queue),
+        **{name: groups_shardings(mesh, getattr(shapes, name)) for name in ("queue", "pending")},
     )

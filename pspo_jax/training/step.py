@@ -24,6 +24,7 @@ from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import REPLAY, Params, RolloutOutcome, Rollouts, TrainState, purpose_key
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.config.strategies import STORING
@@ -33,10 +34,11 @@ from pspo_jax.losses.ratios import kl_estimate
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups, effective
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
+from pspo_jax.rollout.carry import new_pending
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.training.algorithm import Algorithm, needs_policy_drift
 from pspo_jax.training.distillation import with_teacher
-from pspo_jax.training.metrics import Metrics, replay_metrics, rollout_metrics, update_metrics
+from pspo_jax.training.metrics import Metrics, carry_metrics, replay_metrics, rollout_metrics, update_metrics
 from pspo_jax.training.optimizer import in_float32
 from pspo_jax.training.scoring import (
     num_microbatches,
@@ -124,9 +126,15 @@ def init_state(
       frozen: weights that do not train, such as the base of adapters.
       metadata: what the selector may know about prompts beforehand; None = nothing.
       images: the empty images of one prompt, for which stored groups need room; None = the data has no images.
+    Raises:
+      ConfigError: the data has images, and rollout.carry is set.
     """
     config = resolve(config)
     r = config.rollout
+    if r.carry and images is not None:
+        raise ConfigError(
+            "rollout.carry=true: cannot be used with prompts that have images; drop it, or choose data without images"
+        )
     unchanged = config.lora.rank > 0 and config.sft.steps == 0
     copied = config.loss.kl_coef > 0 and not unchanged
     reference = jax.tree.map(jnp.copy, params) if copied else None
@@ -152,6 +160,9 @@ def init_state(
         skipped=jnp.zeros((), jnp.int32),
         policy_drift=jnp.zeros((), jnp.float32),
         queue=with_images(queue, images),
+        pending=new_pending(r.prompts, r.group_size, prompt_length, r.max_new_tokens, r.budget or 1, truncates)
+        if r.carry
+        else None,
     )
 
 
@@ -183,7 +194,12 @@ def make_train_step(
     def train_step(
         state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
+        drawn: Metrics = {}
+        if config.rollout.carry:
+            # The batch is not the last draw, which other runs describe as they draw.
+            drawn = algorithm.selector.batch_metrics(state.selector, rollouts.prompts.ids, state.step)
         state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, verdicts)
+        metrics |= drawn
         temperature, sampling = rollouts.temperature, rollouts.sampling_log_probs
         state, more = _update(model, optimizer, algorithm, config, state, groups, temperature, sampling, teacher)
         return state, metrics | more
@@ -327,7 +343,9 @@ def _update(
     if teacher is not None:
         rows, taught = with_teacher(teacher, state.teacher, rows, temperature, config, images)
         metrics |= taught
-    if trains_on_older_policies(config):
+    if config.rollout.carry:
+        metrics |= carry_metrics(state.pending, groups, rows, state.step, config)
+    elif trains_on_older_policies(config):
         metrics |= replay_metrics(groups, added, rows, state.step, config)
         adapted = algorithm.replay.adapt_share(state.replay, metrics["replay/ess"])
         state = dataclasses.replace(state, replay=adapted)

@@ -288,7 +288,7 @@ def microbatch_loss(
 
 
 def _mismatch(log_probs: Float[Array, "r T"], rows: Rows) -> SamplerMismatch:
-    fresh = rows.mask & ~rows.stale[:, None]
+    fresh = rows.mask & ~rows.stale
     difference = jnp.where(fresh, jnp.abs(log_probs - rows.behaviour_log_probs), 0)
     ratio = jnp.exp(log_probs - rows.sampling_log_probs)
     return SamplerMismatch(

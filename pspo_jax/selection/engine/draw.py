@@ -9,8 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pspo_jax.selection.engine import tree
-from pspo_jax.selection.engine.selector import MIN_WEIGHT, Engine, SelectorState, advance_to, eligible_weight, take_rows
-from pspo_jax.selection.engine.stats import age_key, eligibility
+from pspo_jax.selection.engine.selector import (
+    MIN_WEIGHT,
+    Engine,
+    SelectorState,
+    advance_to,
+    eligible_weight,
+    take_rows,
+    without_pending,
+)
+from pspo_jax.selection.engine.stats import PADDING, age_key, eligibility
 from pspo_jax.selection.interface import PromptStats, Ranked, Step
 
 _MIN_LOSS_WEIGHT = 1e-30
@@ -33,17 +41,27 @@ class QuotaPart(NamedTuple):
 
 
 def select(
-    engine: Engine, state: SelectorState, key: Key[Array, ""], step: Step, batch: int
+    engine: Engine,
+    state: SelectorState,
+    key: Key[Array, ""],
+    step: Step,
+    batch: int,
+    pending: Int[Array, "m"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], SelectorState]:
-    """Ids [batch], loss weights [batch] in (0, 1], and the state at `step` with the quotas' carry after this batch."""
-    state = advance_to(engine, state, step)
+    """Ids [batch], loss weights [batch] in (0, 1], and the state at `step` with the quotas' carry after this batch.
+
+    Args:
+      pending: prompts that are drawn only where there are no others, -1 = none.
+    """
+    after = advance_to(engine, state, step)
+    state = after if pending is None else without_pending(engine, after, pending)
     parts, carry = _divide_batch(engine, state, batch)
-    chosen = [_choose_part(engine, state, part, jax.random.fold_in(key, part.slot), step) for part in parts]
+    chosen = [_choose_part(engine, state, part, jax.random.fold_in(key, part.slot), step, pending) for part in parts]
     ids, used, chance = (jnp.concatenate(x) for x in zip(*chosen, strict=True))
     if engine.shares.slots > 1:
         places = jnp.argsort(~used, stable=True)[:batch]
         # If a task has fewer prompts than its quota takes, prompts of other tasks fill the gaps; none comes twice.
-        ids = _fill_gaps(engine, state, None, ids[places], jnp.ones(batch, bool), step)
+        ids = _fill_gaps(engine, state, None, ids[places], jnp.ones(batch, bool), step, pending)
         chance = chance[places]
     beta = annealed(engine.config.correction or 0.0, engine.config.correction_end, step, engine.context.steps)
     # A prompt that did not come by its weight has no probability of its own; it counts as the likeliest of the batch.
@@ -52,7 +70,7 @@ def select(
     least = chance.min()
     weight = jnp.exp(beta * jnp.log(jnp.maximum(least / chance, _MIN_LOSS_WEIGHT)))
     weight = jnp.where(chance <= least, 1.0, jnp.clip(weight, _MIN_LOSS_WEIGHT, 1.0))
-    return ids, weight, state._replace(carry=carry)
+    return ids, weight, after._replace(carry=carry)
 
 
 def _divide_batch(
@@ -81,7 +99,12 @@ def annealed(start: float, end: float | None, step: Step, steps: int) -> Float[A
 
 
 def _choose_part(
-    engine: Engine, state: SelectorState, part: QuotaPart, key: Key[Array, ""], step: Step
+    engine: Engine,
+    state: SelectorState,
+    part: QuotaPart,
+    key: Key[Array, ""],
+    step: Step,
+    pending: Int[Array, "m"] | None,
 ) -> tuple[Int[Array, "k"], Bool[Array, "k"], Float[Array, "k"]]:
     """Prompts of one quota, whether each place is used, and each prompt's inclusion probability."""
     main_key, explore_key = jax.random.split(key)
@@ -92,7 +115,7 @@ def _choose_part(
         taken = jnp.where(used, ids, -1)
         ids = jnp.concatenate([ids, _explored(engine, state, part.slot, part.max_explored, explore_key, taken)])
         used = jnp.concatenate([used, jnp.arange(part.max_explored) < part.explored])
-    ids = _fill_gaps(engine, state, part.slot, ids, used, step)
+    ids = _fill_gaps(engine, state, part.slot, ids, used, step, pending)
     return ids, used, _inclusion_probability(engine, state, part, ids)
 
 
@@ -151,9 +174,16 @@ def _explored(engine: Engine, state: SelectorState, slot: int, k: int, key: Arra
 
 
 def _fill_gaps(
-    engine: Engine, state: SelectorState, slot: int | None, ids: Int[Array, "k"], used: Bool[Array, "k"], step: Step
+    engine: Engine,
+    state: SelectorState,
+    slot: int | None,
+    ids: Int[Array, "k"],
+    used: Bool[Array, "k"],
+    step: Step,
+    pending: Int[Array, "m"] | None,
 ) -> Int[Array, "k"]:
-    """`ids` with its gaps filled by ineligible prompts: resting ones, then excluded ones, the oldest visit first.
+    """`ids` with its gaps filled by ineligible prompts: resting ones, then excluded and pending ones, the oldest visit
+    first.
 
     Args:
       slot: the quota whose prompts fill the gaps; None = all prompts.
@@ -167,6 +197,9 @@ def _fill_gaps(
         rows = jnp.arange(state.score.shape[0], dtype=jnp.int32)
         in_quota = state.label >= 0 if slot is None else (state.label // engine.pools == slot) & (state.label >= 0)
         key = jnp.where(in_quota, -eligibility(engine.config, state.visit_stats, step).astype(jnp.float32), -jnp.inf)
+        if pending is not None:
+            last = jnp.where(key > -jnp.inf, -float(PADDING), key)
+            key = key.at[jnp.where(pending >= 0, pending, len(rows))].min(last[pending], mode="drop")
         if not engine.config.replacement:
             key = key.at[jnp.where(used & (ids >= 0), ids, len(rows))].set(-jnp.inf, mode="drop")
         tie, label = age_key(rows, state.visit_stats.last_step, engine.context.seed), jnp.where(in_quota, 0, -1)

@@ -46,9 +46,9 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
         return LengthState(selector.init(num_prompts, metadata), jnp.zeros(padded_rows(num_prompts)), jnp.zeros(()))
 
     def select(
-        state: LengthState, key: Key[Array, ""], step: Step, batch: int
+        state: LengthState, key: Key[Array, ""], step: Step, batch: int, pending: Int[Array, "m"] | None = None
     ) -> tuple[Int[Array, "B"], Float[Array, "B"], LengthState]:
-        ids, weight, inner = selector.select(state.selector, key, step, batch)
+        ids, weight, inner = selector.select(state.selector, key, step, batch, pending)
         known = state.prompt_lengths[ids]
         expected = jnp.where(known > 0, known, state.mean_length)
         parts = chunks * size_along(jax.sharding.get_abstract_mesh().shape, ROWS)

@@ -39,6 +39,10 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-30, 1e30
 """Bounds to which the weights of eligible prompts are clipped."""
 INELIGIBLE_KEYS = {RESTING: -1e30, EXCLUDED: -2e30}
 """Keys that stand in for the scores of ineligible prompts: below all scores, and above padding's -inf."""
+PENDING_KEY = -3e30
+"""Key that stands in for the score of a prompt whose group is pending."""
+_NO_BLOCK = 2**30
+"""Index of a block that no tree has."""
 LOWEST_SCORE = -1e29
 """Lower bound of the scores of eligible prompts."""
 
@@ -379,15 +383,31 @@ def _rescore(engine: Engine, state: SelectorState, rows: Int[Array, "m"], blocks
     scored = score_rows(engine, visit_stats, per_prompt, state.shared, rows, state.now)
     score, label = state.score.at[rows].set(scored.score), state.label.at[rows].set(scored.label)
     tie = None if state.tie is None else state.tie.at[rows].set(scored.tie)
-    block_score, block_label = tree.block_rows(score, blocks), tree.block_rows(label, blocks)
+    return _with_levels(engine, state._replace(score=score, tie=tie, label=label), blocks)
+
+
+def _with_levels(engine: Engine, state: SelectorState, blocks: Int[Array, "n"]) -> SelectorState:
+    """The state with the levels above the given blocks computed anew; blocks beyond the end are ignored."""
     best, weights, eligible = state.levels
-    if best is not None and tie is not None:
-        best = tree.update_maxima(best, blocks, block_score, tree.block_rows(tie, blocks), block_label)
+    block_score, block_label = tree.block_rows(state.score, blocks), tree.block_rows(state.label, blocks)
+    if best is not None and state.tie is not None:
+        best = tree.update_maxima(best, blocks, block_score, tree.block_rows(state.tie, blocks), block_label)
     if weights is not None:
         weights = tree.update_sums(weights, blocks, block_score, block_label)
     if eligible is not None:
         eligible = tree.update_sums(eligible, blocks, eligible_weight(engine, block_score), block_label)
-    return state._replace(score=score, tie=tie, label=label, levels=Levels(best, weights, eligible))
+    return state._replace(levels=Levels(best, weights, eligible))
+
+
+def without_pending(engine: Engine, state: SelectorState, pending: Int[Array, "m"]) -> SelectorState:
+    """The state in which these prompts are not eligible, and come after all others that are not; -1 = none.
+
+    A batch is drawn from it and nothing else: it is not what the run goes on with.
+    """
+    value = PENDING_KEY if engine.scorer.mode == "top" else 0.0
+    rows = jnp.where(pending >= 0, pending, state.score.shape[0])
+    blocks = jnp.where(pending >= 0, pending // FANOUT, _NO_BLOCK)
+    return _with_levels(engine, state._replace(score=state.score.at[rows].set(value, mode="drop")), blocks)
 
 
 def _add_refreshed(
