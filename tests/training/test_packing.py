@@ -67,7 +67,7 @@ def rows_with(seed=0, masked=(), r=R):
         old_log_probs=old,
         behaviour_log_probs=old + np.float32(0.1) * log_probs(),
         reference_log_probs=log_probs(),
-        stale=rng.random(r) < 0.3,
+        stale=np.repeat(rng.random(r) < 0.3, T).reshape(r, T),
         sampling_log_probs=old,
     )
     return jax.device_put(rows)
