@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from pspo_jax.arrays.images import Images
-from pspo_jax.model.interface import Decoder, ImageTokens, InitFn, Model, Packed, mask_logits
+from pspo_jax.model.interface import Begun, Decoder, ImageTokens, InitFn, Model, Packed, mask_logits
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -50,7 +50,7 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
         cache = jnp.repeat(rows[:, None], group_size, axis=1)
 
         def step(
-            cache: Int[Array, "B G S"], tokens: Int[Array, "B G"], t: Int[Array, ""]
+            cache: Int[Array, "B G S"], tokens: Int[Array, "B G"], t: Int[Array, "*B"]
         ) -> tuple[Float[Array, "B G V"], Int[Array, "B G S"]]:
             position = (lengths + t)[:, None, None]
             is_next = jnp.arange(p + max_new_tokens) == position
@@ -61,6 +61,18 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
             return mask_logits(next_logits, forbidden), cache
 
         return Decoder(mask_logits(last, forbidden), cache, step)
+
+    def resume(
+        params: PyTree, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], begun: Begun, max_new_tokens: int
+    ) -> Decoder:
+        b, g, width = begun.tokens.shape
+        made = decoder(params, prompts, lengths, g, max_new_tokens)
+        place = jnp.arange(width)
+        drawn = place < begun.lengths[..., None]
+        # A place beyond the end is out of bounds, and writes to it are dropped.
+        place = jnp.where(drawn, lengths[:, None, None] + place, prompts.shape[1] + max_new_tokens)
+        rows = jnp.arange(b)[:, None, None], jnp.arange(g)[:, None]
+        return made._replace(cache=made.cache.at[(*rows, place)].set(begun.tokens, mode="drop"))
 
     def hidden(
         params: PyTree,
@@ -78,6 +90,7 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
         decoder=decoder,
         axes=None,
         vocab_size=vocab_size,
+        resume=resume,
     )
 
 

@@ -44,6 +44,8 @@ from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup, device_bytes, prepare
 
 _GIB = 2**30
+PENDING = "groups that go on in the next step"
+"""Name, among the arrays that stay, of those that carry-over holds."""
 
 
 def take_target(argv: Sequence[str]) -> tuple[list[str], Target | None]:
@@ -233,8 +235,9 @@ def _least_time(setup: Setup, device: DeviceSpec) -> str:
 def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str, float]]) -> dict[str, Peak]:
     """The peak of each phase, by arithmetic and by the compiler."""
     total = sum(residents.values())
-    # The arguments of a rollout are the weights alone; the rest of the state takes memory beside them.
-    beside = {"rollout": total - residents["model"] - residents.get("frozen base", 0), "update": 0}
+    # The arguments of a rollout are the weights, and what goes on with carry-over; the rest takes memory beside them.
+    arguments = sum(residents.get(name, 0) for name in ("model", "frozen base", PENDING))
+    beside = {"rollout": total - arguments, "update": 0}
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
         compiled = {
@@ -296,7 +299,7 @@ def _residents(setup: Setup) -> dict[str, int]:
         "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),
         "groups that wait for a batch": s.queue,
-        "groups that go on in the next step": s.pending,
+        PENDING: s.pending,
     }
     return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "model"}
 

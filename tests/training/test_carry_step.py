@@ -1,4 +1,4 @@
-"""The loss of tokens that several policies drew, against NumPy: importance weights by token, pi_old by a pass or not."""
+"""The loss of tokens that several policies drew, against NumPy: weights of tokens, and pi_old by a pass or not."""
 
 import dataclasses
 import functools

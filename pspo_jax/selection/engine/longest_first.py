@@ -48,7 +48,8 @@ def longest_first(selector: Selector, chunks: int = 1) -> Selector:
     def select(
         state: LengthState, key: Key[Array, ""], step: Step, batch: int, pending: Int[Array, "m"] | None = None
     ) -> tuple[Int[Array, "B"], Float[Array, "B"], LengthState]:
-        ids, weight, inner = selector.select(state.selector, key, step, batch, pending)
+        others = () if pending is None else (pending,)
+        ids, weight, inner = selector.select(state.selector, key, step, batch, *others)
         known = state.prompt_lengths[ids]
         expected = jnp.where(known > 0, known, state.mean_length)
         parts = chunks * size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
