@@ -81,7 +81,7 @@ def params(folder):
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), there)
     tree = ocp.load_checkpointables((path / str(last)).absolute(), {"state": wanted})["state"]
     return jax.tree.map(
-        np.asarray, {k: tree[k] for k in ("params", "selector", "advantage", "replay", "queue") if k in tree}
+        np.asarray, {k: tree[k] for k in ("params", "selector", "advantage", "replay", "queue", "pending") if k in tree}
     )
 
 
