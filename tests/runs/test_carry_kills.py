@@ -1,4 +1,4 @@
-"""Runs with carry-over in processes of their own: killed and resumed to the bit, and equal on one device and on eight."""
+"""Runs with carry-over in processes of their own: killed and resumed to the bit, on one device and on eight."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_eight_devices_equal_one(child_env, uninterrupted, runs):
     one, eight = runs / "one", runs / "eight"
     fields = CARRY | {"run__steps": 6}
     finish(start(child_env, one, **fields))
-    finish(start(child_env, eight, devices=8, **fields))
+    finish(start(child_env, eight, devices=8, mesh__data=8, **fields))
     names = (
         "crc/prompt_ids",
         "crc/tokens",
