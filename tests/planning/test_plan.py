@@ -71,6 +71,19 @@ def test_completions_beside_the_batch_are_in_the_plan():
     assert tokens < stored <= tokens + 40 and "replay" not in plan._residents(setups["grpo"])
 
 
+def test_what_carry_over_holds_is_in_the_plan():
+    """Two batches of groups: tokens and log-probs of 4 bytes, 4 more with top-p; and little else."""
+    fields = {"mesh__data": 1, "rollout__max_new_tokens": 512, "rollout__carry": True, "rollout__budget": 128}
+    held = {
+        top_p: plan._residents(prepare(tiny_config(**fields, rollout__top_p=top_p), weights=False))[plan.PENDING]
+        for top_p in (1.0, 0.9)
+    }
+    tokens = 2 * 8 * 4 * 512
+    assert tokens * 8 < held[1.0] < 1.05 * tokens * 8 and held[0.9] - held[1.0] == tokens * 4
+    plain = prepare(tiny_config(mesh__data=1), weights=False)
+    assert plan.PENDING not in plan._residents(plain)
+
+
 GIB = 2**30
 
 
