@@ -19,6 +19,7 @@ class Simulated(NamedTuple):
     """Means over the steps of a run."""
 
     rounds: float
+    """Rounds of a training step."""
     decoding_steps: float
     """Decoding steps of a training step, as a share of the longest completion."""
     useful: float
@@ -32,7 +33,10 @@ class Simulated(NamedTuple):
 
 
 class Group(NamedTuple):
+    """A group that has begun."""
+
     lengths: np.ndarray
+    """Tokens of each completion in the end."""
     began: list[int]
     """Step of each segment."""
 

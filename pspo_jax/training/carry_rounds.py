@@ -33,7 +33,9 @@ class Drawn(NamedTuple):
     """Prompts that the selector has drawn and that have not begun, the first one first."""
 
     ids: Int[np.ndarray, "k"]
+    """Row of each prompt in the dataset."""
     weights: Float[np.ndarray, "k"]
+    """Loss weight of each prompt."""
 
 
 def roll_out_batch(

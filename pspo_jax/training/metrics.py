@@ -98,7 +98,9 @@ class ImportanceStatistics(NamedTuple):
     ess: Float[Array, ""]
     """Effective sample size as a share of the number of tokens; 1 where there are none."""
     mean: Float[Array, ""]
+    """Mean weight; 0 where there are none."""
     max: Float[Array, ""]
+    """Largest weight; 0 where there are none."""
     capped: Float[Array, ""]
     """Share of weights above loss.importance_cap."""
 
