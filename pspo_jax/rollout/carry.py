@@ -195,7 +195,13 @@ def open_window(
     chosen: BegunGroups = jax.tree.map(one, groups, blank)
     segment = (chosen.versions >= 0).sum(axis=1)
     versions = chosen.versions.at[place, segment].set(step, mode="drop")
-    return Window(dataclasses.replace(chosen, versions=versions), jnp.where(is_new, pending.held + turn, old))
+    chosen = jax.tree.map(_by_batch, dataclasses.replace(chosen, versions=versions))
+    return Window(chosen, jnp.where(is_new, pending.held + turn, old))
+
+
+def _by_batch(x: Array) -> Array:
+    """An array of the groups of a round, split over devices as a batch is."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 class SegmentLoop(NamedTuple):
