@@ -41,7 +41,7 @@ class Drawn(NamedTuple):
 def roll_out_batch(
     setup: Setup, programs: Programs, state: TrainState, timed: Timed
 ) -> tuple[TrainState, Rollouts, int]:
-    """The state without the batch, the batch, and the number of rounds that it took; 0 = it was whole before."""
+    """The state without the batch, the batch, and the number of rounds that it took."""
     roll_out, take_batch = programs.roll_out, programs.take_batch
     assert roll_out is not None and take_batch is not None
     whole, batch = replicated(setup.mesh), setup.config.rollout.prompts
