@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def oracle_step(pending, step, begun, complete):
     return batch, [group for group in pending if not any(group is taken for taken in batch)], begun, rounds
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5))
 def test_groups_wait_and_form_batches_as_an_oracle_in_plain_python_says(seed, steps):
     """With unchanged weights each completion is that of the static sampler, whatever the rounds that it took."""
@@ -174,6 +175,7 @@ def test_nothing_is_dropped():
     )
 
 
+@pytest.mark.slow
 def test_with_a_budget_of_the_longest_completion_a_round_is_the_static_rollout_to_the_bit():
     params, one_round, take, sample = programs(T)
     key, prompts = jax.random.key(11), prompts_of(0)

@@ -92,8 +92,8 @@ def test_loss_and_gradient_are_numpys(source):
 
     rows, ((loss, _), grad), scored = both(state, groups, current)
     ages, mu = numpy_ages(groups), np.asarray(groups.log_probs, np.float64).reshape(B * G, T)
-    np.testing.assert_array_equal(np.asarray(rows.stale), ages > 0)
     now, mask = np.asarray(current, np.float64), np.asarray(rows.mask)
+    np.testing.assert_array_equal(np.asarray(rows.stale) & mask, ages > 0)
     if source == "sampler":
         old = np.where(ages > 0, np.asarray(scored, np.float64), mu)
     else:
