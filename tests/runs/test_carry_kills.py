@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 CARRY = {
     "algorithm__name": "pspo",
     "rollout__carry": True,
-    "rollout__budget": 4,
+    "rollout__budget": 2,
     "rollout__max_new_tokens": 12,
     "loss__minibatches": 2,
     "run__steps": 24,
