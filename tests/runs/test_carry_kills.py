@@ -19,8 +19,7 @@ pytestmark = pytest.mark.slow
 CARRY = {
     "algorithm__name": "pspo",
     "rollout__carry": True,
-    "rollout__budget": 2,
-    "rollout__max_new_tokens": 12,
+    "rollout__budget": 6,
     "loss__minibatches": 2,
     "run__steps": 24,
     "checkpoint__every": 1,
@@ -64,7 +63,7 @@ def test_killed_twenty_times_and_resumed_to_the_bit(child_env, uninterrupted, ru
 def test_eight_devices_equal_one(child_env, uninterrupted, runs):
     """Prompts, tokens and pending groups are equal; weights but for rounding."""
     one, eight = runs / "one", runs / "eight"
-    fields = CARRY | {"run__steps": 6}
+    fields = CARRY | {"run__steps": 6, "loss__minibatches": 1}
     finish(start(child_env, one, **fields))
     finish(start(child_env, eight, devices=8, mesh__data=8, **fields))
     names = (
