@@ -1,4 +1,4 @@
-"""A Griffe extension, by which the site reads docstrings as this package lays them out: no blank line between sections."""
+"""A Griffe extension, which reads docstrings as this package lays them out: no blank line between sections."""
 
 import re
 
