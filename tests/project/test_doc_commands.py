@@ -52,6 +52,7 @@ CHARACTERS = [
     "docs/configuration.md",
     "docs/losses.md",
     "docs/tasks.md",
+    "docs/distributed.md",
     "docs/visual.md",
     "docs/extending/loss.md",
 ]
