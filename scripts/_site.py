@@ -9,6 +9,7 @@ MkDocs is imported where it is called, so that tests of the rest need not have i
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -45,8 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     seen: set[str] = set()
     while waiting:
         origin = waiting.pop()
-        text = (REPO / origin).read_text(encoding="utf-8")
-        for target in targets(text, origin) if origin.endswith(".md") else ():
+        for target in targets(as_page(origin), origin) if origin.endswith((".md", ".ipynb")) else ():
             if not target.startswith("docs/") and target not in seen:
                 seen.add(target)
                 waiting.append(target)
@@ -92,6 +92,9 @@ def as_page(path: str) -> str:
     text = (REPO / path).read_text(encoding="utf-8")
     if path.endswith(".md"):
         return text
+    if path.endswith(".ipynb"):
+        cells = ((cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"])
+        return "\n\n".join(source if kind == "markdown" else f"```python\n{source}\n```" for kind, source in cells)
     return f"# {path}\n\n```{LANGUAGES.get(Path(path).suffix, 'text')}\n{text.rstrip()}\n```\n"
 
 
