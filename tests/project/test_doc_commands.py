@@ -31,7 +31,7 @@ from tests.project.pages import (
     shell_blocks,
 )
 
-LANGUAGES = {"bash", "sh", "python", "json", "yaml", "text"}
+LANGUAGES = {"bash", "sh", "python", "diff", "json", "yaml", "text"}
 NEEDS = {
     "the network",
     "the hub",
