@@ -201,12 +201,16 @@ def test_other_programs_know_their_arguments(page):
             assert extra in extras, words
 
 
-def run_blocks(page: Path, folder: Path, env: dict[str, str]) -> str:
-    """Run the blocks of a page that have no mark, in their order; returns what they print."""
+def run_blocks(page: Path, folder: Path, env: dict[str, str], first: int | None = None) -> str:
+    """Run the blocks of a page that have no mark, in their order; returns what they print.
+
+    Args:
+      first: how many of the blocks; None = all.
+    """
     for fence in fences(page):
         if fence.language == "python" and (name := re.match(r'"""(\w+\.py)"""', fence.text)):
             (folder / name[1]).write_text(fence.text)
-    script = "".join(fence.text for fence in shell_blocks(page) if not fence.needs)
+    script = "".join([fence.text for fence in shell_blocks(page) if not fence.needs][:first])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=900
     )
@@ -225,6 +229,14 @@ def shell(child_env, tmp_path_factory):
     python.chmod(0o755)
     path = {"PATH": f"{bin_folder}:{child_env['PATH']}", "PYTHONPATH": str(REPO)}
     return child_env | path | {"FEWER": ""}
+
+
+def test_the_first_commands_run(shell, tmp_path):
+    """The demo, with fewer steps, and a table of its prompts."""
+    run_blocks(REPO / "docs" / "quickstart.md", tmp_path, shell | {"FEWER": FEWER}, first=1)
+    assert (tmp_path / "runs" / "demo" / "report.html").is_file()
+    said = run_blocks(REPO / "docs" / "algorithms.md", tmp_path, shell)
+    assert said.split() == ["runs/demo/prompts.parquet", "runs/demo/prompts.html"]
 
 
 @pytest.fixture(scope="module")
