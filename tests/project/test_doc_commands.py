@@ -30,6 +30,7 @@ from tests.project.pages import (
     prose,
     shell_blocks,
 )
+from tests.runs.processes import SMALL
 
 LANGUAGES = {"bash", "sh", "python", "diff", "json", "yaml", "text"}
 NEEDS = {
@@ -59,7 +60,10 @@ CHARACTERS = [
 """Pages whose trainings are of embedded tasks; they are run with fewer steps. The later ones read runs of the first."""
 WHOLE = ["docs/train_your_model.md"]
 """Pages that are run as they stand."""
-FEWER = "--run.steps 1 --sft.steps 20 --task.heldout_prompts 16 --rollout.prompts 8 --model.layers 1 --eval.samples 1"
+FEWER = " ".join(
+    f"--{name} {value}" for name, value in (SMALL | {"run.steps": 1, "sft.steps": 20, "eval.samples": 1}).items()
+)
+"""Flags that stand behind those of a page and override them."""
 PLACES = ("configs", "examples", "scripts", "tests", "pspo_jax", "docs", "Makefile", "pyproject.toml")
 ids = {"ids": name_of}
 
