@@ -64,7 +64,9 @@ FEWER = " ".join(
     f"--{name} {value}" for name, value in (SMALL | {"run.steps": 1, "sft.steps": 20, "eval.samples": 1}).items()
 )
 """Flags that stand behind those of a page and override them."""
-PLACES = ("configs", "examples", "scripts", "tests", "pspo_jax", "docs", "Makefile", "pyproject.toml")
+MADE = {"runs", "weights", "site"}
+"""Folders that commands make in a clone."""
+PLACES = [path.name for path in REPO.iterdir() if path.name[0] != "." and path.name not in MADE]
 ids = {"ids": name_of}
 
 
