@@ -145,10 +145,8 @@ def test_the_site_is_built_without_a_warning_and_every_link_leads_somewhere(site
 
 @pytest.mark.parametrize("link", [pytest.param(link, marks=builds) for link in ("absent.md", "tasks.md#absent")])
 def test_a_broken_link_fails_the_build(tmp_path, link):
-    for name in ("docs", "scripts", "examples", "configs"):
-        shutil.copytree(REPO / name, tmp_path / name)
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "mkdocs.yml"):
-        shutil.copy(REPO / name, tmp_path / name)
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "pspo_jax", "tests", "runs", "weights", "site")
+    shutil.copytree(REPO, tmp_path, ignore=left_out, dirs_exist_ok=True)
     (tmp_path / "pspo_jax").symlink_to(REPO / "pspo_jax")
     with (tmp_path / "docs" / "quickstart.md").open("a", encoding="utf-8") as page:
         page.write(f"\n[somewhere]({link})\n")
