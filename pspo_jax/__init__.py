@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from pspo_jax.selection import PromptMetadata, Scorer, Selector, SelectorContext
     from pspo_jax.system.storage import StorageError
     from pspo_jax.training.algorithm import Algorithm, build
-    from pspo_jax.training.loop import Callback, NotFiniteError, TrainResult, train
+    from pspo_jax.training.loop import train
     from pspo_jax.training.optimizer import adamw
     from pspo_jax.training.prompt_features import prompt_features
+    from pspo_jax.training.run_end import Callback, NotFiniteError, TrainResult
     from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "training.algorithm": ("Algorithm", "build"),
-    "training.loop": ("Callback", "NotFiniteError", "TrainResult", "train"),
+    "training.loop": ("train",),
+    "training.run_end": ("Callback", "NotFiniteError", "TrainResult"),
     "data.task": ("CompletionBatch", "PromptDataset", "RewardFn", "RewardResult", "Task", "Tokenizer"),
     "rewards.own_task": ("RewardFunction", "function_reward", "own_task"),
     "runs.verdicts": ("NoVerdictError",),

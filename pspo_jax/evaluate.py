@@ -78,7 +78,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str], keep: Callable[[],
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The evaluation's own arguments, and the words of the command line that are left."""
     parser = command_line.Parser(
-        prog="python -m pspo_jax.evaluate",
+        prog=command_line.program("evaluate"),
         description="Evaluate checkpoints on benchmarks. Fields of the config, such as --prompt.template, may follow.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -147,7 +147,7 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
         own = next((where for name, where in data.items() if name not in NAMES), None)
         task = ["--task.name=countdown"] if own is None else ["--task.name=math", f"--task.train_data={own}"]
         config = command_line.parse(
-            [*task, f"--model.source={args.model}", *overrides], "python -m pspo_jax.evaluate", ""
+            [*task, f"--model.source={args.model}", *overrides], command_line.program("evaluate"), ""
         )
         longest = args.max_new_tokens or 4096
     return replace(
@@ -156,6 +156,8 @@ def _config(args: argparse.Namespace, overrides: list[str], data: dict[str, str]
             "rollout.prompts": args.batch,
             "rollout.chunks": 1,
             "rollout.slots": None,
+            "rollout.stages": None,
+            "rollout.longest_first": False,
             "rollout.dynamic_sampling_rounds": 1,
             "rollout.oversampling": 1.0,
             "rollout.group_size": args.samples,
@@ -219,5 +221,10 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
     return out
 
 
+def command() -> None:
+    """`pspo-evaluate`, which is `python -m pspo_jax.evaluate`."""
+    command_line.run_command(main, "evaluate")
+
+
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.evaluate")
+    command()

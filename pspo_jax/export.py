@@ -1,4 +1,5 @@
-"""Entry point of export: `python -m pspo_jax.export --run RUN --out DIR [--step N|latest|best|all] [--adapter-only]`.
+"""Entry point of export: `python -m pspo_jax.export --run RUN --out DIR [--step N|latest|best|all] [--adapter-only]
+[--push-to ID [--private]]`.
 
 It writes a run as a Hugging Face checkpoint: safetensors, config, tokenizer, generation config and a model card. It
 computes on the CPU, so that it can run beside a training job, and the folder appears when it is complete.
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from pspo_jax.commands.export import copy_finished_model, exporter, push
+from pspo_jax.commands.export import copy_finished_model, exporter, publisher, refuse_existing
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
@@ -44,21 +45,20 @@ def _export(args: argparse.Namespace) -> int:
     steps = choose_steps(args.run, args.step)
     if args.push_to and len(steps) > 1:
         raise ConfigError(f"--push-to {args.push_to}: uploads one checkpoint at a time; choose a --step")
-    if args.out.exists():
-        raise ConfigError(f"--out {args.out}: exists already; name a new folder")
+    refuse_existing(args.out)
     write = exporter(config, args.run, args.dtype, args.adapter_only)
+    publish = publisher(args.push_to, args.private)
     for step in steps:
         out = args.out if args.step != "all" else args.out / f"step_{step:06d}"
         write_folder(out, lambda folder, step=step: write(folder, step))  # type: ignore[misc]
         print(out)
-    if args.push_to:
-        push(args.out, args.push_to)
+        publish(out, f"Upload step {step} of {args.run.resolve().name}")
     return 0
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(
-        prog="python -m pspo_jax.export", description="Write a run as a Hugging Face checkpoint."
+        prog=command_line.program("export"), description="Write a run as a Hugging Face checkpoint."
     )
     parser.add_argument("--run", metavar="RUN", required=True, help="run folder or gs:// URL, as run.dir in training")
     parser.add_argument(
@@ -72,9 +72,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--adapter-only", action="store_true", help="write adapters in PEFT's layout, not merged")
     parser.add_argument("--base", metavar="SOURCE", help="new place of the run's model.source, if it has moved")
-    parser.add_argument("--push-to", metavar="ID", help="hub repository to upload to as well")
+    parser.add_argument(
+        "--push-to", metavar="ID", help="hub repository to upload to as well; it is made if it does not exist"
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository of --push-to a private one")
     return parser.parse_args(argv)
 
 
+def command() -> None:
+    """`pspo-export`, which is `python -m pspo_jax.export`."""
+    command_line.run_command(main, "export")
+
+
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.export")
+    command()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from pspo_jax.config.command_line import Parser, run
+from pspo_jax.config.command_line import Parser, program, run_command
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.reporting.page import write_report
 from pspo_jax.runs.home import local_path, shown
@@ -21,7 +21,7 @@ from pspo_jax.runs.mirror import reading
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
-        prog="python -m pspo_jax.report",
+        prog=program("report"),
         description="Write one self-contained HTML page that compares runs.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder or gs:// URL, as run.dir of a training run")
@@ -56,5 +56,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """`pspo-report`, which is `python -m pspo_jax.report`."""
+    run_command(main, "report")
+
+
 if __name__ == "__main__":
-    run(main, "pspo_jax.report")
+    command()

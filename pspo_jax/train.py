@@ -6,8 +6,7 @@ Without arguments it trains a small model on the embedded task. In a run folder 
 `pspo_jax.train` is also the name of a function, which an import of this module would hide. So it is never imported.
 """
 
-from pspo_jax.commands.train import main
-from pspo_jax.config import command_line
+from pspo_jax.commands.train import command
 
 if __name__ == "pspo_jax.train":
     raise ImportError(
@@ -16,4 +15,4 @@ if __name__ == "pspo_jax.train":
     )
 
 if __name__ == "__main__":
-    command_line.run(main, "pspo_jax.train")
+    command()

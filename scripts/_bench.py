@@ -62,7 +62,11 @@ class Work:
     microbatch_rows: int = 0
     scan_unroll: int = 1
     slots: int = 0
-    """Rows decoded at a time; 0 = all."""
+    """Completions of the greatest length for which there is cache memory; 0 = all rows."""
+    stages: int = 1
+    """Stages of a rollout in slots."""
+    longest_first: bool = False
+    """Whether the prompts with the longest completions come first."""
     packing: bool = False
     share_prompts: bool = True
     mean_tokens: int = 0
@@ -125,10 +129,15 @@ class Channel:
         return int(line) if line.strip() else 0
 
 
-def serve(channel: Channel, call: Callable[[], dict[str, float]], about: dict[str, Any]) -> None:
+def serve(channel: Channel, call: Callable[[], dict[str, float]], about: dict[str, Any], warm_up: bool = True) -> None:
     """Make the first call, then the number of calls that each request asks for. `call` returns its own timings,
-    "seconds" among them."""
-    call()
+    "seconds" among them.
+
+    Args:
+      warm_up: whether there is a first call; False = the calls take so long that it would not change them.
+    """
+    if warm_up:
+        call()
     channel.send(about=about)
     while count := channel.wait():
         channel.send(calls=[call() for _ in range(count)])
@@ -318,7 +327,7 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
     """Start the contenders one after another, then measure them in turns.
 
     A round gives each one repetition. Rounds go on until everyone has options.runs quiet repetitions, at most
-    twice as many times.
+    twice as many times; without patience there are options.runs of them, quiet or not.
     """
     workers: list[Worker] = []
     try:
@@ -327,9 +336,11 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
             worker, result = _start(script, contender, options.patience)
             workers.append(worker)
             results.append(result)
-        # A second warm-up, which shows how many calls make a repetition long enough.
-        counts = [max(1, math.ceil(options.seconds / w.run(2).calls[-1]["seconds"])) for w in workers]
-        for _ in range(2 * options.runs):
+        counts = [1] * len(workers)
+        if options.seconds:
+            # A second warm-up, which shows how many calls make a repetition long enough.
+            counts = [max(1, math.ceil(options.seconds / w.run(2).calls[-1]["seconds"])) for w in workers]
+        for _ in range((2 if options.patience else 1) * options.runs):
             for worker, result, count in zip(workers, results, counts, strict=True):
                 result.repetitions.append(worker.run(count, wait_quiet(options.patience)))
             if all(sum(r.quiet for r in result.repetitions) >= options.runs for result in results):
@@ -371,7 +382,10 @@ def options(description: str, peers: bool = True, tunix: bool = False, shapes: b
     parser.add_argument("--runs", type=int, default=5, help="quiet repetitions per contender (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a repetition (default 1)")
     parser.add_argument(
-        "--patience", type=float, default=120.0, help="seconds to wait for a quiet machine (default 120)"
+        "--patience",
+        type=float,
+        default=120.0,
+        help="seconds to wait for a quiet machine, 0 = none (default 120)",
     )
     if peers:
         parser.add_argument(

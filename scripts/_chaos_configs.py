@@ -37,7 +37,7 @@ BASE: Fields = {
     "log.completions_every": 2,
     "log.selection_every": 3,
     "log.report": False,
-    "log.tensorboard": False,
+    "log.to": "none",
 }
 """A run of a few seconds; random fields come on top."""
 
@@ -97,7 +97,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.compute_dtype": ("bfloat16",),
     "checkpoint.every": (1, 3),
     "checkpoint.keep": (1,),
-    "log.tensorboard": (True,),
+    "log.to": ("tensorboard",),
     "log.completions_format": ("parquet",),
 }
 """Fields that a random configuration may set, with their values."""

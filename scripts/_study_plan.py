@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import yaml
 
@@ -91,6 +91,8 @@ class Summary(TypedDict):
     """Kind or stratum -> greedy and sampled accuracy at the end."""
     effective: float
     """Share of the rollouts in groups that carried a gradient."""
+    control: NotRequired[list[float]]
+    """Greedy accuracy with the images of other prompts before and after the run; absent where it was not measured."""
 
 
 def load_plan(path: Path) -> Plan:
@@ -161,7 +163,7 @@ def flags_of(plan: Plan, run: Run, out: Path) -> list[str]:
     for name, value in fields_of(plan, run).items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     words += ["--run.dir", str(folder_of(out, run)), "--run.seed", str(run.seed)]
-    return [*words, "--log.report", "false", "--log.progress", "false", "--log.tensorboard", "false"]
+    return [*words, "--log.report", "false", "--log.progress", "false", "--log.to", "none"]
 
 
 def summarise(plan: Plan, run: Run, out: Path) -> Summary:
@@ -186,7 +188,7 @@ def summarise(plan: Plan, run: Run, out: Path) -> Summary:
         for key in last
         if key.startswith(prefix)
     }
-    return {
+    found: Summary = {
         "part": run.part,
         "regime": run.regime,
         "arm": run.arm,
@@ -196,6 +198,10 @@ def summarise(plan: Plan, run: Run, out: Path) -> Summary:
         "kinds": kinds,
         "effective": round(last["rollouts/effective"] / last["rollouts/total"], 4),
     }
+    control = "eval/greedy_other_images"
+    if control in last:
+        found["control"] = [round(line[control], 4) for line in (evaluated[0], last)]
+    return found
 
 
 def read_summaries(path: Path) -> dict[Run, Summary]:

@@ -2,7 +2,7 @@
 
     python scripts/bench_real_trl.py --model weights/smollm2 --peer-python PYTHON_WITH_TRL --out bench.jsonl
 
-Both train SmolLM2-135M-Instruct by `configs/smollm2_135m_grpo.yaml`: the same weights and questions, 8 prompts x 8
+Both train SmolLM2-135M-Instruct by the recipe smollm2_135m_grpo: the same weights and questions, 8 prompts x 8
 completions of at most 16 tokens at temperature 0.7, LoRA adapters of rank 16 on all seven projections in float32, AdamW
 at 3e-4, and the DAPO loss without a KL term. A step is a whole step of `pspo_jax.train` and of `GRPOTrainer`, the
 answers' verification included. The rewards differ: this package takes the task's verifiers, and TRL's reward function
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pspo_jax.config.schema import Config
 
 OURS, PEER = "pspo_jax", "TRL GRPOTrainer"
-RECIPE = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_grpo.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "pspo_jax" / "recipes" / "smollm2_135m_grpo.yaml"
 MANY = 10_000
 """Steps that no measurement reaches."""
 

@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.data.task import json_lines
 from pspo_jax.system.one_line_parser import OneLineParser
 from pspo_jax.verifiers.math_answer import final_answer

@@ -12,7 +12,8 @@ import argparse
 import random
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import TaskConfig, VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
+from pspo_jax.config.schema import TaskConfig
 from pspo_jax.data.loading import from_data
 from pspo_jax.system.one_line_parser import OneLineParser
 from pspo_jax.verifiers.math_answer import ALTERNATIVES

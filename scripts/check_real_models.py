@@ -40,7 +40,7 @@ from pspo_jax.model.weights import table
 from pspo_jax.rollout.sampler import make_sampler
 from pspo_jax.rollout.token_loop import SamplingParams
 from pspo_jax.system.one_line_parser import OneLineParser
-from pspo_jax.training.setup import architecture_for
+from pspo_jax.training.architectures import architecture_for
 from pspo_jax.verifiers.math_answer import final_answer, score
 
 if TYPE_CHECKING:

@@ -242,7 +242,7 @@ pause() {
 }
 
 # persist RETRIES COMMAND...: run until it succeeds, and leave when a retry cannot help: after a stop, after bad input,
-# or when RETRIES are used up.
+# when run.hours are over (exit code 75), or when RETRIES are used up.
 persist() {
   local retries=$1 attempt code seconds=$FIRST_WAIT why
   shift
@@ -253,6 +253,10 @@ persist() {
     ((code)) || return 0
     ((code != 2)) || die "the input was refused (exit code 2), so it is not tried again"
     ((code != 130)) || exit 130
+    if ((code == 75)); then
+      say "run.hours are over (exit code 75); the same command carries the run on"
+      exit 75
+    fi
     why="failed with exit code $code"
     ((code <= 128)) || why="was killed by signal $((code - 128))"
     if ((attempt > retries)); then

@@ -5,8 +5,8 @@
 #                        -- ARGUMENTS OF pspo_jax.train
 #
 # --processes  1: one process for all GPUs (simplest); N: N processes, each with its share of the GPUs
-# --retries    how often a run that failed or was killed begins again from its last checkpoint; bad input (exit code 2)
-#              and a stop are never retried
+# --retries    how often a run that failed or was killed begins again from its last checkpoint; bad input (exit code 2),
+#              a stop and the end of run.hours (exit code 75) are never retried
 # --wait       seconds before the first retry; each further wait is twice as long
 # --grace      seconds that the processes have to save and end after SIGTERM, SIGINT or SIGHUP, before they are killed
 #

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from pspo_jax.system.one_line_parser import OneLineParser
 
 REPO = Path(__file__).resolve().parents[1]
-RECIPE = "configs/smollm2_135m_pspo.yaml"
+RECIPE = "smollm2_135m_pspo"
 WEIGHTS = "weights/smollm2"
 """Folder of the weights from the Python package, relative to the repository."""
 STOPPED = 130

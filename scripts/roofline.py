@@ -1,6 +1,6 @@
 """The least time of a step on several targets, as a Markdown table. It is computed, not measured.
 
-python scripts/roofline.py v5e-8 v6e-8 h200x8 -- --config configs/pspo_qwen25_math_1p5b.yaml ...
+python scripts/roofline.py v5e-8 v6e-8 h200x8 -- --config pspo_qwen25_math_1p5b ...
 """
 
 from __future__ import annotations

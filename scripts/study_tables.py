@@ -12,6 +12,7 @@ is not as the data say is an error.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,25 @@ def regime_table(plan: Plan, arms: Mapping[str, Comparison], corrected: Mapping[
     return "\n".join(rows)
 
 
+def control_table(plan: Plan, runs: Sequence[Summary]) -> str:
+    """Accuracy before and after the runs of one regime beside that of the control: means and standard errors."""
+
+    def cell(values: Sequence[float]) -> str:
+        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.3f}{error}"
+
+    head = ("arm", "seeds", "greedy before", "greedy", "sampled before", "sampled", "control before", "control")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in plan.arms:
+        of_arm = [line for line in runs if line["arm"] == arm]
+        ends = [(line["points"][0], line["points"][-1]) for line in of_arm]
+        scores = [[point[score] for point in side] for score in (GREEDY, SAMPLED) for side in zip(*ends, strict=True)]
+        scores += [list(side) for side in zip(*(line["control"] for line in of_arm), strict=True)]
+        if of_arm:
+            rows.append(f"| `{arm}` | {len(of_arm)} | {' | '.join(map(cell, scores))} |")
+    return "\n".join(rows)
+
+
 def tables(plan: Plan, summaries: Summaries) -> dict[str, str]:
     """Name -> table, for all parts that have runs."""
     out = {}
@@ -184,7 +204,9 @@ def tables(plan: Plan, summaries: Summaries) -> dict[str, str]:
             out[f"{part} {name} gains"] = group_table(plan, others, found, lambda one: signed(one.sampled_gain))
         for regime, arms in found.items():
             of_regime = {arm: p for (where, arm), p in corrected.items() if where == regime}
-            out[f"{part} {regime}"] = regime_table(plan, arms, of_regime)
+            runs = [line for run, line in summaries.items() if (run.part, run.regime) == (part, regime)]
+            controlled = all("control" in line for line in runs)
+            out[f"{part} {regime}"] = control_table(plan, runs) if controlled else regime_table(plan, arms, of_regime)
     return out
 
 

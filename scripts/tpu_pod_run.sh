@@ -10,7 +10,8 @@
 # workers share, such as gs://BUCKET/FOLDER. After a failure the run goes on from its last checkpoint.
 # --env       pass a variable on; without =VALUE its value here, which keeps a secret such as HF_TOKEN out of `ps`. Values
 #             travel in a file that only its owner can read, and are never printed
-# --retries   how often a run that failed or was cut off begins again; bad input (exit code 2) and a stop are not retried
+# --retries   how often a run that failed or was cut off begins again; bad input (exit code 2), a stop and the end of
+#             run.hours (exit code 75) are not retried
 # --wait      seconds before the first retry; each further wait is twice as long
 # --grace     seconds that the trainers have to save and end after SIGTERM, SIGINT or SIGHUP, before they are killed
 # --recreate  when the slice was taken away, ask for another one by tpu_queued_resource.sh, then go on
@@ -134,11 +135,12 @@ install() {
   return "$code"
 }
 
-# gcloud need not pass a worker's exit code on: a worker that refused its input has written it down.
-refused() {
+# gcloud need not pass a worker's exit code on: a worker that refused its input (2), or whose run.hours are over (75),
+# has written it down.
+written() {
   local codes
   codes=$(timeout 60 "${ssh[@]}" 'cat pspo_jax/train.code' </dev/null 2>/dev/null) || true
-  grep -qx 2 <<<"$codes"
+  grep -xm1 2 <<<"$codes" || grep -xm1 75 <<<"$codes"
 }
 
 gone() {
@@ -186,8 +188,8 @@ attempt() {
     stop_workers
     return
   fi
-  if ((code != 0 && code != 2)) && refused; then
-    code=2
+  if ((code != 0 && code != 2 && code != 75)); then
+    code=$(written || echo "$code")
   fi
   return "$code"
 }

@@ -34,6 +34,8 @@ LONGEST = (
     "runs/test_text_run",
     "training/test_train_function",
     "runs/test_run",
+    "runs/test_loggers",
+    "training/test_run_end",
     "small-lora",
     "distributed/test_processes",
     "training/test_replay_step",

@@ -47,30 +47,40 @@ class VisualPrompts(NamedTuple):
 
 
 def prompts_of(
-    v: Vision, rng: np.random.Generator, parts: Sequence[Sequence[Part]], windows: int = 0, longest: int = 0
+    v: Vision,
+    rng: np.random.Generator,
+    parts: Sequence[Sequence[Part]],
+    windows: int = 0,
+    longest: int = 0,
+    ids: tuple[int, int, int, int] = (IMAGE, VIDEO, START, END),
 ) -> VisualPrompts:
-    """Prompts of these parts; `windows` and `longest` ask for more room than they need."""
+    """Prompts of these parts; `windows` and `longest` ask for more room than they need.
+
+    Args:
+      ids: ids of an image's tokens, of a video's, and of those around an image.
+    """
+    image_id, _, start, end = ids
     tokens: list[list[int]] = []
     placed: list[list[PlacedImage]] = []
     for of_prompt in parts:
-        ids: list[int] = []
+        row: list[int] = []
         images: list[PlacedImage] = []
         for part in of_prompt:
             if isinstance(part, int):
-                ids += rng.integers(3, TEXT, part).tolist()
+                row += rng.integers(3, TEXT, part).tolist()
                 continue
-            ids.append(START)
-            images.append(PlacedImage(len(ids), part.rows, part.columns, part.patches))
-            ids += [IMAGE] * v.layout.num_tokens(part.rows, part.columns) + [END]
-        tokens.append(ids)
+            row.append(start)
+            images.append(PlacedImage(len(row), part.rows, part.columns, part.patches))
+            row += [image_id] * v.layout.num_tokens(part.rows, part.columns) + [end]
+        tokens.append(row)
         placed.append(images)
-    lengths = [len(ids) for ids in tokens]
+    lengths = [len(row) for row in tokens]
     longest = max(longest, *lengths) + 3
     needed = max(sum(v.layout.num_windows(x.rows, x.columns) for x in of_prompt) for of_prompt in placed)
     laid_out = lay_out(placed, lengths, longest, max(windows, needed, 1), v.patch_numbers, v.layout)
     padded = np.zeros((len(tokens), longest), np.int32)
-    for row, ids in zip(padded, tokens, strict=True):
-        row[: len(ids)] = ids
+    for i, row in enumerate(tokens):
+        padded[i, : len(row)] = row
     count = len(tokens)
     arrays = np.arange(count), padded, np.asarray(lengths, np.int32), np.ones(count, np.float32)
     prompts = Prompts(*(cast(Array, x) for x in arrays))

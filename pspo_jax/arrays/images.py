@@ -21,19 +21,23 @@ Positions have three axes: time, row and column. On a text token all three are e
 at position p have time p, row p + i and column p + j for unit (i, j); the text behind it goes on at p + max(rows,
 columns) of its units. Behind a prompt all axes are equal again: token t of a completion is at length + delta + t.
 
+A tower that does not train makes the same embeddings of an image in every step. A batch then holds these in place of
+patches, one for each token of an image in the order of the tokens, and windows do not matter.
+
 Letters: B prompts, P longest prompt in tokens, W windows of a prompt, k patches of a window, u units of a window, c
-numbers of a patch.
+numbers of a patch, U most tokens that the images of a prompt have, E width of an embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
 
 
 class PatchLayout(NamedTuple):
@@ -74,8 +78,8 @@ class PatchLayout(NamedTuple):
 
 
 @struct.dataclass
-class Images:
-    """The images of a batch of prompts. A prompt without images has empty windows alone."""
+class ImageWindows:
+    """The images of a batch of prompts, for the tower. A prompt without images has empty windows alone."""
 
     patches: UInt8[Array, "B W k c"]
     """Grey values of each patch in each channel, (channel, row, column); 0 beyond an image's edge."""
@@ -93,6 +97,43 @@ class Images:
     """Position behind the prompt minus the prompt's length in tokens, at most 0."""
 
 
+@struct.dataclass
+class ImageEmbeddings:
+    """The images of a batch of prompts as the tower has encoded them before."""
+
+    embeddings: Float[Array, "B U E"]
+    """Embeddings of the tokens of each prompt's images, in their order; 0 behind the last one."""
+    unit: Int[Array, "B P"]
+    """Index of each token's embedding among those of its prompt; -1 = the token is text."""
+    positions: Int[Array, "B P 3"]
+    """Positions of each token on the three axes. Padding goes on behind the prompt."""
+    delta: Int[Array, "B"]
+    """Position behind the prompt minus the prompt's length in tokens, at most 0."""
+
+
+Images = ImageWindows | ImageEmbeddings
+"""The images of a batch of prompts in either form."""
+
+
+class ImagePlace(Protocol):
+    """The place of an image in its prompt, and its size."""
+
+    @property
+    def first_token(self) -> int:
+        """Index, within the prompt, of the image's first token."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Rows of the image in patches."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """Columns of the image in patches."""
+        ...
+
+
 class PlacedImage(NamedTuple):
     """One image of a prompt."""
 
@@ -106,6 +147,16 @@ class PlacedImage(NamedTuple):
     """Its patches in the order of image processors: by units, row by row, and within each unit row by row."""
 
 
+class EmbeddedImage(NamedTuple):
+    """One image of a prompt that the tower has encoded before; the first three fields are those of `PlacedImage`."""
+
+    first_token: int
+    rows: int
+    columns: int
+    embeddings: Float[np.ndarray, "n E"]
+    """Embeddings of its tokens, row by row."""
+
+
 def lay_out(
     prompts: Sequence[Sequence[PlacedImage]],
     lengths: Sequence[int],
@@ -113,7 +164,7 @@ def lay_out(
     windows: int,
     patch_numbers: int,
     layout: PatchLayout,
-) -> Images:
+) -> ImageWindows:
     """The images of a batch as arrays of fixed shapes, in NumPy.
 
     Args:
@@ -146,23 +197,73 @@ def lay_out(
             unit[i, tokens] = first * layout.units + _unit_of_token(source, layout)
             first = part.stop
 
-    def host(x: np.ndarray) -> Array:
-        return cast(Array, x)
-
-    return Images(
-        patches=host(patches),
-        image=host(image_of),
-        corner=host(corner),
-        grid=host(grid),
-        unit=host(unit),
-        positions=host(positions),
-        delta=host(delta),
+    return ImageWindows(
+        patches=_host(patches),
+        image=_host(image_of),
+        corner=_host(corner),
+        grid=_host(grid),
+        unit=_host(unit),
+        positions=_host(positions),
+        delta=_host(delta),
     )
 
 
-def empty_images(prompts: int, longest: int, windows: int, patch_numbers: int, layout: PatchLayout) -> Images:
+def lay_out_embeddings(
+    prompts: Sequence[Sequence[EmbeddedImage]],
+    lengths: Sequence[int],
+    longest: int,
+    room: tuple[int, int],
+    dtype: DTypeLike,
+    layout: PatchLayout,
+) -> ImageEmbeddings:
+    """The images of a batch whose embeddings are known, as arrays of fixed shapes, in NumPy.
+
+    Args:
+      room: tokens of images for which a prompt has room, U, and the width of an embedding, E.
+      dtype: type of the embeddings.
+      prompts, lengths, longest, layout: as in `lay_out`.
+    Raises:
+      ValueError: a prompt's images have more tokens than there is room for, or an image does not fit its tokens or
+        embeddings.
+    """
+    b = len(prompts)
+    embeddings = np.zeros((b, *room), jnp.dtype(dtype))
+    unit = np.full((b, longest), -1, np.int32)
+    positions, delta = np.zeros((b, longest, 3), np.int32), np.zeros(b, np.int32)
+    for i, (images, length) in enumerate(zip(prompts, lengths, strict=True)):
+        _check_places(images, length, layout)
+        positions[i], delta[i] = token_positions(images, length, longest, layout)
+        first = 0
+        for image in images:
+            count = layout.num_tokens(image.rows, image.columns)
+            if image.embeddings.shape != (count, room[1]):
+                raise ValueError(f"an image of {count} tokens has embeddings of shape {image.embeddings.shape}")
+            if first + count > room[0]:
+                raise ValueError(f"the images of a prompt have {first + count} tokens, and there is room for {room[0]}")
+            embeddings[i, first : first + count] = image.embeddings
+            unit[i, image.first_token : image.first_token + count] = np.arange(first, first + count)
+            first += count
+    return ImageEmbeddings(_host(embeddings), _host(unit), _host(positions), _host(delta))
+
+
+def _host(x: np.ndarray) -> Array:
+    """An array on the host, which the devices take as they are given it."""
+    return cast(Array, x)
+
+
+def empty_embeddings(prompts: int, longest: int, room: tuple[int, int], dtype: DTypeLike) -> ImageEmbeddings:
+    """The images of prompts that have none; the other arguments are those of `lay_out_embeddings`."""
+    return ImageEmbeddings(
+        embeddings=jnp.zeros((prompts, *room), dtype),
+        unit=jnp.full((prompts, longest), -1, jnp.int32),
+        positions=jnp.zeros((prompts, longest, 3), jnp.int32),
+        delta=jnp.zeros(prompts, jnp.int32),
+    )
+
+
+def empty_images(prompts: int, longest: int, windows: int, patch_numbers: int, layout: PatchLayout) -> ImageWindows:
     """The images of prompts that have none; the other arguments are those of `lay_out`."""
-    return Images(
+    return ImageWindows(
         patches=jnp.zeros((prompts, windows, layout.patches, patch_numbers), jnp.uint8),
         image=jnp.full((prompts, windows), -1, jnp.int32),
         corner=jnp.zeros((prompts, windows, 2), jnp.int32),
@@ -178,12 +279,18 @@ def _check(images: Sequence[PlacedImage], length: int, windows: int, layout: Pat
     needed = sum(layout.num_windows(x.rows, x.columns) for x in images)
     if needed > windows:
         raise ValueError(f"the images of a prompt have {needed} windows, and there is room for {windows}")
+    for x in images:
+        if len(x.patches) != x.rows * x.columns:
+            raise ValueError(f"an image of {x.rows} x {x.columns} patches has {len(x.patches)} patches")
+    _check_places(images, length, layout)
+
+
+def _check_places(images: Sequence[ImagePlace], length: int, layout: PatchLayout) -> None:
+    """Raise ValueError unless a prompt's images fit its tokens."""
     end = 0
     for x in images:
         if x.rows % layout.merge or x.columns % layout.merge or x.rows < 1 or x.columns < 1:
             raise ValueError(f"an image has {x.rows} x {x.columns} patches; each must be a multiple of {layout.merge}")
-        if len(x.patches) != x.rows * x.columns:
-            raise ValueError(f"an image of {x.rows} x {x.columns} patches has {len(x.patches)} patches")
         if x.first_token < end:
             raise ValueError(f"an image begins at token {x.first_token}, inside the one before it")
         end = x.first_token + layout.num_tokens(x.rows, x.columns)
@@ -215,7 +322,7 @@ def _unit_of_token(source: Int[np.ndarray, "w k"], layout: PatchLayout) -> Int[n
 
 
 def token_positions(
-    images: Sequence[PlacedImage], length: int, longest: int, layout: PatchLayout
+    images: Sequence[ImagePlace], length: int, longest: int, layout: PatchLayout
 ) -> tuple[Int[np.ndarray, "P 3"], int]:
     """Positions of a prompt's tokens on the three axes, padding included, and `Images.delta`.
 

@@ -51,9 +51,10 @@ class SavedState:
     queue: PyTree = None
     """Effective groups that wait for a batch (`replay.dynamic_sampling.Queue`); None = no dynamic sampling."""
 
-    def joined(self, frozen: Params | None) -> TrainState:
-        """The whole state: this one with the frozen weights, which checkpoints leave out."""
-        return TrainState(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, frozen=frozen)
+    def joined(self, frozen: Params | None, teacher: Params | None = None) -> TrainState:
+        """The whole state: this one with the weights that checkpoints leave out."""
+        saved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return TrainState(**saved, frozen=frozen, teacher=teacher)
 
 
 @struct.dataclass
@@ -62,6 +63,8 @@ class TrainState(SavedState):
 
     frozen: Params | None = None
     """Weights that do not train, such as the base under adapters. Checkpoints leave them out: their source has them."""
+    teacher: Params | None = None
+    """Weights of the teacher, which checkpoints leave out too; None = there is no teacher."""
 
     @property
     def weights(self) -> PyTree:

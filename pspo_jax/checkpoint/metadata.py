@@ -41,6 +41,8 @@ class Metadata(TypedDict, total=False):
     """Fingerprint of the checkpoint that the run began from."""
     base: dict[str, int]
     """Checksums of the frozen weights, which the checkpoint leaves out."""
+    teacher: dict[str, int]
+    """Checksums of the teacher's weights, which the checkpoint leaves out too; empty = there is no teacher."""
     totals: AccountingRecord
     scores: dict[str, float] | None
     """Held-out scores, if the step was evaluated and they are finite."""

@@ -27,7 +27,7 @@ from pspo_jax.checkpoint.metadata import Metadata, damaged_metadata, finite, men
 from pspo_jax.checkpoint.orbax_errors import classified, raised, silence_orbax
 from pspo_jax.checkpoint.reading import partial_load, saved_steps, whole_ones
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import CheckpointConfig
+from pspo_jax.config.run_stages import CheckpointConfig
 from pspo_jax.distributed import processes
 from pspo_jax.system.buckets import Place, absolute, exists, move, remove
 from pspo_jax.system.storage import (
@@ -49,6 +49,8 @@ class _Save(NamedTuple):
     state: PyTree
     metadata: Metadata
     scores: dict[str, float] | None
+    began: float
+    """Time at which the save began, by the monotonic clock."""
 
 
 class Checkpoints:
@@ -75,6 +77,8 @@ class Checkpoints:
         self._writing: tuple[_Save, Future[None]] | None = None
         self._last: _Save | None = None
         self._opened = 0
+        self.slowest = 0.0
+        """Seconds of the slowest save that has ended."""
         self._orbax = self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -163,7 +167,7 @@ class Checkpoints:
             "checksums": named_checksums(state),
             "layout": layout(state),
         }
-        save = _Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores))
+        save = _Save(step, state, {**metadata, "crc": damage.checksum(metadata)}, finite(scores), time.monotonic())
         if before is None:
             self._start(save)
         else:
@@ -237,6 +241,7 @@ class Checkpoints:
                 damage.record(path)
             except StorageError as error:
                 self._say(f"{error}; the checkpoint itself is whole")
+        self.slowest = max(self.slowest, time.monotonic() - save.began)
         self._last = None
 
     def _settle(self) -> StorageError | None:

@@ -15,25 +15,25 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from pspo_jax.arrays.split_params import merge_params
-from pspo_jax.checkpoint.checksums import files_identity, verify
-from pspo_jax.checkpoint.reading import params_identity, read_params
+from pspo_jax.checkpoint.checksums import files_identity
+from pspo_jax.checkpoint.reading import params_identity
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.image_batches import image_room
+from pspo_jax.data.image_batches import BatchRoom, embedding_room, image_room
+from pspo_jax.data.loading import cache_folder
+from pspo_jax.data.task import PromptDataset
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
-from pspo_jax.distributed.mesh import make_mesh, params_shardings, smallest_fsdp
+from pspo_jax.distributed.mesh import check_tower, make_mesh, smallest_fsdp
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, benchmark_source
 from pspo_jax.evaluation.runner import Sampler, Work, read_summary, run_benchmark
-from pspo_jax.model import Model, transformer
+from pspo_jax.model import transformer
 from pspo_jax.model.architecture import Architecture, beyond_context
-from pspo_jax.model.huggingface.load import Source, load_params
-from pspo_jax.model.weights import table
+from pspo_jax.model.huggingface.load import Source
 from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import text_reward
 from pspo_jax.rollout.sampler import make_sampler, tokens_per_test
@@ -42,8 +42,11 @@ from pspo_jax.runs.home import home_of, shown
 from pspo_jax.runs.run_folder import write_json
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole, writing
+from pspo_jax.training.architectures import architecture_for
+from pspo_jax.training.image_table import fill
 from pspo_jax.training.machine_defaults import with_type
-from pspo_jax.training.setup import architecture_for, configure_runtime, device_bytes
+from pspo_jax.training.saved_weights import source_weights, step_weights
+from pspo_jax.training.setup import configure_runtime, device_bytes
 from pspo_jax.verifiers.workers.pool import Pool
 
 LONGEST_PROMPT = 8192
@@ -94,6 +97,7 @@ def evaluate_checkpoints(
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, len(jax.devices()))
     mesh = make_mesh(config, architecture)
+    check_tower(config, architecture.vision)
     with jax.set_mesh(mesh):
         model = transformer(architecture)
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
@@ -106,7 +110,7 @@ def evaluate_checkpoints(
         if not isinstance(tokenizer, CharTokenizer):
             progress.say(tokenizer.stop_line())
         _say_what_does_not_fit(works, architecture, longest, progress)
-        candidates = _candidates(args, steps, source, architecture, model, mesh)
+        candidates = _candidates(args, steps, source, architecture, mesh)
         rows: dict[str, dict[str, tables.Summary]] = {}
         for candidate in candidates:
             rows[candidate.label] = _evaluate(candidate, works, out, args, progress, stop)
@@ -186,8 +190,24 @@ def _work(
         settings=SamplingParams.of(config.rollout, stop_ids, temperature=args.temperature),
         key=jax.random.key(args.seed),
         mesh=mesh,
-        room=image_room(architecture.vision, prompts),
+        room=_room(config, architecture, prompts, mesh, progress),
     )
+
+
+def _room(
+    config: Config, architecture: Architecture, prompts: PromptDataset, mesh: Mesh, progress: Progress
+) -> Callable[[PyTree], BatchRoom | None]:
+    """`Work.room`: that of embeddings where the vision tower is frozen, so that candidates and runs share them."""
+    patches, model = image_room(architecture.vision, prompts), transformer(architecture)
+    width, dtype = architecture.width, architecture.compute_dtype
+    embeddings = embedding_room(None if model.trains_encoder else patches, width, dtype, prompts)
+    if embeddings is None:
+        return lambda weights: patches
+
+    def filled(weights: PyTree) -> BatchRoom | None:
+        return fill(embeddings, model, architecture, weights, mesh, [prompts], cache_folder(config.task), progress)
+
+    return filled
 
 
 def _candidates(
@@ -195,7 +215,6 @@ def _candidates(
     steps: list[int],
     source: Source | None,
     architecture: Architecture,
-    model: Model,
     mesh: Mesh,
 ) -> list[Candidate]:
     """The checkpoints that the arguments name."""
@@ -204,29 +223,11 @@ def _candidates(
     def load_source() -> PyTree:
         assert source is not None
         if not base:
-            plain = transformer(architecture.whole())
-            shapes = jax.eval_shape(plain.init, jax.random.key(0))
-            shardings = params_shardings(mesh, shapes, plain.axes)
-            base.append(load_params(source, table(architecture), shardings, architecture.param_dtype))
+            base.append(source_weights(source, architecture, mesh))
         return base[0]
 
     def load_step(step: int) -> PyTree:
-        params, metadata = read_params(
-            home_of(args.run) / "checkpoints", step, lambda shapes: params_shardings(mesh, shapes, model.axes)
-        )
-        if source is not None and metadata.get("source") != source.fingerprint():
-            raise ConfigError(f"model.source={source.name}: is not the checkpoint that this run began from")
-        if model.frozen_axes is None:
-            return merge_params(params, None)
-        frozen = load_source() if architecture.lora is not None else {"vision": load_source()["vision"]}
-        try:
-            verify(frozen, metadata["base"])
-        except ValueError as error:
-            raise ConfigError(
-                f"model.source={source.name if source else None}: its frozen weights differ from those this run "
-                f"was trained with ({error})"
-            ) from error
-        return merge_params(params, frozen)
+        return step_weights(args.run, step, source, architecture, mesh, load_source)
 
     if args.run is None:
         assert source is not None

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import yaml
@@ -21,6 +22,7 @@ from pspo_jax.data.char_tokenizer import CharTokenizer
 from pspo_jax.data.synthetic import segments
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.huggingface.hub import create_repository, upload
 from pspo_jax.model.huggingface.save import (
     TOKENIZER_FILES,
     built_in_config,
@@ -40,7 +42,7 @@ from pspo_jax.model.huggingface.save import (
 from pspo_jax.model.weights import entries, table
 from pspo_jax.runs.access import metrics_of
 from pspo_jax.runs.home import home_of
-from pspo_jax.training.setup import architecture_for
+from pspo_jax.training.architectures import architecture_for
 
 
 def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -> Callable[[Path, int], None]:
@@ -165,8 +167,8 @@ def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
         }
     library = "peft" if adapter_only else "transformers"
     head: dict[str, object] = {"library_name": library, "tags": ["pspo_jax", config.algorithm.name]}
-    if config.model.source is not None:
-        head["base_model"] = config.model.source
+    if config.model.source is not None and not Path(config.model.source).expanduser().exists():
+        head["base_model"] = config.model.source  # the hub refuses a card whose base is no id of a model
     table = "".join(f"| {k} | {v:.4g} |\n" for k, v in sorted(shown.items()))
     base = config.model.source or "random weights"
     return (
@@ -179,18 +181,31 @@ def model_card(config: Config, run: Path, step: int, adapter_only: bool) -> str:
     )
 
 
-def push(folder: Path, repo: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+class Publish(Protocol):
+    """Uploads an exported folder, as one commit with this message, and prints the address of its page."""
 
-    api = HfApi()
-    try:
-        api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--push-to {repo}: {reason}; the export itself is in {folder}") from error
-    print(f"https://huggingface.co/{repo}")
+    def __call__(self, folder: Path, message: str, /) -> None: ...
+
+
+def publisher(push_to: str | None, private: bool) -> Publish:
+    """The upload of an export; without an id, one that does nothing.
+
+    The repository is made here, so that a token that may not write is refused before anything is computed.
+
+    Args:
+      push_to: id of the repository.
+      private: whether only its owner may see it.
+    """
+    if push_to is None:
+        if private:
+            raise ConfigError("--private: belongs to --push-to, which is missing; name a repository, or leave it out")
+        return lambda folder, message: None
+    full_id = create_repository(push_to, private)
+
+    def publish(folder: Path, message: str) -> None:
+        print(upload(folder, full_id, message))
+
+    return publish
 
 
 def copy_finished_model(args: argparse.Namespace) -> bool:
@@ -203,8 +218,15 @@ def copy_finished_model(args: argparse.Namespace) -> bool:
             raise ConfigError(f"{flag}: {args.run} holds one finished model, which is copied as it is; leave it out")
     if args.step not in ("latest", "best"):
         raise ConfigError(f"--step {args.step}: {args.run} holds one finished model and no steps; leave it out")
+    refuse_existing(args.out)
+    publish = publisher(args.push_to, args.private)
     write_folder(args.out, lambda folder: shutil.copytree(model, folder, dirs_exist_ok=True))
     print(args.out)
-    if args.push_to:
-        push(args.out, args.push_to)
+    publish(args.out, f"Upload the model of {args.run.resolve().name}")
     return True
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ConfigError if the folder to write exists."""
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists already; name a new folder")

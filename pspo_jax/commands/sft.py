@@ -16,8 +16,9 @@ from pspo_jax.model.huggingface.save import write_folder
 from pspo_jax.runs import history
 from pspo_jax.runs.home import shown
 from pspo_jax.system.progress import Progress
+from pspo_jax.training.architectures import architecture_for
 from pspo_jax.training.first_params import FirstParams
-from pspo_jax.training.setup import Setup, architecture_for, prepare
+from pspo_jax.training.setup import Setup, prepare
 from pspo_jax.verifiers.workers.pool import Pool
 
 
@@ -34,6 +35,8 @@ def prepare_supervised(config: Config, pool: Pool | None, progress: Progress) ->
         "rollout.prompts": len(jax.devices()),
         "rollout.chunks": 1,
         "rollout.slots": None,
+        "rollout.stages": None,
+        "rollout.longest_first": False,
         "rollout.dynamic_sampling_rounds": 1,
         "rollout.oversampling": 1.0,
         "loss.minibatches": 1,
@@ -48,12 +51,13 @@ def write_supervised(setup: Setup, first: FirstParams, folder: Path, progress: P
     progress.say(f"{first.origin} in {shown(folder / 'cold_start', folder)}")
     fields = [f"--sft.{name} {getattr(c.sft, name)}" for name in ("steps", "batch", "learning_rate", "warmup")]
     same = f"train with the same settings ({' '.join(fields)}) and a --run.dir beside it"
+    if processes.is_primary():
+        history.write_config(folder, c)
     if uses_char_tokenizer(c):
         progress.say(same)
         return 0
     params = processes.to_host(first.params)
     if processes.is_primary():
-        history.write_config(folder, c)
         out = folder / "model"
         write_folder(out, lambda place: write_model(place, c, params), replace=True)
         progress.say(

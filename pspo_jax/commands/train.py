@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from pspo_jax.config import command_line
 
-PROG = "python -m pspo_jax.train"
 DESCRIPTION = """RL post-training of language models with verifiable rewards, in JAX.
 
 A laptop trains a small model on the embedded task:
@@ -20,27 +19,38 @@ trains nothing. Without TARGET, it plans for this machine."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the exit code is 0 when the run has finished or was asked to stop, 1 when it cannot go on.
+    """Run the command.
+
+    Its exit code is 0 when the run has finished or was asked to stop, 75 when run.hours stopped it, and 1 when it
+    cannot go on.
 
     Raises:
       ConfigError: bad input.
       StorageError: files cannot be read or written now.
     """
-    command_line.show_help(argv, PROG, DESCRIPTION)
+    prog = command_line.program("train")
+    command_line.show_help(argv, prog, DESCRIPTION)
+    command_line.show_recipe(argv)
     # These import JAX, which takes seconds; the help text needs none of it.
     from pspo_jax.planning import memory
     from pspo_jax.runs.verdicts import NoVerdictError
-    from pspo_jax.training.loop import NotFiniteError, train
+    from pspo_jax.training.loop import train
+    from pspo_jax.training.run_end import OUT_OF_TIME, NotFiniteError
 
     argv, target = memory.take_target(argv)
-    config = command_line.parse(argv, PROG, DESCRIPTION)
+    config = command_line.parse(argv, prog, DESCRIPTION)
     if config.run.print_config:
         print(command_line.to_yaml(config), end="")
         return 0
     if target is not None:
         return memory.show(config, target)
     try:
-        train(config, as_command=True)
+        result = train(config, as_command=True)
     except (NoVerdictError, NotFiniteError):
         return 1  # The loop has printed why.
-    return 0
+    return OUT_OF_TIME if result.ended_by == "run.hours" else 0
+
+
+def command() -> None:
+    """`pspo-train`, which is `python -m pspo_jax.train`."""
+    command_line.run_command(main, "train")

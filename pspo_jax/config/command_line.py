@@ -23,6 +23,7 @@ from pspo_jax.config.defaults import check_name, flatten, with_given
 from pspo_jax.config.fields import ConfigError, Value
 from pspo_jax.config.help import help_text, wants_help
 from pspo_jax.config.presets import resolve
+from pspo_jax.config.recipes import config_file, recipe, recipe_names
 from pspo_jax.config.schema import Config
 from pspo_jax.config.validation import validate
 from pspo_jax.system.storage import StorageError, exhausted
@@ -32,7 +33,7 @@ _ALLOW_CHANGE = "--allow-data-change"
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> Config:
-    """Resolved and validated config from `[--config FILE.yaml] [--stage.field value ...]`.
+    """Resolved and validated config from `[--config FILE.yaml|RECIPE] [--stage.field value ...]`.
 
     Flags override files, wherever they are placed, and a later file overrides an earlier one. Fields that neither sets
     follow the task and the algorithm.
@@ -55,6 +56,27 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Config:
     return resolve(config)
 
 
+def program(command: str) -> str:
+    """The words that start a command such as "train": pspo-train if that was typed, else python -m pspo_jax.train."""
+    script = f"pspo-{command}"
+    return script if Path(sys.argv[0]).stem == script else f"python -m pspo_jax.{command}"
+
+
+def show_recipe(argv: Sequence[str]) -> None:
+    """Print a recipe of the package and exit if the command line is `--recipe NAME`.
+
+    Raises:
+      ConfigError: there is no such recipe.
+      SystemExit: after the recipe.
+    """
+    if not argv or argv[0] != "--recipe":
+        return
+    if len(argv) != 2:
+        raise ConfigError(f"--recipe: needs one name, and nothing else; the recipes are {', '.join(recipe_names())}")
+    print(recipe(argv[1], "--recipe").read_text(encoding="utf-8"), end="")
+    raise SystemExit(0)
+
+
 def show_help(argv: Sequence[str], prog: str, description: str) -> None:
     """Print a help text and exit if a command line asks for one; `description` is printed as it is laid out.
 
@@ -71,6 +93,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
+
+
+def run_command(main: Callable[[Sequence[str]], int], command: str) -> None:
+    """Call `main(argv)` of a command such as "train", and exit as `run` does."""
+    run(main, program(command).removeprefix("python -m "))
 
 
 def run(main: Callable[[Sequence[str]], int], prog: str) -> None:
@@ -135,7 +162,7 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             text = next(words, "--")
             if text == "--" or _is_flag(text):
                 raise ConfigError(
-                    f"{flag}: needs a value, such as {flag} {'FILE.yaml' if name == 'config' else 'VALUE'}"
+                    f"{flag}: needs a value, such as {flag} {'FILE.yaml or a recipe' if name == 'config' else 'VALUE'}"
                 )
         yield name, text
 
@@ -177,15 +204,18 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(config: Config, path: str) -> dict[str, Value]:
     """Dotted field name -> value, for the fields that a file sets.
 
+    Args:
+      path: a file, or the name of one of the package's recipes.
     Raises:
       ConfigError: the file cannot be read, is not a mapping of stages, or names a field that does not exist.
     """
     where = f"--config {path}"
     if not path:
         raise ConfigError("--config: needs the name of a YAML file")
+    file = config_file(path)
     try:
         # The loader is safe: it constructs only plain values.
-        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}; name a YAML file that can be read") from error
     except UnicodeDecodeError as error:

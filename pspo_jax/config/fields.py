@@ -31,6 +31,7 @@ LIST_FIELDS = (
     "reward.cosine_wrong",
     "loss.vespo_positive",
     "loss.vespo_negative",
+    "log.to",
 )
 """Text fields that hold entries separated by commas; a list is also accepted."""
 PATH_FIELDS = (
@@ -42,6 +43,8 @@ PATH_FIELDS = (
     "model.source",
     "model.tokenizer",
     "sft.data",
+    "teacher.source",
+    "reward.model",
 )
 """Text fields that may name a file or folder; ~ means the home folder."""
 SHARE_FIELDS = ("selection.quotas", "reward.terms", "task.strata")

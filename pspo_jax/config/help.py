@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pspo_jax.config.defaults import COUNTDOWN_DEFAULTS, LORA_DEFAULTS, TEXT_DEFAULTS
 from pspo_jax.config.fields import PATH_FIELDS, FieldType, Value, field_types
 from pspo_jax.config.presets import CHOICES
+from pspo_jax.config.recipes import recipe_names
 from pspo_jax.config.schema import Config
 
 COMMON = (
@@ -25,8 +26,9 @@ COMMON = (
 """Fields that `--help` lists."""
 _WORDS = ("-h", "--help", "--help-all")
 _CONFIG = (
-    "Fields from a YAML file, nested by stage. It may be given several times: a later file overrides an earlier one, "
-    "and flags override all files. Both override the presets of algorithm.name, and these override the defaults below."
+    "Fields from a YAML file, nested by stage, or from a recipe that comes with the package: {recipes}. It may be "
+    "given several times: a later file overrides an earlier one, and flags override all files. Both override the "
+    "presets of algorithm.name, and these override the defaults below."
 )
 
 
@@ -46,12 +48,14 @@ def help_text(argv: Sequence[str], prog: str, description: str) -> str:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        usage=f"{prog} [--config FILE.yaml] [--stage.field VALUE ...]",
+        usage=f"{prog} [--config FILE.yaml|RECIPE] [--stage.field VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     options = parser.add_argument_group("options")
-    options.add_argument("--config", metavar="FILE.yaml", help=_CONFIG)
+    options.add_argument("--config", metavar="FILE|RECIPE", help=_CONFIG.format(recipes=", ".join(recipe_names())))
+    if prog.endswith("train"):
+        options.add_argument("--recipe", metavar="NAME", help="Print a recipe, to copy and change, and exit.")
     options.add_argument(
         "--allow-data-change", action="store_true", help="The same as --task.allow_change true: resume on changed data."
     )

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pspo_jax.config.fields import Range
 from pspo_jax.config.machines import DistributedConfig, MeshConfig, RuntimeConfig
+from pspo_jax.config.rewards import JudgeConfig, RewardConfig, VerifierConfig
+from pspo_jax.config.run_stages import CheckpointConfig, EvalConfig, LogConfig, RunConfig
 from pspo_jax.config.strategies import (
     AdvantageConfig,
     AlgorithmConfig,
@@ -21,6 +23,7 @@ from pspo_jax.config.strategies import (
     ReplayConfig,
     SelectionConfig,
 )
+from pspo_jax.config.teachers import TeacherConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
@@ -32,29 +35,6 @@ AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Names of the weight matrices of a transformer block."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The run folder, its length and its seed."""
-
-    dir: str = "runs/default"
-    """Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/, completions/, report.html. A run resumes from
-    a checkpoint in it. gs://BUCKET/FOLDER names a folder in a bucket of Google Cloud Storage; it needs the package
-    gcsfs."""
-    steps: Annotated[int, Range(1)] = 150
-    """Number of training steps. One step rolls out rollout.prompts x rollout.group_size completions."""
-    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
-    """Seed of the initial weights, the cold start, the choice of prompts and the sampling of tokens."""
-    fingerprint: bool = False
-    """Whether metrics.jsonl holds checksums (CRC) of prompt ids, tokens, parameters and strategy state."""
-    print_config: bool = False
-    """Whether to print the resolved configuration as YAML and exit."""
-    start_over: bool = False
-    """Whether to begin at step 0 in a folder that already holds a run; the old files then move to set_aside/ inside the
-    folder. config.yaml does not keep this field."""
-    compilation_cache: str | None = None
-    """Folder of XLA's persistent compilation cache; None = ~/.cache/pspo_jax/xla; "off" = no cache."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +117,7 @@ class TaskConfig:
     """Whether a run may resume on changed data; per-prompt state then follows each prompt by its content.
     --allow-data-change is the same. config.yaml does not keep this field."""
     cache: str | None = None
-    """Folder that caches tokenised prompts and the patches of images; None = ~/.cache/pspo_jax/data."""
+    """Folder of tokenised prompts, and of patches and embeddings of images; None = ~/.cache/pspo_jax/data."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +141,7 @@ class PromptConfig:
     """Largest length of a prompt in tokens. Longer prompts are left out, counted and listed; the tokens of images
     count."""
     date: str | None = None
-    """Day that the chat template writes as today's date, as YYYY-MM-DD; None = the day on which the run starts, which
-    its config.yaml records."""
+    """Day that the chat template writes as today's, as YYYY-MM-DD; None = the day of the start, see config.yaml."""
     min_pixels: Annotated[int | None, Range(1)] = None
     """Smallest number of pixels of an image; smaller ones are enlarged. None = the bound of the checkpoint's image
     processor. 28 x 28 pixels become one token of Qwen2.5-VL, and scores are comparable at equal bounds alone."""
@@ -270,7 +249,7 @@ class SftConfig:
     clip_norm: Annotated[float, Range(above=0.0)] = 1.0
     """Largest global norm of the gradient; larger gradients are scaled down to it."""
     data: str | None = None
-    """JSONL file with the text fields "prompt" and "completion"; None = the task's own demonstrations."""
+    """JSONL file of prompts, with their images if they have any, and completions; None = the task's demonstrations."""
     share: bool = True
     """Whether to reuse a finished cold start with the same settings from a run in a sibling folder."""
 
@@ -291,12 +270,13 @@ class RolloutConfig:
     of the MLPs, embedding and head (split), at the cost of two transfers for each block and token. Both forms are split
     along mesh.tensor."""
     slots: Annotated[int | None, Range(1)] = None
-    """Number of completions decoded at a time; when one ends, the next takes its slot. None = all at once. Where
-    lengths vary widely, a quarter of the completions or fewer wastes the least work. The sampled tokens do not depend
-    on it."""
+    """Number of completions of T tokens for whose keys and values there is memory, and that are decoded at a time; when
+    one ends, the next takes its slot. None = all. Tokens do not depend on it, nor on rollout.stages."""
+    stages: Annotated[int | None, Range(1, 8)] = None
+    """Number of stages in which rollout.slots are decoded: J begin with more slots of T / 2^(J-1) tokens, and end with
+    fewer of T; None = as many as save more reading of keys and values than they add of weights, or 1."""
     longest_first: bool = False
-    """Whether rollout.slots begins with the prompts whose completions have been longest; the selector then tracks each
-    prompt's mean length."""
+    """Whether slots begin with the prompts of the longest completions so far; the selector then tracks lengths."""
     max_new_tokens: Annotated[int, Range(1)] = 31
     """Largest length T of a completion in tokens, EOS included."""
     stop: str = ""
@@ -344,108 +324,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation on the held-out prompts during training."""
-
-    every: Annotated[int, Range(0)] = 20
-    """Number of steps between evaluations on held-out prompts; 0 = only before the first and after the last step."""
-    samples: Annotated[int, Range(1)] = 4
-    """Number of completions for each held-out prompt in the sampled accuracy, at rollout.temperature."""
-    other_images: bool = False
-    """Whether held-out prompts are also answered greedily with each other's images. Such answers can only be guessed,
-    and a high accuracy shows that the text alone gives answers away."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written, and which are kept."""
-
-    every: Annotated[int, Range(1)] = 20
-    """Number of steps between checkpoints. The last step and a requested stop are always saved."""
-    keep: Annotated[int, Range(1)] = 3
-    """Number of latest checkpoints to keep."""
-    keep_best: Annotated[int, Range(0)] = 1
-    """Number of checkpoints to keep in addition, those with the best greedy held-out accuracy. A checkpoint whose
-    accuracy is not finite is not ranked."""
-    on_error: Literal["stop", "retry"] = "stop"
-    """Reaction to a run folder that cannot be written, as on a full disk: the run ends with one line (stop), or it
-    waits and tries again with the state in memory (retry)."""
-    retry_minutes: Annotated[float, Range(above=0.0)] = 60.0
-    """Minutes of trying again (on_error=retry) after which the run ends."""
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """Progress, metrics and reports."""
-
-    progress: bool = True
-    """Whether to show progress bars on a terminal, or plain lines elsewhere."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard events to the run folder."""
-    completions_every: Annotated[int, Range(0)] = 10
-    """Number of steps between dumps of sample completions; 0 = no dumps."""
-    completions: Annotated[int, Range(1)] = 4
-    """Number of groups in one dump; the first of them is also printed."""
-    selection_every: Annotated[int, Range(0)] = 10
-    """Number of steps between summaries of all prompts (priorities, visits, pools); 0 = only after the last step."""
-    completions_format: Literal["jsonl", "parquet"] = "jsonl"
-    """File format of the dumps in the run folder's completions/."""
-    report: bool = True
-    """Whether to write report.html at the end."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Reward terms. Only the term that a field's text names first reads that field."""
-
-    terms: str = "accuracy"
-    """Reward terms and their weights, such as "format=1, cosine=2"; the reward is the weighted sum. Terms: accuracy,
-    geo3k, format, tag_count, cosine, length, overlong, repetition, reasoning_steps, or module:function."""
-    format: Literal["open_r1", "open_rs", "geo3k"] = "open_r1"
-    """format: layout that earns the reward: think and answer tags on lines of their own (open_r1), exactly one line
-    </think> (open_rs), or a think block and a \\boxed{} behind it (geo3k)."""
-    cosine_length: Annotated[int, Range(0)] = 0
-    """cosine: length in tokens at the end of the reward's range; 0 = rollout.max_new_tokens."""
-    cosine_right: str = "0.5,1.0"
-    """cosine: rewards of a correct completion of that length, and of an empty one."""
-    cosine_wrong: str = "-0.5,0.0"
-    """cosine: rewards of a wrong completion of that length, and of an empty one."""
-    overlong_cache: Annotated[int, Range(0)] = 0
-    """overlong: number of tokens before rollout.max_new_tokens over which the penalty grows to 1; 0 = a fifth of
-    rollout.max_new_tokens."""
-    repetition_ngram: Annotated[int, Range(1)] = 3
-    """repetition: number of words in an n-gram."""
-    repetition_penalty: Annotated[float, Range(high=0.0)] = -1.0
-    """repetition: reward of a completion that only repeats itself."""
-    require_end: bool = True
-    """Whether a completion that the length limit cut off has accuracy 0. A python_function always scores such
-    completions itself."""
-    variant: Literal["paper", "published_code"] = "paper"
-    """cosine: lengths in tokens, capped (paper), or as in PSPO's published code, in characters with the range's end at
-    1,000 and no cap (published_code)."""
-
-
-@dataclass(frozen=True)
-class VerifierConfig:
-    """Processes that grade completions, and their limits."""
-
-    workers: Annotated[int, Range(0)] = 0
-    """Number of processes that verify the completions of text tasks; 0 = one for each core, from 2 to 8."""
-    deadline: Annotated[float, Range(above=0.0)] = 5.0
-    """Seconds of processor time for one completion, or for one group if a function takes a list. Its worker is then
-    killed, and the completion has no verdict."""
-    wall_limit: Annotated[float, Range(0.0)] = 0.0
-    """Seconds of wall-clock time for one completion, including time in which its verifier sleeps or waits for a
-    service, but not time in which other processes hold the processors. 0 = six times verifier.deadline."""
-    memory_mib: Annotated[int, Range(256)] = 4096
-    """Address space of a worker, in MiB."""
-    network: bool = False
-    """Whether verifiers may open network connections."""
-    max_no_verdict: Annotated[float, Range(0.0, 1.0)] = 0.25
-    """Largest share of a step's completions that may lack a verdict; a larger share stops the run with the reason."""
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole configuration. `None` in a field = it follows the algorithm, the machine or another field."""
 
@@ -458,12 +336,14 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

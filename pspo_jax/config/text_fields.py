@@ -1,4 +1,4 @@
-"""Parsers of text fields that hold lists: reward terms, quotas, strata, weights, pairs of numbers, stop tokens."""
+"""Parsers of text fields that hold lists: reward terms, quotas, strata, weights, loggers, stop tokens and the like."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import re
 from typing import NamedTuple
 
-from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import RewardConfig
+from pspo_jax.config.fields import ConfigError, nearest
+from pspo_jax.config.rewards import RewardConfig
 
 TEXT_TERMS = ("format", "tag_count", "repetition", "reasoning_steps")
 """Reward terms that depend on the completion's text."""
 LENGTH_TERMS = ("cosine", "length", "overlong")
 """Reward terms that depend on the verdict and the completion's length."""
-TERMS = ("accuracy", "geo3k", *TEXT_TERMS, *LENGTH_TERMS)
+TERMS = ("accuracy", "geo3k", "judge", "reward_model", *TEXT_TERMS, *LENGTH_TERMS)
+REMOTE_LOGGERS = ("wandb", "trackio", "mlflow")
+"""Loggers that are packages of their own; each has an extra of its name."""
+LOGGERS = ("tensorboard", *REMOTE_LOGGERS)
 _MAX_WEIGHT = 1e6
 _STRATUM = re.compile(r"(\d+(?:\.\d+)?)(?:(\+)|\s*-\s*(\d+(?:\.\d+)?))?")
 
@@ -60,7 +63,8 @@ def parse_terms(config: RewardConfig) -> dict[str, float]:
 
 
 def least_reward(config: RewardConfig) -> float | None:
-    """A lower bound of the reward, from the least value of each term; None = a user's function has no known bound."""
+    """A lower bound of the reward, from the least value of each term; None = a user's function or a
+    reward model has no known bound."""
     right = interval(config.cosine_right, "reward.cosine_right")
     wrong = interval(config.cosine_wrong, "reward.cosine_wrong")
     ranges = {
@@ -70,7 +74,7 @@ def least_reward(config: RewardConfig) -> float | None:
         "overlong": (-1.0, 0.0),
     }
     terms = parse_terms(config)
-    if any(name not in TERMS for name in terms):
+    if any(name not in TERMS or name == "reward_model" for name in terms):
         return None
     least = 0.0
     for name, weight in terms.items():
@@ -222,3 +226,36 @@ def stop_texts(stop: str) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ConfigError(f"rollout.stop={stop!r}: must be tokens separated by commas, or a JSON list of them")
     return texts
+
+
+def parse_loggers(text: str) -> tuple[str, ...]:
+    """Names of the loggers of log.to, such as "tensorboard,wandb"; none = ().
+
+    Raises:
+      ConfigError: a name is unknown, empty or repeated.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if names == ("none",):
+        return ()
+    for i, name in enumerate(names):
+        if name not in LOGGERS:
+            raise ConfigError(
+                f"log.to={text!r}: {name!r} is no logger; choose among {', '.join(LOGGERS)}, separated by commas, or "
+                f"none{nearest(name, LOGGERS)}"
+            )
+        if name in names[:i]:
+            raise ConfigError(f"log.to={text!r}: {name} appears twice; drop one")
+    return names
+
+
+def parse_profile(text: str) -> tuple[int, int]:
+    """The first and the last step of run.profile, such as (10, 12) of "10:12"; of "10" alone, that step.
+
+    Raises:
+      ConfigError: it is no pair of steps in order, from 1 on.
+    """
+    found = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}))?", text.strip(), re.ASCII)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(f"run.profile={text!r}: must be steps from 1 on in order, such as 10:12 or 10")
+    return first, last

@@ -29,6 +29,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.json_fields import mixture
 from pspo_jax.config.schema import Config, ModelConfig, round_prompts
 from pspo_jax.config.strategies import STORING
+from pspo_jax.config.text_fields import REMOTE_LOGGERS, parse_loggers
 
 FROM_DATA = ("math", "gsm8k", "multiple_choice", "python_function")
 """Names of the tasks that read task.train_data."""
@@ -140,6 +141,7 @@ STORES = when("replay.name", *STORING)
 DYNAMIC_SAMPLING = unless("rollout.dynamic_sampling_rounds", 1, "raise rollout.dynamic_sampling_rounds")
 CLIP = surrogate("clip")
 KL = unless("loss.kl_coef", 0.0, "set loss.kl_coef")
+TEACHER = unless("teacher.source", None, "set teacher.source")
 PAPER_VARIANT = when("algorithm.variant", "paper")
 HAS_COORDINATOR = unless("distributed.coordinator", None, "set distributed.coordinator")
 JOINS_PROCESSES = Condition(
@@ -148,6 +150,11 @@ JOINS_PROCESSES = Condition(
     "set distributed.coordinator",
 )
 DUMPS_COMPLETIONS = unless("log.completions_every", 0, "set log.completions_every")
+NAMES_RUNS = Condition(
+    lambda c: bool(set(parse_loggers(c.log.to)) & set(REMOTE_LOGGERS)),
+    unread("log.to"),
+    f"add {any_of(REMOTE_LOGGERS)} to log.to",
+)
 HAS_BELIEFS = Condition(
     believes,
     unread("selection.name", "advantage.name"),
@@ -195,7 +202,7 @@ def _estimator(name: str, *more: Condition) -> Conditions:
     return (by_name("advantage.name", _BY_ESTIMATOR, name), *more)
 
 
-_RUN = ("dir", "steps", "seed", "start_over", "fingerprint", "print_config", "compilation_cache")
+_RUN = ("dir", "steps", "hours", "seed", "profile", "start_over", "fingerprint", "print_config", "compilation_cache")
 _DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform", "image_column")
 _MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
@@ -215,7 +222,11 @@ _LOSS = (
     *("kl_coef", "num_iterations", "minibatches", "microbatch_rows", "packing", "old_log_probs", "logits_mib"),
 )
 _OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_decay", "clip_norm", "max_skipped")
-_LOG = ("progress", "tensorboard", "completions_every", "selection_every", "report")
+_LOG = ("progress", "to", "completions_every", "selection_every", "report")
+_JUDGE = (
+    *("url", "model", "prompt", "pattern", "scale", "api_key_variable"),
+    *("temperature", "max_tokens", "concurrency", "deadline", "retries"),
+)
 
 
 def _all(stage: str, names: tuple[str, ...], *conditions: Condition) -> dict[str, Conditions]:
@@ -225,6 +236,7 @@ def _all(stage: str, names: tuple[str, ...], *conditions: Condition) -> dict[str
 
 READ_WHEN: dict[str, Conditions] = {
     **_all("run", _RUN),
+    "run.profile_memory": (unless("run.profile", None, "set run.profile"),),
     "algorithm.name": ALWAYS,
     "algorithm.variant": (when("advantage.name", "ers"),),
     "task.name": (ONE_TASK,),
@@ -295,7 +307,7 @@ READ_WHEN: dict[str, Conditions] = {
             "choose a smaller number",
         ),
     ),
-    "rollout.longest_first": (unless("rollout.slots", None, "set rollout.slots"),),
+    **_all("rollout", ("stages", "longest_first"), unless("rollout.slots", None, "set rollout.slots")),
     "rollout.oversampling": (DYNAMIC_SAMPLING,),
     "rollout.prompt_bucket": ALWAYS,
     "rollout.stop": (TEXT,),
@@ -305,6 +317,7 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("reward", ("cosine_right", "cosine_wrong", "variant"), term("cosine")),
     "reward.overlong_cache": (term("overlong"),),
     **_all("reward", ("repetition_ngram", "repetition_penalty"), term("repetition")),
+    **_all("reward", ("model", "model_rows", "model_tokens"), term("reward_model")),
     "reward.require_end": (
         TEXT,
         Condition(
@@ -313,6 +326,7 @@ READ_WHEN: dict[str, Conditions] = {
             "choose another task",
         ),
     ),
+    **_all("judge", _JUDGE, term("judge")),
     **_all("verifier", ("workers", "deadline", "wall_limit", "memory_mib", "network", "max_no_verdict"), TEXT),
     **_all("selection", _SELECTION),
     "selection.exponent": _selection("exponent"),
@@ -392,6 +406,14 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("loss", ("delta", "dual_clip"), CLIP),
     **_all("loss", ("sapo_positive", "sapo_negative"), surrogate("sapo")),
     **_all("loss", ("vespo_positive", "vespo_negative"), surrogate("vespo")),
+    "teacher.source": ALWAYS,
+    "teacher.revision": (
+        TEACHER,
+        Condition(
+            lambda c: not _is_local(c.teacher.source), unread("teacher.source"), "set teacher.source to a hub id"
+        ),
+    ),
+    **_all("teacher", ("step", "weight", "reward_weight", "param_dtype"), TEACHER),
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
     "loss.off_policy": (OLDER_GROUPS,),
@@ -411,11 +433,13 @@ READ_WHEN: dict[str, Conditions] = {
     **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINS_PROCESSES),
     **_all("runtime", ("flags", "xla_flags", "libtpu_flags")),
     **_all("eval", ("every", "samples")),
+    **_all("eval", ("patience", "target"), unless("eval.every", 0, "set eval.every")),
     "eval.other_images": (MAY_HAVE_IMAGES,),
     **_all("checkpoint", ("every", "keep", "keep_best", "on_error")),
     "checkpoint.retry_minutes": (when("checkpoint.on_error", "retry"),),
     **_all("log", _LOG),
     **_all("log", ("completions", "completions_format"), DUMPS_COMPLETIONS),
+    **_all("log", ("project", "name"), NAMES_RUNS),
 }
 """Field -> conditions, all of which must hold for a run to read the field."""
 _OF_THE_MIXTURE = ("task.name", "task.seed", "task.cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Callable
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
@@ -15,6 +16,8 @@ from pspo_jax.config.text_fields import (
     gamma_shape,
     interval,
     least_reward,
+    parse_loggers,
+    parse_profile,
     parse_quotas,
     parse_strata,
     parse_terms,
@@ -53,6 +56,7 @@ def _check_fields(stage: str, section: object) -> None:
 
 
 def _check_relations(c: Config) -> None:
+    _check_run(c)
     _check_model(c)
     _check_prompt(c)
     _check_task(c)
@@ -74,8 +78,23 @@ def _check_relations(c: Config) -> None:
     _check_loss(c)
     _check_schedules(c)
     _check_rewards(c)
+    _check_judge(c)
+    _check_teacher(c)
     if c.rollout.prompts % c.loss.minibatches:
         raise ConfigError(f"loss.minibatches={c.loss.minibatches}: must divide rollout.prompts={c.rollout.prompts}")
+
+
+def _check_run(c: Config) -> None:
+    """The loggers are known, their names are not empty, and the steps of a profile are steps of the run."""
+    parse_loggers(c.log.to)
+    for name in ("project", "name"):
+        if getattr(c.log, name) is not None and not getattr(c.log, name).strip():
+            raise ConfigError(f"log.{name}='': must not be empty; leave it out")
+    if c.run.profile is not None and (last := parse_profile(c.run.profile)[1]) > c.run.steps:
+        raise ConfigError(
+            f"run.profile={c.run.profile}: step {last} is after the last one, run.steps={c.run.steps}; choose earlier "
+            "steps"
+        )
 
 
 def _check_distributed(c: Config) -> None:
@@ -178,6 +197,8 @@ def _check_rewards(c: Config) -> None:
     terms = parse_terms(c.reward)
     if not any(terms.values()):
         raise ConfigError(f"reward.terms={c.reward.terms!r}: every weight is 0, so nothing is learned; raise one")
+    if "reward_model" in terms and not c.reward.model:
+        raise ConfigError("reward.model=None: the term reward_model (reward.terms) needs a checkpoint; name one")
     if c.reward.overlong_cache > c.rollout.max_new_tokens:
         raise ConfigError(
             f"reward.overlong_cache={c.reward.overlong_cache}: must be at most "
@@ -188,6 +209,58 @@ def _check_rewards(c: Config) -> None:
             raise ConfigError(f"reward.{name}={getattr(c.reward, name)!r}: must be two finite numbers, such as 0.5,1.0")
     if c.verifier.deadline > MAX_DEADLINE:
         raise ConfigError(f"verifier.deadline={c.verifier.deadline:g}: must be at most {MAX_DEADLINE} seconds, a day")
+
+
+def _check_judge(c: Config) -> None:
+    """A judge among the terms has a service, a prompt that holds the completion, and a way to read its score."""
+    j = c.judge
+    if "judge" not in parse_terms(c.reward):
+        return
+    for name, example in (("url", "http://localhost:8000/v1"), ("model", "Qwen/Qwen2.5-7B-Instruct")):
+        if not getattr(j, name):
+            raise ConfigError(f"judge.{name}=None: the term judge (reward.terms) needs it; set it, such as {example}")
+    if not (j.url or "").startswith(("http://", "https://")):
+        raise ConfigError(f"judge.url={j.url}: must begin with http:// or https://, as http://localhost:8000/v1 does")
+    if "{completion}" not in j.prompt:
+        raise ConfigError(f"judge.prompt={j.prompt[:60]!r}: must hold {{completion}}, which stands for what is graded")
+    try:
+        groups = re.compile(j.pattern).groups
+    except re.error as error:
+        raise ConfigError(f"judge.pattern={j.pattern!r}: is no regular expression ({error}); mend it") from error
+    if groups != 1:
+        raise ConfigError(f"judge.pattern={j.pattern!r}: has {groups} groups; write one, around the score")
+    low, high = interval(j.scale, "judge.scale")
+    if not low < high or not math.isfinite(high - low):
+        raise ConfigError(f"judge.scale={j.scale!r}: the first score must be less than the second, such as 0,10")
+
+
+def _check_teacher(c: Config) -> None:
+    """The loss gives each token an advantage of its own, and no group that a teacher teaches from leaves the batch."""
+    c = resolve(c)
+    t = c.teacher
+    if t.source is None:
+        return
+    if t.step not in ("latest", "best", "cold_start") and not t.step.isdecimal():
+        raise ConfigError(f"teacher.step={t.step!r}: must be a step's number, latest, best or cold_start")
+    where = f"cannot be used with teacher.source={t.source}, which gives each token an advantage of its own"
+    if c.loss.surrogate == "vespo":
+        raise ConfigError(f"loss.surrogate=vespo: {where}; choose clip, cispo, sapo or reinforce")
+    if c.loss.ratio == "sequence":
+        raise ConfigError(f"loss.ratio=sequence: {where}; choose token or sequence_token")
+    if t.reward_weight:
+        return
+    for field, drops in (
+        (f"replay.name={c.replay.name}", c.replay.name in ("filter", "popo")),
+        (
+            f"rollout.dynamic_sampling_rounds={c.rollout.dynamic_sampling_rounds}",
+            c.rollout.dynamic_sampling_rounds != 1,
+        ),
+    ):
+        if drops:
+            raise ConfigError(
+                f"{field}: leaves out groups by their rewards, and with teacher.reward_weight=0 the teacher alone "
+                "teaches, from all of them; choose algorithm.name=grpo, or raise teacher.reward_weight"
+            )
 
 
 def _check_strategies(c: Config) -> None:
@@ -250,7 +323,7 @@ def _check_model(c: Config) -> None:
     if not own_characters and c.sft.steps and c.sft.data is None:
         raise ConfigError(f"sft.steps={c.sft.steps}: task.name={c.task.name} has no demonstrations; set sft.data or 0")
     if c.task.name == "segments" and c.sft.data is not None:
-        raise ConfigError(f"sft.data={c.sft.data}: a file has no images, which task.name=segments needs; drop it")
+        raise ConfigError(f"sft.data={c.sft.data}: task.name=segments draws its own demonstrations; drop it")
     if c.lora.rank and model.source is None:
         raise ConfigError(f"lora.rank={c.lora.rank}: adapters need a checkpoint; set model.source")
     _check_list("lora.targets", c.lora.targets, lambda name: name.removesuffix("_proj"))

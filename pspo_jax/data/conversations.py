@@ -41,13 +41,24 @@ def read_prompt(value: object) -> str | Conversation:
         return text
     if not turns:
         return ""
-    out = [_message(turn) for turn in turns]
-    json.dumps(out, ensure_ascii=False, default=str).encode()
+    out = read_turns(turns)
     last = out[-1]
     if last["role"] in ("assistant", "system"):
         raise TypeError(f"the last turn is the {last['role']}'s; a prompt ends with the user's turn or a tool's")
     if len(out) == 1 and set(last) == {"role", "content"}:
         return str(last["content"])
+    return out
+
+
+def read_turns(turns: list[object]) -> Conversation:
+    """The turns of a conversation, each in either form, with IMAGE_PLACE for the images among its parts.
+
+    Raises:
+      TypeError: an element of the list is no turn.
+      UnicodeError: a turn holds bytes that are no UTF-8, or half a surrogate pair.
+    """
+    out = [_message(turn) for turn in turns]
+    json.dumps(out, ensure_ascii=False, default=str).encode()
     return out
 
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.arrays.images import Images, PatchLayout, PlacedImage, empty_images, lay_out
+from pspo_jax.arrays.images import (
+    ImageEmbeddings,
+    Images,
+    ImageWindows,
+    PatchLayout,
+    PlacedImage,
+    empty_embeddings,
+    empty_images,
+    lay_out,
+    lay_out_embeddings,
+)
 from pspo_jax.arrays.state import Prompts
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.data.images.embedding_cache import EmbeddingCache
 from pspo_jax.data.images.prompt_images import PromptImages
 from pspo_jax.data.loading import NO_IMAGES
-from pspo_jax.data.task import PromptDataset
+from pspo_jax.data.task import Demonstrations, PromptDataset
 from pspo_jax.model.architecture import Vision
+from pspo_jax.system.storage import StorageError
 
 
 class ImageBatch(NamedTuple):
@@ -28,8 +40,33 @@ class ImageBatch(NamedTuple):
     """Images of each prompt in the order of their tokens; none where a prompt has none."""
 
 
-class ImageRoom(NamedTuple):
+class BatchRoom(Protocol):
     """The sizes of the arrays that hold the images of a batch. All batches of a run have the same."""
+
+    def empty(self, prompts: int, longest: int) -> Images:
+        """The images of prompts that have none; a prompt has room for `longest` tokens."""
+        ...
+
+    def of_rows(
+        self,
+        images: PromptImages | None,
+        rows: Int[np.ndarray, "B"],
+        tokens: Int[np.ndarray, "B P"],
+        lengths: Int[np.ndarray, "B"],
+    ) -> Images:
+        """The images of prompts, on the host.
+
+        Args:
+          images: those of the data set; None = it has none.
+          rows: the prompts' rows in the data set.
+          tokens: their tokens, padded.
+          lengths: tokens of each.
+        """
+        ...
+
+
+class ImageRoom(NamedTuple):
+    """Room for the images of a batch as the patches that a tower encodes in every step; a `BatchRoom`."""
 
     windows: int
     """Windows for which a prompt has room, W."""
@@ -38,16 +75,86 @@ class ImageRoom(NamedTuple):
     layout: PatchLayout
     """The sizes of the tower."""
 
-    def empty(self, prompts: int, longest: int) -> Images:
+    def empty(self, prompts: int, longest: int) -> ImageWindows:
         """The images of prompts that have none; a prompt has room for `longest` tokens."""
         return empty_images(prompts, longest, self.windows, self.patch_numbers, self.layout)
 
-    def laid_out(self, images: Sequence[Sequence[PlacedImage]], lengths: Int[np.ndarray, "B"], longest: int) -> Images:
+    def laid_out(
+        self, images: Sequence[Sequence[PlacedImage]], lengths: Int[np.ndarray, "B"], longest: int
+    ) -> ImageWindows:
         """The images of prompts of these lengths in tokens, on the host."""
         return lay_out(images, lengths.tolist(), longest, self.windows, self.patch_numbers, self.layout)
 
+    def of_rows(
+        self,
+        images: PromptImages | None,
+        rows: Int[np.ndarray, "B"],
+        tokens: Int[np.ndarray, "B P"],
+        lengths: Int[np.ndarray, "B"],
+    ) -> ImageWindows:
+        """See `BatchRoom`; patches are read as in `image_batch`."""
+        return self.laid_out(_placed(images, rows, tokens, lengths), lengths, tokens.shape[1])
 
-def image_room(vision: Vision | None, *parts: PromptDataset) -> ImageRoom | None:
+
+class EmbeddingTable(NamedTuple):
+    """The embeddings of all images that a run reads, on disk."""
+
+    cache: EmbeddingCache
+    digests: Mapping[str, str]
+    """Key of each image (`PromptImages.keys`) -> its digest in the cache."""
+
+    def read(self, key: str, tokens: int) -> Float[np.ndarray, "n E"]:
+        """The embeddings of an image of so many tokens; raises StorageError if they are gone or damaged by now."""
+        found = self.cache.find(self.digests[key], tokens)
+        if found is None:
+            path = self.cache.path(self.digests[key])
+            raise StorageError(f"{path}: is lost or damaged; the same command computes it again, and carries on")
+        return found
+
+
+class EmbeddingRoom(NamedTuple):
+    """Room for the images of a batch as the embeddings that a frozen tower has made of them; a `BatchRoom`."""
+
+    tokens: int
+    """Tokens of images for which a prompt has room, U."""
+    width: int
+    """Width of an embedding, E."""
+    dtype: str
+    """Type of the embeddings."""
+    layout: PatchLayout
+    """The sizes of the tower."""
+    table: EmbeddingTable | None = None
+    """The embeddings; None = they are not computed yet (training/image_table.py), and no batch can be made."""
+
+    def empty(self, prompts: int, longest: int) -> ImageEmbeddings:
+        """The images of prompts that have none; a prompt has room for `longest` tokens."""
+        return empty_embeddings(prompts, longest, (self.tokens, self.width), self.dtype)
+
+    def of_rows(
+        self,
+        images: PromptImages | None,
+        rows: Int[np.ndarray, "B"],
+        tokens: Int[np.ndarray, "B P"],
+        lengths: Int[np.ndarray, "B"],
+    ) -> ImageEmbeddings:
+        """See `BatchRoom`.
+
+        Raises:
+          ValueError: the embeddings are not computed yet.
+          StorageError: those of an image are gone or damaged by now.
+        """
+        if self.table is None:
+            raise ValueError("the embeddings of images are not computed yet; give the room that `fill` returns")
+        read = self.table.read
+        found = [
+            [] if images is None else images.embedded(int(row), ids[:n].tolist(), read)
+            for row, ids, n in zip(rows, tokens, lengths, strict=True)
+        ]
+        room = self.tokens, self.width
+        return lay_out_embeddings(found, lengths.tolist(), tokens.shape[1], room, self.dtype, self.layout)
+
+
+def image_room(vision: Vision | None, *parts: PromptDataset | Demonstrations) -> ImageRoom | None:
     """Room for the images of the prompt of these data sets that has most windows; None if no prompt has images.
 
     Args:
@@ -74,6 +181,20 @@ def image_room(vision: Vision | None, *parts: PromptDataset) -> ImageRoom | None
     return ImageRoom(windows, vision.patch_numbers, vision.layout)
 
 
+def embedding_room(room: ImageRoom | None, width: int, dtype: str, *parts: PromptDataset) -> EmbeddingRoom | None:
+    """Room for the embeddings of the prompt of these data sets whose images have most tokens.
+
+    Args:
+      room: `image_room` of the same data sets; None = no prompt has images, and the result is None too.
+      width: width of an embedding.
+      dtype: type of the embeddings.
+    """
+    if room is None:
+        return None
+    tokens = max(int(part.images.tokens().max(initial=1)) for part in parts if part.images is not None)
+    return EmbeddingRoom(tokens, width, dtype, room.layout)
+
+
 def _most_windows(images: PromptImages, layout: PatchLayout) -> int:
     """Windows of the prompt that has most of them."""
     of_image = (-(-images.grids // layout.window)).prod(axis=1)
@@ -88,18 +209,32 @@ def image_batch(prompts: PromptDataset, rows: Int[np.ndarray, "B"]) -> ImageBatc
     again.
     """
     tokens, lengths = prompts.tokens[rows], prompts.lengths[rows]
-    if prompts.images is None:
-        return ImageBatch(tokens, lengths, [[] for _ in rows])
-    of = prompts.images.of
-    found = [of(int(row), ids[:n].tolist()) for row, ids, n in zip(rows, tokens, lengths, strict=True)]
-    return ImageBatch(tokens, lengths, found)
+    return ImageBatch(tokens, lengths, _placed(prompts.images, rows, tokens, lengths))
+
+
+def _placed(
+    images: PromptImages | None,
+    rows: Int[np.ndarray, "B"],
+    tokens: Int[np.ndarray, "B P"],
+    lengths: Int[np.ndarray, "B"],
+) -> list[list[PlacedImage]]:
+    """The images of each prompt with their patches; the arguments are those of `BatchRoom.of_rows`."""
+    if images is None:
+        return [[] for _ in rows]
+    return [images.of(int(row), ids[:n].tolist()) for row, ids, n in zip(rows, tokens, lengths, strict=True)]
+
+
+def laid_out_images(prompts: PromptDataset, rows: Int[np.ndarray, "B"], room: ImageRoom) -> Images:
+    """The images of these rows as arrays on the host."""
+    batch = image_batch(prompts, rows)
+    return room.laid_out(batch.images, batch.lengths, batch.tokens.shape[1])
 
 
 def gather(
     prompts: PromptDataset,
     rows: Int[np.ndarray, "B"],
     loss_weight: Float[np.ndarray, "B"],
-    room: ImageRoom | None = None,
+    room: BatchRoom | None = None,
 ) -> Prompts:
     """The batch of these rows as arrays on the host; `processes.to_global` puts it on the devices.
 
@@ -114,11 +249,11 @@ def gather(
     def host(x: np.ndarray) -> Array:
         return cast(Array, x)
 
-    batch = image_batch(prompts, rows)
+    tokens, lengths = prompts.tokens[rows], prompts.lengths[rows]
     return Prompts(
         ids=host(rows),
-        tokens=host(batch.tokens),
-        lengths=host(batch.lengths),
+        tokens=host(tokens),
+        lengths=host(lengths),
         loss_weight=host(np.asarray(loss_weight)),
-        images=None if room is None else room.laid_out(batch.images, batch.lengths, batch.tokens.shape[1]),
+        images=None if room is None else room.of_rows(prompts.images, rows, tokens, lengths),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -18,8 +18,10 @@ from pspo_jax.data.answers import TRANSFORMS as TRANSFORMS
 from pspo_jax.data.choices import letter_of, read_options, reading_of
 from pspo_jax.data.conversations import IMAGE_PLACE, Conversation, content_of, image_parts, read_prompt, transcript
 from pspo_jax.data.files import Literal, Record, Records, as_records, heads, joined, read_files, value_at
+from pspo_jax.data.hub_data import local_files, read_layout, split_parts
 from pspo_jax.data.images.reading import files_stamp, listed_images, part_image
 from pspo_jax.data.task import ANSWER_COLUMN
+from pspo_jax.model.huggingface.hub import Repository
 
 if TYPE_CHECKING:
     import datasets
@@ -28,6 +30,7 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 AS_TEXT = ("json", "csv")
 """Formats that `files` reads."""
 IMAGE_COLUMNS = ("images", "image")
+VIDEO_COLUMNS = ("videos", "video")
 NO_IMAGES = "off"
 """Value of task.image_column for which no images are read."""
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
@@ -91,6 +94,7 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Records:
 
     Raises:
       ConfigError: the data are not there, cannot be read, or hold no rows.
+      StorageError: the data are on the hub, which does not answer now.
     """
     datasets = quiet_datasets()
     path = Path(data).expanduser()
@@ -103,9 +107,11 @@ def read(data: str, field: str, split: str, config: TaskConfig) -> Records:
         elif path.is_dir() or data.startswith((".", "/", "~")):
             if not path.is_dir():
                 raise FileNotFoundError("no such file or folder")
-            found = _load(datasets, str(path), split, config, None)
+            found = _load_folder(datasets, str(path), split, config)
         else:
-            found = _load(datasets, data, split, config, config.revision)
+            found = _load_hub(
+                datasets, Repository(data, field, config.revision, "task.revision", "dataset"), split, config
+            )
     except ConfigError:
         raise
     except UnicodeDecodeError as error:
@@ -137,33 +143,54 @@ def _read_file(datasets: ModuleType, path: Path, field: str, config: TaskConfig)
     return datasets.load_dataset(form, data_files=str(path), split="train")
 
 
-def _load(
-    datasets: ModuleType, name: str, split: str, config: TaskConfig, revision: str | None
-) -> datasets.Dataset | Records | None:
-    """A split of a folder or of a hub id. JSON and CSV files are read by `files`, which changes no value."""
-    builder = datasets.load_dataset_builder(name, config.subset, revision=revision)
+def _load_folder(datasets: ModuleType, name: str, split: str, config: TaskConfig) -> datasets.Dataset | Records | None:
+    """A split of a folder of files."""
+    builder = datasets.load_dataset_builder(name, config.subset)
     if builder.name not in AS_TEXT or getattr(builder.config, "field", None) is not None:
-        return datasets.load_dataset(name, config.subset, split=split, revision=revision)
-    files = {str(part): list(found) for part, found in builder.config.data_files.items()}
-    manager = datasets.DownloadManager(dataset_name=name, download_config=datasets.DownloadConfig())
+        return datasets.load_dataset(name, config.subset, split=split)
+    files = {str(part): [str(file) for file in found] for part, found in builder.config.data_files.items()}
+    return _text_split(datasets, builder.name, files, split, config)
+
+
+def _load_hub(
+    datasets: ModuleType, repo: Repository, split: str, config: TaskConfig
+) -> datasets.Dataset | Records | None:
+    """A split of a data set on the hub, or in the cache of the hub's client."""
+    layout = read_layout(datasets, repo, config.subset, cache_folder(config))
+    files = local_files(repo, layout, split_parts(split, layout.files))
+    if layout.reader in AS_TEXT and layout.records_field is None:
+        return _text_split(datasets, layout.reader, files, split, config)
+    features = None if layout.features is None else datasets.Features.from_dict(layout.features)
+    field = {} if layout.records_field is None else {"field": layout.records_field}
+    return datasets.load_dataset(layout.reader, data_files=files, split=split, features=features, **field)
+
+
+def _text_split(
+    datasets: ModuleType, form: str, files: Mapping[str, Sequence[str]], split: str, config: TaskConfig
+) -> Records | None:
+    """A split, such as train[:100] or train+test, of JSON or CSV files, read by `files`, which changes no value.
+
+    Args:
+      files: local paths by split.
+    """
+    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig())
 
     def rows(part: str) -> Records | None:
-        """All rows of a split."""
-        paths = [Path(file) for file in manager.iter_files(manager.download_and_extract(files[part]))]
-        return read_files(paths, builder.name, cache_folder(config))
+        """All rows of a split; compressed files are unpacked."""
+        paths = [Path(file) for file in manager.iter_files(manager.download_and_extract(list(files[part])))]
+        return read_files(paths, form, cache_folder(config))
 
-    if split in files:
+    names = split_parts(split, files)
+    if names == [split]:
         return rows(split)
-    if names := [part for part in files if part in split]:  # such as train[:100], or train+test
-        found = {part: rows(part) for part in names}
-        sizes = {part: 0 if table is None else len(table) for part, table in found.items()}
-        pieces = [
-            table.select(range(piece.from_ or 0, sizes[piece.splitname] if piece.to is None else piece.to))
-            for piece in datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-            if (table := found[piece.splitname]) is not None
-        ]
-        return joined(pieces)
-    raise ValueError(f'Unknown split "{split}". Should be one of {list(files)}.')
+    found = {part: rows(part) for part in names}
+    sizes = {part: 0 if table is None else len(table) for part, table in found.items()}
+    pieces = [
+        table.select(range(piece.from_ or 0, sizes[piece.splitname] if piece.to is None else piece.to))
+        for piece in datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        if (table := found[piece.splitname]) is not None
+    ]
+    return joined(pieces)
 
 
 def from_data(data: str, field: str, split: str, c: TaskConfig) -> Source:
@@ -240,7 +267,7 @@ def _image_column(records: Records, c: TaskConfig, field: str, data: str) -> str
     Raises:
       ConfigError: the config's column is not there, or holds videos.
     """
-    for name in ("videos", "video"):
+    for name in VIDEO_COLUMNS:
         if c.image_column is None and _holds_any(records, name):
             raise ConfigError(
                 f"{field}={data}: has videos in its column {name}, and only still images are read; "

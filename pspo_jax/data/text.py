@@ -281,10 +281,9 @@ def _hold_out_last(pick: Picked, c: Config, source: Source, count: int) -> tuple
     n = c.task.heldout_prompts
     first, further = pick.keep[pick.keep < count], pick.keep[pick.keep >= count]
     if len(first) <= n:
-        raise ConfigError(
-            f"task.heldout_prompts={n}: the data has {len(first)} usable rows"
-            f"{' (' + why(pick.left_out) + ')' if pick.left_out else ''}; lower it, or set task.heldout_data"
-        )
+        reasons = f" ({why(pick.left_out)})" if pick.left_out else ""
+        advice = "lower it, or set task.heldout_data" if len(first) > 1 else "change the data"
+        raise ConfigError(f"task.heldout_prompts={n}: the data has {len(first)} usable rows{reasons}; {advice}")
     train = pick._replace(keep=np.concatenate([first[:-n], further]))
     return _trained_on(train, c, source), Picked(pick.rows, first[-n:], [])
 

@@ -143,7 +143,7 @@ class TextTokenizer:
         if messages[-1]["role"] == "user":
             last = {**messages[-1], "content": _message(content_of(messages[-1]), config)}
             messages = [*messages[:-1], last]
-        messages = self._placed(messages, images)
+        messages = self.placed(messages, images)
         if config.system is not None:
             if any(message["role"] == "system" for message in messages):
                 raise PromptError(OWN_SYSTEM)
@@ -153,8 +153,12 @@ class TextTokenizer:
             return render_whole(self.hf, messages, config)
         return render(self.hf, messages, config)
 
-    def _placed(self, messages: Conversation, images: int) -> Conversation:
-        """A conversation with the places of its images, of which a model that reads text alone has none."""
+    def placed(self, messages: Conversation, images: int) -> Conversation:
+        """A conversation with the places of its images, of which a model that reads text alone has none.
+
+        Raises:
+          PromptError: its marks are not as many as its images, or the model reads text alone.
+        """
         if self.visual is not None:
             return place_images(messages, images)
         if images or any(IMAGE_PLACE in content_of(m) for m in messages):
@@ -163,7 +167,7 @@ class TextTokenizer:
 
     def _plain(self, text: str, images: int) -> str:
         """A text with the tokens of its images, for templates that are no chat templates."""
-        return as_tokens(content_of(self._placed([{"role": "user", "content": text}], images)[0]))
+        return as_tokens(content_of(self.placed([{"role": "user", "content": text}], images)[0]))
 
 
 def _message(question: str, config: PromptConfig) -> str:
@@ -203,7 +207,7 @@ def load_tokenizer(config: Config, source: Path | None, embedding_rows: int | No
     assert name is not None
     folder = fetch(name, None, field, weights=False) if config.model.tokenizer or source is None else source
     check_side_files(folder, f"{field}={name}")
-    hf = _read(folder, f"{field}={name}")
+    hf = read_tokenizer(folder, f"{field}={name}")
     # Gemma 3 1B's tokenizer has one id more than the embedding has rows; a prompt that holds it is refused.
     rows = embedding_rows or max(hf.get_vocab().values()) + 1
     visual = _visual(hf, source, config)
@@ -279,7 +283,7 @@ def _check_chat(tokenizer: TextTokenizer, prompt: PromptConfig, name: str) -> No
         )
 
 
-def _read(folder: Path, where: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
     """transformers' tokenizer of a folder; `where` begins the error's message."""
     transformers = import_transformers()
     verbosity = transformers.logging.get_verbosity()

@@ -20,7 +20,8 @@ Names for activations:
   along context. Norms, MLPs and projections compute each position by itself; attention alone needs other positions,
   and gathers keys and values along context.
 - "batch" is the rows of a rollout, with their caches. A rollout computes one position of each row at a time, which
-  leaves context nothing to split along a row, so that it splits the rows as data and fsdp do.
+  leaves context nothing to split along a row, so that it splits the rows as data and fsdp do. Prompts whose images pass
+  through the vision tower are split the same way, in rollouts and in updates, since images have no positions of a row.
 - "outer_batch" is rows of an array in which another dimension takes fsdp and context. This is so where tokens are
   embedded, since the embedding is split along its width, and where decoding splits the MLPs (below).
 
@@ -29,8 +30,9 @@ Names for weights:
 - "embed" is the width D of the residual stream. Every matrix has it once, as its input or its output. Splitting it
   along fsdp and context therefore divides all matrices evenly, whatever the number of heads and the width of the
   MLP.
-- "heads", "kv_heads" and "mlp" are the inner dimensions of attention and MLP. With these along tensor, the first
-  product of each needs no communication, and the last one ends in one sum over the devices.
+- "heads", "kv_heads" and "mlp" are the inner dimensions of attention and MLP, in the language model and in the vision
+  tower. With these along tensor, the first product of each needs no communication, and the last one ends in one sum
+  over the devices.
 - "vocab" is the rows of the embedding and the columns of the head. Logits, the largest activation of all, are then
   split along tensor too.
 - "layers" is the axis along which the weights of the blocks are stacked. It is not split, since the loop over layers
@@ -94,6 +96,17 @@ class ModelShape(Protocol):
     def heads(self) -> int: ...
     @property
     def kv_heads(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+class TowerShape(Protocol):
+    """The sizes of a vision tower that a mesh splits; a `Vision` has them."""
+
+    @property
+    def heads(self) -> int: ...
     @property
     def mlp_width(self) -> int: ...
     @property
@@ -204,20 +217,21 @@ def size_along(shape: Mapping[str, int], axes: Sequence[str]) -> int:
     return math.prod(shape.get(axis, 1) for axis in axes)
 
 
-def microbatch_size(rows: int, at_most: int) -> int:
+def microbatch_size(rows: int, at_most: int, axes: Sequence[str] = UPDATE_ROWS) -> int:
     """Rows of a microbatch: the largest divisor of `rows` that the mesh in context divides evenly.
 
     Args:
       rows: number of rows that are computed together.
       at_most: upper bound; 0 = none. Where it is less than the number of devices that split rows, it is that number.
+      axes: mesh axes that split the rows.
     Raises:
       ConfigError: the mesh does not divide the rows.
     """
-    shards = size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    shards = size_along(jax.sharding.get_abstract_mesh().shape, axes)
     if rows % shards:
         raise ConfigError(
-            f"mesh.data x mesh.fsdp = {shards}: does not divide the {rows} completions that are computed together; "
-            "make rollout.prompts x rollout.group_size a multiple of it, or choose another mesh"
+            f"{' x '.join(f'mesh.{axis}' for axis in axes)} = {shards}: does not divide the {rows} completions that "
+            "are computed together; make rollout.prompts x rollout.group_size a multiple of it, or choose another mesh"
         )
     limit = max(at_most or rows, shards)
     return max(d for d in range(1, rows + 1) if rows % d == 0 and d % shards == 0 and d <= limit)
@@ -297,15 +311,38 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_on(mesh.shape, ROWS)))
 
 
-def check_tower(config: Config, width: int) -> None:
-    """Raise ConfigError if the mesh does not divide a vision tower of this width."""
+def check_model(config: Config, shape: ModelShape, rows: int, where: str) -> None:
+    """Raise ConfigError if the mesh does not divide a model beside the one that trains.
+
+    Args:
+      rows: rows of its embedding.
+      where: field and value that name the model, for messages.
+    """
     m = config.mesh
-    shards = (m.fsdp or 1) * m.context
-    if width % shards:
-        raise ConfigError(
-            f"mesh.fsdp x mesh.context = {shards}: does not divide the width {width} of the vision tower; choose a "
-            "divisor"
-        )
+    for name, size, shards, axis in (
+        ("heads", shape.heads, m.tensor, "mesh.tensor"),
+        ("key/value heads", shape.kv_heads, m.tensor, "mesh.tensor"),
+        ("MLP width", shape.mlp_width, m.tensor, "mesh.tensor"),
+        ("vocabulary", rows, m.tensor, "mesh.tensor"),
+        ("width", shape.width, (m.fsdp or 1) * m.context, "mesh.fsdp x mesh.context"),
+    ):
+        if size % shards:
+            raise ConfigError(f"{axis}={shards}: does not divide the {name} {size} of {where}; choose a divisor")
+
+
+def check_tower(config: Config, tower: TowerShape | None) -> None:
+    """Raise ConfigError if the mesh does not divide a size of the vision tower; None = the model has no tower."""
+    if tower is None:
+        return
+    m = config.mesh
+    for name, size, shards, axes in (
+        ("width", tower.width, (m.fsdp or 1) * m.context, "mesh.fsdp x mesh.context"),
+        ("heads", tower.heads, m.tensor, "mesh.tensor"),
+        ("mlp_width", tower.mlp_width, m.tensor, "mesh.tensor"),
+    ):
+        if size % shards:
+            works = max(d for d in range(1, shards + 1) if size % d == 0)
+            raise ConfigError(f"{axes}={shards}: does not divide {name}={size} of the vision tower; {works} would")
 
 
 def check_vocabulary(config: Config, rows: int) -> None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree, UInt32
 
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
@@ -175,6 +175,14 @@ def share_rows(values: dict[str, np.ndarray], rows: np.ndarray, total: int) -> d
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
     """The sum of a small host array over all processes."""
     return values if process_count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+
+
+def equal_everywhere(values: UInt32[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which numbers of a small host array are equal on all processes. All processes must call it."""
+    if process_count() == 1 or not len(values):
+        return np.ones(len(values), bool)
+    every = np.asarray(multihost_utils.process_allgather(values))
+    return (every == every[0]).all(axis=0)
 
 
 def any_process(flag: bool) -> bool:

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "amc23": Benchmark("knoveleng/AMC-23", "train"),
     "minerva": Benchmark("knoveleng/Minerva-Math", "train", None, "solution", "boxed"),
     "olympiadbench": Benchmark("knoveleng/OlympiadBench", "train"),
+    "geometry3k": Benchmark("hiyouga/geometry3k", "test"),
 }
 FIVE = ("aime24", "math500", "amc23", "minerva", "olympiadbench")
 """Benchmarks whose plain mean the tables of PSPO and open-rs report."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.config.schema import Config
-from pspo_jax.data.image_batches import ImageRoom, gather
+from pspo_jax.data.image_batches import BatchRoom, gather
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardResult, Task
 from pspo_jax.distributed import processes
 from pspo_jax.rollout.token_loop import SamplingParams
@@ -36,7 +36,7 @@ def evaluate(
     batch: int,
     place: Callable[[Prompts], Prompts],
     report: Callable[[RewardResult], None] = lambda _: None,
-    room: ImageRoom | None = None,
+    room: BatchRoom | None = None,
 ) -> dict[str, float]:
     """Sample and verify completions of all held-out prompts.
 

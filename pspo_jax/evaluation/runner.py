@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from pspo_jax.arrays.state import Prompts, Rollouts
 from pspo_jax.checkpoint.params_folder import set_aside
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.data.image_batches import ImageRoom, gather
+from pspo_jax.data.image_batches import BatchRoom, gather
 from pspo_jax.data.task import CompletionBatch, PromptDataset, RewardFn, RewardResult, Tokenizer, prompt_text
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding
@@ -69,8 +69,9 @@ class Work(NamedTuple):
     settings: SamplingParams
     key: Key[Array, ""]
     mesh: Mesh
-    room: ImageRoom | None = None
-    """Room for the problems' images; None = no problem has any."""
+    room: Callable[[PyTree], BatchRoom | None] = lambda _: None
+    """A function from the weights to the room for the problems' images; it gives None where no problem has any. Room
+    for embeddings of images depends on the weights, which compute them."""
 
     def header(self, identity: str) -> Header:
         """The first line of the file of results: what they belong to. `identity` is a hash of the weights."""
@@ -119,6 +120,7 @@ def run_benchmark(
     if done == total:
         return 0
     loaded, sampled = weights(), 0
+    room = work.room(loaded)
     waiting: tuple[CompletionBatch, int, Callable[[], RewardResult]] | None = None
 
     def write(item: tuple[CompletionBatch, int, Callable[[], RewardResult]] | None) -> None:
@@ -133,9 +135,8 @@ def run_benchmark(
             write(waiting)
             raise StoppedError
         rows = np.minimum(np.arange(start, start + work.batch), total - 1).astype(np.int32)
-        prompts = processes.to_global(
-            gather(work.prompts, rows, np.ones(work.batch, np.float32), work.room), batch_sharding(work.mesh)
-        )
+        batch = gather(work.prompts, rows, np.ones(work.batch, np.float32), room)
+        prompts = processes.to_global(batch, batch_sharding(work.mesh))
         rollouts = work.sample(loaded, prompts, work.key, work.settings, jnp.int32(start * work.samples))
         write(waiting)  # its verification has gone on while this batch is sampled
         tokens, lengths, ended = processes.to_host((rollouts.tokens, rollouts.lengths, rollouts.ended))

@@ -53,9 +53,10 @@ def rows_with_gradient(inputs: LossInputs, config: LossConfig) -> Bool[Array, "R
     """Rows whose loss and gradient may differ from 0; None = all. Loss and gradient of other rows are exactly 0.
 
     Every surrogate of the package is 0 where the advantage is 0, whatever the ratio. A KL term, an entropy bonus or a
-    surrogate of the user's own may have a gradient there.
+    surrogate of the user's own may have a gradient there, and a teacher gives nearly every token an advantage.
     """
-    everywhere = inputs.reference_log_probs is not None or config.entropy_coef > 0
+    taught = inputs.token_advantages is not None
+    everywhere = taught or inputs.reference_log_probs is not None or config.entropy_coef > 0
     if everywhere or config.surrogate not in SURROGATES:
         return None
     return inputs.counted & (inputs.advantages != 0)
@@ -127,7 +128,8 @@ def compute_loss(
 
     Per token the loss is -v w s + kl_coef r w KL, with the selector's weight v, the importance weight w = pi_old / mu
     of an older behaviour policy, cut to its cap, the surrogate s, and the ratio r = pi / pi_old. Without kl_unbiased
-    the KL term has neither r nor w. The entropy bonus is a mean over tokens whatever the aggregation.
+    the KL term has neither r nor w. A teacher's advantage of a token is added to that of its completion. The entropy
+    bonus is a mean over tokens whatever the aggregation.
 
     Args:
       log_probs: log pi of each token; anything outside the mask.
@@ -156,14 +158,15 @@ def token_losses(
     ratio = importance_ratio(log_ratio, mask, config)
     decoupled = config.off_policy == "decoupled"
     log_w = log_importance_weight(old, inputs.behaviour_log_probs, mask, config) if decoupled else None
+    advantages = inputs.advantages[:, None]
+    if inputs.token_advantages is not None:
+        advantages = jnp.where(mask, advantages + inputs.token_advantages, 0)
     terms = find_surrogate(config.surrogate)(
-        SurrogateInputs(ratio, log_probs, log_ratio, inputs.advantages[:, None], mask, log_w), config
+        SurrogateInputs(ratio, log_probs, log_ratio, advantages, mask, log_w), config
     )
     losses = jnp.broadcast_to(-inputs.loss_weight[:, None] * terms.value, mask.shape)
     if config.off_policy_threshold:
-        losses *= low_divergence(
-            inputs.behaviour_log_probs, log_probs, inputs.advantages, mask, config.off_policy_threshold
-        )
+        losses *= low_divergence(inputs.behaviour_log_probs, log_probs, advantages, mask, config.off_policy_threshold)
     if inputs.top_entropy is not None:
         losses = jnp.where(inputs.top_entropy, losses, 0)
     weight = jnp.ones_like(losses) if log_w is None else importance_weight(log_w, config)

@@ -56,8 +56,8 @@ class SurrogateInputs(NamedTuple):
     """log pi of each token, in nats."""
     log_ratio: Float[Array, "R T"]
     """log(pi / pi_old) of each token, in nats."""
-    advantages: Float[Array, "R 1"]
-    """Advantage of each completion."""
+    advantages: Float[Array, "R T|1"]
+    """Advantage of each completion, in one column, or of each token where there is a teacher."""
     mask: Bool[Array, "R T"]
     """Tokens in the loss."""
     log_importance: Float[Array, "R T"] | None = None
@@ -150,9 +150,11 @@ def find_surrogate(name: str | None) -> Surrogate:
     return load_plugin("loss.surrogate", name)
 
 
-def check_surrogate(config: LossConfig) -> None:
+def check_surrogate(config: LossConfig, taught: bool = False) -> None:
     """Try a user's surrogate on shapes alone, before anything is compiled. Those of the package are not tried.
 
+    Args:
+      taught: whether a teacher gives each token an advantage of its own.
     Raises:
       ConfigError: it cannot be imported, raises, or returns something other than `SurrogateTerms` of the right shapes.
     """
@@ -166,7 +168,8 @@ def check_surrogate(config: LossConfig) -> None:
         x = jnp.zeros(wide)
         log_importance = x if config.off_policy == "decoupled" else None
         mask = jnp.ones(wide, bool)
-        return surrogate(SurrogateInputs(jnp.ones(ratio), x, x, jnp.ones(column), mask, log_importance), config)
+        advantages = jnp.ones(wide if taught else column)
+        return surrogate(SurrogateInputs(jnp.ones(ratio), x, x, advantages, mask, log_importance), config)
 
     field, arrays = f"loss.surrogate={config.surrogate}", "2 completions of 3 tokens"
     try:
@@ -237,19 +240,19 @@ def effective_share(log_w: Float[Array, "R T"], mask: Bool[Array, "R T"], config
 def low_divergence(
     behaviour: Float[Array, "R T"],
     log_probs: Float[Array, "R T"],
-    advantages: Float[Array, "R"],
+    advantages: Float[Array, "R T|1"],
     mask: Bool[Array, "R T"],
     threshold: float,
-) -> Bool[Array, "R 1"]:
+) -> Bool[Array, "R T|1"]:
     """Completions that stay in the loss: the advantage is not negative, or the mean of log(mu / pi) is at most the
-    threshold (DeepSeek-V3.2's off-policy sequence mask).
+    threshold (DeepSeek-V3.2's off-policy sequence mask). Where tokens have advantages of their own, it is by tokens.
 
     Args:
       behaviour: log mu of each token.
       threshold: in nats per token.
     """
     drift = row_mean(behaviour - jax.lax.stop_gradient(log_probs), mask)
-    return (advantages[:, None] >= 0) | (drift <= threshold)
+    return (advantages >= 0) | (drift <= threshold)
 
 
 def top_entropy(entropy: Float[Array, "R T"], mask: Bool[Array, "R T"], share: float) -> Bool[Array, "R T"]:

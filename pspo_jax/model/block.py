@@ -131,12 +131,14 @@ def embed(
     a: Architecture, embed: Float[Array, "V D"], tokens: Int[Array, "R S"], images: ImageTokens | None = None
 ) -> Float[Array, "R S D"]:
     """The tokens' embeddings in the compute type, times the architecture's factor; those of images as they are."""
-    x = lookup(embed, tokens, jnp.dtype(a.compute_dtype))
+    # Indices are split as the result is, or the compiler would look up whole rows and then make them whole everywhere.
+    x = lookup(embed, constrain(tokens, "outer_batch", None), jnp.dtype(a.compute_dtype))
     x = x if a.embed_scale == 1 else x * jnp.asarray(a.embed_scale, x.dtype)
     if images is None:
         return x
-    of_images = lookup(images.embeddings, jnp.maximum(images.embedding_of, 0), x.dtype)
-    return jnp.where(images.embedding_of[..., None] >= 0, of_images, x)
+    index = constrain(images.embedding_of, "outer_batch", None)
+    of_images = constrain(lookup(images.embeddings, jnp.maximum(index, 0), x.dtype), "outer_batch", None, "embed")
+    return jnp.where(index[..., None] >= 0, of_images, x)
 
 
 def forward(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from pspo_jax.arrays.images import Images
 from pspo_jax.distributed.mesh import constrain, gather_for_decode
@@ -25,6 +25,8 @@ from pspo_jax.model.interface import Decoder, SlotDecoder
 from pspo_jax.model.rotary import Rotation, rotation
 from pspo_jax.model.vision import encode_images, image_tokens
 from pspo_jax.model.weights import lora_table, merge, table
+
+_Tree = TypeVar("_Tree")
 
 KeysValues = tuple[Array, Array]
 """Keys and values of one layer."""
@@ -40,15 +42,24 @@ every layer, which was several times as slow on CPU.
 """
 
 
-class Prefilled(NamedTuple):
-    """The prompts of S slots."""
+class PromptCache(NamedTuple):
+    """Prompts that have been read."""
 
-    lengths: Int[Array, "S"]
+    lengths: Int[Array, "B"]
     """Tokens of each prompt."""
-    delta: Int[Array, "S"] | None
+    delta: Int[Array, "B"] | None
     """`Images.delta` of each prompt; None = no prompt has images."""
     layers: list[KeysValues]
-    """For each layer, keys and values [S, K, P, h]."""
+    """For each layer, keys and values [B, K, P, h]."""
+
+
+class SlotCache(NamedTuple):
+    """The rows of S slots."""
+
+    prompts: PromptCache
+    """The prompt of each slot's row."""
+    completions: list[KeysValues]
+    """For each layer, keys and values [S, K, T, h]; column t holds token t of the slot's row."""
 
 
 def group_decoder(
@@ -113,83 +124,97 @@ def slot_decoder(
     params: PyTree,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
-    slots: tuple[int, int],
-    max_new_tokens: int,
+    shards: int,
     images: Images | None = None,
 ) -> SlotDecoder:
-    """The built-in model's `SlotDecoderFn`.
-
-    The prompts of the slots are a `Prefilled`. The cache is, for each layer, keys and values [S, K, T, h] of
-    the S = n x s slots' completions, a circular buffer over the steps: all slots write the same column in a step.
-    """
-    last, prefixes = _prefill(a, params, prompts, lengths, images)
+    """The built-in model's `SlotDecoderFn`; its cache is a `SlotCache`, and that of waiting rows its completions."""
+    last, layers_read = _prefill(a, params, prompts, lengths, images)
     params, layers = _for_decoding(a, params)
-    delta = None if images is None else images.delta
-    count = slots[0] * slots[1]
-    empty = jnp.zeros((count, a.kv_heads, max_new_tokens, a.head_dim), jnp.dtype(a.compute_dtype))
-    empty = constrain(empty, "batch", "kv_heads", None, None)
-    no_prompt = jnp.zeros((count, *prefixes[0][0].shape[1:]), empty.dtype)
-    no_prompt = constrain(no_prompt, "batch", "kv_heads", None, None)
-    return SlotDecoder(
-        logits=_head(a, params, last[:, None])[:, 0],
-        prefilled=Prefilled(
-            jnp.ones(count, lengths.dtype),
-            None if delta is None else jnp.zeros(count, delta.dtype),
-            [(no_prompt, no_prompt) for _ in range(a.layers)],
-        ),
-        cache=[(empty, empty) for _ in range(a.layers)],
-        load_prompt=functools.partial(_load_prompt, Prefilled(lengths, delta, prefixes)),
-        step=functools.partial(_slot_step, a, params, layers),
-    )
+    read = PromptCache(lengths, None if images is None else images.delta, layers_read)
+    dtype = jnp.dtype(a.compute_dtype)
+
+    def empty_rows(rows: int, columns: int) -> Float[Array, "S K T h"]:
+        zeros = jnp.zeros((shards * rows, a.kv_heads, columns, a.head_dim), dtype)
+        return constrain(zeros, "batch", "kv_heads", None, None)
+
+    def waiting(rows: int, columns: int) -> list[KeysValues]:
+        return [(empty_rows(rows, columns), empty_rows(rows, columns)) for _ in range(a.layers)]
+
+    def slots(rows: int, columns: int) -> SlotCache:
+        of_prompts = PromptCache(
+            jnp.ones(shards * rows, lengths.dtype),
+            None if read.delta is None else jnp.zeros(shards * rows, read.delta.dtype),
+            waiting(rows, prompts.shape[1]),
+        )
+        return SlotCache(of_prompts, waiting(rows, columns))
+
+    def load(
+        cache: SlotCache,
+        slot: Int[Array, "n"],
+        prompt: Int[Array, "n"],
+        waiting: list[KeysValues] | None,
+        place: Int[Array, "n"],
+    ) -> SlotCache:
+        completions = cache.completions if waiting is None else _copy_row(cache.completions, slot, waiting, place)
+        return SlotCache(_copy_row(cache.prompts, slot, read, prompt), completions)
+
+    def save(
+        waiting: list[KeysValues], place: Int[Array, "n"], cache: SlotCache, slot: Int[Array, "n"]
+    ) -> list[KeysValues]:
+        return _copy_row(waiting, place, cache.completions, slot)
+
+    step = functools.partial(_slot_step, a, params, layers)
+    return SlotDecoder(_head(a, params, last[:, None])[:, 0], slots, waiting, load, save, step)
 
 
-def _load_prompt(
-    read: Prefilled, prefilled: Prefilled, prompt: Int[Array, "n s"], is_new: Bool[Array, "n s"]
-) -> Prefilled:
-    """The slots with the prompts that the new ones take on; see LoadPromptFn.
+def _copy_row(into: _Tree, at: Int[Array, "n"], source: PyTree, of: Int[Array, "n"]) -> _Tree:
+    """`into` with one row of `source` in each shard copied to one of its own; the shards are parts of the rows.
 
     Args:
-      read: the B prompts of the batch.
+      at: index of the row that is replaced, within the shard; one that is out of bounds = none.
+      of: index of the row that is copied, within the shard. It may be narrower than the one that it replaces.
     """
 
-    def load(new: Array, old: Array) -> Array:
-        """Slots of a shard take from the prompts of their shard, so that nothing crosses devices."""
-        by_shard = new.reshape(prompt.shape[0], -1, *new.shape[1:])
-        found = jax.vmap(lambda x, i: x[i])(by_shard, prompt).reshape(old.shape)
-        return jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), found, old)
+    def of_shard(into: Array, source: Array, at: Array, of: Array) -> Array:
+        row = source[of]
+        return into.at[(at, *(slice(0, size) for size in row.shape))].set(row, mode="drop")
 
-    return jax.tree.map(load, read, prefilled)
+    def one(into: Array, source: Array) -> Array:
+        targets, sources = (x.reshape(at.shape[0], -1, *x.shape[1:]) for x in (into, source))
+        return jax.vmap(of_shard)(targets, sources, at, of).reshape(into.shape)
+
+    return jax.tree.map(one, into, source)
 
 
 def _slot_step(
     a: Architecture,
     params: PyTree,
     layers: Sequence[BlockWeights],
-    prefilled: Prefilled,
-    cache: list[KeysValues],
+    cache: SlotCache,
     tokens: Int[Array, "n s"],
     t: Int[Array, "n s"],
-    steps: Int[Array, ""],
-) -> tuple[Float[Array, "n s V"], list[KeysValues]]:
+) -> tuple[Float[Array, "n s V"], SlotCache]:
     """One token of every slot; see SlotStep."""
-    lengths, delta, prefixes = prefilled
-    max_new_tokens = cache[0][0].shape[2]
+    lengths, delta, prefixes = cache.prompts
     flat_t = t.reshape(-1)
     position = lengths + flat_t if delta is None else lengths + flat_t + delta
     rotations = [rotation(position[:, None], rotary) for rotary in a.rotaries]
-    column = steps % max_new_tokens
-    age = (column - jnp.arange(max_new_tokens)) % max_new_tokens
-    ages = jnp.where(age <= flat_t[:, None], age, -1)
 
     def write(held: Float[Array, "S K T h"], new: Float[Array, "S 1 K h"]) -> Float[Array, "S K T h"]:
-        return jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), column, axis=2)
+        def of_slot(held: Float[Array, "K T h"], new: Float[Array, "K h"], t: Int[Array, ""]) -> Float[Array, "K T h"]:
+            return held.at[:, t].set(new, mode="drop")
+
+        return jax.vmap(of_slot)(held, new[:, 0], flat_t)
 
     def attend(i: int, q: Float[Array, "S 1 H h"], keys: Array, values: Array) -> Float[Array, "S 1 H h"]:
-        prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys[:, None], values[:, None], flat_t, ages)
+        prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys[:, None], values[:, None], flat_t)
         return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[i])
 
-    logits, cache = _decode_token(a, params, layers, tokens.reshape(-1, 1), rotations, cache, write, attend)
-    return logits.reshape(*tokens.shape, -1), cache
+    copies = 2 if tokens.shape[1] == 1 else 1
+    logits, completions = _decode_token(
+        a, params, layers, tokens.reshape(-1, 1), rotations, cache.completions, write, attend, copies
+    )
+    return logits.reshape(*tokens.shape, -1), SlotCache(cache.prompts, completions)
 
 
 def _decode_token(
@@ -201,21 +226,26 @@ def _decode_token(
     cache: list[KeysValues],
     write: Callable[[Array, Array], Array],
     attend: Callable[[int, Array, Array, Array], Array],
+    copies: int = 1,
 ) -> tuple[Float[Array, "B s V"], list[KeysValues]]:
     """The tokens through all blocks and the head: logits, and the cache with their keys and values.
 
     Args:
       write: `write(held, new)` puts new keys or values into those of a layer's cache.
       attend: `attend(layer, q, keys, values)` mixes the values of the prompt and of the layer's cache.
+      copies: number of equal copies of each row in the products with weights. A product of one row is another
+        algorithm than that of several, whose sums differ in the last bit.
     """
-    x = _embedded(a, params, tokens)
+    s = tokens.shape[1]
+    x = _embedded(a, params, jnp.repeat(tokens, copies, axis=1))
     new_cache = []
     for i, (w, (keys, values)) in enumerate(zip(layers, cache, strict=True)):
-        q, k, v = qkv(a, w, x, rotations[a.layer_rotary[i]])
+        q, k, v = (y[:, :s] for y in qkv(a, w, x, rotations[a.layer_rotary[i]]))
         keys, values = write(keys, k), write(values, v)
-        x = finish_block(a, w, x, attend(i, q, keys, values), split=a.split_decode)
+        mixed = jnp.repeat(attend(i, q, keys, values), copies, axis=1)
+        x = finish_block(a, w, x, mixed, split=a.split_decode)
         new_cache.append((keys, values))
-    return _head(a, params, norm(a, params, "final_norm", x)), new_cache
+    return _head(a, params, norm(a, params, "final_norm", x))[:, :s], new_cache
 
 
 def _prefill(

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.images import Images
 
@@ -86,7 +86,10 @@ class HiddenFn(Protocol):
 
 
 class EncodeImagesFn(Protocol):
-    """Runs the vision tower over the images of each prompt, up to one embedding for each unit."""
+    """Runs the vision tower over the images of each prompt, up to one embedding for each unit.
+
+    `ImageEmbeddings`, which batches hold where the tower does not train, are given back as they are.
+    """
 
     def __call__(self, params: PyTree, images: Images) -> Float[Array, "B U D"]: ...
 
@@ -147,53 +150,74 @@ class ResizeFn(Protocol):
     def __call__(self, cache: PyTree, max_new_tokens: int) -> PyTree: ...
 
 
-class LoadPromptFn(Protocol):
-    """Gives some slots the prompt of the row that they take on next.
+class EmptySlotsFn(Protocol):
+    """Returns a cache without rows, of `rows` rows a shard whose completions have room for `columns` tokens."""
+
+    def __call__(self, rows: int, columns: int) -> PyTree: ...
+
+
+class LoadRowFn(Protocol):
+    """Gives one slot of each shard another row: its prompt and, if it has waited, its completion so far.
 
     Args:
-      prefilled: the prompts of the slots.
-      prompt: index of each slot's prompt among the prompts of its shard.
-      is_new: the slots that take on a row; the others keep their prompt.
+      cache: the rows of the slots.
+      slot: the slot of each shard; one that is out of bounds = the shard loads none.
+      prompt: index of the row's prompt among the prompts of its shard.
+      waiting: the completions of the rows that wait; None = the row has no token in a cache.
+      place: index of the row among the waiting ones of its shard.
     """
 
-    def __call__(self, prefilled: PyTree, prompt: Int[Array, "n s"], is_new: Bool[Array, "n s"]) -> PyTree: ...
+    def __call__(
+        self, cache: PyTree, slot: Int[Array, "n"], prompt: Int[Array, "n"], waiting: PyTree, place: Int[Array, "n"]
+    ) -> PyTree: ...
+
+
+class SaveRowFn(Protocol):
+    """Copies the completion of one slot of each shard to the completions that wait.
+
+    Args:
+      waiting: the completions of the rows that wait.
+      place: the index in `waiting` that is replaced; one that is out of bounds = the shard saves none.
+    """
+
+    def __call__(self, waiting: PyTree, place: Int[Array, "n"], cache: PyTree, slot: Int[Array, "n"]) -> PyTree: ...
 
 
 class SlotStep(Protocol):
     """Appends one token to the row of every slot and returns the logits of the next one, and the new cache.
 
     Args:
-      prefilled: the prompts of the slots.
-      cache: the completions of the slots, up to the token before `tokens`.
+      cache: the rows of the slots, up to the token before `tokens`.
       tokens: token `t` of each slot's completion.
-      t: index of that token in its completion; slots differ, since their rows began at different times.
-      steps: a traced scalar that counts the calls.
+      t: index of that token in its completion; slots differ, since their rows began at different times. The token of
+        a slot without room for it is not kept, and the slot's logits are arbitrary.
     """
 
     def __call__(
-        self, prefilled: PyTree, cache: PyTree, tokens: Int[Array, "n s"], t: Int[Array, "n s"], steps: Int[Array, ""]
+        self, cache: PyTree, tokens: Int[Array, "n s"], t: Int[Array, "n s"]
     ) -> tuple[Float[Array, "n s V"], PyTree]: ...
 
 
 class SlotDecoder(NamedTuple):
-    """A batch of prompts that have been read, and slots that decode their completions one row after another."""
+    """A batch of prompts that have been read, and what decodes their completions in slots, one row after another."""
 
     logits: Float[Array, "B V"]
     """Logits of the first token of each prompt's completions."""
-    prefilled: PyTree
-    """The prompt of each slot's row, in the form that `step` needs; arbitrary before the first `load_prompt`."""
-    cache: PyTree
-    """The completion of each slot's row, in the form that `step` needs."""
-    load_prompt: LoadPromptFn
+    slots: EmptySlotsFn
+    """Makes the cache of slots, in the form that `step` needs."""
+    waiting: EmptySlotsFn
+    """Makes the cache of completions that wait for a slot."""
+    load: LoadRowFn
+    save: SaveRowFn
     step: SlotStep
 
 
 class SlotDecoderFn(Protocol):
-    """Reads each prompt once and prepares n x s slots, for continuous batching (rollout/continuous.py).
+    """Reads each prompt once and prepares decoding in slots (rollout/continuous.py).
 
     Args:
-      slots: (n, s): n shards of the batch, one for each device that holds a part of it, and s slots of each shard.
-        Prompts are in n equal parts, and a slot takes rows of its own shard's prompts alone.
+      shards: number n of parts of the batch, one for each device that holds a part of it. Prompts are in n equal parts,
+        and a slot takes rows of its own shard's prompts alone.
       images: given only to a model with `Model.encode_images`; None = the prompts are text.
     """
 
@@ -202,8 +226,7 @@ class SlotDecoderFn(Protocol):
         params: PyTree,
         prompts: Int[Array, "B P"],
         lengths: Int[Array, "B"],
-        slots: tuple[int, int],
-        max_new_tokens: int,
+        shards: int,
         images: Images | None = None,
     ) -> SlotDecoder: ...
 

@@ -41,8 +41,8 @@ def transformer(a: Architecture) -> Model:
         frozen_axes=None if frozen is None else weight_axes(frozen),
         resize=resize,
         packs=True,
-        slots=lambda params, prompts, lengths, slots, max_new_tokens, images=None: slot_decoder(
-            a, _all_weights(params)[0], prompts, lengths, slots, max_new_tokens, images
+        slots=lambda params, prompts, lengths, shards, images=None: slot_decoder(
+            a, _all_weights(params)[0], prompts, lengths, shards, images
         ),
         shares=a.packed_attention == "xla",
         encode_images=None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import ImageEmbeddings, Images, ImageWindows
 from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.architecture import Architecture, Rotary, Vision, plain_frequencies
 from pspo_jax.model.interface import MASKED, ImageTokens
@@ -37,20 +37,23 @@ Weights = dict[str, Array]
 """Weights of a block, or those outside the blocks, by their names in `weights.vision_table`."""
 
 
+@jax.named_scope("vision_tower")
 def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Array, "B U E"]:
     """The built-in model's `EncodeImagesFn`; embeddings of units that no token stands for are arbitrary.
 
-    The backward pass computes each block again from its input.
+    The backward pass computes each block again from its input. Images that are embeddings already pass through.
 
     Args:
       params: the weights of `weights.table`.
     """
+    if isinstance(images, ImageEmbeddings):
+        return images.embeddings
     assert a.vision is not None
     v, dtype, params = a.vision, jnp.dtype(a.compute_dtype), params["vision"]
     b, windows, k = images.patches.shape[:3]
     rows, columns, real = places(v, images)
     angles = rotation_on_axes(jnp.stack([rows, columns], axis=-1), _rotary(v))
-    x = constrain(embed_patches(v, params["patch"], images.patches, dtype), "rows", None, None)
+    x = constrain(embed_patches(v, params["patch"], images.patches, dtype), "batch", None, None)
     whole = [i in v.whole_image for i in range(v.layers)]
     in_windows = functools.partial(_attend_in_windows, real=real, windows=windows)
     image_of = jnp.repeat(images.image, k, axis=1)
@@ -61,6 +64,7 @@ def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Arra
         w, sees_all = layer
         y = _norm(v, w, "attn_norm", x)
         qkv = einsum_lowp("bsd,dtnh->bstnh", y, w["qkv"], dtype, dtype) + w["qkv_bias"].astype(dtype)
+        qkv = constrain(qkv, "batch", None, None, "heads", None)
         operands = rope(qkv[:, :, 0], angles), rope(qkv[:, :, 1], angles), qkv[:, :, 2]
         if all(whole):
             mixed = over_image(*operands)
@@ -70,7 +74,7 @@ def encode_images(a: Architecture, params: PyTree, images: Images) -> Float[Arra
             mixed = jax.lax.cond(sees_all, over_image, in_windows, *operands)
         x = x + einsum_lowp("bsnh,nhd->bsd", mixed, w["o"], dtype, dtype) + w["o_bias"].astype(dtype)
         x = x + _mlp(v, w, _norm(v, w, "mlp_norm", x), dtype)
-        return constrain(x, "rows", None, None), None
+        return constrain(x, "batch", None, None), None
 
     x, _ = jax.lax.scan(block, x, (params["layers"], jnp.asarray(whole)))
     return _merge(v, params, x.reshape(b, windows * v.layout.units, v.layout.merge**2, v.width), dtype)
@@ -83,7 +87,7 @@ def image_tokens(embeddings: Float[Array, "B U E"], images: Images) -> ImageToke
     return ImageTokens(embeddings.reshape(b * units, width), index, images.positions)
 
 
-def places(v: Vision, images: Images) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S"]]:
+def places(v: Vision, images: ImageWindows) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S"]]:
     """Row and column of each patch in its image, and whether it is a patch of the image at all."""
     down, right = (jnp.asarray(x) for x in v.layout.offsets())
     row, column = images.corner[..., :1] + down, images.corner[..., 1:] + right

@@ -140,7 +140,8 @@ def table(a: Architecture) -> PyTree[Weight]:
 
 
 def vision_table(v: Vision, out: int) -> dict[str, PyTree[Weight]]:
-    """The table of a vision tower. Its matrices are split along "embed" alone: tensor does not split the tower.
+    """The table of a vision tower. Its matrices are split as those of the language model's blocks are; the dimension
+    between the two matrices of the merger counts as that of an MLP.
 
     Args:
       out: width of the embeddings that the tower makes.
@@ -157,15 +158,15 @@ def vision_table(v: Vision, out: int) -> dict[str, PyTree[Weight]]:
         ),
         "layers": _vision_layers(v, width),
         **_tower_norm(v, "merger_norm", "merger.ln_q", None),
-        **_tower_linear("merger_up", "merger.mlp.0", {"embed": merged}, {"merged": merged}, None),
-        **_tower_linear("merger_down", "merger.mlp.2", {"merged": merged}, {"embed": out}, None),
+        **_tower_linear("merger_up", "merger.mlp.0", {"embed": merged}, {"mlp": merged}, None),
+        **_tower_linear("merger_down", "merger.mlp.2", {"mlp": merged}, {"embed": out}, None),
     }
 
 
 def _vision_layers(v: Vision, width: dict[str, int]) -> dict[str, Weight]:
     """The table of a vision tower's blocks."""
     n, residual = v.layers, 1 / math.sqrt(2 * v.layers)
-    heads, mlp = {"tower_heads": v.heads, "head_dim": v.head_dim}, {"tower_mlp": v.mlp_width}
+    heads, mlp = {"heads": v.heads, "head_dim": v.head_dim}, {"mlp": v.mlp_width}
     gate, up, down = ("gate_proj", "up_proj", "down_proj") if v.gated else (None, "fc1", "fc2")
     block = "blocks.{}"
     layers = _tower_norm(v, "attn_norm", f"{block}.norm1", n) | _tower_norm(v, "mlp_norm", f"{block}.norm2", n)
@@ -180,7 +181,7 @@ def _vision_layers(v: Vision, width: dict[str, int]) -> dict[str, Weight]:
 def _tower_linear(
     key: str, module: str, inputs: dict[str, int], outputs: dict[str, int], stack: int | None, factor: float = 1.0
 ) -> dict[str, Weight]:
-    """A matrix of the tower and its bias, which is not split.
+    """A matrix of the tower and its bias, which is split along the heads or the MLP as the matrix's columns are.
 
     Args:
       stack: number of blocks; None = the weight is not in a block.
@@ -188,7 +189,8 @@ def _tower_linear(
     """
     std = factor / math.sqrt(math.prod(inputs.values()))
     front: dict[str, int] = {} if stack is None else {LAYERS_AXIS: stack}
-    shape, axes = (*front.values(), *outputs.values()), (*front, *(None for _ in outputs))
+    shape = (*front.values(), *outputs.values())
+    axes = (*front, *(name if name in ("heads", "mlp") else None for name in outputs))
     return {
         key: _matrix(f"visual.{module}.weight", inputs, outputs, std, stack, _SPLIT_DIMENSIONS),
         f"{key}_bias": Weight(shape, axes, 0, f"visual.{module}.bias", (math.prod(outputs.values()),)),

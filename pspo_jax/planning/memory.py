@@ -35,8 +35,11 @@ from pspo_jax.distributed.devices import (
 )
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.losses.log_probs import chunk_columns
+from pspo_jax.planning import images
 from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
+from pspo_jax.rollout.stages import SHORTEST_STAGE_TOKENS, automatic_stages, cache_columns, make_stages
 from pspo_jax.training.compile import lower_programs
+from pspo_jax.training.machine_defaults import decoding_bytes
 from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup, device_bytes, prepare
 
@@ -99,7 +102,8 @@ class Plan(NamedTuple):
     residents: dict[str, int]
     """Arrays that stay from step to step, by name."""
     details: dict[str, dict[str, float]]
-    """For each phase, the further arrays that it needs at the same moment, by name."""
+    """For each phase, and for moments at which the vision tower runs, such as "update, as the tower is
+    differentiated", the further arrays that it needs at the same moment, by name."""
     peaks: dict[str, Peak]
     """The peak of each phase, "rollout" and "update"."""
 
@@ -114,9 +118,13 @@ def show(config: Config, target: Target) -> int:
     console.print(_headline(verdicts, target.name), soft_wrap=True, markup=False)
     for line in notes:
         print(line)
+    if table := images.table_bytes(plan.setup):
+        print(f"images: the embeddings of {table[0]:,} images take {table[1] / _GIB:.2f} GiB on disk, in task.cache")
     console.print(_to_table(plan, target))
     for phase, (answer, need) in verdicts.items():
         console.print(f"{phase}: {answer} ({need})", markup=False)
+    if (slots := _slots_that_fit(plan)) is not None:
+        console.print(slots, markup=False)
     if target.kind:
         console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0
@@ -159,6 +167,9 @@ def _verdict(peak: Peak, capacity: float, exact: bool) -> Verdict:
     return Verdict("does not fit" if exact or peak.least > capacity else "may not fit", need)
 
 
+_SLOTS_SHARE = 0.9
+"""Share of a device's memory that a suggestion of slots fills; the compiler needs the rest."""
+
 _ADVICE = {
     "rollout": "raise mesh.fsdp or mesh.tensor, set rollout.slots or rollout.chunks, or lower rollout.prompts or "
     "rollout.max_new_tokens",
@@ -186,6 +197,28 @@ def _to_table(plan: Plan, target: Target) -> Table:
     return table
 
 
+def _slots_that_fit(plan: Plan) -> str | None:
+    """The slots and stages that the free memory allows, in one line; None = completions are short, or all fit."""
+    setup = plan.setup
+    c, shards = setup.config, size_along(setup.mesh.shape, ROWS)
+    new, rows = c.rollout.max_new_tokens, round_prompts(c) // c.rollout.chunks * c.rollout.group_size // shards
+    if math.isinf(plan.capacity) or new < 2 * SHORTEST_STAGE_TOKENS:
+        return None
+    column, weights = decoding_bytes(setup.architecture, setup.mesh)
+    others = [size for name, size in plan.details["rollout"].items() if not name.startswith("KV cache")]
+    prompts = column * setup.task.train.tokens.shape[1] * rows / c.rollout.group_size
+    free = plan.capacity * _SLOTS_SHARE - sum(plan.residents.values()) - sum(others) - prompts
+    slots = int(free / column / new)
+    if slots >= rows or slots < 1:
+        return None
+    count = automatic_stages(slots, new, column, weights)
+    shown = ", ".join(f"{stage.slots} x {stage.columns}" for stage in make_stages(slots, count, new, rows))
+    return (
+        f"the free memory holds rollout.slots {slots * shards} with rollout.stages {count}: each device decodes "
+        f"{shown} columns of keys and values"
+    )
+
+
 def _least_time(setup: Setup, device: DeviceSpec) -> str:
     """The least time of a step, in one line."""
     bounds = {"rollout": rollout_lower_bound(setup, device), "update": update_lower_bound(setup, device)}
@@ -205,10 +238,11 @@ def _peaks(setup: Setup, residents: dict[str, int], details: dict[str, dict[str,
     with jax.set_mesh(setup.mesh):
         lowered = lower_programs(setup)
         compiled = {"rollout": _compiled(lowered["sample"]), "update": _compiled(lowered["step"])}
-    return {
-        name: Peak(total + sum(details[name].values()), beside[name] + size, reason)
-        for name, (size, reason) in compiled.items()
+    least = {
+        name: max(sum(parts.values()) for moment, parts in details.items() if moment.partition(",")[0] == name)
+        for name in compiled
     }
+    return {name: Peak(total + least[name], beside[name] + size, reason) for name, (size, reason) in compiled.items()}
 
 
 def _compiled(program: Lowered) -> tuple[float, str]:
@@ -254,6 +288,7 @@ def _residents(setup: Setup) -> dict[str, int]:
         "model": s.params,
         "frozen base": s.frozen,
         "reference": s.reference,
+        "teacher": s.teacher,
         "optimizer": s.opt_state,
         "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),
@@ -271,7 +306,17 @@ def _details(setup: Setup) -> dict[str, dict[str, float]]:
         if on_host
         else {}
     )
-    return {"rollout": _rollout_details(setup), "update": _update_details(setup) | stored}
+    prompts = round_prompts(c) // c.rollout.chunks
+    held = images.of_batch(setup, prompts), images.of_batch(setup, c.rollout.prompts)
+    of_update = _update_details(setup)
+    found = {"rollout": _rollout_details(setup) | held[0], "update": of_update | held[1] | stored}
+    if tower := images.of_tower_in_rollout(setup):
+        found["rollout, as the tower runs"] = tower | held[0]
+    if tower := images.of_tower_in_update(setup):
+        found["update, as the tower is differentiated"] = (
+            {"gradients": _gradients(setup)} | images.embeddings_in_update(setup) | tower | held[1] | stored
+        )
+    return found
 
 
 def _rollout_details(setup: Setup) -> dict[str, float]:
@@ -280,28 +325,58 @@ def _rollout_details(setup: Setup) -> dict[str, float]:
     shards, tensor = size_along(mesh, ROWS), mesh["tensor"]
     width = jnp.dtype(a.compute_dtype).itemsize
     prompts, new = round_prompts(c) // c.rollout.chunks, c.rollout.max_new_tokens
-    rows = prompts * c.rollout.group_size
-    rows = min(rows, c.rollout.slots or rows)
+    rows, slots = prompts * c.rollout.group_size, c.rollout.slots
+    column = 2 * a.layers * a.kv_heads * a.head_dim * width / shards / tensor
     # The last token of a completion needs no place in the cache.
-    cached = prompts * setup.task.train.tokens.shape[1] + rows * (new - 1)
-    decoded = sum(x.size for x in jax.tree.leaves(setup.abstract.weights)) * width / tensor
+    caches, at_once = {"KV cache": column * (prompts * setup.task.train.tokens.shape[1] + rows * (new - 1))}, rows
+    if slots is not None and slots < rows:
+        caches, at_once = _slot_caches(setup, slots, rows, column * shards)
+    decoded = sum(x.size for x in _decoded(setup.abstract.weights)) * width / tensor
     if a.split_decode:
         split = 3 * a.layers * a.width * a.mlp_width + (1 if a.tied else 2) * a.vocab_size * a.width
         decoded -= split * width / tensor * (1 - 1 / mesh["fsdp"])
     return {
         # Where nothing splits the weights, decoding may use them where they are.
         "weights as they are decoded": decoded if size_along(mesh, WEIGHTS) > 1 else 0.0,
-        "KV cache": 2 * a.layers * a.kv_heads * a.head_dim * cached * width / shards / tensor,
-        "logits of one token": 4 * rows * a.vocab_size / shards / tensor,
-    } | _patches(setup, prompts)
+        "logits of one token": 4 * at_once * a.vocab_size / shards / tensor,
+        **caches,
+    }
 
 
-def _patches(setup: Setup, prompts: int) -> dict[str, float]:
-    """Bytes per device of the images of so many prompts; none if the data has no images."""
-    if setup.images is None:
-        return {}
-    of_prompt = setup.images.windows * setup.images.layout.patches * setup.images.patch_numbers
-    return {"patches of images": prompts * of_prompt / size_along(setup.mesh.shape, ROWS)}
+def _gradients(setup: Setup) -> float:
+    """Bytes per device of the float32 gradient of all weights that train."""
+    return float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(setup.abstract.params)))
+
+
+def _decoded(weights: PyTree) -> list[jax.ShapeDtypeStruct]:
+    """The weights that decoding reads: all but the vision tower's."""
+    found = jax.tree_util.tree_leaves_with_path(weights)
+    return [x for path, x in found if jax.tree_util.DictKey("vision") not in path]
+
+
+def _slot_caches(setup: Setup, slots: int, rows: int, column: float) -> tuple[dict[str, float], int]:
+    """Bytes of the keys and values on a device where completions are decoded in slots, by name; and the largest number
+    of completions that all devices decode at a time.
+
+    The slots of one stage exist at a time, beside all rows that wait between stages.
+
+    Args:
+      column: bytes of the keys and values of a token on a device.
+    """
+    c, shards = setup.config, size_along(setup.mesh.shape, ROWS)
+    new, prompt = c.rollout.max_new_tokens, setup.task.train.tokens.shape[1]
+    stages = make_stages(slots // shards, c.rollout.stages or 1, new, rows // shards)
+    largest = max(stages, key=lambda stage: stage.slots * (stage.columns + prompt))
+    shown = ", ".join(f"{stage.slots} x {stage.columns}" for stage in stages)
+    found = {
+        "KV cache of prompts": column * prompt * rows / c.rollout.group_size / shards,
+        f"KV cache of a stage's slots and their prompts ({shown})": column * largest.slots * (largest.columns + prompt),
+    }
+    if len(stages) > 1:
+        waiting = cache_columns(stages) - max(stage.slots * stage.columns for stage in stages)
+        shown = ", ".join(str(stage.waiting) for stage in stages[1:])
+        found[f"KV cache of rows between stages ({shown})"] = column * waiting
+    return found, shards * max(stage.slots for stage in stages)
 
 
 def _update_details(setup: Setup) -> dict[str, float]:
@@ -325,11 +400,9 @@ def _update_details(setup: Setup) -> dict[str, float]:
     columns = chunk_columns(at_once, predictions, a.vocab_size, c.loss.logits_mib, packed)
     # Chunks are of equal size, which may be less than the config allows.
     chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
-    trained = jax.tree.leaves(setup.abstract.params)
-    gradients = float(sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in trained))
     return {
         # The gradients of a single microbatch are made as its activations are freed.
-        "gradients": gradients if packed or at_once < rows else 0.0,
+        "gradients": _gradients(setup) if packed or at_once < rows else 0.0,
         f"activations kept (model.remat {a.remat})": a.layers * tokens * width * kept,
         "a block's activations, or a chunk of logits": max(tokens * width * again, chunk),
-    } | _patches(setup, c.rollout.prompts)
+    } | images.embeddings_in_update(setup)

@@ -17,6 +17,7 @@ from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import TypedDict, TypeVar
+from urllib.parse import quote
 
 import yaml
 
@@ -40,6 +41,15 @@ _PHASES = ("select", "rollout", "verify", "update")
 T = TypeVar("T")
 
 
+class Histogram(TypedDict):
+    """A histogram over all prompts at a step."""
+
+    step: int | float
+    edges: list[int | float]
+    counts: list[int | float]
+    """Prompts between neighbouring edges."""
+
+
 class _Group(TypedDict):
     """The completions of one prompt in a dump."""
 
@@ -50,9 +60,11 @@ class _Group(TypedDict):
     rows: list[dict[str, object]]
 
 
-def read_runs(folders: Sequence[Path]) -> dict[str, object]:
+def read_runs(folders: Sequence[Path], beside: Path) -> dict[str, object]:
     """The report's data. A folder that is named twice counts once.
 
+    Args:
+      beside: folder of the page, from which links to files of a run lead.
     Raises:
       ConfigError: a folder does not exist or holds no metrics.jsonl.
     """
@@ -60,7 +72,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, object]:
     names = _names([folder.resolve() for folder in unique])
     return {
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "runs": [_read_run(folder, name) for folder, name in zip(unique, names, strict=True)],
+        "runs": [_read_run(folder, name, beside) for folder, name in zip(unique, names, strict=True)],
     }
 
 
@@ -92,7 +104,7 @@ def thin(values: Sequence[float], limit: int) -> list[int]:
     return sorted(kept)
 
 
-def _read_run(folder: Path, name: str) -> dict[str, object]:
+def _read_run(folder: Path, name: str, beside: Path) -> dict[str, object]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the run.dir of a training run")
     if not (folder / "metrics.jsonl").is_file():
@@ -106,11 +118,27 @@ def _read_run(folder: Path, name: str) -> dict[str, object]:
         "rows": rows,
         "metrics": metrics,
         "summary": _read_summary(folder, lines, notes),
-        "priorities": _read_histograms(folder, "priority", notes),
-        "visits": _read_histograms(folder, "visits", []),
+        "priorities": read_histograms(folder, "priority", notes),
+        "visits": read_histograms(folder, "visits", []),
         "completions": _read_completions(folder, notes),
+        "profiles": _profiles(folder, beside),
         "notes": notes,
     }
+
+
+def _profiles(folder: Path, beside: Path) -> list[dict[str, str]]:
+    """A text and a link for each trace and each profile of memory of a run."""
+    found = [
+        *(("trace", path) for path in sorted(folder.glob("profile/plugins/profile/*/*.trace.json.gz"))),
+        *(("memory", path) for path in sorted(folder.glob("profile/*.prof"))),
+    ]
+    return [
+        {
+            "text": f"{kind}: {path.relative_to(folder).as_posix()}",
+            "href": quote(os.path.relpath(path.resolve(), beside.resolve()).replace(os.sep, "/")),
+        }
+        for kind, path in found
+    ]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -198,17 +226,18 @@ def _read_summary(folder: Path, lines: list[dict[str, object]], notes: list[str]
     }
 
 
-def _read_histograms(folder: Path, name: str, notes: list[str]) -> list[dict[str, object]]:
+def read_histograms(folder: Path, name: str, notes: list[str]) -> list[Histogram]:
     """Histograms over all prompts, of the selector's priorities or of visits; none if it keeps none."""
     path = folder / "strategy.jsonl"
-    found: dict[float, dict[str, object]] = {}
+    found: dict[float, Histogram] = {}
     for line in _lines(path, notes) if path.is_file() else []:
         step, found_here = _number(line.get("step")), line.get(name)
         if step is None or not isinstance(found_here, dict):
             continue
         edges, counts = _list(found_here.get("edges")), _list(found_here.get("counts"))
-        if counts and len(edges) == len(counts) + 1 and None not in edges + counts:
-            found[step] = {"step": step, "edges": edges, "counts": counts}
+        known = [[x for x in numbers if x is not None] for numbers in (edges, counts)]
+        if counts and len(edges) == len(counts) + 1 and known == [edges, counts]:
+            found[step] = Histogram(step=step, edges=known[0], counts=known[1])
     return _evenly([found[step] for step in sorted(found)], MAX_HISTOGRAMS, f"{name} histograms", notes)
 
 
@@ -339,7 +368,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
       ConfigError: a folder is no run folder, or `out` is no file that may be written.
       StorageError: `out` cannot be written now, as on a full disk.
     """
-    page = render(read_runs(runs))
+    page = render(read_runs(runs, out.parent))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():

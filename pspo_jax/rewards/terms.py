@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pspo_jax.config.schema import RewardConfig
+from pspo_jax.config.rewards import RewardConfig
 from pspo_jax.config.text_fields import TERMS, TEXT_TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
 

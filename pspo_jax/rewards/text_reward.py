@@ -21,7 +21,9 @@ from pspo_jax.data.files import value_at
 from pspo_jax.data.loading import PROMPT_COLUMNS
 from pspo_jax.data.task import ANSWER_COLUMN, CompletionBatch, RewardFn, RewardResult
 from pspo_jax.data.tokenizer import TextTokenizer
+from pspo_jax.rewards.reward_model import make_scorer
 from pspo_jax.rewards.terms import ShapingInputs, shaping_term, user_functions, weighted_sum
+from pspo_jax.verifiers.judge import Judge, question_of
 from pspo_jax.verifiers.math_answer import final_answer
 from pspo_jax.verifiers.workers.pool import Batch, Pool, Reply, Request
 
@@ -46,7 +48,10 @@ def make_pool(config: Config, log: Path | None = None) -> Pool:
     tasks = [part.task for part, _ in mixture(config)] or [config.task]
     # A package that is not installed is reported where the task is made.
     gym = any(t.name == "reasoning_gym" for t in tasks) and find_spec("reasoning_gym") is not None
-    return Pool(config.verifier, reward_functions(config), ("reasoning_gym",) if gym else (), log)
+    judge = None
+    if "judge" in parse_terms(config.reward):
+        judge = Judge(config.judge, None if log is None else log.with_name("judge.jsonl"))
+    return Pool(config.verifier, reward_functions(config), ("reasoning_gym",) if gym else (), log, judge)
 
 
 def reward_functions(config: Config) -> tuple[str, ...]:
@@ -63,6 +68,7 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
       pool: verifies; None = the function raises RuntimeError, for plans and exports.
     """
     terms = parse_terms(config.reward)
+    scorer = make_scorer(config) if pool is not None and "reward_model" in terms else None
     prefix = tokenizer.answer_beginning(config.prompt)
 
     def reward_fn(batch: CompletionBatch) -> Callable[[], RewardResult]:
@@ -78,14 +84,22 @@ def text_reward(pool: Pool | None, tokenizer: TextTokenizer, config: Config) -> 
         questions = _verdict_questions(batch, kinds, texts, config, pool)
         verdicts = pool.submit([question.request for question in questions])
         extra = {}
+        if "judge" in weights:
+            extra["judge"] = _judged(batch, texts, pool, config)
         for name in weights:
             if name not in TERMS:
                 found = _function_questions(name, batch, texts, pool, config)
                 extra[name] = found, pool.submit([question.request for question in found])
 
+        scored = None
+        if scorer is not None and "reward_model" in weights:
+            prompts = [_turns(batch, i, config) for i in range(len(texts)) for _ in texts[i]]
+            scored = scorer(prompts, [text for row in texts for text in row])
+
         def result() -> RewardResult:
             """Waits for the rewards."""
-            return _result(batch, kinds, texts, questions, verdicts, extra, weights, config)
+            more = {} if scored is None else {"reward_model": _of_model(scored().reshape(batch.lengths.shape), config)}
+            return _result(batch, kinds, texts, questions, verdicts, extra, weights, config, more)
 
         return result
 
@@ -146,6 +160,21 @@ def _is_one_answer(text: str) -> bool:
     return len(lines) == 1 and ";" not in lines[0] and len(_NUMBER.findall(lines[0].rpartition("=")[2])) <= 1
 
 
+def _judged(
+    batch: CompletionBatch, texts: list[list[str]], pool: Pool, config: Config
+) -> tuple[list[_Question], Batch]:
+    """A question to the judge about each completion, and the replies to come."""
+    assert pool.judge is not None
+    places, questions = [], []
+    for i, row in enumerate(batch.rows):
+        prompt, answer = _at(batch.prompts.texts, int(row)), batch.prompts.answers[int(row)]
+        for j, text in enumerate(texts[i]):
+            question = question_of(config.judge.prompt, prompt, answer, text)
+            places.append(_Question(Request("judge", {"question": question}), i, (j,)))
+            questions.append(question)
+    return places, pool.judge.submit(questions)
+
+
 def _function_questions(
     name: str, batch: CompletionBatch, texts: list[list[str]], pool: Pool, config: Config
 ) -> list[_Question]:
@@ -186,6 +215,22 @@ def _row_questions(
     return questions
 
 
+def _turns(batch: CompletionBatch, i: int, config: Config) -> Conversation:
+    """The prompt of row i of a batch as a conversation."""
+    row, prompts = int(batch.rows[i]), batch.prompts
+    columns = prompts.columns(row) if prompts.columns is not None else {}
+    return _conversation(columns, config.task.prompt_column) or [{"role": "user", "content": _at(prompts.texts, row)}]
+
+
+def _of_model(value: Float[np.ndarray, "B G"], config: Config) -> _Term:
+    """The scores of the reward model as a term; NaN = the text is too long for it."""
+    failed = np.isnan(value)
+    reason = f"too long: more than {config.reward.model_tokens} tokens (reward.model_tokens)"
+    nothing: list[list[str | None]] = [[None] * value.shape[1] for _ in range(value.shape[0])]
+    reasons = Counter({reason: int(failed.sum())}) if failed.any() else Counter()
+    return _Term(value, failed, nothing, reasons, [], {}, {})
+
+
 def _conversation(columns: dict[str, object], wanted: str | None) -> Conversation | None:
     """The messages of a row whose prompt is a conversation; None if it is plain text."""
     for name in [wanted] if wanted else PROMPT_COLUMNS:
@@ -212,19 +257,21 @@ def _result(
     extra: dict[str, tuple[list[_Question], Batch]],
     weights: dict[str, float],
     config: Config,
+    more: dict[str, _Term],
 ) -> RewardResult:
     """The rewards of a batch from the replies; it waits for these.
 
     Args:
       questions, replies: requests for verdicts, and their replies.
-      extra: for each user's function, its requests and their replies.
+      extra: for the judge and each user's function, its requests and their replies.
       weights: weight of each term.
+      more: terms whose values are known.
     """
     shape = batch.lengths.shape
     values = {"accuracy": _fill(shape, questions, replies.result(), unasked=0.0)}
-    values |= {name: _fill(shape, found, answered.result()) for name, (found, answered) in extra.items()}
+    values |= {name: _fill(shape, found, answered.result()) for name, (found, answered) in extra.items()} | more
     value = values["accuracy"].value
-    graded = np.array([[kind in PARTIAL_CREDIT] for kind in kinds])
+    graded = np.array([kind in PARTIAL_CREDIT for kind in kinds], bool)[:, None]  # a process may have no row
     verdicts = np.where(graded | np.isnan(value), np.clip(value, 0, 1), value >= 1).astype(np.float32)
     terms: dict[str, Float[np.ndarray, "B G"]] = {}
     inputs = ShapingInputs(verdicts, batch.lengths, texts, config.rollout.max_new_tokens)

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Params, Prompts, Rollouts
-from pspo_jax.distributed.mesh import constrain
+from pspo_jax.distributed.mesh import ROWS, constrain, size_along
 from pspo_jax.model.interface import Model
 from pspo_jax.rollout.continuous import decode_slots
+from pspo_jax.rollout.stages import Stage, make_stages
 from pspo_jax.rollout.token_loop import (
     DrawnTokens,
     RolloutShape,
     Samples,
     SamplingParams,
-    TokenLoop,
     draw_row_tokens,
     images_of,
     is_stop,
@@ -52,6 +52,15 @@ class SampleFn(Protocol):
         ...
 
 
+class Computed(NamedTuple):
+    """The work of a rollout, that for rows which had already ended included."""
+
+    tokens: Int[Array, ""]
+    """Number of tokens that were computed."""
+    columns: Float[Array, ""]
+    """Number of columns of completions' caches that were read; a column is the keys and values of one token."""
+
+
 class CountingSampleFn(Protocol):
     """A sampler that counts."""
 
@@ -62,13 +71,19 @@ class CountingSampleFn(Protocol):
         key: Key[Array, ""],
         settings: SamplingParams,
         first_row: Int[Array, ""] | int = 0,
-    ) -> tuple[Rollouts, Int[Array, ""]]:
-        """Completions, and the number of tokens that were computed."""
+    ) -> tuple[Rollouts, Computed]:
+        """Completions, and the work that they took."""
         ...
 
 
 def make_sampler(
-    model: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
+    model: Model,
+    group_size: int,
+    max_new_tokens: int,
+    pad_id: int,
+    slots: int | None = None,
+    chunk: int = 1,
+    stages: int = 1,
 ) -> SampleFn:
     """A jitted `sample(params, prompts, key, settings, first_row=0) -> Rollouts`.
 
@@ -78,21 +93,25 @@ def make_sampler(
     cut into calls. Stop tokens are part of the completions and of the mask.
 
     Args:
-      slots: rows that are decoded at a time; a slot whose row has ended takes the next row (see `continuous`). None =
-        all rows at once.
+      slots: completions of T tokens for which there is memory; a slot whose row has ended takes the next row (see
+        `continuous`). None = that of all rows, which are decoded at once.
       chunk: tokens that are drawn between two tests whether all rows have ended; see `tokens_per_test`.
+      stages: stages of a rollout in slots; see `stages.make_stages`.
     """
-    sample = counting_sampler(model, group_size, max_new_tokens, pad_id, slots, chunk)
+    sample = counting_sampler(model, group_size, max_new_tokens, pad_id, slots, chunk, stages)
     return jax.jit(lambda *args, **named: sample(*args, **named)[0])
 
 
 def counting_sampler(
-    model: Model, group_size: int, max_new_tokens: int, pad_id: int, slots: int | None = None, chunk: int = 1
+    model: Model,
+    group_size: int,
+    max_new_tokens: int,
+    pad_id: int,
+    slots: int | None = None,
+    chunk: int = 1,
+    stages: int = 1,
 ) -> CountingSampleFn:
-    """`make_sampler` without the jit, whose result includes the number of tokens that were computed.
-
-    The number includes tokens of rows that had already ended.
-    """
+    """`make_sampler` without the jit, whose result includes the work that was done."""
     shape = RolloutShape(group_size, max_new_tokens, pad_id)
 
     def sample(
@@ -101,18 +120,54 @@ def counting_sampler(
         key: Key[Array, ""],
         settings: SamplingParams,
         first_row: Int[Array, ""] | int = 0,
-    ) -> tuple[Rollouts, Int[Array, ""]]:
-        b = prompts.tokens.shape[0]
-        rows = b * group_size
+    ) -> tuple[Rollouts, Computed]:
+        rows = prompts.tokens.shape[0] * group_size
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
         if slots is not None and slots < rows:
-            samples = decode_slots(model, params, prompts, row_keys, settings, slots, shape)
-            samples = jax.tree.map(lambda x: x.reshape(b, group_size, *x.shape[1:]) if x.ndim else x, samples)
-            return _rollouts(prompts, samples, settings), rows + samples.steps * slots
-        samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
-        return _rollouts(prompts, samples, settings), rows * (1 + samples.steps)
+            shards, of_shard = shard_stages(slots, stages, max_new_tokens, rows)
+            samples = decode_slots(model, params, prompts, row_keys, settings, of_shard, shape)
+            loops = [(shards * stage.slots, stage.columns) for stage in of_shard]
+        else:
+            samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
+            loops = [(rows, size) for size in cache_sizes(max_new_tokens, chunk, model.resize is not None)]
+        return _rollouts(prompts, samples, settings), _computed(rows, loops, samples.steps)
 
     return sample
+
+
+def shard_stages(slots: int, stages: int, max_new_tokens: int, rows: int) -> tuple[int, list[Stage]]:
+    """Number of devices that share the batch in the mesh in context, and the stages of each.
+
+    Args:
+      rows: completions of all devices; `slots` is for all devices too.
+    Raises:
+      ValueError: the mesh does not divide the slots, or the stages do not fit into their memory.
+    """
+    shards = size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
+    if slots % shards:
+        raise ValueError(f"rollout.slots={slots}: must be a multiple of the {shards} devices that share the batch")
+    return shards, make_stages(slots // shards, stages, max_new_tokens, rows // shards)
+
+
+def _computed(rows: int, loops: list[tuple[int, int]], steps: Int[Array, "J"]) -> Computed:
+    """The work of loops of so many slots with so many columns, after the first token of every row."""
+    slots, columns = (jnp.asarray(x) for x in zip(*loops, strict=True))
+    return Computed(rows + (slots * steps).sum(), (slots.astype(jnp.float32) * columns * steps).sum())
+
+
+class TokenLoop(NamedTuple):
+    """State of the token loop."""
+
+    t: Int[Array, ""]
+    """Position of `last` in its completion, from 0."""
+    last: Int[Array, "B G"]
+    """Id of the token that was drawn last and is not in the cache yet."""
+    alive: Bool[Array, "B G"]
+    """Whether another token may be drawn."""
+    cache: PyTree
+    """Keys and values of the completions, as the model keeps them."""
+    samples: Samples
+    """Completions so far."""
 
 
 class RowDecoder(NamedTuple):
@@ -149,10 +204,13 @@ def decode_rows(
     loop = TokenLoop(jnp.int32(0), no_token, jnp.ones(rows, bool), cache, no_samples(rows, room, shape.pad_id))
     logits = jnp.broadcast_to(logits[:, None], (*rows, logits.shape[-1]))
     loop = append(decoder, loop, logits, jnp.int32(0))
-    for size in cache_sizes(longest, chunk) if model.resize else [longest]:
+    steps = []
+    for size in cache_sizes(longest, chunk, model.resize is not None):
+        before = loop.t
         if model.resize:
             loop = loop._replace(cache=model.resize(loop.cache, size))
         loop = _decode_to(decoder, loop, size, chunk)
+        steps.append(loop.t - before)
     samples = loop.samples
     return Samples(
         tokens=samples.tokens[..., :longest],
@@ -160,7 +218,7 @@ def decode_rows(
         sampling_log_probs=samples.sampling_log_probs[..., :longest],
         lengths=samples.lengths,
         ended=~loop.alive,
-        steps=loop.t,
+        steps=jnp.stack(steps),
     )
 
 
@@ -210,13 +268,16 @@ def append(decoder: RowDecoder, loop: TokenLoop, logits: Float[Array, "B G V"], 
     )
 
 
-def cache_sizes(max_new_tokens: int, chunk: int = 1) -> list[int]:
+def cache_sizes(max_new_tokens: int, chunk: int = 1, grows: bool = True) -> list[int]:
     """Sizes of the cache in tokens, one after the other, so that a token pays for the tokens so far and not for all.
 
     Each size has a loop of its own, which compiles anew; therefore there are few. All sizes but the last are whole
     chunks.
+
+    Args:
+      grows: whether the model can change the size of its cache.
     """
-    parts = (max_new_tokens // part // chunk * chunk for part in (4, 2))
+    parts = (max_new_tokens // part // chunk * chunk for part in (4, 2)) if grows else ()
     return [part for part in parts if part >= SMALLEST_CACHE_TOKENS] + [max_new_tokens]
 
 

@@ -1,4 +1,4 @@
-"""What both token loops share: settings, the loop's state, and the draw of one token for every row.
+"""What both token loops share: settings, the completions so far, and the draw of one token for every row.
 
 `sampler.py` decodes all rows at once, [B, G]; `continuous.py` decodes some rows at a time in slots, [n, s].
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.state import Prompts
@@ -78,23 +78,8 @@ class Samples(NamedTuple):
     """Tokens of each completion, the stop token included."""
     ended: Bool[Array, "*rows"]
     """Whether a stop token ended the row."""
-    steps: Int[Array, ""]
-    """Decoding steps of the loop; each computes one token of every row or slot."""
-
-
-class TokenLoop(NamedTuple):
-    """State of a token loop; the leading dimensions of `last` and `alive` are [B, G] rows or [n, s] slots."""
-
-    t: Int[Array, "..."]
-    """Position of `last` in its completion, from 0: a scalar if all rows are at the same position, else one a slot."""
-    last: Int[Array, "*rows"]
-    """Id of the token that was drawn last and is not in the cache yet."""
-    alive: Bool[Array, "*rows"]
-    """Whether another token may be drawn."""
-    cache: PyTree
-    """Keys and values of the completions, as the model keeps them."""
-    samples: Samples
-    """Completions so far."""
+    steps: Int[Array, "J"]
+    """Decoding steps of each stage or of each size of the cache; a step computes one token of every row or slot."""
 
 
 class DrawnTokens(NamedTuple):
@@ -127,7 +112,7 @@ def no_samples(rows: tuple[int, ...], max_new_tokens: int, pad_id: int) -> Sampl
         sampling_log_probs=zeros,
         lengths=jnp.zeros(rows, jnp.int32),
         ended=jnp.zeros(rows, bool),
-        steps=jnp.int32(0),
+        steps=jnp.zeros(0, jnp.int32),
     )
 
 

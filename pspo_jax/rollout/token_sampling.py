@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _BITS_OF_ONE = 0x3F800000  # float32 1.0 as an integer
+_BLOCK = 128
+"""Tokens of a block of the vocabulary in the search for the smallest weight that top-k and top-p keep."""
+_SEARCHED_BLOCKS = 128
+"""Number of blocks that are searched first."""
 
 
 def draw_tokens(
@@ -53,9 +57,12 @@ def draw_tokens(
         uniform,
     )
     chosen = (jnp.take_along_axis(logits, token[..., None], axis=-1) - top)[..., 0] * sharpness
+    # A difference may be fused with the product before it, which rounds once instead of twice; whether the compiler
+    # does so depends on the number of rows, and the results must not.
+    chosen, log_total, log_kept = jax.lax.optimization_barrier((chosen, log_total, jnp.log(kept_total)))
     log_prob = chosen - log_total
     # Without truncation both log-probs are the same to the last bit, and not two sums in different orders.
-    sampling = jnp.where(truncated, chosen - jnp.log(kept_total), log_prob)
+    sampling = jnp.where(truncated, chosen - log_kept, log_prob)
     return token, log_prob, sampling
 
 
@@ -92,13 +99,49 @@ def _first(hit: Bool[Array, "*n k"]) -> Int[Array, "*n"]:
 
 
 def _threshold(weight: Float[Array, "*n V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "*n"]:
-    """The smallest weight that top-k and then top-p keep. Weights are in [0, 1], and the largest is 1."""
-    everything = jnp.int32(weight.shape[-1])
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, everything), everything)
-    by_count = _largest_threshold(weight, lambda w: (w > 0).sum(axis=-1), k)
-    weight = jnp.where(weight >= by_count[..., None], weight, 0.0)
-    by_mass = _largest_threshold(weight, lambda w: w.sum(axis=-1), top_p * weight.sum(axis=-1))
-    return jnp.where(top_p < 1, jnp.maximum(by_count, by_mass), by_count)
+    """The smallest weight that top-k and then top-p keep. Weights are in [0, 1], and the largest is 1.
+
+    In a large vocabulary the search looks at the blocks with the largest weights alone. Its result is exact if it is
+    larger than every weight elsewhere; rows for which it is not, those with a flat distribution, are searched again as
+    a whole. A row's result does not depend on the other rows.
+    """
+    v, total = weight.shape[-1], weight.sum(axis=-1)
+    blocks = -(-v // _BLOCK)
+    if blocks <= _SEARCHED_BLOCKS:
+        return _search(weight, total, top_k, top_p)[0]
+    padded = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, blocks * _BLOCK - v)])
+    padded = padded.reshape(*weight.shape[:-1], blocks, _BLOCK)
+    largest, places = jax.lax.top_k(padded.max(axis=-1), _SEARCHED_BLOCKS + 1)
+    searched = jnp.take_along_axis(padded, places[..., :-1, None], axis=-2).reshape(*weight.shape[:-1], -1)
+    found, least = _search(searched, total, top_k, top_p)
+    exact = least > largest[..., -1]
+    whole = jax.lax.cond(exact.all(), lambda _: found, lambda w: _search(w, total, top_k, top_p)[0], weight)
+    return jnp.where(exact, found, whole)
+
+
+def _search(
+    weight: Float[Array, "*n v"], total: Float[Array, "*n"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """The smallest weight that is kept, and the smallest that the search relies on having seen all larger ones of.
+
+    Args:
+      weight: weights of a row; those that are left out are smaller.
+      total: sum of all weights of a row, with those that are left out.
+    """
+    zeros = jnp.zeros_like(total)
+
+    def of_count(w: Float[Array, "*n v"]) -> Float[Array, "*n"]:
+        return _largest_threshold(w, lambda w: (w > 0).sum(axis=-1), jnp.minimum(top_k, weight.shape[-1]))
+
+    def of_mass(w: Float[Array, "*n v"], mass: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        return _largest_threshold(w, lambda w: w.sum(axis=-1), top_p * mass)
+
+    by_count = jax.lax.cond(top_k > 0, of_count, lambda _: zeros, weight)
+    kept = jnp.where(weight >= by_count[..., None], weight, 0.0)
+    mass = jnp.where(top_k > 0, kept.sum(axis=-1), total)
+    by_mass = jax.lax.cond(top_p < 1, of_mass, lambda *_: zeros, kept, mass)
+    found = jnp.maximum(by_count, by_mass)
+    return found, jnp.where(top_k > 0, by_count, found)
 
 
 def _largest_threshold(

@@ -91,13 +91,19 @@ def read_config(run: Path, overrides: Sequence[str] = (), flag: str = "--run", p
             raise ConfigError(str(error).replace(str(kept), str(path))) from error
 
 
-def choose_steps(run: Path, wanted: str, flag: str = "--step") -> list[int]:
-    """Steps of a run's checkpoints that a flag's value means."""
+def choose_steps(run: Path, wanted: str, flag: str = "--step", named_by: str = "--run") -> list[int]:
+    """Steps of a run's checkpoints that a flag's value means.
+
+    Args:
+      named_by: the flag that named the run, for messages.
+    """
     steps = saved_steps(home_of(run) / "checkpoints")
     if not steps and (run / "model").is_dir():
-        raise ConfigError(f"--run {run}: holds one finished model and no checkpoints; name the model, {run / 'model'}")
+        raise ConfigError(
+            f"{named_by} {run}: holds one finished model and no checkpoints; name the model, {run / 'model'}"
+        )
     if not steps:
-        raise ConfigError(f"--run {run}: has no checkpoints yet; wait for the first one (checkpoint.every)")
+        raise ConfigError(f"{named_by} {run}: has no checkpoints yet; wait for the first one (checkpoint.every)")
     if wanted == "all":
         return steps
     if wanted == "latest":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 
 from pspo_jax.checkpoint.metadata import AccountingRecord
@@ -40,11 +41,12 @@ class RunAccounting:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, float]]:
-        """Time a block; the yielded dict holds its seconds afterwards."""
+        """Time a block, and annotate it in a profiler's trace; the yielded dict holds its seconds afterwards."""
         out: dict[str, float] = {}
         began = time.monotonic()
         try:
-            yield out
+            with jax.profiler.TraceAnnotation(name):
+                yield out
         finally:
             out["seconds"] = time.monotonic() - began
             self.seconds[name] += out["seconds"]

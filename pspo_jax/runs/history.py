@@ -19,9 +19,12 @@ from pspo_jax.system.storage import append_whole, write_whole
 
 _NOT_KEPT = {"run.start_over": False, "run.print_config": False, "task.allow_change": False}
 """Fields that hold for one command and are never kept, with the value that the folder keeps instead."""
-_UNSAID = ("run.dir", "run.fingerprint", "run.compilation_cache", "sft.share", "task.cache", *_NOT_KEPT)
-"""Fields that only say where files are and what is shown, with every field of `_UNSAID_STAGES`. A resumed run may
-change them without a record."""
+_UNSAID = (
+    *("run.dir", "run.hours", "run.profile", "run.profile_memory", "run.fingerprint", "run.compilation_cache"),
+    *("sft.share", "task.cache", *_NOT_KEPT),
+)
+"""Fields that only say where files are, what is shown and how long one start may last, with every field of
+`_UNSAID_STAGES`. A resumed run may change them without a record."""
 _UNSAID_STAGES = ("distributed.", "runtime.", "log.")
 _DATA = (
     "task.train_data",
@@ -46,9 +49,18 @@ MAY_CHANGE = (
     "model.scan_unroll",
     "model.attention",
     "sft.data",
+    "teacher.source",
+    "teacher.revision",
+    "teacher.step",
+    "judge.url",
+    "judge.api_key_variable",
+    "judge.concurrency",
+    "judge.deadline",
+    "judge.retries",
     "rollout.chunks",
     "rollout.weights",
     "rollout.slots",
+    "rollout.stages",
     "loss.microbatch_rows",
     "loss.microbatch_tokens",
     "loss.logits_mib",

@@ -17,11 +17,11 @@ from pspo_jax.runs.lease import held
 from pspo_jax.system.buckets import get_files, is_url, objects, put_files, remove
 from pspo_jax.system.storage import StorageError, unread, unwritten, writing
 
-_OWN = (HOME, "*.lock", "*.partial", ".write-test*")
-"""Names of files that belong to the working folder and are never copied."""
+_OWN = (HOME, "*.lock", "*.partial", ".write-test*", "wandb")
+"""Names of files and folders that belong to the working folder and are never copied."""
 _MODEL = "model"
 """Name of the folder of the finished model of a run of supervised fine-tuning."""
-_IN_BUCKET = ("checkpoints", "checkpoints.damaged", "cold_start*", "set_aside", "events.out.*", *_OWN)
+_IN_BUCKET = ("checkpoints", "checkpoints.damaged", "cold_start*", "set_aside", "profile", "events.out.*", *_OWN)
 """Names of files and folders of the bucket that are never copied to the working folder, since they are large or not
 read there."""
 _LOGS = ("workers.log",)

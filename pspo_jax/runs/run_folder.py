@@ -1,4 +1,5 @@
-"""The run folder: config.yaml, metrics.jsonl, strategy.jsonl, completions/, summary.json, TensorBoard events."""
+"""The run folder: config.yaml, metrics.jsonl, strategy.jsonl, completions/, summary.json, TensorBoard events. Loggers
+beside it are fed from here."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from pspo_jax.runs import verdicts
 from pspo_jax.runs.access import read_lines, read_settings
 from pspo_jax.runs.completions import Line, print_completions, write_completions
 from pspo_jax.runs.home import checked_url, stand_for, working_folder
+from pspo_jax.runs.loggers.sender import Sender, end_all
 from pspo_jax.system.buckets import is_url
 from pspo_jax.system.json_values import json_number
 from pspo_jax.system.storage import REFUSED, Persist, append_whole, unwritten, write_whole, writing
@@ -104,6 +106,7 @@ class RunLog:
 
     Args:
       strategy_lines: lines that strategy.jsonl had when the restored step was saved.
+      senders: senders to loggers, which begin once the logs are truncated.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class RunLog:
         say: Callable[[str], None] = lambda _: None,
         strategy_lines: int = 0,
         warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        senders: Sequence[Sender] = (),
     ):
         self._warn = warn
         self._writes = writes
@@ -124,6 +128,8 @@ class RunLog:
         self._persist = persist or Persist()
         self._events: Events | None = None
         self._said: set[tuple[str, str]] = set()
+        self.senders = senders if writes else ()
+        """Senders to the loggers beside the run folder."""
         if not writes:
             return
         self._folder = folder
@@ -142,6 +148,8 @@ class RunLog:
             from pspo_jax.runs.events import Events
 
             self._persist(lambda: setattr(self, "_events", Events(folder, resume_step + 1)))
+        for sender in self.senders:
+            sender.start()
 
     def begun(self) -> bool:
         """Whether metrics.jsonl has a line already."""
@@ -157,6 +165,8 @@ class RunLog:
         if (events := self._events) is not None:
             shown = {k: v for k, v in clean.items() if v is not None and not k.startswith("crc/")}
             self._persist(lambda: events.scalars(step, shown))
+        for sender in self.senders:
+            sender.wake()
 
     def strategy(self, step: int, histograms: dict[str, dict[str, ArrayLike]]) -> None:
         """Histograms over all prompts, each with counts and edges, such as of priorities."""
@@ -170,8 +180,14 @@ class RunLog:
         if not self._writes:
             return
         self._persist(lambda: write_completions(self._folder / "completions", step, lines, file_format))
+        for sender in self.senders:
+            sender.completions(step, lines)
         if self._console is not None:
             print_completions(self._console, lines)
+
+    def close(self, finished: bool) -> None:
+        """End the run in the loggers; `finished` says whether it is at its end. What cannot be sent is said."""
+        end_all(self.senders, finished)
 
     def errors(self, step: int, tracebacks: Sequence[str]) -> None:
         """Keep what rewards raised, each place in the code once; its last line goes to the screen.

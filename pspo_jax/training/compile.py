@@ -174,13 +174,17 @@ def lower_collect(setup: Setup, rollouts: Rollouts, rewards: jax.ShapeDtypeStruc
 
 def lower_update(setup: Setup, temperature: PyTree) -> Lowered:
     """Trace the update on groups that dynamic sampling has collected."""
-    update = make_update(setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings)
+    update = make_update(
+        setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings, setup.teacher_model
+    )
     return _lower_jitted(update, setup.abstract, temperature)
 
 
 def lower_train_step(setup: Setup, rollouts: Rollouts, rewards: jax.ShapeDtypeStruct) -> Lowered:
     """Trace the step without dynamic sampling: advantages, replay and updates."""
-    step = make_train_step(setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings)
+    step = make_train_step(
+        setup.model, setup.optimizer, setup.algorithm, setup.config, setup.shardings, setup.teacher_model
+    )
     return _lower_jitted(step, setup.abstract, rollouts, rewards, rewards)
 
 
@@ -203,9 +207,8 @@ def _lower_sampler(setup: Setup, group_size: int, purpose: int, prompts: int) ->
     """Trace the sampler of `group_size` completions a prompt, and give the shapes of its rollouts."""
     rollout, task = setup.config.rollout, setup.task
     tokens = tokens_per_test(setup.mesh.devices.flat[0].platform, rollout.max_new_tokens)
-    draw = make_sampler(
-        setup.model, group_size, rollout.max_new_tokens, task.tokenizer.pad_token_id, rollout.slots, tokens
-    )
+    pad, stages = task.tokenizer.pad_token_id, rollout.stages or 1
+    draw = make_sampler(setup.model, group_size, rollout.max_new_tokens, pad, rollout.slots, tokens, stages)
 
     def sample(
         params: PyTree,
@@ -242,7 +245,7 @@ def _prompts_shape(setup: Setup, prompts: int) -> Prompts:
             tokens=jnp.zeros((prompts, length), jnp.int32),
             lengths=jnp.zeros(prompts, jnp.int32),
             loss_weight=jnp.zeros(prompts, jnp.float32),
-            images=None if setup.images is None else setup.images.empty(prompts, length),
+            images=None if setup.room is None else setup.room.empty(prompts, length),
         )
     )
     return _with_sharding(shapes, batch_sharding(setup.mesh))

@@ -19,6 +19,9 @@ from pspo_jax.checkpoint.params_folder import (
     save_folder,
     set_aside,
 )
+from pspo_jax.data.image_batches import image_room
+from pspo_jax.data.task import Demonstrations
+from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.runtime import jit_once
 from pspo_jax.runs.home import home_of
@@ -26,7 +29,7 @@ from pspo_jax.system.buckets import Place, absolute, children, remove
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError
 from pspo_jax.training.setup import Setup, load_frozen, load_trained
-from pspo_jax.training.supervised import cold_start, settings
+from pspo_jax.training.supervised import cold_start, file_examples, settings
 
 
 class FirstParams(NamedTuple):
@@ -56,10 +59,13 @@ def first_params(
       phase: opens a context that times "load" (weights are read or drawn) or "sft" (the cold start).
     """
     with phase("load"):
+        # What is wrong with the examples is found out before the weights are read.
+        examples = _file_examples(setup, progress.say)
         params, frozen, origin = _initial(setup, progress)
         if not setup.config.sft.steps:
             return FirstParams(params, frozen, origin)
-        wanted = settings(setup.config, setup.task, setup.source.fingerprint() if setup.source else None)
+        source = setup.source.fingerprint() if setup.source else None
+        wanted = settings(setup.config, setup.task, source, None if examples is None else examples.images)
         home = home_of(folder)
         found = _finished_start(setup, home, wanted, progress.say)
     if found is not None:
@@ -70,13 +76,26 @@ def first_params(
         "--sft.steps 0 leaves it out"
     )
     with phase("sft"):
-        params = cold_start(setup.config, setup.task, setup.model, params, progress, stop, frozen, kept, setup.images)
+        room = setup.images if examples is None else image_room(setup.architecture.vision, examples)
+        parts = setup.config, setup.task, setup.model, params
+        params = cold_start(*parts, progress, stop, frozen, kept, room, examples)
         if params is None:
             return FirstParams(None, None, "stopped")
         params = jax.device_put(params, setup.shardings.params)
         _keep(setup, home / "cold_start", params, wanted, progress.say, stop)
         kept.drop()
     return FirstParams(params, frozen, "cold start")
+
+
+def _file_examples(setup: Setup, say: Callable[[str], None]) -> Demonstrations | None:
+    """`file_examples`, equal on all processes; says which bounds on pixels their images have."""
+    examples, tokenizer = file_examples(setup.config, setup.task), setup.task.tokenizer
+    if examples is None or examples.images is None:
+        return examples
+    if isinstance(tokenizer, TextTokenizer) and tokenizer.visual is not None:
+        say(f"sft.data={setup.config.sft.data}: {tokenizer.visual.line}")
+    processes.check_same("sft.data", examples.images.identity())
+    return examples
 
 
 def _initial(setup: Setup, progress: Progress) -> tuple[PyTree, PyTree | None, str]:

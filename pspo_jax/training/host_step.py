@@ -90,9 +90,13 @@ class _Trained(NamedTuple):
     """Advantages of the last round, if its completions are to be logged."""
 
 
-def one_step(context: StepContext, state: TrainState, done: int) -> tuple[TrainState, Values]:
+def one_step(
+    context: StepContext, state: TrainState, done: int, dispatched: Callable[[int], None] = lambda _: None
+) -> tuple[TrainState, Values]:
     """Run step number `done` (the first is 1).
 
+    Args:
+      dispatched: is called with `done` once the update has been dispatched, before its results are waited for.
     Returns:
       The state after the step, and the step's metrics.
     Raises:
@@ -103,6 +107,7 @@ def one_step(context: StepContext, state: TrainState, done: int) -> tuple[TrainS
     seconds: dict[str, float] = {}
     run = _one_round if context.programs.collect is None else _several_rounds
     trained = run(context, state, seconds, done)
+    dispatched(done)
     with _timed(context.totals, seconds, "update"):
         values: Values = _over_rounds([_as_floats(found) for found in trained.round_metrics])
         values |= _as_floats(trained.update_metrics)
@@ -324,7 +329,7 @@ def _sample_chunks(
     settings = processes.to_global(SamplingParams.of(config, setup.task.stop_ids), whole)
     chunks = []
     for place in slices:
-        chosen = gather(setup.task.train, rows[place], weights[place], setup.images)
+        chosen = gather(setup.task.train, rows[place], weights[place], setup.room)
         prompts = processes.to_global(chosen, batch_sharding(setup.mesh))
         first_row = np.int32((number * len(rows) + place.start) * config.group_size)
         chunks.append(
@@ -384,5 +389,5 @@ def heldout_scores(context: StepContext, state: TrainState) -> dict[str, float]:
             batch=config.rollout.prompts * config.rollout.group_size,
             place=lambda prompts: processes.to_global(prompts, rows),
             report=report,
-            room=setup.images,
+            room=setup.room,
         )

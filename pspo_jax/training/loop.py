@@ -7,97 +7,56 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 
 from pspo_jax.arrays.state import TrainState
-from pspo_jax.checkpoint.checksums import named_checksums
 from pspo_jax.checkpoint.metadata import Metadata
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.plugins import is_plugin
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config
+from pspo_jax.config.text_fields import parse_loggers
 from pspo_jax.config.validation import validate
 from pspo_jax.data.task import Task
 from pspo_jax.data.text import write_left_out
 from pspo_jax.distributed import processes
-from pspo_jax.reporting.page import write_report
 from pspo_jax.rewards.own_task import RewardFunction
 from pspo_jax.runs import history
-from pspo_jax.runs.access import read_summary
 from pspo_jax.runs.accounting import RunAccounting
 from pspo_jax.runs.home import home_of, shown
+from pspo_jax.runs.loggers.opening import check_loggers, check_packages, senders
 from pspo_jax.runs.mirror import Mirror, mirrored
 from pspo_jax.runs.run_date import with_date
-from pspo_jax.runs.run_folder import RunLog, open_folder, with_type_of, write_json
+from pspo_jax.runs.run_folder import RunLog, open_folder, with_type_of
 from pspo_jax.runs.verdicts import NoVerdictError
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import Persist, StorageError, writing
+from pspo_jax.system.time_limit import TimeLimit
 from pspo_jax.training.compile import Programs, compiling
 from pspo_jax.training.first_params import first_params
 from pspo_jax.training.host_step import StepContext, Values, buffer_to_device, heldout_scores, one_step
-from pspo_jax.training.resume import early_check, restore, save_content, source_fingerprint
+from pspo_jax.training.image_table import with_embeddings
+from pspo_jax.training.profiling import profiled
+from pspo_jax.training.resume import early_check, held_checksums, restore, save_content, source_fingerprint
+from pspo_jax.training.run_end import (
+    Callback,
+    End,
+    NotFiniteError,
+    Run,
+    TrainResult,
+    ended_early,
+    failed,
+    finish,
+    finished_before,
+    is_finished,
+    stop_reason,
+    stopped,
+    stopped_before,
+)
 from pspo_jax.training.setup import Setup, place_state, prepare, started
-
-
-class NotFiniteError(Exception):
-    """optimizer.max_skipped updates in a row were not finite; the message says up to which step."""
-
-
-class Callback(Protocol):
-    """A function of the caller's that the loop calls after each step."""
-
-    def __call__(self, step: int, metrics: dict[str, float | int], /) -> bool | None:
-        """True asks the run to stop; it is saved then. `metrics` is the step's line of metrics.jsonl."""
-
-
-class TrainResult(NamedTuple):
-    """The end of a call of `train`."""
-
-    step: int
-    """Training steps done, all of them saved."""
-    finished: bool
-    """Whether run.steps are done; False = the run was asked to stop, and another call carries on."""
-    scores: dict[str, float]
-    """Held-out `greedy` and `sampled` accuracy and `no_verdict` share at that step; empty if it was not evaluated."""
-    folder: Path
-    """The run folder; for a run in a bucket, the working folder that stands for it on this machine."""
-    state: TrainState | None
-    """The train state on the devices; None if the run stopped before it had one."""
-
-
-class _Run(NamedTuple):
-    """The parts of a run that its functions share."""
-
-    setup: Setup
-    config: Config
-    """The config that config.yaml keeps: `setup.config` with the mesh as it was given."""
-    folder: Path
-    checkpoints: Checkpoints
-    progress: Progress
-    stop: Callable[[], bool]
-    """Says whether any process was asked to stop; all of them stop at the same step."""
-    persist: Persist
-    callbacks: Sequence[Callback]
-    as_command: bool
-    """Whether the run prints; False = it logs."""
-    mirror: Mirror | None
-    """Mirror that copies the folder's small files to the bucket that it stands for; None if it stands for none."""
-
-    def copy_files(self) -> None:
-        """Copy the folder's small files to the bucket, if the run is in one; raises StorageError as `persist` does."""
-        if self.mirror is not None:
-            self.persist(self.mirror.push)
-
-
-class _End(NamedTuple):
-    """The end of the loop: a result, or the error that ended it on all processes alike."""
-
-    result: TrainResult
-    error: NoVerdictError | NotFiniteError | None = None
 
 
 def train(
@@ -134,6 +93,7 @@ def train(
     # Before the processes have joined, each one prints; afterwards the leading one alone.
     say = None if as_command else Progress(enabled=False, quiet=True).say
     verify = task is None and reward is None
+    limit = TimeLimit(config.run.hours)
     with (
         started(config, folder, say, signals=as_command, verify=verify) as (pool, asked),
         mirrored(folder, say or Progress(config.log.progress).say, processes.is_primary()) as mirror,
@@ -141,10 +101,12 @@ def train(
         config = with_type_of(folder, with_date(config, folder / "config.yaml"))
         shown = as_command and processes.is_primary()
         progress = Progress(config.log.progress and shown, quiet=not shown)
+        if processes.is_primary():
+            check_loggers(config)
         setup = prepare(config, pool=pool, say=progress.say, task=task, reward=reward)
         # What followed the machine is written down, but for the mesh, which a resumed run may lay out anew.
         kept = dataclasses.replace(setup.config, mesh=config.mesh)
-        end = _train(kept, setup, folder, progress, asked, callbacks, as_command, mirror)
+        end = _train(kept, setup, folder, progress, asked, limit, callbacks, as_command, mirror)
     if end.error is not None:
         raise end.error
     return end.result
@@ -159,6 +121,7 @@ def _checked(config: Config, task: Task | None, reward: RewardFunction | None) -
             f"reward.terms={config.reward.terms!r}: the function given to train takes its place; leave one of them out"
         )
     validate(config)
+    check_packages(config)
     return resolve(config)
 
 
@@ -168,44 +131,49 @@ def _train(
     folder: Path,
     progress: Progress,
     asked: Callable[[], bool],
+    limit: TimeLimit,
     callbacks: Sequence[Callback],
     as_command: bool,
     mirror: Mirror | None,
-) -> _End:
+) -> End:
     def stop() -> bool:
-        return processes.any_process(asked())
+        return asked() or limit.over()
 
-    nothing = _End(TrainResult(0, False, {}, folder, None))
-    if stop():
-        progress.say("stopped before anything was begun; the same command begins again")
-        return nothing
+    if processes.any_process(stop()):
+        line = "stopped before anything was begun; the same command begins again"
+        return stopped_before(folder, progress, stop_reason(asked, limit), line)
     home = home_of(folder)
     if config.run.start_over and processes.is_primary() and (aside := history.start_over(home)):
         progress.say(f"run.start_over: what was in {home} is in {aside}; leave this flag out to carry on from now on")
         if mirror is not None:
             mirror.pull()
     processes.wait_for_all("start over")
-    persist = Persist(config.checkpoint.on_error, config.checkpoint.retry_minutes, progress.say, asked)
+    persist = Persist(config.checkpoint.on_error, config.checkpoint.retry_minutes, progress.say, stop)
     with (
         jax.set_mesh(setup.mesh),
-        Checkpoints(home / "checkpoints", config.checkpoint, progress.say, asked) as checkpoints,
+        Checkpoints(home / "checkpoints", config.checkpoint, progress.say, stop) as checkpoints,
     ):
-        run = _Run(setup, config, folder, checkpoints, progress, stop, persist, callbacks, as_command, mirror)
+        run = Run(setup, config, folder, checkpoints, progress, asked, limit, persist, callbacks, as_command, mirror)
         early_check(setup, folder, checkpoints)
         if not checkpoints.steps() and processes.is_primary():
             history.refuse_lost(folder)
         processes.wait_for_all("config")
-        finished = _is_finished(run) and checkpoints.steps()[-1:] == [config.run.steps]
         # A GPU's compiler times kernels on the device, where nothing else should run then.
         alone = setup.mesh.devices.flat[0].platform == "gpu"
         totals = RunAccounting()
-        with compiling(setup, at_once=not (finished or alone)) as compiled:
+        with compiling(setup, at_once=not (_is_at_its_end(run) or alone)) as compiled:
             begun = _begin(run, totals)
             if begun is None:
-                return nothing
+                return stopped_before(folder, progress, stop_reason(asked, limit))
             state, totals = begun
-            if int(state.step) == config.run.steps and _is_finished(run):
-                return _finished_before(run, state)
+            if _is_at_its_end(run):
+                return finished_before(run, state)
+            filled = with_embeddings(setup, state, progress, run.stop)
+            if filled is None and checkpoints.steps():
+                return stopped(run, state, int(state.step), {})
+            if filled is None:
+                return stopped_before(folder, progress, stop_reason(asked, limit))
+            run = run._replace(setup=filled)
             with totals.phase("compile"):
                 programs = compiled(progress)
         try:
@@ -217,25 +185,13 @@ def _train(
             raise error if there in str(error) else StorageError(f"{error}; {there}") from error
 
 
-def _is_finished(run: _Run) -> bool:
-    """Whether the run has ended after so many steps; all processes find the same."""
-    found = read_summary(run.folder) if processes.is_primary() else None
-    return processes.any_process(found is not None and found["steps"] == run.config.run.steps)
+def _is_at_its_end(run: Run) -> bool:
+    """Whether an earlier call has finished the run, at the step of the newest checkpoint."""
+    step = max(run.checkpoints.steps(), default=-1)
+    return is_finished(run, step) and (step == run.config.run.steps or ended_early(run, step) is not None)
 
 
-def _finished_before(run: _Run, state: TrainState) -> _End:
-    """The end of a run that had been finished by an earlier call."""
-    folder = run.folder
-    run.progress.say(
-        f"{shown(folder, folder)} is finished; choose another --run.dir to train again, or a larger --run.steps"
-    )
-    show_summary(run.config, folder, run.progress)
-    summary = read_summary(folder)
-    scores = {} if summary is None else {name: float(value) for name, value in summary["eval"].items()}
-    return _End(TrainResult(int(state.step), True, scores, folder, state))
-
-
-def _begin(run: _Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting] | None:
+def _begin(run: Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting] | None:
     """The newest checkpoint's state and accounting, or the first; None if a stop was asked for during the cold start.
 
     config.yaml is written once the checkpoint has agreed to these settings, and not before.
@@ -262,7 +218,7 @@ def _begin(run: _Run, totals: RunAccounting) -> tuple[TrainState, RunAccounting]
     return place_state(setup, first.params, first.frozen, progress), totals
 
 
-def _record_start(run: _Run, step: int, changed: list[history.Change]) -> None:
+def _record_start(run: Run, step: int, changed: list[history.Change]) -> None:
     """Record what the run is from here on: changed settings, the prompts' hashes, left-out rows, config.yaml."""
     for line in history.record(run.folder, step, changed):
         run.progress.say(line)
@@ -291,10 +247,10 @@ def _describe(setup: Setup, origin: str) -> str:
 class _Session(NamedTuple):
     """A run whose programs are compiled and whose logs are open."""
 
-    run: _Run
+    run: Run
     context: StepContext
-    base: dict[str, int]
-    """Checksums of the frozen weights."""
+    held: Metadata
+    """Checksums of the weights that checkpoints leave out."""
 
     def save(self, state: TrainState, done: int, scores: dict[str, float] | None = None) -> None:
         """Start to save step `done`; for a run in a bucket, after its logs up to that step are copied there."""
@@ -306,63 +262,84 @@ class _Session(NamedTuple):
             "dataset": setup.task.train.fingerprint(),
             "heldout": setup.task.heldout.fingerprint(),
             "source": source_fingerprint(setup),
-            "base": self.base,
+            **self.held,
             "totals": totals.save(),
         }
         self.run.checkpoints.save(done, buffer_to_device(setup, state).to_save(), metadata, scores)
 
 
-def _loop(run: _Run, state: TrainState, programs: Programs, totals: RunAccounting) -> _End:
-    """Steps up to run.steps, or until a stop is asked for."""
+def _loop(run: Run, state: TrainState, programs: Programs, totals: RunAccounting) -> End:
+    """Steps up to run.steps or to the end by a field of `eval`, or until the run is to stop."""
+    session, finished = _open_session(run, state, programs, totals), False
+    try:
+        end = _steps(session, state)
+        finished = end.result.finished
+        return end
+    finally:
+        session.context.log.close(finished)
+
+
+def _steps(session: _Session, state: TrainState) -> End:
+    """The steps of `_loop`, and the end that follows them."""
+    run, totals, log = session.run, session.context.totals, session.context.log
     first, config = int(state.step), run.setup.config
-    session = _open_session(run, state, programs, totals)
+    run.limit.lap_begins()
     scores = _before_training(session, state) if first == 0 else {}
-    if run.stop():
-        return _stopped(run, state, first, scores)
-    with run.progress.phase("step", config.run.steps, first) as bar:
-        for done in range(first + 1, config.run.steps + 1):
+    run.limit.lap(run.checkpoints.slowest)
+    early = ended_early(run, first)
+    if early is None and run.stop():
+        return stopped(run, state, first, scores)
+    steps = range(first + 1, config.run.steps + 1) if early is None else ()
+    with run.progress.phase("step", config.run.steps, first) as bar, profiled(run, first + 1) as profile:
+        for done in steps:
             try:
-                state, values = one_step(session.context, state, done)
+                with profile.step(done):
+                    state, values = one_step(session.context, state, done, profile.update)
             except NoVerdictError as error:
-                return _failed(run, state, done - 1, error)
+                return failed(run, state, done - 1, error)
             last = done == config.run.steps
             evaluates = last or bool(config.eval.every and done % config.eval.every == 0)
             scores = heldout_scores(session.context, state) if evaluates else {}
             values = _log_step(session, state, done, values, scores)
             if values["skipped_updates"] >= config.optimizer.max_skipped:
-                return _failed(run, state, done, _not_finite(values, done))
+                return failed(run, state, done, _not_finite(values, done))
+            early = ended_early(run, done) if evaluates and not last else None
             stopping = _asked_by(run.callbacks, done, values)
-            stopping = not last and (stopping or run.stop())
+            run.limit.lap(run.checkpoints.slowest)
+            stopping = not last and early is None and (stopping or run.stop())
             # One process reports a save that failed at once; several do at the next save, which all of them make.
             late = processes.process_count() == 1 and run.checkpoints.failed()
             if evaluates or stopping or late or done % config.checkpoint.every == 0:
                 session.save(state, done, scores if evaluates else None)
             bar(1, _numbers(values))
             if stopping:
-                return _stopped(run, state, done, scores)
+                return stopped(run, state, done, scores)
+            if early is not None:
+                break
     run.checkpoints.wait()
     scores = scores or heldout_scores(session.context, state)
-    return _finish(run, state, totals, scores)
+    return finish(run, state, totals, log, scores, early)
 
 
 def _print_warning(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _open_session(run: _Run, state: TrainState, programs: Programs, totals: RunAccounting) -> _Session:
+def _open_session(run: Run, state: TrainState, programs: Programs, totals: RunAccounting) -> _Session:
     config = run.setup.config
     log = RunLog(
         run.folder,
         int(state.step),
-        config.log.tensorboard,
+        "tensorboard" in parse_loggers(config.log.to),
         run.progress.console if config.log.progress and run.as_command else None,
         processes.is_primary(),
         run.persist,
         run.progress.say,
         totals.counts["strategy_lines"],
         _print_warning if run.as_command else logging.getLogger("pspo_jax").warning,
+        senders(config, run.folder, run.progress.say) if processes.is_primary() else (),
     )
-    return _Session(run, StepContext(run.setup, programs, totals, log), named_checksums(state.frozen))
+    return _Session(run, StepContext(run.setup, programs, totals, log), held_checksums(state))
 
 
 def _log_step(session: _Session, state: TrainState, done: int, values: Values, scores: dict[str, float]) -> Values:
@@ -410,21 +387,6 @@ def _before_training(session: _Session, state: TrainState) -> dict[str, float]:
     return scores
 
 
-def _stopped(run: _Run, state: TrainState, done: int, scores: dict[str, float]) -> _End:
-    """The end of a run that was asked to stop."""
-    run.checkpoints.wait()
-    run.progress.say(f"stopped after step {done}, saved; the same command carries on")
-    return _End(TrainResult(done, False, scores, run.folder, state))
-
-
-def _failed(run: _Run, state: TrainState, done: int, error: NoVerdictError | NotFiniteError) -> _End:
-    """The end of a run that cannot go on as it is."""
-    run.checkpoints.wait()
-    message = f"{error}; checkpoints {run.checkpoints.steps()} are from before"
-    run.progress.say(message)
-    return _End(TrainResult(done, False, {}, run.folder, state), type(error)(message))
-
-
 def _eval_names(scores: dict[str, float]) -> Values:
     return {f"eval/{name}": value for name, value in scores.items()}
 
@@ -437,63 +399,4 @@ def _numbers(values: Values) -> str:
     return (
         f"reward {values['reward']:.3f}  effective {values['groups/effective']:.0f}  "
         f"{values['tokens_per_second']:,.0f} tok/s  {rate}"
-    )
-
-
-def _finish(run: _Run, state: TrainState, totals: RunAccounting, scores: dict[str, float]) -> _End:
-    """Write summary.json and report.html, then show the table."""
-    setup, folder, progress = run.setup, run.folder, run.progress
-    end = _End(TrainResult(setup.config.run.steps, True, scores, folder, state))
-    seconds = {**totals.seconds, "total": totals.total()}
-    seconds["setup"] = max(seconds["total"] - sum(totals.seconds.values()), 0.0)
-    summary = {
-        "eval": scores,
-        "steps": setup.config.run.steps,
-        "rollouts": totals.counts["rollouts"],
-        "tokens": totals.counts["generated"],
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-    }
-    if not processes.is_primary():
-        return end
-    run.persist(lambda: write_json(folder / "summary.json", summary))
-    if setup.config.log.report:
-        run.persist(lambda: progress.say(f"report: {shown(write_report([folder], folder / 'report.html'), folder)}"))
-    show_summary(setup.config, folder, progress)
-    return end
-
-
-def show_summary(config: Config, folder: Path, progress: Progress) -> None:
-    """Show the table at the end of a run, from its summary.json."""
-    summary = read_summary(folder)
-    if summary is None:
-        return
-    scores = summary["eval"]
-    labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
-    resolved = resolve(config)
-    own = [
-        str(name)
-        for name in (resolved.selection.name, resolved.advantage.name, resolved.loss.surrogate)
-        if is_plugin(str(name))
-    ]
-    scores = summary["eval"]
-    labels = [name.removeprefix("greedy/") for name in scores if name.startswith("greedy/")]
-    seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
-    progress.table(
-        f"{' with '.join([config.algorithm.name, *own])} on {config.task.name}, {summary['steps']} steps",
-        [
-            ("held-out greedy", f"{scores['greedy']:.3f}"),
-            ("held-out sampled", f"{scores['sampled']:.3f}"),
-            *(
-                [("with other images, greedy", f"{scores['greedy_other_images']:.3f}")]
-                if "greedy_other_images" in scores
-                else []
-            ),
-            *[
-                (f"{x}, greedy / sampled", f"{scores[f'greedy/{x}']:.3f} / {scores[f'sampled/{x}']:.3f}")
-                for x in labels
-            ],
-            ("rollouts", f"{summary['rollouts']:,}"),
-            ("tokens generated", f"{summary['tokens']:,}"),
-            ("seconds", seconds),
-        ],
     )

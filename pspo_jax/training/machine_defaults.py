@@ -12,14 +12,17 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
-from pspo_jax.config.schema import Config, Dtype, Remat, update_completions
+from pspo_jax.config.schema import Config, Dtype, Remat, round_prompts, update_completions
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
-from pspo_jax.distributed.mesh import UPDATE_ROWS, microbatch_size, size_along
+from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along, smallest_fsdp
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
+from pspo_jax.model.weights import Weight, named_weights, table, trained_and_frozen
+from pspo_jax.rollout.stages import automatic_stages, make_stages
 
 ENOUGH_TOKENS = 256
 """Number of tokens of a microbatch of packed rows beyond which a CPU hardly computes a token faster."""
@@ -46,6 +49,35 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
     return "bfloat16", "an accelerator's own"
 
 
+def with_fsdp(config: Config, a: Architecture, capacity: float, devices: int, teacher: Architecture | None) -> Config:
+    """The config with mesh.fsdp, which follows from the memory of weights, optimizer state and a gradient if unset.
+
+    Args:
+      capacity: bytes of a device.
+      devices: number of devices.
+      teacher: the architecture of the teacher, whose weights take memory too; None = there is none.
+    """
+    if config.mesh.fsdp is not None:
+        return config
+    itemsize = jnp.dtype(a.param_dtype).itemsize
+    held = itemsize * _size(table(a))
+    if a.lora is None:
+        trained = _size(trained_and_frozen(a)[0])
+        # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
+        held += 12 * trained + (itemsize * trained if config.loss.kl_coef > 0 else 0)
+    width = a.split_width
+    if teacher is not None:
+        held += jnp.dtype(teacher.param_dtype).itemsize * _size(table(teacher))
+        width = math.gcd(width, teacher.split_width)
+    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, width)
+    return replace(config, {"mesh.fsdp": fsdp})
+
+
+def _size(weights: PyTree[Weight]) -> int:
+    """Number of parameters of a table."""
+    return sum(math.prod(w.shape) for _, w in named_weights(weights))
+
+
 def with_memory(
     config: Config, a: Architecture, mesh: Mesh, prompt_length: int, on_cpu: bool
 ) -> tuple[Config, list[str]]:
@@ -65,6 +97,37 @@ def with_memory(
         values["loss.microbatch_tokens"] = ENOUGH_TOKENS
         words.append(f"loss.microbatch_tokens {ENOUGH_TOKENS} (larger products are hardly faster)")
     return replace(config, values), words
+
+
+def with_stages(config: Config, a: Architecture, mesh: Mesh) -> tuple[Config, list[str]]:
+    """`config` with rollout.stages filled in if it is None and slots are set, and a text on the choice.
+
+    Raises:
+      ConfigError: the memory of rollout.slots is too small for so many stages.
+    """
+    c = config.rollout
+    if c.slots is None:
+        return config, []
+    shards = size_along(mesh.shape, ROWS)
+    slots, rows = c.slots // shards, round_prompts(config) // c.chunks * c.group_size // shards
+    words = []
+    count = c.stages
+    if count is None:
+        column, weights = decoding_bytes(a, mesh)
+        count = automatic_stages(slots, c.max_new_tokens, column, weights)
+        reason = "reading weights costs more than keys and values" if count == 1 else "keys and values cost most"
+        words = [f"rollout.stages {count} ({reason})"]
+    make_stages(slots, count, c.max_new_tokens, rows)
+    return replace(config, {"rollout.stages": count}), words
+
+
+def decoding_bytes(a: Architecture, mesh: Mesh) -> tuple[float, float]:
+    """Bytes on a device of the keys and values of a token, and of the weights that a step of decoding reads."""
+    shape: Mapping[str, int] = mesh.shape
+    width = jnp.dtype(a.compute_dtype).itemsize / shape["tensor"]
+    column = 2 * a.layers * a.kv_heads * a.head_dim
+    block = a.width * (2 * a.heads + 2 * a.kv_heads) * a.head_dim + 3 * a.width * a.mlp_width
+    return column * width, (a.layers * block + a.vocab_size * a.width) * width
 
 
 def _remat(config: Config, a: Architecture, mesh: Mesh, prompt_length: int) -> tuple[Remat, str]:

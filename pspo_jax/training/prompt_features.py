@@ -1,6 +1,7 @@
 """Features of prompts for `selection.predictor`: the hidden states that a policy has on them.
 
 A prompt's summary is the mean of the model's final hidden states over its positions, and the last of them: 2 D numbers.
+A prompt with images is read with them, so that prompts of one text with other images have other features.
 Each is standardised over the prompts. If there are more than `MAX_FEATURES`, a seeded random matrix projects them to so
 many, which keeps the inner products of prompts approximately. The projections are standardised again.
 """
@@ -8,6 +9,7 @@ many, which keeps the inner products of prompts approximately. The projections a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from pspo_jax.arrays.images import Images
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.mesh import batch_sharding
 from pspo_jax.model.interface import Model
+from pspo_jax.model.vision import image_tokens
 from pspo_jax.selection.predictor import MAX_FEATURES
+from pspo_jax.training.splitting import encoded
 
 SAMPLE = 4096
 """Largest number of prompts by which the summaries are standardised before they are projected."""
+
+
+class ReadImages(Protocol):
+    """The images of the prompts with these indices, laid out on the host."""
+
+    def __call__(self, prompts: Int[np.ndarray, "b"], /) -> Images: ...
 
 
 def feature_width(model: Model, weights: PyTree) -> int:
@@ -36,10 +47,23 @@ def feature_width(model: Model, weights: PyTree) -> int:
 
 
 def summaries(
-    model: Model, weights: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"]
+    model: Model,
+    weights: PyTree,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    images: Images | None = None,
 ) -> Float[Array, "B 2*D"]:
-    """The mean of each prompt's hidden states over its positions, and its last hidden state, in float32."""
-    hidden = model.hidden(weights, tokens).astype(jnp.float32)
+    """The mean of each prompt's hidden states over its positions, and its last hidden state, in float32.
+
+    Args:
+      images: the images of the prompts; None = all prompts are text.
+    """
+    embeddings = encoded(model, weights, images)
+    if images is None or embeddings is None:
+        hidden = model.hidden(weights, tokens)
+    else:
+        hidden = model.hidden(weights, tokens, images=image_tokens(embeddings, images))
+    hidden = hidden.astype(jnp.float32)
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
     mean = jnp.where(real[..., None], hidden, 0).sum(axis=1) / lengths[:, None]
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -55,6 +79,7 @@ def prompt_features(
     seed: int = 0,
     mesh: Mesh | None = None,
     report: Callable[[int, str], None] = lambda count, numbers: None,
+    images: ReadImages | None = None,
 ) -> Float[np.ndarray, "N F"]:
     """The features of all prompts, each with mean 0 and variance 1, on the host, equal on every process.
 
@@ -66,16 +91,18 @@ def prompt_features(
       seed: seed of the random projection.
       mesh: the devices, which share a batch; None = JAX's default device.
       report: is called with the number of each batch's prompts, and with no words, once they are done.
+      images: reads the images of prompts; None = all prompts are text.
     """
     rows = None if mesh is None else batch_sharding(mesh)
-    program = jax.jit(lambda w, t, n: summaries(model, w, t, n), out_shardings=rows)
+    program = jax.jit(lambda w, t, n, x: summaries(model, w, t, n, x), out_shardings=rows)
 
     def blocks(wanted: Int[np.ndarray, "n"]) -> Iterator[Float[np.ndarray, "b 2*D"]]:
         for start in range(0, len(wanted), batch):
             some = wanted[start : start + batch]
             # The last batch is filled with its last prompt, as all batches have one shape.
             full = np.pad(some, (0, batch - len(some)), mode="edge")
-            arrays = np.asarray(tokens[full], np.int32), np.asarray(lengths[full], np.int32)
+            of_batch = None if images is None else images(full)
+            arrays = np.asarray(tokens[full], np.int32), np.asarray(lengths[full], np.int32), of_batch
             placed = arrays if rows is None else processes.to_global(arrays, rows)
             yield np.asarray(processes.to_host(program(weights, *placed)))[: len(some)]
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from pspo_jax.arrays.groups import Groups, keep, take
 from pspo_jax.arrays.state import Prompts, SavedState, TrainState
-from pspo_jax.checkpoint.checksums import verify
+from pspo_jax.checkpoint.checksums import named_checksums, verify
 from pspo_jax.checkpoint.damage import DamageError
 from pspo_jax.checkpoint.metadata import Metadata
 from pspo_jax.checkpoint.store import Checkpoints
@@ -30,7 +30,7 @@ from pspo_jax.selection import PromptMetadata
 from pspo_jax.system.buckets import Place, read_bytes
 from pspo_jax.system.progress import Progress
 from pspo_jax.system.storage import unread, write_whole
-from pspo_jax.training.setup import Setup, known_prompts, load_frozen
+from pspo_jax.training.setup import Setup, known_prompts, load_frozen, load_teacher
 
 
 class _Holder(Protocol):
@@ -123,9 +123,33 @@ def restore(setup: Setup, folder: Path, checkpoints: Checkpoints, progress: Prog
     if places:
         known = known_prompts(setup, saved.joined(frozen).weights, progress)
         saved = _follow(setup, saved, known, *places[-1], progress.say)
-    state = saved.joined(frozen)
+    state = saved.joined(frozen, _verified_teacher(setup, metadata, progress))
     progress.say(f"resuming at step {int(state.step)} of {setup.config.run.steps}")
     return Restored(state, RunAccounting(metadata["totals"]), changed)
+
+
+def _verified_teacher(setup: Setup, metadata: Metadata, progress: Progress) -> PyTree | None:
+    """The teacher's weights; None = there is no teacher.
+
+    Raises:
+      ConfigError: they are not those that have taught the run.
+    """
+    weights = load_teacher(setup, progress)
+    if weights is None:
+        return None
+    try:
+        verify(weights, metadata.get("teacher", {}))
+    except ValueError as error:
+        raise ConfigError(
+            f"teacher.source={setup.config.teacher.source}: its weights differ from those that have taught this run "
+            f"({error}); restore them (teacher.step={setup.config.teacher.step}) or choose another --run.dir"
+        ) from error
+    return weights
+
+
+def held_checksums(state: TrainState) -> Metadata:
+    """Checksums of the weights that checkpoints leave out, as the entries of their metadata."""
+    return {"base": named_checksums(state.frozen), "teacher": named_checksums(state.teacher)}
 
 
 def _check_heldout(setup: Setup, metadata: Metadata) -> list[Change]:

@@ -304,6 +304,7 @@ def score(
     config: Config,
     wanted: Bool[Array, "R"] | None = None,
     images: Images | None = None,
+    embeddings: Float[Array, "B U D"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probs and entropies of all rows under `weights`, a microbatch at a time, without gradients.
 
@@ -312,9 +313,10 @@ def score(
     Args:
       wanted: rows that are needed; the others cost nothing. None = all.
       images: the images to which the rows point; None = all prompts are text.
+      embeddings: these images as `encoded` by the same weights; None = they are encoded here.
     """
     microbatches = make_microbatches(model, rows, config, wanted)
-    embeddings = encoded(model, weights, images)
+    embeddings = encoded(model, weights, images) if embeddings is None else embeddings
 
     def step(found: tuple[Array, Array], part: Microbatch) -> tuple[Array, Array]:
         log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config, embeddings=embeddings)

@@ -18,16 +18,17 @@ from jaxtyping import PyTree
 
 from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import SavedState, TrainState, run_key
-from pspo_jax.config.defaults import flatten, replace, uses_char_tokenizer
+from pspo_jax.config.defaults import flatten, uses_char_tokenizer
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.data.char_tokenizer import CharTokenizer
-from pspo_jax.data.image_batches import ImageRoom, image_room
+from pspo_jax.data.image_batches import BatchRoom, EmbeddingRoom, ImageRoom, embedding_room, image_room, laid_out_images
 from pspo_jax.data.task import Task
-from pspo_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes, xla_flags
 from pspo_jax.distributed.mesh import (
+    check_model,
     check_tower,
     check_vocabulary,
     groups_shardings,
@@ -35,16 +36,15 @@ from pspo_jax.distributed.mesh import (
     params_shardings,
     prompts_shardings,
     replicated,
-    smallest_fsdp,
 )
 from pspo_jax.distributed.runtime import keep_freed_memory
 from pspo_jax.model import Architecture, Model, built_in, transformer
-from pspo_jax.model.architecture import beyond_context, lora_of
+from pspo_jax.model.architecture import beyond_context
 from pspo_jax.model.attention.probe import with_kernels
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
-from pspo_jax.model.weights import init_weights, table, trained_and_frozen
+from pspo_jax.model.weights import init_weights, trained_and_frozen
 from pspo_jax.rewards.own_task import RewardFunction, function_reward
-from pspo_jax.rewards.task import embedded_tower, make_char_tokenizer, make_task
+from pspo_jax.rewards.task import make_task
 from pspo_jax.rewards.text_reward import make_pool
 from pspo_jax.runs.lock import locked
 from pspo_jax.selection import PromptMetadata
@@ -52,11 +52,13 @@ from pspo_jax.selection.metadata import kind_of_bins, load_metadata
 from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
-from pspo_jax.training.machine_defaults import with_memory, with_type
+from pspo_jax.training.architectures import architecture_for, as_trained
+from pspo_jax.training.machine_defaults import with_fsdp, with_memory, with_stages, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
-from pspo_jax.training.prompt_features import feature_width, prompt_features
+from pspo_jax.training.prompt_features import ReadImages, feature_width, prompt_features
 from pspo_jax.training.step import init_state
 from pspo_jax.training.supervised import settings
+from pspo_jax.training.teachers import Teacher, check_images, find_teacher, vocabulary_of
 from pspo_jax.verifiers.workers.pool import Pool
 
 
@@ -80,6 +82,20 @@ class Setup(NamedTuple):
     """The train state as ShapeDtypeStructs with shardings."""
     images: ImageRoom | None = None
     """Room for the images of a batch; None = neither training nor held-out prompts have any."""
+    embeddings: EmbeddingRoom | None = None
+    """Room for embeddings, which batches hold in place of patches; None = no images, a trained tower, or a teacher."""
+    teacher: Teacher | None = None
+    """The teacher, whose weights `place_state` and `restore` read; None = there is none."""
+
+    @property
+    def room(self) -> BatchRoom | None:
+        """Room for the images of a batch in the form that rollouts, updates and evaluations take."""
+        return self.embeddings or self.images
+
+    @property
+    def teacher_model(self) -> Model | None:
+        """The functions of the teacher; None = there is none."""
+        return None if self.teacher is None else self.teacher.model
 
     @property
     def shardings(self) -> TrainState:
@@ -98,6 +114,7 @@ _OWN_TO_A_PROCESS = (
     "model.source",
     "model.tokenizer",
     "sft.data",
+    "teacher.source",
 )
 """Fields that may differ between the processes of a run. Files are compared by their contents, once they are read."""
 
@@ -201,60 +218,93 @@ def prepare(
     config, chosen = with_type(config, on_cpu)
     source, tokenizer, architecture = _language_model(config, weights, task)
     architecture = dataclasses.replace(architecture, split_decode=config.rollout.weights == "split")
-    config = _with_fsdp(config, architecture, device_bytes() if capacity is None else capacity, len(devices))
+    teacher = _teacher(config, tokenizer if task is None else task.tokenizer, architecture, weights)
+    of_teacher = None if teacher is None else teacher.architecture
+    capacity = device_bytes() if capacity is None else capacity
+    config = with_fsdp(config, architecture, capacity, len(devices), of_teacher)
     mesh = make_mesh(config, architecture, devices)
+    check_tower(config, architecture.vision)
     task = _task(config, tokenizer, pool, say, task, reward)
     for line in _remarks(config, source, architecture, task):
         say(line)
     _check_processes(config, source, task)
     check_vocabulary(config, task.vocab_size)
-    if architecture.vision is not None:
-        check_tower(config, architecture.vision.width)
+    if of_teacher is not None:
+        check_model(config, of_teacher, of_teacher.vocab_size, f"teacher.source={config.teacher.source}")
     prompt_length = task.train.tokens.shape[1]
-    architecture = with_kernels(
-        architecture,
-        config.model.attention,
-        devices[0].platform,
-        prompt_length + config.rollout.max_new_tokens,
-        mesh.shape,
-        probe=weights and set(devices) <= set(jax.devices()),
-        say=say,
-        share_prompts=config.loss.share_prompts,
-    )
+    probe = weights and set(devices) <= set(jax.devices())
+    architecture = _with_kernels(architecture, config, mesh, prompt_length, probe, say)
+    if teacher is not None:
+        fast = _with_kernels(teacher.architecture, config, mesh, prompt_length, probe, lambda x: say(f"teacher: {x}"))
+        teacher = teacher._replace(architecture=fast)
     config, more = with_memory(config, architecture, mesh, prompt_length, on_cpu)
-    if chosen + more:
-        say(f"defaults of this machine: {', '.join(chosen + more)}")
+    config, stages = with_stages(config, architecture, mesh)
+    if chosen + more + stages:
+        say(f"defaults of this machine: {', '.join(chosen + more + stages)}")
     architecture = dataclasses.replace(architecture, remat=config.model.remat or "none")
-    return _with_strategies(config, mesh, task, source, architecture)
+    return _with_strategies(config, mesh, task, source, architecture, teacher)
+
+
+def _teacher(config: Config, tokenizer: object, architecture: Architecture, weights: bool) -> Teacher | None:
+    """`find_teacher`, the same on all processes of the run.
+
+    Args:
+      tokenizer: the policy's, of any class.
+    """
+    teacher = find_teacher(config, vocabulary_of(tokenizer), architecture, weights)
+    if teacher is not None:
+        processes.check_same("teacher.source", teacher.fingerprint)
+    return teacher
+
+
+def _with_kernels(
+    a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool, say: Callable[[str], None]
+) -> Architecture:
+    """The architecture with the kernels that model.attention asks for.
+
+    Args:
+      probe: whether the devices are there, so that kernels can be tried.
+    """
+    length, platform = prompt_length + config.rollout.max_new_tokens, mesh.devices.flat[0].platform
+    return with_kernels(a, config.model.attention, platform, length, mesh.shape, probe, say, config.loss.share_prompts)
 
 
 def _with_strategies(
-    config: Config, mesh: Mesh, task: Task, source: Source | None, architecture: Architecture
+    config: Config,
+    mesh: Mesh,
+    task: Task,
+    source: Source | None,
+    architecture: Architecture,
+    teacher: Teacher | None = None,
 ) -> Setup:
     """The setup with the strategies and the optimizer that the config names, and the shapes of its state."""
     model = transformer(architecture)
     room = image_room(architecture.vision, task.train, task.heldout)
+    if teacher is not None and room is not None:
+        check_images(teacher, architecture)
     names, metadata = load_metadata(config, task.train)
     if metadata is not None and resolve(config).selection.predictor not in (None, "none"):
-        if room is not None:
-            raise ConfigError(
-                f"selection.predictor={resolve(config).selection.predictor}: reads the text of prompts alone, and "
-                "these have images; set it to none"
-            )
         weights = jax.eval_shape(lambda: merge_params(model.init(jax.random.key(0)), _frozen_init(architecture)))
         width = feature_width(model, weights)
         metadata = metadata._replace(features=jax.ShapeDtypeStruct((len(task.train.lengths), width), jnp.float32))
+    parts = task.train, task.heldout
+    frozen = None if model.trains_encoder or teacher is not None else room
+    embeddings = embedding_room(frozen, architecture.width, architecture.compute_dtype, *parts)
     algorithm = build(config, names)
     optimizer = adamw(config.optimizer, config.run.steps * updates_per_step(config))
+    made = config, task, algorithm, optimizer
     shapes = jax.eval_shape(
         lambda known: new_state(
-            config, task, algorithm, optimizer, model.init(jax.random.key(0)), _frozen_init(architecture), known, room
+            *made, model.init(jax.random.key(0)), _frozen_init(architecture), known, embeddings or room
         ),
         metadata,
     )
     shardings = _state_shardings(mesh, model, optimizer, len(task.train.lengths), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Setup(config, mesh, task, source, architecture, model, algorithm, optimizer, metadata, abstract, room)
+    if teacher is not None:
+        abstract = abstract.replace(teacher=teacher.abstract(mesh))
+    shaped = algorithm, optimizer, metadata, abstract
+    return Setup(config, mesh, task, source, architecture, model, *shaped, room, embeddings, teacher)
 
 
 def _language_model(
@@ -277,7 +327,7 @@ def _language_model(
             f"{task.vocab_size} entries; use the checkpoint's own tokenizer"
         )
     forbidden = (*task.forbidden, *range(task.vocab_size, rows))
-    return source, None, _as_trained(source.architecture, config, forbidden)
+    return source, None, as_trained(source.architecture, config, forbidden)
 
 
 def _task(
@@ -326,58 +376,11 @@ def _remarks(config: Config, source: Source | None, architecture: Architecture, 
     return lines
 
 
-def architecture_for(
-    config: Config, weights: bool = True
-) -> tuple[Source | None, TextTokenizer | CharTokenizer, Architecture]:
-    """The checkpoint if there is one, the tokenizer, and the model's architecture with its adapters."""
-    if config.task.name == "own" and config.model.source is None:
-        raise ConfigError("task.name=own: only the program that gave its task to pspo_jax.train has its tokenizer")
-    if uses_char_tokenizer(config):
-        own = make_char_tokenizer(config)
-        return None, own, built_in(config.model, own.vocab_size, own.forbidden, embedded_tower(config))
-    source = read_source(config.model, weights) if config.model.source is not None else None
-    rows = source.architecture.vocab_size if source else None
-    tokenizer = load_tokenizer(config, source.folder if source else None, rows)
-    if source is None:
-        return None, tokenizer, built_in(config.model, tokenizer.vocab_size, tokenizer.forbidden)
-    return source, tokenizer, _as_trained(source.architecture, config, tokenizer.forbidden)
-
-
-def _as_trained(a: Architecture, config: Config, forbidden: Sequence[int]) -> Architecture:
-    """A checkpoint's architecture with the parts of it that train, and the ids that are never drawn.
-
-    Args:
-      forbidden: ids of the task that are never drawn; those of images are added to them.
-    """
-    return dataclasses.replace(
-        a,
-        forbidden=tuple(sorted({*forbidden, *a.forbidden})),
-        lora=lora_of(config.lora),
-        freezes_vision=config.model.vision == "frozen",
-    )
-
-
 def device_bytes() -> float:
     """Bytes of memory of a device as its driver reports them; infinity where it does not."""
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else math.inf
-
-
-def _with_fsdp(config: Config, a: Architecture, capacity: float, devices: int) -> Config:
-    """The config with mesh.fsdp, which follows from the memory of weights, optimizer state and a gradient if unset."""
-    if config.mesh.fsdp is not None:
-        return config
-    base = jax.eval_shape(lambda: init_weights(table(a), jax.random.key(0), jnp.dtype(a.param_dtype)))
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
-    if a.lora is None:
-        weights, dtype = trained_and_frozen(a)[0], jnp.dtype(a.param_dtype)
-        trained = jax.eval_shape(lambda: init_weights(weights, jax.random.key(0), dtype))
-        copies = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trained)) if config.loss.kl_coef > 0 else 0
-        # AdamW keeps two numbers a weight, and a gradient is a third, all float32. Adapters and their state are small.
-        held += 12 * sum(x.size for x in jax.tree.leaves(trained)) + copies
-    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, a.split_width)
-    return replace(config, {"mesh.fsdp": fsdp})
 
 
 def _frozen_init(a: Architecture) -> PyTree | None:
@@ -394,7 +397,7 @@ def new_state(
     params: PyTree,
     frozen: PyTree | None = None,
     metadata: PromptMetadata | None = None,
-    room: ImageRoom | None = None,
+    room: BatchRoom | None = None,
 ) -> TrainState:
     """The state before step 0; `room` is that for the images of a batch."""
     prompts = task.train.tokens
@@ -427,7 +430,11 @@ def known_prompts(setup: Setup, weights: PyTree, progress: Progress | None = Non
         # As many prompts as a rollout reads at a time; the mesh divides them, and they fit where a rollout does.
         batch = round_prompts(config) // config.rollout.chunks
         train, seed = setup.task.train, config.run.seed
-        features = prompt_features(setup.model, weights, train.tokens, train.lengths, batch, seed, setup.mesh, bar)
+        room = setup.images
+        images: ReadImages | None = None if room is None else lambda rows: laid_out_images(train, rows, room)
+        features = prompt_features(
+            setup.model, weights, train.tokens, train.lengths, batch, seed, setup.mesh, bar, images
+        )
     return known._replace(features=features)
 
 
@@ -442,11 +449,17 @@ def place_state(
 
     def init(params: PyTree, known: PromptMetadata | None) -> SavedState:
         parts = setup.config, setup.task, setup.algorithm, setup.optimizer
-        return new_state(*parts, params, frozen, known, setup.images).to_save()
+        return new_state(*parts, params, frozen, known, setup.room).to_save()
 
     known = known_prompts(setup, merge_params(params, frozen), progress)
     jitted = jax.jit(init, donate_argnums=0, out_shardings=setup.shardings.to_save())
-    return jitted(params, known).joined(frozen)
+    return jitted(params, known).joined(frozen, load_teacher(setup, progress))
+
+
+def load_teacher(setup: Setup, progress: Progress | None = None) -> PyTree | None:
+    """The teacher's weights on the mesh; None = there is no teacher. `progress` is told of it."""
+    say = (lambda _: None) if progress is None else progress.say
+    return None if setup.teacher is None else setup.teacher.load(setup.mesh, say)
 
 
 def load_frozen(setup: Setup) -> PyTree | None:

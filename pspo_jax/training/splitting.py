@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import ImageEmbeddings, Images, ImageWindows
 from pspo_jax.arrays.rows import Rows
-from pspo_jax.distributed.mesh import microbatch_size
+from pspo_jax.distributed.mesh import ROWS, constrain, microbatch_size
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
 
-_PROMPTS_ENCODED_AT_A_TIME = 8
+PROMPTS_ENCODED_AT_A_TIME = 8
 """Largest number of prompts whose images are encoded at a time, unless more devices share them."""
 RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
 
@@ -80,21 +80,29 @@ def images_of_batch(groups: Groups, added: Groups | None) -> Images | None:
 def encoded(model: Model, weights: PyTree, images: Images | None) -> Float[Array, "B U D"] | None:
     """What the model makes of the images, some prompts at a time; None = there are none.
 
+    A gradient through it encodes them again, some prompts at a time too.
+
     Raises:
-      ValueError: the model reads text alone.
+      ValueError: the model reads text alone, or its encoder trains and the batch holds embeddings from before.
     """
     if images is None:
         return None
     encode = model.encode_images
     if encode is None:
         raise ValueError("the prompts have images, and this model has no `encode_images`; choose one that reads them")
+    if isinstance(images, ImageEmbeddings):
+        if model.trains_encoder:
+            raise ValueError("the batch holds embeddings of images, and this model's encoder trains; give it patches")
+        return constrain(images.embeddings, None, None, "embed")
     parts = split_images(images)
-    return merge_microbatches(jax.lax.map(lambda part: encode(weights, part), parts))
+    found = merge_microbatches(jax.lax.map(jax.checkpoint(lambda part: encode(weights, part)), parts))
+    # Rows of any device may need them: they are moved once, to the layout in which tokens are embedded.
+    return constrain(found, None, None, "embed")
 
 
-def split_images(images: Images) -> Images:
+def split_images(images: ImageWindows) -> ImageWindows:
     """Images in parts of equal size, [B, ...] -> [parts, B / parts, ...], that are encoded one after another."""
     b = images.delta.shape[0]
-    parts = b // microbatch_size(b, _PROMPTS_ENCODED_AT_A_TIME)
-    found: Images = jax.tree.map(lambda x: split_microbatches(x, parts), images)
+    parts = b // microbatch_size(b, PROMPTS_ENCODED_AT_A_TIME, ROWS)
+    found: ImageWindows = jax.tree.map(lambda x: split_microbatches(x, parts), images)
     return found

@@ -1,7 +1,7 @@
 """The training step: rewards in, updated state out, as one jitted program that donates the state.
 
-rewards -> advantages -> selector.observe -> replay.mix_batch, add_rollouts -> (old, reference log-probs) -> optimizer
-updates
+rewards -> advantages -> selector.observe -> replay.mix_batch, add_rollouts -> (old, reference, teacher's log-probs) ->
+optimizer updates
 
 Dynamic sampling cuts the step in two: `collect` runs once per round of rollouts, `update` once per step.
 
@@ -28,13 +28,14 @@ from pspo_jax.config.presets import resolve
 from pspo_jax.config.schema import Config, round_prompts
 from pspo_jax.config.strategies import STORING
 from pspo_jax.config.unread_fields import trains_on_older_policies
-from pspo_jax.distributed.mesh import UPDATE_ROWS, size_along
+from pspo_jax.distributed.mesh import ROWS, size_along
 from pspo_jax.losses.ratios import kl_estimate
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups, effective
 from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.training.algorithm import Algorithm, needs_policy_drift
+from pspo_jax.training.distillation import with_teacher
 from pspo_jax.training.metrics import Metrics, replay_metrics, rollout_metrics, update_metrics
 from pspo_jax.training.optimizer import in_float32
 from pspo_jax.training.scoring import (
@@ -165,6 +166,7 @@ def make_train_step(
     algorithm: Algorithm,
     config: Config,
     state_shardings: PyTree = None,
+    teacher: Model | None = None,
 ) -> TrainStep:
     """`train_step(state, rollouts, rewards, verdicts=None) -> (state, metrics)`, jitted; `state` is donated.
 
@@ -174,6 +176,7 @@ def make_train_step(
 
     Args:
       state_shardings: pytree of NamedSharding with the structure of the state; None = the compiler chooses.
+      teacher: the functions of the teacher whose weights `state.teacher` holds; None = there is no teacher.
     """
     config = resolve(config)
 
@@ -181,9 +184,8 @@ def make_train_step(
         state: TrainState, rollouts: Rollouts, rewards: Float[Array, "B G"], verdicts: Float[Array, "B G"] | None = None
     ) -> tuple[TrainState, Metrics]:
         state, groups, metrics = assign_advantages(model, algorithm, config, state, rollouts, rewards, verdicts)
-        state, more = _update(
-            model, optimizer, algorithm, config, state, groups, rollouts.temperature, rollouts.sampling_log_probs
-        )
+        temperature, sampling = rollouts.temperature, rollouts.sampling_log_probs
+        state, more = _update(model, optimizer, algorithm, config, state, groups, temperature, sampling, teacher)
         return state, metrics | more
 
     out = None if state_shardings is None else (state_shardings, None)
@@ -217,11 +219,12 @@ def make_update(
     algorithm: Algorithm,
     config: Config,
     state_shardings: PyTree = None,
+    teacher: Model | None = None,
 ) -> Update:
     """`update(state, temperature) -> (state, metrics)`, jitted; `state` is donated.
 
     It is a step on the groups that wait: the first rollout.prompts of `state.queue` are its batch. If fewer wait, the
-    replay fills the empty slots, or they leave the batch.
+    replay fills the empty slots, or they leave the batch. `teacher` is that of `make_train_step`.
     """
     config = resolve(config)
 
@@ -230,7 +233,7 @@ def make_update(
         sampling = None if state.queue.sampling_log_probs is None else state.queue.sampling_log_probs[:prompts]
         groups, queue = take_first(state.queue, prompts)
         state = dataclasses.replace(state, queue=queue)
-        return _update(model, optimizer, algorithm, config, state, groups, temperature, sampling)
+        return _update(model, optimizer, algorithm, config, state, groups, temperature, sampling, teacher)
 
     out = None if state_shardings is None else (state_shardings, None)
     return jax.jit(update, donate_argnums=0, out_shardings=out)
@@ -314,12 +317,16 @@ def _update(
     groups: Groups,
     temperature: Float[Array, ""],
     sampling_log_probs: Float[Array, "B G T"] | None = None,
+    teacher: Model | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The second half of a step: the replay mixes the batch, then the optimizer updates the weights."""
     state, groups, added, metrics = _mix_batch(model, algorithm, config, state, groups, temperature)
     rows = rows_of_batch(groups, added, state.step, config, sampling_log_probs)
     images = images_of_batch(groups, added)
     rows = with_log_probs(model, state, rows, temperature, config, images)
+    if teacher is not None:
+        rows, taught = with_teacher(teacher, state.teacher, rows, temperature, config, images)
+        metrics |= taught
     if trains_on_older_policies(config):
         metrics |= replay_metrics(groups, added, rows, state.step, config)
         adapted = algorithm.replay.adapt_share(state.replay, metrics["replay/ess"])
@@ -408,8 +415,8 @@ def behaviour_divergence(
     It costs one forward pass over all stored groups.
     """
     capacity = stored.counted.shape[0]
-    # Groups are repeated up to a number that the mesh divides, so that rows spread over all devices.
-    groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    # Groups are repeated up to a number that the mesh divides, so that rows and images spread over all devices.
+    groups = capacity + -capacity % size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
     stored = take(stored, jnp.arange(groups) % capacity)
     rows = rows_of(stored, state.step, config)
     now = score(model, state.weights, rows, temperature, config, images=stored.prompts.images)[0]

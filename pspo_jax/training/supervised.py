@@ -19,15 +19,16 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from pspo_jax import __version__
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import ImageWindows
 from pspo_jax.arrays.rows import RowImages
 from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import OptState, Params
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, PromptConfig
-from pspo_jax.data.demonstrations import read_examples, read_text
+from pspo_jax.data.demonstrations import example_images, example_patches, read_examples, read_text
 from pspo_jax.data.image_batches import ImageRoom
+from pspo_jax.data.images.cache import PatchCache
 from pspo_jax.data.images.prompt_images import PromptImages, joined_images
 from pspo_jax.data.task import Demonstrations, Task, pad_rows
 from pspo_jax.losses.log_probs import compact_images, completion_log_probs
@@ -35,13 +36,18 @@ from pspo_jax.model.interface import ImageTokens, Model
 from pspo_jax.system.json_values import Json
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.optimizer import adamw, in_float32
+from pspo_jax.training.splitting import encoded
 from pspo_jax.training.step import Jitted
 
 Batch: TypeAlias = dict[str, PyTree]
-"""Columns of `Demonstrations` as arrays; `images`, where prompts have any, is an `Images`."""
+"""Columns of `Demonstrations` as arrays; `images`, where prompts have any, is an `ImageWindows`."""
 
 _MAX_STEPS_A_CALL = 60
 """Largest number of training steps in one jitted call."""
+_MAX_PATCHES_A_CALL = 2**28
+"""Largest size of the patches of images in one jitted call of several steps, in bytes."""
+_ENCODED_AT_ONCE = 2**20
+"""Largest size of the patches of a batch, in bytes, whose images are all encoded at the same time."""
 
 
 class _Examples:
@@ -58,16 +64,18 @@ class _Examples:
         return columns if self._data.images is None else columns | {"images": np.int64(i)}
 
 
-def dataset(config: Config, task: Task) -> tuple[grain.MapDataset, PromptImages | None]:
+def dataset(
+    config: Config, task: Task, examples: Demonstrations | None = None
+) -> tuple[grain.MapDataset, PromptImages | None]:
     """Demonstrations by index: those of the task, each used once, or of a JSONL file, reshuffled in each epoch.
 
     Where there are images, they come beside the data, whose column `images` has their prompts' indices.
 
-    Raises:
-      ConfigError: the file has fewer lines than a batch.
+    Args:
+      examples: those of the file; None = the task's.
     """
     s = config.sft
-    if s.data is None:
+    if examples is None:
         blocks = list(task.demonstrations(config.run.seed, s.steps * s.batch))
         prompts, prompt_lengths, completions, completion_lengths = (
             np.concatenate(columns) for columns in zip(*(block[:4] for block in blocks), strict=True)
@@ -76,15 +84,13 @@ def dataset(config: Config, task: Task) -> tuple[grain.MapDataset, PromptImages 
         images = joined_images(of_blocks) if of_blocks else None
         whole = Demonstrations(prompts, prompt_lengths, completions, completion_lengths, images)
         return grain.MapDataset.source(_Examples(whole)), images
-    examples = _Examples(read_jsonl(Path(s.data), task, config.rollout.max_new_tokens, config.prompt))
-    if len(examples) < s.batch:
-        raise ConfigError(f"sft.batch={s.batch}: sft.data={s.data} has only {len(examples)} lines; lower it")
-    return grain.MapDataset.source(examples).seed(config.run.seed).shuffle().repeat(), None
+    shuffled = grain.MapDataset.source(_Examples(examples)).seed(config.run.seed).shuffle()
+    return shuffled.repeat(), examples.images
 
 
 def _with_images(
     batch: dict[str, np.ndarray], images: PromptImages | None, room: ImageRoom | None
-) -> dict[str, np.ndarray | Images]:
+) -> dict[str, np.ndarray | ImageWindows]:
     """A batch of examples with its images in place of their prompts' indices."""
     if images is None:
         return dict(batch)
@@ -92,33 +98,57 @@ def _with_images(
     prompts, lengths = batch["prompts"], batch["prompt_lengths"]
     rows = zip(batch["images"].tolist(), prompts, lengths, strict=True)
     found = [images.of(row, ids[:n].tolist()) for row, ids, n in rows]
-    return batch | {"images": room.laid_out(found, lengths, prompts.shape[1])}
+    return {**batch, "images": room.laid_out(found, lengths, prompts.shape[1])}
 
 
-def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig | None = None) -> Demonstrations:
+def file_examples(config: Config, task: Task) -> Demonstrations | None:
+    """The examples of sft.data, whose images are decoded; None = the cold start has the task's own, or there is none.
+
+    Raises:
+      ConfigError: a line of the file is refused, or it has fewer lines than a batch.
+    """
+    s = config.sft
+    if not s.steps or s.data is None:
+        return None
+    patches = example_patches(config, task.tokenizer)
+    examples = read_jsonl(Path(s.data), task, config.rollout.max_new_tokens, config.prompt, patches)
+    if len(examples.prompts) < s.batch:
+        raise ConfigError(f"sft.batch={s.batch}: sft.data={s.data} has only {len(examples.prompts)} lines; lower it")
+    return examples
+
+
+def read_jsonl(
+    path: Path,
+    task: Task,
+    max_completion: int,
+    prompt: PromptConfig | None = None,
+    patches: PatchCache | None = None,
+) -> Demonstrations:
     """Tokenised examples of a JSONL file; EOS is added to completions that lack it.
 
     Args:
       max_completion: largest number of tokens of a completion.
       prompt: for rows of messages, the date and the mode of thinking that the chat template is given.
+      patches: the cache of the images' patches; None = the model reads text alone.
 
     Raises:
-      ConfigError: an example is empty, too long, or has a token that the model does not know.
+      ConfigError: an example is empty, too long, has a token that the model does not know, or is refused.
     """
-    prompts, completions = [], []
     width = task.train.tokens.shape[1]
-    examples = read_examples(path, task.tokenizer, task.encode_prompt, task.stop_ids, prompt or PromptConfig())
+    examples = read_examples(path, task.tokenizer, task.encode_prompt, task.stop_ids, prompt or PromptConfig(), patches)
+    images = example_images(examples, task.tokenizer, patches)
+    of_images = np.zeros(len(examples), np.int64) if images is None else images.tokens()
     for number, example in enumerate(examples, 1):
-        prompts.append(example[0])
-        completions.append(example[1])
+        share = f", {of_images[number - 1]} of them for images" if of_images[number - 1] else ""
         pairs = (
-            ("prompt", prompts[-1], width, "the longest prompt of the task and prompt.max_tokens"),
-            ("completion", completions[-1], max_completion, "rollout.max_new_tokens"),
+            ("prompt", example.prompt, width, share, "the longest prompt of the task and prompt.max_tokens"),
+            ("completion", example.completion, max_completion, "", "rollout.max_new_tokens"),
         )
-        for name, tokens, limit, field in pairs:
+        for name, tokens, limit, share, field in pairs:
             if not 0 < len(tokens) <= limit:
                 raise ConfigError(
-                    f"sft.data={path} line {number}: {name} has {len(tokens)} tokens, allowed 1..{limit} ({field})"
+                    f"sft.data={path} line {number}: {name} has {len(tokens)} tokens{share}, allowed 1..{limit} "
+                    f"({field})"
                 )
             if max(tokens) >= task.vocab_size:
                 raise ConfigError(
@@ -126,8 +156,12 @@ def read_jsonl(path: Path, task: Task, max_completion: int, prompt: PromptConfig
                     f"{task.vocab_size:,} rows; remove the line"
                 )
     pad = task.tokenizer.pad_token_id
-    longest = max(map(len, completions))
-    return Demonstrations(*pad_rows(prompts, width, pad), *pad_rows(completions, longest, pad))
+    completions = [example.completion for example in examples]
+    return Demonstrations(
+        *pad_rows([example.prompt for example in examples], width, pad),
+        *pad_rows(completions, max(map(len, completions)), pad),
+        images,
+    )
 
 
 def sft_loss(model: Model, params: PyTree, batch: Batch, logits_mib: int) -> Float[Array, ""]:
@@ -146,15 +180,16 @@ def sft_loss(model: Model, params: PyTree, batch: Batch, logits_mib: int) -> Flo
     return -jnp.where(mask, log_probs, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def _image_tokens(model: Model, params: PyTree, images: Images | None, t: int) -> ImageTokens | None:
+def _image_tokens(model: Model, params: PyTree, images: ImageWindows | None, t: int) -> ImageTokens | None:
     """The tokens of images in rows whose completions have t tokens; None = all tokens are text."""
     if images is None:
         return None
-    assert model.encode_images is not None
     rows = RowImages(
         prompt=jnp.arange(images.delta.shape[0]), unit=images.unit, positions=images.positions, delta=images.delta
     )
-    return compact_images(rows, model.encode_images(params, images), t)
+    if model.encode_images is not None and images.patches.size <= _ENCODED_AT_ONCE:
+        return compact_images(rows, model.encode_images(params, images), t)
+    return compact_images(rows, encoded(model, params, images), t)
 
 
 class SftSteps(Jitted, Protocol):
@@ -212,6 +247,7 @@ def cold_start(
     frozen: Params | None = None,
     kept: Kept | None = None,
     room: ImageRoom | None = None,
+    examples: Demonstrations | None = None,
 ) -> Params | None:
     """`params` (donated) after sft.steps of training on top of `frozen`; None if `stop()` became true on the way.
 
@@ -220,13 +256,14 @@ def cold_start(
 
     Args:
       room: room for the images of a batch; None = no prompt has any.
+      examples: `file_examples`; None = the demonstrations of the task.
     Raises:
       FloatingPointError: the loss is not finite.
     """
     s = config.sft
-    per_call = max(k for k in range(1, _MAX_STEPS_A_CALL + 1) if s.steps % k == 0)
+    per_call = _steps_a_call(s.steps, s.batch, room)
     optimizer = adamw(s, s.steps)
-    source, images = dataset(config, task)
+    source, images = dataset(config, task, examples)
     batches = source.batch(s.batch * per_call)
     steps = make_sft_steps(model, optimizer, config.loss.logits_mib)
     opt_state = jax.jit(optimizer.init)(params)
@@ -251,17 +288,27 @@ def cold_start(
     return params
 
 
+def _steps_a_call(steps: int, batch: int, room: ImageRoom | None) -> int:
+    """Number of steps in one jitted call, a divisor of all steps."""
+    size = 0 if room is None else batch * room.windows * room.layout.patches * room.patch_numbers
+    most = min(_MAX_STEPS_A_CALL, max(1, _MAX_PATCHES_A_CALL // max(size, 1)))
+    return max(k for k in range(1, most + 1) if steps % k == 0)
+
+
 _TRAINING_PROMPTS = ("task.train_prompts", "task.strata", "task.wrong_labels")
 """Fields that change a generated task's training prompts; its held-out prompts are there by their contents."""
 
 
-def settings(config: Config, task: Task, source: str | None = None) -> dict[str, Json]:
+def settings(
+    config: Config, task: Task, source: str | None = None, images: PromptImages | None = None
+) -> dict[str, Json]:
     """The settings that decide the result of a cold start.
 
     Data, tokenizer and checkpoint are there by their contents, and not by their places.
 
     Args:
       source: fingerprint of the checkpoint that the cold start begins from; None = there is none.
+      images: images of the examples of sft.data; None = they have none.
     """
     stages = ("model.", "lora.", "prompt.", "sft.", "task.")
     places = ("task.train_data", "task.heldout_data", "model.source", "model.revision", "model.tokenizer")
@@ -281,4 +328,6 @@ def settings(config: Config, task: Task, source: str | None = None) -> dict[str,
         # Only the rows of the file are learnt, so the task decides nothing.
         fields = {k: v for k, v in fields.items() if not k.startswith("task.") and k not in ("heldout", "train")}
         fields["sft.data"] = hashlib.sha256(read_text(Path(config.sft.data)).encode()).hexdigest()
+    if images is not None:
+        fields["sft.images"] = images.identity()
     return fields

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from pspo_jax.arrays.images import Images
+from pspo_jax.arrays.images import Images, ImageWindows
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
@@ -119,15 +119,17 @@ def optimize(
     def update(before: Training, part: tuple[Rows, Images | None]) -> tuple[Training, UpdateMetrics]:
         minibatch, images = part
         weights = _weights_fn(state, None if step_key is None else jax.random.fold_in(step_key, before.done))
+        now = merge_params(before.params, state.frozen)
+        embeddings = encoded(model, now, images)
         if o.top_entropy < 1:
-            now = merge_params(before.params, state.frozen)
-            _, entropy = score(model, now, minibatch, temperature, config, images=images)
+            _, entropy = score(model, now, minibatch, temperature, config, images=images, embeddings=embeddings)
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         # A single microbatch is computed whole, including its rows without a gradient.
         computed = None if is_single_part(model, minibatch, config) else rows_with_gradient(minibatch, o)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked, computed)
-        found = loss_gradient(model, weights, before.params, minibatch, temperature, config, total, computed, images)
+        batch = minibatch, temperature, config, total, computed, images, embeddings
+        found = loss_gradient(model, weights, before.params, *batch)
         completions = (minibatch.counted if computed is None else computed).sum().astype(jnp.float32)
         return apply_gradient(optimizer, before, *found, completions, rate_factor(minibatch, o))
 
@@ -202,6 +204,7 @@ def loss_gradient(
     total: Denominators,
     computed: Bool[Array, "R"] | None = None,
     images: Images | None = None,
+    embeddings: Float[Array, "B U D"] | None = None,
 ) -> tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]:
     """Gradient of a minibatch's loss in `params`, in float32, accumulated over microbatches; and its metrics.
 
@@ -212,9 +215,10 @@ def loss_gradient(
       total: the denominators, which count all rows.
       computed: rows that are computed; they must include all of `rows_with_gradient`. None = all.
       images: the images to which the rows point; None = all prompts are text.
+      embeddings: these images as `encoded` by the same weights; None = they are encoded here.
     """
     microbatches = make_microbatches(model, rows, config, computed)
-    embeddings = encoded(model, weights(params, 0), images)
+    embeddings = encoded(model, weights(params, 0), images) if embeddings is None else embeddings
     trained = params, embeddings if model.trains_encoder else None
 
     def loss_fn(trained: Trained, part: Microbatch) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
@@ -254,10 +258,10 @@ def _through_encoder(model: Model, weights: WeightsFn, params: Params, images: I
     """
     of_params, of_embeddings = grads
     encode = model.encode_images
-    if images is None or of_embeddings is None or encode is None:
+    if not isinstance(images, ImageWindows) or of_embeddings is None or encode is None:
         return of_params
 
-    def add(total: Params, part: tuple[Images, Array]) -> tuple[Params, None]:
+    def add(total: Params, part: tuple[ImageWindows, Array]) -> tuple[Params, None]:
         images, of_embeddings = part
         embeddings, pull = jax.vjp(lambda p: encode(weights(p, 0), images), params)
         return _add(total, pull(of_embeddings.astype(embeddings.dtype))[0]), None

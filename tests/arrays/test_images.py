@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pspo_jax.arrays.images import Images, PatchLayout, PlacedImage, lay_out
+from pspo_jax.arrays.images import EmbeddedImage, ImageWindows, PatchLayout, PlacedImage, lay_out, lay_out_embeddings
 
 NUMBERS = 3
 
@@ -35,7 +35,7 @@ def batches(draw) -> tuple[PatchLayout, list[list[PlacedImage]], list[int]]:
     return layout, prompts, lengths
 
 
-def laid_out(layout: PatchLayout, prompts: list[list[PlacedImage]], lengths: list[int]) -> Images:
+def laid_out(layout: PatchLayout, prompts: list[list[PlacedImage]], lengths: list[int]) -> ImageWindows:
     windows = max(1, *(sum(layout.num_windows(x.rows, x.columns) for x in images) for images in prompts))
     return lay_out(prompts, lengths, max(lengths) + 2, windows, NUMBERS, layout)
 
@@ -140,3 +140,42 @@ def test_neighbours_in_a_window_are_a_unit():
 def test_images_that_do_not_fit_are_refused(image, length, windows, message):
     with pytest.raises(ValueError, match=message):
         lay_out([[image]], [length], 16, windows, 3, PatchLayout())
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches())
+def test_embeddings_stand_in_the_order_of_their_tokens_with_the_positions_of_patches(batch):
+    """The tokens of a prompt's images are numbered through, whatever the windows."""
+    layout, prompts, lengths = batch
+    of_windows = laid_out(layout, prompts, lengths)
+    rng, width = np.random.default_rng(0), 3
+    embedded = [
+        [
+            EmbeddedImage(x.first_token, x.rows, x.columns, rng.random((layout.num_tokens(x.rows, x.columns), width)))
+            for x in images
+        ]
+        for images in prompts
+    ]
+    counts = [sum(len(x.embeddings) for x in images) for images in embedded]
+    out = lay_out_embeddings(embedded, lengths, max(lengths) + 2, (max(counts) + 1, width), np.float32, layout)
+    np.testing.assert_array_equal(out.positions, of_windows.positions)
+    np.testing.assert_array_equal(out.delta, of_windows.delta)
+    for i, images in enumerate(embedded):
+        right = np.concatenate([x.embeddings for x in images] or [np.zeros((0, width))])
+        is_image = out.unit[i] >= 0
+        np.testing.assert_array_equal(is_image, of_windows.unit[i] >= 0)
+        np.testing.assert_allclose(out.embeddings[i][out.unit[i][is_image]], right.astype(np.float32))
+        assert not out.embeddings[i, counts[i] :].any()
+
+
+@pytest.mark.parametrize(
+    ("image", "room", "message"),
+    [
+        (EmbeddedImage(0, 4, 4, np.zeros((4, 3))), (3, 3), "have 4 tokens, and there is room for 3"),
+        (EmbeddedImage(0, 4, 4, np.zeros((4, 2))), (4, 3), "4 tokens has embeddings of shape"),
+        (EmbeddedImage(1, 4, 4, np.zeros((4, 3))), (4, 3), "ends at token 5 of a prompt of 4 tokens"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(image, room, message):
+    with pytest.raises(ValueError, match=message):
+        lay_out_embeddings([[image]], [4], 16, room, np.float32, PatchLayout())

@@ -12,7 +12,7 @@ from pspo_jax.checkpoint.checksums import checksums
 from pspo_jax.checkpoint.params_folder import belongs, load_folder, save_folder
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import CheckpointConfig
+from pspo_jax.config.run_stages import CheckpointConfig
 from pspo_jax.runs.run_folder import RunLog
 
 

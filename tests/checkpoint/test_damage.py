@@ -13,7 +13,7 @@ from pspo_jax.checkpoint import damage
 from pspo_jax.checkpoint.reading import read_params
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import CheckpointConfig
+from pspo_jax.config.run_stages import CheckpointConfig
 from pspo_jax.system.storage import StorageError
 from tests.checkpoint.trees import abstract, tree
 

@@ -13,7 +13,7 @@ import pytest
 
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config import command_line
-from pspo_jax.config.schema import CheckpointConfig
+from pspo_jax.config.run_stages import CheckpointConfig
 from pspo_jax.runs.access import read_lines
 from pspo_jax.runs.run_folder import RunLog
 from pspo_jax.system.storage import Persist, StorageError, append_whole, exhausted, os_reason, write_whole

@@ -20,6 +20,8 @@ from pspo_jax.training.algorithm import build
 from pspo_jax.training.optimizer import schedule
 from tests.conftest import REPO
 
+RECIPES = REPO / "pspo_jax" / "recipes"
+
 
 def parse(*argv):
     return command_line.parse(argv, "train", "")
@@ -109,15 +111,51 @@ def test_microbatches_divide(rows, at_most):
     assert rows % size == 0 and size <= (at_most or rows)
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_of_the_folder_is_valid(path):
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path):
     words = ["--model.source", "x"] if path.stem == "reasoning_gym" else []
-    config = parse("--config", str(path), *words)
+    config = parse("--config", path.stem, *words)
     header = path.read_text().partition("\nrun:")[0]
-    assert str(path.relative_to(REPO)) in header  # the command
+    assert f"--config {path.stem}" in header  # the command
     for part in ("# Command: ", "# Hardware: ", "# Time: ", "# Result: "):
         assert header.count(part) == 1, part
     assert build(config) is not None
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "countdown") == parse("--config", str(RECIPES / "countdown.yaml"))
+    (tmp_path / "countdown").write_text("run: {steps: 7}")
+    assert parse("--config", "countdown").run.steps == 7  # a file goes before a recipe
+    with pytest.raises(SystemExit):
+        main(["--recipe", "own_data"])
+    assert capsys.readouterr().out == (RECIPES / "own_data.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("--config", "pspo_qwen_1p5b"),
+            "--config pspo_qwen_1p5b: there is no file or recipe of this name; did you mean pspo_qwen25_math_1p5b or",
+        ),
+        (
+            ("--config", "zzzz"),
+            "--config zzzz: there is no file or recipe of this name; the recipes are countdown, grpo",
+        ),
+        (
+            ("--config", "x/grpo.yaml"),
+            "--config x/grpo.yaml: there is no such file; the package's recipe is --config grpo",
+        ),
+        (("--recipe", "gprpo"), "--recipe gprpo: there is no file or recipe of this name; did you mean grpo"),
+        (("--recipe",), "--recipe: needs one name, and nothing else; the recipes are countdown, grpo"),
+        (("--recipe", "grpo", "--run.steps", "2"), "--recipe: needs one name, and nothing else; the recipes are"),
+    ],
+)
+def test_a_recipe_that_there_is_not_is_one_line_with_the_near_ones(words, says):
+    with pytest.raises(ConfigError) as error:
+        main(words)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
 def test_a_mixture_is_a_list_in_yaml(tmp_path):
@@ -134,13 +172,10 @@ def test_a_mixture_is_a_list_in_yaml(tmp_path):
     assert parse("--config", str(path)) == config
 
 
-RECIPES = ("pspo_qwen25_math_1p5b", "pspo_qwen25_math_7b_lora")
-
-
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["pspo_qwen25_math_1p5b", "pspo_qwen25_math_7b_lora"])
 @pytest.mark.parametrize("algorithm", sorted(PRESETS))
 def test_recipes_of_real_models_take_every_algorithm(name, algorithm):
-    words = ["--config", str(REPO / "configs" / f"{name}.yaml"), "--algorithm.name", algorithm]
+    words = ["--config", name, "--algorithm.name", algorithm]
     if algorithm == "maxrl":
         with pytest.raises(ConfigError, match=r"advantage\.name=maxrl: .* may give -1; drop the terms"):
             parse(*words)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from PIL import Image
 
@@ -35,3 +37,37 @@ def encoded(image: Image.Image, form: str | None = None, **options: Any) -> byte
 def picture(height: int, width: int, seed: int = 0) -> bytes:
     """The PNG file of random RGB pixels."""
     return encoded(noise("RGB", height, width, seed))
+
+
+def problem_picture(number: int) -> bytes:
+    """The image of a problem of `write_problems`; two problems each have images of one size."""
+    return picture(60 + 14 * (number // 2 % 5), 150 - 17 * (number // 2 % 4), number)
+
+
+def write_problems(path: Path, count: int, first: int = 0) -> str:
+    """A parquet file of problems with images in the columns of Geometry3k; returns its name.
+
+    There are two images of each size, so that a control can exchange them.
+
+    Args:
+      first: number of the first problem; problems of other numbers have other images.
+    """
+    rows = []
+    for i in range(first, first + count):
+        image = {"bytes": problem_picture(i), "path": None}
+        rows.append({"images": [image], "problem": f"<image>Find x{i % 3}.", "answer": str(i % 7)})
+    table = datasets.Dataset.from_list(rows)
+    features = table.features.copy()
+    features["images"] = datasets.List(datasets.Image())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.cast(features).to_parquet(str(path))
+    return str(path)
+
+
+def write_splits(folder: Path, train: int, validation: int, test: int) -> str:
+    """A data set of so many such problems in three splits, in files as the hub has them; returns its name."""
+    first = 0
+    for name, count in (("train", train), ("validation", validation), ("test", test)):
+        write_problems(folder / "data" / f"{name}-00000-of-00001.parquet", count, first)
+        first += count
+    return str(folder)

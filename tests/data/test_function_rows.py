@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.data.gold_check import ACCEPTED, NO_VERDICT, REFUSED
 from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.data.task import CompletionBatch

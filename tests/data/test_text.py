@@ -12,7 +12,7 @@ import pytest
 
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.loading import from_data
 from pspo_jax.data.synthetic.countdown import generate
@@ -136,6 +136,15 @@ def test_benchmark_keeps_the_order_and_repeats(tmp_path, tokenizer, config, pool
     assert list(prompts.answers) == ["6", "2", "6", "4"] and [item.row for item in prompts.left_out] == [2]
     assert list(benchmark_prompts(source, c, tokenizer, pool, 2).answers) == ["6", "2"]
     assert len(prompts.tokens) == 4 and prompts.tokens.shape[1] % 16 == 0 and prompts.columns(3) == rows[4]
+
+
+def test_a_process_without_a_row_of_a_batch_has_no_rewards(data, config, tokenizer, pool):
+    """The last held-out batch may be so small that all its rows belong to other processes."""
+    task = make_task(config(task__train_data=data, reward__terms="accuracy=1, length=0.5"), tokenizer, pool)
+    none = np.zeros((0, 4), np.int32)
+    batch = CompletionBatch(task.train, none[:, 0], np.zeros((0, 4, 6), np.int32), none, none.astype(bool), 1)
+    found = task.reward_fn(batch)()
+    assert found.verdicts.shape == found.reward.shape == (0, 4)
 
 
 # --- fingerprints ---

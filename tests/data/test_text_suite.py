@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.arrays.state import Rollouts
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.synthetic.text_suite import KINDS, generate
 from pspo_jax.data.synthetic.text_suite_words import CATEGORIES, COLORS, NOUNS

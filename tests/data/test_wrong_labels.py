@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.config.validation import validate
 from pspo_jax.data.strata import apportioned, wrong_rows
 from pspo_jax.data.task import CompletionBatch

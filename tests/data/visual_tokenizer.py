@@ -17,6 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.conftest import DATA
 
 TEXT_TOKENIZER = DATA / "tokenizers" / "qwen2.5-small"
+WHOLE_TOKENIZER = DATA / "tokenizers" / "qwen2.5"
+"""The tokenizer with the released checkpoints' ids."""
 TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and message['role'] != "
     "'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] "
@@ -29,11 +31,11 @@ TEMPLATE = (
 PROCESSOR = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2}
 
 
-def write_visual(folder: Path, template: str = TEMPLATE, **processor: Any) -> str:
+def write_visual(folder: Path, template: str = TEMPLATE, tokenizer: Path = TEXT_TOKENIZER, **processor: Any) -> str:
     """The folder of a visual checkpoint, with the layout of the released ones; returns its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(TEXT_TOKENIZER / "tokenizer.json", folder)
-    settings = json.loads((TEXT_TOKENIZER / "tokenizer_config.json").read_text())
+    shutil.copy(tokenizer / "tokenizer.json", folder)
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))

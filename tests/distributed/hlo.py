@@ -1,10 +1,11 @@
-"""Bytes that a compiled program sends between devices, counted in its HLO text."""
+"""Bytes that a compiled program sends between devices, and its matrix products, counted in its HLO text."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -16,6 +17,8 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]+)\}")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^ ]*\))? \{([^}]*)\}")
 
@@ -40,35 +43,82 @@ class Collective(NamedTuple):
         return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
 
 
+class Product(NamedTuple):
+    """One matrix product of the program."""
+
+    scope: str
+    """Path of the operation in the traced program, with its named scopes."""
+    flops: int
+    """Multiplications and additions of one run."""
+    times: int
+    """Number of times that the program runs it; of a conditional, every branch is counted."""
+
+
 def collectives(hlo: str) -> list[Collective]:
     """Every collective of a compiled program's text (`compiled.as_text()`).
 
     An operand's size is looked up by its name. An asynchronous pair counts once, at its start.
     """
-    bodies: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    sizes: dict[tuple[str, str], int] = {}
+    found_all = []
+    for instruction, times, shapes in _instructions(hlo):
+        kind = instruction.op.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        operands = [_bytes(shape) for shape in shapes]
+        # A start's result is a tuple of operands and results.
+        result = _bytes(instruction.shape) - (sum(operands) if instruction.op != kind else 0)
+        whole = sum(operands) if kind == "reduce-scatter" else result
+        found_all.append(Collective(kind, whole, _group(instruction.rest), times))
+    return found_all
+
+
+def products(hlo: str, unknown: int = 1) -> list[Product]:
+    """Every matrix product of a compiled program's text.
+
+    Args:
+      unknown: number of runs that a loop without a known count is taken for.
+    """
+    found_all = []
+    for instruction, times, shapes in _instructions(hlo, unknown):
+        if instruction.op == "dot":
+            left = _dims(shapes[0])
+            contracted = math.prod(left[int(i)] for i in _CONTRACTED.search(instruction.rest)[1].split(","))
+            scope = _SCOPE.search(instruction.rest)
+            flops = 2 * math.prod(_dims(instruction.shape)) * contracted
+            found_all.append(Product(scope[1] if scope else "", flops, times))
+    return found_all
+
+
+class _Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    op: str
+    rest: str
+
+
+def _instructions(hlo: str, unknown: int = 1) -> Iterator[tuple[_Instruction, int, list[str]]]:
+    """Each instruction that runs, how often it runs, and the shapes of its operands."""
+    bodies: dict[str, list[_Instruction]] = defaultdict(list)
     entry = current = ""
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             current = header[1]
             entry = current if line.startswith("ENTRY") else entry
         elif found := _INSTRUCTION.match(line):
-            name, shape, op, rest = found.groups()
-            bodies[current].append((shape, op, rest))
-            sizes[current, name] = _bytes(shape)
-    times = _times(bodies, entry)
-    found_all = []
+            bodies[current].append(_Instruction(*found.groups()))
+    times = _times(bodies, entry, unknown)
     for computation, instructions in bodies.items():
-        for shape, op, rest in instructions:
-            kind = op.removesuffix("-start")
-            if kind not in KINDS or not times[computation]:
-                continue
-            operands = [sizes.get((computation, n), 0) for n in re.findall(r"%([\w.\-]+)", rest.partition(")")[0])]
-            # A start's result is a tuple of operands and results.
-            result = _bytes(shape) - (sum(operands) if op != kind else 0)
-            whole = sum(operands) if kind == "reduce-scatter" else result
-            found_all.append(Collective(kind, whole, _group(rest), times[computation]))
-    return found_all
+        shapes = {x.name: x.shape for x in instructions}
+        for x in instructions:
+            if times[computation]:
+                names = re.findall(r"%([\w.\-]+)", x.rest.partition(")")[0])
+                yield x, times[computation], [shapes.get(name, "") for name in names]
+
+
+def _dims(shape: str) -> list[int]:
+    return [int(d) for d in _SHAPE.search(shape)[2].split(",") if d]
 
 
 def _bytes(shape: str) -> int:
@@ -90,15 +140,15 @@ def _group(rest: str) -> int:
     return len(found[1].split(",")) if found[1] else int(found[2])
 
 
-def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str) -> dict[str, int]:
+def _times(bodies: dict[str, list[_Instruction]], entry: str, unknown: int) -> dict[str, int]:
     """How often each computation runs."""
     times: dict[str, int] = defaultdict(int)
 
     def visit(name: str, number: int) -> None:
         times[name] += number
-        for _, op, rest in bodies[name]:
+        for _, _, op, rest in bodies[name]:
             trips = _TRIPS.search(rest)
-            inner = number * (int(trips[1]) if op == "while" and trips else 1)
+            inner = number * (int(trips[1]) if trips else unknown) if op == "while" else number
             called = _CALLED.findall(rest)
             for group in _BRANCHES.findall(rest):
                 called += [c.strip().lstrip("%") for c in group.split(",")]

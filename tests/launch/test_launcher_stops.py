@@ -80,7 +80,7 @@ def test_a_killed_launcher_kills_what_does_not_stop(launch):
 
 @pytest.mark.parametrize(
     ("mode", "code", "began"),
-    [("exit 0", 0, 2), ("exit 2", 2, 2), ("exit 130", 130, 2), ("exit 1", 1, 6), ("killed", 1, 6)],
+    [("exit 0", 0, 2), ("exit 2", 2, 2), ("exit 75", 75, 2), ("exit 130", 130, 2), ("exit 1", 1, 6), ("killed", 1, 6)],
 )
 def test_only_what_a_retry_can_help_is_tried_again(launch, mode, code, began):
     one = launch("multi_gpu.sh", "--retries", "2", *TWO, mode=mode)
@@ -182,7 +182,11 @@ def test_a_stopped_or_killed_pod_run_leaves_no_trainer(pod, number):
 
 @pytest.mark.parametrize(
     ("mode", "code", "began"),
-    slow_except([("exit 1", 1, 3)], [("exit 0", 0, 1), ("exit 2", 2, 1), ("exit 1", 1, 3), ("killed", 1, 3)], True),
+    slow_except(
+        [("exit 1", 1, 3)],
+        [("exit 0", 0, 1), ("exit 2", 2, 1), ("exit 75", 75, 1), ("exit 1", 1, 3), ("killed", 1, 3)],
+        True,
+    ),
 )
 def test_a_pod_run_repeats_only_what_a_retry_can_help(pod, mode, code, began):
     one = pod("--retries", "2", *RUN, mode=mode)

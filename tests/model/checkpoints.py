@@ -33,15 +33,20 @@ def write_checkpoint(
     config = transformers.AutoConfig.for_model(model_type, **(SMALL | fields))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    spread(model)
+    model = model.to(dtype or torch.float32)
+    model.save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+def spread(model: Any) -> None:
+    """Make norms and biases of a torch model random and its matrices larger, so that mistakes in any of them show."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
                 parameter.mul_(4 if "embed" not in name else 20)
-    model = model.to(dtype or torch.float32)
-    model.save_pretrained(folder, max_shard_size=shards)
-    return model
 
 
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:

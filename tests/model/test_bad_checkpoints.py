@@ -58,7 +58,7 @@ def test_missing_folder(tmp_path):
 
 def test_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "the hub did not give it" in complaint("no-such-owner-1/no-such-model")
+    assert "HF_HUB_OFFLINE forbids" in complaint("no-such-owner-1/no-such-model")
 
 
 def test_folder_without_config(copy):

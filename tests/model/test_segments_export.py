@@ -18,8 +18,8 @@ from pspo_jax.model.transformer import transformer
 from pspo_jax.model.vision import image_tokens
 from pspo_jax.model.weights import table
 from pspo_jax.rewards.task import make_char_tokenizer, make_task
-from pspo_jax.training.setup import architecture_for
-from tests.model.visual_checkpoints import torch, transformers
+from pspo_jax.training.architectures import architecture_for
+from tests.model.checkpoints import torch, transformers
 
 FIELDS = {"task.name": "segments", "task.image_widths": "24,32", "task.train_prompts": 8, "rollout.prompts": 8}
 

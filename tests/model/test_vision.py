@@ -17,10 +17,10 @@ from pspo_jax.model.vision import encode_images, image_tokens
 from pspo_jax.model.weights import entries, table, to_hf
 from pspo_jax.rollout.sampler import make_sampler
 from pspo_jax.rollout.token_loop import SamplingParams
+from tests.model.checkpoints import torch
 from tests.model.test_pretrained import load
 from tests.model.visual_checkpoints import (
     pixel_values,
-    torch,
     torch_greedy,
     torch_inputs,
     torch_logits,

@@ -30,8 +30,9 @@ from pspo_jax.model.huggingface.save import (
 from pspo_jax.model.transformer import transformer
 from pspo_jax.model.vision import image_tokens
 from pspo_jax.model.weights import entries, table
+from tests.model.checkpoints import torch, transformers
 from tests.model.test_pretrained import load
-from tests.model.visual_checkpoints import torch, torch_logits, transformers, write_visual_checkpoint
+from tests.model.visual_checkpoints import torch_logits, write_visual_checkpoint
 from tests.pictures import picture, prompts_of
 
 TEXT_3B = {

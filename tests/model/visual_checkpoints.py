@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 
 from pspo_jax.model.architecture import Vision
+from tests.data.visual_tokenizer import TEXT_TOKENIZER, WHOLE_TOKENIZER, write_visual
+from tests.model.checkpoints import torch, transformers
 from tests.pictures import END, IMAGE, START, VIDEO, Picture, VisualPrompts
-
-torch = pytest.importorskip("torch", reason="torch is a test dependency; install '.[test]'")
-torch.set_num_threads(1)
-transformers = pytest.importorskip("transformers")
 
 SMALL_TEXT = {
     "vocab_size": 97,
@@ -73,6 +70,35 @@ def write_visual_checkpoint(
     return model
 
 
+class Vocabulary(NamedTuple):
+    """A tokenizer's folder, and the ids of a checkpoint with it."""
+
+    tokenizer: Path
+    rows: int
+    """Rows of the embedding."""
+    eos: int
+    images: tuple[int, int, int, int]
+    """Ids of an image's tokens, of a video's, and of those around an image."""
+
+
+SMALL_VOCABULARY = Vocabulary(TEXT_TOKENIZER, 4224, 4098, (4108, 4109, 4105, 4106))
+RELEASED_VOCABULARY = Vocabulary(WHOLE_TOKENIZER, 151936, 151645, (151655, 151656, 151652, 151653))
+"""That of Qwen2.5-VL-3B."""
+
+
+def write_visual_policy(folder: Path, vocabulary: Vocabulary = SMALL_VOCABULARY, layers: int = 2) -> Any:
+    """A Qwen2.5-VL of random weights and a tower of two blocks, with tokenizer, template and processor; torch's model.
+
+    Args:
+      layers: layers of the language model.
+    """
+    write_visual(folder, tokenizer=vocabulary.tokenizer)
+    tower = {"depth": 2, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+    text = {"num_hidden_layers": layers, "vocab_size": vocabulary.rows}
+    text |= {"bos_token_id": None, "eos_token_id": vocabulary.eos}
+    return write_visual_checkpoint(folder, "qwen2_5_vl", text=text, tower=tower, ids=vocabulary.images)
+
+
 def pixel_values(v: Vision, picture: Picture) -> np.ndarray:
     """What an image processor of transformers makes of it: normalised, and each frame the same."""
     x = picture.patches.reshape(-1, v.channels, 1, v.patch**2).astype(np.float32) / np.float32(255)
@@ -80,8 +106,8 @@ def pixel_values(v: Vision, picture: Picture) -> np.ndarray:
     return np.repeat((x - mean) / std, v.frames, axis=2).reshape(len(x), -1)
 
 
-def torch_inputs(v: Vision, batch: VisualPrompts, left: bool = False) -> dict[str, Any]:
-    """The arguments of a torch model for a batch, padded on one side."""
+def torch_inputs(v: Vision, batch: VisualPrompts, left: bool = False, image_id: int = IMAGE) -> dict[str, Any]:
+    """The arguments of a torch model for a batch, padded on one side; `image_id` is that of an image's tokens."""
     width = max(len(ids) for ids in batch.tokens)
     ids, mask = np.zeros((2, len(batch.tokens), width), np.int64)
     for i, row in enumerate(batch.tokens):
@@ -91,7 +117,7 @@ def torch_inputs(v: Vision, batch: VisualPrompts, left: bool = False) -> dict[st
     out = {
         "input_ids": torch.as_tensor(ids),
         "attention_mask": torch.as_tensor(mask),
-        "mm_token_type_ids": torch.as_tensor((ids == IMAGE).astype(np.int64)),
+        "mm_token_type_ids": torch.as_tensor((ids == image_id).astype(np.int64)),
     }
     if pictures:
         out["pixel_values"] = torch.as_tensor(np.concatenate([pixel_values(v, x) for x in pictures]))
@@ -99,14 +125,14 @@ def torch_inputs(v: Vision, batch: VisualPrompts, left: bool = False) -> dict[st
     return out
 
 
-def torch_logits(model: Any, v: Vision, batch: VisualPrompts) -> list[np.ndarray]:
-    """Logits of each prompt's tokens, one prompt at a time."""
+def torch_logits(model: Any, v: Vision, batch: VisualPrompts, image_id: int = IMAGE) -> list[np.ndarray]:
+    """Logits of each prompt's tokens, one prompt at a time; `image_id` is that of an image's tokens."""
     found = []
     for i in range(len(batch.tokens)):
         alone = batch._replace(tokens=batch.tokens[i : i + 1], pictures=batch.pictures[i : i + 1])
         model.model.rope_deltas = None
         with torch.no_grad():
-            found.append(model(**torch_inputs(v, alone)).logits[0].float().numpy())
+            found.append(model(**torch_inputs(v, alone, image_id=image_id)).logits[0].float().numpy())
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pspo_jax import evaluate, export, report, sft
-from pspo_jax.config import command_line
+from pspo_jax.config import command_line, recipes
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.planning import memory
 from tests.conftest import REPO
@@ -118,6 +118,8 @@ def accept(call: list[str]) -> None:
     """Read a command line by the program's own parser and checks; raises ConfigError for what it would refuse."""
     program, *argv = call
     match program:
+        case "train" if argv[0] == "--recipe":
+            Path("mine.yaml").write_text(recipes.recipe(argv[1], argv[0]).read_text())  # the name on all pages
         case "train":
             argv, target = memory.take_target(argv)
             config = command_line.parse(argv, program, "")
@@ -230,7 +232,8 @@ def shell(child_env, tmp_path_factory):
     bin_folder = tmp_path_factory.mktemp("bin")
     python = bin_folder / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$2" in pspo_jax.train) set -- "$@" $FEWER;; esac\nexec {shlex.quote(sys.executable)} "$@"\n'
+        '#!/bin/sh\ncase "$2 $3" in *--recipe) ;; pspo_jax.train*) set -- "$@" $FEWER;; esac\n'
+        f'exec {shlex.quote(sys.executable)} "$@"\n'
     )
     python.chmod(0o755)
     path = {"PATH": f"{bin_folder}:{child_env['PATH']}", "PYTHONPATH": str(REPO)}

@@ -175,7 +175,10 @@ def test_what_is_no_measurement_is_refused(tmp_path):
 
 def test_a_study_of_recipes_has_a_table_of_kinds(script, tmp_path):
     study = script("study")
-    arms = ["configs/smollm2_135m_grpo.yaml", "configs/smollm2_135m_popo.yaml loss.off_policy=coupled"]
+    arms = [
+        "configs/smollm2_135m_grpo.yaml",
+        "configs/smollm2_135m_popo.yaml loss.off_policy=coupled",
+    ]
     assert study.flags(tmp_path, arms[0], 3, None)[:2] == ["--config", arms[0]]
     assert "--run.steps" not in study.flags(tmp_path, arms[0], 3, None)
     for arm, end in zip(arms, (0.5, 0.75), strict=True):

@@ -194,7 +194,7 @@ def test_a_score_that_is_not_reached_makes_the_share_a_lower_bound():
 
 
 def test_the_documents_tables_are_those_of_the_committed_runs():
-    pages = {path: path.read_text() for path in (REPO / "docs").glob("results*.md")}
+    pages = {path: path.read_text() for path in (REPO / "docs").glob("*.md")}
     plans = sorted(path.with_suffix(".yaml") for path in (REPO / "docs" / "data").glob("*.jsonl"))
     assert plans
     for plan in plans:
@@ -205,10 +205,28 @@ def test_the_documents_tables_are_those_of_the_committed_runs():
         assert not done.value.code, done.value.code
 
 
+def test_a_control_stands_beside_the_accuracy_before_and_after(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN)
+    plan = _study_plan.load_plan(path)
+    line = {"part": "confirmation", "regime": "even", "arm": "grpo", "fields": {}, "kinds": {}, "effective": 0.5}
+    runs = [
+        line | {"seed": seed, "points": [[0, 0, 0, 0.2, 0.3], [3, 9, 9, 0.6 + seed / 10, 0.5]], "control": [0.1, 0.12]}
+        for seed in (1, 2)
+    ]
+    found = study_tables.tables(
+        plan, {_study_plan.Run(**{k: run[k] for k in _study_plan.Run._fields}): run for run in runs}
+    )
+    row = found["confirmation even"].splitlines()[-1]
+    assert row.split(" | ")[1:] == (
+        ["2", "0.200 ± 0.000", "0.750 ± 0.050", "0.300 ± 0.000", "0.500 ± 0.000", "0.100 ± 0.000", "0.120 ± 0.000 |"]
+    )
+
+
 def test_seeds_that_choose_do_not_confirm():
-    """Over all studies, since a later one is chosen with what the earlier ones showed."""
+    """Over all studies of selection, since a later one is chosen with what the earlier ones showed."""
     chosen, confirmed = set(), set()
-    for path in (REPO / "docs" / "data").glob("*.yaml"):
+    for path in set((REPO / "docs" / "data").glob("*.yaml")) - {REPO / "docs" / "data" / "segments.yaml"}:
         for arm in _study_plan.load_plan(path).arms.values():
             for part, seeds in arm.seeds.items():
                 (chosen if part.endswith("choice") else confirmed).update(seeds)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.verifiers.math_answer import ALTERNATIVES, canonical, final_answer
 from pspo_jax.verifiers.workers.pool import Pool, Request
 from pspo_jax.verifiers.workers.process import verify_gold, verify_math

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.verifiers.math_answer import canonical, final_answer, score
 from pspo_jax.verifiers.workers.pool import Pool, Request
 from tests.conftest import DATA

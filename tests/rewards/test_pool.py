@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.verifiers.workers.pool import Pool, Request
 from tests.conftest import REPO
 
@@ -440,7 +440,7 @@ def test_death_of_the_process_that_forks():
 
 def test_workers_do_not_outlive_a_killed_main_process():
     script = (
-        "import time\nfrom pspo_jax.config.schema import VerifierConfig\n"
+        "import time\nfrom pspo_jax.config.rewards import VerifierConfig\n"
         "from pspo_jax.verifiers.workers.pool import Pool, Request\n"
         "with Pool(VerifierConfig(workers=2, deadline=300.0)) as pool:\n"
         f"    pool.submit([Request('math', {{'gold': '42', 'answer': {HANGING!r}}})] * 2)\n"

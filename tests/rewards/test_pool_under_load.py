@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.verifiers.workers.clock import time_spent, usage
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.rewards.test_pool import asked, entered, maths, until

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import RewardConfig
+from pspo_jax.config.rewards import RewardConfig
 from pspo_jax.config.text_fields import TERMS, interval, parse_terms
 from pspo_jax.rewards import shaping
 from pspo_jax.rewards.terms import ShapingInputs, shaping_term, user_functions, weighted_sum

@@ -239,7 +239,8 @@ def test_useful_tokens_are_counted():
     model, params, _ = tiny_policy()
     args = params, random_prompts(6, 9), jax.random.key(0), settings(0.8, stop=(EOS, 3, 5), limit=10)
     (rows, all_at_once), (_, in_turns) = (jax.jit(counting_sampler(model, 4, T, PAD, s))(*args) for s in (None, 2))
-    assert int(all_at_once) == rows.lengths.size * int(rows.lengths.max())
-    assert int(rows.lengths.sum()) <= int(in_turns) < int(all_at_once)
+    assert int(all_at_once.tokens) == rows.lengths.size * int(rows.lengths.max())
+    assert int(rows.lengths.sum()) <= int(in_turns.tokens) < int(all_at_once.tokens)
+    assert float(all_at_once.columns) == rows.lengths.size * (int(rows.lengths.max()) - 1) * T
     with pytest.raises(ValueError, match=r"rollout.slots: this model has no `slots`"):
         make_sampler(model._replace(slots=None), 4, T, PAD, slots=2)(*args)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pspo_jax.model.interface import MASKED
+from pspo_jax.rollout import token_sampling
 from pspo_jax.rollout.token_sampling import draw_tokens
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.3, -0.5, -1.0, MASKED, 0.9, 0.2, -3.0], np.float32)
@@ -93,3 +94,26 @@ def test_ends_of_the_uniform(u):
     logits[0, 7] = logits[0, 250] = 0.0
     token, *_ = draw_tokens(jnp.asarray(logits), jnp.array([u]), jnp.float32(1), jnp.int32(0), jnp.float32(1))
     assert int(token[0]) == (7 if u == 0 else 250)
+
+
+def kept_by_sorting(weight, top_k, top_p):
+    """The smallest weight that is kept, by sorting in float64."""
+    order = np.sort(weight.astype(np.float64))[::-1]
+    order = order[: top_k or len(order)]
+    count = np.searchsorted(np.cumsum(order), top_p * order.sum()) + 1 if top_p < 1 else len(order)
+    return order[count - 1]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.93), (50, 1.0), (400, 0.9)])
+def test_a_large_vocabulary_is_searched_exactly(top_k, top_p):
+    """Rows of every flatness side by side: those of which blocks are enough, and those that are searched as a whole."""
+    v = 30_011
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8, v)) * np.array([0.1, 0.5, 1, 2, 3, 5, 8, 20])[:, None]
+    weight = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
+    search = jax.jit(token_sampling._threshold)
+    found = np.asarray(search(weight, jnp.int32(top_k), jnp.float32(top_p)))
+    want = [kept_by_sorting(row, top_k, top_p) for row in weight]
+    np.testing.assert_allclose(found, want, rtol=2e-4 if top_p < 1 else 0)
+    alone = [np.asarray(search(row[None], jnp.int32(top_k), jnp.float32(top_p)))[0] for row in weight]
+    np.testing.assert_array_equal(found, alone)

@@ -39,7 +39,7 @@ def flags(folder, **fields):
         "run.fingerprint": True,
         "checkpoint.every": 3,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
         "log.completions_every": 4,
         "eval.samples": 1,
     }

@@ -28,7 +28,7 @@ import pspo_jax as pj
 from pspo_jax.checkpoint.reading import read_params, saved_steps
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import CheckpointConfig
+from pspo_jax.config.run_stages import CheckpointConfig
 from pspo_jax.export import main as export
 from pspo_jax.report import main as report
 from pspo_jax.runs import home, lease

@@ -265,7 +265,7 @@ def test_three_kills_change_no_bit(folders, name, optimised, tmp_path):
     """POPO's recipe with a stored group in most steps, killed at random moments of three steps."""
 
     def train(folder: Path) -> subprocess.Popen[bytes]:
-        words = ["--config", "configs/smollm2_135m_popo.yaml", "--model.source", str(folders(name))]
+        words = ["--config", "smollm2_135m_popo", "--model.source", str(folders(name))]
         words += ["--run.dir", str(folder), "--run.steps", "7", "--run.fingerprint", "true", "--checkpoint.every", "2"]
         words += ["--task.heldout_prompts", "8", "--log.report", "false", "--eval.samples", "1"]
         command = [sys.executable, "-m", "pspo_jax.train", *words]

@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
 
 
 WHOLE = {
-    "log__tensorboard": True,
+    "log__to": "tensorboard",
     "algorithm__name": "popo",
     "selection__name": "pps",
     "advantage__name": "ers",

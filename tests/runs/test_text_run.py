@@ -88,7 +88,7 @@ def command(place, name, **fields):
         "checkpoint.every": 1,
         "optimizer.learning_rate": 1e-4,
         "log.report": False,
-        "log.tensorboard": False,
+        "log.to": "none",
         "log.completions_every": 1,
         "log.completions": 8,
     } | {k.replace("__", "."): v for k, v in fields.items()}

@@ -15,7 +15,8 @@ from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import CheckpointConfig, Config
+from pspo_jax.config.run_stages import CheckpointConfig
+from pspo_jax.config.schema import Config
 from pspo_jax.config.strategies import ForgettingConfig, SelectionConfig
 from pspo_jax.distributed.mesh import prompts_shardings
 from pspo_jax.selection import PromptMetadata, SelectorContext, selector

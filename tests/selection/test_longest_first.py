@@ -135,7 +135,7 @@ def test_slots_end_earlier_with_the_longest_first():
 
     def computed(order):
         taken = jax.tree.map(lambda x: x[jnp.asarray(order)], prompts)
-        return int(sample(params, taken, jax.random.key(0), settings)[1])
+        return int(sample(params, taken, jax.random.key(0), settings)[1].tokens)
 
     assert computed(order) < computed(order[::-1])
 

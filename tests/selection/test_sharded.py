@@ -15,7 +15,8 @@ from pspo_jax.arrays.state import RolloutOutcome
 from pspo_jax.checkpoint.store import Checkpoints
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.presets import resolve
-from pspo_jax.config.schema import CheckpointConfig, Config
+from pspo_jax.config.run_stages import CheckpointConfig
+from pspo_jax.config.schema import Config
 from pspo_jax.distributed.mesh import make_mesh, prompts_shardings
 from pspo_jax.selection import SCORERS, PromptMetadata, SelectorContext, selector
 from tests.selection.helpers import compiled_whole

@@ -15,7 +15,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.data.synthetic.arithmetic import arithmetic
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.first_params import _find_start
-from pspo_jax.training.supervised import cold_start, dataset, read_jsonl, settings, sft_loss
+from pspo_jax.training.supervised import cold_start, dataset, file_examples, read_jsonl, settings, sft_loss
 from tests.helpers import tiny_config, tiny_policy
 
 GOOD = [{"prompt": f"{10 + i}+1=", "completion": f"+1={11 + i}$"} for i in range(40)]
@@ -35,9 +35,10 @@ def setup(**fields):
 def test_it_learns_a_file(tmp_path):
     config, task = setup(sft__data=write(tmp_path / "d.jsonl", GOOD), sft__steps=60, sft__batch=16, sft__warmup=5)
     model, params, _ = tiny_policy(config)
-    data = read_jsonl(tmp_path / "d.jsonl", task, 31)._asdict()
+    examples = file_examples(config, task)
+    data = examples._asdict()
     before = float(sft_loss(model, params, data, 64))
-    params = cold_start(config, task, model, params, Progress(False), stop=lambda: False)
+    params = cold_start(config, task, model, params, Progress(False), stop=lambda: False, examples=examples)
     assert float(sft_loss(model, params, data, 64)) < before - 1
     assert settings(config, task)["sft.data"] != config.sft.data
 
@@ -71,8 +72,8 @@ def test_a_stop_ends_it_early():
 
 
 def test_epochs_of_a_file_are_shuffled_and_whole(tmp_path):
-    config, task = setup(sft__data=write(tmp_path / "d.jsonl", GOOD), sft__batch=4)
-    source, images = dataset(config, task)
+    config, task = setup(sft__data=write(tmp_path / "d.jsonl", GOOD), sft__steps=1, sft__batch=4)
+    source, images = dataset(config, task, file_examples(config, task))
     assert images is None
     epochs = [[bytes(source[e * 40 + i]["prompts"]) for i in range(40)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]

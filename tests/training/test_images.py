@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ from pspo_jax.arrays.groups import groups_of
 from pspo_jax.arrays.images import PatchLayout, empty_images
 from pspo_jax.arrays.split_params import SplitParams
 from pspo_jax.config.defaults import replace
+from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ModelConfig
-from pspo_jax.distributed.mesh import make_mesh, params_shardings
+from pspo_jax.distributed.mesh import check_tower, make_mesh, params_shardings
 from pspo_jax.losses.policy_loss import denominators
 from pspo_jax.model.architecture import Rotary, Vision, built_in
 from pspo_jax.model.transformer import transformer
@@ -25,7 +28,7 @@ from pspo_jax.training.scoring import Microbatch, microbatch_log_probs, rows_of,
 from pspo_jax.training.splitting import split_minibatches
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.update import loss_gradient, microbatch_loss
-from tests.helpers import relative, tiny_config
+from tests.helpers import relative, slow_except, tiny_config
 from tests.pictures import END, IMAGE, START, VIDEO, picture, prompts_of
 
 B, G, T = 4, 2, 10
@@ -38,7 +41,7 @@ ONE = jnp.float32(1)
 
 def policy(**fields):
     """(model, architecture, weights) of a small model with a tower."""
-    a = built_in(ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied=False), 97)
+    a = built_in(ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied=False), 98)
     a = dataclasses.replace(
         a,
         rotaries=(Rotary(a.rotaries[0].frequencies, axes=(0, 1, 1, 2)),),
@@ -129,7 +132,7 @@ def in_one_stage(made):
     ],
 )
 def test_the_gradient_in_two_stages_is_that_in_one(made, in_one_stage, fields, monkeypatch):
-    monkeypatch.setattr("pspo_jax.training.splitting._PROMPTS_ENCODED_AT_A_TIME", 2)
+    monkeypatch.setattr("pspo_jax.training.splitting.PROMPTS_ENCODED_AT_A_TIME", 2)
     model, _, weights, config, rollouts, rows = made
     images, total, c = rollouts.prompts.images, denominators(rows), replace(config, fields)
     found = jax.jit(lambda w, images: loss_gradient(model, lambda w, _: w, w, rows, ONE, c, total, images=images)[0])(
@@ -186,17 +189,61 @@ def test_a_step_trains_the_tower_unless_it_is_frozen(made, freezes, replay):
         assert min(np.abs(x - y).max() for x, y in leaves) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"mesh__data": 2, "mesh__fsdp": 2}, {"mesh__data": 1, "mesh__context": 2}])
-def test_devices_share_the_images(made, in_one_stage, axes):
-    """The gradient on a mesh is that of one device, and so are the completions."""
-    model, _, weights, config, rollouts, rows = made
-    c = tiny_config(rollout__prompts=B, rollout__group_size=G, rollout__max_new_tokens=T, **axes)
-    mesh, images, total = make_mesh(c), rollouts.prompts.images, denominators(rows)
+MESHES = (
+    {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "loss.microbatch_rows": 4},
+    {"mesh.data": 1, "mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2, "loss.packing": True},
+    {"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2, "loss.microbatch_rows": 4},
+    {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "loss.packing": True, "loss.share_prompts": False},
+    {"mesh.data": 1, "mesh.context": 4, "mesh.tensor": 2},
+)
+
+
+@pytest.mark.parametrize("fields", slow_except(MESHES[:1], MESHES), ids=str)
+def test_eight_devices_do_what_one_does(made, in_one_stage, fields, capfd):
+    """Every matrix of the tower is divided by all axes that split weights; log-probs and gradients are those of one."""
+    model, a, weights, config, rollouts, rows = made
+    c, images, total = replace(config, fields), rollouts.prompts.images, denominators(rows)
+    mesh = make_mesh(c, a)
     split = jax.device_put(weights, params_shardings(mesh, weights, model.axes))
+    for name, x in split["vision"]["layers"].items():
+        parts = x.size // math.prod(x.sharding.shard_shape(x.shape))
+        bias_or_norm = 2 if name in ("qkv_bias", "gate_bias", "up_bias") else 1
+        assert parts == (bias_or_norm if "bias" in name or "norm" in name else 8 // c.mesh.data), name
+
+    @jax.jit
+    def log_probs_and_gradient(w):
+        found = score(model, w, rows, ONE, c, images=images)[0]
+        return found, loss_gradient(model, lambda w, _: w, w, rows, ONE, c, total, images=images)[0]
+
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda w: loss_gradient(model, lambda w, _: w, w, rows, ONE, c, total, images=images)[0])(split)
-        settings = SamplingParams.of(config.rollout, [5, 6, 7, 8, 9, 10, 11, 12])
+        log_probs, gradient = jax.device_get(log_probs_and_gradient(split))
+    right = rollouts.log_probs.reshape(rows.mask.shape)
+    np.testing.assert_allclose(np.where(rows.mask, log_probs, 0), np.where(rows.mask, right, 0), atol=1e-5)
+    assert relative(gradient, in_one_stage) < 1e-5
+    assert relative(gradient["vision"], in_one_stage["vision"]) < 1e-5
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", MESHES, ids=str)
+def test_eight_devices_draw_what_one_draws(made, fields):
+    model, a, weights, config, rollouts, _ = made
+    mesh = make_mesh(replace(config, fields), a)
+    split = jax.device_put(weights, params_shardings(mesh, weights, model.axes))
+    settings = SamplingParams.of(config.rollout, [5, 6, 7, 8, 9, 10, 11, 12])
+    with jax.set_mesh(mesh):
         again = make_sampler(model, G, T, 0)(split, batch(), jax.random.key(1), settings)
-    assert relative(jax.device_get(found), in_one_stage) < 1e-5
     np.testing.assert_array_equal(again.tokens, rollouts.tokens)
+    np.testing.assert_allclose(again.log_probs, rollouts.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh.fsdp": 3, "mesh.data": 1}, "mesh.fsdp x mesh.context=3: does not divide width=16 of the vision tower"),
+        ({"mesh.tensor": 4, "mesh.data": 1}, "mesh.tensor=4: does not divide heads=2 of the vision tower; 2 would"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_tower_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_tower(replace(tiny_config(), fields), VISION)

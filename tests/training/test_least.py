@@ -58,6 +58,8 @@ def setup_of(lora=None, **fields):
         abstract=state,
         task=SimpleNamespace(train=train),
         images=None,
+        embeddings=None,
+        room=None,
     )
 
 
@@ -100,15 +102,26 @@ def test_a_rollout_computes_logits_of_what_is_drawn_alone():
 
 
 def cache(**fields):
-    return plan._details(setup_of(**fields))["rollout"]["KV cache"]
+    found = plan._details(setup_of(**fields))["rollout"]
+    return sum(size for name, size in found.items() if name.startswith("KV cache"))
 
 
 def test_the_cache_is_that_of_one_part_and_of_its_slots():
     token = 2 * L * K * WIDTH * 4
     assert cache() == token * (B * P + B * G * (T - 1))
     assert cache(rollout__chunks=4) == token * (B * P + B * G * (T - 1)) / 4
-    assert cache(rollout__slots=8) == token * (B * P + 8 * (T - 1))
+    assert cache(rollout__slots=8) == token * (B * P + 8 * (P + T))
     assert cache(algorithm__name="dapo", rollout__oversampling=2) == 2 * cache()
+
+
+def test_the_caches_of_stages_are_those_of_their_slots_and_of_rows_that_wait():
+    """Slots of T and of T/2 tokens take the same memory, with a prompt each; rows wait with T/2 tokens."""
+    fields = {"rollout__slots": 12, "rollout__stages": 2, "rollout__max_new_tokens": 128}
+    found = plan._details(setup_of(**fields))["rollout"]
+    token = 2 * L * K * WIDTH * 4
+    assert found["KV cache of a stage's slots and their prompts (4 x 64, 2 x 128)"] == token * 4 * (64 + P)
+    waiting = min(B * G, 10 * 128 // 64)
+    assert found[f"KV cache of rows between stages ({waiting})"] == token * waiting * 64
 
 
 def test_what_cannot_be_known_is_left_out_of_the_least():

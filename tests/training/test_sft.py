@@ -16,7 +16,7 @@ from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.export import main as export
 from pspo_jax.sft import main as sft
 from pspo_jax.sft import read_config
-from pspo_jax.training.setup import architecture_for
+from pspo_jax.training.architectures import architecture_for
 from pspo_jax.training.supervised import settings
 from tests.conftest import DATA
 from tests.model.checkpoints import VOCABULARIES
@@ -98,9 +98,9 @@ def test_rows_of_every_form_become_the_template(base, data):
     found = read_examples(
         data, tokenizer, lambda text: tokenizer.prompt(text, config.prompt), tokenizer.stop_ids, config.prompt
     )
-    texts = [(tokenizer.decode(prompt), tokenizer.decode(completion)) for prompt, completion in found[: len(ROWS)]]
+    texts = [(tokenizer.decode(row.prompt), tokenizer.decode(row.completion)) for row in found[: len(ROWS)]]
     assert texts[0][0].endswith("<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n")
-    assert texts[0][1].startswith("It is 2.") and found[0][1][-1] in tokenizer.stop_ids
+    assert texts[0][1].startswith("It is 2.") and found[0].completion[-1] in tokenizer.stop_ids
     assert texts[1][0].endswith(texts[0][0].removeprefix("<|im_start|>system\n")[-20:])
     assert (
         texts[1][1] == "It is 2.<|im_end|>" and texts[2][1] == "Hello<|im_end|>" and texts[3][1] == "Goodbye<|im_end|>"

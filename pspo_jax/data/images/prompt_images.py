@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
-from pspo_jax.arrays.images import PlacedImage
+from pspo_jax.arrays.images import EmbeddedImage, PlacedImage
 from pspo_jax.data.images.processor import ImageProcessor
 from pspo_jax.data.images.prompts import first_tokens
 
@@ -35,10 +36,32 @@ class PromptImages(NamedTuple):
         Args:
           ids: the prompt's ids, without padding.
         """
+        return [PlacedImage(place, *grid, self.read(i)) for i, place, grid in self._places(prompt, ids)]
+
+    def embedded(
+        self, prompt: int, ids: Sequence[int], embeddings: Callable[[str, int], Float[np.ndarray, "n E"]]
+    ) -> list[EmbeddedImage]:
+        """The images of a prompt by their embeddings; no patch is read.
+
+        Args:
+          ids: the prompt's ids, without padding.
+          embeddings: a function from an image's key and its number of tokens to the embeddings of these.
+        """
+        return [
+            EmbeddedImage(place, *grid, embeddings(self.keys[i], self.processor.num_tokens(grid)))
+            for i, place, grid in self._places(prompt, ids)
+        ]
+
+    def _places(self, prompt: int, ids: Sequence[int]) -> list[tuple[int, int, tuple[int, int]]]:
+        """Number, first token and grid of each image of a prompt."""
         numbers = range(int(self.first[prompt]), int(self.first[prompt + 1]))
-        grids = [(int(self.grids[i, 0]), int(self.grids[i, 1])) for i in numbers]
+        grids = [self.grid(i) for i in numbers]
         places = first_tokens(ids, self.image_id, [self.processor.num_tokens(grid) for grid in grids])
-        return [PlacedImage(place, *grid, self.read(i)) for i, grid, place in zip(numbers, grids, places, strict=True)]
+        return list(zip(numbers, places, grids, strict=True))
+
+    def grid(self, number: int) -> tuple[int, int]:
+        """Rows and columns of patches of the image of a number."""
+        return int(self.grids[number, 0]), int(self.grids[number, 1])
 
     def text(self, prompt: int, ids: Sequence[int], decode: Callable[[list[int]], str]) -> str:
         """The text of a prompt in which `[image 15x10]` stands for 15 columns and 10 rows of an image's tokens.
@@ -59,6 +82,10 @@ class PromptImages(NamedTuple):
         """Number of tokens that each prompt's images have together."""
         sums = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1) // self.processor.merge_size**2)])
         return sums[self.first[1:]] - sums[self.first[:-1]]
+
+    def identity(self) -> str:
+        """Hash of all images, and of the settings on which the tower's input depends."""
+        return hashlib.sha256("\0".join([self.processor.identity(), *self.keys]).encode()).hexdigest()
 
     def exchanged(self, seed: int) -> PromptImages:
         """The same prompts with other prompts' images of the same size: a control that may do no better than chance.

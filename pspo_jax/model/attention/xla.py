@@ -165,15 +165,12 @@ class Prefix(NamedTuple):
 
 
 class Suffix(NamedTuple):
-    """Keys and values of completions, up to their newest token."""
+    """Keys and values of completions, up to their newest token; column j holds token j."""
 
     keys: Float[Array, "B G K T h"]
     values: Float[Array, "B G K T h"]
     t: Int[Array, ""] | Int[Array, "B"]
     """Index of the newest token in its completion."""
-    ages: Int[Array, "B T"] | None = None
-    """For each column, how many tokens before the newest one its token is, -1 = the column holds no token of this
-    completion; None = column j holds token j."""
 
 
 def attend_shared_prefix(
@@ -199,7 +196,8 @@ def attend_shared_prefix(
     in_prompt = jnp.einsum("bkrh,bkph->bkrp", rows, prefix.keys, preferred_element_type=jnp.float32) * scale
     in_suffix = _suffix_scores(q, suffix.keys) * scale
     position = jnp.arange(prefix.keys.shape[2])
-    ages = (suffix.t - jnp.arange(suffix.keys.shape[3]))[None] if suffix.ages is None else suffix.ages
+    ages = suffix.t[..., None] - jnp.arange(suffix.keys.shape[3])
+    ages = ages if ages.ndim == 2 else ages[None]
     in_range, drawn = position < prefix.lengths[:, None], ages >= 0
     if window is not None:
         in_range &= (prefix.lengths + suffix.t)[:, None] - position < window

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ModelConfig
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.huggingface.families import FAMILIES, HfConfig, architecture_of, unknown_family
+from pspo_jax.model.huggingface.hub import Repository, download
 from pspo_jax.model.huggingface.json_files import check_side_files, read_json, read_model_config
 from pspo_jax.model.huggingface.not_a_checkpoint import what_it_is
 from pspo_jax.model.huggingface.vision_config import with_processor
@@ -92,7 +94,8 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
       field: the config field that holds the name, for messages.
       weights: whether the safetensors files are wanted too.
     Raises:
-      ConfigError: there is no such folder, and the hub has no such id.
+      ConfigError: there is no such folder, and the hub has no such id, or refuses it.
+      StorageError: there is no such folder, and the hub does not answer now.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -102,17 +105,7 @@ def fetch(name: str, revision: str | None, field: str, weights: bool = True) -> 
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ConfigError(f"{field}={name}: no such folder; name a folder or a hub id such as Qwen/Qwen2.5-0.5B")
     patterns = [pattern for pattern in _DOWNLOADED if weights or pattern != "*.safetensors"]
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{field}={name}: no such folder, and the hub did not give it: {reason}; without a network, download it "
-            "elsewhere (hf download ID --local-dir DIR) and name DIR"
-        ) from error
+    return download(Repository(name, field, revision), patterns)
 
 
 def read_source(model: ModelConfig, weights: bool = True) -> Source:
@@ -138,6 +131,62 @@ def read_source(model: ModelConfig, weights: bool = True) -> Source:
     if weights:
         _match(architecture, tensors, name)
     return Source(name, folder, architecture, tensors, untied)
+
+
+class Classifier(NamedTuple):
+    """A sequence-classification checkpoint with one label, such as a reward model."""
+
+    source: Source
+    """The checkpoint without its head: the architecture is of a language model with a tied head, which is not used."""
+    score: Tensor
+    """The head, a matrix of one row."""
+    pad_id: int | None
+    """Id of padding by config.json, behind which no score is taken; None = it has none."""
+
+
+def read_classifier(name: str, model: ModelConfig, field: str) -> Classifier:
+    """A sequence-classification checkpoint, read and checked as `read_source` does it.
+
+    Args:
+      name: a folder or a hub id.
+      model: gives the compute type, in which its weights are held too.
+      field: the config field that holds the name, for messages.
+    Raises:
+      ConfigError: as `read_source`, or the checkpoint has no head of one label.
+    """
+    with errors_of(field, name):
+        folder = fetch(name, None, field)
+        config = _read_config(folder, name)
+        labels = getattr(config, "num_labels", None)
+        tensors = _read_headers(folder, name)
+        score = tensors.pop("score.weight", None)
+        if score is None or labels != 1:
+            found = "lacks score.weight" if score is None else f"has {labels} labels"
+            raise ConfigError(
+                f"{found}; name a checkpoint of transformers' ...ForSequenceClassification with one label"
+            )
+        dtype = model.compute_dtype or "float32"
+        own = dataclasses.replace(model, source=name, param_dtype=dtype, remat="none")
+        architecture = dataclasses.replace(architecture_of(config, own, name), tied=True)
+        if architecture.vision is not None:
+            raise ConfigError("has a vision tower; name a reward model of text")
+        _match(architecture, tensors, name)
+        if score.shape != (1, architecture.width) or score.dtype not in _DTYPES:
+            raise ConfigError(
+                f"score.weight is {score.dtype} {list(score.shape)}, config.json implies [1, {architecture.width}]"
+            )
+    return Classifier(Source(name, folder, architecture, tensors), score, getattr(config, "pad_token_id", None))
+
+
+@contextmanager
+def errors_of(field: str, name: str) -> Iterator[None]:
+    """A context in which errors about model.source name another field, whose value is `name`."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error).replace(f"model.source={name}", f"{field}={name}")
+        stage = f"{field.partition('.')[0]}."
+        raise ConfigError(text if text.startswith(stage) else f"{field}={name}: {text}") from error
 
 
 def _has_own_head(tensors: dict[str, Tensor]) -> bool:

@@ -27,10 +27,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import VerifierConfig
+from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.verifiers.workers.clock import TimeSpent, time_spent, usage
 from pspo_jax.verifiers.workers.process import KILL, PID, SPAWN
-from pspo_jax.verifiers.workers.requests import Batch, Reply, Request, WorkerLimits
+from pspo_jax.verifiers.workers.requests import Batch, JudgeService, Reply, Request, WorkerLimits
 
 __all__ = ["Batch", "Pool", "Reply", "Request"]
 
@@ -112,8 +112,9 @@ class Pool:
       functions: users' functions that every worker imports before its first request, as `module:function`.
       imports: slow modules of verifiers, imported once for all workers; they must start no thread.
       log: file for what verifiers print; None = nowhere.
+      judge: a judge that is not entered yet, which the pool enters and closes; None = there is none.
     Raises:
-      ConfigError: a user function cannot be imported.
+      ConfigError: a user function cannot be imported, or the judge does not answer.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Pool:
         functions: Sequence[str] = (),
         imports: Sequence[str] = (),
         log: Path | None = None,
+        judge: JudgeService | None = None,
     ):
         self._config = config
         self._wall_limit = config.wall_limit or _WALL_DEADLINES * config.deadline
@@ -147,10 +149,13 @@ class Pool:
         """Users' functions that are given all completions of a prompt at once; known once the pool is entered."""
         self.required_columns: dict[str, list[str]] = {}
         """Columns that each user's function cannot do without; known once the pool is entered."""
+        self.judge = judge
         self.replaced = 0
         """Workers that were killed or died."""
 
     def __enter__(self) -> Pool:
+        if self.judge is not None:
+            self.judge.__enter__()
         self._start_fork_server()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -173,6 +178,8 @@ class Pool:
         if self._closing:
             return
         self._closing = True
+        if self.judge is not None:
+            self.judge.close()
         self._wake()
         self._thread.join()
         self._control.close()

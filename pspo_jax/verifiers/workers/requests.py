@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class WorkerLimits(NamedTuple):
@@ -75,3 +75,17 @@ class Batch:
         """All replies. It waits for them, at most about as long as the deadlines allow."""
         self._done.wait()
         return [reply for reply in self._replies if reply is not None]
+
+
+class JudgeService(Protocol):
+    """A judge outside the worker processes, such as `verifiers.judge.Judge`."""
+
+    def __enter__(self) -> JudgeService: ...
+
+    def close(self) -> None:
+        """Ends all requests; completions that still wait get no verdict."""
+        ...
+
+    def submit(self, questions: Sequence[str], /) -> Batch:
+        """Has the questions answered. It returns at once, with the batch of replies to come."""
+        ...

@@ -1,0 +1,1 @@
+"""Loggers beside the run folder: wandb, trackio and mlflow, each fed by a thread of its own."""
