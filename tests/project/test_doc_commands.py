@@ -264,6 +264,7 @@ def test_the_quickstart_runs(demo):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", CHARACTERS[1:])
 def test_commands_of_a_page_run(demo, shell, page):
     folder, _ = demo
