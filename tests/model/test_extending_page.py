@@ -18,6 +18,7 @@ import pytest
 import pspo_jax as pj
 from pspo_jax.model.huggingface import families
 from tests.conftest import REPO
+from tests.helpers import slow_except
 from tests.project.pages import fences
 
 PAGE = (REPO / "docs" / "extending" / "model.md").read_text()
@@ -46,7 +47,7 @@ def test_the_cached_model_draws_the_tokens_of_the_uncached_one(page):
     np.testing.assert_allclose(page["rollouts"].log_probs, uncached.log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["model", "summing"])
+@pytest.mark.parametrize("name", slow_except(["model"], ["model", "summing"]))
 def test_the_models_train(page, name):
     """One step on rewards for a token raises its log-probs."""
     model = page[name]
