@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Params, Prompts, Rollouts
-from pspo_jax.distributed.mesh import ROWS, constrain, size_along
+from pspo_jax.distributed.mesh import (
+    BY_SLICE,
+    ROWS,
+    WHOLE,
+    constrain,
+    num_slices,
+    on_each_slice,
+    size_along,
+    split_axes,
+)
 from pspo_jax.model.interface import Model
 from pspo_jax.rollout.continuous import decode_slots
 from pspo_jax.rollout.stages import Stage, make_stages
@@ -123,6 +132,23 @@ def counting_sampler(
     ) -> tuple[Rollouts, Computed]:
         rows = prompts.tokens.shape[0] * group_size
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
+        slices = num_slices()
+        if slices == 1:
+            samples, computed = decode(params, prompts, row_keys, settings, slots)
+        else:
+            # A slice's loops end with its own rows, without a word to the others.
+            of_slice = None if slots is None else slots // slices
+            samples, computed = on_each_slice(
+                lambda *args: _summed_work(*decode(*args, of_slice)),
+                in_specs=(WHOLE, BY_SLICE, BY_SLICE, WHOLE),
+                out_specs=(BY_SLICE, WHOLE),
+            )(params, prompts, row_keys, settings)
+        return _rollouts(prompts, samples, settings), computed
+
+    def decode(
+        params: Params, prompts: Prompts, row_keys: Key[Array, "R"], settings: SamplingParams, slots: int | None
+    ) -> tuple[Samples, Computed]:
+        rows = row_keys.shape[0]
         if slots is not None and slots < rows:
             shards, of_shard = shard_stages(slots, stages, max_new_tokens, rows)
             samples = decode_slots(model, params, prompts, row_keys, settings, of_shard, shape)
@@ -130,9 +156,14 @@ def counting_sampler(
         else:
             samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
             loops = [(rows, size) for size in cache_sizes(max_new_tokens, chunk, model.resize is not None)]
-        return _rollouts(prompts, samples, settings), _computed(rows, loops, samples.steps)
+        return samples, _computed(rows, loops, samples.steps)
 
     return sample
+
+
+def _summed_work(samples: Samples, computed: Computed) -> tuple[Samples, Computed]:
+    """A slice's samples, and the work of all slices, inside `on_each_slice`."""
+    return samples, jax.lax.psum(computed, "slice")
 
 
 def shard_stages(slots: int, stages: int, max_new_tokens: int, rows: int) -> tuple[int, list[Stage]]:
@@ -143,7 +174,7 @@ def shard_stages(slots: int, stages: int, max_new_tokens: int, rows: int) -> tup
     Raises:
       ValueError: the mesh does not divide the slots, or the stages do not fit into their memory.
     """
-    shards = size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
+    shards = size_along(split_axes(), ROWS)
     if slots % shards:
         raise ValueError(f"rollout.slots={slots}: must be a multiple of the {shards} devices that share the batch")
     return shards, make_stages(slots // shards, stages, max_new_tokens, rows // shards)

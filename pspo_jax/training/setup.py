@@ -221,7 +221,7 @@ def prepare(
     teacher = _teacher(config, tokenizer if task is None else task.tokenizer, architecture, weights)
     of_teacher = None if teacher is None else teacher.architecture
     capacity = device_bytes() if capacity is None else capacity
-    config = with_fsdp(config, architecture, capacity, len(devices), of_teacher)
+    config = with_fsdp(config, architecture, capacity, devices, of_teacher)
     mesh = make_mesh(config, architecture, devices)
     check_tower(config, architecture.vision)
     task = _task(config, tokenizer, pool, say, task, reward)
