@@ -133,37 +133,32 @@ def counting_sampler(
         rows = prompts.tokens.shape[0] * group_size
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
         slices = num_slices()
-        if slices == 1:
-            samples, computed = decode(params, prompts, row_keys, settings, slots)
-        else:
-            # A slice's loops end with its own rows, without a word to the others.
-            of_slice = None if slots is None else slots // slices
-            samples, computed = on_each_slice(
-                lambda *args: _summed_work(*decode(*args, of_slice)),
-                in_specs=(WHOLE, BY_SLICE, BY_SLICE, WHOLE),
-                out_specs=(BY_SLICE, WHOLE),
-            )(params, prompts, row_keys, settings)
-        return _rollouts(prompts, samples, settings), computed
-
-    def decode(
-        params: Params, prompts: Prompts, row_keys: Key[Array, "R"], settings: SamplingParams, slots: int | None
-    ) -> tuple[Samples, Computed]:
-        rows = row_keys.shape[0]
+        args = params, prompts, row_keys, settings
         if slots is not None and slots < rows:
             shards, of_shard = shard_stages(slots, stages, max_new_tokens, rows)
-            samples = decode_slots(model, params, prompts, row_keys, settings, of_shard, shape)
+            samples = decode_slots(model, *args, of_shard, shape)
             loops = [(shards * stage.slots, stage.columns) for stage in of_shard]
+            computed = _computed(rows, loops, samples.steps)
+        elif slices == 1:
+            samples, computed = decode_all(*args)
         else:
-            samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
-            loops = [(rows, size) for size in cache_sizes(max_new_tokens, chunk, model.resize is not None)]
-        return samples, _computed(rows, loops, samples.steps)
+            # A slice's loops end with its own rows, without a word to the others.
+            specs = WHOLE, BY_SLICE, BY_SLICE, WHOLE
+            samples, computed = on_each_slice(of_slice, in_specs=specs, out_specs=(BY_SLICE, WHOLE))(*args)
+        return _rollouts(prompts, samples, settings), computed
+
+    def decode_all(
+        params: Params, prompts: Prompts, row_keys: Key[Array, "R"], settings: SamplingParams
+    ) -> tuple[Samples, Computed]:
+        samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
+        rows, sizes = row_keys.shape[0], cache_sizes(max_new_tokens, chunk, model.resize is not None)
+        return samples, _computed(rows, [(rows, size) for size in sizes], samples.steps)
+
+    def of_slice(*args: PyTree) -> tuple[Samples, Computed]:
+        samples, computed = decode_all(*args)
+        return samples, jax.lax.psum(computed, "slice")
 
     return sample
-
-
-def _summed_work(samples: Samples, computed: Computed) -> tuple[Samples, Computed]:
-    """A slice's samples, and the work of all slices, inside `on_each_slice`."""
-    return samples, jax.lax.psum(computed, "slice")
 
 
 def shard_stages(slots: int, stages: int, max_new_tokens: int, rows: int) -> tuple[int, list[Stage]]:
