@@ -66,7 +66,7 @@ def run(env, data, *caches):
     ]
     found = []
     for process in started:
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         found.append(dict(line.split(" ", 1) for line in out.splitlines() if line.split(" ")[0].isupper()))
     return found
@@ -120,6 +120,6 @@ def test_processes_with_other_data_each_tokenise_for_themselves(child_env, data,
         )
         for number, path in enumerate((data, other))
     ]
-    outs = [process.communicate(timeout=120)[0] for process in started]
+    outs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert all(f"MADE {ROWS}" in out and "different data, settings or tokenizers" in out for out in outs)

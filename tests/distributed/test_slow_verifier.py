@@ -1,4 +1,4 @@
-"""A host whose verifier is slow delays a step by its own work: rollouts go on, and delays of two hosts do not add up."""
+"""A host whose verifier is slow delays a step by its own work: not the rollouts, and no more if another is slow too."""
 
 import json
 import subprocess
@@ -6,9 +6,10 @@ import subprocess
 import numpy as np
 import pytest
 
+from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from tests.conftest import REPO
 from tests.distributed.processes import free_port
-from tests.runs.test_text_run import command, place  # noqa: F401
+from tests.runs.test_text_run import command
 
 SECONDS = 4.0
 WAITS = """
@@ -20,7 +21,16 @@ def waits(prompts, completions, **columns):
 """
 
 
-def medians(env, place, name, seconds):  # noqa: F811
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a tokenizer of 16 characters and rows."""
+    TOKENIZER.to_hf().save_pretrained(tmp_path / "tokenizer")
+    rows = [{"question": f"{a}+{b}=", "answer": f"#### {a + b}"} for a in range(10, 40) for b in (1, 2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def medians(env, place, name, seconds):
     """Median seconds of a step's rollout and of its verification in a run of one process for each verifier."""
     address = f"127.0.0.1:{free_port()}"
     started = []
@@ -50,7 +60,7 @@ def medians(env, place, name, seconds):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_slow_verifier_delays_a_step_by_its_own_work_alone(child_env, place):  # noqa: F811
+def test_a_slow_verifier_delays_a_step_by_its_own_work_alone(child_env, place):
     rollout, verify = medians(child_env, place, "one-slow", (0, SECONDS))
     assert rollout < SECONDS / 2
     assert SECONDS <= verify < 1.5 * SECONDS
