@@ -3,10 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 
+from pspo_jax.data import shared_table
 from tests.conftest import REPO
 from tests.distributed.processes import free_port
 
@@ -72,13 +77,80 @@ def run(env, data, *caches):
     return found
 
 
+def in_threads(monkeypatch, paths, count):
+    """The rows that each of several threads makes, as if each were a process, and what it says."""
+    barrier, own, board = threading.Barrier(len(paths)), threading.local(), [None] * len(paths)
+
+    def every(value):
+        board[own.number] = value
+        barrier.wait(10)
+        found = list(board)
+        barrier.wait(10)
+        return found
+
+    threads = SimpleNamespace(
+        process_count=lambda: len(paths),
+        process_number=lambda: own.number,
+        equal_everywhere=lambda x: np.array([(x == other).all() for other in every(x)]),
+        sum_over_processes=lambda x: sum(every(x)),
+        any_process=lambda flag: any(every(flag)),
+        wait_for_all=lambda name, seconds: every(None),
+    )
+    monkeypatch.setattr(shared_table, "processes", threads)
+    monkeypatch.setattr(shared_table, "_PATIENCE", 0.0)
+
+    def one(number):
+        own.number, made, said = number, [], []
+
+        def make(path, rows):
+            made.extend(rows)
+            datasets.Dataset.from_dict({"row": list(rows)}).map(lambda x: x, cache_file_name=str(path))
+
+        shared_table.share_work(paths[number], count, make, said.append)
+        return made, said
+
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(one, range(len(paths))))
+
+
+def table(path):
+    return datasets.Dataset.from_file(str(path))["row"][:]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_each_makes_its_share_and_one_joins_them(monkeypatch, tmp_path, workers):
+    path = tmp_path / "prompts-a.arrow"
+    found = in_threads(monkeypatch, [path] * workers, 1001)
+    assert [row for made, _ in found for row in made] == list(range(1001)) == table(path)
+    assert not any(said for _, said in found) and [p.name for p in tmp_path.glob("prompts*")] == [path.name]
+    assert all(made == [] for made, _ in in_threads(monkeypatch, [path] * workers, 1001))
+
+
+def test_without_a_shared_folder_each_makes_the_rest_and_says_so(monkeypatch, tmp_path):
+    paths = [tmp_path / name / "prompts-a.arrow" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+    for (made, said), path in zip(in_threads(monkeypatch, paths, 1000), paths, strict=True):
+        assert sorted(made) == list(range(1000)) == table(path)
+        assert len(said) == 1 and "sees no rows from 1 of 2 processes, so it tokenises 500 more of 1,000" in said[0]
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_few_rows_and_other_tables_are_made_by_each_alone(monkeypatch, tmp_path):
+    path, other = tmp_path / "prompts-a.arrow", tmp_path / "prompts-b.arrow"
+    assert in_threads(monkeypatch, [path, path], shared_table.SHARED_FROM - 1) == [([], [])] * 2
+    found = in_threads(monkeypatch, [path, other], 1000)
+    assert all(made == [] and "different data, settings or tokenizers" in said[0] for made, said in found)
+
+
+@pytest.mark.slow
 def test_each_process_tokenises_half_and_both_read_what_one_would_make(child_env, data, tmp_path):
     both = run(child_env, data, tmp_path, tmp_path)
     assert sorted(int(one["MADE"]) for one in both) == [ROWS // 2, ROWS - ROWS // 2]
     assert all(one["AGAIN"] == "0" and "SAID" not in one for one in both)
-    (table,) = tmp_path.glob("prompts-*")  # no file of a share is left
+    (joined,) = tmp_path.glob("prompts-*")  # no file of a share is left
     assert both[0]["SUM"] == both[1]["SUM"]
-    first = datasets.Dataset.from_file(str(table))
+    first = datasets.Dataset.from_file(str(joined))
     (alone,) = run(child_env, data, tmp_path / "alone")
     assert alone["MADE"] == str(ROWS) and alone["SUM"] == both[0]["SUM"]
     (other,) = (tmp_path / "alone").glob("prompts-*")
@@ -98,9 +170,9 @@ def test_where_the_folder_is_not_shared_each_tokenises_the_rest_and_says_so(chil
 @pytest.mark.slow
 def test_one_that_has_the_table_waits_for_the_other_and_a_cut_off_share_is_made_anew(child_env, data, tmp_path):
     run(child_env, data, tmp_path / "a")
-    (table,) = (tmp_path / "a").glob("prompts-*")
+    (whole,) = (tmp_path / "a").glob("prompts-*")
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / f"{table.stem}-0-of-1.arrow").write_bytes(table.read_bytes()[:1000])
+    (tmp_path / "b" / f"{whole.stem}-0-of-1.arrow").write_bytes(whole.read_bytes()[:1000])
     first, second = run(child_env, data, tmp_path / "a", tmp_path / "b")
     assert first["MADE"] == "0" and second["MADE"] == str(ROWS) and "SAID" not in second
     assert first["SUM"] == second["SUM"]
