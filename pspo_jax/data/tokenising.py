@@ -24,6 +24,7 @@ from pspo_jax.data.task import digest
 
 if TYPE_CHECKING:
     import datasets
+    from datasets import Dataset as Table
 
 _LAYOUT = "4"
 """Version of the cached rows, to be raised when their columns or the results of `Source.convert` change."""
@@ -88,7 +89,7 @@ def tokenised(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"prompts-{key}.arrow"
 
-    def make(path: Path, rows: range) -> datasets.Dataset:
+    def make(path: Path, rows: range) -> Table:
         """The table of some rows, found in the file or written to it."""
         return records.table.select(rows).map(
             lambda batch, indices: prepare(batch, [rows.start + i for i in indices]),

@@ -127,8 +127,8 @@ def show(config: Config, target: Target) -> int:
         console.print(f"{phase}: {answer} ({need})", markup=False)
     if (slots := _slots_that_fit(plan)) is not None:
         console.print(slots, markup=False)
-    if (line := _across_slices(plan.setup)) is not None:
-        console.print(line, markup=False, soft_wrap=True)
+    if (across := _across_slices(plan.setup)) is not None:
+        console.print(across, markup=False, soft_wrap=True)
     if target.kind:
         console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0
