@@ -55,7 +55,7 @@ def share_work(path: Path, count: int, make: MakeRows, say: Callable[[str], None
         return
     digest = hashlib.sha256(f"{path.name} {count}".encode()).digest()
     if not processes.equal_everywhere(np.frombuffer(digest, np.uint32)).all():
-        say(f"{path.name}: the processes have different data, settings or tokenizers; each tokenises for itself")
+        say(f"task.cache={path.parent}: processes have other data, settings or caches; each tokenises for itself")
         return
     number, lacks = processes.process_number(), np.zeros(processes.process_count(), np.int32)
     lacks[number] = not path.exists()

@@ -140,7 +140,7 @@ def test_few_rows_and_other_tables_are_made_by_each_alone(monkeypatch, tmp_path)
     path, other = tmp_path / "prompts-a.arrow", tmp_path / "prompts-b.arrow"
     assert in_threads(monkeypatch, [path, path], shared_table.SHARED_FROM - 1) == [([], [])] * 2
     found = in_threads(monkeypatch, [path, other], 1000)
-    assert all(made == [] and "different data, settings or tokenizers" in said[0] for made, said in found)
+    assert all(made == [] and "processes have other data, settings or caches" in said[0] for made, said in found)
 
 
 @pytest.mark.slow
@@ -194,4 +194,4 @@ def test_processes_with_other_data_each_tokenise_for_themselves(child_env, data,
     ]
     outs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
-    assert all(f"MADE {ROWS}" in out and "different data, settings or tokenizers" in out for out in outs)
+    assert all(f"MADE {ROWS}" in out and "processes have other data, settings or caches" in out for out in outs)
