@@ -43,6 +43,10 @@ def test_each_slice_holds_its_own_devices():
     [
         ({"mesh__slices": 3}, "mesh.slices=3: does not divide the 8 devices; choose a divisor"),
         ({"mesh__slices": 2, "mesh__fsdp": 8}, "mesh.fsdp=8 .* does not divide the 4 devices of each of the 2 slices"),
+        (
+            {"mesh__slices": 2, "mesh__tensor": 2},
+            "mesh.slices=2: does not go with mesh.tensor=2; set it to 1, and raise",
+        ),
         ({"mesh__slices": 2, "mesh__data": 3}, "mesh.slices=2: does not divide mesh.data=3, which counts all slices"),
     ],
 )
@@ -83,7 +87,7 @@ CASES = {
     "padded": {"loss__microbatch_rows": 8, "loss__entropy_coef": 0.01},
     "packed": {"loss__microbatch_rows": 8, "loss__packing": True, "algorithm__name": "popo"},
     "replay and KL": {"loss__microbatch_rows": 8, "loss__kl_coef": 0.01, "algorithm__name": "aper"},
-    "slots": {"rollout__slots": 16, "loss__microbatch_rows": 8, "mesh__tensor": 2, "mesh__data": 2},
+    "slots": {"rollout__slots": 16, "loss__microbatch_rows": 8},
 }
 
 

@@ -195,7 +195,7 @@ MESHES = (
     {"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2, "loss.microbatch_rows": 4},
     {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "loss.packing": True, "loss.share_prompts": False},
     {"mesh.data": 1, "mesh.context": 4, "mesh.tensor": 2},
-    {"mesh.slices": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "loss.microbatch_rows": 4},
+    {"mesh.slices": 2, "mesh.data": 2, "mesh.fsdp": 4, "loss.microbatch_rows": 4},
     {"mesh.slices": 2, "mesh.data": 4, "mesh.fsdp": 2, "loss.packing": True},
 )
 

@@ -308,7 +308,7 @@ def test_packing_is_chosen_for_long_completions():
         shares_prompts(model._replace(shares=False), replace(config, {"loss.share_prompts": True}))
 
 
-MESHES = [(2, 1, 2, 2, 1), (2, 2, 1, 2, 1), (2, 1, 4, 1, 1), (4, 2, 1, 1, 2), (4, 1, 1, 2, 4)]
+MESHES = [(2, 1, 2, 2, 1), (2, 2, 1, 2, 1), (2, 1, 4, 1, 1), (4, 2, 1, 1, 2), (8, 1, 1, 1, 4)]
 
 
 @pytest.mark.parametrize("mesh", slow_except([(2, 1, 2, 2, 1), (4, 2, 1, 1, 2)], MESHES), ids=str)
