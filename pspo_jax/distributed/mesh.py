@@ -218,11 +218,10 @@ def _check_slices(config: Config, slices: int, size: int, inner: int, inside: st
     if slices == 1:
         return
     where = f"mesh.slices={slices}"
-    if config.mesh.tensor > 1:
-        # XLA's partitioner ends the process where it splits the vocabulary of one of several slices.
-        raise ConfigError(
-            f"{where}: does not go with mesh.tensor={config.mesh.tensor}; set it to 1, and raise mesh.fsdp"
-        )
+    for axis, along in (("tensor", config.mesh.tensor), ("context", config.mesh.context)):
+        if along > 1:
+            # XLA's partitioner aborts the process where these axes split an array of one of several slices.
+            raise ConfigError(f"{where}: does not go with mesh.{axis}={along}; set it to 1, and raise mesh.fsdp")
     if size % inner:
         raise ConfigError(f"{inside}: does not divide the {size} devices of each of the {slices} slices; lower one")
     if config.mesh.data > 0 and config.mesh.data % slices:
