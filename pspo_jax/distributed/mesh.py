@@ -222,6 +222,8 @@ def _check_slices(config: Config, slices: int, size: int, inner: int, inside: st
         if along > 1:
             # XLA's partitioner aborts the process where these axes split an array of one of several slices.
             raise ConfigError(f"{where}: does not go with mesh.{axis}={along}; set it to 1, and raise mesh.fsdp")
+    if config.rollout.weights == "split":
+        raise ConfigError(f"{where}: does not go with rollout.weights=split; use gathered")
     if size % inner:
         raise ConfigError(f"{inside}: does not divide the {size} devices of each of the {slices} slices; lower one")
     if config.mesh.data > 0 and config.mesh.data % slices:

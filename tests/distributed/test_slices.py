@@ -48,6 +48,10 @@ def test_each_slice_holds_its_own_devices():
             "mesh.slices=2: does not go with mesh.tensor=2; set it to 1, and raise",
         ),
         ({"mesh__slices": 2, "mesh__context": 2}, "mesh.slices=2: does not go with mesh.context=2; set it to 1, and"),
+        (
+            {"mesh__slices": 2, "rollout__weights": "split"},
+            "mesh.slices=2: does not go with rollout.weights=split; use g",
+        ),
         ({"mesh__slices": 2, "mesh__data": 3}, "mesh.slices=2: does not divide mesh.data=3, which counts all slices"),
     ],
 )
