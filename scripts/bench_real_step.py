@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import _bench
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pspo_jax.model.architecture import Architecture
     from pspo_jax.model.interface import Model
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SMOLLM2: dict[str, Any] = {
     "model.layers": 30,
     "model.width": 576,
@@ -142,12 +144,12 @@ def rewards_of(effective: int, prompts: int, group_size: int) -> Any:
     return rewards
 
 
-def timed(function: Callable[..., Any], *args: Any) -> tuple[float, float, Any]:
+def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[float, float, R]:
     """Seconds of a call, its seconds of processor time over all threads, and its result."""
     import jax
 
     start, before = time.perf_counter(), time.process_time()
-    found = jax.block_until_ready(function(*args))
+    found = jax.block_until_ready(function(*args, **kwargs))
     return time.perf_counter() - start, time.process_time() - before, found
 
 

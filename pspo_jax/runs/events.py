@@ -5,14 +5,35 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
-
 from pspo_jax.system.storage import append_whole
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Let an import find no torch, unless this process has it already.
+
+    tensorboardX imports torch where it is installed, for 2 s and 200 MiB, and nothing that is used here needs it.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+with _without_torch():
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
 
 
 class Events:

@@ -144,8 +144,7 @@ class RunLog:
         if (there := len(read_lines(self._strategy)[0])) < strategy_lines:
             say(f"{self._strategy}: {strategy_lines - there} of its {strategy_lines} lines are lost")
         if tensorboard:
-            # tensorboardX imports torch where it is installed, which takes seconds.
-            from pspo_jax.runs.events import Events
+            from pspo_jax.runs.events import Events  # its packages are imported where they are used
 
             self._persist(lambda: setattr(self, "_events", Events(folder, resume_step + 1)))
         for sender in self.senders:

@@ -39,6 +39,10 @@ def picture(height: int, width: int, seed: int = 0) -> bytes:
     return encoded(noise("RGB", height, width, seed))
 
 
+FILES = [picture(60 + 20 * i, 130 - 9 * i, i) for i in range(5)]
+"""PNG files of five sizes."""
+
+
 def problem_picture(number: int) -> bytes:
     """The image of a problem of `write_problems`; two problems each have images of one size."""
     return picture(60 + 14 * (number // 2 % 5), 150 - 17 * (number // 2 % 4), number)

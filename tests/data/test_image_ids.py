@@ -1,7 +1,6 @@
 """Ids of prompts with images are those of transformers' processor, and marks that do not fit are refused."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,25 +15,10 @@ from pspo_jax.data.images.processor import grid_of, patches_of
 from pspo_jax.data.images.prompts import first_tokens
 from pspo_jax.data.rendering import PromptError
 from pspo_jax.data.tokenizer import load_tokenizer
-from tests.data.made_images import encoded, noise, picture
+from tests.data.made_images import FILES, encoded, noise
 from tests.data.test_image_processor import MODES
 from tests.data.visual_tokenizer import TEXT_TOKENIZER, transformers_ids, write_visual
 from tests.helpers import tiny_config
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_visual(tmp_path_factory.mktemp("visual"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    config = tiny_config(task__name="math", model__source=folder)
-    return load_tokenizer(config, config_folder(config), None)
-
-
-def config_folder(config):
-    return Path(config.model.source)
 
 
 def refused(call):
@@ -45,7 +29,6 @@ def refused(call):
     return message
 
 
-FILES = [picture(60 + 20 * i, 130 - 9 * i, i) for i in range(5)]
 CASES = [
     ("<image>Find x.", 1, [{"type": "image"}, {"type": "text", "text": "Find x."}]),
     (
@@ -67,51 +50,53 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "count", "content"), CASES)
-def test_ids_are_those_of_transformers(text, count, content, folder, tokenizer):
-    processor = tokenizer.visual.processor
+def test_ids_are_those_of_transformers(text, count, content, visual_folder, visual_tokenizer):
+    processor = visual_tokenizer.visual.processor
     grids = [patches_of(data, processor)[1] for data in FILES[:count]]
-    expected = transformers_ids(folder, [{"role": "user", "content": content}], FILES[:count])
-    assert tokenizer.prompt(text, PromptConfig(), grids) == expected
+    expected = transformers_ids(visual_folder, [{"role": "user", "content": content}], FILES[:count])
+    assert visual_tokenizer.prompt(text, PromptConfig(), grids) == expected
     turns = [{"role": "system", "content": "Look."}, {"role": "user", "content": content}]
-    expected = transformers_ids(folder, turns, FILES[:count])
-    assert tokenizer.prompt(read_prompt(turns), PromptConfig(), grids) == expected
-    assert tokenizer.prompt(text, PromptConfig(system="Look."), grids) == expected
+    expected = transformers_ids(visual_folder, turns, FILES[:count])
+    assert visual_tokenizer.prompt(read_prompt(turns), PromptConfig(), grids) == expected
+    assert visual_tokenizer.prompt(text, PromptConfig(system="Look."), grids) == expected
 
 
-def test_ids_of_images_of_many_sizes_are_those_of_transformers(folder, tokenizer):
+def test_ids_of_images_of_many_sizes_are_those_of_transformers(visual_folder, visual_tokenizer):
     rng = np.random.default_rng(0)
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Find x."}]}]
     for i in range(200):
         height, width = (int(n) for n in np.exp(rng.uniform(1, 5.5, 2)))
         data = encoded(noise(MODES[i % len(MODES)], height, width, i))
-        ids = tokenizer.prompt("<image>Find x.", PromptConfig(), [grid_of(data, tokenizer.visual.processor)])
-        assert ids == transformers_ids(folder, turns, [data])
+        ids = visual_tokenizer.prompt(
+            "<image>Find x.", PromptConfig(), [grid_of(data, visual_tokenizer.visual.processor)]
+        )
+        assert ids == transformers_ids(visual_folder, turns, [data])
 
 
-def test_the_suffix_stands_behind_the_question(folder, tokenizer):
+def test_the_suffix_stands_behind_the_question(visual_folder, visual_tokenizer):
     suffix = (
         " You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
         "reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
     )
     content = [{"type": "image"}, {"type": "text", "text": "Find x." + suffix}]
-    expected = transformers_ids(folder, [{"role": "user", "content": content}], FILES[:1])
-    grid = patches_of(FILES[0], tokenizer.visual.processor)[1]
-    assert tokenizer.prompt("<image>Find x.", PromptConfig(question="geo3k"), [grid]) == expected
+    expected = transformers_ids(visual_folder, [{"role": "user", "content": content}], FILES[:1])
+    grid = patches_of(FILES[0], visual_tokenizer.visual.processor)[1]
+    assert visual_tokenizer.prompt("<image>Find x.", PromptConfig(question="geo3k"), [grid]) == expected
 
 
 @given(st.lists(st.one_of(st.just("<image>"), st.sampled_from(["a", " b", "\n", "?"])), max_size=9), st.data())
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_each_image_has_its_run_of_tokens(tokenizer, pieces, data):
+def test_each_image_has_its_run_of_tokens(visual_tokenizer, pieces, data):
     count = pieces.count("<image>")
     sides = st.tuples(st.integers(1, 4), st.integers(1, 4))
     grids = [(2 * a, 2 * b) for a, b in data.draw(st.lists(sides, min_size=count, max_size=count))]
     numbers = [a * b // 4 for a, b in grids]
-    ids = tokenizer.prompt("x" + "".join(pieces), PromptConfig(), grids)
-    pad = tokenizer.visual.image_id
+    ids = visual_tokenizer.prompt("x" + "".join(pieces), PromptConfig(), grids)
+    pad = visual_tokenizer.visual.image_id
     starts = first_tokens(ids, pad, numbers)
     for start, number in zip(starts, numbers, strict=True):
         assert set(ids[start : start + number]) == {pad}
-        assert tokenizer.decode([ids[start - 1], ids[start + number]]) == "<|vision_start|><|vision_end|>"
+        assert visual_tokenizer.decode([ids[start - 1], ids[start + number]]) == "<|vision_start|><|vision_end|>"
     assert ids.count(pad) == sum(numbers)
 
 
@@ -126,15 +111,15 @@ def test_each_image_has_its_run_of_tokens(tokenizer, pieces, data):
         ("a <|image_pad|>", 0, "1 <|image_pad|>"),
     ],
 )
-def test_images_that_do_not_fit_their_marks_are_refused(prompt, count, words, tokenizer):
+def test_images_that_do_not_fit_their_marks_are_refused(prompt, count, words, visual_tokenizer):
     with pytest.raises(PromptError) as error:
-        tokenizer.prompt(prompt, PromptConfig(), [(4, 4)] * count)
+        visual_tokenizer.prompt(prompt, PromptConfig(), [(4, 4)] * count)
     assert words in str(error.value)
 
 
-def test_templates_other_than_chat_hold_images(tokenizer):
-    ids = tokenizer.prompt("a<image>b", PromptConfig(template="none"), [(4, 4)])
-    assert tokenizer.decode(ids) == "a<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>b"
+def test_templates_other_than_chat_hold_images(visual_tokenizer):
+    ids = visual_tokenizer.prompt("a<image>b", PromptConfig(template="none"), [(4, 4)])
+    assert visual_tokenizer.decode(ids) == "a<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>b"
 
 
 def test_a_template_for_text_alone_is_refused(tmp_path):
@@ -143,11 +128,11 @@ def test_a_template_for_text_alone_is_refused(tmp_path):
     assert "0 <|image_pad|>" in refused(lambda: load_tokenizer(config, tmp_path / "x", None))
 
 
-def test_tokens_of_images_are_never_drawn(tokenizer):
-    vocab = tokenizer.hf.get_vocab()
+def test_tokens_of_images_are_never_drawn(visual_tokenizer):
+    vocab = visual_tokenizer.hf.get_vocab()
     names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-    assert {vocab[f"<|{name}|>"] for name in names} <= set(tokenizer.forbidden)
-    assert not set(tokenizer.stop_ids) & set(tokenizer.forbidden)
+    assert {vocab[f"<|{name}|>"] for name in names} <= set(visual_tokenizer.forbidden)
+    assert not set(visual_tokenizer.stop_ids) & set(visual_tokenizer.forbidden)
 
 
 def test_bounds_for_a_model_of_text_are_refused():

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from pspo_jax.config.schema import Config
 from tests.conftest import DATA
 
 TEXT_TOKENIZER = DATA / "tokenizers" / "qwen2.5-small"
@@ -29,6 +30,12 @@ TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROCESSOR = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2}
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """The folder of the checkpoint that a config names."""
+    assert config.model.source
+    return Path(config.model.source)
 
 
 def write_visual(folder: Path, template: str = TEMPLATE, tokenizer: Path = TEXT_TOKENIZER, **processor: Any) -> str:

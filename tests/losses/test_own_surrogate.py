@@ -86,6 +86,7 @@ def trained(**fields):
     return state.params, metrics
 
 
+@pytest.mark.slow
 def test_an_own_surrogate_trains_as_the_packages_equal_one_does(modules):
     mine, metrics = trained(loss__surrogate="mine:log_prob", loss__microbatch_rows=8)
     same, _ = trained(loss__surrogate="reinforce", loss__microbatch_rows=8)

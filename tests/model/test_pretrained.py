@@ -86,9 +86,9 @@ CONFIGS = {
     ],
 }
 USUAL = {
-    "qwen2": (0, 3),
-    "qwen3": (1, 4),
-    "llama": (1, 3),
+    "qwen2": (0,),
+    "qwen3": (4,),
+    "llama": (3,),
     "mistral": (2,),
     "smollm3": (2,),
     "olmo2": (1,),

@@ -124,7 +124,7 @@ def several_rows(s):
     return Packed(rows, places, jnp.where(rows == 2, 1, rows), jnp.where((rows == 1) & (places < 50), 1, -1))
 
 
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("window", slow_except([300], [None, 300]))
 @pytest.mark.parametrize("packed", slow_except([True], [False, True]))
 def test_blocks_of_queries_change_nothing(window, packed, monkeypatch):
     """Long rows in blocks against the whole square: results and gradients."""

@@ -46,3 +46,13 @@ def test_each_module_can_be_imported_first():
     assert done.returncode == 0, done.stderr
     count, bad = map(int, done.stdout.split())
     assert count > 90 and bad == 0
+
+
+def test_writing_events_imports_no_torch_and_hides_none():
+    """tensorboardX imports torch where it is installed; a run has no use for it."""
+    code = (
+        "import importlib.util, sys, pspo_jax.runs.events\n"
+        "print('torch' in sys.modules, importlib.util.find_spec('torch') is not None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -126,6 +126,7 @@ def test_one_device_equals_four(trained, tmp_path, child_env, rows):
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), name
 
 
+@pytest.mark.slow
 def test_adapter_checkpoints_are_small_and_resume_to_the_bit(trained, tmp_path, child_env, rows):
     kind, talker, folder = trained
     size = sum(p.stat().st_size for p in (folder / "checkpoints" / "3").rglob("*") if p.is_file())

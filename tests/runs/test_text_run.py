@@ -173,6 +173,7 @@ def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
     assert "verifier.max_no_verdict=0.25" in done.stdout
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_with_what_differs_or_followed(trained, place, child_env):
     rows = (place / "rows.jsonl").read_text().split("\n")
     (place / "other.jsonl").write_text("\n".join([*rows[:20], *rows[21:]]))

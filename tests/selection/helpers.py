@@ -23,7 +23,7 @@ class CompiledSelector(NamedTuple):
 
     selector: Selector
     batch: int
-    draw_many: Callable[..., Any]
+    draw_many: Callable[[Any, jax.Array, jax.Array], jax.Array]
     """Function of (state, keys, step) to ids [keys, batch]."""
 
     def init(self, prompts: int, metadata: PromptMetadata | None = None) -> Any:

@@ -123,6 +123,7 @@ def test_every_part_starts_with_its_longest(parts, each):
     assert (order[:, 0] == np.arange(parts)).all()
 
 
+@pytest.mark.slow
 def test_slots_end_earlier_with_the_longest_first():
     """Greedy lengths depend on the prompt alone, so an order is all that changes."""
     model, params, _ = tiny_policy()

@@ -45,9 +45,9 @@ def last_visits(drawn, prompts):
 
 @pytest.mark.parametrize("name", slow_except(["prioritized_replay"], ["pps", "prioritized_replay"]))
 @settings(max_examples=8)
-@given(sizes=st.sampled_from([(3, 3), (1, 4)]), more=st.sampled_from([1, 7, 60]), seed=st.integers(0, 10**6))
-def test_a_prompt_rests_for_the_cooldown(name, sizes, more, seed):
-    cooldown, b = sizes
+@given(sizes=st.sampled_from([(3, 3, 7), (1, 4, 1), (1, 4, 60)]), seed=st.integers(0, 10**6))
+def test_a_prompt_rests_for_the_cooldown(name, sizes, seed):
+    cooldown, b, more = sizes
     n = b * (cooldown + 1) + more
     compiled = make(name, b, cooldown=cooldown)
     drawn, _ = run_steps(compiled, compiled.init(n), 20, random_rewards(seed))
@@ -56,7 +56,7 @@ def test_a_prompt_rests_for_the_cooldown(name, sizes, more, seed):
         assert ((last[ids] < 0) | (step - last[ids] > cooldown)).all()
 
 
-@pytest.mark.parametrize("name", ["pps", "prioritized_replay"])
+@pytest.mark.parametrize("name", slow_except(["prioritized_replay"], ["pps", "prioritized_replay"]))
 def test_a_prompt_can_be_drawn_as_soon_as_its_cooldown_ends(name):
     extra = {"initial": 1e-6, "floor": 1e-6, "exponent": 2.0} if name == "pps" else {"retest_share": 0.0}
     compiled = make(name, 2, cooldown=3, **extra)
@@ -84,7 +84,7 @@ def test_where_all_prompts_rest_the_oldest_visits_come_first(name):
 # Limits
 
 
-@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("name", slow_except(["prioritized_replay"], MODES))
 def test_no_prompt_is_drawn_more_often_than_max_visits(name):
     n, b, most = 10, 2, 3
     compiled = make(name, b, max_visits=most)
@@ -105,7 +105,7 @@ def judged_once(ids, step):
     return np.where((np.asarray(ids)[:, None] % 2 == 1) & (step < 10), half_right(ids), np.nan)
 
 
-@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("name", slow_except(["pps"], MODES))
 def test_a_prompt_that_never_had_a_verdict_is_left_out(name):
     n = 20
     compiled = make(name, B, discount=0.0)  # max_unjudged is 3
@@ -158,7 +158,7 @@ def with_favourites(compiled, n):
     return state
 
 
-@pytest.mark.parametrize("name", USUAL[1:])
+@pytest.mark.parametrize("name", slow_except(["pps"], MODES[1:]))
 def test_half_of_a_batch_explores(name):
     n, b = 12, 4
     extra = {"pps": EXPLORING_PPS, "prioritized_replay": {"retest_share": 0.0}}.get(name, {})

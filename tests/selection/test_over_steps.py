@@ -104,7 +104,7 @@ def test_weights_correct_for_the_share_of_a_quota_and_not_for_what_one_batch_gav
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("uniform", {}),
+        pytest.param("uniform", {}, marks=pytest.mark.slow),
         ("pps", {"exploration": 0.25}),
         pytest.param("mopps", {}, marks=pytest.mark.slow),
         ("prioritized_replay", {"cooldown": 2}),

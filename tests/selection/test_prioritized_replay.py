@@ -163,7 +163,7 @@ def random_rewards(rng, n, weights, constancy):
 
 # Discounts by which products are exact, so that no fused multiply-add can tell two equal problems apart.
 LAST, HALVED, KEPT = ("last", 1.0), ("beta", 0.5), ("beta", 1.0)
-SMALL, MEDIUM, LARGE = (4, [5, 12, 40]), (8, [12, 40, 100]), (8, [129, 200])
+SMALL, MEDIUM, LARGE = (4, [5, 40]), (8, [12, 100]), (8, [129, 200])
 CASES = [  # Sizes, estimate, cooldown, share, every, most visits: all pairs of the first four.
     (SMALL, LAST, 0, 0.0, 3, 0),
     (SMALL, HALVED, 2, 0.05, 2, 0),
@@ -178,7 +178,7 @@ CASES = [  # Sizes, estimate, cooldown, share, every, most visits: all pairs of 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "estimate", "cooldown", "share", "every", "most"), slow_except(CASES[::3], CASES, several=True)
+    ("sizes", "estimate", "cooldown", "share", "every", "most"), slow_except([CASES[1], CASES[8]], CASES, several=True)
 )
 @given(data=st.data())
 @settings(max_examples=8)
@@ -266,8 +266,8 @@ def test_only_the_share_is_retested_first_due_first():
     assert seen == sorted(seen)
 
 
-@pytest.mark.parametrize("estimate", ["last", "beta"])
-@given(seed=st.integers(0, 2**32), n=st.sampled_from([12, 37, 100]))
+@pytest.mark.parametrize("estimate", slow_except(["beta"], ["last", "beta"]))
+@given(seed=st.integers(0, 2**32), n=st.sampled_from([12, 37]))
 @settings(max_examples=5)
 def test_everything_is_tried_once_before_anything_twice(estimate, seed, n):
     config = dataclasses.replace(PLAIN, estimate=estimate, retest_share=0.0)

@@ -57,7 +57,7 @@ def times_drawn(ids, ways):
 # Uniform
 
 
-@pytest.mark.parametrize(("n", "b"), slow_except([(1, 1), (23, 5)], [(1, 1), (7, 7), (23, 5), (130, 13)], several=True))
+@pytest.mark.parametrize(("n", "b"), slow_except([(23, 5)], [(1, 1), (7, 7), (23, 5), (130, 13)], several=True))
 def test_uniform_visits_every_prompt_once_an_epoch(n, b):
     compiled = make("uniform", b)
     drawn, _ = run_steps(compiled, compiled.init(n), 2 * math.ceil(n / b) + 3)
@@ -140,7 +140,9 @@ def test_draws_with_replacement_are_independent_and_in_proportion():
     assert_fits(times_drawn(ids.reshape(-1, 2), ways), list(ways.values()))
 
 
-@pytest.mark.parametrize(("exponent", "correction"), [(0.6, 0.4), (1.0, 1.0), (0.0, 0.4)])
+@pytest.mark.parametrize(
+    ("exponent", "correction"), slow_except([(1.0, 1.0)], [(0.6, 0.4), (1.0, 1.0), (0.0, 0.4)], several=True)
+)
 @given(priority=st.lists(st.floats(1e-3, 10), min_size=9, max_size=9), seed=st.integers(0, 1000))
 def test_loss_weights_equal_plain_python(exponent, correction, priority, seed):
     compiled = make("pps", 4, exponent=exponent, correction=correction, floor=1e-6)
@@ -249,6 +251,7 @@ def test_greso_visits_a_prompt_that_is_never_mixed_with_the_keep_probability():
     assert abs(visits[n // 2 :].sum() - want) < 4 * error
 
 
+@pytest.mark.slow
 def test_greso_without_skips_is_uniform():
     a, b = make("greso", B), make("uniform", B)
     np.testing.assert_array_equal(run_steps(a, a.init(N), 25)[0], run_steps(b, b.init(N), 25)[0])

@@ -120,6 +120,7 @@ def assert_alike(found):
             np.testing.assert_allclose(metrics_a[key], metrics_b[key], rtol=2e-3, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_packed_rows_give_what_padded_ones_do():
     made, state, batch = second_step(loss__packing=True)
     plain, before, same = second_step()

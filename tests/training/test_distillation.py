@@ -214,6 +214,7 @@ def test_the_teacher_s_part_and_that_of_rewards_add_up():
 
 
 @pytest.mark.parametrize("fields", [{"loss__packing": True, "loss__microbatch_rows": 8}])
+@pytest.mark.slow
 def test_packing_and_microbatches_change_nothing(fields):
     plain, cut = updated(loss__microbatch_rows=0), updated(**fields)
     assert relative(cut[0], plain[0]) < 1e-5
@@ -260,6 +261,7 @@ def config_of(folder, teacher=None, **fields):
     return pj.replace(pj.Config(), values | fields)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_bit(taught, tmp_path):
     teacher, whole = taught
     stopped = pj.train(config_of(tmp_path, teacher, **{"run.steps": 4}), callbacks=[lambda step, values: step == 2])

@@ -215,7 +215,7 @@ def test_every_loss_is_the_padded_one(loss):
             {"model_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}}, id="remat", marks=pytest.mark.slow
         ),
         pytest.param({"loss__logits_mib": 1, "loss__microbatch_rows": 24}, id="one microbatch", marks=pytest.mark.slow),
-        pytest.param({"loss__share_prompts": False}, id="prompts not shared"),
+        pytest.param({"loss__share_prompts": False}, id="prompts not shared", marks=pytest.mark.slow),
     ],
 )
 def test_odd_batches_are_the_padded_ones(fields):
@@ -243,6 +243,7 @@ def test_scores_are_the_padded_ones():
     np.testing.assert_allclose(jnp.where(rows.mask, packed, 0), jnp.where(rows.mask, padded, 0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_split_over_minibatches_share_with_their_own_group_alone():
     """Rows of a group need not stand side by side, nor be whole groups."""
     _, params, _ = tiny_policy()

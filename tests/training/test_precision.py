@@ -117,7 +117,8 @@ def test_a_skipped_update_leaves_bfloat16_weights_and_their_state_alone():
     assert jax.tree.all(same)
 
 
-@pytest.mark.parametrize("param", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("param", ["float32", "bfloat16"])
 def test_a_cold_start_learns_in_both_types(param):
     _, model, _, state = made(param, param)
     rng = np.random.default_rng(0)

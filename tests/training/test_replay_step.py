@@ -17,7 +17,7 @@ from pspo_jax.training.algorithm import build
 from pspo_jax.training.scoring import rows_of, score, score_some
 from pspo_jax.training.step import init_state, make_collect, make_train_step, make_update
 from tests import xla
-from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
+from tests.helpers import random_prompts, relative, slow_except, tiny_config, tiny_policy
 from tests.selection.helpers import compiled_whole
 
 P, PAD, EOS, B, G = 9, 14, 13, 8, 4
@@ -171,7 +171,7 @@ def test_a_replayed_step_is_the_naive_one():
     assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["coupled", "ignored"])
+@pytest.mark.parametrize("mode", slow_except(["coupled"], ["coupled", "ignored"]))
 def test_ablations_act(mode):
     assert relative(params_after_replay("decoupled"), params_after_replay(mode)) > 1e-6
 
@@ -180,7 +180,7 @@ def test_ablations_act(mode):
     "fields",
     [
         pytest.param({}, id="popo", marks=pytest.mark.slow),
-        pytest.param({"replay__order": "kl"}, id="kl"),
+        pytest.param({"replay__order": "kl"}, id="kl", marks=pytest.mark.slow),
         pytest.param({"loss__name": "gspo"}, id="gspo", marks=pytest.mark.slow),
     ],
 )
@@ -312,10 +312,10 @@ def test_one_full_round_is_the_plain_step():
     jax.tree.map(np.testing.assert_array_equal, state.selector.per_prompt, expected.selector.per_prompt)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "mopps", "greso")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "pps", "mopps", "greso")]
 
 
-@pytest.mark.parametrize("name", ["pps", "prioritized_replay", *SLOW])
+@pytest.mark.parametrize("name", ["prioritized_replay", *SLOW])
 def test_a_prompt_is_not_rolled_out_twice_in_a_step(name):
     """A step's draws are disjoint, and a prompt rests only as long as the cooldown says."""
     config = tiny_config(algorithm__name="dapo", selection__name=name, rollout__dynamic_sampling_rounds=3)

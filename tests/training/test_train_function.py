@@ -92,6 +92,7 @@ def library_run(tmp_path_factory):
     return folder, pj.train(small(folder, run__fingerprint=True))
 
 
+@pytest.mark.slow
 def test_the_loop_is_the_commands(tmp_path, child_env, library_run):
     flags = [w for k, v in SMALL.items() for w in (f"--{k}", str(v))]
     more = ["--run.dir", str(tmp_path / "command"), "--run.steps", "3", "--sft.steps", "0", "--log.report", "false"]
