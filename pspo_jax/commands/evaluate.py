@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from pspo_jax.data.task import PromptDataset
 from pspo_jax.data.text import benchmark_prompts, why
 from pspo_jax.data.tokenizer import TextTokenizer
 from pspo_jax.distributed import processes
-from pspo_jax.distributed.mesh import check_tower, make_mesh, smallest_fsdp
+from pspo_jax.distributed.mesh import check_tower, make_mesh, smallest_fsdp, split_into_slices
 from pspo_jax.evaluation import tables
 from pspo_jax.evaluation.benchmarks import FIVE, HELDOUT, benchmark_source
 from pspo_jax.evaluation.runner import Sampler, Work, read_summary, run_benchmark
@@ -95,9 +95,9 @@ def evaluate_checkpoints(
     if processes.is_primary():
         _check_settings(out, config, args)
     source, tokenizer, architecture = architecture_for(config)
-    config = _on_devices(config, architecture, len(jax.devices()))
+    config = _on_devices(config, architecture, jax.devices())
     mesh = make_mesh(config, architecture)
-    check_tower(config, architecture.vision)
+    check_tower(config, architecture.vision, mesh.shape["slice"])
     with jax.set_mesh(mesh):
         model = transformer(architecture)
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform
@@ -134,7 +134,7 @@ def _say_what_does_not_fit(works: list[Work], architecture: Architecture, longes
             progress.say(f"{work.name}: {why(work.prompts.left_out)} left out")
 
 
-def _on_devices(config: Config, architecture: Architecture, devices: int) -> Config:
+def _on_devices(config: Config, architecture: Architecture, devices: Sequence[jax.Device]) -> Config:
     """`config` with weights split as far as these devices' memory needs, and a batch that they divide.
 
     The last batch is filled up anyway, and a completion does not depend on its batch.
@@ -142,10 +142,9 @@ def _on_devices(config: Config, architecture: Architecture, devices: int) -> Con
     m = config.mesh
     weights = jax.eval_shape(transformer(architecture.whole()).init, jax.random.key(0))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    fsdp = m.fsdp or smallest_fsdp(
-        held, device_bytes(), devices // (m.tensor * m.context) or 1, architecture.split_width
-    )
-    shards = (devices // m.tensor) if m.data == -1 else m.data * fsdp * m.context
+    inside = len(split_into_slices(config, devices)[0]) // (m.tensor * m.context)
+    fsdp = m.fsdp or smallest_fsdp(held, device_bytes(), inside or 1, architecture.split_width)
+    shards = (len(devices) // m.tensor) if m.data == -1 else m.data * fsdp * m.context
     batch = -(-config.rollout.prompts // max(shards, 1)) * max(shards, 1)
     return replace(config, {"mesh.fsdp": fsdp, "rollout.prompts": batch})
 

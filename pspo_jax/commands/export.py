@@ -52,7 +52,7 @@ def exporter(config: Config, run: Path, dtype: str | None, adapter_only: bool) -
         raise ConfigError("--adapter-only: this run trained all weights (lora.rank=0); leave it out")
 
     def write(folder: Path, step: int) -> None:
-        params, metadata = read_params(home_of(run) / "checkpoints", step)
+        params, metadata = read_params(home_of(run) / "checkpoints", step, alone=True)
         write_model(folder, config, params, dtype, adapter_only, metadata.get("source"))
         card = model_card(config, run, step, adapter_only)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -14,8 +14,8 @@ A language model, your own rows {"problem": ..., "answer": ...}; with --plan h10
   python -m pspo_jax.train --task.name math --task.train_data rows.jsonl \\
       --model.source Qwen/Qwen2.5-1.5B-Instruct --run.dir runs/mine
 
---plan [TARGET] prints the memory that the run would need on each device of TARGET, such as v5e-8, h100x8 or h200, and
-trains nothing. Without TARGET, it plans for this machine."""
+--plan [TARGET] prints the memory that the run would need on each device of TARGET, such as v5e-8, h100x8, h200 or, for
+two slices, 2xv5e-8, and trains nothing. Without TARGET, it plans for this machine."""
 
 
 def main(argv: Sequence[str]) -> int:

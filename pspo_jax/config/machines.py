@@ -10,10 +10,15 @@ from pspo_jax.config.fields import Range
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh. The product of the four numbers is the number of devices."""
+    """Devices along each axis of the mesh. data x fsdp x tensor x context is the number of devices."""
 
+    slices: Annotated[int | None, Range(1)] = None
+    """Number of groups of devices that a slow network joins, such as TPU slices; they split data, and gradients cross
+    from one to another once per update. tensor and context must be 1 with several. None = the slices that a TPU
+    reports, 1 elsewhere."""
     data: Annotated[int, Range(-1)] = -1
-    """Number of devices that split the batch and hold copies of the weights; -1 = all that the other axes leave."""
+    """Number of devices, over all slices, that split the batch and hold copies of the weights; -1 = all that the other
+    axes leave."""
     fsdp: Annotated[int | None, Range(1)] = None
     """Number of devices that split the batch, the weights and the optimizer state. None = the fewest that leave half of
     a device's memory free; 1 where that memory is unknown, as on CPUs."""

@@ -430,7 +430,7 @@ READ_WHEN: dict[str, Conditions] = {
     "loss.share_prompts": (unless("loss.packing", False, "leave loss.packing out"),),
     **_all("optimizer", _OPTIMIZER),
     "optimizer.final_fraction": (when("optimizer.schedule", "cosine"),),
-    **_all("mesh", ("data", "fsdp", "tensor", "context")),
+    **_all("mesh", ("slices", "data", "fsdp", "tensor", "context")),
     **_all("distributed", ("auto", "coordinator")),
     **_all("distributed", ("processes", "process"), HAS_COORDINATOR),
     **_all("distributed", ("join_timeout", "heartbeat_timeout"), JOINS_PROCESSES),

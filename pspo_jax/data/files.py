@@ -280,6 +280,8 @@ def read_files(paths: Sequence[Path], form: str, folder: Path) -> Records | None
         names = list(found)
         write_whole(columns, json.dumps(names).encode(), shared=True)
         table = datasets.Dataset.from_file(str(kept))
+    # By default the fingerprint depends on the time of the file, which differs from host to host.
+    table = datasets.Dataset(table.data, table.info, table.split, fingerprint=digest.hexdigest()[:24])
     empty, parents = dict.fromkeys(names), [path.parent for path in paths]
     return Records(
         table,

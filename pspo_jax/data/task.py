@@ -160,7 +160,7 @@ class RewardResult(NamedTuple):
     logged: Mapping[str, list[float]] = MappingProxyType({})
     """Values that users' functions gave to `log_metric`."""
     columns: Mapping[str, list[list[object]]] = MappingProxyType({})
-    """Values that users' functions gave to `log_extra`: one for each completion [B][G], or None."""
+    """Values that users' functions gave to `log_extra`: B lists with one value, or None, for each of G completions."""
 
 
 class RewardFn(Protocol):

@@ -19,10 +19,12 @@ from pspo_jax.data.images.processor import ImageError, ImageProcessor
 from pspo_jax.data.images.reading import Loaded, load
 from pspo_jax.data.loading import Question, Source, quiet_datasets
 from pspo_jax.data.rendering import PromptError
+from pspo_jax.data.shared_table import readable, share_work
 from pspo_jax.data.task import digest
 
 if TYPE_CHECKING:
     import datasets
+    from datasets import Dataset as Table
 
 _LAYOUT = "4"
 """Version of the cached rows, to be raised when their columns or the results of `Source.convert` change."""
@@ -86,13 +88,11 @@ def tokenised(
     ).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"prompts-{key}.arrow"
-    if path.exists() and not _readable(datasets, path):
-        path.unlink()
-    if not path.exists() and len(records) >= _ANNOUNCED_FROM:
-        say(f"tokenising {len(records):,} prompts of {source.name} (once; they are kept in {folder})")
-    with _utf8(source.field, source.name):
-        return records.table.map(
-            prepare,
+
+    def make(path: Path, rows: range) -> Table:
+        """The table of some rows, found in the file or written to it."""
+        return records.table.select(rows).map(
+            lambda batch, indices: prepare(batch, [rows.start + i for i in indices]),
             batched=True,
             batch_size=_BATCH if source.images is None or processor is None else _BATCH_WITH_IMAGES,
             with_indices=True,
@@ -102,6 +102,14 @@ def tokenised(
             cache_file_name=str(path),
             load_from_cache_file=True,
         )
+
+    if path.exists() and not readable(path):
+        path.unlink()
+    if not path.exists() and len(records) >= _ANNOUNCED_FROM:
+        say(f"tokenising {len(records):,} prompts of {source.name} (once; they are kept in {folder})")
+    with _utf8(source.field, source.name):
+        share_work(path, len(records), lambda path, rows: len(make(path, rows)), say)
+        return make(path, range(len(records)))
 
 
 def _features(datasets: ModuleType) -> datasets.Features:
@@ -178,16 +186,6 @@ def _utf8(field: str, data: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise ConfigError(f"{field}={data}: is not UTF-8 ({error}); convert it") from error
-
-
-def _readable(datasets: ModuleType, path: Path) -> bool:
-    """Whether a cached file is whole; a full disk or a kill may have cut it off."""
-    import pyarrow
-
-    try:
-        return len(datasets.Dataset.from_file(str(path))) >= 0
-    except (pyarrow.ArrowException, OSError):
-        return False
 
 
 def column_array(rows: datasets.Dataset, name: str) -> np.ndarray:

@@ -75,30 +75,32 @@ class Target(NamedTuple):
     kind: str | None
     """A key of `DEVICES`; None = this machine."""
     devices: int
-    """Number of devices; 0 = all of this machine."""
+    """Number of devices of a slice, or of a machine; 0 = all of this machine."""
+    slices: int = 1
+    """Number of slices or machines."""
 
 
 THIS_MACHINE = Target("this machine", None, 0)
 
 
 def parse_target(text: str) -> Target:
-    """The target that a text such as `v5e-64`, `h100x8` or `h200` names.
+    """The target that a text such as `v5e-64`, `h100x8`, `h200` or, for two slices, `2xv5e-64` names.
 
     Raises:
       ConfigError: the kind of device is unknown, or no slice has this size.
     """
-    match = re.fullmatch(r"([a-z]\w*?)(?:[x-](\d+))?", text.lower())
-    if match is None or match[1] not in DEVICES or match[2] == "0":
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*?)(?:[x-](\d+))?", text.lower())
+    if match is None or match[2] not in DEVICES or match[3] == "0":
         raise ConfigError(
-            f"--plan {text}: name a device and a count, such as v5e-8 or h100x8; known: {', '.join(DEVICES)}"
+            f"--plan {text}: name a device and a count, such as v5e-8, 2xv5e-8 or h100x8; known: {', '.join(DEVICES)}"
         )
-    kind, cores = match[1], DEVICES[match[1]].cores
-    number = int(match[2] or cores)
+    kind, cores = match[2], DEVICES[match[2]].cores
+    number = int(match[3] or cores)
     sizes = TOPOLOGIES.get(kind)
-    if number % cores or (sizes is not None and match[2] and number // cores not in sizes):
+    if number % cores or (sizes is not None and match[3] and number // cores not in sizes):
         known = ", ".join(f"{kind}-{n * cores}" for n in sizes or (2, 4, 8))
         raise ConfigError(f"--plan {text}: there is no such slice; there are {known}")
-    return Target(text, kind, number // cores)
+    return Target(text, kind, number // cores, int(match[1] or 1))
 
 
 def has_tpu_compiler(target: Target) -> bool:
@@ -110,13 +112,14 @@ def has_tpu_compiler(target: Target) -> bool:
 def devices_for(target: Target) -> Sequence[jax.Device] | None:
     """Devices to compile for, which hold no array and run nothing. It must be called before JAX's first array.
 
-    They are the devices of the TPU slice if its compiler is installed, else as many CPU devices; None = this machine's.
+    They are the devices of the TPU's slices if its compiler is installed, else as many CPU devices; None = those of
+    this machine.
     """
     if target.kind is None:
         return None
     jax.config.update("jax_platforms", "cpu")
     if not has_tpu_compiler(target):
-        jax.config.update("jax_num_cpu_devices", target.devices)
+        jax.config.update("jax_num_cpu_devices", target.devices * target.slices)
         return jax.devices()
     # This machine has no TPU. Without these variables libtpu takes a lock, looks for a metadata server, and warns.
     for name, value in (
@@ -131,4 +134,5 @@ def devices_for(target: Target) -> Sequence[jax.Device] | None:
 
     assert target.kind is not None
     shape = TOPOLOGIES[target.kind][target.devices]
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.kind}:{shape}").devices
+    several = {"num_slices": target.slices} if target.slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.kind}:{shape}", **several).devices

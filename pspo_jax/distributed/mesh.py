@@ -1,7 +1,9 @@
 """The device mesh, and the one table that says which of its axes splits which dimension of an array.
 
-A mesh arranges the devices along four axes:
+A mesh arranges the devices along five axes:
 
+- slice: the slices of a TPU that a data-centre network joins, each with all weights and its own part of the batch. That
+  network is slow, so that slices work on their own (`on_each_slice`) and add up their gradients once per update.
 - data: each device has all weights and its own part of the batch.
 - fsdp: each device has its own part of the batch, and its own part of every matrix, of its gradient and of its
   optimizer state. A weight is gathered just before a layer uses it, and its gradient is scattered afterwards (FSDP,
@@ -16,12 +18,13 @@ a dimension of each name, so that another layout of the same model is a change o
 
 Names for activations:
 
-- "rows" and "length" are the rows of an update and their positions. Rows are split along data and fsdp, positions
-  along context. Norms, MLPs and projections compute each position by itself; attention alone needs other positions,
-  and gathers keys and values along context.
+- "rows" and "length" are the rows of an update and their positions. Rows are split along slice, data and fsdp,
+  positions along context. Norms, MLPs and projections compute each position by itself; attention alone needs other
+  positions, and gathers keys and values along context.
 - "batch" is the rows of a rollout, with their caches. A rollout computes one position of each row at a time, which
-  leaves context nothing to split along a row, so that it splits the rows as data and fsdp do. Prompts whose images pass
-  through the vision tower are split the same way, in rollouts and in updates, since images have no positions of a row.
+  leaves context nothing to split along a row, so that it splits the rows as slice, data and fsdp do. Prompts whose
+  images pass through the vision tower are split the same way, in rollouts and in updates, since images have no
+  positions of a row.
 - "outer_batch" is rows of an array in which another dimension takes fsdp and context. This is so where tokens are
   embedded, since the embedding is split along its width, and where decoding splits the MLPs (below).
 
@@ -30,6 +33,7 @@ Names for weights:
 - "embed" is the width D of the residual stream. Every matrix has it once, as its input or its output. Splitting it
   along fsdp and context therefore divides all matrices evenly, whatever the number of heads and the width of the
   MLP.
+  "embed_and_data" is the same dimension of a gradient while it crosses from slice to slice.
 - "heads", "kv_heads" and "mlp" are the inner dimensions of attention and MLP, in the language model and in the vision
   tower. With these along tensor, the first product of each needs no communication, and the last one ends in one sum
   over the devices.
@@ -48,10 +52,11 @@ gathered weights do not fit, rollout.weights=split leaves the MLPs ("split_mlp")
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
@@ -60,14 +65,20 @@ from pspo_jax.arrays.per_prompt import FANOUT, padded_rows
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config, extra_completions, round_prompts
 
-AXES = ("data", "fsdp", "context", "tensor")
+Results = TypeVar("Results")
+
+AXES = ("slice", "data", "fsdp", "context", "tensor")
 """The axes of a mesh, in the order of its dimensions."""
-ROWS = ("data", "fsdp", "context")
+ROWS = ("slice", "data", "fsdp", "context")
 """Mesh axes that split a batch of rollouts, per-prompt state and stored groups."""
-UPDATE_ROWS = ("data", "fsdp")
+UPDATE_ROWS = ("slice", "data", "fsdp")
 """Mesh axes that split the rows of an update; context splits their positions."""
 WEIGHTS = ("fsdp", "context")
 """Mesh axes that split every matrix."""
+BY_SLICE = PartitionSpec("slice")
+"""The arrays of which every slice has its own part along their first dimension; see `on_each_slice`."""
+WHOLE = PartitionSpec()
+"""The arrays of which every slice has all."""
 
 MeshAxes = str | tuple[str, ...] | None
 """The mesh axes that split a dimension; None = it is not split."""
@@ -76,8 +87,9 @@ RULES: dict[str, MeshAxes] = {
     "rows": UPDATE_ROWS,
     "length": "context",
     "batch": ROWS,
-    "outer_batch": "data",
+    "outer_batch": ("slice", "data"),
     "embed": WEIGHTS,
+    "embed_and_data": (*WEIGHTS, "data"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -130,7 +142,7 @@ def _on(mesh: Mapping[str, int], rule: MeshAxes) -> MeshAxes:
 
 
 def make_mesh(config: Config, shape: ModelShape | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that a config asks for, over the first of the devices.
+    """The mesh that a config asks for, over the first of the devices, or over the first of each slice.
 
     Args:
       shape: the sizes of the model; None = those of config.model.
@@ -139,12 +151,14 @@ def make_mesh(config: Config, shape: ModelShape | None = None, devices: Sequence
       ConfigError: the mesh does not fit the devices, the batch or the model; the message names a value that works.
     """
     m, devices = config.mesh, jax.devices() if devices is None else devices
+    slices = split_into_slices(config, devices)
     fsdp = m.fsdp or 1
     inner = fsdp * m.context * m.tensor
     if m.data == 0:
         raise ConfigError("mesh.data=0: must be at least 1, or -1 for all devices that fsdp and tensor leave")
-    data = len(devices) // inner if m.data == -1 else m.data
     inside = f"mesh.fsdp={fsdp} x mesh.context={m.context} x mesh.tensor={m.tensor}"
+    _check_slices(config, len(slices), len(slices[0]), inner, inside)
+    data = len(devices) // inner if m.data == -1 else m.data
     if data * inner > len(devices) or data == 0:
         raise ConfigError(
             f"mesh.data={m.data} x {inside}: needs {max(data, 1) * inner} devices, there are {len(devices)}; "
@@ -158,11 +172,62 @@ def make_mesh(config: Config, shape: ModelShape | None = None, devices: Sequence
             f"have {len(devices)}, all of which take part; set mesh.data=-1"
         )
     _check_divides(config, data * fsdp * m.context, shape or config.model)
-    sizes = (data, fsdp, m.context, m.tensor)
+    sizes = (data // len(slices), fsdp, m.context, m.tensor)
     # An axis of the mesh may be a part of an axis of a TPU slice, as in a mesh of 2 x 2 x 4 on a slice of 4 x 4;
     # jax.make_mesh refuses that.
-    grid = create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grids = [create_device_mesh(sizes, part[: math.prod(sizes)], allow_split_physical_axes=True) for part in slices]
+    return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def split_into_slices(config: Config, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each slice: those of the TPU slices that JAX reports, or else mesh.slices parts in their order.
+
+    Raises:
+      ConfigError: the slices are of different sizes, or mesh.slices does not fit them.
+    """
+    reported: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        number = device.slice_index if device.platform == "tpu" else 0
+        reported.setdefault(number, []).append(device)
+    sizes = [len(reported[number]) for number in sorted(reported)]
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"mesh.slices={config.mesh.slices}: the TPU's slices have {', '.join(map(str, sizes))} devices; all need "
+            "equally many"
+        )
+    wanted = config.mesh.slices or len(sizes)
+    if len(sizes) > 1:
+        if wanted != len(sizes):
+            raise ConfigError(f"mesh.slices={wanted}: JAX reports {len(sizes)} slices of {sizes[0]} devices; drop it")
+        return [reported[number] for number in sorted(reported)]
+    size = len(devices) // wanted
+    if size * wanted != len(devices):
+        raise ConfigError(f"mesh.slices={wanted}: does not divide the {len(devices)} devices; choose a divisor")
+    ordered = sorted(devices, key=lambda device: device.process_index)
+    return [ordered[i * size : (i + 1) * size] for i in range(wanted)]
+
+
+def _check_slices(config: Config, slices: int, size: int, inner: int, inside: str) -> None:
+    """Raise ConfigError if the axes inside a slice do not divide its devices, or the slices do not divide data.
+
+    Args:
+      size: number of devices of a slice.
+      inner: product of the axes inside a slice but for data.
+      inside: these axes in words.
+    """
+    if slices == 1:
+        return
+    where = f"mesh.slices={slices}"
+    for axis, along in (("tensor", config.mesh.tensor), ("context", config.mesh.context)):
+        if along > 1:
+            # XLA's partitioner aborts the process where these axes split an array of one of several slices.
+            raise ConfigError(f"{where}: does not go with mesh.{axis}={along}; set it to 1, and raise mesh.fsdp")
+    if config.rollout.weights == "split":
+        raise ConfigError(f"{where}: does not go with rollout.weights=split; use gathered")
+    if size % inner:
+        raise ConfigError(f"{inside}: does not divide the {size} devices of each of the {slices} slices; lower one")
+    if config.mesh.data > 0 and config.mesh.data % slices:
+        raise ConfigError(f"{where}: does not divide mesh.data={config.mesh.data}, which counts all slices; set -1")
 
 
 def smallest_fsdp(state_bytes: float, capacity: float, devices: int, width: int) -> int:
@@ -217,6 +282,60 @@ def size_along(shape: Mapping[str, int], axes: Sequence[str]) -> int:
     return math.prod(shape.get(axis, 1) for axis in axes)
 
 
+def split_axes() -> dict[str, int]:
+    """Sizes of the axes of the mesh in context that can split an array; inside `on_each_slice`, "slice" is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+
+
+def num_slices() -> int:
+    """Number of slices among which work can be divided; 1 inside `on_each_slice`, and without a mesh in context."""
+    return split_axes().get("slice", 1)
+
+
+def on_each_slice(
+    function: Callable[..., Results], in_specs: tuple[PartitionSpec, ...], out_specs: PyTree[PartitionSpec]
+) -> Callable[..., Results]:
+    """The function, run by each slice on its own part of the arrays; within a slice the mesh splits them as ever.
+
+    The function may use collectives along "slice". It must return results that are WHOLE equal on all slices.
+
+    Args:
+      in_specs: BY_SLICE or WHOLE for each argument.
+      out_specs: the same for each result.
+    """
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"slice"}, check_vma=False)
+
+
+def sum_over_slices(tree: PyTree, axes: PyTree | None) -> PyTree:
+    """The sum over slices of gradients, inside `on_each_slice`; only one copy of them leaves a slice.
+
+    Devices along data hold the same sum of their slice. Each of them sends a part of it, where data divides it, and the
+    parts come together again inside the slice.
+
+    Args:
+      axes: see `Model.axes`.
+    """
+    mesh = split_axes()
+    if axes is None:
+        return jax.lax.psum(tree, "slice")
+
+    def one(names: tuple[str | None, ...], x: Array) -> Array:
+        wider = tuple(
+            "embed_and_data" if name == "embed" and _divides(mesh, names, x.shape) else name for name in names
+        )
+        # Without the second of these constraints the compiler would bring the parts together before the sum.
+        return constrain(constrain(jax.lax.psum(constrain(x, *wider), "slice"), *wider), *names)
+
+    return jax.tree.map(one, axes, tree, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _divides(mesh: Mapping[str, int], names: tuple[str | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether data, beside the axes that split weights, divides the dimension "embed" of a weight."""
+    sizes = [size for name, size in zip(names, shape, strict=True) if name == "embed"]
+    return bool(sizes) and sizes[0] % size_along(mesh, (*WEIGHTS, "data")) == 0
+
+
 def microbatch_size(rows: int, at_most: int, axes: Sequence[str] = UPDATE_ROWS) -> int:
     """Rows of a microbatch: the largest divisor of `rows` that the mesh in context divides evenly.
 
@@ -227,7 +346,7 @@ def microbatch_size(rows: int, at_most: int, axes: Sequence[str] = UPDATE_ROWS) 
     Raises:
       ConfigError: the mesh does not divide the rows.
     """
-    shards = size_along(jax.sharding.get_abstract_mesh().shape, axes)
+    shards = size_along(split_axes(), axes)
     if rows % shards:
         raise ConfigError(
             f"{' x '.join(f'mesh.{axis}' for axis in axes)} = {shards}: does not divide the {rows} completions that "
@@ -243,8 +362,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
     Args:
       axes: logical axis of each dimension, None = it is not split.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, mesh.shape))
+    mesh = split_axes()
+    return jax.lax.with_sharding_constraint(x, spec(axes, mesh)) if mesh else x
 
 
 def gather_for_decode(w: Array, axes: tuple[str | None, ...], split: bool) -> Array:
@@ -330,10 +449,16 @@ def check_model(config: Config, shape: ModelShape, rows: int, where: str) -> Non
             raise ConfigError(f"{axis}={shards}: does not divide the {name} {size} of {where}; choose a divisor")
 
 
-def check_tower(config: Config, tower: TowerShape | None) -> None:
-    """Raise ConfigError if the mesh does not divide a size of the vision tower; None = the model has no tower."""
+def check_tower(config: Config, tower: TowerShape | None, slices: int = 1) -> None:
+    """Raise ConfigError if the mesh does not divide a size of the vision tower; None = the model has no tower.
+
+    Args:
+      slices: number of slices of the mesh.
+    """
     if tower is None:
         return
+    if slices > 1:
+        raise ConfigError(f"mesh.slices={slices}: has not been tried with a model that reads images; use one slice")
     m = config.mesh
     for name, size, shards, axes in (
         ("width", tower.width, (m.fsdp or 1) * m.context, "mesh.fsdp x mesh.context"),

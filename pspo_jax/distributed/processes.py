@@ -95,6 +95,11 @@ def process_count() -> int:
     return jax.process_count()
 
 
+def process_number() -> int:
+    """Number of this process, from 0."""
+    return jax.process_index()
+
+
 def is_primary() -> bool:
     """Whether this process is the one that writes logs, events and reports."""
     return jax.process_index() == 0

@@ -1,9 +1,10 @@
 """`python -m pspo_jax.train ... --plan [TARGET]`: does a run fit into the memory of its devices?
 
 The first line that is printed answers the question and, if the answer is no, says what to change. TARGET is a device
-and a count, such as v5e-8, h100x8 or h200; without it, the plan is for this machine. No weight is read: the programs
-are compiled from shapes alone, so that a small machine can plan a large model. For a TPU slice the TPU's own compiler
-is used if libtpu is installed; otherwise the CPU's compiler stands in, for as many devices.
+and a count, such as v5e-8, h100x8 or h200, or 2xv5e-8 for two slices; without it, the plan is for this machine. No
+weight is read: the programs are compiled from shapes alone, so that a small machine can plan a large model. For a TPU
+slice the TPU's own compiler is used if libtpu is installed; otherwise the CPU's compiler stands in, for as many
+devices.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 from rich.table import Table
 
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.schema import Config, round_prompts, update_completions
 from pspo_jax.config.strategies import STORING
 from pspo_jax.distributed.devices import (
@@ -36,7 +38,7 @@ from pspo_jax.distributed.devices import (
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_size, size_along
 from pspo_jax.losses.log_probs import chunk_columns
 from pspo_jax.planning import images
-from pspo_jax.planning.roofline import rollout_lower_bound, update_lower_bound
+from pspo_jax.planning.roofline import bytes_across_slices, rollout_lower_bound, update_lower_bound
 from pspo_jax.rollout.stages import SHORTEST_STAGE_TOKENS, automatic_stages, cache_columns, make_stages
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.machine_defaults import decoding_bytes
@@ -127,6 +129,8 @@ def show(config: Config, target: Target) -> int:
         console.print(f"{phase}: {answer} ({need})", markup=False)
     if (slots := _slots_that_fit(plan)) is not None:
         console.print(slots, markup=False)
+    if (across := _across_slices(plan.setup)) is not None:
+        console.print(across, markup=False, soft_wrap=True)
     if target.kind:
         console.print(_least_time(plan.setup, DEVICES[target.kind]))
     return 0
@@ -135,6 +139,8 @@ def show(config: Config, target: Target) -> int:
 def _make_plan(config: Config, target: Target, say: Callable[[str], None]) -> Plan:
     device = DEVICES[target.kind] if target.kind else None
     devices = devices_for(target)
+    if target.slices > 1 and config.mesh.slices is None:
+        config = replace(config, {"mesh.slices": target.slices})
     setup = prepare(config, weights=False, capacity=device.memory if device else None, devices=devices, say=say)
     residents, details = _residents(setup), _details(setup)
     capacity = device.memory if device else _own_capacity()
@@ -197,6 +203,17 @@ def _to_table(plan: Plan, target: Target) -> Table:
         table.add_row(f"peak of the {phase}: by {compiler}", compiled)
     table.add_row("capacity", "unknown" if math.isinf(plan.capacity) else f"{plan.capacity / _GIB:.2f}")
     return table
+
+
+def _across_slices(setup: Setup) -> str | None:
+    """The bytes that cross from slice to slice, in one line; None = there is one slice."""
+    slices = setup.mesh.shape["slice"]
+    if slices == 1:
+        return None
+    return (
+        f"across {slices} slices, by arithmetic: each slice sends {bytes_across_slices(setup) / 1e9:.3g} GB of "
+        "gradients per update, once, whatever the number of microbatches; the least times below leave it out"
+    )
 
 
 def _slots_that_fit(plan: Plan) -> str | None:

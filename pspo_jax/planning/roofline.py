@@ -44,11 +44,12 @@ class Traffic(NamedTuple):
     gathered: float
     """Bytes of weights, all-gathered over fsdp for the forward and for the backward pass of every microbatch."""
     reduced: float
-    """Bytes of float32 gradients of every microbatch: reduce-scattered over fsdp, then all-reduced over data."""
+    """Bytes of float32 gradients of every microbatch: reduce-scattered over fsdp, then all-reduced over data, inside a
+    slice."""
 
 
 def traffic(setup: Setup) -> Traffic:
-    """The bytes that FSDP sends. Activations and the collectives along tensor are left out."""
+    """The bytes that FSDP sends inside a slice. Activations and the collectives along tensor are left out."""
     mesh, a = setup.mesh.shape, setup.architecture
     fsdp, data, tensor = size_along(mesh, WEIGHTS), mesh["data"], mesh["tensor"]
     passes = _passes(setup)
@@ -57,6 +58,12 @@ def traffic(setup: Setup) -> Traffic:
     gathered = 2 * passes * _split(weights) * jnp.dtype(a.compute_dtype).itemsize * share / tensor
     gradient = 4 * _split(setup.abstract.params) / tensor
     return Traffic(gathered, passes * gradient * (share + 2 * (data - 1) / data / fsdp))
+
+
+def bytes_across_slices(setup: Setup) -> float:
+    """The bytes that each slice sends to others in an update: its float32 gradients, once, in a ring of the slices."""
+    slices = setup.mesh.shape["slice"]
+    return 2 * (slices - 1) / slices * 4 * sum(x.size for x in jax.tree.leaves(setup.abstract.params))
 
 
 def update_lower_bound(setup: Setup, device: DeviceSpec) -> LowerBound:

@@ -131,7 +131,7 @@ def _load(found: Classifier) -> _Loaded:
     all_devices = [] if outer.empty else list(np.asarray(outer.devices).flat)
     mine = [d for d in all_devices if d.process_index == jax.process_index()] or jax.local_devices()
     shards = max(n for n in range(1, len(mine) + 1) if len(mine) % n == 0 and a.width % n == 0)
-    grid = np.array(mine[: shards * (len(mine) // shards)]).reshape(len(mine) // shards, shards, 1, 1)
+    grid = np.array(mine[: shards * (len(mine) // shards)]).reshape(1, len(mine) // shards, shards, 1, 1)
     mesh = Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
     plain = transformer(a)
     shapes = jax.eval_shape(plain.init, jax.random.key(0))

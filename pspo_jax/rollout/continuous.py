@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Params, Prompts
-from pspo_jax.distributed.mesh import ROWS, constrain, size_along
+from pspo_jax.distributed.mesh import ROWS, constrain, size_along, split_axes
 from pspo_jax.model.interface import Model, SlotDecoder
 from pspo_jax.rollout.stages import Stage
 from pspo_jax.rollout.token_loop import (
@@ -111,7 +111,7 @@ def decode_slots(
     """
     if model.slots is None:
         raise ValueError("rollout.slots: this model has no `slots`; leave it out")
-    shards = size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
+    shards = size_along(split_axes(), ROWS)
     longest = shape.max_new_tokens
     decoder = RowsInSlots(
         model=model.slots(params, prompts.tokens, prompts.lengths, shards, *images_of(model, prompts)),

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.state import Params, Prompts, Rollouts
-from pspo_jax.distributed.mesh import ROWS, constrain, size_along
+from pspo_jax.distributed.mesh import (
+    BY_SLICE,
+    ROWS,
+    WHOLE,
+    constrain,
+    num_slices,
+    on_each_slice,
+    size_along,
+    split_axes,
+)
 from pspo_jax.model.interface import Model
 from pspo_jax.rollout.continuous import decode_slots
 from pspo_jax.rollout.stages import Stage, make_stages
@@ -124,14 +133,31 @@ def counting_sampler(
     ) -> tuple[Rollouts, Computed]:
         rows = prompts.tokens.shape[0] * group_size
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
+        slices = num_slices()
+        args = params, prompts, row_keys, settings
         if slots is not None and slots < rows:
             shards, of_shard = shard_stages(slots, stages, max_new_tokens, rows)
-            samples = decode_slots(model, params, prompts, row_keys, settings, of_shard, shape)
+            samples = decode_slots(model, *args, of_shard, shape)
             loops = [(shards * stage.slots, stage.columns) for stage in of_shard]
+            computed = _computed(rows, loops, samples.steps)
+        elif slices == 1:
+            samples, computed = decode_all(*args)
         else:
-            samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
-            loops = [(rows, size) for size in cache_sizes(max_new_tokens, chunk, model.resize is not None)]
-        return _rollouts(prompts, samples, settings), _computed(rows, loops, samples.steps)
+            # A slice's loops end with its own rows, without a word to the others.
+            specs = WHOLE, BY_SLICE, BY_SLICE, WHOLE
+            samples, computed = on_each_slice(of_slice, in_specs=specs, out_specs=(BY_SLICE, WHOLE))(*args)
+        return _rollouts(prompts, samples, settings), computed
+
+    def decode_all(
+        params: Params, prompts: Prompts, row_keys: Key[Array, "R"], settings: SamplingParams
+    ) -> tuple[Samples, Computed]:
+        samples = decode_rows(model, params, prompts, row_keys, settings, shape, chunk)
+        rows, sizes = row_keys.shape[0], cache_sizes(max_new_tokens, chunk, model.resize is not None)
+        return samples, _computed(rows, [(rows, size) for size in sizes], samples.steps)
+
+    def of_slice(*args: PyTree) -> tuple[Samples, Computed]:
+        samples, computed = decode_all(*args)
+        return samples, jax.lax.psum(computed, "slice")
 
     return sample
 
@@ -144,7 +170,7 @@ def shard_stages(slots: int, stages: int, max_new_tokens: int, rows: int) -> tup
     Raises:
       ValueError: the mesh does not divide the slots, or the stages do not fit into their memory.
     """
-    shards = size_along(jax.sharding.get_abstract_mesh().shape, ROWS)
+    shards = size_along(split_axes(), ROWS)
     if slots % shards:
         raise ValueError(f"rollout.slots={slots}: must be a multiple of the {shards} devices that share the batch")
     return shards, make_stages(slots // shards, stages, max_new_tokens, rows // shards)

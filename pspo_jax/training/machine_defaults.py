@@ -7,7 +7,7 @@ emulate bfloat16, and their memory is large compared with their speed; there, ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from pspo_jax.config.defaults import replace, uses_char_tokenizer
 from pspo_jax.config.schema import Config, Dtype, Remat, round_prompts, update_completions
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
-from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along, smallest_fsdp
+from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along, smallest_fsdp, split_into_slices
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import block_size
 from pspo_jax.model.weights import Weight, named_weights, table, trained_and_frozen
@@ -49,12 +49,14 @@ def compute_dtype(on_cpu: bool) -> tuple[Dtype, str]:
     return "bfloat16", "an accelerator's own"
 
 
-def with_fsdp(config: Config, a: Architecture, capacity: float, devices: int, teacher: Architecture | None) -> Config:
+def with_fsdp(
+    config: Config, a: Architecture, capacity: float, devices: Sequence[jax.Device], teacher: Architecture | None
+) -> Config:
     """The config with mesh.fsdp, which follows from the memory of weights, optimizer state and a gradient if unset.
 
     Args:
       capacity: bytes of a device.
-      devices: number of devices.
+      devices: the devices of the run; fsdp stays within a slice.
       teacher: the architecture of the teacher, whose weights take memory too; None = there is none.
     """
     if config.mesh.fsdp is not None:
@@ -69,7 +71,8 @@ def with_fsdp(config: Config, a: Architecture, capacity: float, devices: int, te
     if teacher is not None:
         held += jnp.dtype(teacher.param_dtype).itemsize * _size(table(teacher))
         width = math.gcd(width, teacher.split_width)
-    fsdp = smallest_fsdp(held, capacity, devices // (config.mesh.tensor * config.mesh.context) or 1, width)
+    of_slice = len(split_into_slices(config, devices)[0])
+    fsdp = smallest_fsdp(held, capacity, of_slice // (config.mesh.tensor * config.mesh.context) or 1, width)
     return replace(config, {"mesh.fsdp": fsdp})
 
 

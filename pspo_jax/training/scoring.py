@@ -22,7 +22,17 @@ from pspo_jax.arrays.split_params import SplitParams, merge_params
 from pspo_jax.arrays.state import Params, TrainState
 from pspo_jax.config.schema import Config
 from pspo_jax.config.unread_fields import trains_on_older_policies
-from pspo_jax.distributed.mesh import UPDATE_ROWS, constrain, microbatch_size, size_along
+from pspo_jax.distributed.mesh import (
+    BY_SLICE,
+    UPDATE_ROWS,
+    WHOLE,
+    constrain,
+    microbatch_size,
+    num_slices,
+    on_each_slice,
+    size_along,
+    split_axes,
+)
 from pspo_jax.losses.log_probs import compact_images, completion_log_probs
 from pspo_jax.losses.packing import (
     BinAssignment,
@@ -37,7 +47,7 @@ from pspo_jax.losses.packing import (
 )
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
-from pspo_jax.training.splitting import encoded, merge_microbatches, split_microbatches
+from pspo_jax.training.splitting import config_of_slice, encoded, merge_microbatches, split_microbatches
 
 PACK_FROM_TOKENS = 256
 """Completions that may be this long are packed, unless the config says otherwise."""
@@ -325,8 +335,32 @@ def score(
       images: the images to which the rows point; None = all prompts are text.
       embeddings: these images as `encoded` by the same weights; None = they are encoded here.
     """
-    microbatches = make_microbatches(model, rows, config, wanted)
     embeddings = encoded(model, weights, images) if embeddings is None else embeddings
+    slices = num_slices()
+    if slices > 1:
+        # Each slice makes microbatches of its own rows, so that no row crosses to another.
+        part = config_of_slice(config, slices)
+        return on_each_slice(
+            lambda weights, rows, temperature, wanted, embeddings: _score_rows(
+                model, weights, rows, temperature, part, wanted, embeddings
+            ),
+            in_specs=(WHOLE, BY_SLICE, WHOLE, BY_SLICE, WHOLE),
+            out_specs=BY_SLICE,
+        )(weights, rows, temperature, wanted, embeddings)
+    return _score_rows(model, weights, rows, temperature, config, wanted, embeddings)
+
+
+def _score_rows(
+    model: Model,
+    weights: PyTree,
+    rows: Rows,
+    temperature: Float[Array, ""],
+    config: Config,
+    wanted: Bool[Array, "R"] | None,
+    embeddings: Float[Array, "B U D"] | None,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """`score` of the rows of all devices, or of those of a slice."""
+    microbatches = make_microbatches(model, rows, config, wanted)
 
     def step(found: tuple[Array, Array], part: Microbatch) -> tuple[Array, Array]:
         log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config, embeddings=embeddings)
@@ -449,7 +483,7 @@ def bin_shape(rows: int, prompt: int, completion: int, model: Model, config: Con
     """
     at_most = config.loss.microbatch_rows
     at_once = microbatch_size(rows, at_most if 0 < at_most < rows else max(rows // 8, FEWEST_BINS))
-    shards = size_along(jax.sharding.get_abstract_mesh().shape, UPDATE_ROWS)
+    shards = size_along(split_axes(), UPDATE_ROWS)
     shares, enough = shares_prompts(model, config), config.loss.microbatch_tokens
     return choose_bin_shape(prompt, completion, config.rollout.group_size, at_once, shards, shares, enough)
 

@@ -221,9 +221,9 @@ def prepare(
     teacher = _teacher(config, tokenizer if task is None else task.tokenizer, architecture, weights)
     of_teacher = None if teacher is None else teacher.architecture
     capacity = device_bytes() if capacity is None else capacity
-    config = with_fsdp(config, architecture, capacity, len(devices), of_teacher)
+    config = with_fsdp(config, architecture, capacity, devices, of_teacher)
     mesh = make_mesh(config, architecture, devices)
-    check_tower(config, architecture.vision)
+    check_tower(config, architecture.vision, mesh.shape["slice"])
     task = _task(config, tokenizer, pool, say, task, reward)
     for line in _remarks(config, source, architecture, task):
         say(line)

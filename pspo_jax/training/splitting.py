@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from pspo_jax.arrays.images import ImageEmbeddings, Images, ImageWindows
 from pspo_jax.arrays.rows import Rows
+from pspo_jax.config.defaults import replace
+from pspo_jax.config.schema import Config
 from pspo_jax.distributed.mesh import ROWS, constrain, microbatch_size
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups
@@ -26,6 +28,19 @@ RowsOrArray = TypeVar("RowsOrArray", Rows, Array)
 def split_microbatches(rows: RowsOrArray, parts: int) -> RowsOrArray:
     """[R, ...] -> [parts, R / parts, ...], dealt like cards, so that every part is spread over all devices."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+
+
+def config_of_slice(config: Config, slices: int) -> Config:
+    """The config with bounds of microbatches for one of several slices, whose microbatches are computed together."""
+    o = config.loss
+    tokens = o.microbatch_tokens
+    return replace(
+        config,
+        {
+            "loss.microbatch_rows": max(o.microbatch_rows // slices, min(o.microbatch_rows, 1)),
+            "loss.microbatch_tokens": None if tokens is None else -(-tokens // slices),
+        },
+    )
 
 
 def merge_microbatches(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose_key
 from pspo_jax.config.schema import Config, extra_completions
 from pspo_jax.config.strategies import LossConfig
+from pspo_jax.distributed.mesh import BY_SLICE, WHOLE, num_slices, on_each_slice, sum_over_slices
 from pspo_jax.losses.policy_loss import (
     Denominators,
     LossMetrics,
@@ -39,7 +41,7 @@ from pspo_jax.training.scoring import (
     microbatch_log_probs,
     score,
 )
-from pspo_jax.training.splitting import encoded, split_images, split_microbatches, split_minibatches
+from pspo_jax.training.splitting import config_of_slice, encoded, split_images, split_microbatches, split_minibatches
 
 WeightsFn = Callable[[Params, Array | int], PyTree]
 """(trained weights, number of the microbatch) -> the weights that the model's functions take"""
@@ -67,6 +69,10 @@ class SamplerMismatch(NamedTuple):
     """Least such ratio; inf = there is no token."""
     ratio_max: Float[Array, ""]
     """Largest such ratio."""
+
+
+GradientAndMetrics = tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]
+"""The gradient of a minibatch's loss in the trained weights, and what was seen on the way."""
 
 
 class UpdateMetrics(NamedTuple):
@@ -205,7 +211,7 @@ def loss_gradient(
     computed: Bool[Array, "R"] | None = None,
     images: Images | None = None,
     embeddings: Float[Array, "B U D"] | None = None,
-) -> tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]:
+) -> GradientAndMetrics:
     """Gradient of a minibatch's loss in `params`, in float32, accumulated over microbatches; and its metrics.
 
     Images are encoded once, before the first microbatch. Where their encoder trains, microbatches add up the gradient
@@ -217,8 +223,46 @@ def loss_gradient(
       images: the images to which the rows point; None = all prompts are text.
       embeddings: these images as `encoded` by the same weights; None = they are encoded here.
     """
-    microbatches = make_microbatches(model, rows, config, computed)
     embeddings = encoded(model, weights(params, 0), images) if embeddings is None else embeddings
+    others = zero_metrics() if computed is None else metrics_of_uncomputed(rows, computed)
+    batch = params, rows, temperature, total, computed, images, embeddings, others
+    slices = num_slices()
+    if slices == 1:
+        return _gradient_of_rows(model, weights, config, *batch)
+
+    def of_slice(number: Int[Array, "1"], *batch: PyTree) -> GradientAndMetrics:
+        def own_weights(params: Params, microbatch: Array | int) -> PyTree:
+            return weights(params, microbatch * slices + number[0])  # no two microbatches share a key
+
+        found = _gradient_of_rows(model, own_weights, config_of_slice(config, slices), *batch)
+        return _over_slices(model, slices, *found)
+
+    # Every slice adds up the gradients of its own rows, and they cross to the others once, after the last microbatch.
+    specs = WHOLE, BY_SLICE, WHOLE, WHOLE, BY_SLICE, BY_SLICE, WHOLE, WHOLE
+    return on_each_slice(of_slice, in_specs=(BY_SLICE, *specs), out_specs=WHOLE)(jnp.arange(slices), *batch)
+
+
+def _gradient_of_rows(
+    model: Model,
+    weights: WeightsFn,
+    config: Config,
+    params: Params,
+    rows: Rows,
+    temperature: Float[Array, ""],
+    total: Denominators,
+    computed: Bool[Array, "R"] | None,
+    images: Images | None,
+    embeddings: Float[Array, "B U D"] | None,
+    others: LossMetrics,
+) -> GradientAndMetrics:
+    """`loss_gradient` of the rows of all devices, or of those of a slice.
+
+    Args:
+      images: the images of all devices' rows, or a slice's part of them.
+      embeddings: the embeddings of all images.
+      others: metrics of the rows that are not computed.
+    """
+    microbatches = make_microbatches(model, rows, config, computed)
     trained = params, embeddings if model.trains_encoder else None
 
     def loss_fn(trained: Trained, part: Microbatch) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
@@ -240,10 +284,28 @@ def loss_gradient(
         return _add(grads, new_grads), combine(metrics, new_metrics), _combine_mismatches(mismatch, new_mismatch)
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), trained)
-    others = zero_metrics() if computed is None else metrics_of_uncomputed(rows, computed)
     grads, metrics, mismatch = fold_microbatches(add, (zeros, others, _no_mismatch()), microbatches)
     grads = _through_encoder(model, weights, params, images, grads)
     return grads, metrics, mismatch, microbatches.utilisation
+
+
+def _over_slices(
+    model: Model,
+    slices: int,
+    grads: Params,
+    metrics: LossMetrics,
+    mismatch: SamplerMismatch,
+    tokens: TokenUtilisation,
+) -> GradientAndMetrics:
+    """The gradients and metrics of all slices together, inside `on_each_slice`."""
+    every: tuple[LossMetrics, SamplerMismatch] = jax.lax.all_gather((metrics, mismatch), "slice")
+    parts = [jax.tree.map(lambda x, i=i: x[i], every) for i in range(slices)]
+    return (
+        sum_over_slices(grads, model.axes),
+        functools.reduce(combine, [part[0] for part in parts]),
+        functools.reduce(_combine_mismatches, [part[1] for part in parts]),
+        jax.lax.psum(tokens, "slice"),
+    )
 
 
 def _add(total: PyTree, new: PyTree) -> PyTree:
@@ -260,6 +322,8 @@ def _through_encoder(model: Model, weights: WeightsFn, params: Params, images: I
     encode = model.encode_images
     if not isinstance(images, ImageWindows) or of_embeddings is None or encode is None:
         return of_params
+    if images.delta.shape[0] < of_embeddings.shape[0]:  # Inside a slice, which takes its own images on.
+        of_embeddings = jax.lax.psum_scatter(of_embeddings, "slice", tiled=True)
 
     def add(total: Params, part: tuple[ImageWindows, Array]) -> tuple[Params, None]:
         images, of_embeddings = part

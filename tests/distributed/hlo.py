@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64}
 
@@ -20,6 +22,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]+)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+_LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_DEVICE_IDS = re.compile(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)")
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^ ]*\))? \{([^}]*)\}")
 
 
@@ -34,6 +40,15 @@ class Collective(NamedTuple):
     """Number of devices that take part."""
     times: int
     """Number of times that the program runs it; a loop without a known count is counted as one run."""
+    groups: tuple[tuple[int, ...], ...]
+    """Positions in the mesh of the devices of each group, or source and target of each pair; empty = none is named."""
+    scope: str
+    """Path of the operation in the traced program."""
+
+    def crossing(self, per_slice: int) -> int:
+        """Bytes of the arrays of all groups with devices of several slices, which hold `per_slice` devices each."""
+        spanning = [group for group in self.groups if len({i // per_slice for i in group}) > 1]
+        return self.times * self.bytes * len(spanning)
 
     def sent(self) -> float:
         """Bytes that each device sends with a ring algorithm."""
@@ -68,8 +83,30 @@ def collectives(hlo: str) -> list[Collective]:
         # A start's result is a tuple of operands and results.
         result = _bytes(instruction.shape) - (sum(operands) if instruction.op != kind else 0)
         whole = sum(operands) if kind == "reduce-scatter" else result
-        found_all.append(Collective(kind, whole, _group(instruction.rest), times))
+        scope = _SCOPE.search(instruction.rest)
+        found_all.append(
+            Collective(
+                kind,
+                whole,
+                _group(instruction.rest),
+                times,
+                _members(instruction.rest),
+                scope[1] if scope else "",
+            )
+        )
     return found_all
+
+
+def sent_to_slices(hlo: str) -> list[int]:
+    """Bytes that one device sends to other slices with each send of a program that a TPU's compiler made.
+
+    That compiler turns the part of a collective that crosses slices into messages of its runtime for several slices.
+    """
+    return [
+        times * _bytes(shapes[0])
+        for instruction, times, shapes in _instructions(hlo)
+        if instruction.op == "send" and "megascale" in instruction.rest
+    ]
 
 
 def products(hlo: str, unknown: int = 1) -> list[Product]:
@@ -138,6 +175,40 @@ def _group(rest: str) -> int:
     if found is None:
         return 1
     return len(found[1].split(",")) if found[1] else int(found[2])
+
+
+def _members(rest: str) -> tuple[tuple[int, ...], ...]:
+    """The devices of each group of a collective; empty if the text names none."""
+    if found := _LISTED.search(rest) or _PAIRS.search(rest):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"[\d,]+(?=\})", found[1]))
+    if found := _IOTA.search(rest):
+        return _rows_of(_iota(found[3], found[4]).reshape(int(found[1]), int(found[2])))
+    if found := _NAMED.search(rest):
+        sizes = {name: int(size) for name, size in (axis.split("=") for axis in found[1].split(","))}
+        ids = _DEVICE_IDS.search(rest)
+        order = _iota(ids[1], ids[2]) if ids else np.arange(math.prod(sizes.values()))
+        parts, named = [], []
+        for name, size in sizes.items():
+            part = re.search(rf"{re.escape(name)}:\((\d+)\)(\d+)", found[2])
+            cut = [int(part[1]), int(part[2]), size // int(part[1]) // int(part[2])] if part else [size]
+            if part or name in found[2].split(","):
+                named.append(len(parts) + (1 if part else 0))
+            parts += cut
+        others = [i for i in range(len(parts)) if i not in named]
+        group = math.prod(parts[i] for i in named)
+        return _rows_of(order.reshape(parts).transpose(others + named).reshape(-1, group))
+    return ()
+
+
+def _iota(dims: str, transposed: str | None) -> np.ndarray:
+    """The numbers of devices in the order that the text describes."""
+    shape = [int(d) for d in dims.split(",")]
+    order = np.arange(math.prod(shape)).reshape(shape)
+    return (order.transpose([int(d) for d in transposed.split(",")]) if transposed else order).reshape(-1)
+
+
+def _rows_of(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group) for group in groups.tolist())
 
 
 def _times(bodies: dict[str, list[_Instruction]], entry: str, unknown: int) -> dict[str, int]:

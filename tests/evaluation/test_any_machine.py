@@ -128,26 +128,48 @@ def test_what_belongs_to_the_training_machine_is_left_behind(run):
     assert read_config(run, ["--mesh.context", "4"]).mesh.context == 4
 
 
-@pytest.mark.slow
-def test_two_processes_share_an_evaluation(run, evaluated, child_env, tmp_path):
-    address = f"127.0.0.1:{free_port()}"
-    words = [
-        "--run",
-        str(run),
-        "--temperature",
-        "0",
-        "--out",
-        str(tmp_path / "two"),
-        "--distributed.coordinator",
-        address,
-    ]
-    words += ["--distributed.processes", "2", "--distributed.process"]
+def two_processes(env, command, *words, devices=2):
+    """The exit codes and the outputs of a command that is started as two processes."""
+    words = [*words, "--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.processes", "2"]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "pspo_jax.evaluate", *words, str(number)],
-            env=child_env | {"XLA_FLAGS": xla.flags(2)},
+            [sys.executable, "-m", f"pspo_jax.{command}", *words, "--distributed.process", str(number)],
+            env=env | {"XLA_FLAGS": xla.flags(devices)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for number in range(2)
     ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(), ("--mesh.slices", "2", "--mesh.fsdp", "2")], ids=["data", "slices"])
+def test_two_processes_share_an_evaluation(run, evaluated, child_env, tmp_path, mesh):
+    words = ["--run", str(run), "--temperature", "0", "--out", str(tmp_path / "two"), *mesh]
+    codes, outputs = two_processes(child_env, "evaluate", *words)
+    assert codes == [0, 0], outputs
     assert lines(tmp_path / "two") == lines(evaluated)
+    scores = [json.loads((out / "results.json").read_text()) for out in (tmp_path / "two", evaluated)]
+    assert scores[0] == scores[1]
+    assert "written to" in outputs[0] and "written to" not in outputs[1]
+
+
+@pytest.mark.slow
+def test_two_processes_export_once(run, child_env, tmp_path):
+    """Process 0 writes the files that one process writes, and a refusal ends both."""
+    assert export(["--run", str(run), "--out", str(tmp_path / "one")]) == 0
+    codes, outputs = two_processes(child_env, "export", "--run", str(run), "--out", str(tmp_path / "two"))
+    assert codes == [0, 0], outputs
+    assert str(tmp_path / "two") in outputs[0] and str(tmp_path / "two") not in outputs[1]
+    one, two = (sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in ("one", "two"))
+    assert one == two and all((tmp_path / "one" / p).read_bytes() == (tmp_path / "two" / p).read_bytes() for p in one)
+    codes, outputs = two_processes(child_env, "export", "--run", str(run), "--out", str(tmp_path / "two"))
+    assert codes == [2, 1] and all("exists already; name a new folder" in text for text in outputs), (codes, outputs)
+
+
+def test_export_reads_no_field_of_the_config_but_those_of_processes(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"--mesh\.fsdp: export knows no such flag; --help lists"):
+        export(["--run", str(run), "--out", str(tmp_path / "no"), "--mesh.fsdp", "2"])

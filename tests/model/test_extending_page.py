@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -15,6 +19,7 @@ import pspo_jax as pj
 from pspo_jax.model.huggingface import families
 from tests.conftest import REPO
 from tests.helpers import slow_except
+from tests.project.pages import fences
 
 PAGE = (REPO / "docs" / "extending" / "model.md").read_text()
 
@@ -77,3 +82,22 @@ def test_the_names_that_the_page_edits_exist():
         assert hasattr(families, name) and name in PAGE
     for path in re.findall(r"`((?:pspo_jax|tests|docs)/[\w/]+\.\w+)`", PAGE):
         assert (REPO / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_edits_of_a_family_are_all_that_it_needs(tmp_path, child_env):
+    """The page's edits are made to a copy, where Granite then passes the tests of every family, as the page says."""
+    for name in ("pspo_jax", "tests"):
+        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "pyproject.toml", tmp_path)
+    page = fences(REPO / "docs" / "extending" / "model.md")
+    edits = "".join(fence.text for fence in page if fence.language == "diff")
+    assert edits.count("+++ b/") == 6
+    subprocess.run(["git", "apply", "-C1", "-"], input=edits, text=True, cwd=tmp_path, check=True)
+    (verify,) = (fence.text for fence in page if "-k granite" in fence.text)
+    words = verify.splitlines()[-1].removeprefix("python ")
+    env = os.environ | child_env | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        f"{sys.executable} {words}", shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and re.search(r"\b8 passed", done.stdout), done.stdout[-3000:]

@@ -123,7 +123,7 @@ def test_each_device_computes_its_own_rows_and_heads():
     )
     segments = jnp.arange(128) // jnp.asarray([[50], [60], [70], [128]])
     whole = attend(q, k, v, 0.25, packed=Packed(segments, segments))
-    mesh = jax.make_mesh((2, 2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    mesh = jax.make_mesh((1, 2, 2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
     with jax.set_mesh(mesh):
         split = jax.jit(lambda *x: interpreted("splash", *x))(q, k, v, 0.25, segments)
     assert split.sharding.shard_shape(split.shape) == (1, 128, 2, 16)

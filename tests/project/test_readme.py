@@ -14,8 +14,8 @@ import pytest
 import pspo_jax
 from pspo_jax.config.schema import Config
 from tests.conftest import REPO
+from tests.project.pages import PAGES, name_of, prose
 
-PAGES = sorted([REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").rglob("*.md")])
 FOLDERS = tuple(path.name for base in (REPO, REPO / "pspo_jax") for path in base.iterdir() if path.is_dir())
 """First parts of paths, from the root or from the package."""
 PATH = re.compile(r"[\w./-]+?(?:/|\.(?:py|md|yaml|sh|svg|jsonl|sbatch))")
@@ -42,17 +42,16 @@ def test_example_learns():
 
 def code_spans(page: Path) -> list[str]:
     """What stands in backticks outside of code blocks."""
-    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def anchors(page: Path) -> set[str]:
     """The names under which a page's headings can be linked to."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
@@ -63,7 +62,7 @@ def test_links_lead_somewhere(page: Path):
         assert not anchor or anchor in anchors(there), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_paths_of_the_repository_exist(page: Path):
     """Paths may be written from the repository's root or from the package."""
     named = {
@@ -77,7 +76,7 @@ def test_paths_of_the_repository_exist(page: Path):
     assert absent == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_fields_exist(page: Path):
     """A field is a stage and a name, in prose and in the flags of commands."""
     stages = {
@@ -99,7 +98,7 @@ def test_fields_exist(page: Path):
     assert unknown == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_public_names_exist(page: Path):
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"\bpj\.([A-Za-z_]+)", text)) <= set(pspo_jax.__all__)

@@ -88,6 +88,17 @@ def test_a_draw_is_always_allowed(logits, u, top_k, top_p):
         assert (logits > logits[token]).sum() < top_k
 
 
+@pytest.mark.parametrize("last", [lambda x: x * 1.7, lambda x: x / 0.3, lambda x: 30 * jnp.tanh(x / 30)])
+def test_greedy_takes_the_largest_logit_whatever_the_model_ends_with(last):
+    """A product before the draw is compiled with it, and must not move the largest logit off its own maximum."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 97)) * 3, jnp.float32)
+    greedily = jax.jit(lambda x: draw_tokens(last(x), jnp.zeros(64), 0.0, 0, 1.0)[:2])
+    token, log_prob = greedily(logits)
+    np.testing.assert_array_equal(token, last(logits).argmax(axis=-1))
+    want = jax.nn.log_softmax(last(logits))[jnp.arange(64), token]
+    np.testing.assert_allclose(log_prob, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_ends_of_the_uniform(u):
     logits = np.full((1, 300), MASKED, np.float32)

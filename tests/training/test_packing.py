@@ -37,7 +37,7 @@ from pspo_jax.training.scoring import (
 )
 from pspo_jax.training.splitting import split_microbatches
 from pspo_jax.training.update import loss_gradient
-from tests.helpers import relative, tiny_config, tiny_policy
+from tests.helpers import relative, slow_except, tiny_config, tiny_policy
 
 R, P, T, G = 24, 9, 20, 4
 
@@ -309,12 +309,12 @@ def test_packing_is_chosen_for_long_completions():
         shares_prompts(model._replace(shares=False), replace(config, {"loss.share_prompts": True}))
 
 
-WIDER = [(2, 2, 1, 2), (2, 1, 4, 1)]
+MESHES = [(2, 1, 2, 2, 1), (2, 2, 1, 2, 1), (2, 1, 4, 1, 1), (4, 2, 1, 1, 2), (8, 1, 1, 1, 4)]
 
 
-@pytest.mark.parametrize("mesh", [(2, 1, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in WIDER)], ids=str)
+@pytest.mark.parametrize("mesh", slow_except([(2, 1, 2, 2, 1), (4, 2, 1, 1, 2)], MESHES), ids=str)
 def test_a_mesh_changes_nothing(mesh):
-    """Packed on eight devices, along context too, against padded on one."""
+    """Packed on eight devices, along context and over slices too, against padded on one."""
     config = tiny_config(loss__name="gspo", loss__microbatch_rows=8)
     model, params, _ = tiny_policy(scan_unroll=1)
     rows = rows_with().replace(reference_log_probs=None)
@@ -324,7 +324,7 @@ def test_a_mesh_changes_nothing(mesh):
         c = replace(config, {"loss.packing": packing})
         return jax.jit(lambda p, x: loss_gradient(model, lambda w, _: w, p, x, jnp.float32(1), c, total))(params, rows)
 
-    names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor")
+    names = ("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", "mesh.slices")
     grid = make_mesh(replace(config, dict(zip(names, mesh, strict=True))))
     padded = run(False, params, rows)
     with jax.set_mesh(grid):

@@ -251,7 +251,7 @@ def test_stored_groups_that_the_devices_do_not_divide_are_ranked_by_their_kl():
     def divergence(state):
         return behaviour_divergence(model, state, stored, jnp.float32(1), config)
 
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(8, 1, 1, 1), AXES)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 8, 1, 1, 1), AXES)
     with jax.set_mesh(mesh):
         assert jax.eval_shape(divergence, state).shape == (5,)
         with pytest.raises(ConfigError, match=r"= 8: does not divide the 20 completions"):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.distributed.mesh import spec
+from pspo_jax.distributed.mesh import spec, split_axes
 from pspo_jax.model.architecture import Architecture
 
 _PADDING_SEGMENT = -1
@@ -76,11 +76,11 @@ def run_kernel(
         q, k, v, *rest = operands
         return KERNELS[name].run(q, k, v, rest[0] if rest else None, scale, interpret)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        heads = spec(("rows", None, "heads", None), mesh.shape)
-        specs = (heads,) * 3 + ((spec(("rows", None), mesh.shape),) if segments is not None else ())
-        on_device = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=False)
+    mesh = split_axes()
+    if mesh:
+        heads = spec(("rows", None, "heads", None), mesh)
+        specs = (heads,) * 3 + ((spec(("rows", None), mesh),) if segments is not None else ())
+        on_device = jax.shard_map(on_device, in_specs=specs, out_specs=heads, axis_names=set(mesh), check_vma=False)
     return on_device(*operands)[:, :length]
 
 
