@@ -74,7 +74,7 @@ def tokenised(
         say(source.note)
 
     def prepare(batch: dict[str, list[object]], indices: list[int]) -> dict[str, object]:
-        """The columns of some records; `datasets` calls it for one block after the other."""
+        """The columns of some records."""
         out: dict[str, list[object]] = {name: [] for name in features}
         for place, index in enumerate(indices):
             row = {name: column[place] for name, column in batch.items()}
@@ -83,10 +83,7 @@ def tokenised(
                 out[name].append(item)
         return {**out, **{name: np.array(out[name], np.uint64) for name in ("digest", "question")}}
 
-    key = hashlib.sha256(
-        "\0".join([_LAYOUT, records.table._fingerprint, source.settings, source.kind, identity, str(part)]).encode()
-    ).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
+    key = _key(records.table._fingerprint, source.settings, source.kind, identity, str(part))
     path = folder / f"prompts-{key}.arrow"
 
     def make(path: Path, rows: range) -> Table:
@@ -103,13 +100,24 @@ def tokenised(
             load_from_cache_file=True,
         )
 
-    if path.exists() and not readable(path):
-        path.unlink()
-    if not path.exists() and len(records) >= _ANNOUNCED_FROM:
-        say(f"tokenising {len(records):,} prompts of {source.name} (once; they are kept in {folder})")
+    _make_room(path, len(records), source.name, say)
     with _utf8(source.field, source.name):
         share_work(path, len(records), lambda path, rows: len(make(path, rows)), say)
         return make(path, range(len(records)))
+
+
+def _make_room(path: Path, rows: int, name: str, say: Callable[[str], None]) -> None:
+    """Make the folder of a table, remove the table if it is damaged, and say if making it will take long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not readable(path):
+        path.unlink()
+    if not path.exists() and rows >= _ANNOUNCED_FROM:
+        say(f"tokenising {rows:,} prompts of {name} (once; they are kept in {path.parent})")
+
+
+def _key(*parts: str) -> str:
+    """The name of a table, by what its contents follow from."""
+    return hashlib.sha256("\0".join([_LAYOUT, *parts]).encode()).hexdigest()[:24]
 
 
 def _features(datasets: ModuleType) -> datasets.Features:

@@ -26,8 +26,7 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
     """A model from any causal `apply(params, tokens) -> logits`: Flax NNX or Linen, Equinox, plain functions.
 
     There is no cache: the sampler calls `apply` on the whole row once per token. This is right for small models and for
-    trying an idea; a large model needs a `Model.decoder` with a cache. Logits of one microbatch exist all at once here,
-    since `apply` returns them so.
+    trying an idea; a large model needs a `Model.decoder` with a cache. Logits of a microbatch exist all at once here.
 
     Args:
       apply: see ApplyFn.
@@ -65,20 +64,11 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
     def resume(
         params: PyTree, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], begun: Begun, max_new_tokens: int
     ) -> Decoder:
-        b, g, width = begun.tokens.shape
-        made = decoder(params, prompts, lengths, g, max_new_tokens)
-        place = jnp.arange(width)
-        drawn = place < begun.lengths[..., None]
-        # A place beyond the end is out of bounds, and writes to it are dropped.
-        place = jnp.where(drawn, lengths[:, None, None] + place, prompts.shape[1] + max_new_tokens)
-        rows = jnp.arange(b)[:, None, None], jnp.arange(g)[:, None]
-        return made._replace(cache=made.cache.at[(*rows, place)].set(begun.tokens, mode="drop"))
+        made = decoder(params, prompts, lengths, begun.tokens.shape[1], max_new_tokens)
+        return made._replace(cache=_with_begun(made.cache, lengths, begun))
 
     def hidden(
-        params: PyTree,
-        tokens: Int[Array, "R S"],
-        packed: Packed | None = None,
-        images: ImageTokens | None = None,
+        params: PyTree, tokens: Int[Array, "R S"], packed: Packed | None = None, images: ImageTokens | None = None
     ) -> Float[Array, "R S V"]:
         """The logits stand for hidden states; `packed` and `images` are never given, as the model takes neither."""
         return apply(params, tokens)
@@ -92,6 +82,16 @@ def from_logits(apply: ApplyFn, init: InitFn, vocab_size: int, forbidden: Sequen
         vocab_size=vocab_size,
         resume=resume,
     )
+
+
+def _with_begun(cache: Int[Array, "B G S"], lengths: Int[Array, "B"], begun: Begun) -> Int[Array, "B G S"]:
+    """The rows of a cache with the tokens of completions that have begun, behind the prompts."""
+    b, g, width = begun.tokens.shape
+    place = jnp.arange(width)
+    # A place beyond the end is out of bounds, and writes to it are dropped.
+    place = jnp.where(place < begun.lengths[..., None], lengths[:, None, None] + place, cache.shape[-1])
+    rows = jnp.arange(b)[:, None, None], jnp.arange(g)[:, None]
+    return cache.at[(*rows, place)].set(begun.tokens, mode="drop")
 
 
 def from_nnx(module: nnx.Module, forbidden: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Model, PyTree]:

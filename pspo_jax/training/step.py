@@ -33,8 +33,8 @@ from pspo_jax.distributed.mesh import ROWS, size_along
 from pspo_jax.losses.ratios import kl_estimate
 from pspo_jax.model.interface import Model
 from pspo_jax.replay import Groups, effective
-from pspo_jax.replay.dynamic_sampling import append, new_queue, take_first
-from pspo_jax.rollout.carry import new_pending
+from pspo_jax.replay.dynamic_sampling import Queue, append, new_queue, take_first
+from pspo_jax.rollout.carry import PendingGroups, new_pending
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.training.algorithm import Algorithm, needs_policy_drift
 from pspo_jax.training.distillation import with_teacher
@@ -138,14 +138,6 @@ def init_state(
     unchanged = config.lora.rank > 0 and config.sft.steps == 0
     copied = config.loss.kl_coef > 0 and not unchanged
     reference = jax.tree.map(jnp.copy, params) if copied else None
-    # Fewer groups than a batch wait before a round, and a round adds no more than its prompts.
-    room = r.prompts + round_prompts(config)
-    truncates = r.top_p < 1 or r.top_k > 0
-    queue = (
-        new_queue(room, r.group_size, prompt_length, r.max_new_tokens, truncates)
-        if samples_dynamically(config)
-        else None
-    )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -159,11 +151,32 @@ def init_state(
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         policy_drift=jnp.zeros((), jnp.float32),
-        queue=with_images(queue, images),
-        pending=new_pending(r.prompts, r.group_size, prompt_length, r.max_new_tokens, r.budget or 1, truncates)
-        if r.carry
-        else None,
+        queue=with_images(_empty_queue(config, prompt_length), images),
+        pending=_nothing_pending(config, prompt_length),
     )
+
+
+def _empty_queue(config: Config, prompt_length: int) -> Queue | None:
+    """The queue of dynamic sampling; None without it."""
+    if not samples_dynamically(config):
+        return None
+    r = config.rollout
+    # Fewer groups than a batch wait before a round, and a round adds no more than its prompts.
+    room = r.prompts + round_prompts(config)
+    return new_queue(room, r.group_size, prompt_length, r.max_new_tokens, _truncates(config))
+
+
+def _nothing_pending(config: Config, prompt_length: int) -> PendingGroups | None:
+    """The room of carry-over; None without it."""
+    r = config.rollout
+    if not r.carry:
+        return None
+    return new_pending(r.prompts, r.group_size, prompt_length, r.max_new_tokens, r.budget or 1, _truncates(config))
+
+
+def _truncates(config: Config) -> bool:
+    """Whether tokens are drawn from a part of the vocabulary, which groups then store."""
+    return config.rollout.top_p < 1 or config.rollout.top_k > 0
 
 
 def samples_dynamically(config: Config) -> bool:
