@@ -136,7 +136,7 @@ def accept(call: list[str]) -> None:
             data = evaluate._data(args)
             evaluate._benchmarks(args, evaluate._config(args, overrides, data), data)
         case "export":
-            stand_in(export._arguments(argv).run)
+            stand_in(export._arguments(argv)[0].run)
             with pytest.raises(ConfigError, match="has no checkpoints yet"):
                 export.main(argv)
         case "report":
