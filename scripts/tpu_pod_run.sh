@@ -116,7 +116,7 @@ trap clear_up EXIT
 
 # What is not copied to the workers: secrets, and what .gitignore names, above all runs and downloaded weights.
 LEFT_OUT=(.git .venv .env .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis __pycache__ '*.egg-info' ./build ./dist ./runs
-  ./weights)
+  ./weights ./site)
 
 install() {
   local code=0 more=()

@@ -51,6 +51,7 @@ def rewards_of(rollouts):
 # --- gradients ---
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31 - 1), st.integers(2, 9))
 def test_the_expected_gradient_is_that_of_the_reverse_kl(seed, v):
     """Rows are all tokens of one distribution, each weighed by its probability, so that the expectation is exact."""
