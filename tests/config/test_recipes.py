@@ -13,8 +13,8 @@ from pspo_jax.training.setup import place_state, prepare
 from tests.helpers import TINY
 
 NAMES = tuple(PRESETS)
-USUAL = {"popo"}
-"""The largest state of a selector, and rounds with replay; the others are slow tests."""
+USUAL = {"pspo"}
+"""The others are slow tests; training/test_replay_step.py counts what is traced with replay."""
 SURVEYED = {
     "selection/priority_entropy",
     "selection/effective_prompts",

@@ -28,7 +28,7 @@ def loop_bodies(text):
     ("longest", "slots", "stages", "shapes"),
     [
         pytest.param(17, None, 1, ["5,3,2,17,4"], marks=pytest.mark.slow),
-        (17, 7, 1, ["7,2,17,4"]),
+        pytest.param(17, 7, 1, ["7,2,17,4"], marks=pytest.mark.slow),
         # The slots of both stages, and the rows that wait between them.
         (128, 12, 2, ["4,2,64,4", "2,2,128,4", "15,2,64,4"]),
     ],

@@ -173,6 +173,7 @@ def test_one_device_equals_eight(child_env, runs, algorithm, mesh):
     assert relative(params(one)["params"], params(other)["params"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_falls_back_to_the_one_before(child_env, uninterrupted, runs):
     folder = shutil.copytree(uninterrupted, runs / "damaged")
     step = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())

@@ -31,7 +31,7 @@ WEIGHTED = [
     ("pps", {"cooldown": 2, "exponent": 2.0, "floor": 1e-4, "exploration": 0.25}),
     pytest.param("spo", {"cooldown": 3}, marks=pytest.mark.slow),
     pytest.param("difficulty_pools", {"pool_weights": "0,1,0", "exploration": 0.25}, marks=pytest.mark.slow),
-    ("difficulty_pools", {"pool_weights": "0,1,0", "cooldown": 2}),
+    pytest.param("difficulty_pools", {"pool_weights": "0,1,0", "cooldown": 2}, marks=pytest.mark.slow),
     pytest.param("curriculum", {"cooldown": 2, "curriculum_start": 0.2}, marks=pytest.mark.slow),
 ]
 
@@ -107,7 +107,7 @@ def test_weights_correct_for_the_share_of_a_quota_and_not_for_what_one_batch_gav
         pytest.param("uniform", {}, marks=pytest.mark.slow),
         ("pps", {"exploration": 0.25}),
         pytest.param("mopps", {}, marks=pytest.mark.slow),
-        ("prioritized_replay", {"cooldown": 2}),
+        pytest.param("prioritized_replay", {"cooldown": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_quotas_are_exact_over_steps_and_batches_distinct(name, fields):

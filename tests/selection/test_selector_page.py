@@ -38,7 +38,7 @@ def test_the_test_to_copy_passes(page):
         test()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", slow_except(["pps", "thompson"], EXAMPLES))
 @pytest.mark.parametrize("fields", slow_except([OPTIONS], [{}, OPTIONS]))
 def test_every_example_draws_full_batches(page, name, fields):
     ids, _ = page.run_selector(f"{MODULE}:{name}", some_success(page), steps=6, **fields)

@@ -159,6 +159,7 @@ def test_eight_devices_do_what_one_does():
     assert_alike(found)
 
 
+@pytest.mark.slow
 def test_a_saved_buffer_goes_on_to_the_bit(tmp_path):
     made, state, (second, rewards) = second_step()
     kept = state.to_save()

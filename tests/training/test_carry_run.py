@@ -38,6 +38,7 @@ def run(folder, **fields):
     return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines]
 
 
+@pytest.mark.slow
 def test_with_a_budget_of_the_longest_completion_a_run_is_a_plain_one_to_the_bit(tmp_path):
     plain = run(tmp_path / "plain")
     whole = run(tmp_path / "whole", rollout__carry=True, rollout__budget=12)

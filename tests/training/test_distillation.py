@@ -201,6 +201,7 @@ def updated(mesh_of: tuple[int, ...] = (), **fields):
         return step(lambda model, tree: jax.device_put(tree, params_shardings(mesh, tree, model.axes)))
 
 
+@pytest.mark.slow
 def test_the_teacher_s_part_and_that_of_rewards_add_up():
     initial = tiny_policy(tiny_config(algorithm__name="grpo", teacher__source="teacher"))[1]
 

@@ -190,7 +190,7 @@ def both(loss="grpo", masked=(), seed=0, model_fields=None, **fields):
     return gradient_of(packed, **model_fields)(*args), gradient_of(padded, **model_fields)(*args)
 
 
-SOME = ("gspo", "vespo")
+SOME = ("gspo",)
 """Ratios and weights by row; packing ends before the loss begins, so the others are alike."""
 OTHERS = sorted(set(LOSSES) - set(SOME))
 
@@ -210,7 +210,7 @@ def test_every_loss_is_the_padded_one(loss):
     "fields",
     [
         pytest.param({"masked": (3, 5)}, id="without tokens"),
-        pytest.param({"masked": tuple(range(R))}, id="no tokens at all"),
+        pytest.param({"masked": tuple(range(R))}, id="no tokens at all", marks=pytest.mark.slow),
         pytest.param(
             {"model_fields": {"qkv_bias": True, "kv_heads": 1, "remat": "full"}}, id="remat", marks=pytest.mark.slow
         ),
@@ -312,7 +312,7 @@ def test_packing_is_chosen_for_long_completions():
 MESHES = [(2, 1, 2, 2, 1), (2, 2, 1, 2, 1), (2, 1, 4, 1, 1), (4, 2, 1, 1, 2), (8, 1, 1, 1, 4)]
 
 
-@pytest.mark.parametrize("mesh", slow_except([(2, 1, 2, 2, 1), (4, 2, 1, 1, 2)], MESHES), ids=str)
+@pytest.mark.parametrize("mesh", slow_except([(2, 1, 2, 2, 1)], MESHES), ids=str)
 def test_a_mesh_changes_nothing(mesh):
     """Packed on eight devices, along context and over slices too, against padded on one."""
     config = tiny_config(loss__name="gspo", loss__microbatch_rows=8)
