@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.distributed import processes
 from pspo_jax.model.architecture import Architecture
-from pspo_jax.model.attention.kernels import KERNELS, obstacle, run_kernel
+from pspo_jax.model.attention.kernels import KERNELS, candidates, obstacle, run_kernel
 from pspo_jax.model.attention.xla import attend
 from pspo_jax.model.interface import Packed
 
@@ -74,7 +74,7 @@ def with_kernels(
     found = {}
     for packed in (False, True):
         found[packed] = "xla"
-        for name in KERNELS if wanted == "auto" else (wanted,):
+        for name in candidates() if wanted == "auto" else (wanted,):
             reason = obstacle(name, platform, a, mesh["context"])
             if packed and (share_prompts or not KERNELS[name].packs):
                 continue
