@@ -200,6 +200,9 @@ class ModelConfig:
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
     tokens or more, the first kernel that passes a check at the start; else XLA. tokamax_mosaic and tokamax_triton need
     the package tokamax."""
+    decode_attention: Literal["xla", "cudnn"] = "xla"
+    """Implementation of attention in decoding. xla reads all columns of the cache; cudnn, on a GPU and in 16 bits, is
+    to read only those that hold a token. It is checked at the start, and has not run on a GPU yet."""
     vision: Literal["frozen", "trained"] = "frozen"
     """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does."""
 
