@@ -196,9 +196,13 @@ class ModelConfig:
     """Activations of a block that the backward pass recomputes: none; all but the results of projections (dots); all
     but the block's input (full, about a third more work); or the same with the inputs in host memory (offload). None
     (the default of a text task) = full; on a CPU, the first of these whose activations fit in a quarter of memory."""
-    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn", "tokamax_mosaic", "tokamax_triton", "triton"] = "auto"
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
-    tokens or more, the first kernel that passes a check at the start; else XLA."""
+    tokens or more, the first kernel that passes a check at the start; else XLA. tokamax_mosaic and tokamax_triton need
+    the package tokamax."""
+    decode_attention: Literal["xla", "cudnn"] = "xla"
+    """Implementation of attention in decoding. xla reads all columns of the cache; cudnn, on a GPU and in 16 bits, is
+    to read only those that hold a token. It is checked at the start, and has not run on a GPU yet."""
     vision: Literal["frozen", "trained"] = "frozen"
     """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does."""
 

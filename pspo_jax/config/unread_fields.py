@@ -205,7 +205,7 @@ def _estimator(name: str, *more: Condition) -> Conditions:
 
 _RUN = ("dir", "steps", "hours", "seed", "profile", "start_over", "fingerprint", "print_config", "compilation_cache")
 _DATA = ("train_data", "heldout_data", "prompt_column", "answer_column", "answer_transform", "image_column")
-_MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention")
+_MODEL = ("param_dtype", "compute_dtype", "scan_unroll", "remat", "attention", "decode_attention")
 _SFT = ("batch", "learning_rate", "warmup", "final_fraction", "b2", "weight_decay", "clip_norm", "data", "share")
 _ROLLOUT = (
     "prompts",

@@ -149,6 +149,9 @@ class Architecture:
     """Implementation of attention over whole rows: "xla" or one of `attention.kernels.KERNELS`."""
     packed_attention: str = "xla"
     """The same for bins that hold several rows."""
+    decode_attention: str = "xla"
+    """Implementation of attention in decoding: "xla" or one of `attention.decode.PART_KERNELS`, which know no
+    windows."""
     split_decode: bool = False
     """Whether decoding splits MLPs and vocabulary along fsdp; see rollout.weights."""
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from pspo_jax.arrays.images import Images
 from pspo_jax.distributed.mesh import ROWS, constrain, gather_for_decode, microbatch_size
 from pspo_jax.model.architecture import Architecture
+from pspo_jax.model.attention.decode import PART_KERNELS, attend_by_parts
 from pspo_jax.model.attention.xla import Prefix, Suffix, attend_shared_prefix
 from pspo_jax.model.block import BlockWeights, embed, finish_block, forward, logits_of, norm, qkv
 from pspo_jax.model.interface import Begun, Decoder, SlotDecoder
@@ -103,7 +104,7 @@ def group_decoder(
 
         def attend(i: int, q: Float[Array, "B G H h"], keys: Array, values: Array) -> Float[Array, "B G H h"]:
             prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys, values, t)
-            return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[i])
+            return _attend(a, i, q, prefix, suffix)
 
         logits, layer_caches = _decode_token(a, params, layers, tokens, rotations, layer_caches, write, attend)
         return logits, (layer_caches, rotations_at(t + 1))
@@ -268,13 +269,20 @@ def _slot_step(
 
     def attend(i: int, q: Float[Array, "S 1 H h"], keys: Array, values: Array) -> Float[Array, "S 1 H h"]:
         prefix, suffix = Prefix(*prefixes[i], lengths), Suffix(keys[:, None], values[:, None], flat_t)
-        return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[i])
+        return _attend(a, i, q, prefix, suffix)
 
     copies = 2 if tokens.shape[1] == 1 else 1
     logits, completions = _decode_token(
         a, params, layers, tokens.reshape(-1, 1), rotations, cache.completions, write, attend, copies
     )
     return logits.reshape(*tokens.shape, -1), SlotCache(cache.prompts, completions)
+
+
+def _attend(a: Architecture, layer: int, q: Float[Array, "B G H h"], prefix: Prefix, suffix: Suffix) -> Array:
+    """Attention of the newest tokens in a layer, as model.decode_attention says: [B, G, H, h]."""
+    if a.decode_attention != "xla":
+        return attend_by_parts(PART_KERNELS[a.decode_attention], q, prefix, suffix, a.attention_scale)
+    return attend_shared_prefix(q, prefix, suffix, a.attention_scale, a.windows[layer])
 
 
 def _decode_token(

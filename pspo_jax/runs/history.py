@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "model.remat",
     "model.scan_unroll",
     "model.attention",
+    "model.decode_attention",
     "sft.data",
     "teacher.source",
     "teacher.revision",

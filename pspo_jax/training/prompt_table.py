@@ -37,7 +37,9 @@ def write_prompts(run: Path, wanted: str = "latest") -> tuple[Path, Path]:
     """
     config = read_config(run, flag="--prompts", prog="report")
     # No model runs here, one device is enough, and the machine may lack the one that the run's kernel is for.
-    config = replace(config, {"model.attention": "xla", "mesh.data": 1, "mesh.fsdp": 1})
+    config = replace(
+        config, {"model.attention": "xla", "model.decode_attention": "xla", "mesh.data": 1, "mesh.fsdp": 1}
+    )
     step = choose_steps(run, wanted)[-1]
     with verifiers(config) as pool:
         setup = prepare(config, weights=False, pool=pool)

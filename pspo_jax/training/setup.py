@@ -40,7 +40,7 @@ from pspo_jax.distributed.mesh import (
 from pspo_jax.distributed.runtime import keep_freed_memory
 from pspo_jax.model import Architecture, Model, built_in, transformer
 from pspo_jax.model.architecture import beyond_context
-from pspo_jax.model.attention.probe import with_kernels
+from pspo_jax.model.attention.probe import kernels_of_run, with_decode_kernel
 from pspo_jax.model.huggingface.load import Source, load_params, read_source
 from pspo_jax.model.weights import init_weights, trained_and_frozen
 from pspo_jax.rewards.own_task import RewardFunction, function_reward
@@ -233,9 +233,10 @@ def prepare(
         check_model(config, of_teacher, of_teacher.vocab_size, f"teacher.source={config.teacher.source}")
     prompt_length = task.train.tokens.shape[1]
     probe = weights and set(devices) <= set(jax.devices())
-    architecture = _with_kernels(architecture, config, mesh, prompt_length, probe, say)
+    architecture = kernels_of_run(architecture, config, mesh, prompt_length, probe, say)
+    architecture = with_decode_kernel(architecture, config, mesh, prompt_length, probe)
     if teacher is not None:
-        fast = _with_kernels(teacher.architecture, config, mesh, prompt_length, probe, lambda x: say(f"teacher: {x}"))
+        fast = kernels_of_run(teacher.architecture, config, mesh, prompt_length, probe, lambda x: say(f"teacher: {x}"))
         teacher = teacher._replace(architecture=fast)
     config, more = with_memory(config, architecture, mesh, prompt_length, on_cpu)
     config, stages = with_stages(config, architecture, mesh)
@@ -255,18 +256,6 @@ def _teacher(config: Config, tokenizer: object, architecture: Architecture, weig
     if teacher is not None:
         processes.check_same("teacher.source", teacher.fingerprint)
     return teacher
-
-
-def _with_kernels(
-    a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool, say: Callable[[str], None]
-) -> Architecture:
-    """The architecture with the kernels that model.attention asks for.
-
-    Args:
-      probe: whether the devices are there, so that kernels can be tried.
-    """
-    length, platform = prompt_length + config.rollout.max_new_tokens, mesh.devices.flat[0].platform
-    return with_kernels(a, config.model.attention, platform, length, mesh.shape, probe, say, config.loss.share_prompts)
 
 
 def _with_strategies(

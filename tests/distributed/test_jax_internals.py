@@ -20,6 +20,8 @@ MOVED = f"has moved in JAX {jax.__version__}: adapt pspo_jax/distributed/jax_int
         ("jax._src.clusters", "ClusterEnv.is_env_present"),
         ("jax._src.clusters", "ClusterEnv.get_process_count"),
         ("jax._src.distributed", "global_state.client"),
+        ("jax._src.cudnn.fused_attention_stablehlo", "MaskType.PADDING"),
+        ("jax._src.cudnn.fused_attention_stablehlo", "dot_product_attention"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.wait_at_barrier"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_set"),
         ("jax._src.lib", "_jax.DistributedRuntimeClient.key_value_dir_get"),
@@ -42,6 +44,13 @@ def test_a_single_machine_is_not_a_cluster_and_has_no_coordination_service(monke
     assert jax_internals.cluster_processes() == 1
     with pytest.raises(ValueError, match="initialize"):
         jax_internals.coordination_client()
+
+
+def test_cudnn_attention_has_the_arguments_that_are_given():
+    from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+
+    given = {"q_seqlen", "kv_seqlen", "scale", "mask_type", "qkv_layout", "return_residual"}
+    assert given <= set(inspect.signature(dot_product_attention).parameters), f"dot_product_attention {MOVED}"
 
 
 def test_only_one_file_names_private_modules():

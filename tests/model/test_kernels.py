@@ -1,6 +1,8 @@
 """Attention kernels: right where they can be run here, and found out where they are wrong."""
 
 import dataclasses
+import re
+import sys
 from functools import partial
 
 import jax
@@ -20,6 +22,29 @@ from tests.helpers import slow_except
 
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 interpreted = partial(run_kernel, interpret=True)
+
+
+class Refuses:
+    """A finder of modules, for `sys.meta_path`, by which a module and all below it cannot be imported."""
+
+    def __init__(self, refused):
+        self.refused = refused
+
+    def find_spec(self, name, path=None, target=None):
+        if (name + ".").startswith(self.refused + "."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def refuse(monkeypatch, module):
+    for name in [name for name in sys.modules if (name + ".").startswith(module + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Refuses(module), *sys.meta_path])
+
+
+@pytest.fixture(autouse=True)
+def without_tokamax(monkeypatch):
+    """The tests here are of an environment without this package; test_tokamax.py has those with it."""
+    refuse(monkeypatch, "tokamax")
 
 
 def shape(heads=4, kv_heads=2, head_dim=16, **fields):
@@ -114,6 +139,28 @@ def test_a_kernel_that_does_not_run_here_is_dropped_by_auto_with_a_line_each():
 def test_a_named_kernel_that_cannot_serve_is_one_clear_line():
     with pytest.raises(ConfigError, match=r'model.attention=splash: is for tpu, not for cpu; use "auto" or "xla"'):
         with_kernels(shape(), "splash", "cpu", 64, ONE, probe=True, say=print)
+
+
+@pytest.mark.parametrize("name", ["tokamax_mosaic", "tokamax_triton"])
+def test_naming_a_kernel_of_tokamax_without_the_package_names_the_extra(name):
+    line = f"model.attention={name}: needs the package tokamax; pip install 'pspo-jax[tokamax]' (Python 3.12 or newer)"
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        with_kernels(shape(), name, "gpu", 64, ONE, probe=False, say=print)
+
+
+def test_triton_is_dropped_with_its_successor_where_jax_has_lost_it(monkeypatch):
+    refuse(monkeypatch, "jax.experimental.pallas.ops.gpu")
+    reason = (
+        f"needs jax.experimental.pallas.ops.gpu.attention, which jax {jax.__version__} does not have; its successor on "
+        "GPUs: pip install 'pspo-jax[tokamax]' (Python 3.12 or newer)"
+    )
+    said = []
+    a = with_kernels(shape(), "auto", "gpu", 2048, ONE, probe=False, say=said.append)
+    assert (a.attention, a.packed_attention) == ("cudnn", "xla")
+    assert said[0] == f"attention: triton for packed rows dropped: it {reason}"
+    with pytest.raises(ConfigError) as raised:
+        with_kernels(shape(), "triton", "gpu", 64, ONE, probe=True, say=print)
+    assert str(raised.value) == f'model.attention=triton: {reason}; use "auto" or "xla"'
 
 
 def test_each_device_computes_its_own_rows_and_heads():

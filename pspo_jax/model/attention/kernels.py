@@ -7,7 +7,8 @@ are left to xla.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import importlib.util
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class Kernel(NamedTuple):
     packs: bool
     """Whether it takes segments, so that bins of several rows can use it."""
     run: KernelFn
+    module: str
+    """The module that has it. A release of JAX may lack it, and so may an environment without tokamax."""
 
 
 def run_kernel(
@@ -130,12 +133,57 @@ def _triton(q: Array, k: Array, v: Array, segments: Array | None, scale: float, 
     return mha(q, k, v, segments, scale, True, interpret=interpret)
 
 
+def by_tokamax(implementation: Literal["mosaic", "triton", "xla"]) -> KernelFn:
+    """Attention by tokamax, the successor of JAX's own kernels for GPUs; "xla" runs on all platforms, for tests.
+
+    Its kernels know no segments. They take a mask of a byte for each pair of tokens of a bin.
+    """
+
+    def run(q: Array, k: Array, v: Array, segments: Array | None, scale: float, interpret: bool) -> Array:
+        import tokamax
+
+        assert not interpret
+        same = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+        out: Array = tokamax.dot_product_attention(
+            q, k, v, mask=same, scale=scale, is_causal=True, implementation=implementation
+        )
+        return out
+
+    return run
+
+
 KERNELS: dict[str, Kernel] = {
-    "splash": Kernel("tpu", True, _splash),
-    "cudnn": Kernel("gpu", False, _cudnn),
-    "triton": Kernel("gpu", True, _triton),
+    "splash": Kernel("tpu", True, _splash, "jax.experimental.pallas.ops.tpu.splash_attention"),
+    "cudnn": Kernel("gpu", False, _cudnn, "jax.nn"),
+    "tokamax_mosaic": Kernel("gpu", True, by_tokamax("mosaic"), "tokamax"),
+    "tokamax_triton": Kernel("gpu", True, by_tokamax("triton"), "tokamax"),
+    "triton": Kernel("gpu", True, _triton, "jax.experimental.pallas.ops.gpu.attention"),
 }
 """The kernels, in the order of preference on each platform."""
+_TOKAMAX = "pip install 'pspo-jax[tokamax]' (Python 3.12 or newer)"
+
+
+def candidates() -> list[str]:
+    """The kernels that model.attention=auto looks at: all but those of an extra that is not installed."""
+    return [name for name, kernel in KERNELS.items() if kernel.module != "tokamax" or _found("tokamax")]
+
+
+def _found(module: str) -> bool:
+    """Whether a module is there, without importing more than its parents."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _lacks(kernel: Kernel) -> str | None:
+    """What to install, if the module of a kernel is not there."""
+    if _found(kernel.module):
+        return None
+    if kernel.module == "tokamax":
+        return f"needs the package tokamax; {_TOKAMAX}"
+    successor = f"; its successor on GPUs: {_TOKAMAX}" if kernel.platform == "gpu" else ""
+    return f"needs {kernel.module}, which jax {jax.__version__} does not have{successor}"
 
 
 def obstacle(name: str, platform: str, a: Architecture, context: int) -> str | None:
@@ -156,4 +204,4 @@ def obstacle(name: str, platform: str, a: Architecture, context: int) -> str | N
         return f"needs whole rows on a device; mesh.context={context}"
     if a.head_dim & (a.head_dim - 1) or a.head_dim > 256:
         return f"needs heads of a power of two up to 256; they have {a.head_dim}"
-    return None
+    return _lacks(KERNELS[name])

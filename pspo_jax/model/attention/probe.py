@@ -13,14 +13,17 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pspo_jax.config.fields import ConfigError
+from pspo_jax.config.schema import Config
 from pspo_jax.distributed import processes
 from pspo_jax.model.architecture import Architecture
-from pspo_jax.model.attention.kernels import KERNELS, obstacle, run_kernel
-from pspo_jax.model.attention.xla import attend
+from pspo_jax.model.attention.decode import PART_KERNELS, PartFn, attend_by_parts
+from pspo_jax.model.attention.kernels import KERNELS, candidates, obstacle, run_kernel
+from pspo_jax.model.attention.xla import Prefix, Suffix, attend, attend_shared_prefix
 from pspo_jax.model.interface import Packed
 
 KERNEL_FROM_TOKENS = 512
@@ -43,6 +46,36 @@ class RunKernel(Protocol):
         segments: Int[Array, "R S"] | None = None,
         /,
     ) -> Float[Array, "R S H h"]: ...
+
+
+def kernels_of_run(
+    a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool, say: Callable[[str], None]
+) -> Architecture:
+    """`with_kernels` for a run's config and mesh, and prompts of `prompt_length` tokens at most."""
+    length, platform = prompt_length + config.rollout.max_new_tokens, mesh.devices.flat[0].platform
+    return with_kernels(a, config.model.attention, platform, length, mesh.shape, probe, say, config.loss.share_prompts)
+
+
+def with_decode_kernel(a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool) -> Architecture:
+    """The architecture with the kernel of decoding that model.decode_attention names.
+
+    Args:
+      prompt_length: tokens of the longest prompt.
+      probe: see `with_kernels`.
+    Raises:
+      ConfigError: the kernel cannot be used or is wrong on this machine.
+    """
+    name = config.model.decode_attention
+    if name == "xla":
+        return a
+    # Decoding computes whole rows whatever the mesh, so that a context axis is no obstacle.
+    reason = obstacle(name, mesh.devices.flat[0].platform, a, context=1)
+    if reason is None and probe:
+        sizes = config.rollout.group_size, prompt_length, config.rollout.max_new_tokens
+        reason = agreed(decode_difference(PART_KERNELS[name], heads_of_device(a, mesh.shape["tensor"]), *sizes))
+    if reason is not None:
+        raise ConfigError(f'model.decode_attention={name}: {reason}; use "xla"')
+    return dataclasses.replace(a, decode_attention=name)
 
 
 def with_kernels(
@@ -74,7 +107,7 @@ def with_kernels(
     found = {}
     for packed in (False, True):
         found[packed] = "xla"
-        for name in KERNELS if wanted == "auto" else (wanted,):
+        for name in candidates() if wanted == "auto" else (wanted,):
             reason = obstacle(name, platform, a, mesh["context"])
             if packed and (share_prompts or not KERNELS[name].packs):
                 continue
@@ -131,10 +164,46 @@ def difference(name: str, a: Architecture, length: int, packed: bool, run: RunKe
             error_of = {part: _relative_error(kernel[part], expected[part]) for part in expected}
         # Whatever a driver or a compiler raises means that the kernel cannot be used.
         except Exception as error:  # noqa: BLE001
-            text = str(error).strip()
-            return f"raised {type(error).__name__}" + (f": {text.splitlines()[0][:200]}" if text else "")
+            return _raised(error)
     part = max(error_of, key=lambda part: error_of[part])
     return None if error_of[part] <= _TOLERANCE else f"is wrong by {error_of[part]:.2g} of the largest number in {part}"
+
+
+def decode_difference(run: PartFn, a: Architecture, group_size: int, prompt: int, new_tokens: int) -> str | None:
+    """The error of a kernel of decoding on this process's first device, in words; None = it agrees with XLA.
+
+    It is tried on two groups: one with a prompt of one token at its first token, one with whole caches.
+
+    Args:
+      prompt: columns of a prompt's cache.
+      new_tokens: columns of a completion's cache.
+    """
+    scale, keys = a.attention_scale, jax.random.split(jax.random.key(0), 5)
+    of_prompt, own = (2, a.kv_heads, prompt, a.head_dim), (2, group_size, a.kv_heads, new_tokens, a.head_dim)
+    shapes = ((2, group_size, a.heads, a.head_dim), of_prompt, of_prompt, own, own)
+    lengths, t = jnp.asarray([1, prompt]), jnp.asarray([0, new_tokens - 1])
+    with jax.default_device(jax.local_devices()[0]):
+        made = [jax.random.normal(key, s, jnp.dtype(a.compute_dtype)) for key, s in zip(keys, shapes, strict=True)]
+
+        def plain(q: Array, k: Array, v: Array, own_k: Array, own_v: Array) -> Array:
+            return attend_shared_prefix(q, Prefix(k, v, lengths), Suffix(own_k, own_v, t), scale)
+
+        def by_kernel(q: Array, k: Array, v: Array, own_k: Array, own_v: Array) -> Array:
+            return attend_by_parts(run, q, Prefix(k, v, lengths), Suffix(own_k, own_v, t), scale)
+
+        try:
+            expected = jax.jit(plain)(*(x.astype(jnp.float32) for x in made))
+            error = _relative_error(jax.jit(by_kernel)(*made), expected)
+        # Whatever a driver or a compiler raises means that the kernel cannot be used.
+        except Exception as found:  # noqa: BLE001
+            return _raised(found)
+    return None if error <= _TOLERANCE else f"is wrong by {error:.2g} of the largest number in output"
+
+
+def _raised(error: Exception) -> str:
+    """An exception in words."""
+    text = str(error).strip()
+    return f"raised {type(error).__name__}" + (f": {text.splitlines()[0][:200]}" if text else "")
 
 
 def _operands(a: Architecture, length: int, packed: bool) -> tuple[tuple[Array, ...], Array | None]:
