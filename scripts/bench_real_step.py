@@ -2,13 +2,15 @@
 
     python scripts/bench_real_step.py
     python scripts/bench_real_step.py --model FOLDER --effective 8,3,0 --set loss.microbatch_rows=4
+    python scripts/bench_real_step.py --embedded --effective 32,19,11,6,0 --parts= --runs 9
 
-The step draws 8 completions of each of 8 prompts and trains LoRA adapters of rank 16, in float32. The parts are the
-rollout, the scoring (one forward pass over all completions, which `loss.old_log_probs=trainer` or a KL term would
+The step draws 8 completions of each of 8 prompts and trains LoRA adapters of rank 16, in float32. With --embedded it is
+the step of GRPO on the embedded task: its small model, of which all weights train, and its own settings. The parts are
+the rollout, the scoring (one forward pass over all completions, which `loss.old_log_probs=trainer` or a KL term would
 need), and the update. The cost of an update depends on how many groups have a signal, that is rewards that
-differ. Rewards are set so that `--effective` of the groups have one. Each line has the median over --runs steps, in
-elapsed time and in processor time, which other programs disturb less. Weights are random unless --model names a Hugging
-Face folder of this or another model.
+differ. Rewards are set so that `--effective` of the groups have one. The numbers of groups take turns, and each line
+has the median over --runs steps, in elapsed time and in processor time, which other programs disturb less. Weights are
+random unless --model names a Hugging Face folder of this or another model.
 """
 
 from __future__ import annotations
@@ -50,6 +52,17 @@ VOCABULARY = 49_152
 PROMPT_BUCKET = 16
 
 
+class Repetition(NamedTuple):
+    """A step."""
+
+    parts: dict[str, tuple[float, float]]
+    """Seconds, and seconds of processor time, of each part."""
+    useful: float
+    """Share of the update's token positions that the loss needs."""
+    gradient: float
+    """Norm of the gradient."""
+
+
 class Built(NamedTuple):
     """The config of the measured step, its model, and the weights."""
 
@@ -67,6 +80,8 @@ def settings(options: argparse.Namespace) -> Config:
     from pspo_jax.config.schema import Config
     from pspo_jax.training.machine_defaults import ENOUGH_TOKENS
 
+    if options.embedded:
+        return resolve(replace(Config(), {"algorithm.name": "grpo", **_bench.parsed(options.set)}))
     fields: dict[str, Any] = {
         "algorithm.name": "grpo",
         "lora.rank": 16,
@@ -94,6 +109,7 @@ def build(options: argparse.Namespace) -> Built:
     import jax.numpy as jnp
 
     from pspo_jax.config.defaults import replace
+    from pspo_jax.data.synthetic.arithmetic import TOKENIZER
     from pspo_jax.distributed.mesh import make_mesh, replicated
     from pspo_jax.model import built_in, transformer
     from pspo_jax.model.architecture import lora_of
@@ -101,6 +117,10 @@ def build(options: argparse.Namespace) -> Built:
     from pspo_jax.model.weights import init_weights, is_weight, table
 
     config = settings(options)
+    if options.embedded:
+        a = built_in(config.model, TOKENIZER.vocab_size, TOKENIZER.forbidden)
+        model = transformer(a)
+        return Built(config, model, a, model.init(jax.random.key(0)), None)
     source = None
     if options.model:
         source = read_source(dataclasses.replace(config.model, source=options.model), True)
@@ -195,8 +215,14 @@ def measure(options: argparse.Namespace) -> None:
     scoring = jax.jit(lambda weights, rows: score(model, weights, rows, jnp.float32(0.7), config)[0])
     timed(scoring, state.weights, rows)
     print(f"traced in {seconds:.1f} s, compiled in {compiling:.1f} s; {memory(compiled)}")
-    for effective in options.effective:
-        state = report(options, effective, sample, sampling, scoring, compiled, prompts, rows, rollouts, state)
+    args = sample, sampling, scoring, compiled, prompts, rows, rollouts
+    seen: dict[int, list[Repetition]] = {effective: [] for effective in options.effective}
+    for run in range(options.runs):
+        for effective, of_number in seen.items():
+            state, found = repetition(options, effective, run, *args, state)
+            of_number.append(found)
+    for effective, of_number in seen.items():
+        report(options, effective, int(rollouts.lengths.sum()), of_number)
 
 
 def memory(compiled: Compiled) -> str:
@@ -205,9 +231,10 @@ def memory(compiled: Compiled) -> str:
     return f"{found.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory in the step" if found else "memory unknown"
 
 
-def report(
+def repetition(
     options: argparse.Namespace,
     effective: int,
+    run: int,
     sample: Any,
     sampling: Any,
     scoring: Any,
@@ -216,39 +243,53 @@ def report(
     rows: Any,
     rollouts: Rollouts,
     state: TrainState,
-) -> TrainState:
-    """Print the line of a number of effective groups; returns the state after the steps, which donate it."""
+) -> tuple[TrainState, Repetition]:
+    """The state after a step with so many effective groups, which donates it, and what the step's parts took."""
     import jax
-    import numpy as np
 
     rewards = rewards_of(effective, options.prompts, options.group_size)
-    parts: dict[str, list[tuple[float, float]]] = {"rollout": [], "scoring": [], "update": []}
-    useful = 0.0
-    for run in range(options.runs):
-        if "rollout" in options.parts:
-            key = jax.random.key(run)
-            parts["rollout"].append(timed(sample, state.weights, prompts, key, sampling)[:2])
-        if "scoring" in options.parts:
-            parts["scoring"].append(timed(scoring, state.weights, rows)[:2])
-        taken, busy, (state, metrics) = timed(compiled, state, rollouts, jax.device_put(rewards))
-        parts["update"].append((taken, busy))
-        useful = float(metrics["update/useful_tokens"])
-    tokens = int(np.asarray(rollouts.lengths).sum())
-    found = {name: statistics.median(x for x, _ in values) for name, values in parts.items() if values}
-    busy_of = {name: statistics.median(x for _, x in values) for name, values in parts.items() if values}
-    words = ", ".join(f"{name} {x * 1e3:,.0f} ms ({busy_of[name] * 1e3:,.0f} of a core)" for name, x in found.items())
+    parts: dict[str, tuple[float, float]] = {}
+    if "rollout" in options.parts:
+        parts["rollout"] = timed(sample, state.weights, prompts, jax.random.key(run), sampling)[:2]
+    if "scoring" in options.parts:
+        parts["scoring"] = timed(scoring, state.weights, rows)[:2]
+    *parts["update"], (state, metrics) = timed(compiled, state, rollouts, jax.device_put(rewards))
+    return state, Repetition(parts, float(metrics["update/useful_tokens"]), float(metrics["grad_norm"]))
+
+
+def report(options: argparse.Namespace, effective: int, tokens: int, seen: list[Repetition]) -> None:
+    """Print the line of a number of effective groups."""
+    found, words = {}, []
+    for name in seen[0].parts:
+        seconds, busy = (sorted(one.parts[name][i] for one in seen) for i in (0, 1))
+        found[name] = statistics.median(seconds)
+        median, least, most = (x * 1e3 for x in (statistics.median(busy), busy[0], busy[-1]))
+        words.append(f"{name} {found[name] * 1e3:,.0f} ms ({median:,.0f} of a core, {least:,.0f} to {most:,.0f})")
     step = found["update"] + found.get("rollout", 0.0)
     print(
-        f"{effective} of {options.prompts} groups with a signal: {words}; {tokens / step:,.0f} tokens/s of rollout and "
-        f"update; useful tokens {useful:.2f}, gradient {float(metrics['grad_norm']):.6g}",
+        f"{effective} of {options.prompts} groups with a signal: {', '.join(words)}; {tokens / step:,.0f} tokens/s of "
+        f"rollout and update; useful tokens {seen[-1].useful:.2f}, gradient {seen[-1].gradient:.6g}",
         flush=True,
     )
-    return state
+
+
+def with_sizes(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with the sizes of the embedded task's step, if it is to be measured.
+
+    Raises:
+      ConfigError: a field has no such value.
+    """
+    r = settings(options).rollout
+    if options.embedded:
+        sizes = {"prompts": r.prompts, "group_size": r.group_size, "new_tokens": r.max_new_tokens, "prompt_tokens": 15}
+        vars(options).update(sizes)
+    return options
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", help="Hugging Face folder (default: SmolLM2-135M's shape with random weights)")
+    parser.add_argument("--embedded", action="store_true", help="the step of GRPO on the embedded task")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of a step (default 8)")
     parser.add_argument("--group-size", type=int, default=8, help="completions of a prompt (default 8)")
     parser.add_argument("--prompt-tokens", type=int, default=50, help="tokens of a prompt (default 50)")
@@ -268,10 +309,14 @@ def main() -> None:
     from pspo_jax.distributed.runtime import keep_freed_memory
 
     keep_freed_memory()
+    if options.embedded and options.model:
+        parser.error("--embedded: the embedded task has a model of its own; leave --model out")
     try:
-        settings(options)
+        options = with_sizes(options)
     except ConfigError as error:
         parser.error(str(error))
+    if max(options.effective) > options.prompts:
+        parser.error(f"--effective: {max(options.effective)} is more than the {options.prompts} groups of a step")
     measure(options)
 
 
