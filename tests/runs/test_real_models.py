@@ -127,6 +127,8 @@ def test_one_device_equals_several(trained, mesh, tmp_path, child_env, rows):
         for name in a:
             if name in ("crc/params", "crc/advantage", "crc/selector"):
                 continue  # bits of floats; their values are compared as metrics
+            if name == "update/useful_tokens" and "slices" in mesh:
+                continue  # each slice makes microbatches of its own rows, so that padding differs
             if name.startswith("crc/"):
                 assert a[name] == b[name], name
             else:
