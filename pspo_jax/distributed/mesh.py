@@ -323,14 +323,6 @@ def on_each_slice(
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"slice"}, check_vma=False)
 
 
-def on_each_device(
-    function: Callable[..., Results], in_specs: tuple[PartitionSpec, ...], out_specs: PyTree[PartitionSpec]
-) -> Callable[..., Results]:
-    """The function, run by each device on its own part of the arrays, inside `on_each_slice` too."""
-    axes = set(split_axes())
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
-
-
 def sum_over_slices(tree: PyTree, axes: PyTree | None) -> PyTree:
     """The sum over slices of gradients, inside `on_each_slice`; only one copy of them leaves a slice.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.distributed.mesh import cannot_index_split, on_each_device, spec, split_axes
+from pspo_jax.distributed.mesh import cannot_index_split, spec, split_axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -81,7 +82,7 @@ def _lookup_on_devices(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
         index, mine = _own_index(table, tokens)
         return jax.lax.psum(jnp.where(mine[..., None], table[index].astype(dtype), 0), "tensor")
 
-    return on_each_device(own, (of_table, of_tokens), of_found)(table, tokens)
+    return _by_device(own, (of_table, of_tokens), of_found)(table, tokens)
 
 
 def _lookup_on_devices_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
@@ -97,10 +98,18 @@ def _lookup_on_devices_backward(dtype: DTypeLike, saved: tuple[Array, Array], g:
         total = jnp.zeros(table.shape, jnp.float32).at[index].add(g)
         return jax.lax.psum(total, "data").astype(table.dtype)
 
-    return on_each_device(own, (of_table, of_tokens, of_found), of_table)(*saved, g), None
+    return _by_device(own, (of_table, of_tokens, of_found), of_table)(*saved, g), None
 
 
 _lookup_on_devices.defvjp(_lookup_on_devices_forward, _lookup_on_devices_backward)
+
+
+def _by_device(
+    own: Callable[..., Array], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+) -> Callable[..., Array]:
+    """The function, run by each device of a slice on its own part of the arrays."""
+    axes = set(split_axes())
+    return jax.shard_map(own, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def _lookup_specs() -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
