@@ -14,8 +14,8 @@ class MeshConfig:
 
     slices: Annotated[int | None, Range(1)] = None
     """Number of groups of devices that a slow network joins, such as TPU slices; they split data, and gradients cross
-    from one to another once per update. tensor and context must be 1 with several. None = the slices that a TPU
-    reports, 1 elsewhere."""
+    from one to another once per update. The other axes stay within a slice. None = the slices that a TPU reports, 1
+    elsewhere."""
     data: Annotated[int, Range(-1)] = -1
     """Number of devices, over all slices, that split the batch and hold copies of the weights; -1 = all that the other
     axes leave."""

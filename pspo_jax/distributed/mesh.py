@@ -218,12 +218,12 @@ def _check_slices(config: Config, slices: int, size: int, inner: int, inside: st
     if slices == 1:
         return
     where = f"mesh.slices={slices}"
-    for axis, along in (("tensor", config.mesh.tensor), ("context", config.mesh.context)):
-        if along > 1:
-            # XLA's partitioner aborts the process where these axes split an array of one of several slices.
-            raise ConfigError(f"{where}: does not go with mesh.{axis}={along}; set it to 1, and raise mesh.fsdp")
-    if config.rollout.weights == "split":
-        raise ConfigError(f"{where}: does not go with rollout.weights=split; use gathered")
+    if config.rollout.weights == "split" and config.mesh.tensor * config.mesh.context > 1:
+        # Lookups of `cannot_index_split` would move the whole embedding for each token.
+        raise ConfigError(
+            f"{where}: rollout.weights=split does not go with mesh.tensor={config.mesh.tensor} x "
+            f"mesh.context={config.mesh.context} within a slice; use gathered"
+        )
     if size % inner:
         raise ConfigError(f"{inside}: does not divide the {size} devices of each of the {slices} slices; lower one")
     if config.mesh.data > 0 and config.mesh.data % slices:
@@ -291,6 +291,22 @@ def split_axes() -> dict[str, int]:
 def num_slices() -> int:
     """Number of slices among which work can be divided; 1 inside `on_each_slice`, and without a mesh in context."""
     return split_axes().get("slice", 1)
+
+
+def cannot_index_split() -> bool:
+    """Whether no array may be indexed along a dimension that the mesh in context splits.
+
+    Inside `on_each_slice`, XLA's partitioner aborts the process at a gather or scatter along such a dimension where
+    another axis splits, or copies, the array too: a check fails in `ExpandDeviceGroupsWithIota` of
+    `spmd_partitioner_util.cc`, in jaxlib 0.10.2 and 0.12.0.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return "slice" in mesh.manual_axes and size_along(mesh.shape, ("context", "tensor")) > 1
+
+
+def whole_to_index(x: Array) -> Array:
+    """The array as it is, or whole on every device of a slice if `cannot_index_split`."""
+    return constrain(x, *[None] * x.ndim) if cannot_index_split() else x
 
 
 def on_each_slice(

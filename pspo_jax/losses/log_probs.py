@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.arrays.rows import RowImages
 from pspo_jax.arrays.state import Params
-from pspo_jax.distributed.mesh import constrain
+from pspo_jax.distributed.mesh import cannot_index_split, constrain
 from pspo_jax.model.interface import ImageTokens, Model
 
 _LEAST_PREDICTIONS = 64
@@ -81,8 +81,15 @@ def completion_log_probs(
     rows = compact_rows(prompts, lengths, completions)
     hidden = model.hidden(params, rows) if images is None else model.hidden(params, rows, images=images)
     source = (lengths - 1)[:, None] + jnp.arange(t)
-    hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
+    hidden = hidden_at(hidden, source)
     return chunked_log_probs(model, params, hidden, completions, temperature, logits_mib, entropy_gradient)
+
+
+def hidden_at(hidden: Float[Array, "R S D"], source: Int[Array, "R T"]) -> Float[Array, "R T D"]:
+    """The hidden states at these positions of each row, which are gathered along context if they must be."""
+    if cannot_index_split():
+        hidden = constrain(hidden, "rows", None, None)
+    return jnp.take_along_axis(hidden, source[..., None], axis=1)
 
 
 def chunked_log_probs(
@@ -245,7 +252,10 @@ def _forward_with_slopes(
 def _of_logits(logits: Float[Array, "R C V"], ids: Int[Array, "R C"]) -> tuple[Array, Array, Array]:
     """Log-probs of the ids, entropies, and the log-sum-exp of the logits."""
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    if cannot_index_split():
+        chosen = jnp.where(_is_target(logits, ids), logits, 0).sum(axis=-1)
+    else:
+        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     entropy = log_total - (jnp.exp(logits - log_total[..., None]) * logits).sum(axis=-1)
     return chosen - log_total, entropy, log_total
 

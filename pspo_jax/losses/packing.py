@@ -43,8 +43,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pspo_jax.arrays.rows import Rows
 from pspo_jax.arrays.state import Params
-from pspo_jax.distributed.mesh import constrain
-from pspo_jax.losses.log_probs import chunked_log_probs, compact_images, compact_rows
+from pspo_jax.distributed.mesh import constrain, whole_to_index
+from pspo_jax.losses.log_probs import chunked_log_probs, compact_images, compact_rows, hidden_at
 from pspo_jax.model.attention.xla import BLOCKWISE_FROM_TOKENS, block_size
 from pspo_jax.model.interface import ImageTokens, Model, Packed
 
@@ -227,6 +227,7 @@ def padded_length(length: int) -> int:
 def take_rows(rows: Rows, ids: Int[Array, "m"]) -> Rows:
     """The rows with these indices; index R stands for a row that counts in no sum."""
     exists = ids < rows.lengths.shape[0]
+    rows = jax.tree.map(whole_to_index, rows)
     part = jax.tree.map(lambda x: x.at[ids].get(mode="clip"), rows)
     return part.replace(mask=part.mask & exists[:, None], counted=part.counted & exists)
 
@@ -286,7 +287,7 @@ def packed_log_probs(
     source = jnp.where(predictions.positions == 0, by_prediction(last_prompt_token), own_tokens)
     source = jnp.where(valid, source, 0)
     targets = _gather_tokens(rows, row_of, by_prediction(prompt_lengths) + predictions.positions)
-    hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
+    hidden = hidden_at(hidden, source)
     found = chunked_log_probs(model, weights, hidden, targets, temperature, logits_mib, entropy_gradient, valid=valid)
     return _by_row(found, first_prediction, completion_lengths, t)
 

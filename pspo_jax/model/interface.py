@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.images import Images
+from pspo_jax.distributed.mesh import whole_to_index
 
 MASKED = -1e30
 """Logit of a token that must never be drawn: exp() of it is 0 in float32, and it is finite, so 0 * MASKED is 0."""
@@ -308,8 +309,8 @@ def mask_logits(logits: Float[Array, "*n V"], forbidden: Sequence[int]) -> Float
         token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         of_runs = [(token >= first) & (token <= last) for first, last in runs]
         return jnp.where(functools.reduce(jnp.logical_or, of_runs), MASKED, logits)
-    is_forbidden = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(forbidden)].set(True)
-    return jnp.where(is_forbidden, MASKED, logits)
+    is_forbidden = whole_to_index(jnp.zeros(logits.shape[-1], bool)).at[jnp.asarray(forbidden)].set(True)
+    return jnp.where(whole_to_index(is_forbidden), MASKED, logits)
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:

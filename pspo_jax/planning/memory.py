@@ -39,6 +39,7 @@ from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, WEIGHTS, microbatch_siz
 from pspo_jax.losses.log_probs import chunk_columns
 from pspo_jax.planning import images
 from pspo_jax.planning.roofline import bytes_across_slices, rollout_lower_bound, update_lower_bound
+from pspo_jax.rewards.reward_model import abstract_weights
 from pspo_jax.rollout.stages import SHORTEST_STAGE_TOKENS, automatic_stages, cache_columns, make_stages
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.machine_defaults import decoding_bytes
@@ -312,6 +313,7 @@ def _residents(setup: Setup) -> dict[str, int]:
         "frozen base": s.frozen,
         "reference": s.reference,
         "teacher": s.teacher,
+        "reward model": _reward_model(setup),
         "optimizer": s.opt_state,
         "per-prompt state": (s.selector, s.advantage),
         "replay": s.replay if setup.config.replay.memory == "device" else (),
@@ -319,6 +321,15 @@ def _residents(setup: Setup) -> dict[str, int]:
         PENDING: s.pending,
     }
     return {name: size for name, part in parts.items() if (size := bytes_per_device(part)) or name == "model"}
+
+
+def _reward_model(setup: Setup) -> PyTree[jax.ShapeDtypeStruct]:
+    """The weights of the reward model on the devices of a process; none if no reward.model is named."""
+    if setup.config.reward.model is None:
+        return ()
+    devices = list(setup.mesh.devices.flat)
+    process = devices[0].process_index
+    return abstract_weights(setup.config, [device for device in devices if device.process_index == process])
 
 
 def _details(setup: Setup) -> dict[str, dict[str, float]]:

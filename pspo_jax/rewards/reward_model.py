@@ -130,15 +130,41 @@ def _load(found: Classifier) -> _Loaded:
     outer = jax.sharding.get_mesh()
     all_devices = [] if outer.empty else list(np.asarray(outer.devices).flat)
     mine = [d for d in all_devices if d.process_index == jax.process_index()] or jax.local_devices()
-    shards = max(n for n in range(1, len(mine) + 1) if len(mine) % n == 0 and a.width % n == 0)
-    grid = np.array(mine[: shards * (len(mine) // shards)]).reshape(1, len(mine) // shards, shards, 1, 1)
-    mesh = Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
-    plain = transformer(a)
-    shapes = jax.eval_shape(plain.init, jax.random.key(0))
+    mesh = _mesh_of(a, mine)
+    shardings = jax.tree.map(lambda x: x.sharding, _abstract_weights(a, mesh))
     with jax.set_mesh(mesh):
-        weights = load_params(found.source, table(a), params_shardings(mesh, shapes, plain.axes), a.param_dtype)
+        weights = load_params(found.source, table(a), shardings, a.param_dtype)
         head = jnp.asarray(read_tensor(found.score).reshape(-1).astype(np.float32))
         return _Loaded(mesh, weights, head, jax.jit(functools.partial(scores, a)))
+
+
+def abstract_weights(config: Config, devices: Sequence[jax.Device]) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes, types and shardings of reward.model's weights; no weight is read.
+
+    Args:
+      devices: those of a process.
+    Raises:
+      ConfigError: see `make_scorer`.
+    """
+    a = read_classifier(config.reward.model or "", config.model, "reward.model").source.architecture
+    return _abstract_weights(a, _mesh_of(a, devices))
+
+
+def _abstract_weights(a: Architecture, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    plain = transformer(a)
+    shapes = jax.eval_shape(plain.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.dtype(a.param_dtype), sharding=sharding),
+        shapes,
+        params_shardings(mesh, shapes, plain.axes),
+    )
+
+
+def _mesh_of(a: Architecture, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh on which a process scores: as many of its devices split the weights as divide their number and D."""
+    shards = max(n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and a.width % n == 0)
+    grid = np.array(devices).reshape(1, len(devices) // shards, shards, 1, 1)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def _dispatch(loaded: _Loaded, ids: Sequence[list[int]], places: list[int], rows: int) -> Array:

@@ -14,6 +14,7 @@ from pspo_jax.distributed.mesh import (
     BY_SLICE,
     ROWS,
     WHOLE,
+    cannot_index_split,
     constrain,
     num_slices,
     on_each_slice,
@@ -230,6 +231,9 @@ def decode_rows(
     no_token = jnp.full(rows, shape.pad_id, jnp.int32)
     loop = TokenLoop(jnp.int32(0), no_token, jnp.ones(rows, bool), cache, no_samples(rows, room, shape.pad_id))
     logits = jnp.broadcast_to(logits[:, None], (*rows, logits.shape[-1]))
+    if cannot_index_split():
+        # Drawing a token indexes the vocabulary.
+        logits = constrain(logits, "batch", None, None)
     loop = append(decoder, loop, logits, jnp.int32(0))
     steps = []
     for size in cache_sizes(longest, chunk, model.resize is not None):

@@ -32,6 +32,7 @@ from pspo_jax.distributed.mesh import (
     on_each_slice,
     size_along,
     split_axes,
+    whole_to_index,
 )
 from pspo_jax.losses.log_probs import compact_images, completion_log_probs
 from pspo_jax.losses.packing import (
@@ -244,7 +245,7 @@ def _put_part(found: Array, part: Microbatch, new: Array) -> Array:
 
 
 def _put_rows(found: Array, part: Microbatch, new: Array) -> Array:
-    return found.at[part.indices].set(new, mode="drop")
+    return whole_to_index(found).at[part.indices].set(whole_to_index(new), mode="drop")
 
 
 def _packed(model: Model, rows: Rows, wanted: Bool[Array, "R"] | None, config: Config) -> Microbatches:

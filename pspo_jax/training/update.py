@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from pspo_jax.arrays.images import Images, ImageWindows
@@ -148,12 +149,15 @@ def optimize(
 
 
 def _weights_fn(state: TrainState, key: Key[Array, ""] | None) -> WeightsFn:
-    """Trained and frozen weights together; with a key, adapters have dropout that differs between microbatches."""
+    """Trained and frozen weights together; with a key, adapters have dropout that differs between microbatches.
 
-    def weights(params: Params, microbatch: Array | int) -> PyTree:
-        return merge_params(params, state.frozen, None if key is None else jax.random.fold_in(key, microbatch))
+    It is a pytree of the frozen weights and the key, so that slices can take them as an argument.
+    """
+    return Partial(_merged, state.frozen, key)
 
-    return weights
+
+def _merged(frozen: Params | None, key: Key[Array, ""] | None, params: Params, microbatch: Array | int) -> PyTree:
+    return merge_params(params, frozen, None if key is None else jax.random.fold_in(key, microbatch))
 
 
 def apply_gradient(
@@ -218,6 +222,7 @@ def loss_gradient(
     in the embeddings too, which goes back through the encoder once, after the last microbatch.
 
     Args:
+      weights: with several slices a `jax.tree_util.Partial` of the arrays that it needs.
       total: the denominators, which count all rows.
       computed: rows that are computed; they must include all of `rows_with_gradient`. None = all.
       images: the images to which the rows point; None = all prompts are text.
@@ -230,7 +235,7 @@ def loss_gradient(
     if slices == 1:
         return _gradient_of_rows(model, weights, config, *batch)
 
-    def of_slice(number: Int[Array, "1"], *batch: PyTree) -> GradientAndMetrics:
+    def of_slice(number: Int[Array, "1"], weights: WeightsFn, *batch: PyTree) -> GradientAndMetrics:
         def own_weights(params: Params, microbatch: Array | int) -> PyTree:
             return weights(params, microbatch * slices + number[0])  # no two microbatches share a key
 
@@ -238,8 +243,8 @@ def loss_gradient(
         return _over_slices(model, slices, *found)
 
     # Every slice adds up the gradients of its own rows, and they cross to the others once, after the last microbatch.
-    specs = WHOLE, BY_SLICE, WHOLE, WHOLE, BY_SLICE, BY_SLICE, WHOLE, WHOLE
-    return on_each_slice(of_slice, in_specs=(BY_SLICE, *specs), out_specs=WHOLE)(jnp.arange(slices), *batch)
+    specs = BY_SLICE, WHOLE, WHOLE, BY_SLICE, WHOLE, WHOLE, BY_SLICE, BY_SLICE, WHOLE, WHOLE
+    return on_each_slice(of_slice, in_specs=specs, out_specs=WHOLE)(jnp.arange(slices), weights, *batch)
 
 
 def _gradient_of_rows(

@@ -20,9 +20,11 @@ MESHES = {
     "small": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2},
     "slices": {"mesh__slices": 2, "mesh__data": 4, "mesh__fsdp": 2},
     "wide slices": {"mesh__slices": 2, "mesh__data": 2, "mesh__fsdp": 4},
+    "slices by tensor": {"mesh__slices": 2, "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    "slices by context": {"mesh__slices": 2, "mesh__data": 2, "mesh__context": 2, "mesh__tensor": 2},
     "stages": {"mesh__data": 4, "mesh__fsdp": 1, "rollout__slots": 32, "rollout__stages": 3},
 }
-DEVICES = {"data": 8, "mixed": 8, "small": 4, "stages": 4, "slices": 8, "wide slices": 8}
+DEVICES = dict.fromkeys(MESHES, 8) | {"small": 4, "stages": 4}
 EQUAL = (
     "crc/prompt_ids",
     "crc/tokens",
@@ -83,6 +85,8 @@ FIELDS = {"run__steps": STEPS, "algorithm__name": "popo", **MESHES["small"]}
         pytest.param("popo", 2, "slices", marks=pytest.mark.slow),
         pytest.param("pspo", 2, "wide slices", marks=pytest.mark.slow),
         pytest.param("dapo", 4, "slices", marks=pytest.mark.slow),
+        pytest.param("popo", 2, "slices by tensor", marks=pytest.mark.slow),
+        pytest.param("popo", 2, "slices by context", marks=pytest.mark.slow),
         pytest.param("pspo", 2, "data", marks=pytest.mark.slow),
         pytest.param("pspo", 2, "mixed", marks=pytest.mark.slow),
         pytest.param("popo", 2, "data", marks=pytest.mark.slow),

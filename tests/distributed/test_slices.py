@@ -6,19 +6,23 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+from pspo_jax import train
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import Config
-from pspo_jax.distributed.mesh import make_mesh
+from pspo_jax.distributed.mesh import BY_SLICE, WHOLE, constrain, make_mesh, on_each_slice
+from pspo_jax.model.mixed_precision import lookup
 from pspo_jax.planning.memory import take_target
 from pspo_jax.planning.roofline import bytes_across_slices
 from pspo_jax.training.compile import lower_programs
 from pspo_jax.training.setup import prepare
 from tests.conftest import REPO
 from tests.distributed.hlo import collectives
-from tests.helpers import slow_except, tiny_config
+from tests.helpers import relative, slow_except, tiny_config
+from tests.runs.processes import COLD_START, SMALL, metrics, params
 
 SCALARS = 4096
 """Bytes of counters, metrics and per-prompt numbers of a small batch that may cross beside the gradients."""
@@ -44,13 +48,12 @@ def test_each_slice_holds_its_own_devices():
         ({"mesh__slices": 3}, "mesh.slices=3: does not divide the 8 devices; choose a divisor"),
         ({"mesh__slices": 2, "mesh__fsdp": 8}, "mesh.fsdp=8 .* does not divide the 4 devices of each of the 2 slices"),
         (
-            {"mesh__slices": 2, "mesh__tensor": 2},
-            "mesh.slices=2: does not go with mesh.tensor=2; set it to 1, and raise",
+            {"mesh__slices": 2, "mesh__fsdp": 4, "mesh__tensor": 2},
+            "mesh.fsdp=4 x mesh.context=1 x mesh.tensor=2: does not divide the 4 devices of each of the 2 slices",
         ),
-        ({"mesh__slices": 2, "mesh__context": 2}, "mesh.slices=2: does not go with mesh.context=2; set it to 1, and"),
         (
-            {"mesh__slices": 2, "rollout__weights": "split"},
-            "mesh.slices=2: does not go with rollout.weights=split; use g",
+            {"mesh__slices": 2, "mesh__tensor": 2, "rollout__weights": "split"},
+            "rollout.weights=split does not go with mesh.tensor=2 x mesh.context=1 within a slice; use gathered",
         ),
         ({"mesh__slices": 2, "mesh__data": 3}, "mesh.slices=2: does not divide mesh.data=3, which counts all slices"),
     ],
@@ -88,11 +91,17 @@ def test_a_plan_names_slices():
         take_target(["--plan", "0xv5e-8"])
 
 
+TENSOR = {"mesh__data": 2, "mesh__tensor": 2}
+CONTEXT = {"mesh__data": 2, "mesh__context": 2}
 CASES = {
     "padded": {"loss__microbatch_rows": 8, "loss__entropy_coef": 0.01},
     "packed": {"loss__microbatch_rows": 8, "loss__packing": True, "algorithm__name": "popo"},
     "replay and KL": {"loss__microbatch_rows": 8, "loss__kl_coef": 0.01, "algorithm__name": "aper"},
     "slots": {"rollout__slots": 16, "loss__microbatch_rows": 8},
+    "tensor": {"loss__microbatch_rows": 8, "loss__entropy_coef": 0.01} | TENSOR,
+    "context": {"loss__microbatch_rows": 8, "loss__entropy_coef": 0.01} | CONTEXT,
+    "tensor, packed": {"loss__microbatch_rows": 8, "loss__packing": True, "algorithm__name": "popo"} | TENSOR,
+    "split weights": {"loss__microbatch_rows": 8, "rollout__weights": "split"},
 }
 
 
@@ -120,6 +129,54 @@ def test_gradients_cross_once_per_update_and_rollouts_never(case):
     rows = 4 * 4 * sum(x.size for x in jax.tree.leaves(setup.abstract.replay) if x.ndim > 1)
     assert others <= SCALARS + rows
     assert sum(bytes_ for bytes_, _ in crossing.get("sample", ())) <= (SCALARS if case == "slots" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_slice_looks_embeddings_up_in_a_table_that_tensor_and_fsdp_split(dtype):
+    """Values are those of the table, and gradients the sums over all slices, to the rounding of the table's type."""
+    mesh = mesh_of(mesh__slices=2, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    table = jax.random.normal(keys[0], (12, 8)).astype(dtype)
+    tokens = jax.random.randint(keys[1], (8, 5), 0, 12)
+    weight = jax.random.normal(keys[2], (8, 5, 8))
+
+    def of_slice(table, tokens, weight):
+        found, pull = jax.vjp(lambda table: lookup(constrain(table, "vocab", "embed"), tokens, "float32"), table)
+        return found, jax.lax.psum(pull(weight)[0].astype("float32"), "slice")
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(on_each_slice(of_slice, (WHOLE, BY_SLICE, BY_SLICE), (BY_SLICE, WHOLE)))
+        found, gradient = run(table, tokens, weight)
+    assert (np.asarray(found) == np.asarray(table.astype("float32"))[np.asarray(tokens)]).all()
+    wanted = np.zeros((12, 8))
+    np.add.at(wanted, np.asarray(tokens), np.asarray(weight, np.float64))
+    np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+RUNS = {
+    "packed, four slices": (
+        {"loss.packing": True, "loss.microbatch_rows": 8},
+        {"mesh.slices": 4, "mesh.data": 4, "mesh.fsdp": 2},
+    ),
+    "split weights": ({}, {"mesh.slices": 2, "mesh.data": 4, "mesh.fsdp": 2, "rollout.weights": "split"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_on_several_slices_is_that_of_one_device(case, tmp_path):
+    fields, mesh = RUNS[case]
+    common = SMALL | COLD_START | fields | {
+        "algorithm.name": "grpo", "run.steps": 6, "run.fingerprint": True, "loss.kl_coef": 0.01, "eval.every": 0,
+        "eval.samples": 1, "log.report": False, "log.to": "none", "log.completions_every": 0,
+    }  # fmt: skip
+    for name, of_mesh in (("one", {"mesh.data": 1}), ("slices", mesh)):
+        train(replace(Config(), common | of_mesh | {"run.dir": str(tmp_path / name)}))
+    one, slices = metrics(tmp_path / "one"), metrics(tmp_path / "slices")
+    for key in ("crc/prompt_ids", "crc/tokens", "reward", "num_tokens"):
+        assert [row.get(key) for row in one] == [row.get(key) for row in slices], key
+    assert max(row.get("grad_norm", 0) for row in one) > 0
+    assert relative(params(tmp_path / "slices")["params"], params(tmp_path / "one")["params"]) < 1e-5
 
 
 TPU = """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.rewards import VerifierConfig
 from pspo_jax.config.validation import validate
@@ -16,8 +17,10 @@ from pspo_jax.data.synthetic.arithmetic import TOKENIZER
 from pspo_jax.data.task import CompletionBatch
 from pspo_jax.data.tokenizer import load_tokenizer
 from pspo_jax.model.huggingface.load import read_classifier
+from pspo_jax.planning.memory import _residents
 from pspo_jax.rewards.reward_model import _load, batches, make_scorer, row_of, scores
 from pspo_jax.rewards.task import make_task
+from pspo_jax.training.setup import prepare
 from pspo_jax.verifiers.workers.pool import Pool
 from tests.helpers import tiny_config
 from tests.model.checkpoints import SMALL, spread, torch, transformers
@@ -66,6 +69,18 @@ def wanted(model, prompt, completion):
     ids = torch.as_tensor([TOKENIZER.encode(prompt + completion + "$")])
     with torch.no_grad():
         return float(model(ids).logits[0, 0])
+
+
+def test_its_weights_are_in_the_plan(judged):
+    """As many bytes on a device as the loaded model has there."""
+    folder, _ = judged
+    setup = prepare(tiny_config(mesh__data=2, mesh__fsdp=4), weights=False)
+    named = setup._replace(config=replace(setup.config, {"reward.model": str(folder)}))
+    loaded = _load(read_classifier(str(folder), setup.config.model, "reward.model"))
+    first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(loaded.weights)]
+    assert loaded.mesh.devices.size == 8 and sum(first) < sum(x.nbytes for x in jax.tree.leaves(loaded.weights)) / 6
+    with_model, without = _residents(named), _residents(setup)
+    assert with_model == without | {"reward model": sum(first)} and "reward model" not in without
 
 
 def test_texts_of_any_length_are_scored_in_their_template(judged):

@@ -26,9 +26,11 @@ from pspo_jax.losses import LossInputs, compute_loss, denominators
 from pspo_jax.model import transformer
 from pspo_jax.model.huggingface.load import read_source
 from pspo_jax.model.weights import entries, table, to_hf
+from pspo_jax.planning.memory import _residents
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.saved_weights import source_weights
+from pspo_jax.training.setup import prepare
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.teachers import find_teacher, vocabulary_of
 from tests.conftest import REPO
@@ -116,6 +118,14 @@ def checkpoints(tmp_path_factory):
     teacher = write_checkpoint(folder / "teacher", "llama", seed=2, **(ROWS | larger | {"num_key_value_heads": 3}))
     TOKENIZER.to_hf().save_pretrained(folder / "teacher")
     return folder / "policy", policy, folder / "teacher", teacher
+
+
+def test_the_teacher_s_weights_are_in_the_plan(checkpoints):
+    """In float32, the type of tiny models; each device holds a quarter of what fsdp splits, and norms as a whole."""
+    plain = prepare(tiny_config(mesh__data=2, mesh__fsdp=4), weights=False)
+    taught = prepare(tiny_config(mesh__data=2, mesh__fsdp=4, teacher__source=str(checkpoints[2])), weights=False)
+    sizes = [p.numel() * (4 if p.ndim == 1 else 1) for p in checkpoints[3].parameters()]
+    assert _residents(taught) == _residents(plain) | {"teacher": sum(sizes)}
 
 
 def policy_of(folder, mesh):
