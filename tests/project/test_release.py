@@ -119,9 +119,14 @@ def dist(tmp_path_factory):
     tree, out = folder / "tree", folder / "out"
     files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=REPO).splitlines()
     for name in files:
-        if (REPO / name).is_file() and not name.startswith("tests/data/"):
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).write_bytes((REPO / name).read_bytes())
+        here, there = REPO / name, tree / name
+        if not here.exists() or name.startswith("tests/data/"):
+            continue
+        there.parent.mkdir(parents=True, exist_ok=True)
+        if here.is_symlink():  # the package's link to the recipes
+            there.symlink_to(here.readlink())
+        else:
+            there.write_bytes(here.read_bytes())
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree)
     return out
 
@@ -135,7 +140,7 @@ def test_distributions_hold_the_package_and_nothing_else(dist):
         names = set(opened.namelist())
     ours = {
         p.relative_to(REPO).as_posix() for p in (REPO / "pspo_jax").rglob("*") if p.suffix in (".py", ".html", ".yaml")
-    }
+    } | {f"pspo_jax/recipes/{p.name}" for p in (REPO / "configs").glob("*.yaml")}
     info = {name for name in names if ".dist-info/" in name}
     assert names - info == ours | {"pspo_jax/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in info)
