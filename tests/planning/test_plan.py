@@ -45,14 +45,14 @@ def rows_of(out):
 
 
 def test_the_replay_buffer_is_in_the_plan_and_the_first_line_gives_the_answer(capsys):
-    """256 groups of 8 completions of 8,192 tokens: tokens and log-probs of 4 bytes, a mask of 1, and small change."""
-    words = ["--algorithm.name", "popo", "--rollout.prompts", "256", "--rollout.max_new_tokens", "8192"]
-    config = parse([*words, "--mesh.data", "1"], "train", "")
+    """256 groups of 256 completions of 250 tokens: tokens and log-probs of 4 bytes, a mask of 1, and small change."""
+    words = ["--algorithm.name", "popo", "--rollout.prompts", "256", "--rollout.group_size", "256"]
+    config = parse([*words, "--rollout.max_new_tokens", "250", "--mesh.data", "1"], "train", "")
     assert plan.show(config, THIS_MACHINE) == 0
     out = capsys.readouterr().out
     assert re.match(r"(fits|may not fit|does not fit) on this machine", out)
     found = rows_of(out)["replay"]
-    assert found == pytest.approx(256 * 8 * 8192 * 9 / 2**30, abs=0.006)
+    assert found == pytest.approx(256 * 256 * 250 * 9 / 2**30, abs=0.006)
 
 
 def test_completions_beside_the_batch_are_in_the_plan():

@@ -155,6 +155,7 @@ def test_chunks_change_nothing(trained, place, child_env):
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_a_run_without_verdicts_stops_and_says_why(place, child_env):
     """Its shapes are those of the run that is trained, whose programs thus serve."""
@@ -320,6 +321,7 @@ def test_results_beyond_the_last_problem_are_dropped(tmp_path):
     assert _recover(tmp_path / "b.jsonl", header) == 2
 
 
+@pytest.mark.slow
 def test_interrupted_evaluation_says_so_in_a_line(trained, place, child_env, tmp_path):
     process = evaluate(child_env, place, tmp_path / "out", "--steps", "3", "--limit", "0")
     path = tmp_path / "out" / "step_3" / "gsm8k.jsonl"

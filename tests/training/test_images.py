@@ -127,7 +127,7 @@ def in_one_stage(made):
     "fields",
     [
         pytest.param({}, id="one microbatch", marks=pytest.mark.slow),
-        pytest.param({"loss.microbatch_rows": 2}, id="four microbatches"),
+        pytest.param({"loss.microbatch_rows": 2}, id="four microbatches", marks=pytest.mark.slow),
         pytest.param({"loss.packing": True, "loss.microbatch_rows": 4}, id="packed", marks=pytest.mark.slow),
     ],
 )

@@ -334,7 +334,8 @@ def test_a_mesh_changes_nothing(mesh):
     np.testing.assert_allclose(packed[1].loss, padded[1].loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows_at_a_time", [0, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_at_a_time", [0, 64])
 def test_a_whole_minibatch_at_a_time_computes_no_more_bins_than_an_eighth_beyond_those_needed(rows_at_a_time):
     config = tiny_config(loss__packing=True, loss__microbatch_rows=rows_at_a_time)
     model, params, _ = tiny_policy()

@@ -106,6 +106,7 @@ def test_microbatches_change_nothing_in_bfloat16():
     assert relative(*moments) < 0.02
 
 
+@pytest.mark.slow
 def test_a_skipped_update_leaves_bfloat16_weights_and_their_state_alone():
     config, model, optimizer, state = made("bfloat16", "bfloat16", loss__microbatch_rows=8)
     rollouts = rollouts_of(config, model, state)

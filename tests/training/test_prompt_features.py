@@ -123,6 +123,7 @@ def test_a_run_that_was_stopped_carries_on_to_the_bit(tmp_path):
     assert np.abs(result.state.selector.shared.precision).max() > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_features_and_changed_data_those_of_the_resumed_weights(tmp_path, monkeypatch):
     before = prepare(tiny_config(**PREDICTED, run__dir=str(tmp_path)))
     other = tiny_config(**PREDICTED, run__dir=str(tmp_path), task__train_prompts=56)

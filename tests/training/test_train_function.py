@@ -56,6 +56,7 @@ def test_an_own_reward_takes_the_place_of_the_tasks_and_a_callback_stops_the_run
     assert capsys.readouterr().out.startswith("step 1: reward ")
 
 
+@pytest.mark.slow
 def test_rewards_and_metrics_are_those_of_the_function(tmp_path):
     seen, metrics = [], {}
 
