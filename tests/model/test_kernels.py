@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 from functools import partial
+from importlib.machinery import PathFinder
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.schema import ModelConfig
 from pspo_jax.distributed.mesh import AXES
 from pspo_jax.model import built_in, transformer
-from pspo_jax.model.attention.kernels import run_kernel
+from pspo_jax.model.attention.kernels import candidates, run_kernel
 from pspo_jax.model.attention.probe import difference, with_kernels
 from pspo_jax.model.attention.xla import attend
 from pspo_jax.model.interface import Packed
@@ -50,6 +51,13 @@ def without_tokamax(monkeypatch):
 def shape(heads=4, kv_heads=2, head_dim=16, **fields):
     a = built_in(ModelConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim), 32)
     return dataclasses.replace(a, **({"compute_dtype": "bfloat16"} | fields))
+
+
+def test_a_folder_of_a_packages_name_is_not_the_package(monkeypatch, tmp_path):
+    (tmp_path / "tokamax").mkdir()
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert "tokamax_triton" not in candidates()
 
 
 @pytest.mark.parametrize("packed", slow_except([True], [False, True]))

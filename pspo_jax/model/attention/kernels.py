@@ -169,11 +169,12 @@ def candidates() -> list[str]:
 
 
 def _found(module: str) -> bool:
-    """Whether a module is there, without importing more than its parents."""
+    """Whether a module is there, without importing more than its parents; a mere folder of its name is not it."""
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
     except ImportError:
         return False
+    return spec is not None and spec.origin is not None
 
 
 def _lacks(kernel: Kernel) -> str | None:
