@@ -29,9 +29,7 @@ STEPS = 3
 KINDS = [
     pytest.param(("full", "qwen2.5"), marks=[pytest.mark.xdist_group("real-full"), pytest.mark.slow], id="full"),
     pytest.param(("lora", "qwen2.5"), marks=[pytest.mark.xdist_group("real-lora"), pytest.mark.slow], id="lora"),
-    pytest.param(
-        ("lora", "qwen2.5-small"), marks=[pytest.mark.xdist_group("small-lora"), pytest.mark.slow], id="lora-small"
-    ),
+    pytest.param(("lora", "qwen2.5-small"), marks=pytest.mark.xdist_group("small-lora"), id="lora-small"),
 ]
 """What is trained, and the vocabulary: the real one, or its first 4,096 ranks."""
 

@@ -37,7 +37,6 @@ def same_end(folder, whole):
     jax.tree.map(np.testing.assert_array_equal, params(folder), params(whole))
 
 
-@pytest.mark.slow
 def test_a_second_process_is_refused_and_spoilt_files_lose_nothing(child_env, whole, tmp_path):
     """The first one is killed; config, logs, prompts' hashes and the newest checkpoint are spoilt; it carries on."""
     folder = tmp_path / "run"
