@@ -20,13 +20,23 @@ from pspo_jax.distributed.jax_internals import cudnn_attention
 from pspo_jax.distributed.mesh import AXES, make_mesh
 from pspo_jax.model import built_in, transformer
 from pspo_jax.model.attention import decode
-from pspo_jax.model.attention.decode import attend_by_parts, by_jax_nn
+from pspo_jax.model.attention.decode import attend_by_parts
 from pspo_jax.model.attention.probe import decode_difference, with_decode_kernel
 from pspo_jax.model.attention.xla import Prefix, Suffix, attend_shared_prefix
 
 B, G, K, M, P, T, WIDTH = 2, 3, 2, 2, 5, 7, 4
 SCALE = 0.7
-by_xla = by_jax_nn("xla")
+
+
+def by_xla(q, k, v, lengths, scale):
+    """A part by `jax.nn.dot_product_attention`, whose log-sum-exp has the type of the queries, float32 here."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    out, log_sum = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="xla", return_residual=True
+    )
+    return out.swapaxes(1, 2), log_sum.swapaxes(1, 2)
+
+
 in_parts = jax.jit(lambda q, prefix, suffix: attend_by_parts(by_xla, q, prefix, suffix, SCALE))
 
 

@@ -9,7 +9,7 @@ scores, and the two are merged by these (section 3.1.1 of FlashAttention-2, arXi
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,23 +40,6 @@ class PartFn(Protocol):
         lengths: Int[Array, "R"],
         scale: float,
     ) -> Part: ...
-
-
-def by_jax_nn(implementation: Literal["xla", "cudnn"]) -> PartFn:
-    """Parts by `jax.nn.dot_product_attention`, whose log-sum-exp has the type of the queries.
-
-    In bfloat16 this is too coarse to merge by: a log-sum-exp of 40 is rounded to a multiple of 0.25. So it serves tests
-    in float32.
-    """
-
-    def run(q: Array, k: Array, v: Array, lengths: Array, scale: float) -> Part:
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        out, log_sum = jax.nn.dot_product_attention(
-            q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation=implementation, return_residual=True
-        )
-        return out.swapaxes(1, 2), log_sum.swapaxes(1, 2)
-
-    return run
 
 
 PART_KERNELS: dict[str, PartFn] = {"cudnn": cudnn_attention}
