@@ -5,13 +5,18 @@ A line holds the work in products and bytes; the parent process knows the ceilin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import _bench
@@ -50,6 +55,10 @@ class Job:
     """Seconds that the part may take."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of our config that are not at the values chosen here."""
+    turns: str = ""
+    """Folder by which parts that run together take turns; empty = each part runs alone."""
+    parties: int = 1
+    """Number of parts that run together."""
 
     @staticmethod
     def parse(text: str) -> Job:
@@ -91,6 +100,21 @@ def emit(case: str, contender: str, seconds: list[float], about: dict[str, Any],
     print(json.dumps(_bench.rounded(line)), flush=True)
 
 
+@contextlib.contextmanager
+def turn(job: Job) -> Iterator[None]:
+    """The time in which this part has the device to itself, once every part has compiled or ended."""
+    if not job.turns:
+        yield
+        return
+    folder = Path(job.turns)
+    (folder / f"{os.getpid()}.ready").touch()
+    while len(list(folder.glob("*.ready"))) < job.parties and job.left() > job.limit / 5:
+        time.sleep(0.2)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def repeat(job: Job, call: Callable[[], dict[str, float]]) -> tuple[float, list[dict[str, float]]]:
     """Seconds from the start of the process to the end of the first call, and of each later call.
 
@@ -98,9 +122,10 @@ def repeat(job: Job, call: Callable[[], dict[str, float]]) -> tuple[float, list[
     """
     call()
     first = time.perf_counter() - BEGAN
-    found = [call()]
-    while len(found) < job.calls and job.left() > 2 * found[-1]["seconds"]:
-        found.append(call())
+    with turn(job):
+        found = [call()]
+        while len(found) < job.calls and job.left() > 2 * found[-1]["seconds"]:
+            found.append(call())
     return first, found
 
 
@@ -171,7 +196,8 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
 
     from pspo_jax.config.validation import validate
     from pspo_jax.model import built_in, transformer
-    from pspo_jax.model.attention.probe import with_kernels
+    from pspo_jax.model.attention.probe import with_decode_kernel, with_kernels
+    from pspo_jax.training.machine_defaults import with_logits
 
     check_platform(job)
     validate(settings)
@@ -191,6 +217,10 @@ def our_setup(job: Job, work: Work) -> tuple[Config, Model]:
         say=lambda s: print(s, file=sys.stderr),
         share_prompts=settings.loss.share_prompts,
     )
+    mesh = jax.make_mesh((1, 1), ("context", "tensor"), devices=jax.devices()[:1])
+    a = with_decode_kernel(a, settings, mesh, work.prompt_tokens, True, lambda s: print(s, file=sys.stderr))
+    capacity = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    settings, _ = with_logits(settings, capacity, job.platform == "cpu")
     return replace(settings, {"model.attention": a.attention}), transformer(a)
 
 
@@ -254,7 +284,8 @@ def serve_ceilings(job: Job) -> None:
             found.append((time.perf_counter() - start) / count)
         return found
 
-    products, reads = timed(lambda: product(a, b)), timed(lambda: total(whole))
+    with turn(job):
+        products, reads = timed(lambda: product(a, b)), timed(lambda: total(whole))
     rates = {"flops_per_s": 2 * n**3 / min(products)}
     emit("ceilings", f"bfloat16 product {n:,}^3", products, jax_about(), values=rates)
     rates = {"bytes_per_s": whole.nbytes / min(reads)}

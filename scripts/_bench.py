@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +68,8 @@ class Work:
     """Stages of a rollout in slots."""
     longest_first: bool = False
     """Whether the prompts with the longest completions come first."""
+    decode_attention: str = "xla"
+    """Implementation of attention in decoding."""
     packing: bool = False
     share_prompts: bool = True
     mean_tokens: int = 0
@@ -266,16 +269,16 @@ class Result:
 class Worker:
     """A running contender."""
 
-    def __init__(self, script: str, contender: Contender) -> None:
+    def __init__(self, script: str, contender: Contender, platform: str = "cpu") -> None:
         self.contender = contender
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
-        env |= {
-            "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
+        env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        if platform == "cpu":
+            env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        else:
+            # Several workers share one device.
+            env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         start = time.monotonic()
         self._process = subprocess.Popen(
             [contender.python, script, "--worker", contender.role, json.dumps(asdict(contender.work))],
@@ -332,8 +335,7 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
     workers: list[Worker] = []
     try:
         results = []
-        for contender in contenders:
-            worker, result = _start(script, contender, options.patience)
+        for worker, result in _start_all(script, contenders, options):
             workers.append(worker)
             results.append(result)
         counts = [1] * len(workers)
@@ -351,6 +353,22 @@ def compare(script: str, contenders: list[Contender], options: argparse.Namespac
     finally:
         for worker in workers:
             worker.close()
+
+
+def _start_all(
+    script: str, contenders: list[Contender], options: argparse.Namespace
+) -> Iterator[tuple[Worker, Result]]:
+    """The contenders, started one after another on a CPU, and at once on a GPU, which compiles on the host's cores."""
+    if options.platform == "cpu":
+        yield from (_start(script, contender, options.patience) for contender in contenders)
+        return
+    with ThreadPoolExecutor(len(contenders)) as pool:
+        for worker in pool.map(lambda contender: Worker(script, contender, options.platform), contenders):
+            cold = worker.first_call
+            yield (
+                worker,
+                Result(worker.contender.name, worker.contender.note, worker.contender.ours, worker.about, cold, None),
+            )
 
 
 def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, Result]:
@@ -397,6 +415,12 @@ def options(description: str, peers: bool = True, tunix: bool = False, shapes: b
         parser.add_argument(
             "--tunix-python", default=sys.executable, help="interpreter that has google-tunix (default: this one)"
         )
+    parser.add_argument(
+        "--platform",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="device of our own contenders; on a gpu they compile at once (default cpu)",
+    )
     parser.add_argument("--out", type=Path, help="append the lines to this .jsonl file; see bench_tables.py")
     return parser
 

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,9 @@ def run(part: Part, job: Job, python: str, env: dict[str, str]) -> Iterator[dict
             process.kill()
         log.seek(0)
         said = log.read()
+    if job.turns:
+        # The others do not wait for a part that failed before its turn.
+        (Path(job.turns) / f"{process.pid}.ready").touch()
     if late.is_set():
         yield skipped(part.name, f"ended at its limit of {job.limit:.0f} s")
     elif code:
@@ -181,6 +185,24 @@ def measure(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     return lines
 
 
+def measure_together(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The parts start and compile together, and time their calls one after another: minutes of a GPU are saved.
+
+    All of their memory is needed at once.
+    """
+    gone, env = lacking(options), environment(options.smoke)
+    chosen = {part.name: part for part in PARTS if part.name in options.parts and part.name not in gone}
+    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(len(chosen)) as pool:
+        shared = dataclasses.replace(job, limit=options.deadline, turns=turns, parties=len(chosen))
+
+        def lines_of(part: Part) -> list[dict[str, Any]]:
+            return list(run(part, shared, options.peer_python if part.torch else sys.executable, env))
+
+        found = [line for lines in pool.map(lines_of, chosen.values()) for line in lines]
+    _bench.emit([complete(line, rates_of(found)) for line in found], options.out)
+    return found
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
@@ -188,16 +210,19 @@ def main() -> None:
     size.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds for all parts (default 540)")
     parser.add_argument("--parts", nargs="+", choices=[*dict.fromkeys(p.name for p in PARTS)], help="these alone")
+    parser.add_argument("--together", action="store_true", help="start --parts at once, and time them in turns")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter with torch and transformers")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="value as JSON, or text")
     parser.add_argument("--out", type=Path, help="append the lines to this .jsonl file; see bench_tables.py")
     options = parser.parse_args()
+    if options.together and not options.parts:
+        parser.error("--together needs --parts, whose memory must fit at once")
     gone = _bench.missing(sys.executable, ["jax", "flax", "optax", "jaxtyping", "rich", "yaml"])
     if gone:
         raise SystemExit(f"{sys.executable} has no {', '.join(gone)}, which this package needs")
     with tempfile.TemporaryDirectory() as cache:
         job = dataclasses.replace((h200 if options.h200 else smoke)(cache), fields=_bench.parsed(options.set))
-        lines = measure(job, options)
+        lines = (measure_together if options.together else measure)(job, options)
     rates = rates_of(lines)
     rest = [complete(line, rates) for line in lines if line.get("work")]
     final = [_bench.rounded(line) for line in best_ceiling(lines) + rest]

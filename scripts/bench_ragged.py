@@ -40,11 +40,13 @@ def serve_rollout(work: Work) -> None:
     import jax
 
     from pspo_jax.rollout import SamplingParams, counting_sampler
+    from pspo_jax.rollout.sampler import tokens_per_test
 
     medians = log_medians(work.prompts, work.mean_tokens, work.new_tokens, work.longest_first)
     model = with_lengths(model, medians, END)
     params = model.init(jax.random.key(0))
-    sample = counting_sampler(model, work.group_size, work.new_tokens, 0, work.slots or None, 1, work.stages)
+    chunk = tokens_per_test(jax.default_backend(), work.new_tokens)
+    sample = counting_sampler(model, work.group_size, work.new_tokens, 0, work.slots or None, chunk, work.stages)
     args = (params, prompts, jax.random.key(1), SamplingParams.of(settings.rollout, [END]))
     start = time.perf_counter(), time.process_time()
     compiled = jax.jit(sample).lower(*args).compile()
@@ -169,11 +171,15 @@ def main() -> None:
     parser.add_argument(
         "--microbatch-rows", type=int, default=8, help="loss.microbatch_rows; 0 = no updates (default 8)"
     )
+    parser.add_argument(
+        "--decode-attention", default="xla", help="model.decode_attention of rollouts, without the check (default xla)"
+    )
     parser.add_argument("--only", nargs="*", help="names of the rollouts to measure (default: all)")
     options = parser.parse_args()
     for shape in _bench.chosen(options.shape, list(SHAPES)):
         for dtype in _bench.chosen(options.dtype, ["float32", "bfloat16"]):
             work = Work(SHAPES[shape], dtype, options.prompts, 8, 64, scan_unroll=SHAPES[shape].layers)
+            work = dataclasses.replace(work, decode_attention=options.decode_attention)
             for lengths in options.rollouts:
                 share, _, longest = lengths.partition(":")
                 t = int(longest)
@@ -181,6 +187,7 @@ def main() -> None:
                 contest = rollouts(ragged, options.slots, options.stages)
                 contest = [one for one in contest if not options.only or one.name in options.only]
                 case = f"{shape} {dtype}, {work.rows} x at most {t}, mean {share}"
+                case += "" if options.decode_attention == "xla" else f", {options.decode_attention}"
                 group = _bench.compare(__file__, contest, options)
                 lines = [_bench.measurement("stages", case, r, **rollout_values(r)) for r in group]
                 _bench.emit(lines, options.out)

@@ -42,6 +42,7 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     from pspo_jax.config.presets import resolve
     from pspo_jax.config.schema import Config
     from pspo_jax.config.validation import validate
+    from pspo_jax.distributed import xla_flags
     from pspo_jax.model import built_in, transformer
 
     if work.cache:
@@ -62,7 +63,9 @@ def our_setup(work: Work) -> tuple[Config, Model, Prompts]:
     }
     settings = resolve(replace(Config(), fields))
     validate(settings)
-    model = transformer(built_in(settings.model, work.shape.vocab))
+    xla_flags.apply(settings)
+    a = dataclasses.replace(built_in(settings.model, work.shape.vocab), decode_attention=work.decode_attention)
+    model = transformer(a)
     tokens = jnp.asarray(_bench.prompt_ids(work), jnp.int32)
     n = work.prompts
     return settings, model, Prompts(jnp.arange(n), tokens, jnp.full(n, work.prompt_tokens), jnp.ones(n))
@@ -91,7 +94,15 @@ def torch_about(*packages: str) -> dict[str, Any]:
 def our_about() -> dict[str, Any]:
     import importlib.metadata as metadata
 
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "pspo_jax")}
+    import jax
+
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
+    try:
+        versions["pspo_jax"] = metadata.version("pspo_jax")
+    except metadata.PackageNotFoundError:
+        versions["pspo_jax"] = "source tree"
+    device = jax.devices()[0]
+    return versions | ({} if device.platform == "cpu" else {"on": f"{device.device_kind} ({device.platform})"})
 
 
 def serve_ours(work: Work) -> None:

@@ -55,6 +55,10 @@ def milli(x: float) -> str:
     return f"{1e3 * x:,.0f}" if x >= 0.1 else f"{1e3 * x:.3g}"
 
 
+def micro(x: float) -> str:
+    return f"{1e6 * x:,.0f}"
+
+
 _SPREAD = Column("spread", "seconds.spread", percent)
 _RSS = Column("peak RSS GiB", "peak_rss_mib", gib, "share")
 _COMMON = [Column("first call s, cold / cached", "first_call", str), _RSS]
@@ -119,6 +123,12 @@ COLUMNS: dict[str, list[Column]] = {
         Column("share of the floor", "values.share", percent),
         _SPREAD,
         *_NOISE,
+    ],
+    "attention": [
+        Column("us", "seconds.median", micro),
+        _SPREAD,
+        Column("temporary MiB", "values.temporary_mib", places(0)),
+        Column("GB/s of live columns", "values.live_bytes_per_s", giga),
     ],
     "accelerator": [
         Column("ms", "seconds.median", milli, "down"),

@@ -34,6 +34,8 @@ TaskName = Literal["arithmetic", "segments", TextTaskName, "own"]
 AnswerTransform = Literal["none", "gsm8k", "stringified_list", "boxed"]
 ChoicesAnswer = Literal["label", "letter", "text", "index", "index_from_1"]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+LEAST_LOGITS_MIB = 160
+"""Memory for a chunk of logits where loss.logits_mib is not set, in MiB; large accelerators take more."""
 """Names of the weight matrices of a transformer block."""
 
 
@@ -200,9 +202,9 @@ class ModelConfig:
     """Implementation of attention over whole rows, in updates and prompts. auto = on a TPU or GPU, for rows of 512
     tokens or more, the first kernel that passes a check at the start; else XLA. tokamax_mosaic and tokamax_triton need
     the package tokamax."""
-    decode_attention: Literal["xla", "cudnn"] = "xla"
-    """Implementation of attention in decoding. xla reads all columns of the cache; cudnn, on a GPU and in 16 bits, is
-    to read only those that hold a token. It is checked at the start, and has not run on a GPU yet."""
+    decode_attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Implementation of attention in decoding. xla reads all columns of the cache; cudnn, on a GPU and in 16 bits,
+    only those that hold a token. auto = cudnn where it passes a check at the start; else XLA."""
     vision: Literal["frozen", "trained"] = "frozen"
     """Whether the vision tower of a checkpoint trains with the language model; under adapters it never does."""
 
@@ -377,6 +379,11 @@ def extra_completions(config: Config) -> int:
     if config.replay.name != "aper":
         return 0
     return config.replay.extra or max(config.rollout.group_size // 4, 1) * config.rollout.prompts
+
+
+def logits_mib(config: Config) -> int:
+    """Memory for one chunk of float32 logits, in MiB; see LossConfig."""
+    return LEAST_LOGITS_MIB if config.loss.logits_mib is None else config.loss.logits_mib
 
 
 def rollout_capacity(config: Config) -> int:

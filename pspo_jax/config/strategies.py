@@ -339,5 +339,7 @@ class LossConfig:
     """Source of the log-probs before the update: the sampler, or a forward pass of the trainer. Tokens of earlier steps
     always take the trainer's, unless it is interpolated (rollout.carry): theirs are then between the behaviour policy's
     and those of the policy that trains, by age and without a pass."""
-    logits_mib: Annotated[int, Range(1)] = 160
-    """Memory for one chunk of float32 logits, in MiB; the array [tokens, vocab] never exists as a whole."""
+    logits_mib: Annotated[int | None, Range(1)] = None
+    """Memory for one chunk of float32 logits, in MiB; the array [tokens, vocab] never exists as a whole. Each chunk
+    reads the head's weights and adds to their gradient, so that large chunks are faster. None = 160, and more on an
+    accelerator of more than 16 GiB: 1/48 of what it has beyond, up to 1280 in all."""

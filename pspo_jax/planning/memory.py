@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pspo_jax.config.defaults import replace
-from pspo_jax.config.schema import Config, round_prompts, update_completions
+from pspo_jax.config.schema import Config, logits_mib, round_prompts, update_completions
 from pspo_jax.config.strategies import STORING
 from pspo_jax.distributed.devices import (
     DEVICES,
@@ -432,7 +432,7 @@ def _update_details(setup: Setup) -> dict[str, float]:
     inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
     kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
     again = inner if a.remat in ("full", "offload") else 0
-    columns = chunk_columns(at_once, predictions, a.vocab_size, c.loss.logits_mib, packed)
+    columns = chunk_columns(at_once, predictions, a.vocab_size, logits_mib(c), packed)
     # Chunks are of equal size, which may be less than the config allows.
     chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
     return {

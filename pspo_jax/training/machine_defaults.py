@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from pspo_jax.config.defaults import replace, uses_char_tokenizer
-from pspo_jax.config.schema import Config, Dtype, Remat, round_prompts, update_completions
+from pspo_jax.config.schema import LEAST_LOGITS_MIB, Config, Dtype, Remat, round_prompts, update_completions
 from pspo_jax.distributed import processes
 from pspo_jax.distributed.devices import host_bytes
 from pspo_jax.distributed.mesh import ROWS, UPDATE_ROWS, microbatch_size, size_along, smallest_fsdp, split_into_slices
@@ -26,6 +26,8 @@ from pspo_jax.rollout.stages import automatic_stages, make_stages
 
 ENOUGH_TOKENS = 256
 """Number of tokens of a microbatch of packed rows beyond which a CPU hardly computes a token faster."""
+_LOGITS_FROM_BYTES, _LOGITS_SHARE, _MOST_LOGITS_MIB = 16 * 2**30, 1 / 48, 1280
+"""loss.logits_mib of an accelerator: so much of its memory beyond so many bytes, and the largest number."""
 _MEMORY_SHARE = 0.25
 """Share of a CPU's memory that activations may take by default; weights, optimizer and rollouts need the rest."""
 
@@ -100,6 +102,23 @@ def with_memory(
         values["loss.microbatch_tokens"] = ENOUGH_TOKENS
         words.append(f"loss.microbatch_tokens {ENOUGH_TOKENS} (larger products are hardly faster)")
     return replace(config, values), words
+
+
+def with_logits(config: Config, capacity: float, on_cpu: bool) -> tuple[Config, list[str]]:
+    """`config` with loss.logits_mib filled in if it is None and the machine has an accelerator of much memory.
+
+    Args:
+      capacity: bytes of a device.
+    Returns:
+      The config, and a text on the choice.
+    """
+    if config.loss.logits_mib is not None or on_cpu or not math.isfinite(capacity):
+        return config, []
+    more = max(0.0, capacity - _LOGITS_FROM_BYTES) * _LOGITS_SHARE / 2**20
+    mib = min(LEAST_LOGITS_MIB + round(more), _MOST_LOGITS_MIB)
+    if mib == LEAST_LOGITS_MIB:
+        return config, []
+    return replace(config, {"loss.logits_mib": mib}), [f"loss.logits_mib {mib} (larger chunks of logits are faster)"]
 
 
 def with_stages(config: Config, a: Architecture, mesh: Mesh) -> tuple[Config, list[str]]:

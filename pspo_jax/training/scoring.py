@@ -20,7 +20,7 @@ from pspo_jax.arrays.images import Images
 from pspo_jax.arrays.rows import RowImages, Rows
 from pspo_jax.arrays.split_params import SplitParams, merge_params
 from pspo_jax.arrays.state import Params, TrainState
-from pspo_jax.config.schema import Config
+from pspo_jax.config.schema import Config, logits_mib
 from pspo_jax.config.unread_fields import trains_on_older_policies
 from pspo_jax.distributed.mesh import (
     BY_SLICE,
@@ -297,11 +297,11 @@ def microbatch_log_probs(
       entropy_gradient: whether the entropies have a gradient.
       embeddings: `encoded` images of the prompts; None = all prompts are text.
     """
-    rows, logits_mib = part.rows, config.loss.logits_mib
+    rows, chunk_mib = part.rows, logits_mib(config)
     if part.owns_prompt is None or part.shape is None:
         images = compact_images(rows.images, embeddings, rows.tokens.shape[1])
         return completion_log_probs(
-            model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, logits_mib, entropy_gradient, images
+            model, weights, rows.prompts, rows.lengths, rows.tokens, temperature, chunk_mib, entropy_gradient, images
         )
     return packed_log_probs(
         model,
@@ -310,7 +310,7 @@ def microbatch_log_probs(
         part.owns_prompt,
         part.shape,
         temperature,
-        logits_mib,
+        chunk_mib,
         entropy_gradient,
         shares_prompts(model, config),
         embeddings,

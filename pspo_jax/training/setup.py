@@ -53,7 +53,7 @@ from pspo_jax.system.interrupts import stop_requests
 from pspo_jax.system.progress import Progress
 from pspo_jax.training.algorithm import Algorithm, build
 from pspo_jax.training.architectures import architecture_for, as_trained
-from pspo_jax.training.machine_defaults import with_fsdp, with_memory, with_stages, with_type
+from pspo_jax.training.machine_defaults import with_fsdp, with_logits, with_memory, with_stages, with_type
 from pspo_jax.training.optimizer import adamw, updates_per_step
 from pspo_jax.training.prompt_features import ReadImages, feature_width, prompt_features
 from pspo_jax.training.step import init_state
@@ -234,14 +234,15 @@ def prepare(
     prompt_length = task.train.tokens.shape[1]
     probe = weights and set(devices) <= set(jax.devices())
     architecture = kernels_of_run(architecture, config, mesh, prompt_length, probe, say)
-    architecture = with_decode_kernel(architecture, config, mesh, prompt_length, probe)
+    architecture = with_decode_kernel(architecture, config, mesh, prompt_length, probe, say)
     if teacher is not None:
         fast = kernels_of_run(teacher.architecture, config, mesh, prompt_length, probe, lambda x: say(f"teacher: {x}"))
         teacher = teacher._replace(architecture=fast)
     config, more = with_memory(config, architecture, mesh, prompt_length, on_cpu)
+    config, logits = with_logits(config, capacity, on_cpu)
     config, stages = with_stages(config, architecture, mesh)
-    if chosen + more + stages:
-        say(f"defaults of this machine: {', '.join(chosen + more + stages)}")
+    if chosen + more + logits + stages:
+        say(f"defaults of this machine: {', '.join(chosen + more + logits + stages)}")
     architecture = dataclasses.replace(architecture, remat=config.model.remat or "none")
     return _with_strategies(config, mesh, task, source, architecture, teacher)
 

@@ -25,7 +25,7 @@ from pspo_jax.arrays.split_params import merge_params
 from pspo_jax.arrays.state import OptState, Params
 from pspo_jax.config.defaults import flatten
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import Config, PromptConfig
+from pspo_jax.config.schema import Config, PromptConfig, logits_mib
 from pspo_jax.data.demonstrations import example_images, example_patches, read_examples, read_text
 from pspo_jax.data.image_batches import ImageRoom
 from pspo_jax.data.images.cache import PatchCache
@@ -265,7 +265,7 @@ def cold_start(
     optimizer = adamw(s, s.steps)
     source, images = dataset(config, task, examples)
     batches = source.batch(s.batch * per_call)
-    steps = make_sft_steps(model, optimizer, config.loss.logits_mib)
+    steps = make_sft_steps(model, optimizer, logits_mib(config))
     opt_state = jax.jit(optimizer.init)(params)
     tree, begun = {"params": params, "opt_state": opt_state}, 0
     if kept is not None:
@@ -315,8 +315,9 @@ def settings(
     free = ("sft.share", "task.allow_change", "task.cache", "prompt.date", *places)
     flat = flatten(config)
     fields: dict[str, Json] = {k: v for k, v in flat.items() if k.startswith(stages) and k not in free}
-    for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens", "loss.logits_mib"):
+    for name in ("run.seed", "rollout.prompt_bucket", "rollout.max_new_tokens"):
         fields[name] = flat[name]
+    fields["loss.logits_mib"] = logits_mib(config)
     fields["version"] = __version__
     fields["train"] = task.train.fingerprint()
     fields["heldout"] = task.heldout.fingerprint()

@@ -155,7 +155,14 @@ def test_a_kernel_that_cannot_serve_is_one_clear_line():
     config = resolve(replace(Config(), {"model.decode_attention": "cudnn"}))
     mesh = make_mesh(config, architecture(), jax.devices()[:1])
     for probe in (False, True):
-        with pytest.raises(ConfigError, match=r'model.decode_attention=cudnn: is for gpu, not for cpu; use "xla"'):
-            with_decode_kernel(architecture(), config, mesh, P, probe)
-    plain_config = resolve(Config())
-    assert with_decode_kernel(architecture(), plain_config, mesh, P, True) == architecture()
+        with pytest.raises(ConfigError, match=r'cudnn: is for gpu, not for cpu; use "auto" or "xla"'):
+            with_decode_kernel(architecture(), config, mesh, P, probe, say=print)
+
+
+def test_auto_and_xla_take_no_kernel_on_a_cpu_and_say_nothing():
+    mesh, said = make_mesh(resolve(Config()), architecture(), jax.devices()[:1]), []
+    for name in ("auto", "xla"):
+        config = resolve(replace(Config(), {"model.decode_attention": name}))
+        for probe in (False, True):
+            assert with_decode_kernel(architecture(), config, mesh, P, probe, said.append) == architecture()
+    assert not said

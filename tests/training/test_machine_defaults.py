@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from pspo_jax.config import command_line
 from pspo_jax.config.defaults import replace
 from pspo_jax.config.fields import ConfigError
-from pspo_jax.config.schema import Config
+from pspo_jax.config.schema import Config, logits_mib
 from pspo_jax.distributed.devices import host_bytes
 from pspo_jax.distributed.mesh import make_mesh
 from pspo_jax.model import built_in
@@ -59,6 +60,19 @@ def test_the_embedded_tasks_do_not_follow_the_machine():
         == (config, [])
     )
     assert config.model.compute_dtype == "float32" and config.model.remat == "none"
+
+
+def test_chunks_of_logits_grow_with_the_memory_of_an_accelerator():
+    config, gib = tiny_config(), 2**30
+    assert config.loss.logits_mib is None and logits_mib(config) == 160
+    for capacity, wanted in ((15.75, 160), (16, 160), (32, 501), (59.3, 1084), (141, 1280)):
+        chosen, words = machine_defaults.with_logits(config, capacity * gib, on_cpu=False)
+        assert logits_mib(chosen) == wanted
+        assert bool(words) == (wanted > 160)
+    for unchanged in ((math.inf, False), (80 * gib, True)):
+        assert machine_defaults.with_logits(config, *unchanged) == (config, [])
+    asked = replace(config, {"loss.logits_mib": 64})
+    assert machine_defaults.with_logits(asked, 80 * gib, False) == (asked, [])
 
 
 def test_a_cpu_recomputes_no_more_than_its_memory_requires(monkeypatch):

@@ -56,26 +56,34 @@ def kernels_of_run(
     return with_kernels(a, config.model.attention, platform, length, mesh.shape, probe, say, config.loss.share_prompts)
 
 
-def with_decode_kernel(a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool) -> Architecture:
-    """The architecture with the kernel of decoding that model.decode_attention names.
+def with_decode_kernel(
+    a: Architecture, config: Config, mesh: Mesh, prompt_length: int, probe: bool, say: Callable[[str], None]
+) -> Architecture:
+    """The architecture with the kernel of decoding that model.decode_attention names, or the first that serves.
 
     Args:
       prompt_length: tokens of the longest prompt.
-      probe: see `with_kernels`.
+      probe, say: see `with_kernels`.
     Raises:
       ConfigError: the kernel cannot be used or is wrong on this machine.
     """
-    name = config.model.decode_attention
-    if name == "xla":
+    wanted, platform = config.model.decode_attention, mesh.devices.flat[0].platform
+    if wanted == "xla":
         return a
-    # Decoding computes whole rows whatever the mesh, so that a context axis is no obstacle.
-    reason = obstacle(name, mesh.devices.flat[0].platform, a, context=1)
-    if reason is None and probe:
-        sizes = config.rollout.group_size, prompt_length, config.rollout.max_new_tokens
-        reason = agreed(decode_difference(PART_KERNELS[name], heads_of_device(a, mesh.shape["tensor"]), *sizes))
-    if reason is not None:
-        raise ConfigError(f'model.decode_attention={name}: {reason}; use "xla"')
-    return dataclasses.replace(a, decode_attention=name)
+    for name in PART_KERNELS if wanted == "auto" else (wanted,):
+        # Decoding computes whole rows whatever the mesh, so that a context axis is no obstacle.
+        reason = obstacle(name, platform, a, context=1)
+        if reason is None and probe:
+            sizes = config.rollout.group_size, prompt_length, config.rollout.max_new_tokens
+            reason = agreed(decode_difference(PART_KERNELS[name], heads_of_device(a, mesh.shape["tensor"]), *sizes))
+        if reason is None:
+            say(f"attention in decoding: {name}{'' if probe else ' (not tried here)'}")
+            return dataclasses.replace(a, decode_attention=name)
+        if wanted != "auto":
+            raise ConfigError(f'model.decode_attention={name}: {reason}; use "auto" or "xla"')
+        if platform == KERNELS[name].platform:
+            say(f"attention in decoding: {name} dropped: it {reason}")
+    return a
 
 
 def with_kernels(
