@@ -97,7 +97,7 @@ def evaluate_checkpoints(
     source, tokenizer, architecture = architecture_for(config)
     config = _on_devices(config, architecture, jax.devices())
     mesh = make_mesh(config, architecture)
-    check_tower(config, architecture.vision, mesh.shape["slice"])
+    check_tower(config, architecture.vision)
     with jax.set_mesh(mesh):
         model = transformer(architecture)
         longest, platform = config.rollout.max_new_tokens, mesh.devices.flat[0].platform

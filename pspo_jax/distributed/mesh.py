@@ -293,6 +293,11 @@ def num_slices() -> int:
     return split_axes().get("slice", 1)
 
 
+def in_slice() -> bool:
+    """Whether this is traced inside `on_each_slice`."""
+    return "slice" in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def cannot_index_split() -> bool:
     """Whether no array may be indexed along a dimension that the mesh in context splits.
 
@@ -465,16 +470,10 @@ def check_model(config: Config, shape: ModelShape, rows: int, where: str) -> Non
             raise ConfigError(f"{axis}={shards}: does not divide the {name} {size} of {where}; choose a divisor")
 
 
-def check_tower(config: Config, tower: TowerShape | None, slices: int = 1) -> None:
-    """Raise ConfigError if the mesh does not divide a size of the vision tower; None = the model has no tower.
-
-    Args:
-      slices: number of slices of the mesh.
-    """
+def check_tower(config: Config, tower: TowerShape | None) -> None:
+    """Raise ConfigError if the mesh does not divide a size of the vision tower; None = the model has no tower."""
     if tower is None:
         return
-    if slices > 1:
-        raise ConfigError(f"mesh.slices={slices}: has not been tried with a model that reads images; use one slice")
     m = config.mesh
     for name, size, shards, axes in (
         ("width", tower.width, (m.fsdp or 1) * m.context, "mesh.fsdp x mesh.context"),

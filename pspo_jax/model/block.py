@@ -21,7 +21,7 @@ from pspo_jax.distributed.mesh import constrain
 from pspo_jax.model.architecture import Architecture
 from pspo_jax.model.attention.xla import attend
 from pspo_jax.model.interface import ImageTokens, Packed, mask_logits
-from pspo_jax.model.mixed_precision import einsum_lowp, lookup
+from pspo_jax.model.mixed_precision import einsum_lowp, lookup, lookup_in_batch
 from pspo_jax.model.rotary import Rotation, rope, rotation, rotation_on_axes
 
 _NO_WINDOW = np.iinfo(np.int32).max
@@ -137,7 +137,8 @@ def embed(
     if images is None:
         return x
     index = constrain(images.embedding_of, "outer_batch", None)
-    of_images = constrain(lookup(images.embeddings, jnp.maximum(index, 0), x.dtype), "outer_batch", None, "embed")
+    found = lookup_in_batch(images.embeddings, jnp.maximum(index, 0), x.dtype)
+    of_images = constrain(found, "outer_batch", None, "embed")
     return jnp.where(index[..., None] >= 0, of_images, x)
 
 

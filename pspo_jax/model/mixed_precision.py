@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pspo_jax.distributed.mesh import cannot_index_split, spec, split_axes
+from pspo_jax.distributed.mesh import cannot_index_split, constrain, in_slice, spec, split_axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -136,3 +136,13 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "R S"], dtype: DTypeLi
     if table.dtype == jnp.bfloat16:
         return _lookup(table, tokens, dtype)
     return table[tokens].astype(dtype)
+
+
+def lookup_in_batch(table: Float[Array, "N D"], rows: Int[Array, "R S"], dtype: DTypeLike) -> Float[Array, "R S D"]:
+    """`lookup` in a table that belongs to the batch, such as the embeddings of its images, and is split as it is.
+
+    Inside a slice, every device first has the table whole: XLA's partitioner aborts the process at a lookup along a
+    split dimension, as `cannot_index_split` describes.
+    """
+    table = constrain(table, None, None) if in_slice() else table
+    return _lookup(table, rows, dtype) if table.dtype == jnp.bfloat16 else table[rows].astype(dtype)

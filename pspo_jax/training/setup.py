@@ -223,7 +223,7 @@ def prepare(
     capacity = device_bytes() if capacity is None else capacity
     config = with_fsdp(config, architecture, capacity, devices, of_teacher)
     mesh = make_mesh(config, architecture, devices)
-    check_tower(config, architecture.vision, mesh.shape["slice"])
+    check_tower(config, architecture.vision)
     task = _task(config, tokenizer, pool, say, task, reward)
     for line in _remarks(config, source, architecture, task):
         say(line)

@@ -102,7 +102,16 @@ CASES = {
     "context": {"loss__microbatch_rows": 8, "loss__entropy_coef": 0.01} | CONTEXT,
     "tensor, packed": {"loss__microbatch_rows": 8, "loss__packing": True, "algorithm__name": "popo"} | TENSOR,
     "split weights": {"loss__microbatch_rows": 8, "rollout__weights": "split"},
+    "images": {"loss__microbatch_rows": 8, "task__name": "segments"},
 }
+
+
+def rollout_images(setup):
+    """Numbers of the embeddings of a batch's images."""
+    if setup.images is None:
+        return 0
+    units = setup.images.windows * setup.images.layout.units
+    return setup.config.rollout.prompts * units * setup.architecture.width
 
 
 @pytest.mark.parametrize("case", slow_except(["padded"], list(CASES)))
@@ -122,12 +131,15 @@ def test_gradients_cross_once_per_update_and_rollouts_never(case):
     gradient = bytes_across_slices(setup)
     assert gradient == 4 * sum(x.size for x in jax.tree.leaves(setup.abstract.params))
     sums = [bytes_ for bytes_, c in crossing["step"] if c.kind == "all-reduce" and c.bytes > SCALARS]
-    # Every device sends the scales of norms, which nothing splits.
-    norms = sum(4 * x.size * per_slice for x in jax.tree.leaves(setup.abstract.params) if x.size <= 2 * 32)
-    assert gradient <= sum(sums) <= gradient + norms
+    # Every device sends what nothing splits, such as the scales of norms.
+    params = jax.tree.leaves(setup.abstract.params)
+    unsplit = sum(4 * x.size * per_slice for x in params if x.sharding.is_fully_replicated)
+    assert gradient <= sum(sums) <= gradient + unsplit
     others = sum(bytes_ for bytes_, _ in crossing["step"]) - sum(sums)
     rows = 4 * 4 * sum(x.size for x in jax.tree.leaves(setup.abstract.replay) if x.ndim > 1)
-    assert others <= SCALARS + rows
+    # The embeddings of images cross once, and each device sends the gradient in them.
+    embeddings = 4 * rollout_images(setup) * (1 + per_slice)
+    assert others <= SCALARS + rows + embeddings
     assert sum(bytes_ for bytes_, _ in crossing.get("sample", ())) <= (SCALARS if case == "slots" else 0)
 
 

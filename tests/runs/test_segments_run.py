@@ -52,6 +52,21 @@ def test_killed_and_resumed_to_the_bit(child_env, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "within", [{"mesh__data": 4, "mesh__fsdp": 2}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}]
+)
+def test_two_slices_of_four_devices_equal_one_device(child_env, tmp_path, within):
+    fields = SEGMENTS | STATES["popo"] | {"run__steps": 6, "log__completions_every": 0, "rollout__prompts": 32}
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    finish(start(child_env, one, **fields))
+    finish(start(child_env, eight, devices=8, mesh__slices=2, **within, **fields))
+    for a, b in zip(metrics(one), metrics(eight), strict=True):
+        assert all(a.get(name) == b.get(name) for name in ("crc/prompt_ids", "crc/tokens"))
+    for a, b in zip(jax.tree.leaves(params(one)), jax.tree.leaves(params(eight)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"mesh__data": 2, "mesh__fsdp": 2}, {"mesh__data": 2, "mesh__context": 2}])
 def test_four_devices_equal_one(child_env, tmp_path, mesh):
     fields = SEGMENTS | STATES["popo"] | {"run__steps": 6, "log__completions_every": 0}

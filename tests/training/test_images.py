@@ -248,8 +248,3 @@ def test_eight_devices_draw_what_one_draws(made, fields):
 def test_a_mesh_that_does_not_divide_the_tower_is_refused(fields, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_tower(replace(tiny_config(), fields), VISION)
-
-
-def test_several_slices_are_refused():
-    with pytest.raises(ConfigError, match=r"mesh.slices=2: has not been tried with a model that reads images"):
-        check_tower(tiny_config(), VISION, 2)
