@@ -72,10 +72,14 @@ def prepare_lesson(
     if config.teacher.divergence == "sampled":
         rows, metrics = with_teacher(teacher, weights, rows, temperature, config, images)
         return Lesson(model, rows, None, metrics)
-    # Both read the same bins, so that these are as either model's attention allows.
-    both = model._replace(packs=model.packs and teacher.packs, shares=model.shares and teacher.shares)
+    both = packed_alike(model, teacher)
     rows = dataclasses.replace(rows, advantages=config.teacher.reward_weight * rows.advantages)
     return Lesson(both, rows, functools.partial(_divergence_fn, both, teacher, weights), {})
+
+
+def packed_alike(model: Model, teacher: Model) -> Model:
+    """The policy's functions, with rows packed as the attention of either model allows: both read the same bins."""
+    return model._replace(packs=model.packs and teacher.packs, shares=model.shares and teacher.shares)
 
 
 def with_teacher(

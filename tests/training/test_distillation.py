@@ -27,7 +27,7 @@ from pspo_jax.losses import LossInputs, compute_loss, denominators
 from pspo_jax.model import transformer
 from pspo_jax.model.huggingface.load import read_source
 from pspo_jax.model.weights import entries, table, to_hf
-from pspo_jax.planning.memory import _residents
+from pspo_jax.planning.memory import _residents, _update_details
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.saved_weights import source_weights
@@ -127,6 +127,20 @@ def test_the_teacher_s_weights_are_in_the_plan(checkpoints):
     taught = prepare(tiny_config(mesh__data=2, mesh__fsdp=4, teacher__source=str(checkpoints[2])), weights=False)
     sizes = [p.numel() * (4 if p.ndim == 1 else 1) for p in checkpoints[3].parameters()]
     assert _residents(taught) == _residents(plain) | {"teacher": sum(sizes)}
+
+
+def test_a_divergence_adds_the_teacher_s_hidden_states_to_the_plan(checkpoints):
+    """Of a microbatch of 16 rows of 12 tokens, on one device; the sampled estimate has none in the update."""
+
+    def details(kind):
+        fields = {"mesh__data": 1, "loss__microbatch_rows": 16, "teacher__source": str(checkpoints[2])}
+        return _update_details(prepare(tiny_config(**fields, teacher__divergence=kind), weights=False))
+
+    name, plain, taught = "the teacher's hidden states", details("sampled"), details("forward_kl")
+    assert name not in plain and taught[name] == 16 * 12 * 48 * 4
+    # Half a chunk of logits, of 16 ids for the policy alone and of 16 and 20 for both.
+    chunk = "a block's activations, or a chunk of logits"
+    assert taught[chunk] == pytest.approx(36 / 16 * plain[chunk])
 
 
 def policy_of(folder, mesh):
