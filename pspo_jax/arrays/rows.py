@@ -28,7 +28,7 @@ class LossInputs:
     reference_log_probs: Float[Array, "R T"] | None = None
     """Log-probs under the KL term's reference policy; None = the loss has no KL term."""
     token_advantages: Float[Array, "R T"] | None = None
-    """Advantage of each token by a teacher, which is added to that of its completion; None = there is no teacher."""
+    """Advantage of each token by a teacher, which is added to that of its completion; None = no teacher gives any."""
     top_entropy: Bool[Array, "R T"] | None = None
     """Tokens that the surrogate and the entropy bonus are taken from; None = all."""
     interpolation: Float[Array, "R T"] | None = None

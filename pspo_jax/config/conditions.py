@@ -89,3 +89,16 @@ def unread(*fields: str) -> Callable[[Config], str]:
     """A function that says that these fields, with their values, do not read the field in question."""
     verb = "does not" if len(fields) == 1 else "do not"
     return lambda c: f"{' and '.join(f'{field}={shown(field_value(c, field))}' for field in fields)} {verb} read it"
+
+
+def _has_surrogate(c: Config) -> bool:
+    """Whether the surrogate of the loss may differ from 0: a divergence alone leaves no advantage to it."""
+    t = c.teacher
+    return t.source is None or t.divergence == "sampled" or t.reward_weight > 0 or c.loss.surrogate not in SURROGATES
+
+
+SURROGATE = Condition(
+    _has_surrogate,
+    lambda c: f"with teacher.divergence={c.teacher.divergence} and teacher.reward_weight=0 the loss has no surrogate",
+    "raise teacher.reward_weight",
+)

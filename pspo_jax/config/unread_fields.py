@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pspo_jax.config.conditions import (
     ALWAYS,
+    SURROGATE,
     Condition,
     Conditions,
     any_of,
@@ -75,10 +76,12 @@ def trains_on_older_policies(c: Config) -> bool:
 
 def _reads_ratio(c: Config) -> bool:
     """Whether the loss depends on the probability ratio."""
-    loss = c.loss
-    return loss.surrogate not in ("vespo", "reinforce") or (
-        loss.kl_coef > 0 and loss.kl_in == "loss" and loss.kl_unbiased
-    )
+    return c.loss.surrogate not in ("vespo", "reinforce") or _kl_reads_ratio(c)
+
+
+def _kl_reads_ratio(c: Config) -> bool:
+    """Whether the KL term depends on the probability ratio."""
+    return c.loss.kl_coef > 0 and c.loss.kl_in == "loss" and c.loss.kl_unbiased
 
 
 def _reads_deviation(c: Config) -> bool:
@@ -220,7 +223,7 @@ _ROLLOUT = (
 )
 _SELECTION = ("name", "cooldown", "max_visits", "max_unjudged", "exploration", "quotas", "success", "success_threshold")
 _LOSS = (
-    *("name", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated", "off_policy_threshold"),
+    *("name", "surrogate", "aggregation", "top_entropy", "entropy_coef", "mask_truncated"),
     *("kl_coef", "num_iterations", "minibatches", "microbatch_rows", "packing", "old_log_probs", "logits_mib"),
 )
 _OPTIMIZER = ("learning_rate", "warmup", "schedule", "b1", "b2", "eps", "weight_decay", "clip_norm", "max_skipped")
@@ -402,13 +405,17 @@ READ_WHEN: dict[str, Conditions] = {
         ),
     ),
     **_all("loss", _LOSS),
-    "loss.ratio": (Condition(_reads_ratio, unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),),
+    "loss.off_policy_threshold": (SURROGATE,),
+    "loss.ratio": (
+        Condition(_reads_ratio, unread("loss.surrogate"), "set loss.surrogate to clip, cispo or sapo"),
+        SURROGATE._replace(holds=lambda c: SURROGATE.holds(c) or _kl_reads_ratio(c)),
+    ),
     "loss.count_masked": (when("loss.aggregation", "grpo", "dr_grpo", "luspo"),),
-    "loss.clip_low": (CLIP,),
-    "loss.clip_high": (surrogate("clip", "cispo"),),
-    **_all("loss", ("delta", "dual_clip"), CLIP),
-    **_all("loss", ("sapo_positive", "sapo_negative"), surrogate("sapo")),
-    **_all("loss", ("vespo_positive", "vespo_negative"), surrogate("vespo")),
+    "loss.clip_low": (CLIP, SURROGATE),
+    "loss.clip_high": (surrogate("clip", "cispo"), SURROGATE),
+    **_all("loss", ("delta", "dual_clip"), CLIP, SURROGATE),
+    **_all("loss", ("sapo_positive", "sapo_negative"), surrogate("sapo"), SURROGATE),
+    **_all("loss", ("vespo_positive", "vespo_negative"), surrogate("vespo"), SURROGATE),
     "teacher.source": ALWAYS,
     "teacher.revision": (
         TEACHER,
@@ -416,7 +423,8 @@ READ_WHEN: dict[str, Conditions] = {
             lambda c: not _is_local(c.teacher.source), unread("teacher.source"), "set teacher.source to a hub id"
         ),
     ),
-    **_all("teacher", ("step", "weight", "reward_weight", "param_dtype"), TEACHER),
+    **_all("teacher", ("step", "divergence", "weight", "reward_weight", "param_dtype"), TEACHER),
+    "teacher.jsd_beta": (TEACHER, when("teacher.divergence", "jsd")),
     **_all("loss", ("kl_in", "kl_estimator"), KL),
     "loss.kl_unbiased": (KL, when("loss.kl_in", "loss")),
     "loss.off_policy": (OLDER_GROUPS,),

@@ -289,11 +289,13 @@ def _check_teacher(c: Config) -> None:
         return
     if t.step not in ("latest", "best", "cold_start") and not t.step.isdecimal():
         raise ConfigError(f"teacher.step={t.step!r}: must be a step's number, latest, best or cold_start")
-    where = f"cannot be used with teacher.source={t.source}, which gives each token an advantage of its own"
-    if c.loss.surrogate == "vespo":
-        raise ConfigError(f"loss.surrogate=vespo: {where}; choose clip, cispo, sapo or reinforce")
-    if c.loss.ratio == "sequence":
-        raise ConfigError(f"loss.ratio=sequence: {where}; choose token or sequence_token")
+    if t.divergence == "sampled":
+        where = f"cannot be used with teacher.source={t.source}, which gives each token an advantage of its own"
+        other = "or another teacher.divergence"
+        if c.loss.surrogate == "vespo":
+            raise ConfigError(f"loss.surrogate=vespo: {where}; choose clip, cispo, sapo or reinforce, {other}")
+        if c.loss.ratio == "sequence":
+            raise ConfigError(f"loss.ratio=sequence: {where}; choose token or sequence_token, {other}")
     if t.reward_weight:
         return
     for field, drops in (

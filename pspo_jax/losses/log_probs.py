@@ -77,12 +77,23 @@ def completion_log_probs(
       entropy_gradient: whether entropies carry a gradient.
       images: the tokens of images in the compact rows; None = all tokens are text.
     """
-    t = completions.shape[1]
+    hidden = completion_hidden(model, params, prompts, lengths, completions, images)
+    return chunked_log_probs(model, params, hidden, completions, temperature, logits_mib, entropy_gradient)
+
+
+def completion_hidden(
+    model: Model,
+    params: Params,
+    prompts: Int[Array, "R P"],
+    lengths: Int[Array, "R"],
+    completions: Int[Array, "R T"],
+    images: ImageTokens | None = None,
+) -> Float[Array, "R T D"]:
+    """The hidden state from which each completion token is predicted; the arguments are `completion_log_probs`'s."""
     rows = compact_rows(prompts, lengths, completions)
     hidden = model.hidden(params, rows) if images is None else model.hidden(params, rows, images=images)
-    source = (lengths - 1)[:, None] + jnp.arange(t)
-    hidden = hidden_at(hidden, source)
-    return chunked_log_probs(model, params, hidden, completions, temperature, logits_mib, entropy_gradient)
+    source = (lengths - 1)[:, None] + jnp.arange(completions.shape[1])
+    return hidden_at(hidden, source)
 
 
 def hidden_at(hidden: Float[Array, "R S D"], source: Int[Array, "R T"]) -> Float[Array, "R T D"]:
@@ -109,7 +120,7 @@ def chunked_log_probs(
     """
     r, t = targets.shape
     columns = chunk_columns(r, t, model.vocab_size, logits_mib, valid is not None)
-    chunks = _num_chunks(t, columns)
+    chunks = num_chunks(t, columns)
     columns = -(-t // chunks)
     pad = chunks * columns - t
 
@@ -136,7 +147,7 @@ def chunk_columns(rows: int, t: int, vocab_size: int, logits_mib: int, skips: bo
     return min(columns, max(-(-t // 8), -(-_LEAST_PREDICTIONS // rows))) if skips else columns
 
 
-def _num_chunks(t: int, columns: int) -> int:
+def num_chunks(t: int, columns: int) -> int:
     """Number of chunks of at most `columns` columns: the fewest, or up to twice as many if that number divides t."""
     fewest = -(-t // columns)
     return next((n for n in range(fewest, min(2 * fewest, t) + 1) if t % n == 0), fewest)
@@ -219,7 +230,7 @@ def _forward(
     weights: tuple[Array, ...],
 ) -> tuple[Results, _Saved]:
     def compute(h: Array, ids: Array) -> tuple[Array, ...]:
-        return _of_logits(_logits(settings, h, temperature, weights), ids)
+        return of_logits(_logits(settings, h, temperature, weights), ids)
 
     def skip(h: Array, ids: Array) -> tuple[Array, ...]:
         return (jnp.zeros(ids.shape),) * 3
@@ -238,7 +249,7 @@ def _forward_with_slopes(
 ) -> tuple[Results, _Slopes]:
     def compute(h: Array, ids: Array) -> tuple[Array, ...]:
         logits, vjp = jax.vjp(lambda h: _logits(settings, h, temperature, weights), h)
-        log_probs, entropy, log_total = _of_logits(logits, ids)
+        log_probs, entropy, log_total = of_logits(logits, ids)
         (slopes,) = vjp(_is_target(logits, ids) - jnp.exp(logits - log_total[..., None]))
         return log_probs, entropy, slopes
 
@@ -249,7 +260,7 @@ def _forward_with_slopes(
     return (log_probs, entropy), _Slopes(slopes)
 
 
-def _of_logits(logits: Float[Array, "R C V"], ids: Int[Array, "R C"]) -> tuple[Array, Array, Array]:
+def of_logits(logits: Float[Array, "R C V"], ids: Int[Array, "R C"]) -> tuple[Array, Array, Array]:
     """Log-probs of the ids, entropies, and the log-sum-exp of the logits."""
     log_total = jax.nn.logsumexp(logits, axis=-1)
     if cannot_index_split():

@@ -232,6 +232,79 @@ def take_rows(rows: Rows, ids: Int[Array, "m"]) -> Rows:
     return part.replace(mask=part.mask & exists[:, None], counted=part.counted & exists)
 
 
+class BinLayout(NamedTuple):
+    """Where the tokens and predictions of some bins stand."""
+
+    tokens: Int[Array, "b S"]
+    """The tokens of each bin."""
+    packed: Packed
+    """Row and position of each token."""
+    source: Int[Array, "b Q"]
+    """The token from which each prediction is made, as an index in its bin."""
+    targets: Int[Array, "b Q"]
+    """The token that is predicted."""
+    valid: Bool[Array, "b Q"]
+    """Whether there is such a prediction."""
+    first_prediction: Int[Array, "b M"]
+    """Index of each row's first prediction in its bin."""
+    completion_lengths: Int[Array, "b M"]
+    """Tokens of each completion that the loss needs."""
+
+
+def lay_out_bins(part: Rows, owns_prompt: Bool[Array, "b M"], shape: BinShape, shares: bool = False) -> BinLayout:
+    """The layout of the rows of some bins, R = b x M.
+
+    Args:
+      part: the rows, as `take_rows` returns them.
+      owns_prompt: see `BinAssignment`.
+      shape: the shape of the bins.
+      shares: whether a row may share its prompt; False = `owns_prompt` is known to be true of every row.
+    """
+    p, t = part.prompts.shape[1], part.tokens.shape[1]
+    bins = owns_prompt.shape[0]
+    completion_lengths = loss_lengths(part).reshape(owns_prompt.shape)
+    prompt_lengths = part.lengths.reshape(owns_prompt.shape)
+    rows = compact_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t)
+    rows = constrain(rows, "rows", None, None)
+    prompt_offset = jnp.where(owns_prompt, 0, prompt_lengths)
+    need = jnp.where(completion_lengths > 0, prompt_lengths - prompt_offset + completion_lengths - 1, 0)
+    layout, first_token = _lay_out(need, shape.length, prompt_offset)
+    prompt_row = jax.lax.cummax(jnp.where(owns_prompt, jnp.arange(owns_prompt.shape[1]), 0), axis=1)
+    if shares:
+        layout = _share_prompts(layout, prompt_row, prompt_lengths)
+    tokens = _gather_tokens(rows, layout.row_of, layout.positions)
+    predictions, first_prediction = _lay_out(completion_lengths, shape.predictions(shares))
+    row_of, valid = _clip(predictions.row_of, need), predictions.row_of < need.shape[1]
+
+    def by_prediction(of_row: Int[Array, "b M"]) -> Int[Array, "b Q"]:
+        return jnp.take_along_axis(of_row, row_of, axis=1)
+
+    # The first token of a completion is predicted from the last token of the prompt, which may be another row's.
+    last_prompt_token = jnp.take_along_axis(first_token + prompt_lengths - 1, prompt_row, axis=1)
+    own_tokens = by_prediction(first_token + prompt_lengths - prompt_offset - 1) + predictions.positions
+    source = jnp.where(predictions.positions == 0, by_prediction(last_prompt_token), own_tokens)
+    source = jnp.where(valid, source, 0)
+    targets = _gather_tokens(rows, row_of, by_prediction(prompt_lengths) + predictions.positions)
+    return BinLayout(tokens, layout, source, targets, valid, first_prediction, completion_lengths)
+
+
+def packed_hidden(
+    model: Model, weights: Params, part: Rows, layout: BinLayout, embeddings: Float[Array, "B U D"] | None = None
+) -> Float[Array, "b Q D"]:
+    """The hidden state from which each prediction of the bins is made.
+
+    Args:
+      embeddings: what `Model.encode_images` makes of the prompts' images; None = all prompts are text.
+    """
+    images = compact_images(part.images, embeddings, part.tokens.shape[1])
+    if images is None:
+        hidden = model.hidden(weights, layout.tokens, layout.packed)
+    else:
+        of_bins = _gather_images(images, layout.packed, layout.tokens.shape[0])
+        hidden = model.hidden(weights, layout.tokens, layout.packed, of_bins)
+    return hidden_at(hidden, layout.source)
+
+
 def packed_log_probs(
     model: Model,
     weights: Params,
@@ -257,61 +330,24 @@ def packed_log_probs(
       shares: whether a row may share its prompt; False = `owns_prompt` is known to be true of every row.
       embeddings: what `Model.encode_images` makes of the prompts' images; None = all prompts are text.
     """
-    p, t = part.prompts.shape[1], part.tokens.shape[1]
-    bins = owns_prompt.shape[0]
-    completion_lengths = loss_lengths(part).reshape(owns_prompt.shape)
-    prompt_lengths = part.lengths.reshape(owns_prompt.shape)
-    rows = compact_rows(part.prompts, part.lengths, part.tokens).reshape(bins, -1, p + t)
-    rows = constrain(rows, "rows", None, None)
-    prompt_offset = jnp.where(owns_prompt, 0, prompt_lengths)
-    need = jnp.where(completion_lengths > 0, prompt_lengths - prompt_offset + completion_lengths - 1, 0)
-    layout, first_token = _lay_out(need, shape.length, prompt_offset)
-    prompt_row = jax.lax.cummax(jnp.where(owns_prompt, jnp.arange(owns_prompt.shape[1]), 0), axis=1)
-    if shares:
-        layout = _share_prompts(layout, prompt_row, prompt_lengths)
-    tokens = _gather_tokens(rows, layout.row_of, layout.positions)
-    images = compact_images(part.images, embeddings, t)
-    if images is None:
-        hidden = model.hidden(weights, tokens, layout)
-    else:
-        hidden = model.hidden(weights, tokens, layout, _gather_images(images, layout, bins))
-    predictions, first_prediction = _lay_out(completion_lengths, shape.predictions(shares))
-    row_of, valid = _clip(predictions.row_of, need), predictions.row_of < need.shape[1]
-
-    def by_prediction(of_row: Int[Array, "b M"]) -> Int[Array, "b Q"]:
-        return jnp.take_along_axis(of_row, row_of, axis=1)
-
-    # The first token of a completion is predicted from the last token of the prompt, which may be another row's.
-    last_prompt_token = jnp.take_along_axis(first_token + prompt_lengths - 1, prompt_row, axis=1)
-    own_tokens = by_prediction(first_token + prompt_lengths - prompt_offset - 1) + predictions.positions
-    source = jnp.where(predictions.positions == 0, by_prediction(last_prompt_token), own_tokens)
-    source = jnp.where(valid, source, 0)
-    targets = _gather_tokens(rows, row_of, by_prediction(prompt_lengths) + predictions.positions)
-    hidden = hidden_at(hidden, source)
-    found = chunked_log_probs(model, weights, hidden, targets, temperature, logits_mib, entropy_gradient, valid=valid)
-    return _by_row(found, first_prediction, completion_lengths, t)
+    layout = lay_out_bins(part, owns_prompt, shape, shares)
+    hidden = packed_hidden(model, weights, part, layout, embeddings)
+    log_probs, entropy = chunked_log_probs(
+        model, weights, hidden, layout.targets, temperature, logits_mib, entropy_gradient, valid=layout.valid
+    )
+    t = part.tokens.shape[1]
+    return by_row(log_probs, layout, t), by_row(entropy, layout, t)
 
 
-def _by_row(
-    found: tuple[Float[Array, "b Q"], Float[Array, "b Q"]],
-    first_prediction: Int[Array, "b M"],
-    completion_lengths: Int[Array, "b M"],
-    t: int,
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Log-probs and entropies of the bins' predictions, row by row; 0 after a row's last token in the loss.
+def by_row(found: Float[Array, "b Q"], layout: BinLayout, t: int) -> Float[Array, "R T"]:
+    """A number of each of the bins' predictions, row by row; 0 after a row's last token in the loss.
 
     Args:
-      first_prediction: index of each row's first prediction in its bin; its token k is k entries behind that.
       t: T.
     """
-    in_loss = jnp.arange(t) < completion_lengths[:, :, None]
-    index = jnp.where(in_loss, first_prediction[:, :, None] + jnp.arange(t), 0).reshape(in_loss.shape[0], -1)
-
-    def one(x: Float[Array, "b Q"]) -> Float[Array, "R T"]:
-        return jnp.where(in_loss, jnp.take_along_axis(x, index, axis=1).reshape(in_loss.shape), 0).reshape(-1, t)
-
-    log_probs, entropy = found
-    return one(log_probs), one(entropy)
+    in_loss = jnp.arange(t) < layout.completion_lengths[:, :, None]
+    index = jnp.where(in_loss, layout.first_prediction[:, :, None] + jnp.arange(t), 0).reshape(in_loss.shape[0], -1)
+    return jnp.where(in_loss, jnp.take_along_axis(found, index, axis=1).reshape(in_loss.shape), 0).reshape(-1, t)
 
 
 def _lay_out(

@@ -123,13 +123,15 @@ def compute_loss(
     config: LossConfig,
     total: Denominators,
     max_length: int,
+    divergence: Float[Array, "R T"] | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """These rows' share of the minibatch's loss, and of its metrics; shares of microbatches add up.
 
     Per token the loss is -v w s + kl_coef r w KL, with the selector's weight v, the importance weight w = pi_old / mu
     of an older behaviour policy, cut to its cap, the surrogate s, and the ratio r = pi / pi_old. Without kl_unbiased
-    the KL term has neither r nor w. A teacher's advantage of a token is added to that of its completion. The entropy
-    bonus is a mean over tokens whatever the aggregation.
+    the KL term has neither r nor w. A teacher's advantage of a token is added to that of its completion; a divergence D
+    from a teacher is a term v D, whoever drew the token. The entropy bonus is a mean over tokens whatever the
+    aggregation.
 
     Args:
       log_probs: log pi of each token; anything outside the mask.
@@ -137,11 +139,13 @@ def compute_loss(
       config: a resolved config, whose surrogate, ratio, aggregation and clip range are not None.
       total: the denominators, counted over the whole batch.
       max_length: rollout.max_new_tokens, the constant of dr_grpo.
+      divergence: the divergence from a teacher in the state of each token, with its weight, in nats; anything outside
+        the mask. None = the loss has no such term.
     """
     mask = inputs.mask
     # Where both log-probs are equal the ratio is 1, so that nothing outside the mask makes a gradient infinite.
     log_probs = jnp.where(mask, log_probs, jax.lax.stop_gradient(inputs.old_log_probs))
-    losses, kl, terms = token_losses(log_probs, inputs, config)
+    losses, kl, terms = token_losses(log_probs, inputs, config, divergence)
     loss = aggregate(losses, mask, config.aggregation, total, max_length)
     if config.entropy_coef:
         bonus = mask if inputs.top_entropy is None else mask & inputs.top_entropy
@@ -150,7 +154,10 @@ def compute_loss(
 
 
 def token_losses(
-    log_probs: Float[Array, "R T"], inputs: LossInputs, config: LossConfig
+    log_probs: Float[Array, "R T"],
+    inputs: LossInputs,
+    config: LossConfig,
+    divergence: Float[Array, "R T"] | None = None,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"], SurrogateTerms]:
     """The loss of each token, its KL to the reference policy, and the surrogate."""
     mask, old = inputs.mask, old_policy(log_probs, inputs)
@@ -173,6 +180,10 @@ def token_losses(
     # VESPO's own weight contains the behaviour policy already.
     if config.surrogate != "vespo":
         losses *= weight
+    if divergence is not None:
+        # It is a sum over all tokens, so that no ratio corrects for the one that was drawn.
+        taught = inputs.loss_weight[:, None] * divergence
+        losses = losses + (taught if inputs.top_entropy is None else jnp.where(inputs.top_entropy, taught, 0))
     kl = jnp.zeros_like(losses)
     if inputs.reference_log_probs is not None:
         kl = kl_estimate(log_probs, inputs.reference_log_probs, config.kl_estimator)

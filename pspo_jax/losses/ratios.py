@@ -57,7 +57,7 @@ class SurrogateInputs(NamedTuple):
     log_ratio: Float[Array, "R T"]
     """log(pi / pi_old) of each token, in nats."""
     advantages: Float[Array, "R T|1"]
-    """Advantage of each completion, in one column, or of each token where there is a teacher."""
+    """Advantage of each completion, in one column, or of each token where a teacher gives tokens their own."""
     mask: Bool[Array, "R T"]
     """Tokens in the loss."""
     log_importance: Float[Array, "R T"] | None = None

@@ -42,6 +42,7 @@ from pspo_jax.planning.roofline import bytes_across_slices, rollout_lower_bound,
 from pspo_jax.rewards.reward_model import abstract_weights
 from pspo_jax.rollout.stages import SHORTEST_STAGE_TOKENS, automatic_stages, cache_columns, make_stages
 from pspo_jax.training.compile import lower_programs
+from pspo_jax.training.distillation import packed_alike
 from pspo_jax.training.machine_defaults import decoding_bytes
 from pspo_jax.training.scoring import bin_shape, packs_lengths, shares_prompts
 from pspo_jax.training.setup import Setup, device_bytes, prepare
@@ -419,25 +420,31 @@ def _update_details(setup: Setup) -> dict[str, float]:
     c, a, mesh = setup.config, setup.architecture, setup.mesh.shape
     tensor, width = mesh["tensor"], jnp.dtype(a.compute_dtype).itemsize
     new, rows = c.rollout.max_new_tokens, update_completions(c) // c.loss.minibatches
+    # Only a divergence over the vocabulary has the teacher beside the policy in a microbatch.
+    teacher = setup.teacher if c.teacher.divergence != "sampled" else None
+    model = setup.model if teacher is None else packed_alike(setup.model, teacher.model)
+    vocabulary = a.vocab_size + (0 if teacher is None else teacher.architecture.vocab_size)
     with jax.set_mesh(setup.mesh):
         packed = packs_lengths(rows, new, c)
         at_once, predictions = microbatch_size(rows, c.loss.microbatch_rows), new
         length = setup.task.train.tokens.shape[1] + new
         if packed:
-            bins = bin_shape(rows, length - new, new, setup.model, c)
+            bins = bin_shape(rows, length - new, new, model, c)
             at_once, length = bins.at_a_time, bins.length
-            predictions = bins.predictions(shares_prompts(setup.model, c))
+            predictions = bins.predictions(shares_prompts(model, c))
     tokens = at_once * length / size_along(mesh, UPDATE_ROWS) / mesh["context"]
     # The backward pass of attention needs q, k and v, and that of the MLP needs gate and up, whichever weights train.
     inner = ((a.heads + 2 * a.kv_heads) * a.head_dim + 2 * a.mlp_width) / tensor
     kept = {"none": inner + a.width, "dots": inner + a.width, "full": a.width, "offload": 0}[a.remat]
     again = inner if a.remat in ("full", "offload") else 0
-    columns = chunk_columns(at_once, predictions, a.vocab_size, logits_mib(c), packed)
+    columns = chunk_columns(at_once, predictions, vocabulary, logits_mib(c), packed)
     # Chunks are of equal size, which may be less than the config allows.
-    chunk = 4 * a.vocab_size * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
+    chunk = 4 * vocabulary * at_once * columns / 2 / size_along(mesh, UPDATE_ROWS) / mesh["context"] / tensor
+    states = 0.0 if teacher is None else tokens / length * predictions * width * teacher.architecture.width
     return {
         # The gradients of a single microbatch are made as its activations are freed.
         "gradients": _gradients(setup) if packed or at_once < rows else 0.0,
         f"activations kept (model.remat {a.remat})": a.layers * tokens * width * kept,
         "a block's activations, or a chunk of logits": max(tokens * width * again, chunk),
+        **({"the teacher's hidden states": states} if states else {}),
     } | images.embeddings_in_update(setup)

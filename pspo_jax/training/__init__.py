@@ -6,7 +6,8 @@ An update reads, from the step to the loss, in four files:
    `optimize`.
 2. `update.py`: `optimize` runs iterations and minibatches; `loss_gradient` adds up the gradients of microbatches, each
    by `microbatch_loss`.
-3. `scoring.py`: groups become rows, rows become microbatches, and `microbatch_log_probs` runs the model on one.
+3. `scoring.py`: groups become rows, rows become microbatches, and `microbatch_log_probs` runs the model on one, or
+   `microbatch_divergence` of `distillation.py` the model and a teacher.
 4. `losses/policy_loss.py`: `compute_loss` is the loss of a microbatch, with the ratios and surrogates of
    `losses/ratios.py`.
 

@@ -35,7 +35,8 @@ def build(config: Config, task_names: tuple[str, ...] = ()) -> Algorithm:
     if config.given != frozenset(flatten(config)):
         validate(config)
     config = resolve(config)
-    check_surrogate(config.loss, taught=config.teacher.source is not None)
+    t = config.teacher
+    check_surrogate(config.loss, taught=t.source is not None and t.divergence == "sampled")
     r = config.rollout
     rounds = r.dynamic_sampling_rounds or 1
     context = selection.SelectorContext(

@@ -192,6 +192,11 @@ def update_metrics(updates: UpdateMetrics, config: Config) -> Metrics:
     }
     if config.loss.kl_coef > 0 and config.loss.kl_in == "loss":
         metrics["kl"] = loss.kl.mean()
+    if updates.mismatch.teacher_kl is not None:
+        # The first pass over the minibatches sees each token once.
+        first_pass = slice(config.loss.minibatches)
+        kl, tokens = updates.mismatch.teacher_kl[first_pass].sum(), updates.mismatch.tokens[first_pass].sum()
+        metrics["teacher/kl"] = kl / jnp.maximum(tokens, 1)
     if updates.rate_factor is not None:
         metrics["update/rate_factor"] = updates.rate_factor.mean()
     if config.loss.surrogate == "cispo":

@@ -37,7 +37,7 @@ from pspo_jax.replay.dynamic_sampling import Queue, append, new_queue, take_firs
 from pspo_jax.rollout.carry import PendingGroups, new_pending
 from pspo_jax.selection import PromptMetadata
 from pspo_jax.training.algorithm import Algorithm, needs_policy_drift
-from pspo_jax.training.distillation import with_teacher
+from pspo_jax.training.distillation import prepare_lesson
 from pspo_jax.training.metrics import Metrics, carry_metrics, replay_metrics, rollout_metrics, update_metrics
 from pspo_jax.training.optimizer import in_float32
 from pspo_jax.training.scoring import (
@@ -353,9 +353,8 @@ def _update(
     rows = rows_of_batch(groups, added, state.step, config, sampling_log_probs)
     images = images_of_batch(groups, added)
     rows = with_log_probs(model, state, rows, temperature, config, images)
-    if teacher is not None:
-        rows, taught = with_teacher(teacher, state.teacher, rows, temperature, config, images)
-        metrics |= taught
+    learner, rows, teach, taught = prepare_lesson(model, teacher, state.teacher, rows, temperature, config, images)
+    metrics |= taught
     if config.rollout.carry:
         metrics |= carry_metrics(state.pending, groups, rows, state.step, config)
     elif trains_on_older_policies(config):
@@ -366,7 +365,7 @@ def _update(
         metrics["replay/stored"] = state.replay.groups.counted.sum().astype(jnp.float32)
     if config.replay.name == "popo":
         metrics["replay/max_share"] = state.replay.share
-    training, updates = optimize(model, optimizer, config, state, rows, temperature, images)
+    training, updates = optimize(learner, optimizer, config, state, rows, temperature, images, teach)
     metrics |= update_metrics(updates, config)
     drift = state.policy_drift
     if needs_policy_drift(config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from pspo_jax.arrays.state import DROPOUT, OptState, Params, TrainState, purpose
 from pspo_jax.config.schema import Config, extra_completions
 from pspo_jax.config.strategies import LossConfig
 from pspo_jax.distributed.mesh import BY_SLICE, WHOLE, num_slices, on_each_slice, sum_over_slices
+from pspo_jax.losses.divergence import TokenDivergence
 from pspo_jax.losses.policy_loss import (
     Denominators,
     LossMetrics,
@@ -52,6 +53,30 @@ Trained = tuple[Params, Float[Array, "B U D"] | None]
 """Trained weights and the embeddings of images, or the gradients in both; None = the encoder does not train."""
 
 
+class DivergenceFn(Protocol):
+    """The log-probs of a microbatch with the divergence of a teacher; see `distillation.microbatch_divergence`.
+
+    It is a `jax.tree_util.Partial` of the teacher's arrays, so that slices can take them as an argument.
+    """
+
+    def __call__(
+        self,
+        weights: PyTree,
+        part: Microbatch,
+        temperature: Float[Array, ""],
+        config: Config,
+        entropy_gradient: bool,
+        embeddings: Float[Array, "B U D"] | None,
+        /,
+    ) -> TokenDivergence: ...
+
+
+class Teach(Protocol):
+    """The teacher's part in an update, for the images to which a minibatch points; None = all prompts are text."""
+
+    def __call__(self, images: Images | None, /) -> DivergenceFn: ...
+
+
 class SamplerMismatch(NamedTuple):
     """How far the trainer's log-probs are from the sampler's, over fresh tokens.
 
@@ -70,6 +95,8 @@ class SamplerMismatch(NamedTuple):
     """Least such ratio; inf = there is no token."""
     ratio_max: Float[Array, ""]
     """Largest such ratio."""
+    teacher_kl: Float[Array, ""] | None = None
+    """Sum of log pi_old - log q against a teacher q, in nats; None = the loss has no divergence from one."""
 
 
 GradientAndMetrics = tuple[Params, LossMetrics, SamplerMismatch, TokenUtilisation]
@@ -112,11 +139,13 @@ def optimize(
     rows: Rows,
     temperature: Float[Array, ""],
     images: Images | None = None,
+    teach: Teach | None = None,
 ) -> tuple[Training, UpdateMetrics]:
     """num_iterations passes over the minibatches of `rows`; the metrics are stacked over updates.
 
     Args:
       images: the images to which the rows point; None = all prompts are text.
+      teach: the part of a teacher in the loss; None = it has none.
     """
     o = config.loss
     minibatches = split_minibatches(rows, images, o.minibatches, config.rollout.group_size, extra_completions(config))
@@ -133,9 +162,12 @@ def optimize(
             chosen = top_entropy(entropy, minibatch.mask, o.top_entropy)
             minibatch = dataclasses.replace(minibatch, top_entropy=chosen)
         # A single microbatch is computed whole, including its rows without a gradient.
-        computed = None if is_single_part(model, minibatch, config) else rows_with_gradient(minibatch, o)
+        # A divergence has a gradient in all of them.
+        whole = teach is not None or is_single_part(model, minibatch, config)
+        computed = None if whole else rows_with_gradient(minibatch, o)
         total = denominators(rows, minibatch, o.minibatches, o.count_masked, computed)
-        batch = minibatch, temperature, config, total, computed, images, embeddings
+        divergence = None if teach is None else teach(images)
+        batch = minibatch, temperature, config, total, computed, images, embeddings, divergence
         found = loss_gradient(model, weights, before.params, *batch)
         completions = (minibatch.counted if computed is None else computed).sum().astype(jnp.float32)
         return apply_gradient(optimizer, before, *found, completions, rate_factor(minibatch, o))
@@ -215,6 +247,7 @@ def loss_gradient(
     computed: Bool[Array, "R"] | None = None,
     images: Images | None = None,
     embeddings: Float[Array, "B U D"] | None = None,
+    divergence: DivergenceFn | None = None,
 ) -> GradientAndMetrics:
     """Gradient of a minibatch's loss in `params`, in float32, accumulated over microbatches; and its metrics.
 
@@ -227,10 +260,11 @@ def loss_gradient(
       computed: rows that are computed; they must include all of `rows_with_gradient`. None = all.
       images: the images to which the rows point; None = all prompts are text.
       embeddings: these images as `encoded` by the same weights; None = they are encoded here.
+      divergence: gives the divergence from a teacher; None = the loss has no such term.
     """
     embeddings = encoded(model, weights(params, 0), images) if embeddings is None else embeddings
     others = zero_metrics() if computed is None else metrics_of_uncomputed(rows, computed)
-    batch = params, rows, temperature, total, computed, images, embeddings, others
+    batch = params, rows, temperature, total, computed, images, embeddings, others, divergence
     slices = num_slices()
     if slices == 1:
         return _gradient_of_rows(model, weights, config, *batch)
@@ -243,7 +277,7 @@ def loss_gradient(
         return _over_slices(model, slices, *found)
 
     # Every slice adds up the gradients of its own rows, and they cross to the others once, after the last microbatch.
-    specs = BY_SLICE, WHOLE, WHOLE, BY_SLICE, WHOLE, WHOLE, BY_SLICE, BY_SLICE, WHOLE, WHOLE
+    specs = BY_SLICE, WHOLE, WHOLE, BY_SLICE, WHOLE, WHOLE, BY_SLICE, BY_SLICE, WHOLE, WHOLE, WHOLE
     return on_each_slice(of_slice, in_specs=specs, out_specs=WHOLE)(jnp.arange(slices), weights, *batch)
 
 
@@ -259,6 +293,7 @@ def _gradient_of_rows(
     images: Images | None,
     embeddings: Float[Array, "B U D"] | None,
     others: LossMetrics,
+    divergence: DivergenceFn | None,
 ) -> GradientAndMetrics:
     """`loss_gradient` of the rows of all devices, or of those of a slice.
 
@@ -266,6 +301,7 @@ def _gradient_of_rows(
       images: the images of all devices' rows, or a slice's part of them.
       embeddings: the embeddings of all images.
       others: metrics of the rows that are not computed.
+      divergence: gives the divergence from a teacher; None = the loss has no such term.
     """
     microbatches = make_microbatches(model, rows, config, computed)
     trained = params, embeddings if model.trains_encoder else None
@@ -273,7 +309,9 @@ def _gradient_of_rows(
     def loss_fn(trained: Trained, part: Microbatch) -> tuple[Array, tuple[LossMetrics, SamplerMismatch]]:
         params, of_images = trained
         of_images = embeddings if of_images is None else of_images
-        return microbatch_loss(model, weights(params, part.number), part, temperature, config, total, of_images)
+        return microbatch_loss(
+            model, weights(params, part.number), part, temperature, config, total, of_images, divergence
+        )
 
     gradient = jax.grad(loss_fn, has_aux=True)
     if microbatches.is_single:
@@ -289,7 +327,9 @@ def _gradient_of_rows(
         return _add(grads, new_grads), combine(metrics, new_metrics), _combine_mismatches(mismatch, new_mismatch)
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), trained)
-    grads, metrics, mismatch = fold_microbatches(add, (zeros, others, _no_mismatch()), microbatches)
+    grads, metrics, mismatch = fold_microbatches(
+        add, (zeros, others, _no_mismatch(divergence is not None)), microbatches
+    )
     grads = _through_encoder(model, weights, params, images, grads)
     return grads, metrics, mismatch, microbatches.utilisation
 
@@ -348,15 +388,24 @@ def microbatch_loss(
     config: Config,
     total: Denominators,
     embeddings: Float[Array, "B U D"] | None = None,
+    divergence: DivergenceFn | None = None,
 ) -> tuple[Float[Array, ""], tuple[LossMetrics, SamplerMismatch]]:
     """A microbatch's share of the minibatch's loss and metrics."""
     o = config.loss
-    log_probs, entropy = microbatch_log_probs(model, weights, part, temperature, config, o.entropy_coef > 0, embeddings)
-    loss, metrics = compute_loss(log_probs, entropy, part.rows, o, total, config.rollout.max_new_tokens)
-    return loss, (metrics, _mismatch(jax.lax.stop_gradient(log_probs), part.rows))
+    batch = part, temperature, config, o.entropy_coef > 0, embeddings
+    if divergence is None:
+        log_probs, entropy = microbatch_log_probs(model, weights, *batch)
+        taught = teacher_log_probs = None
+    else:
+        log_probs, entropy, taught, teacher_log_probs = divergence(weights, *batch)
+        taught = config.teacher.weight * taught
+    loss, metrics = compute_loss(log_probs, entropy, part.rows, o, total, config.rollout.max_new_tokens, taught)
+    return loss, (metrics, _mismatch(jax.lax.stop_gradient(log_probs), part.rows, teacher_log_probs))
 
 
-def _mismatch(log_probs: Float[Array, "r T"], rows: Rows) -> SamplerMismatch:
+def _mismatch(
+    log_probs: Float[Array, "r T"], rows: Rows, teacher_log_probs: Float[Array, "r T"] | None
+) -> SamplerMismatch:
     fresh = rows.mask & ~rows.stale
     difference = jnp.where(fresh, jnp.abs(log_probs - rows.behaviour_log_probs), 0)
     ratio = jnp.exp(log_probs - rows.sampling_log_probs)
@@ -367,13 +416,18 @@ def _mismatch(log_probs: Float[Array, "r T"], rows: Rows) -> SamplerMismatch:
         jnp.where(fresh, ratio, 0).sum(),
         jnp.where(fresh, ratio, jnp.inf).min(),
         jnp.where(fresh, ratio, 0).max(),
+        None if teacher_log_probs is None else jnp.where(fresh, rows.old_log_probs - teacher_log_probs, 0).sum(),
     )
 
 
-def _no_mismatch() -> SamplerMismatch:
-    """The mismatch of no tokens, the identity of `_combine_mismatches`."""
+def _no_mismatch(taught: bool) -> SamplerMismatch:
+    """The mismatch of no tokens, the identity of `_combine_mismatches`.
+
+    Args:
+      taught: whether the loss has a divergence from a teacher.
+    """
     zero = jnp.float32(0)
-    return SamplerMismatch(zero, zero, zero, zero, jnp.float32(jnp.inf), zero)
+    return SamplerMismatch(zero, zero, zero, zero, jnp.float32(jnp.inf), zero, zero if taught else None)
 
 
 def _combine_mismatches(a: SamplerMismatch, b: SamplerMismatch) -> SamplerMismatch:
@@ -384,4 +438,5 @@ def _combine_mismatches(a: SamplerMismatch, b: SamplerMismatch) -> SamplerMismat
         a.ratio_sum + b.ratio_sum,
         jnp.minimum(a.ratio_min, b.ratio_min),
         jnp.maximum(a.ratio_max, b.ratio_max),
+        None if a.teacher_kl is None or b.teacher_kl is None else a.teacher_kl + b.teacher_kl,
     )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pspo_jax as pj
-from pspo_jax.config.command_line import parse
 from pspo_jax.config.fields import ConfigError
 from pspo_jax.config.strategies import LossConfig
 from pspo_jax.config.validation import validate
@@ -26,7 +30,7 @@ from pspo_jax.losses import LossInputs, compute_loss, denominators
 from pspo_jax.model import transformer
 from pspo_jax.model.huggingface.load import read_source
 from pspo_jax.model.weights import entries, table, to_hf
-from pspo_jax.planning.memory import _residents
+from pspo_jax.planning.memory import _residents, _update_details
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
 from pspo_jax.training.saved_weights import source_weights
@@ -34,7 +38,7 @@ from pspo_jax.training.setup import prepare
 from pspo_jax.training.step import init_state, make_train_step
 from pspo_jax.training.teachers import find_teacher, vocabulary_of
 from tests.conftest import REPO
-from tests.helpers import random_prompts, relative, tiny_config, tiny_policy
+from tests.helpers import random_prompts, relative, slow_except, tiny_config, tiny_policy
 from tests.losses.golden import evaluate
 from tests.model.checkpoints import torch, write_checkpoint
 from tests.runs.processes import SMALL, metrics
@@ -128,6 +132,20 @@ def test_the_teacher_s_weights_are_in_the_plan(checkpoints):
     assert _residents(taught) == _residents(plain) | {"teacher": sum(sizes)}
 
 
+def test_a_divergence_adds_the_teacher_s_hidden_states_to_the_plan(checkpoints):
+    """Of a microbatch of 16 rows of 12 tokens, on one device; the sampled estimate has none in the update."""
+
+    def details(kind):
+        fields = {"mesh__data": 1, "loss__microbatch_rows": 16, "teacher__source": str(checkpoints[2])}
+        return _update_details(prepare(tiny_config(**fields, teacher__divergence=kind), weights=False))
+
+    name, plain, taught = "the teacher's hidden states", details("sampled"), details("forward_kl")
+    assert name not in plain and taught[name] == 16 * 12 * 48 * 4
+    # Half a chunk of logits, of 16 ids for the policy alone and of 16 and 20 for both.
+    chunk = "a block's activations, or a chunk of logits"
+    assert taught[chunk] == pytest.approx(36 / 16 * plain[chunk])
+
+
 def policy_of(folder, mesh):
     """(architecture, weights) of a checkpoint, two of whose ids are never drawn."""
     source = read_source(dataclasses.replace(tiny_config().model, source=str(folder)))
@@ -136,15 +154,24 @@ def policy_of(folder, mesh):
 
 
 def torch_log_probs(model, rows, start, n, temperature):
-    """log-probs [T] of the tokens of a row from `start` on, with the ids that are never drawn masked."""
+    """Log-probs [T, 14] of all tokens at each place of a row from `start` on, without the ids that are never drawn."""
     logits = model(torch.as_tensor(rows[None]).long()).logits[0, start - 1 : start + n - 1] / temperature
-    logits[:, 14:] = -1e30
-    return torch.log_softmax(logits, -1)[torch.arange(n), torch.as_tensor(rows[start : start + n]).long()]
+    return torch.log_softmax(logits[:, :14], -1)
 
 
-def test_a_step_equals_torch_s(checkpoints):
+def torch_divergence(log_p, log_q, kind):
+    """Divergences [T] of two distributions over 14 tokens."""
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
+    log_m = torch.log((log_p.exp() + 3 * log_q.exp()) / 4)
+    of_mixture = 0.75 * kl(log_q, log_m) + 0.25 * kl(log_p, log_m)
+    return {"forward_kl": kl(log_q, log_p), "reverse_kl": kl(log_p, log_q), "jsd": of_mixture}[kind]
+
+
+@pytest.mark.parametrize("kind", slow_except(["sampled"], ["sampled", "forward_kl", "reverse_kl", "jsd"]))
+def test_a_step_equals_torch_s(checkpoints, kind):
     folder, torch_policy, teacher_folder, torch_teacher = checkpoints
     settings = {"teacher__weight": 0.7, "teacher__reward_weight": 0.4, "rollout__temperature": 0.8}
+    settings |= {"teacher__divergence": kind, "teacher__jsd_beta": 0.75 if kind == "jsd" else 0.5}
     config = tiny_config(algorithm__name="grpo", teacher__source=str(teacher_folder), **settings)
     mesh = make_mesh(config, devices=jax.devices()[:1])
     a, params = policy_of(folder, mesh)
@@ -164,11 +191,14 @@ def test_a_step_equals_torch_s(checkpoints):
     for b, g in np.ndindex(*r.shape):
         start, n = int(prompts.lengths[b]), int(rollouts.lengths[b, g])
         row = np.concatenate([prompts.tokens[b, :start], rollouts.tokens[b, g, :n]])
-        log_pi = torch_log_probs(torch_policy, row, start, n, 0.8)
+        every_pi = torch_log_probs(torch_policy, row, start, n, 0.8)
         with torch.no_grad():
-            log_q = torch_log_probs(torch_teacher, row, start, n, 0.8)
+            every_q = torch_log_probs(torch_teacher, row, start, n, 0.8)
+        drawn = torch.arange(n), torch.as_tensor(row[start:]).long()
+        log_pi, log_q = every_pi[drawn], every_q[drawn]
         gain = log_q - log_pi.detach()
-        total = total - ((0.7 * gain + 0.4 * by_reward[b, g]) * log_pi).sum() / count
+        taught = -gain * log_pi if kind == "sampled" else torch_divergence(every_pi, every_q, kind)
+        total = total + (0.7 * taught - 0.4 * by_reward[b, g] * log_pi).sum() / count
         kl -= float(gain.sum()) / count
     torch_policy.zero_grad()
     total.backward()
@@ -205,7 +235,7 @@ def updated(mesh_of: tuple[int, ...] = (), **fields):
 
     if not mesh_of:
         return step()
-    sizes = dict(zip(("data", "fsdp", "tensor"), mesh_of, strict=True))
+    sizes = dict(zip(("data", "fsdp", "tensor", "slices"), mesh_of, strict=False))
     mesh = make_mesh(tiny_config(**{f"mesh__{name}": size for name, size in sizes.items()}), a)
     with jax.set_mesh(mesh):
         return step(lambda model, tree: jax.device_put(tree, params_shardings(mesh, tree, model.axes)))
@@ -225,20 +255,50 @@ def test_the_teacher_s_part_and_that_of_rewards_add_up():
     assert relative(alone, both) > 0.1
 
 
-@pytest.mark.parametrize("fields", [{"loss__packing": True, "loss__microbatch_rows": 8}])
+PACKED = {"loss__packing": True, "loss__microbatch_rows": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("sampled", PACKED),
+        ("jsd", PACKED),
+        ("jsd", PACKED | {"loss__share_prompts": False}),
+        ("jsd", {"loss__microbatch_rows": 8}),
+    ],
+)
 @pytest.mark.slow
-def test_packing_and_microbatches_change_nothing(fields):
-    plain, cut = updated(loss__microbatch_rows=0), updated(**fields)
+def test_packing_and_microbatches_change_nothing(kind, fields):
+    plain = updated(loss__microbatch_rows=0, teacher__divergence=kind)
+    cut = updated(**fields, teacher__divergence=kind)
     assert relative(cut[0], plain[0]) < 1e-5
     assert cut[1]["teacher/kl"] == pytest.approx(plain[1]["teacher/kl"], rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
-def test_a_mesh_changes_nothing(mesh):
-    plain, split = updated(loss__microbatch_rows=0), updated(mesh, loss__microbatch_rows=0)
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *(("sampled", mesh) for mesh in ((8, 1, 1), (2, 2, 2), (1, 4, 2))),
+        *(("forward_kl", mesh) for mesh in ((8, 1, 1), (1, 4, 2), (2, 2, 2, 2))),
+    ],
+)
+def test_a_mesh_changes_nothing(kind, mesh):
+    fields = {"loss__microbatch_rows": 0, "teacher__divergence": kind}
+    plain, split = updated(**fields), updated(mesh, **fields)
     assert relative(split[0], plain[0]) < 1e-5
     assert split[1]["teacher/kl"] == pytest.approx(plain[1]["teacher/kl"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_each_divergence_acts_and_has_the_same_estimate_beside_it():
+    """teacher/kl does not depend on what is minimised, and minibatches of several passes leave it as it is."""
+    found = {kind: updated(teacher__divergence=kind) for kind in ("sampled", "forward_kl", "reverse_kl", "jsd")}
+    found["cut"] = updated(teacher__divergence="jsd", loss__minibatches=2, loss__num_iterations=2)
+    for metrics_of in (metrics_of for _, metrics_of in found.values()):
+        assert metrics_of["teacher/kl"] == pytest.approx(found["sampled"][1]["teacher/kl"], rel=1e-4)
+    for one, other in itertools.combinations(found, 2):
+        assert relative(found[one][0], found[other][0]) > 1e-3
 
 
 # --- runs ---
@@ -283,6 +343,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(taught, tmp_path):
     assert metrics(whole)[1]["teacher/kl"] > 0.5
     saved = json.loads((whole / "checkpoints" / "4" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert saved["teacher"] and not any("teacher" in name for name in saved["layout"])
+
+
+@pytest.mark.slow
+def test_a_run_with_a_divergence_goes_on_to_the_bit(taught, tmp_path):
+    fields = {"run.steps": 4, "teacher.divergence": "forward_kl", "optimizer.learning_rate": 3e-3}
+    whole = config_of(tmp_path / "whole", taught[0], **fields)
+    parts = config_of(tmp_path / "parts", taught[0], **fields)
+    pj.train(whole)
+    assert pj.train(parts, callbacks=[lambda step, values: step == 2]).step == 2
+    assert pj.train(parts).finished
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    kl = [line["teacher/kl"] for line in metrics(tmp_path / "whole")[1:]]
+    assert kl[-1] < kl[0]
 
 
 @pytest.mark.slow
@@ -339,6 +412,16 @@ def test_what_a_teacher_cannot_be(tmp_path):
         ({"loss.name": "gspo"}, r"loss\.ratio=sequence: cannot be used with teacher\.source"),
         ({"algorithm.name": "popo"}, r"replay\.name=popo: leaves out groups by their rewards"),
         ({"algorithm.name": "dapo"}, r"rollout\.dynamic_sampling_rounds=10: leaves out groups by their rewards"),
+        (
+            {"teacher.divergence": "forward_kl", "algorithm.name": "grpo_filter"},
+            r"replay\.name=filter: leaves out groups by their rewards",
+        ),
+        ({"teacher.jsd_beta": 0.3}, r"teacher\.jsd_beta=0\.3: teacher\.divergence=sampled does not read it"),
+        ({"teacher.divergence": "jsd", "teacher.jsd_beta": 1.0}, r"teacher\.jsd_beta=1\.0: must be less than 1"),
+        (
+            {"teacher.divergence": "jsd", "loss.clip_low": 0.1},
+            r"loss\.clip_low=0\.1: with teacher\.divergence=jsd and teacher\.reward_weight=0 the loss has no surrogate",
+        ),
         ({"teacher.step": "last"}, r"teacher\.step='last': must be"),
         (
             {"teacher.source": None, "teacher.weight": 0.5},
@@ -350,19 +433,24 @@ def test_settings_are_checked(fields, words):
     values = {"algorithm.name": "grpo", "teacher.source": "somewhere"} | fields
     with pytest.raises(ConfigError, match=words):
         validate(pj.replace(pj.Config(), values))
-    if "teacher.step" not in fields and values["teacher.source"] and "loss.name" not in fields:
+    anyway = {"teacher.step", "teacher.jsd_beta", "loss.name"} & fields.keys()
+    if not anyway and values["teacher.source"]:
         validate(pj.replace(pj.Config(), values | {"teacher.reward_weight": 1.0}))
 
 
 @pytest.mark.slow
 def test_the_embedded_policy_learns_from_the_cold_started_one(tmp_path):
-    """The commands of docs/teachers.md: from random weights, without a cold start, to nine tenths of the teacher."""
-    cold, taught = pj.Config(), tmp_path / "taught"
-    pj.train(pj.replace(cold, {"run.dir": str(tmp_path / "cold"), "run.steps": 1, "eval.every": 0}))
+    """The commands of docs/teachers.md: from random weights, without a cold start, to nine tenths of the teacher.
+
+    They run as a reader runs them, without the flags of other tests, by which compiled programs are slow. A last run
+    takes the teacher over as its own cold start, and evaluates it before its first step.
+    """
     page = (REPO / "docs" / "teachers.md").read_text(encoding="utf-8")
-    words = re.search(r"pspo_jax\.train --run\.dir runs/taught ([^`]*?)\n```", page)[1].replace("\\\n", " ").split()
-    fields = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
-    fields |= {"run.dir": str(taught), "teacher.source": str(tmp_path / "cold")}
-    result = pj.train(parse([word for name, value in fields.items() for word in (f"--{name}", value)], "", ""))
-    assert result.scores["sampled"] >= 0.9 * metrics(tmp_path / "cold")[0]["eval/sampled"] > 0.3
-    assert metrics(taught)[0]["eval/sampled"] < 0.05
+    script = re.search(r"```bash\n([^`]*runs/taught[^`]*)```", page)[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    script += "python -m pspo_jax.train --run.dir runs/teacher --run.steps 1 --eval.every 0"
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=env, check=True)
+    teacher, taught = (metrics(tmp_path / "runs" / name) for name in ("teacher", "taught"))
+    assert taught[-1]["eval/sampled"] >= 0.9 * teacher[0]["eval/sampled"] > 0.3
+    assert taught[0]["eval/sampled"] < 0.05

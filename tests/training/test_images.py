@@ -24,6 +24,7 @@ from pspo_jax.model.architecture import Rotary, Vision, built_in
 from pspo_jax.model.transformer import transformer
 from pspo_jax.rollout import SamplingParams, make_sampler
 from pspo_jax.training.algorithm import build
+from pspo_jax.training.distillation import prepare_lesson
 from pspo_jax.training.scoring import Microbatch, microbatch_log_probs, rows_of, score
 from pspo_jax.training.splitting import split_minibatches
 from pspo_jax.training.step import init_state, make_train_step
@@ -108,6 +109,28 @@ def test_packed_rows_have_the_log_probs_of_padded_ones(made, shares):
         jax.jit(lambda w, c=c: score(model, w, rows, ONE, c, images=images)[0])(weights) for c in (packed, config)
     )
     np.testing.assert_allclose(jnp.where(rows.mask, found, 0), jnp.where(rows.mask, right, 0), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_teacher_reads_the_same_images_with_its_own_tower(made):
+    """Its divergence and the log-probs of the drawn tokens, in padded and in packed rows."""
+    model, _, weights, config, rollouts, rows = made
+    images, teacher = rollouts.prompts.images, jax.tree.map(lambda x: 1.2 * x, weights)
+    padded = replace(config, {"teacher.divergence": "jsd"})
+    packed = replace(padded, {"loss.packing": True, "loss.microbatch_rows": 4})
+
+    def found(c):
+        lesson = prepare_lesson(model, model, teacher, rows, ONE, c, images)
+        more = {"images": images, "divergence": lesson.teach(images)}
+        return loss_gradient(model, lambda w, _: w, weights, lesson.rows, ONE, c, denominators(rows), **more)
+
+    (grads, metrics, mismatch, _), other = jax.jit(lambda: found(padded))(), jax.jit(lambda: found(packed))()
+    assert relative(other[0], grads) < 1e-4 and float(metrics.loss) > 1e-3
+    assert float(other[1].loss) == pytest.approx(float(metrics.loss), rel=1e-4)
+    of_teacher = score(model, teacher, rows, ONE, config, images=images)[0]
+    kl = jnp.where(rows.mask, rows.old_log_probs - of_teacher, 0).sum()
+    for one in (mismatch, other[2]):
+        assert float(one.teacher_kl) == pytest.approx(float(kl), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
