@@ -364,11 +364,8 @@ def _start_all(
         return
     with ThreadPoolExecutor(len(contenders)) as pool:
         for worker in pool.map(lambda contender: Worker(script, contender, options.platform), contenders):
-            cold = worker.first_call
-            yield (
-                worker,
-                Result(worker.contender.name, worker.contender.note, worker.contender.ours, worker.about, cold, None),
-            )
+            one = worker.contender
+            yield worker, Result(one.name, one.note, one.ours, worker.about, worker.first_call, None)
 
 
 def _start(script: str, contender: Contender, patience: float) -> tuple[Worker, Result]:
@@ -415,12 +412,7 @@ def options(description: str, peers: bool = True, tunix: bool = False, shapes: b
         parser.add_argument(
             "--tunix-python", default=sys.executable, help="interpreter that has google-tunix (default: this one)"
         )
-    parser.add_argument(
-        "--platform",
-        choices=["cpu", "gpu"],
-        default="cpu",
-        help="device of our own contenders; on a gpu they compile at once (default cpu)",
-    )
+    parser.add_argument("--platform", choices=["cpu", "gpu"], default="cpu", help="our own device (default cpu)")
     parser.add_argument("--out", type=Path, help="append the lines to this .jsonl file; see bench_tables.py")
     return parser
 
